@@ -1,0 +1,65 @@
+"""Bilevel optimisation and gradient-based meta-learning: exact and approximate hypergradients for PyTorch."""
+
+from diffopt.errors import (
+    BatchesError,
+    CapturedTensorError,
+    DeviceError,
+    DiffoptError,
+    DisconnectedError,
+    DivergenceError,
+    DtypeError,
+    EstimatorError,
+    HyperparameterError,
+    LeafError,
+    LossError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    OptimizerError,
+    RandomnessError,
+    SecondDerivativeError,
+    ShapeError,
+    StepsError,
+    StructureError,
+)
+from diffopt.leaves import Leaves
+from diffopt.optimizer import Optimizer, Schedule
+from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, Preconditioned, ProximalGD, RMSprop
+from diffopt.solve import Kept, Solution, State, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BatchesError",
+    "CapturedTensorError",
+    "DeviceError",
+    "DiffoptError",
+    "DisconnectedError",
+    "DivergenceError",
+    "DtypeError",
+    "EstimatorError",
+    "HyperparameterError",
+    "Kept",
+    "LeafError",
+    "Leaves",
+    "LossError",
+    "NonFiniteGradientError",
+    "NonFiniteLossError",
+    "Optimizer",
+    "OptimizerError",
+    "Preconditioned",
+    "ProximalGD",
+    "RMSprop",
+    "RandomnessError",
+    "Schedule",
+    "SecondDerivativeError",
+    "ShapeError",
+    "Solution",
+    "State",
+    "StepsError",
+    "StructureError",
+    "solve",
+]

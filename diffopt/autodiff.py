@@ -1,0 +1,303 @@
+"""Derivatives of one step, each in the one form that is right for every layer. The only caller of torch's transforms.
+
+# NOTE [the one form of second derivative]
+Second derivatives are taken by ``torch.autograd.grad`` twice, over a forward pass that is vmapped when tasks are
+stacked. The other forms each fail somewhere: vmap over a vjp of a gradient raises for norm layers, a gradient of a
+jvp is silently wrong for them, and vmap over ``torch.func.grad`` differentiated from outside is silently wrong for
+affine batch norm. So functorch is used here for one thing only: to batch a *forward* pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+_functorch = torch._C._functorch
+
+
+def transforms_active() -> bool:
+    """Whether the caller runs inside a ``torch.func`` transform."""
+    return _functorch.maybe_current_level() is not None
+
+
+def transform_level() -> int:
+    """How many ``torch.func`` transforms are running around the caller."""
+    return _functorch.maybe_current_level() or 0
+
+
+def innermost_vmap_size() -> int | None:
+    """The batch size of the innermost running transform if it is a ``vmap``, else ``None``."""
+    if not transforms_active():
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return None
+    return int(_functorch.CVmapInterpreterPtr(interpreter).batchSize())
+
+
+def batch_in_innermost_vmap(tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """The tensors, the first one repeated over the innermost vmap if none of them is batched by it."""
+    level = transform_level()
+    if any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors):
+        return tuple(tensors)
+    return (_functorch._add_batch_dim(tensors[0].expand(size, *tensors[0].shape), 0, level), *tensors[1:])
+
+
+def vmap(
+    function: Callable[..., Any], dims: Sequence[Sequence[int | None]], randomness: Sequence[str]
+) -> Callable[..., Any]:
+    """``function`` vmapped once per entry of ``dims``, the last entry outermost."""
+    for in_dims, mode in zip(dims, randomness, strict=True):
+        function = torch.func.vmap(function, in_dims=tuple(in_dims), randomness=mode)
+    return function
+
+
+def functional_gradient(
+    function: Callable[..., Tensor], params: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The gradient of the sum of a function's values, and the values; differentiable under any transform."""
+
+    def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        values = function(*leaves)
+        return values.sum(), values
+
+    gradients, values = torch.func.grad(total, has_aux=True)(params)
+    return tuple(gradients), values
+
+
+class _BelowVmap(torch.autograd.Function):
+    """Runs a plain function of stacked tensors below the innermost vmap; never applied elsewhere."""
+
+    @staticmethod
+    def forward(function: Any, *tensors: Tensor) -> Any:
+        raise AssertionError("only reached under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, *tensors: Tensor) -> Any:
+        outputs = function(info, in_dims[1:], tensors)
+        return outputs, (0,) * len(outputs)
+
+
+def below_vmap(
+    function: Callable[[Any, tuple[int | None, ...], tuple[Tensor, ...]], tuple[Tensor, ...]], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap; its outputs are batched along axis 0.
+
+    Unlike a custom autograd function, what it computes is recorded by whatever records there.
+    """
+    return tuple(_BelowVmap.apply(function, *tensors))
+
+
+class StepGraph:
+    """The recorded graph of one map from tensors to tensors, held by its edges only.
+
+    ``record(function, inputs)`` evaluates ``function`` on fresh copies of ``inputs`` and keeps the edges of the graph
+    that lead from its outputs back to them: no tensor is kept alive except what the graph saved for itself.
+    """
+
+    __slots__ = ("_inputs", "_outputs")
+
+    def __init__(self, inputs: tuple[GradientEdge, ...], outputs: tuple[GradientEdge | None, ...]) -> None:
+        """Hold the edges of the inputs, and of each output that depends on one of them (else ``None``)."""
+        self._inputs, self._outputs = inputs, outputs
+
+    @staticmethod
+    def record(
+        function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> tuple[StepGraph, tuple[Tensor, ...]]:
+        """Evaluate ``function`` with its graph; returns the graph and the detached outputs."""
+        with torch.enable_grad():
+            roots = make_roots(inputs)
+            outputs = function(roots)
+            graph = StepGraph(
+                tuple(get_gradient_edge(root) for root in roots),
+                tuple(get_gradient_edge(out) if out.requires_grad else None for out in outputs),
+            )
+        return graph, tuple(out.detach() for out in outputs)
+
+    def nodes(self) -> list[Any]:
+        """The graph's last nodes."""
+        return [edge.node for edge in self._outputs if edge is not None]
+
+    def pullback(
+        self, cotangents: Sequence[Tensor], wanted: Sequence[int], *, retain: bool = False
+    ) -> list[Tensor | None]:
+        """The vector-Jacobian product for the inputs numbered ``wanted``; ``None`` where nothing depends on one."""
+        pairs = [(edge, c) for edge, c in zip(self._outputs, cotangents, strict=True) if edge is not None]
+        if not pairs or not wanted:
+            return [None] * len(wanted)
+        edges, weights = zip(*pairs, strict=True)
+        return list(
+            torch.autograd.grad(
+                edges, [self._inputs[i] for i in wanted], weights, allow_unused=True, retain_graph=retain
+            )
+        )
+
+
+class _Roots(torch.autograd.Function):
+    """The identity, as a graph node that saves nothing: unlike a leaf, it does not keep its tensor alive."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *cotangents)
+
+
+def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Detached aliases of the tensors from which a new graph grows."""
+    if not tensors:
+        return ()
+    anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
+    return tuple(_Roots.apply(anchor, *(tensor.detach() for tensor in tensors)))
+
+
+def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
+    """The gradient of a scalar; ``None`` for inputs it does not depend on."""
+    if not output.requires_grad:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(output, inputs, create_graph=differentiable, allow_unused=True)
+
+
+def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, detached, with zeros in place of ``None``."""
+    return tuple(torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tensors, like, strict=True))
+
+
+def pullback(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The vector-Jacobian product of recorded outputs; ``None`` among them is a constant zero."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    if not pairs:
+        return or_zeros([None] * len(inputs), inputs)
+    found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+    return or_zeros(found, inputs)
+
+
+def jvp(
+    function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Value and Jacobian-vector product, by differentiating the (linear) vector-Jacobian product once more."""
+    with torch.enable_grad():
+        roots = make_roots(inputs)
+        outputs = tuple(function(roots))
+        moving = [out for out in outputs if out.requires_grad]
+        weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
+        products = torch.autograd.grad(moving, roots, weights, create_graph=True, allow_unused=True)
+        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
+        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
+    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
+    return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
+
+
+def reaches_beyond(output: Tensor, roots: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``output`` ends in a leaf tensor other than through ``roots``."""
+    own = {root.grad_fn for root in roots}
+    pending, seen = [output.grad_fn], set(own)
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if hasattr(node, "variable"):
+            return True
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def saved_bytes(graph: StepGraph) -> int:
+    """The bytes that a graph keeps alive, each storage once; what cannot be looked into counts as nothing.
+
+    Saved-tensor hooks would be simpler, but a loss that uses ``torch.func.grad`` itself refuses to run under them.
+    """
+    storages: dict[int, int] = {}
+    pending, seen = graph.nodes(), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+        for name in _saved_names(type(node)):
+            value = getattr(node, name, None)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@functools.cache
+def _saved_names(node_type: type) -> tuple[str, ...]:
+    names = [name for name in dir(node_type) if name.startswith("_saved_")]
+    return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
+
+
+class CaptureGuard(TorchFunctionMode):
+    """Calls ``refuse`` when an operation meets a tensor that one of the transforms ``levels`` has wrapped.
+
+    # NOTE [captured tensors under transforms]
+    A loss runs below the transforms that its caller runs in: what it is given as an argument has been unwrapped, what
+    it captured by closure has not. Such a tensor would get no hypergradient, or be matched with the wrong batch axis,
+    without any error. ``shift`` makes room: under as many empty vmaps as there are transforms to watch, no tensor of
+    the loss itself can carry their level numbers.
+    """
+
+    def __init__(self, levels: range, refuse: Callable[[], None]) -> None:
+        """Watch for the transform levels in ``levels``."""
+        super().__init__()
+        self._levels, self._refuse = levels, refuse
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the tensors among the arguments, then run the operation."""
+        for value in (*args, *(kwargs or {}).values()):
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, Tensor) and _functorch.maybe_get_level(tensor) in self._levels:
+                    self._refuse()
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``function`` with this guard on."""
+
+        def watched(*arguments: Any) -> Tensor:
+            with self:
+                return function(*arguments)
+
+        return watched
+
+    def shift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` run under one empty vmap per watched level."""
+
+        def shifted(*arguments: Any) -> Any:
+            def inner(_: Tensor) -> Any:
+                return function(*arguments)
+
+            for _ in self._levels:
+                inner = _empty_vmap(inner)
+            return inner(torch.zeros(1))
+
+        return shifted
+
+
+def _empty_vmap(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    vmapped = torch.func.vmap(function, randomness="same")
+    return lambda _: _first(vmapped(torch.zeros(1)))
+
+
+def _first(batch: Any) -> Any:
+    return tuple(map(_first, batch)) if isinstance(batch, tuple) else batch[0]

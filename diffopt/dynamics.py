@@ -1,0 +1,176 @@
+"""One inner problem as a dynamical system on stacked tensors: its loss, its gradient oracle, its update, its step.
+
+# NOTE [a batch of tasks is one problem]
+Tasks do not interact, so a batch of them is one inner problem whose parameters are the stacked ones and whose loss is
+``vmap(loss).sum()``: its gradient, its Hessian-vector products and its updates are those of all tasks at once. Each
+``torch.func.vmap`` that a call runs under becomes one :class:`Level` here, and one leading axis of every state tensor,
+the outermost vmap's first. Only the loss runs under vmap; all else is plain arithmetic on plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, final
+
+from torch import Tensor
+
+from diffopt import autodiff, tree
+from diffopt.errors import LossError, RandomnessError
+from diffopt.leaves import Leaves
+from diffopt.optimizer import BoundOptimizer, Buffers
+
+Inputs: TypeAlias = tuple[Tensor, ...]
+"""All tensors of a problem: the state's leaves (params, then buffers), then the extras."""
+
+
+@final
+@dataclass(frozen=True)
+class Level:
+    """One vmap around the problem.
+
+    Attributes:
+        dims: for each input, 0 if it has this level's axis, ``None`` if it is shared by the tasks of this level.
+        size: how many tasks.
+        randomness: what the vmap said of random numbers.
+    """
+
+    dims: tuple[int | None, ...]
+    size: int
+    randomness: str
+
+
+@final
+@dataclass(frozen=True)
+class Dynamics:
+    """The step ``s_{t+1} = Phi_t(s_t)`` of one inner problem; holds no tensors that are differentiated.
+
+    The inputs of a problem are one flat tuple: the state's leaves, then the *extras*, which are whatever else a step
+    reads: tensors of ``args``, of ``batches`` (one slice per step) and of the optimizer's fields.
+
+    Attributes:
+        loss: ``loss(params, *args)`` or ``loss(params, *args, batch)``.
+        optimizer: the update rule with its tensors taken out.
+        steps: ``T``.
+        params_structure: of the params tree, whose leaves are the first ``params_count`` inputs.
+        buffers_layout: name and number of leaves of each buffer; they follow the params.
+        args_leaves: the leaves of ``(args, batches)``; a tensor leaf holds the number of its extra.
+        args_structure: of ``(args, batches)``.
+        has_batches: whether the loss takes a batch.
+        stepped: for each extra, whether its first own axis runs over steps.
+        hyperparameters_start: the number of the first extra that belongs to the optimizer.
+        levels: the vmaps around the problem, innermost first.
+    """
+
+    loss: Callable[..., Tensor]
+    optimizer: BoundOptimizer
+    steps: int
+    params_structure: tree.Structure
+    params_count: int
+    buffers_layout: tuple[tuple[str, int], ...]
+    args_leaves: tuple[Any, ...]
+    args_structure: tree.Structure
+    has_batches: bool
+    stepped: tuple[bool, ...]
+    hyperparameters_start: int
+    levels: tuple[Level, ...] = ()
+
+    @property
+    def state_count(self) -> int:
+        """The number of state leaves, params and buffers."""
+        return self.params_count + sum(count for _, count in self.buffers_layout)
+
+    def batched(self, level: Level) -> Dynamics:
+        """The same problem with one more vmap around it."""
+        return replace(self, levels=(*self.levels, level))
+
+    def split(self, state: Sequence[Tensor]) -> tuple[Leaves, Buffers]:
+        """A flat state as params and named buffers."""
+        buffers, start = {}, self.params_count
+        for name, count in self.buffers_layout:
+            buffers[name] = Leaves(state[start : start + count])
+            start += count
+        return Leaves(state[: self.params_count]), buffers
+
+    def at_step(self, extras: Sequence[Tensor], step: int) -> tuple[Tensor, ...]:
+        """The extras as step ``step`` (from 1) sees them: the slice of what runs over steps, the rest as it is."""
+        return tuple(
+            extra.select(self.step_axis(i), step - 1) if self.stepped[i] else extra for i, extra in enumerate(extras)
+        )
+
+    def step_axis(self, number: int) -> int:
+        """The axis of extra ``number`` that runs over steps, behind the axes of the levels that batch it."""
+        return sum(level.dims[self.state_count + number] is not None for level in self.levels)
+
+    def losses(self, params: Sequence[Tensor], current: Sequence[Tensor], guard: autodiff.CaptureGuard | None) -> Tensor:
+        """The inner losses of all tasks, one axis per level; ``current`` is :meth:`at_step` of the extras."""
+        read = self.hyperparameters_start
+        dims = [
+            (*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels
+        ]
+        function = self._loss_of_leaves if guard is None else guard.watch(self._loss_of_leaves)
+        vmapped = autodiff.vmap(function, dims, [level.randomness for level in self.levels])
+        try:
+            losses: Tensor = vmapped(*params, *current[:read])
+        except RuntimeError as error:
+            if self.levels and "randomness error mode" in str(error):
+                raise RandomnessError(
+                    "the inner loss draws random numbers under vmap: say vmap(..., randomness='different') for numbers "
+                    "of each task's own, or 'same'"
+                ) from error
+            raise
+        return losses
+
+    def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
+        """The next state of all tasks, given their gradients."""
+        hypers = current[self.hyperparameters_start :]
+        if not self.levels or self.optimizer.template.elementwise:
+            return self._update(state, grads, [self._align(i, x) for i, x in enumerate(hypers)], step)
+        own = (0,) * (self.state_count + self.params_count)
+        start = self.state_count + self.hyperparameters_start
+        vmapped = autodiff.vmap(
+            lambda *leaves: self._update(
+                leaves[: self.state_count],
+                leaves[self.state_count : len(own)],
+                leaves[len(own) :],
+                step,
+            ).tensors,
+            [own + level.dims[start:] for level in self.levels],
+            [level.randomness for level in self.levels],
+        )
+        return Leaves(vmapped(*state, *grads, *hypers))
+
+    def _update(self, state: Sequence[Tensor], grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
+        params, buffers = self.split(state)
+        optimizer = self.optimizer.at(step, params, hypers)
+        params, buffers = optimizer.update(params, Leaves(grads), buffers, step)
+        return Leaves([*params, *(leaf for name, _ in self.buffers_layout for leaf in buffers[name])])
+
+    def _align(self, number: int, value: Tensor) -> Tensor:
+        """A hyperparameter with one leading axis per level, of length 1 where the tasks share it."""
+        for axis, level in enumerate(reversed(self.levels)):
+            if level.dims[self.state_count + self.hyperparameters_start + number] is None:
+                value = value.unsqueeze(axis)
+        return value
+
+    def _loss_of_leaves(self, *leaves: Tensor) -> Tensor:
+        params = tree.unflatten(self.params_structure, leaves[: self.params_count])
+        extras = leaves[self.params_count :]
+        args, batch = tree.unflatten(
+            self.args_structure, [extras[x.index] if isinstance(x, ExtraSlot) else x for x in self.args_leaves]
+        )
+        loss = self.loss(params, *args, batch) if self.has_batches else self.loss(params, *args)
+        if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+            raise LossError(
+                f"the inner loss returned {tree.describe(loss)}, expected one floating scalar tensor; "
+                "reduce it with .mean() or .sum()"
+            )
+        return loss
+
+
+@final
+@dataclass(frozen=True)
+class ExtraSlot:
+    """Stands, among the leaves of ``args``, for the extra with this number."""
+
+    index: int

@@ -1,0 +1,88 @@
+"""Every error this library raises on purpose: one class per kind of fault.
+
+A message says what was got, what was expected and what to check. All derive from :class:`DiffoptError`, and
+from the built-in exception (``ValueError``, ``TypeError``, ``RuntimeError``) that names the same kind of fault.
+"""
+
+from __future__ import annotations
+
+
+class DiffoptError(Exception):
+    """Base of all errors of this library."""
+
+
+class LossError(DiffoptError, TypeError):
+    """The inner loss did not return one floating scalar tensor."""
+
+
+class NonFiniteLossError(DiffoptError, ValueError):
+    """The inner loss is NaN or infinite where the inner problem starts."""
+
+
+class DivergenceError(DiffoptError, ArithmeticError):
+    """The inner optimizer left the finite numbers; ``step`` is the first bad step, counted from 1."""
+
+    def __init__(self, message: str, step: int) -> None:
+        """Keep the message and the first bad step."""
+        super().__init__(message)
+        self.step = step
+
+
+class NonFiniteGradientError(DiffoptError, ArithmeticError):
+    """A hypergradient came out NaN or infinite."""
+
+
+class DisconnectedError(DiffoptError, ValueError):
+    """The inner loss does not depend on the parameters it is asked to be minimised over."""
+
+
+class CapturedTensorError(DiffoptError, ValueError):
+    """The inner loss reads, through a closure or an attribute, a tensor that is being differentiated or batched."""
+
+
+class LeafError(DiffoptError, TypeError):
+    """A tree holds a leaf that cannot be optimised: not a tensor, not floating, or empty."""
+
+
+class StructureError(DiffoptError, ValueError):
+    """Two trees that should look alike differ in structure."""
+
+
+class ShapeError(DiffoptError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class DtypeError(DiffoptError, TypeError):
+    """Tensors that meet in one formula differ in dtype."""
+
+
+class DeviceError(DiffoptError, ValueError):
+    """Tensors that meet in one formula live on different devices."""
+
+
+class StepsError(DiffoptError, ValueError):
+    """A number of steps is not an integer in the allowed range."""
+
+
+class BatchesError(DiffoptError, ValueError):
+    """``batches`` does not hold one entry per inner step."""
+
+
+class HyperparameterError(DiffoptError, ValueError):
+    """An optimizer's or estimator's option is outside its range."""
+
+
+class OptimizerError(DiffoptError, TypeError):
+    """What was passed as ``optimizer`` is not one, or broke the contract of :class:`diffopt.Optimizer`."""
+
+
+class EstimatorError(DiffoptError, TypeError):
+    """What was passed as ``estimator`` is not one, or cannot be used here."""
+
+
+class RandomnessError(DiffoptError, RuntimeError):
+    """A loss draws random numbers that the backward pass cannot draw again."""
+
+
+class SecondDerivativeError(DiffoptError, RuntimeError):
+    """A hypergradient was differentiated again under a rule that gives first derivatives only."""

@@ -1,0 +1,295 @@
+"""What an estimator is, and the two autograd functions that join an adjoint rule to autograd and ``torch.func``.
+
+# NOTE [two functions with vmap rules]
+``_Solve`` is the rollout, ``_Pullback`` its hypergradient. Under vmap each re-applies itself to the stacked tensors
+(see ``dynamics.py``, NOTE [a batch of tasks is one problem]), so that however transforms are nested, the rollout and
+the rule run at the bottom, on plain tensors. A rule therefore never sees a transform.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff
+from diffopt.dynamics import Dynamics, Level
+from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
+from diffopt.leaves import Leaves
+from diffopt.trajectory import Cotangents, Keep, Record, Trajectory, Watch, roll_out, roll_out_recorded
+
+
+@final
+@dataclass(frozen=True)
+class Problem:
+    """An inner problem ready to run: its dynamics, its initial state, its extras, and whether to check values.
+
+    ``popped`` are the levels of transforms that the problem has been taken out of, whose tensors it may not capture.
+    """
+
+    dynamics: Dynamics
+    state: tuple[Tensor, ...]
+    extras: tuple[Tensor, ...]
+    check: bool
+    popped: range = range(0)
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a rollout: the final state, the inner losses ``[steps]``, and what was kept for the backward pass."""
+
+    state: tuple[Tensor, ...]
+    losses: Tensor
+    record: Record
+
+
+class Estimator(ABC):
+    """How a solution is differentiated: a small frozen object passed to :func:`diffopt.solve`.
+
+    Almost every estimator is an :class:`Adjoint`; derive from that to write one.
+    """
+
+    @abstractmethod
+    def run(self, problem: Problem) -> Outcome:
+        """Roll the inner problem out, differentiable in its state and extras in this estimator's way."""
+
+
+class Adjoint(Estimator):
+    r"""A rule that moves the adjoint back over a stored trajectory: ``Lambda_T -> (Lambda_0, direct terms)``.
+
+    A rule says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`). Both are written for
+    one problem and are right for a batch of them, under every transform, for every optimizer and meta-parameter.
+
+    Example:
+        First-order MAML: the adjoint of the final state is handed to the initial one as it is.
+
+        >>> import torch, diffopt
+        >>> from diffopt.estimator import Adjoint
+        >>> from diffopt.trajectory import Cotangents, Keep
+        >>> class Straight(Adjoint):
+        ...     def keep(self, steps):
+        ...         return Keep(first=steps + 1)
+        ...     def pullback(self, trajectory, cotangent):
+        ...         return Cotangents(cotangent, {})
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> solution = diffopt.solve(
+        ...     lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=3, estimator=Straight()
+        ... )
+        >>> solution.params.sum().backward()
+        >>> w.grad
+        tensor([1., 1.])
+    """
+
+    @abstractmethod
+    def keep(self, steps: int) -> Keep:
+        """What of a rollout of ``steps`` steps the pullback will revisit."""
+
+    @abstractmethod
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """The adjoint of the initial state and the direct terms, given that of the final state."""
+
+    @final
+    def run(self, problem: Problem) -> Outcome:
+        """Roll out without a graph and attach this rule as the derivative."""
+        keep = self.keep(problem.dynamics.steps)
+        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0))
+        call = _Call(problem.dynamics, self, keep, Record(), watch)
+        *state, losses = _launch(call, (*problem.state, *problem.extras))
+        return Outcome(tuple(state), losses, call.record)
+
+
+def _levels() -> range:
+    return range(1, autodiff.transform_level() + 1)
+
+
+def unroll(problem: Problem) -> Outcome:
+    """Run all steps as plain differentiable code, under whatever records or transforms the caller.
+
+    Under vmap the steps run below it on stacked tensors, as those of an :class:`Adjoint` do; under another transform
+    the inner gradient is ``torch.func``'s, else plain autograd's.
+    """
+    tensors = (*problem.state, *problem.extras)
+    size = autodiff.innermost_vmap_size()
+    if size is not None:
+        tensors = autodiff.batch_in_innermost_vmap(tensors, size)
+        *state, losses = autodiff.below_vmap(partial(_unroll_stacked, problem, autodiff.transform_level()), tensors)
+        return Outcome(tuple(state), losses, Record())
+    watch = Watch(values=problem.check and not autodiff.transforms_active(), levels=problem.popped)
+    state, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
+    return Outcome(tuple(state), losses, Record())
+
+
+def _unroll_stacked(
+    problem: Problem, level: int, info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    count = problem.dynamics.state_count
+    stacked, dims = _stack(tensors, dims, info.batch_size, set(range(count)))
+    popped = range(level, problem.popped.stop or level + 1) if problem.check else range(0)
+    below = replace(
+        problem,
+        dynamics=problem.dynamics.batched(Level(dims, info.batch_size, info.randomness)),
+        state=tuple(stacked[:count]),
+        extras=tuple(stacked[count:]),
+        popped=popped,
+    )
+    outcome = unroll(below)
+    return (*outcome.state, outcome.losses)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One solve on its way down through the transforms around it."""
+
+    dynamics: Dynamics
+    rule: Adjoint
+    keep: Keep
+    record: Record
+    watch: Watch
+    wanted: frozenset[int] = field(default_factory=frozenset)
+    """Inputs that some transform above, or autograd below, differentiates."""
+    restacked: bool = False
+    """Whether the pullback runs under a vmap that the rollout did not run under."""
+
+    @property
+    def state_count(self) -> int:
+        return self.dynamics.state_count
+
+    @property
+    def wanted_extras(self) -> tuple[int, ...]:
+        return tuple(sorted(i - self.state_count for i in self.wanted if i >= self.state_count))
+
+
+def _launch(call: _Call, inputs: Sequence[Tensor]) -> Any:
+    if torch.is_grad_enabled():
+        call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
+    return _Solve.apply(call, *inputs)
+
+
+class _Solve(torch.autograd.Function):
+    """``(s_1, extras) -> (s_{T+1}, losses)``."""
+
+    @staticmethod
+    def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
+        count, keep = call.state_count, call.keep if call.wanted else None
+        call.record.wanted = call.wanted_extras
+        final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
+        taken = {x.data_ptr() for x in inputs}
+        return (*(x.clone() if x.data_ptr() in taken else x for x in final), losses)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[0]
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(*inputs[1:], *output[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        call = replace(ctx.call, wanted=frozenset(needed))
+        results = dict(zip(needed, _Pullback.apply(call, *ctx.saved_tensors, *cotangents[:-1]), strict=True))
+        return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *inputs: Tensor) -> Any:
+        own = call.wanted | set(range(call.state_count))
+        stacked, dims = _stack(inputs, in_dims[1:], info.batch_size, own)
+        level = Level(dims, info.batch_size, info.randomness)
+        outputs = _launch(replace(call, dynamics=call.dynamics.batched(level)), stacked)
+        return outputs, (0,) * len(outputs)
+
+
+class _Pullback(torch.autograd.Function):
+    """``(s_1, extras, s_{T+1}, Lambda_T) -> `` the hypergradient for the wanted inputs."""
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = call.state_count
+        inputs, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
+        trajectory = Trajectory(
+            call.dynamics,
+            Leaves(inputs[:count]),
+            inputs[count:],
+            final,
+            _usable_record(call, inputs),
+            any(i < count for i in call.wanted),
+            call.wanted_extras,
+        )
+        with torch.no_grad():
+            result = call.rule.pullback(trajectory, Leaves(cotangent))
+        terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
+        if call.watch.values and not all(bool(term.isfinite().all()) for term in terms):
+            _refuse_non_finite(cotangent)
+        return tuple(terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise SecondDerivativeError(
+            "a hypergradient is being differentiated again, and this estimator gives first derivatives only; "
+            "use estimator=diffopt.estimators.Unrolled(), which can be differentiated to any order"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *tensors: Tensor) -> Any:
+        count, dims = call.state_count, in_dims[1:]
+        inputs = len(tensors) - 2 * count
+        own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
+        restacked = call.restacked or all(dim is None for dim in dims[:inputs])
+        stacked, dims = _stack(tensors, dims, info.batch_size, own)
+        level = Level(dims[:inputs], info.batch_size, info.randomness)
+        call = replace(call, dynamics=call.dynamics.batched(level), restacked=restacked)
+        outputs = _Pullback.apply(call, *stacked)
+        return outputs, (0,) * len(outputs)
+
+
+def _stack(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, own: frozenset[int] | set[int]
+) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """Batch axes to the front; the tensors numbered in ``own`` get one even if the tasks share them."""
+    stacked, new_dims = list(tensors), [None if dim is None else 0 for dim in dims]
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        if dim is not None:
+            stacked[i] = tensor.movedim(dim, 0)
+        elif i in own:
+            stacked[i], new_dims[i] = tensor.expand(size, *tensor.shape), 0
+    return stacked, tuple(new_dims)
+
+
+def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
+    """What the rollout kept; or, if a pullback has used it up or it does not fit this one, what another rollout keeps."""
+    old = call.record
+    if old.usable and not call.restacked and set(call.wanted_extras) <= set(old.wanted):
+        return old
+    if old.draws and call.restacked:
+        raise RandomnessError(
+            "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
+            "run under (jacrev?): the same numbers cannot be drawn again; loop instead of vmap"
+        )
+    count, again = call.state_count, Record(wanted=call.wanted_extras, draws=dict(old.draws))
+    roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
+    return again
+
+
+def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
+    if number >= count:
+        term = result.extras.get(number - count)
+    else:
+        term = None if result.initial is None else result.initial[number]
+    return torch.zeros_like(like) if term is None else term
+
+
+def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
+    outer = "is finite" if all(bool(c.isfinite().all()) for c in cotangent) else "is not finite itself: check that loss"
+    raise NonFiniteGradientError(
+        "the hypergradient is NaN or infinite. The gradient of the outer loss at the solution " + outer + ". Check "
+        "for roots, norms or logarithms at zero in the inner loss, or fewer steps or a smaller step size"
+    )

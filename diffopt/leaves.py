@@ -1,0 +1,126 @@
+"""Arithmetic on the leaves of a tree: what optimizers and adjoint rules are written in.
+
+``Leaves`` makes an update rule read like its formula and runs each operation over all leaves in one call
+(``torch._foreach_*``); inside ``vmap``, which those calls do not know, it goes leaf by leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff
+
+Operand: TypeAlias = "Leaves | float"
+
+
+@final
+class Leaves(Sequence[Tensor]):
+    """An immutable list of tensors with elementwise arithmetic.
+
+    The other operand is a float (the same for every leaf) or another ``Leaves`` of equal length whose tensors
+    broadcast against these. Nothing is done in place, and every operation is differentiable.
+
+    Example:
+        >>> import torch
+        >>> x = Leaves([torch.tensor([1.0, 2.0]), torch.tensor(3.0)])
+        >>> (1 - 2 * x).tensors
+        (tensor([-1., -3.]), tensor(-5.))
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """Wrap the tensors; none is copied."""
+        self.tensors: tuple[Tensor, ...] = tuple(tensors)
+
+    def __len__(self) -> int:
+        """The number of leaves."""
+        return len(self.tensors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Iterate over the tensors."""
+        return iter(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One tensor for an integer, ``Leaves`` for a slice."""
+        return Leaves(self.tensors[index]) if isinstance(index, slice) else self.tensors[index]
+
+    def __repr__(self) -> str:
+        """Shapes only: the values are rarely what one wants to see."""
+        return f"Leaves({[tuple(tensor.shape) for tensor in self.tensors]})"
+
+    def map(self, function: Callable[..., Tensor], *others: Leaves) -> Leaves:
+        """Apply ``function`` leaf by leaf, with the corresponding leaves of ``others``."""
+        return Leaves(function(*row) for row in zip(self, *others, strict=True))
+
+    def zeros(self) -> Leaves:
+        """Zeros of the same shapes, dtypes and devices."""
+        return Leaves(torch.zeros_like(tensor) for tensor in self.tensors)
+
+    def __add__(self, other: Operand) -> Leaves:
+        """Elementwise sum."""
+        return _apply(torch.add, torch._foreach_add, self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Operand) -> Leaves:
+        """Elementwise difference."""
+        return _apply(torch.sub, torch._foreach_sub, self, other)
+
+    def __rsub__(self, other: float) -> Leaves:
+        """Elementwise ``other - self``."""
+        return -self + other
+
+    def __mul__(self, other: Operand) -> Leaves:
+        """Elementwise product."""
+        return _apply(torch.mul, torch._foreach_mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Operand) -> Leaves:
+        """Elementwise quotient."""
+        return _apply(torch.div, torch._foreach_div, self, other)
+
+    def __rtruediv__(self, other: float) -> Leaves:
+        """Elementwise ``other / self``."""
+        return Leaves(other / tensor for tensor in self.tensors)
+
+    def __pow__(self, exponent: float) -> Leaves:
+        """Elementwise power with a fixed exponent."""
+        return Leaves(tensor**exponent for tensor in self.tensors)
+
+    def __neg__(self) -> Leaves:
+        """Elementwise negative."""
+        return self * -1.0
+
+    def sqrt(self) -> Leaves:
+        """Elementwise root of numbers that are zero or positive, with derivative 0 (not infinity) at 0.
+
+        An adaptive optimizer divides by the root of an average of squares; at a coordinate whose gradient has
+        always been zero the plain root turns every hypergradient into NaN. Values are those of ``torch.sqrt``.
+        """
+        return self.map(_sqrt_with_zero_slope_at_zero)
+
+    def where_greater(self, other: Leaves) -> Leaves:
+        """The elementwise larger of the two; at a tie it is ``other``, and so is its derivative."""
+        return self.map(lambda a, b: torch.where(a > b, a, b), other)
+
+
+def _apply(
+    single: Callable[..., Tensor], every: Callable[..., Iterable[Tensor]], leaves: Leaves, other: Operand
+) -> Leaves:
+    if not isinstance(other, Leaves | float | int):
+        return NotImplemented
+    if autodiff.transforms_active() or not leaves.tensors:
+        operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
+        return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
+    return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))
+
+
+def _sqrt_with_zero_slope_at_zero(x: Tensor) -> Tensor:
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))

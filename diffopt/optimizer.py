@@ -1,0 +1,289 @@
+"""The contract of an inner optimizer, and how its hyperparameters become tensors that can be learned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.errors import (
+    DeviceError,
+    DtypeError,
+    HyperparameterError,
+    OptimizerError,
+    ShapeError,
+    StepsError,
+    StructureError,
+)
+from diffopt.leaves import Leaves
+
+Buffers: TypeAlias = dict[str, Leaves]
+Hyperparameter: TypeAlias = Any
+"""What a user may write: a float, a tensor, a tree shaped like ``params``, or a :class:`Schedule` of these."""
+
+EACH = {"hyperparameter": "each"}
+"""Field metadata: a tuple whose elements are hyperparameters of their own, such as Adam's ``betas``."""
+PREFIX = {"hyperparameter": "prefix"}
+"""Field metadata: a tree with ``params``' branches and anything below them; ``update`` sees one entry per leaf."""
+TREE = {"hyperparameter": "tree"}
+"""Field metadata: any tree of tensors, handed to ``update`` as it is (the weights of a learned optimizer)."""
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """A hyperparameter that changes from step to step: step ``t`` (from 1) uses ``values[t - 1]``.
+
+    Args:
+        values: a tensor of shape ``[steps]``, a list of ``steps`` floats, or a tree shaped like ``params`` whose
+            tensors have a leading axis of length ``steps``. Tensors are learnable.
+    """
+
+    values: Any
+
+
+class Optimizer(ABC):
+    r"""One step of an inner optimizer, ``s_{t+1} = U(s_t, g_t; eta)``, as a pure function.
+
+    A subclass is a frozen dataclass whose fields are its hyperparameters ``eta``. Inside ``init`` and ``update`` each
+    of them has been made ready for arithmetic with :class:`Leaves`: a float stays a float; a tensor, a tree shaped
+    like ``params`` and the current entry of a :class:`Schedule` are ``Leaves``. Booleans, strings and ``None`` stay.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, diffopt
+        >>> @dataclass(frozen=True)
+        ... class SoftSign(diffopt.Optimizer):
+        ...     lr: float
+        ...     elementwise = True
+        ...     def init(self, params):
+        ...         return {}
+        ...     def update(self, params, grads, buffers, step):
+        ...         return params - self.lr * grads.map(torch.tanh), buffers
+        >>> solution = diffopt.solve(lambda w: w.square().sum(), torch.ones(2), optimizer=SoftSign(0.5), steps=1)
+        >>> solution.params
+        tensor([0.5180, 0.5180])
+    """
+
+    elementwise: ClassVar[bool] = False
+    """Whether ``update`` treats every coordinate by itself. ``True`` is faster on batches of tasks (updates then run
+    on stacked tensors); it must be ``False`` for an update that mixes coordinates, as a norm or a matrix product
+    does. ``False`` is always right."""
+
+    @abstractmethod
+    def init(self, params: Leaves) -> Buffers:
+        """The optimizer's buffers at the start, by name; ``{}`` if it has none."""
+
+    @abstractmethod
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """The next parameters and buffers; ``step`` counts from 1. Differentiable, nothing in place."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for the tensor with this number."""
+
+    index: int
+
+
+@final
+@dataclass(frozen=True)
+class BoundOptimizer:
+    """An optimizer taken apart into its tensors and everything else, checked against the parameters.
+
+    Attributes:
+        template: the optimizer as the user made it.
+        tensors: the tensors in its fields, in a fixed order.
+        scheduled: for each tensor, whether its leading axis runs over steps.
+    """
+
+    template: Optimizer
+    tensors: tuple[Tensor, ...]
+    scheduled: tuple[bool, ...]
+    names: tuple[str, ...]
+    _values: tuple[tuple[str, Callable[..., Any]], ...]
+
+    def at(self, step: int, params: Leaves, tensors: Sequence[Tensor]) -> Optimizer:
+        """The optimizer with its hyperparameters ready for ``update`` at this step.
+
+        ``tensors`` stand for :attr:`tensors`, at this step where scheduled; those that belong to a leaf of ``params``
+        may lack its trailing axes (a scalar per task), which are added here.
+        """
+        if not self._values:
+            return self.template
+        ready: Optimizer = object.__new__(type(self.template))
+        for field in fields(self.template):  # type: ignore[arg-type]
+            object.__setattr__(ready, field.name, getattr(self.template, field.name))
+        for name, value in self._values:
+            object.__setattr__(ready, name, value(step, params, tensors))
+        return ready
+
+
+def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure, steps: int) -> BoundOptimizer:
+    """Take an optimizer apart and check every hyperparameter against the parameters.
+
+    Raises:
+        OptimizerError: not an :class:`Optimizer`, or not a dataclass.
+        StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter tree does not fit ``params``.
+        StepsError: a schedule's length is not ``steps``.
+    """
+    if not isinstance(optimizer, Optimizer):
+        hint = "; diffopt.from_torch lifts a torch.optim class" if isinstance(optimizer, torch.optim.Optimizer) else ""
+        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{hint}")
+    if not is_dataclass(optimizer):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} is not a dataclass: its hyperparameters cannot be found; "
+            "decorate the class with @dataclass(frozen=True)"
+        )
+    binder = _Binder(params, structure, steps)
+    values = []
+    for field in fields(optimizer):
+        value = binder.bind(field.name, getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise"))
+        if value is not None:
+            values.append((field.name, value))
+    return BoundOptimizer(
+        optimizer, tuple(binder.tensors), tuple(binder.scheduled), tuple(binder.names), tuple(values)
+    )
+
+
+class _Binder:
+    """Walks over the fields of one optimizer, collecting tensors and making a reader for every field that needs one."""
+
+    def __init__(self, params: Sequence[Tensor], structure: tree.Structure, steps: int) -> None:
+        self.params, self.structure, self.steps = params, structure, steps
+        self.tensors: list[Tensor] = []
+        self.scheduled: list[bool] = []
+        self.names: list[str] = []
+
+    def bind(self, name: str, value: Any, kind: str) -> Callable[..., Any] | None:
+        """A reader ``(step, params, tensors) -> value for update``; ``None`` if the value needs no work."""
+        if kind == "each":
+            readers = [self.bind(f"{name}[{i}]", item, "leafwise") for i, item in enumerate(value)]
+            if not any(readers):
+                return None
+            return lambda *now: tuple(r(*now) if r else item for r, item in zip(readers, value, strict=True))
+        if kind == "tree":
+            return self._whole_tree(name, value)
+        if kind == "prefix":
+            return None if value is None else self._prefix(name, value)
+        return self._leafwise(name, value)
+
+    def _slot(self, name: str, tensor: Tensor, scheduled: bool) -> _Slot:
+        self.tensors.append(tensor)
+        self.scheduled.append(scheduled)
+        self.names.append(name)
+        return _Slot(len(self.tensors) - 1)
+
+    def _whole_tree(self, name: str, value: Any) -> Callable[..., Any] | None:
+        leaves, structure = tree.flatten(value)
+        slots = [self._slot(name, x, False) if isinstance(x, Tensor) else x for x in leaves]
+        if not any(isinstance(slot, _Slot) for slot in slots):
+            return None
+        return lambda step, params, now: tree.unflatten(
+            structure, [now[s.index] if isinstance(s, _Slot) else s for s in slots]
+        )
+
+    def _prefix(self, name: str, value: Any) -> Callable[..., Any]:
+        entries = [self._whole_tree(name, entry) or _always(entry) for entry in self._like_params(name, value)]
+        return lambda *now: tuple(entry(*now) for entry in entries)
+
+    def _leafwise(self, name: str, value: Any) -> Callable[..., Any] | None:
+        scheduled = isinstance(value, Schedule)
+        inner = value.values if scheduled else value
+        if scheduled and _is_list_of_numbers(inner):
+            self._check_length(name, len(inner))
+            return lambda step, params, now: float(inner[step - 1])
+        if not scheduled and (inner is None or isinstance(inner, bool | str | int | float)):
+            return None
+        if isinstance(inner, Tensor) and inner.ndim == int(scheduled):
+            self._check_floating(name, inner)
+            if scheduled:
+                self._check_length(name, len(inner))
+            slot = self._slot(name, inner, scheduled)
+            return lambda step, params, now: Leaves(_fit(now[slot.index].to(x), x) for x in params)
+        entries = self._like_params(name, inner)
+        slots = [
+            self._entry(name, path, x, leaf, scheduled)
+            for path, x, leaf in zip(tree.paths(self.structure), entries, self.params, strict=True)
+        ]
+        return lambda step, params, now: Leaves(
+            _fit(now[slot.index], x) if isinstance(slot, _Slot) else x.new_tensor(slot)
+            for slot, x in zip(slots, params, strict=True)
+        )
+
+    def _entry(self, name: str, path: str, value: Any, leaf: Tensor, scheduled: bool) -> Any:
+        where = f"{name}{path}"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, Tensor):
+            raise HyperparameterError(f"{where} is {tree.describe(value)}, expected a float or a tensor")
+        self._check_floating(where, value)
+        shape = tuple(value.shape)
+        if scheduled:
+            self._check_length(where, shape[0] if shape else 0)
+            shape = shape[1:]
+        if shape not in ((), tuple(leaf.shape)):
+            raise ShapeError(
+                f"{where} has shape {shape}, expected () or the shape {tuple(leaf.shape)} of the parameter there"
+            )
+        if value.dtype != leaf.dtype:
+            raise DtypeError(f"{where} is {value.dtype}, the parameter there is {leaf.dtype}; convert one with .to()")
+        if value.device != leaf.device:
+            raise DeviceError(f"{where} is on {value.device}, the parameter there on {leaf.device}; move one with .to()")
+        return self._slot(where, value, scheduled)
+
+    def _like_params(self, name: str, value: Any) -> list[Any]:
+        try:
+            return tree.flatten_up_to(self.structure, value)
+        except (ValueError, TypeError) as error:
+            raise StructureError(
+                f"{name} is {tree.describe(value)}: expected a float, a scalar tensor, a Schedule, or a tree with the "
+                f"structure of params: {', '.join('params' + path for path in tree.paths(self.structure)[:4])}"
+            ) from error
+
+    def _check_length(self, name: str, length: int) -> None:
+        if length != self.steps:
+            raise StepsError(f"the schedule of {name} has {length} entries, expected one per step: {self.steps}")
+
+    def _check_floating(self, name: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            raise DtypeError(f"{name} is a {value.dtype} tensor, expected a floating dtype")
+
+
+def _fit(value: Tensor, leaf: Tensor) -> Tensor:
+    """Append axes of length 1, so that a scalar per task broadcasts against a leaf per task."""
+    missing = leaf.ndim - value.ndim
+    return value.reshape(value.shape + (1,) * missing) if value.ndim and missing > 0 else value
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *now: value
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value)
+
+
+def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
+    """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(optimizer, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            outside = isinstance(item, int | float) and not low <= item < high
+            if outside or isinstance(item, str | bool) or item is None:
+                raise HyperparameterError(
+                    f"{type(optimizer).__name__}: {name} is {item!r}, expected {low} <= {name} < {high}"
+                )
+
+
+def is_zero(value: Hyperparameter) -> bool:
+    """Whether a hyperparameter is the number 0, so that its term can be left out (a tensor never counts as 0)."""
+    return isinstance(value, int | float) and value == 0
+
+
+__all__ = ["EACH", "PREFIX", "TREE", "BoundOptimizer", "Buffers", "Hyperparameter", "Leaves", "Optimizer", "Schedule"]

@@ -1,0 +1,342 @@
+"""The optimizers, as pure dynamics with the semantics of ``torch.optim``; blocks C, E, D: derivations, section 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import HyperparameterError, ShapeError
+from diffopt.leaves import Leaves
+from diffopt.optimizer import EACH, PREFIX, Buffers, Hyperparameter, Optimizer, check_range, is_zero
+
+_INFINITY = float("inf")
+
+
+def _decayed(grads: Leaves, params: Leaves, weight_decay: Hyperparameter, maximize: bool = False) -> Leaves:
+    """``d = g + weight_decay * params``, the descent direction with L2 decay folded in."""
+    grads = -grads if maximize else grads
+    return grads if is_zero(weight_decay) else grads + weight_decay * params
+
+
+@final
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    r"""Gradient descent with momentum, dampening, Nesterov's rule and weight decay, as ``torch.optim.SGD``.
+
+    .. math:: d = g + \omega\phi,\quad v^+ = \mu v + c_t d,\quad \phi^+ = \phi - \eta q,\qquad
+              q = v^+ \text{ or } d + \mu v^+ \text{ (Nesterov)}
+
+    with ``c_1 = 1`` and ``c_t = 1 - dampening`` afterwards: the first step is not dampened. Derivations (2.1).
+
+    Args:
+        lr: step size ``eta``.
+        momentum: ``mu``; at the float 0 there is no buffer.
+        dampening: ``tau``.
+        weight_decay: ``omega``, added to the gradient.
+        nesterov: needs a momentum and no dampening.
+        maximize: climb instead of descend.
+    """
+
+    lr: Hyperparameter
+    momentum: Hyperparameter = 0.0
+    dampening: Hyperparameter = 0.0
+    weight_decay: Hyperparameter = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that ``torch.optim.SGD`` refuses."""
+        check_range(self, lr=(0, _INFINITY), momentum=(0, _INFINITY), weight_decay=(0, _INFINITY))
+        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
+            raise HyperparameterError(
+                f"SGD: nesterov needs momentum > 0 and dampening = 0, got {self.momentum} and {self.dampening}"
+            )
+
+    def init(self, params: Leaves) -> Buffers:
+        """A zero velocity, if there is momentum."""
+        return {} if is_zero(self.momentum) else {"velocity": params.zeros()}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        direction = _decayed(grads, params, self.weight_decay, self.maximize)
+        if "velocity" not in buffers:
+            return params - self.lr * direction, buffers
+        share = direction if step == 1 or is_zero(self.dampening) else (1 - self.dampening) * direction
+        velocity = self.momentum * buffers["velocity"] + share
+        move = direction + self.momentum * velocity if self.nesterov else velocity
+        return params - self.lr * move, {"velocity": velocity}
+
+
+@final
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    r"""Adam, as ``torch.optim.Adam``; weight decay is added to the gradient (L2). Derivations (2.2)-(2.3).
+
+    .. math:: m^+ = \beta_1 m + (1-\beta_1) d,\quad v^+ = \beta_2 v + (1-\beta_2) d^2,\quad
+              \phi^+ = \phi - \eta\,\frac{m^+/(1-\beta_1^t)}{\sqrt{v^+/(1-\beta_2^t)} + \epsilon}
+
+    With ``amsgrad`` the running maximum of ``v`` takes its place under the root. Where a coordinate's gradient has
+    always been exactly zero the root's derivative is taken as 0: the hypergradient is finite there.
+
+    Not to be trusted for the first step in float32: it moves by the sign of the gradient, whose derivative is the
+    difference of two nearly equal numbers.
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = field(default=(0.9, 0.999), metadata=EACH)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that ``torch.optim.Adam`` refuses."""
+        _check_adam(self)
+
+    def init(self, params: Leaves) -> Buffers:
+        """Zero moments."""
+        return _zero_moments(params, self.amsgrad)
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        direction = _decayed(grads, params, self.weight_decay, self.maximize)
+        move, buffers = _adam_move(self.betas, self.eps, direction, buffers, step)
+        return params - self.lr * move, buffers
+
+
+@final
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    r"""Adam with decoupled weight decay, as ``torch.optim.AdamW``: ``phi`` shrinks by ``1 - lr * weight_decay``.
+
+    The rest is :class:`Adam`. Derivations (2.2)-(2.3).
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = field(default=(0.9, 0.999), metadata=EACH)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 1e-2
+    amsgrad: bool = False
+    maximize: bool = False
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that ``torch.optim.AdamW`` refuses."""
+        _check_adam(self)
+
+    def init(self, params: Leaves) -> Buffers:
+        """Zero moments."""
+        return _zero_moments(params, self.amsgrad)
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        move, buffers = _adam_move(self.betas, self.eps, -grads if self.maximize else grads, buffers, step)
+        shrunk = params if is_zero(self.weight_decay) else params - (self.lr * self.weight_decay) * params
+        return shrunk - self.lr * move, buffers
+
+
+def _check_adam(optimizer: Adam | AdamW) -> None:
+    positive = (0, _INFINITY)
+    check_range(optimizer, lr=positive, eps=positive, weight_decay=positive, betas=(0, 1))
+    if len(optimizer.betas) != 2:
+        raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas}, expected two numbers")
+
+
+def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
+    names = ("mean", "square", "largest_square") if amsgrad else ("mean", "square")
+    return {name: params.zeros() for name in names}
+
+
+def _adam_move(
+    betas: tuple[Hyperparameter, Hyperparameter], eps: Hyperparameter, direction: Leaves, buffers: Buffers, step: int
+) -> tuple[Leaves, Buffers]:
+    """The normalised move of Adam and the new moments."""
+    beta1, beta2 = betas
+    mean = beta1 * buffers["mean"] + (1 - beta1) * direction
+    square = beta2 * buffers["square"] + (1 - beta2) * direction * direction
+    new = {"mean": mean, "square": square}
+    if "largest_square" in buffers:
+        new["largest_square"] = square = square.where_greater(buffers["largest_square"])
+    root = (square / (1 - beta2**step)).sqrt() + eps
+    return mean / (1 - beta1**step) / root, new
+
+
+@final
+@dataclass(frozen=True)
+class RMSprop(Optimizer):
+    r"""RMSprop, as ``torch.optim.RMSprop``. Derivations, section 2.4.
+
+    .. math:: v^+ = \alpha v + (1-\alpha) d^2,\quad b^+ = \mu b + d / (\sqrt{v^+} + \epsilon),\quad
+              \phi^+ = \phi - \eta b^+
+
+    ``centered`` subtracts the square of the running mean of ``d`` under the root.
+    """
+
+    lr: Hyperparameter = 1e-2
+    alpha: Hyperparameter = 0.99
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    momentum: Hyperparameter = 0.0
+    centered: bool = False
+    maximize: bool = False
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that ``torch.optim.RMSprop`` refuses."""
+        positive = (0, _INFINITY)
+        check_range(self, lr=positive, alpha=positive, eps=positive, weight_decay=positive, momentum=positive)
+
+    def init(self, params: Leaves) -> Buffers:
+        """Zero averages."""
+        names = ["square"] + ["mean"] * self.centered + ["velocity"] * (not is_zero(self.momentum))
+        return {name: params.zeros() for name in names}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        direction = _decayed(grads, params, self.weight_decay, self.maximize)
+        new = {"square": self.alpha * buffers["square"] + (1 - self.alpha) * direction * direction}
+        variance = new["square"]
+        if self.centered:
+            new["mean"] = self.alpha * buffers["mean"] + (1 - self.alpha) * direction
+            variance = variance - new["mean"] * new["mean"]
+        move = direction / (variance.sqrt() + self.eps)
+        if "velocity" in buffers:
+            new["velocity"] = move = self.momentum * buffers["velocity"] + move
+        return params - self.lr * move, new
+
+
+@final
+@dataclass(frozen=True)
+class Adagrad(Optimizer):
+    r"""Adagrad, as ``torch.optim.Adagrad``. Derivations, section 2.4.
+
+    .. math:: a^+ = a + d^2,\quad \phi^+ = \phi - \frac{\eta}{1 + (t-1)\gamma}\,\frac{d}{\sqrt{a^+} + \epsilon}
+    """
+
+    lr: Hyperparameter = 1e-2
+    lr_decay: Hyperparameter = 0.0
+    weight_decay: Hyperparameter = 0.0
+    initial_accumulator_value: Hyperparameter = 0.0
+    eps: Hyperparameter = 1e-10
+    maximize: bool = False
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that ``torch.optim.Adagrad`` refuses."""
+        positive = (0, _INFINITY)
+        check_range(self, lr=positive, lr_decay=positive, weight_decay=positive, eps=positive)
+        check_range(self, initial_accumulator_value=positive)
+
+    def init(self, params: Leaves) -> Buffers:
+        """The accumulated squares start at ``initial_accumulator_value``."""
+        return {"square": params.zeros() + self.initial_accumulator_value}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        direction = _decayed(grads, params, self.weight_decay, self.maximize)
+        square = buffers["square"] + direction * direction
+        lr = self.lr if is_zero(self.lr_decay) else self.lr / (1 + (step - 1) * self.lr_decay)
+        return params - lr * (direction / (square.sqrt() + self.eps)), {"square": square}
+
+
+@final
+@dataclass(frozen=True)
+class ProximalGD(Optimizer):
+    r"""Gradient descent on the loss plus a proximal term, the inner solver of iMAML.
+
+    .. math:: \phi^+ = \phi - \eta\,\big(g + \lambda (\phi - c)\big)
+
+    The proximal term is part of the update, not of the loss: it costs no order in the order-truncated estimators
+    (derivations, section 2.1).
+
+    Args:
+        lr: step size ``eta``.
+        strength: ``lambda``, the weight of the proximal term.
+        center: ``c``, a tree shaped like ``params``; ``None``: the initial parameters, through which the
+            hypergradient then also flows.
+
+    Reference: Rajeswaran et al. (2019), "Meta-Learning with Implicit Gradients", equation (3).
+    """
+
+    lr: Hyperparameter
+    strength: Hyperparameter
+    center: Hyperparameter = None
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse a negative step size or strength."""
+        check_range(self, lr=(0, _INFINITY), strength=(0, _INFINITY))
+
+    def init(self, params: Leaves) -> Buffers:
+        """The center, where it is the initial parameters."""
+        return {"center": params} if self.center is None else {}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        center = buffers["center"] if self.center is None else self.center
+        return params - self.lr * (grads + self.strength * (params - center)), buffers
+
+
+@final
+@dataclass(frozen=True)
+class Preconditioned(Optimizer):
+    r"""Gradient descent with a learned linear preconditioner, diagonal or Kronecker-factored (meta-curvature).
+
+    .. math:: \phi^+ = \phi - \eta\,\mathcal M g,\qquad
+              \mathcal M g = m \odot g \quad\text{or}\quad g \times_1 M_1 \times_2 M_2 \cdots
+
+    Args:
+        lr: step size ``eta``.
+        diagonal: ``m``, a tree shaped like ``params``.
+        factors: a tree with ``params``' branches and, for each leaf, a tuple of square matrices, one per axis of the
+            leaf (``None`` for the identity): an axis of length ``n`` takes an ``[n, n]`` matrix.
+
+    Give ``diagonal``, ``factors`` or both (the diagonal is applied first).
+
+    Reference: Park and Oliva (2019), "Meta-Curvature", section 3; Li et al. (2017), "Meta-SGD", for the diagonal.
+    """
+
+    lr: Hyperparameter
+    diagonal: Hyperparameter = None
+    factors: Hyperparameter = field(default=None, metadata=PREFIX)
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse a negative step size, and a preconditioner that is missing."""
+        check_range(self, lr=(0, _INFINITY))
+        if self.diagonal is None and self.factors is None:
+            raise HyperparameterError("Preconditioned: give diagonal, factors or both; SGD has neither")
+
+    def init(self, params: Leaves) -> Buffers:
+        """No buffers."""
+        return {}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """One step."""
+        move = grads if self.diagonal is None else self.diagonal * grads
+        if self.factors is not None:
+            move = Leaves(_multiply_axes(g, m) for g, m in zip(move, self.factors, strict=True))
+        return params - self.lr * move, buffers
+
+
+def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tensor:
+    """``tensor`` with axis ``i`` multiplied by ``matrices[i]``."""
+    if len(matrices) != tensor.ndim:
+        raise ShapeError(
+            f"Preconditioned: factors holds {len(matrices)} matrices for a leaf of shape {tuple(tensor.shape)}, "
+            "expected one per axis (None for the identity)"
+        )
+    for axis, matrix in enumerate(matrices):
+        if matrix is not None:
+            if matrix.shape != (tensor.shape[axis],) * 2:
+                raise ShapeError(
+                    f"Preconditioned: factor {axis} has shape {tuple(matrix.shape)}, the leaf's shape "
+                    f"{tuple(tensor.shape)} asks for {(tensor.shape[axis],) * 2}"
+                )
+            tensor = torch.tensordot(matrix, tensor, dims=([1], [axis])).movedim(0, axis)
+    return tensor

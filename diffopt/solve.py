@@ -1,0 +1,223 @@
+"""``solve``: minimise an inner loss by a fixed number of steps, differentiable in everything that went in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.dynamics import Dynamics, ExtraSlot
+from diffopt.errors import BatchesError, DeviceError, EstimatorError, LeafError, OptimizerError, StepsError
+from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.leaves import Leaves
+from diffopt.optimizer import BoundOptimizer, Optimizer, bind
+from diffopt.reverse import Reverse
+from diffopt.trajectory import Record
+
+Params = TypeVar("Params")
+
+
+class State(NamedTuple):
+    """The optimizer's state: the parameters and its buffers by name, each shaped like the parameters."""
+
+    params: Any
+    buffers: dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Kept:
+    """What the rollout kept for the backward pass.
+
+    Attributes:
+        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state.
+        states: how many states were stored.
+        bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
+    """
+
+    checkpoint: str | int | None
+    states: int
+    bytes: int
+
+
+@final
+@dataclass(frozen=True)
+class Solution(Generic[Params]):
+    """What :func:`solve` returns.
+
+    Attributes:
+        params: final inner parameters, a tree like the initial ones; differentiable in params, args, batches and the
+            optimizer's tensors.
+        state: final optimizer state (params and buffers), differentiable too.
+        losses: inner losses before each step, shape ``[steps]``, detached.
+        kept: what was stored for the backward pass.
+    """
+
+    params: Params
+    state: State
+    losses: Tensor
+    kept: Kept
+
+
+def solve(
+    loss: Callable[..., Tensor],
+    params: Params,
+    *args: Any,
+    optimizer: Optimizer,
+    steps: int,
+    batches: Any = None,
+    estimator: Estimator | None = None,
+    check: bool = True,
+) -> Solution[Params]:
+    r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
+
+    .. math:: s_{t+1} = \Phi_t(s_t) = U(s_t, \nabla_{params}\, loss(params_t, *args); \eta), \qquad t = 1, \dots, T
+
+    Nothing is declared to be a meta-parameter: whatever requires grad, or is differentiated by ``torch.func``, gets
+    its hypergradient. Works under ``torch.func.grad``, ``vmap`` (over tasks) and their compositions.
+
+    Args:
+        loss: ``loss(params, *args)``, with ``batches`` ``loss(params, *args, batch)``; returns a floating scalar. It
+            must get every tensor that is to have a hypergradient through its arguments, not by closure.
+        params: where the inner problem starts: a tree of floating tensors.
+        args: whatever else the loss reads: trees of tensors of any dtype and of other values.
+        optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.
+        steps: number of inner steps ``T``.
+        batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
+        estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
+        check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
+            depend on ``params``, and tensors captured by closure. Costs a few synchronisations on a GPU.
+
+    Returns:
+        A :class:`Solution`.
+
+    Raises:
+        LossError: the loss is not one floating scalar.
+        NonFiniteLossError, DivergenceError: it is not finite at the start, or later.
+        DisconnectedError, CapturedTensorError: it ignores ``params``, or reads tensors it was not given.
+        LeafError: ``params`` has a leaf that is not a floating, non-empty tensor.
+        StepsError, BatchesError, OptimizerError, EstimatorError: the argument named is not what was expected.
+        StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter does not fit ``params``.
+
+    Example:
+        The learning rate's hypergradient for one step on ``w**2`` is ``-2w * 2 (w - 0.1 * 2w)``.
+
+        >>> import torch, diffopt
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> w = torch.tensor(1.0)
+        >>> solution = diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(lr), steps=1)
+        >>> (solution.params**2).backward()
+        >>> lr.grad
+        tensor(-3.2000)
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0")
+    estimator = Reverse() if estimator is None else estimator
+    if not isinstance(estimator, Estimator):
+        hint = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
+        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{hint}")
+    leaves, structure = _params_leaves(params)
+    bound = bind(optimizer, leaves, structure, steps)
+    buffers = _initial_buffers(bound, leaves)
+    problem = _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
+    empty = Outcome(problem.state, leaves[0].new_empty(0), Record())
+    outcome = estimator.run(problem) if steps else empty
+    return _solution(problem.dynamics, structure, outcome)
+
+
+def _params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
+    if isinstance(params, torch.nn.Module):
+        raise LeafError(
+            f"params is the module {type(params).__name__}, expected a tree of tensors: pass "
+            "dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
+        )
+    leaves, structure = tree.flatten(params)
+    if not leaves:
+        raise LeafError("params is an empty tree, expected at least one floating tensor")
+    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.layout != torch.strided:
+            raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor")
+        if leaf.numel() == 0:
+            raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty, expected at least one number")
+        if leaf.device != leaves[0].device:
+            raise DeviceError(f"params{path} is on {leaf.device}, the first leaf on {leaves[0].device}")
+    return leaves, structure
+
+
+def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, Leaves]:
+    params = Leaves(leaves)
+    now = [x[0] if scheduled and len(x) else x for x, scheduled in zip(bound.tensors, bound.scheduled, strict=True)]
+    buffers = bound.at(1, params, now).init(params)
+    name = type(bound.template).__name__
+    if not isinstance(buffers, dict) or not all(isinstance(buffer, Leaves) for buffer in buffers.values()):
+        raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}, expected a dict from name to Leaves")
+    return buffers
+
+
+def _problem(
+    loss: Callable[..., Tensor],
+    leaves: list[Tensor],
+    structure: tree.Structure,
+    args: tuple[Any, ...],
+    batches: Any,
+    bound: BoundOptimizer,
+    buffers: dict[str, Leaves],
+    steps: int,
+    check: bool,
+) -> Problem:
+    args_leaves, args_structure = tree.flatten((args, batches))
+    first_batch = len(tree.flatten(args)[0])
+    if batches is not None:
+        _check_batches(batches, steps)
+    extras: list[Tensor] = []
+    stepped: list[bool] = []
+    for i, leaf in enumerate(args_leaves):
+        if isinstance(leaf, Tensor):
+            args_leaves[i] = ExtraSlot(len(extras))
+            extras.append(leaf)
+            stepped.append(batches is not None and i >= first_batch)
+    dynamics = Dynamics(
+        loss=loss,
+        optimizer=bound,
+        steps=steps,
+        params_structure=structure,
+        params_count=len(leaves),
+        buffers_layout=tuple((name, len(buffer)) for name, buffer in buffers.items()),
+        args_leaves=tuple(args_leaves),
+        args_structure=args_structure,
+        has_batches=batches is not None,
+        stepped=(*stepped, *bound.scheduled),
+        hyperparameters_start=len(extras),
+    )
+    state = (*leaves, *(leaf for buffer in buffers.values() for leaf in buffer))
+    return Problem(dynamics, state, (*extras, *bound.tensors), check)
+
+
+def _check_batches(batches: Any, steps: int) -> None:
+    leaves, structure = tree.flatten(batches)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise BatchesError(f"batches is {tree.describe(batches)}, expected a tree of tensors with {steps} entries each")
+    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != steps:
+            raise BatchesError(
+                f"batches{path} is {tree.describe(leaf)}, expected a tensor whose first axis has length "
+                f"steps = {steps}, one entry per inner step"
+            )
+
+
+def _solution(dynamics: Dynamics, structure: tree.Structure, outcome: Outcome) -> Solution[Any]:
+    params, buffers = dynamics.split(outcome.state)
+    named = {
+        name: tree.unflatten(structure, list(buffer)) if len(buffer) == len(params) else tuple(buffer)
+        for name, buffer in buffers.items()
+    }
+    final, record = tree.unflatten(structure, list(params)), outcome.record
+    kept = Kept(record.checkpoint, record.states_stored, record.bytes_stored)
+    return Solution(final, State(final, named), outcome.losses, kept)
+
+
+

@@ -1,0 +1,11 @@
+"""Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`."""
+
+from diffopt.estimator import Adjoint, Estimator
+from diffopt.estimators.first_order import FirstOrder
+from diffopt.estimators.forward_mode import ForwardMode
+from diffopt.estimators.reptile import Reptile
+from diffopt.estimators.truncated import Truncated
+from diffopt.estimators.unrolled import Unrolled
+from diffopt.reverse import Reverse
+
+__all__ = ["Adjoint", "Estimator", "FirstOrder", "ForwardMode", "Reptile", "Reverse", "Truncated", "Unrolled"]

@@ -1,0 +1,35 @@
+"""First-order MAML: the gradient at the solution, handed to the initial parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.trajectory import Cotangents, Keep, Trajectory
+
+
+@final
+@dataclass(frozen=True)
+class FirstOrder(Adjoint):
+    r"""The hypergradient with every step's Jacobian taken to be the identity (first-order MAML).
+
+    .. math:: \Lambda_0 := \Lambda_T = \frac{\partial F}{\partial s_{T+1}},\qquad \text{direct terms} := 0
+
+    Biased: the error is of first order in ``lr * T``. Cost: nothing beyond the rollout; no second derivative of the
+    loss is taken. Memory: no states. Depth 0.
+
+    Not for: anything but the initial state. What the loss or the optimizer reads gets a zero (its explicit use in
+    the outer loss still counts, by ordinary autograd): first-order methods cannot train meta-networks or step sizes.
+
+    Reference: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2. Derivations, section 3.1.
+    """
+
+    def keep(self, steps: int) -> Keep:
+        """No step."""
+        return Keep(first=steps + 1)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """The final state's adjoint, as it is."""
+        return Cotangents(cotangent, {})

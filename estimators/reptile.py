@@ -1,0 +1,38 @@
+"""Reptile: move the initial parameters towards the solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.trajectory import Cotangents, Keep, Trajectory
+
+
+@final
+@dataclass(frozen=True)
+class Reptile(Adjoint):
+    r"""The direction ``initial - final`` of the parameters, in place of a hypergradient.
+
+    .. math:: \Lambda_0 := \phi_1 - \phi_{T+1}\quad(\text{for gradient descent } \alpha\textstyle\sum_t g_t),\qquad
+              \text{direct terms} := 0
+
+    Not a gradient of the outer loss, which is not looked at: only that it depends on the solution counts. So a
+    factor on the outer loss has no effect: over a batch of tasks the result is the sum of the tasks' directions, also
+    when the outer loss is their mean. Cost: nothing beyond the rollout. Memory: no states. Depth 0.
+
+    Not for: anything but the initial parameters (all else gets a zero), or outer losses on other data than the inner.
+
+    Reference: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", algorithm 1. Derivations, section 3.1.
+    """
+
+    def keep(self, steps: int) -> Keep:
+        """No step."""
+        return Keep(first=steps + 1)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """Initial minus final parameters; zero for the buffers."""
+        count = trajectory.dynamics.params_count
+        moved = trajectory.initial[:count] - trajectory.final[:count]
+        return Cotangents(Leaves([*moved, *cotangent[count:].zeros()]), {})

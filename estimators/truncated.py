@@ -1,0 +1,60 @@
+"""Truncated back-propagation: the exact recursion over the last steps only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from diffopt.errors import StepsError
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.reverse import check_checkpoint
+from diffopt.trajectory import Checkpoint, Cotangents, Keep, Trajectory
+
+
+@final
+@dataclass(frozen=True)
+class Truncated(Adjoint):
+    r"""The hypergradient through the last ``steps`` inner steps only.
+
+    .. math:: \Lambda_{t-1} = J_t^\top\Lambda_t\ (t = T, \dots, T - L + 1),\qquad
+              \nabla = \sum_{t > T - L} B_t^\top\Lambda_t
+                       + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_{T-L}
+
+    with ``L = steps``: the initial state gets the adjoint of the state before the last ``L`` steps, as if the earlier
+    steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
+
+    Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
+    one after the other. Memory: ``L`` steps, kept as :class:`Reverse` keeps them. Depth ``L``.
+
+    Not for: hyperparameters that act early: their early terms are dropped, not approximated.
+
+    Args:
+        steps: ``L``, at most the number of inner steps.
+        checkpoint: how the last ``L`` steps are kept; see :class:`Reverse`.
+
+    Raises:
+        StepsError: ``steps`` is negative or more than the inner problem has.
+
+    Reference: Shaban et al. (2019), "Truncated Back-propagation for Bilevel Optimization", section 3. Derivations
+    (3.1).
+    """
+
+    steps: int
+    checkpoint: Checkpoint = None
+
+    def __post_init__(self) -> None:
+        """Check both options."""
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise StepsError(f"Truncated: steps is {self.steps!r}, expected an integer >= 0")
+        check_checkpoint("Truncated", self.checkpoint)
+
+    def keep(self, steps: int) -> Keep:
+        """The last steps."""
+        if self.steps > steps:
+            raise StepsError(f"Truncated(steps={self.steps}): the inner problem has only {steps} steps")
+        return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """The recursion over the last steps."""
+        return trajectory.sweep(cotangent, first=trajectory.steps - self.steps + 1)

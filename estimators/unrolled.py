@@ -1,0 +1,31 @@
+"""Plain unrolling: autograd records the whole rollout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+
+from diffopt.estimator import Estimator, Outcome, Problem, unroll
+
+
+@final
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """The exact hypergradient by recording every inner step, differentiable to any order.
+
+    Cost: ``T`` gradients and ``T`` HVPs for a first derivative. Memory: the graph of all ``T`` steps, which only goes
+    when the outer loss does. Depth ``T``. Tensors captured by closure do get their gradient, except under vmap.
+
+    For: second derivatives of a hypergradient, and an inner solve within the loss of another solve. Not for: anything
+    else; :class:`Reverse` gives the same first derivative faster, in less memory.
+
+    Reference: Maclaurin et al. (2015), "Gradient-based Hyperparameter Optimization through Reversible Learning",
+    section 2 (as the baseline). Derivations (1.1)-(1.2).
+    """
+
+    def run(self, problem: Problem) -> Outcome:
+        """Roll out under autograd."""
+        return unroll(problem)
+
+
