@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-_functorch = torch._C._functorch
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 
 
 def transforms_active() -> bool:
@@ -29,6 +29,11 @@ def transforms_active() -> bool:
 def transform_level() -> int:
     """How many ``torch.func`` transforms are running around the caller."""
     return _functorch.maybe_current_level() or 0
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, typed."""
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def innermost_vmap_size() -> int | None:
@@ -83,19 +88,20 @@ class _BelowVmap(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, function: Any, *tensors: Tensor) -> Any:
-        outputs = function(info, in_dims[1:], tensors)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        outputs = args[0](info, in_dims[1:], args[1:])
         return outputs, (0,) * len(outputs)
 
 
 def below_vmap(
-    function: Callable[[Any, tuple[int | None, ...], tuple[Tensor, ...]], tuple[Tensor, ...]], tensors: Sequence[Tensor]
+    function: Callable[[Any, tuple[int | None, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Call ``function(info, in_dims, tensors)`` outside the innermost vmap; its outputs are batched along axis 0.
 
     Unlike a custom autograd function, what it computes is recorded by whatever records there.
     """
-    return tuple(_BelowVmap.apply(function, *tensors))
+    return tuple(apply(_BelowVmap, function, *tensors))
 
 
 class StepGraph:
@@ -161,7 +167,7 @@ def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not tensors:
         return ()
     anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
-    return tuple(_Roots.apply(anchor, *(tensor.detach() for tensor in tensors)))
+    return tuple(apply(_Roots, anchor, *(tensor.detach() for tensor in tensors)))
 
 
 def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
@@ -188,7 +194,9 @@ def pullback(
 
 
 def jvp(
-    function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+    function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Value and Jacobian-vector product, by differentiating the (linear) vector-Jacobian product once more."""
     with torch.enable_grad():
@@ -231,7 +239,7 @@ def saved_bytes(graph: StepGraph) -> int:
             continue
         seen.add(node)
         pending.extend(parent for parent, _ in node.next_functions)
-        for name in _saved_names(type(node)):
+        for name in _saved_names(cast(Any, type(node))):
             value = getattr(node, name, None)
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor):
@@ -241,7 +249,7 @@ def saved_bytes(graph: StepGraph) -> int:
 
 
 @functools.cache
-def _saved_names(node_type: type) -> tuple[str, ...]:
+def _saved_names(node_type: Any) -> tuple[str, ...]:
     names = [name for name in dir(node_type) if name.startswith("_saved_")]
     return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
 
@@ -284,19 +292,16 @@ class CaptureGuard(TorchFunctionMode):
         """``function`` run under one empty vmap per watched level."""
 
         def shifted(*arguments: Any) -> Any:
-            def inner(_: Tensor) -> Any:
-                return function(*arguments)
-
+            thunk = functools.partial(function, *arguments)
             for _ in self._levels:
-                inner = _empty_vmap(inner)
-            return inner(torch.zeros(1))
+                thunk = functools.partial(_in_empty_vmap, thunk)
+            return thunk()
 
         return shifted
 
 
-def _empty_vmap(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    vmapped = torch.func.vmap(function, randomness="same")
-    return lambda _: _first(vmapped(torch.zeros(1)))
+def _in_empty_vmap(thunk: Callable[[], Any]) -> Any:
+    return _first(torch.func.vmap(lambda _: thunk(), randomness="same")(torch.zeros(1)))
 
 
 def _first(batch: Any) -> Any:

@@ -102,12 +102,12 @@ class Dynamics:
         """The axis of extra ``number`` that runs over steps, behind the axes of the levels that batch it."""
         return sum(level.dims[self.state_count + number] is not None for level in self.levels)
 
-    def losses(self, params: Sequence[Tensor], current: Sequence[Tensor], guard: autodiff.CaptureGuard | None) -> Tensor:
+    def losses(
+        self, params: Sequence[Tensor], current: Sequence[Tensor], guard: autodiff.CaptureGuard | None
+    ) -> Tensor:
         """The inner losses of all tasks, one axis per level; ``current`` is :meth:`at_step` of the extras."""
         read = self.hyperparameters_start
-        dims = [
-            (*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels
-        ]
+        dims = [(*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels]
         function = self._loss_of_leaves if guard is None else guard.watch(self._loss_of_leaves)
         vmapped = autodiff.vmap(function, dims, [level.randomness for level in self.levels])
         try:
@@ -129,12 +129,14 @@ class Dynamics:
         own = (0,) * (self.state_count + self.params_count)
         start = self.state_count + self.hyperparameters_start
         vmapped = autodiff.vmap(
-            lambda *leaves: self._update(
-                leaves[: self.state_count],
-                leaves[self.state_count : len(own)],
-                leaves[len(own) :],
-                step,
-            ).tensors,
+            lambda *leaves: (
+                self._update(
+                    leaves[: self.state_count],
+                    leaves[self.state_count : len(own)],
+                    leaves[len(own) :],
+                    step,
+                ).tensors
+            ),
             [own + level.dims[start:] for level in self.levels],
             [level.randomness for level in self.levels],
         )
@@ -157,7 +159,8 @@ class Dynamics:
         params = tree.unflatten(self.params_structure, leaves[: self.params_count])
         extras = leaves[self.params_count :]
         args, batch = tree.unflatten(
-            self.args_structure, [extras[x.index] if isinstance(x, ExtraSlot) else x for x in self.args_leaves]
+            self.args_structure,
+            [extras[x.index] if isinstance(x, ExtraSlot) else x for x in self.args_leaves],
         )
         loss = self.loss(params, *args, batch) if self.has_batches else self.loss(params, *args)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():

@@ -21,7 +21,8 @@ from diffopt import autodiff
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.leaves import Leaves
-from diffopt.trajectory import Cotangents, Keep, Record, Trajectory, Watch, roll_out, roll_out_recorded
+from diffopt.rollout import Keep, Record, Watch, roll_out, roll_out_recorded
+from diffopt.trajectory import Cotangents, Trajectory
 
 
 @final
@@ -71,7 +72,8 @@ class Adjoint(Estimator):
 
         >>> import torch, diffopt
         >>> from diffopt.estimator import Adjoint
-        >>> from diffopt.trajectory import Cotangents, Keep
+        >>> from diffopt.rollout import Keep
+        >>> from diffopt.trajectory import Cotangents
         >>> class Straight(Adjoint):
         ...     def keep(self, steps):
         ...         return Keep(first=steps + 1)
@@ -98,7 +100,9 @@ class Adjoint(Estimator):
     def run(self, problem: Problem) -> Outcome:
         """Roll out without a graph and attach this rule as the derivative."""
         keep = self.keep(problem.dynamics.steps)
-        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0))
+        watch = Watch(
+            problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0)
+        )
         call = _Call(problem.dynamics, self, keep, Record(), watch)
         *state, losses = _launch(call, (*problem.state, *problem.extras))
         return Outcome(tuple(state), losses, call.record)
@@ -121,8 +125,8 @@ def unroll(problem: Problem) -> Outcome:
         *state, losses = autodiff.below_vmap(partial(_unroll_stacked, problem, autodiff.transform_level()), tensors)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check and not autodiff.transforms_active(), levels=problem.popped)
-    state, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
-    return Outcome(tuple(state), losses, Record())
+    final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
+    return Outcome(final.tensors, losses, Record())
 
 
 def _unroll_stacked(
@@ -168,7 +172,7 @@ class _Call:
 def _launch(call: _Call, inputs: Sequence[Tensor]) -> Any:
     if torch.is_grad_enabled():
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
-    return _Solve.apply(call, *inputs)
+    return autodiff.apply(_Solve, call, *inputs)
 
 
 class _Solve(torch.autograd.Function):
@@ -192,11 +196,13 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         call = replace(ctx.call, wanted=frozenset(needed))
-        results = dict(zip(needed, _Pullback.apply(call, *ctx.saved_tensors, *cotangents[:-1]), strict=True))
+        terms = autodiff.apply(_Pullback, call, *ctx.saved_tensors, *cotangents[:-1])
+        results = dict(zip(needed, terms, strict=True))
         return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        call, *inputs = args
         own = call.wanted | set(range(call.state_count))
         stacked, dims = _stack(inputs, in_dims[1:], info.batch_size, own)
         level = Level(dims, info.batch_size, info.randomness)
@@ -210,7 +216,11 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = call.state_count
-        inputs, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
+        inputs, final, cotangent = (
+            tensors[: -2 * count],
+            Leaves(tensors[-2 * count : -count]),
+            tensors[-count:],
+        )
         trajectory = Trajectory(
             call.dynamics,
             Leaves(inputs[:count]),
@@ -239,7 +249,8 @@ class _Pullback(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        call, *tensors = args
         count, dims = call.state_count, in_dims[1:]
         inputs = len(tensors) - 2 * count
         own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
@@ -247,7 +258,7 @@ class _Pullback(torch.autograd.Function):
         stacked, dims = _stack(tensors, dims, info.batch_size, own)
         level = Level(dims[:inputs], info.batch_size, info.randomness)
         call = replace(call, dynamics=call.dynamics.batched(level), restacked=restacked)
-        outputs = _Pullback.apply(call, *stacked)
+        outputs = autodiff.apply(_Pullback, call, *stacked)
         return outputs, (0,) * len(outputs)
 
 
@@ -265,7 +276,7 @@ def _stack(
 
 
 def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
-    """What the rollout kept; or, if a pullback has used it up or it does not fit this one, what another rollout keeps."""
+    """What the rollout kept; or, if it has been used up or does not fit this pullback, what another rollout keeps."""
     old = call.record
     if old.usable and not call.restacked and set(call.wanted_extras) <= set(old.wanted):
         return old

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from diffopt import autodiff
+
+_foreach: Any = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in ("add", "sub", "mul", "div")})
 
 Operand: TypeAlias = "Leaves | float"
 
@@ -63,13 +66,13 @@ class Leaves(Sequence[Tensor]):
 
     def __add__(self, other: Operand) -> Leaves:
         """Elementwise sum."""
-        return _apply(torch.add, torch._foreach_add, self, other)
+        return _apply(torch.add, _foreach.add, self, other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Operand) -> Leaves:
         """Elementwise difference."""
-        return _apply(torch.sub, torch._foreach_sub, self, other)
+        return _apply(torch.sub, _foreach.sub, self, other)
 
     def __rsub__(self, other: float) -> Leaves:
         """Elementwise ``other - self``."""
@@ -77,13 +80,13 @@ class Leaves(Sequence[Tensor]):
 
     def __mul__(self, other: Operand) -> Leaves:
         """Elementwise product."""
-        return _apply(torch.mul, torch._foreach_mul, self, other)
+        return _apply(torch.mul, _foreach.mul, self, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Operand) -> Leaves:
         """Elementwise quotient."""
-        return _apply(torch.div, torch._foreach_div, self, other)
+        return _apply(torch.div, _foreach.div, self, other)
 
     def __rtruediv__(self, other: float) -> Leaves:
         """Elementwise ``other / self``."""

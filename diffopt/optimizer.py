@@ -143,12 +143,12 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
     binder = _Binder(params, structure, steps)
     values = []
     for field in fields(optimizer):
-        value = binder.bind(field.name, getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise"))
+        value = binder.bind(
+            field.name, getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
+        )
         if value is not None:
             values.append((field.name, value))
-    return BoundOptimizer(
-        optimizer, tuple(binder.tensors), tuple(binder.scheduled), tuple(binder.names), tuple(values)
-    )
+    return BoundOptimizer(optimizer, tuple(binder.tensors), tuple(binder.scheduled), tuple(binder.names), tuple(values))
 
 
 class _Binder:
@@ -234,7 +234,9 @@ class _Binder:
         if value.dtype != leaf.dtype:
             raise DtypeError(f"{where} is {value.dtype}, the parameter there is {leaf.dtype}; convert one with .to()")
         if value.device != leaf.device:
-            raise DeviceError(f"{where} is on {value.device}, the parameter there on {leaf.device}; move one with .to()")
+            raise DeviceError(
+                f"{where} is on {value.device}, the parameter there on {leaf.device}; move one with .to()"
+            )
         return self._slot(where, value, scheduled)
 
     def _like_params(self, name: str, value: Any) -> list[Any]:
@@ -286,4 +288,14 @@ def is_zero(value: Hyperparameter) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-__all__ = ["EACH", "PREFIX", "TREE", "BoundOptimizer", "Buffers", "Hyperparameter", "Leaves", "Optimizer", "Schedule"]
+__all__ = [
+    "EACH",
+    "PREFIX",
+    "TREE",
+    "BoundOptimizer",
+    "Buffers",
+    "Hyperparameter",
+    "Leaves",
+    "Optimizer",
+    "Schedule",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from diffopt.errors import HyperparameterError, ShapeError
@@ -153,7 +152,11 @@ def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
 
 
 def _adam_move(
-    betas: tuple[Hyperparameter, Hyperparameter], eps: Hyperparameter, direction: Leaves, buffers: Buffers, step: int
+    betas: tuple[Hyperparameter, Hyperparameter],
+    eps: Hyperparameter,
+    direction: Leaves,
+    buffers: Buffers,
+    step: int,
 ) -> tuple[Leaves, Buffers]:
     """The normalised move of Adam and the new moments."""
     beta1, beta2 = betas
@@ -338,5 +341,7 @@ def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tenso
                     f"Preconditioned: factor {axis} has shape {tuple(matrix.shape)}, the leaf's shape "
                     f"{tuple(tensor.shape)} asks for {(tensor.shape[axis],) * 2}"
                 )
-            tensor = torch.tensordot(matrix, tensor, dims=([1], [axis])).movedim(0, axis)
+            tensor = (
+                (matrix @ tensor.movedim(axis, 0).flatten(1)).reshape(tensor.movedim(axis, 0).shape).movedim(0, axis)
+            )
     return tensor

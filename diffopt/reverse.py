@@ -8,7 +8,8 @@ from typing import final
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.trajectory import Checkpoint, Cotangents, Keep, Trajectory
+from diffopt.rollout import Checkpoint, Keep
+from diffopt.trajectory import Cotangents, Trajectory
 
 
 def check_checkpoint(rule: str, checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.reverse import Reverse
-from diffopt.trajectory import Record
+from diffopt.rollout import Record
 
 Params = TypeVar("Params")
 
@@ -116,17 +116,23 @@ def solve(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0")
-    estimator = Reverse() if estimator is None else estimator
-    if not isinstance(estimator, Estimator):
-        hint = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
-        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{hint}")
+    rule = _checked_estimator(estimator)
     leaves, structure = _params_leaves(params)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
     problem = _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
     empty = Outcome(problem.state, leaves[0].new_empty(0), Record())
-    outcome = estimator.run(problem) if steps else empty
+    outcome = rule.run(problem) if steps else empty
     return _solution(problem.dynamics, structure, outcome)
+
+
+def _checked_estimator(estimator: Any) -> Estimator:
+    if estimator is None:
+        return Reverse()
+    if not isinstance(estimator, Estimator):
+        hint = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
+        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{hint}")
+    return estimator
 
 
 def _params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
@@ -218,6 +224,3 @@ def _solution(dynamics: Dynamics, structure: tree.Structure, outcome: Outcome) -
     final, record = tree.unflatten(structure, list(params)), outcome.record
     kept = Kept(record.checkpoint, record.states_stored, record.bytes_stored)
     return Solution(final, State(final, named), outcome.losses, kept)
-
-
-

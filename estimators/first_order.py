@@ -7,7 +7,8 @@ from typing import final
 
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.trajectory import Cotangents, Keep, Trajectory
+from diffopt.rollout import Keep
+from diffopt.trajectory import Cotangents, Trajectory
 
 
 @final

@@ -15,7 +15,8 @@ from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.trajectory import Cotangents, Keep, Trajectory
+from diffopt.rollout import Keep
+from diffopt.trajectory import Cotangents, Trajectory
 
 
 @final
@@ -44,7 +45,9 @@ class ForwardMode(Adjoint):
     def __post_init__(self) -> None:
         """Check ``chunk_size``."""
         if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
-            raise HyperparameterError(f"ForwardMode: chunk_size is {self.chunk_size!r}, expected None or an integer >= 1")
+            raise HyperparameterError(
+                f"ForwardMode: chunk_size is {self.chunk_size!r}, expected None or an integer >= 1"
+            )
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again with its tangents."""
@@ -111,7 +114,12 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
 
 
 def _step(
-    dynamics: Dynamics, state: Leaves, moving: Leaves, current: Sequence[Tensor], rates: dict[int, Tensor], step: int
+    dynamics: Dynamics,
+    state: Leaves,
+    moving: Leaves,
+    current: Sequence[Tensor],
+    rates: dict[int, Tensor],
+    step: int,
 ) -> tuple[Leaves, Leaves]:
     """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``."""
     params = dynamics.params_count

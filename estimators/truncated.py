@@ -9,7 +9,8 @@ from diffopt.errors import StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.reverse import check_checkpoint
-from diffopt.trajectory import Checkpoint, Cotangents, Keep, Trajectory
+from diffopt.rollout import Checkpoint, Keep
+from diffopt.trajectory import Cotangents, Trajectory
 
 
 @final

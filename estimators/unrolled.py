@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-
 from diffopt.estimator import Estimator, Outcome, Problem, unroll
 
 
@@ -27,5 +26,3 @@ class Unrolled(Estimator):
     def run(self, problem: Problem) -> Outcome:
         """Roll out under autograd."""
         return unroll(problem)
-
-

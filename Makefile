@@ -1,0 +1,73 @@
+# Fresh machine, two commands:      make demo      make test
+#   another interpreter:            make test PYTHON=python3.12
+#   CPU-only torch on a Linux box:  make demo PIP_ARGS='--extra-index-url <PyTorch CPU index>'
+#   use the torch you already have: make test VENV=          (no venv, no installs, no network)
+#   some tests only:                make test ARGS='tests/test_layout.py -x'
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP_ARGS    ?=
+WORKERS     ?= 2
+ARGS        ?=
+
+SHELL := /bin/bash
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifeq ($(strip $(VENV)),)
+RUN         := $(PYTHON)
+READY       := own-python
+READY_TEST  := own-test-modules
+READY_CHECK := own-check-modules
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+RUN         := $(VENV)/bin/python
+READY       := $(VENV)/.ready
+READY_TEST  := $(VENV)/.ready
+READY_CHECK := $(VENV)/.ready-dev
+PIP         := $(RUN) -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS)
+endif
+
+# Says what is wrong with $(PYTHON) before anything else is tried. The one-liners run on every Python 3.
+OLD_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "Python >= 3.10 is needed and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1). Try: make PYTHON=python3.11" >&2; exit 1; }
+HAS = $(PYTHON) -c 'import importlib.util, sys; lacks = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]; \
+	sys.exit("VENV= installs nothing, and $(PYTHON) lacks: " + ", ".join(lacks) if lacks else 0)'
+
+.PHONY: demo test check clean own-python own-test-modules own-check-modules
+
+demo: $(READY)
+	$(RUN) -m diffopt demo
+
+test: export OMP_NUM_THREADS := 1
+test: $(READY_TEST)
+	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(READY_CHECK)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@$(OLD_ENOUGH)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+own-python:
+	@$(OLD_ENOUGH)
+	@$(HAS) torch numpy optree einops PIL sklearn matplotlib rich
+
+own-test-modules: own-python
+	@$(HAS) pytest xdist pytest_timeout hypothesis scipy higher
+
+own-check-modules: own-python
+	@$(HAS) ruff mypy pyright
+
+clean:
+	rm -rf $(if $(strip $(VENV)),$(VENV)) build dist torch_diffopt.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find diffopt estimators tasks tests -name __pycache__ -type d -prune -exec rm -rf {} +

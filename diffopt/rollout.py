@@ -1,0 +1,274 @@
+"""The rollout of an inner problem: its steps, what is kept of them, and the checks made on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff, randomness
+from diffopt.dynamics import Dynamics
+from diffopt.errors import (
+    CapturedTensorError,
+    DisconnectedError,
+    DivergenceError,
+    NonFiniteLossError,
+)
+from diffopt.leaves import Leaves
+
+Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
+
+GRAPH_BUDGET = 2**30
+"""Bytes up to which ``checkpoint=None`` retains step graphs."""
+
+
+@final
+@dataclass(frozen=True)
+class Keep:
+    """What a rule will revisit: the steps ``first, ..., T``, and how they are kept.
+
+    Attributes:
+        first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
+        checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
+            near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
+    """
+
+    first: int
+    checkpoint: Checkpoint = 1
+
+
+@final
+@dataclass
+class Record:
+    """What one rollout kept. The first backward pass takes it apart; a later one rolls out again.
+
+    Attributes:
+        states: stored states ``s_t`` by ``t``.
+        graphs: retained step graphs by ``t``.
+        draws: the generators' states before each step that drew random numbers.
+        wanted: the extras that the graphs can be pulled back to.
+        checkpoint: how steps were kept, once chosen.
+        states_stored: how many states were stored in the rollout.
+        bytes_stored: their bytes, or an estimate of the graphs' bytes from the first one.
+    """
+
+    wanted: tuple[int, ...] = ()
+    states: dict[int, Leaves] = field(default_factory=dict)
+    graphs: dict[int, autodiff.StepGraph] = field(default_factory=dict)
+    draws: dict[int, randomness.GeneratorStates] = field(default_factory=dict)
+    checkpoint: Checkpoint = 1
+    states_stored: int = 0
+    bytes_stored: int = 0
+    usable: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Watch:
+    """Which checks a rollout makes.
+
+    Attributes:
+        values: refuse losses and states that are not finite, and a loss that does not depend on params.
+        captures: refuse captured tensors that require grad.
+        levels: refuse captured tensors of these ``torch.func`` transforms.
+    """
+
+    values: bool = False
+    captures: bool = False
+    levels: range = range(0)
+
+
+def roll_out(
+    dynamics: Dynamics,
+    state: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    keep: Keep | None,
+    record: Record,
+    watch: Watch,
+) -> tuple[Leaves, Tensor]:
+    """Run all steps without a graph through them; returns the final state and the losses ``[..., steps]``.
+
+    # NOTE [why the rollout runs under no_grad]
+    Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
+    Each step turns grad mode on for itself, on tensors cut off from the steps before it.
+    """
+    now, losses = Leaves(state), []
+    stepper = Stepper(dynamics, extras, record, watch)
+    with torch.no_grad():
+        for step in range(1, dynamics.steps + 1):
+            now, loss = stepper.take(now, step, keep)
+            losses.append(loss)
+        stacked = torch.stack(losses, dim=-1)
+        if watch.values:
+            _refuse_divergence(stacked, now, dynamics.steps)
+    record.usable = keep is not None
+    return now, stacked
+
+
+def roll_out_recorded(
+    dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], watch: Watch
+) -> tuple[Leaves, Tensor]:
+    """Run all steps as plain code that whatever surrounds the caller records; returns as :func:`roll_out`."""
+    now, losses = Leaves(state), []
+    for step in range(1, dynamics.steps + 1):
+        current = dynamics.at_step(extras, step)
+        guard = autodiff.CaptureGuard(watch.levels, _refuse_capture) if step == 1 and watch.levels else None
+        grads: Sequence[Tensor | None]
+        if autodiff.transforms_active():
+            now_params = now.tensors[: dynamics.params_count]
+            function = partial(_losses, dynamics, current, guard)
+            grads, loss = _shifted(guard, autodiff.functional_gradient)(function, now_params)
+        else:
+            with torch.enable_grad():
+                params = [p if p.requires_grad else p.detach().requires_grad_() for p in now[: dynamics.params_count]]
+                loss = _shifted(guard, dynamics.losses)(params, current, guard)
+                grads = autodiff.gradient(loss.sum(), params, differentiable=True)
+            if step == 1 and watch.values:
+                _refuse_bad_start(loss, grads)
+        flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
+        now = dynamics.update(now, flat, current, step)
+        losses.append(loss.detach())
+    stacked = torch.stack(losses, dim=-1)
+    if watch.values:
+        _refuse_divergence(stacked, now, dynamics.steps)
+    return now, stacked
+
+
+def _shifted(guard: autodiff.CaptureGuard | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    return function if guard is None else guard.shift(function)
+
+
+def _losses(
+    dynamics: Dynamics, current: Sequence[Tensor], guard: autodiff.CaptureGuard | None, *params: Tensor
+) -> Tensor:
+    return dynamics.losses(params, current, guard)
+
+
+class Stepper:
+    """Takes steps of one rollout, keeping of each what was asked for."""
+
+    def __init__(self, dynamics: Dynamics, extras: Sequence[Tensor], record: Record, watch: Watch) -> None:
+        self.dynamics, self.record, self.watch = dynamics, record, watch
+        self.extras = tuple(extra.detach() for extra in extras)
+
+    def take(self, state: Leaves, step: int, keep: Keep | None) -> tuple[Leaves, Tensor]:
+        """Step number ``step`` from ``state``: the next state and the losses."""
+        device = state[0].device
+        before = randomness.snapshot(device)
+        with randomness.replayed(self.record.draws.get(step), device):
+            if keep is None or step < keep.first:
+                after, losses = self._plain(state, step)
+            else:
+                after, losses = self._kept(state, step, keep)
+        if randomness.changed(before, randomness.snapshot(device)):
+            self.record.draws[step] = before
+        return after, losses
+
+    def _kept(self, state: Leaves, step: int, keep: Keep) -> tuple[Leaves, Tensor]:
+        record, count = self.record, self.dynamics.steps - keep.first + 1
+        if step == keep.first:
+            record.checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
+            if record.checkpoint is None or record.checkpoint == "graph":
+                return self._first_graph(state, step, count)
+        if record.checkpoint == "graph":
+            record.graphs[step], after, losses = self.graph(state, step)
+            return after, losses
+        if isinstance(record.checkpoint, int) and (step - keep.first) % record.checkpoint == 0:
+            record.states[step] = state
+            record.states_stored += 1
+            record.bytes_stored += sum(leaf.nbytes for leaf in state)
+        return self._plain(state, step)
+
+    def _first_graph(self, state: Leaves, step: int, count: int) -> tuple[Leaves, Tensor]:
+        """Record the first graph, measure it, and decide whether to go on with graphs."""
+        record = self.record
+        graph, after, losses = self.graph(state, step)
+        expected = autodiff.saved_bytes(graph) * count
+        if record.checkpoint == "graph" or expected <= GRAPH_BUDGET:
+            record.checkpoint, record.bytes_stored = "graph", expected
+            record.graphs[step] = graph
+        else:
+            record.checkpoint, record.states[step] = math.isqrt(count - 1) + 1, state
+            record.states_stored, record.bytes_stored = 1, sum(leaf.nbytes for leaf in state)
+        return after, losses
+
+    def _plain(self, state: Leaves, step: int) -> tuple[Leaves, Tensor]:
+        """One step, nothing kept."""
+        dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
+        with torch.enable_grad():
+            params = autodiff.make_roots(state[: dynamics.params_count])
+            losses, grads = self._losses_and_grads(params, current, step, differentiable=False)
+        return dynamics.update(state, grads, current, step), losses.detach()
+
+    def graph(self, state: Leaves, step: int) -> tuple[autodiff.StepGraph, Leaves, Tensor]:
+        """One step with its graph, from the state and the wanted extras to the next state."""
+        dynamics, current = self.dynamics, list(self.dynamics.at_step(self.extras, step))
+        seen: list[Tensor] = []
+
+        def function(roots: tuple[Tensor, ...]) -> Leaves:
+            for number, root in zip(self.record.wanted, roots[dynamics.state_count :], strict=True):
+                current[number] = root
+            state_roots = roots[: dynamics.state_count]
+            losses, grads = self._losses_and_grads(
+                state_roots[: dynamics.params_count], current, step, differentiable=True
+            )
+            seen.append(losses.detach())
+            return dynamics.update(state_roots, grads, current, step)
+
+        graph, after = autodiff.StepGraph.record(function, [*state, *(current[i] for i in self.record.wanted)])
+        return graph, Leaves(after), seen[0]
+
+    def _losses_and_grads(
+        self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        watched = step == 1 and self.watch.levels
+        guard = autodiff.CaptureGuard(self.watch.levels, _refuse_capture) if watched else None
+        losses = _shifted(guard, self.dynamics.losses)(params, current, guard)
+        if step == 1 and self.watch.captures and autodiff.reaches_beyond(losses, params):
+            _refuse_capture()
+        grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
+        if step == 1 and self.watch.values:
+            _refuse_bad_start(losses, grads)
+        return losses, tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))
+
+
+def _refuse_capture() -> None:
+    raise CapturedTensorError(
+        "the inner loss reads a tensor that it was not given: it captured it, through a closure, a module or an "
+        "attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
+        "a constant: .detach() it or set requires_grad_(False)"
+    )
+
+
+def _refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+    if all(grad is None for grad in grads):
+        raise DisconnectedError(
+            "the inner loss does not depend on params: its gradient is zero everywhere. Check that the loss uses the "
+            "params it is given, and does not detach them or leave torch (.item(), .numpy())"
+        )
+    if not bool(losses.isfinite().all()):
+        raise NonFiniteLossError(
+            f"the inner loss is {_first_bad(losses)} at the initial params, expected a finite number; "
+            "check the data and the initialisation"
+        )
+
+
+def _first_bad(losses: Tensor) -> float:
+    return float(losses.detach()[~losses.isfinite()].flatten()[0])
+
+
+def _refuse_divergence(losses: Tensor, final: Leaves, steps: int) -> None:
+    flags = [losses.isfinite().flatten(0, -2).all(0) if losses.ndim > 1 else losses.isfinite()]
+    good = torch.cat([*flags, torch.stack([leaf.isfinite().all() for leaf in final]).all()[None]])
+    if not bool(good.all()):
+        step = int((~good).nonzero()[0, 0])
+        raise DivergenceError(
+            f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite; "
+            "check the learning rate, or clip or rescale the gradients",
+            step,
+        )

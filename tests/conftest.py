@@ -1,0 +1,29 @@
+"""Settings every test runs under, and the one fixture that every kind of test may need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# One thread: the tensors are small, several test processes share the machine, and sums keep their order.
+torch.set_num_threads(1)
+
+# No deadline: the first call of a torch transform takes a second, which says nothing about the test.
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("ci", derandomize=True, max_examples=50, database=None, **common)
+settings.register_profile("dev", max_examples=25, **common)
+settings.register_profile("nightly", max_examples=1000, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the checkout; a test that asks for it is skipped where only the installed library is."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".ci" / "run").is_file():
+        pytest.skip("needs the checkout, and these tests run outside it")
+    return root

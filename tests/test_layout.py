@@ -1,0 +1,175 @@
+"""The layout of the checkout: arrows between the layers go one way, and packaging names every package once.
+
+The source is parsed, never imported, so imports inside functions and under ``TYPE_CHECKING`` count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LINKS = {"diffopt/estimators": "../estimators", "diffopt/tasks": "../tasks"}
+FOLDERS = {"diffopt": "diffopt", "estimators": "diffopt.estimators", "tasks": "diffopt.tasks"}
+TRANSFORMS = [
+    "torch.func",
+    "torch.vmap",
+    "torch._functorch",
+    "torch._C._functorch",
+    "torch.utils._pytree",
+    "functorch",
+]
+
+
+@pytest.fixture(scope="session")
+def pyproject(checkout: Path) -> dict[str, Any]:
+    return tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def files(checkout: Path) -> dict[str, Path]:
+    """Every module by its installed name; what lies behind the links comes once, under its own folder."""
+    found = {
+        ".".join([package, *path.relative_to(checkout / folder).with_suffix("").parts]): path
+        for folder, package in FOLDERS.items()
+        for path in sorted((checkout / folder).rglob("*.py"))
+        if path.resolve().is_relative_to(checkout / folder)
+    }
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+@pytest.fixture(scope="session")
+def trees(files: dict[str, Path]) -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in files.items()}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def layer(module: str) -> str:
+    """``top`` (the command line), ``tasks``, ``estimators`` or ``core``."""
+    parts = module.split(".")[1:]
+    if parts and (parts[0].startswith("cli") or parts[0] in {"__main__", "demo"}):
+        return "top"
+    return parts[0] if parts and parts[0] in {"tasks", "estimators"} else "core"
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The full name of everything imported: ``from a import b`` gives ``a.b``, module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def mentions(tree: ast.Module) -> Iterator[str]:
+    """Everything imported, and every dotted name in the code, such as ``torch.func.vmap``."""
+    yield from imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def arrows(trees: dict[str, ast.Module]) -> Iterator[tuple[str, str]]:
+    """The arrows inside the library: a module, and what it imports from ``diffopt``."""
+    for module, tree in trees.items():
+        yield from ((module, name) for name in imports(tree) if within(name, "diffopt"))
+
+
+def test_arrows_go_from_tasks_to_estimators_to_core(trees):
+    may_import = {
+        "core": {"core"},
+        "estimators": {"core", "estimators"},
+        "tasks": {"core", "estimators", "tasks"},
+        "top": {"core", "estimators", "tasks", "top"},
+    }
+    wrong = [
+        f"{module} ({layer(module)}) imports {name} ({layer(name)})"
+        for module, name in arrows(trees)
+        if layer(name) not in may_import[layer(module)]
+    ]
+    assert wrong == []
+
+
+def test_estimators_never_import_each_other(trees):
+    wrong = [
+        f"{module} imports {name}: what two estimators share belongs in the core"
+        for module, name in arrows(trees)
+        if module.startswith("diffopt.estimators.") and within(name, "diffopt.estimators")
+    ]
+    assert wrong == []
+
+
+def test_imports_use_the_installed_name(trees):
+    relative = [
+        f"{module}, line {node.lineno}"
+        for module, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    bare = [
+        f"{module} imports {name}"
+        for module, tree in trees.items()
+        for name in imports(tree)
+        if within(name, "estimators") or within(name, "tasks")
+    ]
+    assert relative == []
+    assert bare == [], "a second copy of every class would exist"
+
+
+def test_only_tree_imports_optree(trees):
+    wrong = [
+        module
+        for module, tree in trees.items()
+        if module != "diffopt.tree" and any(within(name, "optree") for name in imports(tree))
+    ]
+    assert wrong == []
+
+
+def test_only_autodiff_touches_torch_transforms(trees):
+    wrong = [
+        f"{module} uses {name}"
+        for module, tree in trees.items()
+        if layer(module) in {"core", "estimators"} and module != "diffopt.autodiff"
+        for name in mentions(tree)
+        if any(within(name, transform) for transform in TRANSFORMS)
+    ]
+    assert wrong == []
+
+
+def test_every_folder_of_modules_is_named_in_pyproject(checkout, files, pyproject):
+    folders = {}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        folders[package] = path.parent.relative_to(checkout).as_posix()
+    setuptools = pyproject["tool"]["setuptools"]
+    assert setuptools["package-dir"] == folders
+    assert sorted(setuptools["packages"]) == sorted(folders)
+
+
+@pytest.mark.parametrize(("link", "target"), LINKS.items())
+def test_the_links_point_at_the_folders(checkout, link, target):
+    path = checkout / link
+    assert path.is_symlink(), f"{link} must be a symbolic link (on Windows: git config core.symlinks true)"
+    assert path.readlink() == Path(target)
+    assert (path / "__init__.py").is_file()
+
+
+def test_the_version_is_the_same_in_both_places(pyproject, trees):
+    versions = [
+        ast.literal_eval(node.value)
+        for node in trees["diffopt"].body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert versions == [pyproject["project"]["version"]]
