@@ -46,14 +46,6 @@ def innermost_vmap_size() -> int | None:
     return int(_functorch.CVmapInterpreterPtr(interpreter).batchSize())
 
 
-def batch_in_innermost_vmap(tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
-    """The tensors, the first one repeated over the innermost vmap if none of them is batched by it."""
-    level = transform_level()
-    if any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors):
-        return tuple(tensors)
-    return (_functorch._add_batch_dim(tensors[0].expand(size, *tensors[0].shape), 0, level), *tensors[1:])
-
-
 def vmap(
     function: Callable[..., Any], dims: Sequence[Sequence[int | None]], randomness: Sequence[str]
 ) -> Callable[..., Any]:
@@ -77,7 +69,7 @@ def functional_gradient(
 
 
 class _BelowVmap(torch.autograd.Function):
-    """Runs a plain function of stacked tensors below the innermost vmap; never applied elsewhere."""
+    """Runs a plain function one vmap lower; never applied elsewhere."""
 
     @staticmethod
     def forward(function: Any, *tensors: Tensor) -> Any:
@@ -89,19 +81,24 @@ class _BelowVmap(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        outputs = args[0](info, in_dims[1:], args[1:])
-        return outputs, (0,) * len(outputs)
+        function, _, *tensors = args
+        outputs = function(info, in_dims[2:], tensors)
+        shared = all(dim is None for dim in in_dims[2:])
+        return outputs, (None if shared else 0,) * len(outputs)
 
 
 def below_vmap(
-    function: Callable[[Any, tuple[int | None, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
+    function: Callable[[Any, tuple[int | None, ...], Sequence[Tensor]], tuple[Tensor, ...]],
     tensors: Sequence[Tensor],
+    size: int,
 ) -> tuple[Tensor, ...]:
-    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap; its outputs are batched along axis 0.
+    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap, of ``size`` tasks.
 
-    Unlike a custom autograd function, what it computes is recorded by whatever records there.
+    Its outputs are batched along axis 0 if any tensor is, else shared. Unlike what a custom autograd function computes,
+    they are recorded by whatever records there.
     """
-    return tuple(apply(_BelowVmap, function, *tensors))
+    ticket = _functorch._add_batch_dim(torch.empty(size), 0, transform_level())
+    return tuple(apply(_BelowVmap, function, ticket, *tensors))
 
 
 class StepGraph:
@@ -273,7 +270,8 @@ class CaptureGuard(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at the tensors among the arguments, then run the operation."""
-        for value in (*args, *(kwargs or {}).values()):
+        own = bool(args) and args[0] is _BelowVmap
+        for value in () if own else (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor) and _functorch.maybe_get_level(tensor) in self._levels:
                     self._refuse()

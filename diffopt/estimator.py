@@ -121,28 +121,24 @@ def unroll(problem: Problem) -> Outcome:
     tensors = (*problem.state, *problem.extras)
     size = autodiff.innermost_vmap_size()
     if size is not None:
-        tensors = autodiff.batch_in_innermost_vmap(tensors, size)
-        *state, losses = autodiff.below_vmap(partial(_unroll_stacked, problem, autodiff.transform_level()), tensors)
+        lower = partial(_unroll_below, problem, autodiff.transform_level())
+        *state, losses = autodiff.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check and not autodiff.transforms_active(), levels=problem.popped)
     final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
     return Outcome(final.tensors, losses, Record())
 
 
-def _unroll_stacked(
-    problem: Problem, level: int, info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]
+def _unroll_below(
+    problem: Problem, level: int, info: Any, dims: tuple[int | None, ...], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    count = problem.dynamics.state_count
-    stacked, dims = _stack(tensors, dims, info.batch_size, set(range(count)))
+    """Unroll outside the innermost vmap, the transform number ``level``: stacked, unless its tasks share everything."""
+    count, dynamics = problem.dynamics.state_count, problem.dynamics
+    if any(dim is not None for dim in dims):
+        tensors, dims = _stack(tensors, dims, info.batch_size, set(range(count)))
+        dynamics = dynamics.batched(Level(dims, info.batch_size, info.randomness))
     popped = range(level, problem.popped.stop or level + 1) if problem.check else range(0)
-    below = replace(
-        problem,
-        dynamics=problem.dynamics.batched(Level(dims, info.batch_size, info.randomness)),
-        state=tuple(stacked[:count]),
-        extras=tuple(stacked[count:]),
-        popped=popped,
-    )
-    outcome = unroll(below)
+    outcome = unroll(Problem(dynamics, tuple(tensors[:count]), tuple(tensors[count:]), problem.check, popped))
     return (*outcome.state, outcome.losses)
 
 

@@ -1,0 +1,34 @@
+"""Problems with data: where bilevel methods are compared, tested and shown.
+
+Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`), few-shot learning
+(:class:`Sinusoid`, :class:`Omniglot`, :func:`sample_episodes`), small networks (:class:`MLP`,
+:class:`Conv4`).
+"""
+
+from __future__ import annotations
+
+from diffopt.tasks.data import data_folder
+from diffopt.tasks.episodes import Episodes, sample_episodes
+from diffopt.tasks.errors import DataError, ProblemError
+from diffopt.tasks.models import MLP, BatchStatisticsNorm2d, Conv4, functional
+from diffopt.tasks.omniglot import Omniglot
+from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
+from diffopt.tasks.ridge import Ridge
+from diffopt.tasks.sinusoid import Sinusoid
+
+__all__ = [
+    "MLP",
+    "BatchStatisticsNorm2d",
+    "Conv4",
+    "DataError",
+    "Episodes",
+    "Omniglot",
+    "ProblemError",
+    "Quadratic",
+    "QuadraticHypergradient",
+    "Ridge",
+    "Sinusoid",
+    "data_folder",
+    "functional",
+    "sample_episodes",
+]

@@ -1,0 +1,193 @@
+"""Small networks for few-shot learning, and the step from a module to a function of its parameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diffopt.tasks.errors import ProblemError
+
+Params: TypeAlias = dict[str, Tensor]
+
+
+def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], Params]:
+    """A module as a pure function, and the parameters to start it from.
+
+    ``apply(params, inputs)`` calls the module with exactly these parameters: a missing or unknown name raises
+    torch's ``RuntimeError``. A weight that is tied to another appears in ``params`` once, under its first
+    name, and moves both.
+
+    The module's own parameters are neither read nor changed by ``apply``. Its buffers are copied now, and
+    each call reads a fresh copy: what a layer writes into them (running statistics) is dropped, and under
+    ``torch.func.vmap`` raises. Use layers without running statistics, such as :class:`BatchStatisticsNorm2d`.
+
+    Returns:
+        ``apply``, and ``params``: each parameter's name with a detached copy that requires grad.
+
+    Example:
+        >>> import torch
+        >>> apply, params = functional(torch.nn.Linear(2, 1))
+        >>> sorted(params)
+        ['bias', 'weight']
+        >>> params = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
+        >>> apply(params, torch.tensor([[1.0, 1.0]]))
+        tensor([[6.]])
+    """
+    named = module.named_parameters()
+    params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+    # NOTE [tied weights under a strict call]
+    # named_parameters gives each tied weight once, under its first name, and functional_call fills in its
+    # other names (tie_weights is on by default) before it checks that none is missing. With all names, as
+    # state_dict gives them, it would raise. Buffers have to be passed too: a strict call misses them
+    # otherwise.
+    def apply(params: Params, inputs: Tensor) -> Tensor:
+        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+        output: Tensor = functional_call(module, (params, fresh), (inputs,), strict=True)
+        return output
+
+    return apply, params
+
+
+@final
+class BatchStatisticsNorm2d(nn.Module):
+    """Batch normalisation by the statistics of the batch at hand, in training and in evaluation alike.
+
+    ``y = weight * (x - mean) / sqrt(variance + eps) + bias``, with mean and (biased) variance of each channel
+    over examples, height and width. There are no running statistics, so the module has no hidden state.
+
+    Args:
+        channels: number of channels.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        """Start as the plain normalisation: weight 1, bias 0."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise ``[examples, channels, height, width]``, with more than one value per channel."""
+        # NOTE [why scale and shift stand outside batch_norm]
+        # With the affine form, vmap(func.grad(loss)) differentiated again from outside by autograd comes out
+        # wrong without an error. The plain form followed by a plain scale and shift comes out right.
+        normal = nn.functional.batch_norm(inputs, None, None, training=True, eps=self.eps)
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@final
+class MLP(nn.Module):
+    """Linear layers with an activation between them, none after the last.
+
+    Args:
+        sizes: of the input, each hidden layer and the output, such as ``(1, 40, 40, 1)``.
+        activation: an elementwise function; one that is twice differentiable (``torch.tanh``) where second
+            derivatives are compared with finite differences.
+        generator: draws the initial weights from torch's default distribution; by default torch's global one.
+
+    Raises:
+        ProblemError: fewer than two sizes, or one below 1.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: Callable[[Tensor], Tensor] = torch.relu,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Build the layers and draw their weights."""
+        super().__init__()
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ProblemError(f"sizes are {tuple(sizes)}; expected two or more, each 1 or more")
+        self.activation = activation
+        pairs = itertools.pairwise(sizes)
+        self.layers = nn.ModuleList(_linear(inputs, outputs, generator) for inputs, outputs in pairs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``[..., sizes[0]]`` to ``[..., sizes[-1]]``."""
+        hidden = inputs
+        for layer in self.layers[:-1]:
+            hidden = self.activation(layer(hidden))
+        outputs: Tensor = self.layers[-1](hidden)
+        return outputs
+
+
+@final
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, normalisation, ReLU and 2x2 max-pooling; then a linear layer.
+
+    The normalisation is :class:`BatchStatisticsNorm2d`.
+
+    The convolutions have no bias: the normalisation that follows would subtract it again, leaving directions
+    in which the loss is flat. Through the statistics the examples of one batch influence each other's logits
+    (transductive prediction).
+
+    Reference: Vinyals et al. (2016), "Matching Networks for One Shot Learning", section 4.1.
+
+    Args:
+        in_channels: 1 for grey images, 3 for colour.
+        way: number of classes.
+        filters: channels of every block.
+        image_size: height and width of the images, 16 or more.
+        generator: draws the initial weights from torch's default distribution; by default torch's global one.
+
+    Raises:
+        ProblemError: a size is too small.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        way: int,
+        filters: int = 64,
+        image_size: int = 28,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Build the blocks and draw their weights."""
+        super().__init__()
+        if min(in_channels, way, filters) < 1 or image_size < 16:
+            sizes = f"in_channels {in_channels}, way {way}, filters {filters}, image_size {image_size}"
+            raise ProblemError(f"{sizes}; expected 1 or more, and an image_size of 16 or more, halved four times")
+        inputs = (in_channels, filters, filters, filters)
+        blocks = [_block(channels, filters, generator) for channels in inputs]
+        self.features = nn.Sequential(*blocks, nn.Flatten())
+        self.head = _linear(filters * (image_size // 16) ** 2, way, generator)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map images ``[examples, in_channels, image_size, image_size]`` to logits ``[examples, way]``."""
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
+
+
+def _block(in_channels: int, filters: int, generator: torch.Generator | None) -> nn.Sequential:
+    """Convolution, normalisation, ReLU, pooling: half the height and width, rounded down."""
+    convolution = nn.Conv2d(in_channels, filters, kernel_size=3, padding=1, bias=False, device="meta")
+    convolution = convolution.to_empty(device=_device(generator))  # NOTE [why layers are built on meta]
+    nn.init.kaiming_uniform_(convolution.weight, a=math.sqrt(5), generator=generator)
+    return nn.Sequential(convolution, BatchStatisticsNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """A linear layer drawn as torch draws it by default, but from ``generator``."""
+    # NOTE [why layers are built on meta]
+    # On the meta device the constructor's own draw does nothing; elsewhere it would advance torch's global
+    # generator even where another one was given.
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device=_device(generator))
+    bound = 1 / math.sqrt(inputs)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    """Where weights drawn from ``generator`` live."""
+    return torch.get_default_device() if generator is None else generator.device

@@ -1,0 +1,152 @@
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, each drawn by 20 people."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, final, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffopt.tasks.data import HOW_TO_SET, KnownFile, data_folder
+from diffopt.tasks.errors import DataError
+from diffopt.tasks.omniglot_archive import Drawings, read_archives
+
+Split: TypeAlias = Literal["background", "evaluation", "vinyals-train", "vinyals-validation", "vinyals-test"]
+
+SINGLE_FILE = KnownFile(
+    "omniglot_28.npz", 5_524_973, "a8d9a1e90a86a4778f522d5f9999cc75fd540b7b56eb663729281c39252aa7ca"
+)
+BACKGROUND = KnownFile(
+    "images_background.zip", 9_464_212, "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640"
+)
+EVALUATION = KnownFile(
+    "images_evaluation.zip", 6_462_886, "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee"
+)
+SMALL_BACKGROUND = (
+    KnownFile(
+        "images_background_small1.zip",
+        1_319_022,
+        "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+    ),
+    KnownFile(
+        "images_background_small2.zip",
+        1_580_917,
+        "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
+    ),
+)
+ORIGIN = "https://github.com/brendenlake/omniglot/tree/master/python"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Omniglot:
+    """The images of one split, 28x28 with ink 255 and paper 0.
+
+    The official drawings are 105x105 with one bit per pixel. They are turned to grey, inverted and resized
+    with Pillow's antialiased bilinear filter. :func:`diffopt.tasks.sample_episodes` draws few-shot tasks from
+    ``images``.
+
+    Reference: Lake, Salakhutdinov, Tenenbaum (2015), "Human-level concept learning through probabilistic
+    program induction". Vinyals splits: Vinyals et al. (2016), "Matching Networks for One Shot Learning".
+
+    Attributes:
+        images: uint8, ``[classes, 20, 28, 28]``.
+        alphabets: for each class, the name of its alphabet.
+        characters: for each class, the name of its character, such as ``character01``; numbered within its
+            alphabet.
+        sources: the names of the files that were read.
+    """
+
+    images: Tensor
+    alphabets: tuple[str, ...]
+    characters: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, split: Split, rotations: bool = False) -> Omniglot:
+        """Read one split from the files in ``folder``, each checked by size and SHA-256.
+
+        Read is the first of these that is there: ``omniglot_28.npz`` (all characters in one file, already
+        28x28, and the only one that knows the Vinyals splits); the official ``images_background.zip`` or
+        ``images_evaluation.zip``; for the background split, whichever are there of the official
+        ``images_background_small1.zip`` and ``images_background_small2.zip`` (five of the thirty background
+        alphabets each, eight together). ``sources`` says which it was. Zips are decoded at each call, which
+        takes seconds.
+
+        Args:
+            folder: where to look; see :func:`diffopt.tasks.data_folder`.
+            split: ``background`` and ``evaluation`` are the official ones and have no alphabet in common (964
+                and 659 characters). The Vinyals splits have 1028, 172 and 423 characters; their alphabets
+                overlap, and so do they and the official ones.
+            rotations: also turn every class by 90, 180 and 270 degrees, as by :meth:`rotated`.
+
+        Raises:
+            DataError: the split is unknown, no usable file is there, or a file is not what its name says.
+        """
+        if split not in get_args(Split):
+            raise DataError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
+        place = data_folder(folder)
+        if (place / SINGLE_FILE.name).exists():
+            loaded = cls._from_single_file(place, split)
+        else:
+            known = _archives(place, split)
+            loaded = cls._from_drawings(
+                read_archives([(one.name, io.BytesIO(one.read(place))) for one in known]),
+                [one.name for one in known],
+            )
+        return loaded.rotated() if rotations else loaded
+
+    @classmethod
+    def from_archives(cls, paths: Sequence[str | Path]) -> Omniglot:
+        """Read zips of the official layout, ``<stem>/<alphabet>/characterNN/XXXX_YY.png``, with any checksum.
+
+        Raises:
+            DataError: a file is missing, is not a zip, or does not hold what the layout promises.
+        """
+        named = [(str(path), Path(path).expanduser()) for path in paths]
+        return cls._from_drawings(read_archives(named), [path.name for _, path in named])
+
+    def rotated(self) -> Omniglot:
+        """These classes, then all of them turned by 90 degrees counterclockwise, by 180, by 270."""
+        turned = [torch.rot90(self.images, quarter, dims=(2, 3)) for quarter in range(4)]
+        names = [f"{name} rotated {90 * quarter}" for quarter in (1, 2, 3) for name in self.characters]
+        return Omniglot(torch.cat(turned), self.alphabets * 4, (*self.characters, *names), self.sources)
+
+    @classmethod
+    def _from_drawings(cls, drawings: Drawings, sources: Sequence[str]) -> Omniglot:
+        images = torch.from_numpy(drawings.images)
+        return cls(images, drawings.alphabets, drawings.characters, tuple(sources))
+
+    @classmethod
+    def _from_single_file(cls, folder: Path, split: Split) -> Omniglot:
+        with np.load(io.BytesIO(SINGLE_FILE.read(folder)), allow_pickle=False) as file:
+            if split in ("background", "evaluation"):
+                chosen = file["is_background"] == (split == "background")
+            else:
+                codes = ("vinyals-train", "vinyals-validation", "vinyals-test")
+                chosen = file["vinyals_split"] == codes.index(split)
+            alphabets = file["alphabet_names"][file["alphabet"][chosen]].tolist()
+            characters = file["character_names"][chosen].tolist()
+            images = torch.from_numpy(file["images"][chosen])
+            return cls(images, tuple(alphabets), tuple(characters), (SINGLE_FILE.name,))
+
+
+def _archives(folder: Path, split: Split) -> list[KnownFile]:
+    """The official zips in ``folder`` that make up ``split``."""
+    groups = {"background": [[BACKGROUND], list(SMALL_BACKGROUND)], "evaluation": [[EVALUATION]]}
+    accepted = groups.get(split, [])
+    for group in accepted:
+        if there := [one for one in group if (folder / one.name).exists()]:
+            return there
+    names = " or ".join([SINGLE_FILE.name, *(one.name for group in accepted for one in group)])
+    limit = "" if accepted else " (the official zips do not name the characters of the Vinyals splits)"
+    state = "it has none of the accepted files" if folder.is_dir() else "there is no such folder"
+    raise DataError(
+        f"no Omniglot data for split {split!r} in {folder}: {state}. Expected {names}{limit}; the official "
+        f"zips are at {ORIGIN}. Or {HOW_TO_SET}"
+    )

@@ -1,0 +1,192 @@
+"""The table that the property tests run over: optimizers beside their plain-loop oracles, and inner problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracles
+import torch
+from torch import Tensor
+
+import diffopt
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer and its oracle, as functions of the hyperparameters that are to be learned.
+
+    ``learned`` are their values; every one of them is a meta-parameter in the tests. ``fixed`` go to both sides.
+    """
+
+    name: str
+    make: Callable[..., diffopt.Optimizer]
+    step: Callable[..., Tensor]
+    learned: dict[str, float]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    pair: bool = False
+    """Whether ``beta1`` and ``beta2`` stand for ``betas``."""
+    buffers: Callable[..., dict[str, Tensor]] = lambda p, **options: {}
+    """The oracle's buffers at the start, where they depend on anything."""
+
+    def optimizer(self, values: dict[str, Any]) -> diffopt.Optimizer:
+        return self.make(**self._options(values))
+
+    def options(self, values: dict[str, Any]) -> dict[str, Any]:
+        return self._options(values)
+
+    def _options(self, values: dict[str, Any]) -> dict[str, Any]:
+        values = dict(values)
+        if self.pair:
+            values["betas"] = (values.pop("beta1"), values.pop("beta2"))
+        return {**values, **self.fixed}
+
+
+# Adam-like rules get a large eps: with the usual 1e-8 their first step is a sign step, whose derivative is round-off.
+_adam = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 0.05, "weight_decay": 0.03}
+
+
+def _adamw_step(p, g, b, t, **options):
+    return oracles.adam_step(p, g, b, t, decoupled=True, **options)
+
+
+OPTIMIZERS = [
+    OptimizerCase("gd", diffopt.SGD, oracles.sgd_step, {"lr": 0.11}),
+    OptimizerCase("momentum", diffopt.SGD, oracles.sgd_step, {"lr": 0.07, "momentum": 0.8, "weight_decay": 0.04}),
+    OptimizerCase("dampened", diffopt.SGD, oracles.sgd_step, {"lr": 0.07, "momentum": 0.8, "dampening": 0.3}),
+    OptimizerCase(
+        "nesterov",
+        diffopt.SGD,
+        oracles.sgd_step,
+        {"lr": 0.06, "momentum": 0.7, "weight_decay": 0.02},
+        {"nesterov": True},
+    ),
+    OptimizerCase("ascent", diffopt.SGD, oracles.sgd_step, {"lr": 0.05, "momentum": 0.5}, {"maximize": True}),
+    OptimizerCase("adam", diffopt.Adam, oracles.adam_step, _adam, pair=True),
+    OptimizerCase("amsgrad", diffopt.Adam, oracles.adam_step, _adam, {"amsgrad": True}, pair=True),
+    OptimizerCase("adamw", diffopt.AdamW, _adamw_step, _adam, pair=True),
+    OptimizerCase(
+        "rmsprop",
+        diffopt.RMSprop,
+        oracles.rmsprop_step,
+        {"lr": 0.02, "alpha": 0.8, "eps": 0.1, "weight_decay": 0.03, "momentum": 0.5},
+        {"centered": True},
+    ),
+    OptimizerCase(
+        "adagrad",
+        diffopt.Adagrad,
+        oracles.adagrad_step,
+        {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.03, "initial_accumulator_value": 0.3, "eps": 0.05},
+        buffers=oracles.adagrad_buffers,
+    ),
+    OptimizerCase(
+        "proximal",
+        diffopt.ProximalGD,
+        oracles.proximal_step,
+        {"lr": 0.1, "strength": 0.4},
+        buffers=oracles.proximal_buffers,
+    ),
+    OptimizerCase("diagonal", diffopt.Preconditioned, oracles.preconditioned_step, {"lr": 0.1, "diagonal": 0.7}),
+]
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """A small inner problem with a meta-parameter in the loss, one batch per step, and an outer loss."""
+
+    params: list[Tensor]
+    weights: Tensor
+    batches: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def predict(params: list[Tensor], inputs: Tensor) -> Tensor:
+        return torch.tanh(inputs @ params[0] + params[1]) @ params[2]
+
+    @classmethod
+    def loss(cls, params: list[Tensor], weights: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Squared error with learned example weights; its curvature changes with the step and its batch."""
+        errors = (cls.predict(params, batch[0]) - batch[1]).square().sum(-1)
+        return (torch.sigmoid(weights) * errors).mean() + 0.05 * sum(p.square().sum() for p in params)
+
+    def outer_loss(self, params: list[Tensor]) -> Tensor:
+        return (self.predict(params, self.query[0]) - self.query[1]).square().mean()
+
+
+def small_network(seed: int, steps: int, dtype: torch.dtype = torch.float64) -> InnerProblem:
+    """A 13-parameter network with per-step batches of data."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    return InnerProblem(
+        [normal(2, 3), normal(3), normal(3, 1)],
+        normal(4),
+        (normal(steps, 4, 2), normal(steps, 4, 1)),
+        (normal(5, 2), normal(5, 1)),
+    )
+
+
+@dataclass(frozen=True)
+class MetaParameters:
+    """Everything a hypergradient is taken of, as leaves: initial params, a loss argument, data, hyperparameters."""
+
+    params: list[Tensor]
+    weights: Tensor
+    inputs: Tensor
+    targets: Tensor
+    hyperparameters: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, problem: InnerProblem, case: OptimizerCase) -> MetaParameters:
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().clone().requires_grad_()
+
+        dtype = problem.weights.dtype
+        return cls(
+            [leaf(p) for p in problem.params],
+            leaf(problem.weights),
+            leaf(problem.batches[0]),
+            leaf(problem.batches[1]),
+            {name: leaf(torch.tensor(value, dtype=dtype)) for name, value in case.learned.items()},
+        )
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.params, self.weights, self.inputs, self.targets, *self.hyperparameters.values()]
+
+
+def hypergradient(problem: InnerProblem, case: OptimizerCase, steps: int, estimator: Any) -> list[Tensor]:
+    """The hypergradient by the library, for every meta-parameter; zeros where there is none."""
+    meta = MetaParameters.of(problem, case)
+    solution = diffopt.solve(
+        problem.loss,
+        meta.params,
+        meta.weights,
+        optimizer=case.optimizer(meta.hyperparameters),
+        steps=steps,
+        batches=(meta.inputs, meta.targets),
+        estimator=estimator,
+    )
+    return list(torch.autograd.grad(problem.outer_loss(solution.params), meta.leaves()))
+
+
+def expected_hypergradient(
+    problem: InnerProblem, case: OptimizerCase, steps: int, detach_until: int = 0
+) -> list[Tensor]:
+    """The same by plain autograd through the oracle's loop."""
+    meta = MetaParameters.of(problem, case)
+    final = oracles.unrolled(
+        case.step,
+        lambda p, x, y: problem.loss(p, meta.weights, (x, y)),
+        meta.params,
+        steps,
+        case.options(meta.hyperparameters),
+        batch=lambda t: (meta.inputs[t - 1], meta.targets[t - 1]),
+        detach_until=detach_until,
+        initial_buffers=case.buffers,
+    )
+    leaves = meta.leaves()
+    found = torch.autograd.grad(problem.outer_loss(final), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]

@@ -1,0 +1,117 @@
+"""Answers that share no code with the library: plain loops over lists of tensors, differentiated by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def safe_root(x: Tensor) -> Tensor:
+    """The root with derivative 0 at 0, as a piecewise definition."""
+    return torch.where(x > 0, torch.sqrt(x + (x <= 0).to(x.dtype)), 0.0)
+
+
+def sgd_step(p, g, b, t, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False):
+    """One leaf of torch.optim.SGD: the first buffer is a copy of the direction, not dampened."""
+    d = (-g if maximize else g) + weight_decay * p
+    b["v"] = d if t == 1 else momentum * b["v"] + (1 - dampening) * d
+    move = d + momentum * b["v"] if nesterov else b["v"]
+    return p - lr * move
+
+
+def adam_step(p, g, b, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, decoupled=False):
+    """One leaf of torch.optim.Adam and AdamW."""
+    if decoupled:
+        d, base = g, p - lr * weight_decay * p
+    else:
+        d, base = g + weight_decay * p, p
+    b["m"] = betas[0] * b.get("m", 0 * p) + (1 - betas[0]) * d
+    b["s"] = betas[1] * b.get("s", 0 * p) + (1 - betas[1]) * d**2
+    top = b["s"]
+    if amsgrad:
+        before = b.get("top", 0 * p)
+        top = b["top"] = torch.where(b["s"] > before, b["s"], before)
+    root = safe_root(top) / (1 - betas[1] ** t) ** 0.5 + eps
+    return base - lr / (1 - betas[0] ** t) * b["m"] / root
+
+
+def rmsprop_step(p, g, b, t, lr, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False):
+    """One leaf of torch.optim.RMSprop."""
+    d = g + weight_decay * p
+    b["s"] = alpha * b.get("s", 0 * p) + (1 - alpha) * d**2
+    spread = b["s"]
+    if centered:
+        b["m"] = alpha * b.get("m", 0 * p) + (1 - alpha) * d
+        spread = spread - b["m"] ** 2
+    b["v"] = momentum * b.get("v", 0 * p) + d / (safe_root(spread) + eps)
+    return p - lr * b["v"]
+
+
+def adagrad_buffers(p, initial_accumulator_value=0.0, **options):
+    """Adagrad's buffers at the start."""
+    return {"s": 0 * p + initial_accumulator_value}
+
+
+def adagrad_step(p, g, b, t, lr, lr_decay=0.0, weight_decay=0.0, initial_accumulator_value=0.0, eps=1e-10):
+    """One leaf of torch.optim.Adagrad."""
+    d = g + weight_decay * p
+    b["s"] = b["s"] + d**2
+    return p - lr / (1 + (t - 1) * lr_decay) * d / (safe_root(b["s"]) + eps)
+
+
+def proximal_buffers(p, **options):
+    """The center of the proximal term."""
+    return {"c": p}
+
+
+def proximal_step(p, g, b, t, lr, strength):
+    """One leaf of gradient descent with a proximal term around the initial parameters."""
+    return p - lr * (g + strength * (p - b["c"]))
+
+
+def preconditioned_step(p, g, b, t, lr, diagonal):
+    """One leaf of gradient descent with a scaled gradient."""
+    return p - lr * diagonal * g
+
+
+def unrolled(
+    step: Callable[..., Tensor],
+    loss: Callable[..., Tensor],
+    params: Sequence[Tensor],
+    steps: int,
+    options: dict[str, Any],
+    batch: Callable[[int], tuple[Any, ...]] = lambda t: (),
+    detach_until: int = 0,
+    initial_buffers: Callable[..., dict[str, Tensor]] = lambda p, **options: {},
+) -> list[Tensor]:
+    """``steps`` steps by a plain loop that autograd records; ``loss(list of tensors, *batch(t))``.
+
+    Up to step ``detach_until`` the state, buffers and all, is replaced by a constant plus the identity in the initial
+    state: the straight-through form of truncation.
+    """
+    start, now = list(params), [p + 0 for p in params]
+
+    def options_at(t: int) -> list[dict[str, Any]]:
+        per_leaf = [{k: v[i] if isinstance(v, list) else v for k, v in options.items()} for i in range(len(now))]
+        return [{k: v(t) if callable(v) else v for k, v in o.items()} for o in per_leaf]
+
+    first = [initial_buffers(p, **o) for p, o in zip(start, options_at(1), strict=True)]
+    buffers = [dict(b) for b in first]
+    for t in range(1, steps + 1):
+        leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
+        grads = torch.autograd.grad(loss(leaves, *batch(t)), leaves, create_graph=True)
+        now = [step(p, g, b, t, **o) for p, g, b, o in zip(leaves, grads, buffers, options_at(t), strict=True)]
+        if t <= detach_until:
+            now = [p.detach() + (s - s.detach()) for p, s in zip(now, start, strict=True)]
+            for b, s in zip(buffers, first, strict=True):
+                b.update({k: v.detach() + (s[k] - s[k].detach() if k in s else 0) for k, v in b.items()})
+    return now
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference over all tensors, relative to the largest entry of each (or 1e-6 if that is larger)."""
+    got, expected = ([x.detach() for x in tensors] for tensors in (got, expected))
+    return max(float((g - e).abs().max() / e.abs().max().clamp_min(1e-6)) for g, e in zip(got, expected, strict=True))

@@ -1,0 +1,337 @@
+"""Every way of composing ``solve`` with autograd and ``torch.func`` gives the numbers of a plain loop over tasks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import OPTIMIZERS
+from oracles import relative_error, unrolled
+from torch.func import grad, vmap
+
+import diffopt
+from diffopt.estimators import FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
+
+TASKS, STEPS = 3, 3
+RULES = [Reverse("graph"), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS)]
+ROUND_OFF = 1e-9  # as in test_estimators.py
+
+
+class Setting:
+    """Tasks that share the initial params, a loss argument and hyperparameters, and differ in data."""
+
+    def __init__(self, case):
+        g = torch.Generator().manual_seed(11)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.case = case
+        self.params = [normal(2, 3), normal(3), normal(3, 1)]
+        self.weights = normal(4)
+        self.data = (normal(TASKS, 4, 2), normal(TASKS, 4, 1))
+        self.query = (normal(TASKS, 5, 2), normal(TASKS, 5, 1))
+        self.hypers = {k: torch.tensor(v, dtype=torch.float64) for k, v in case.learned.items()}
+
+    @staticmethod
+    def predict(p, x):
+        return torch.tanh(x @ p[0] + p[1]) @ p[2]
+
+    def loss(self, p, weights, data):
+        x, y = data
+        return (torch.sigmoid(weights) * (self.predict(p, x) - y).square().sum(-1)).mean()
+
+    def outer(self, p, query):
+        return (self.predict(p, query[0]) - query[1]).square().mean()
+
+    def meta_loss(self, estimator):
+        def of_one_task(params, weights, hypers, data, query):
+            solution = diffopt.solve(
+                self.loss,
+                params,
+                weights,
+                data,
+                optimizer=self.case.optimizer(hypers),
+                steps=STEPS,
+                estimator=estimator,
+            )
+            return self.outer(solution.params, query)
+
+        return of_one_task
+
+    def task(self, i):
+        return (self.data[0][i], self.data[1][i]), (self.query[0][i], self.query[1][i])
+
+    def leaves(self):
+        made = [x.clone().requires_grad_() for x in [*self.params, self.weights, *self.hypers.values()]]
+        return made, (made[:3], made[3], dict(zip(self.hypers, made[4:], strict=True)))
+
+    def expected(self):
+        """The gradient of each task's outer loss, by a plain loop."""
+        rows = []
+        for i in range(TASKS):
+            leaves, (params, weights, hypers) = self.leaves()
+            data, query = self.task(i)
+            options, start = self.case.options(hypers), self.case.buffers
+            final = unrolled(
+                self.case.step,
+                lambda p, w=weights, d=data: self.loss(p, w, d),
+                params,
+                STEPS,
+                options,
+                initial_buffers=start,
+            )
+            rows.append(torch.autograd.grad(self.outer(final, query), leaves))
+        return rows
+
+
+def mean_over_tasks(rows):
+    return [torch.stack(column).mean(0) for column in zip(*rows, strict=True)]
+
+
+def flat(tree):
+    params, weights, hypers = tree
+    return [*params, weights, *hypers.values()]
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS, ids=lambda case: case.name)
+def setting(request):
+    made = Setting(request.param)
+    made.rows = made.expected()
+    return made
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+class TestEveryWay:
+    """Plain, transformed and mixed."""
+
+    def test_loop_then_backward(self, setting, rule):
+        leaves, meta = setting.leaves()
+        loss = setting.meta_loss(rule)
+        sum(loss(*meta, *setting.task(i)) for i in range(TASKS)).div(TASKS).backward()
+        assert relative_error([x.grad for x in leaves], mean_over_tasks(setting.rows)) < ROUND_OFF
+
+    def test_vmap_then_backward(self, setting, rule):
+        leaves, meta = setting.leaves()
+        loss = vmap(setting.meta_loss(rule), in_dims=(None, None, None, 0, 0))
+        loss(*meta, setting.data, setting.query).mean().backward()
+        assert relative_error([x.grad for x in leaves], mean_over_tasks(setting.rows)) < ROUND_OFF
+
+    def test_func_grad_of_one_task(self, setting, rule):
+        args = (setting.params, setting.weights, setting.hypers)
+        got = grad(setting.meta_loss(rule), argnums=(0, 1, 2))(*args, *setting.task(1))
+        assert relative_error(flat(got), setting.rows[1]) < ROUND_OFF
+
+    def test_vmap_of_func_grad(self, setting, rule):
+        args = (setting.params, setting.weights, setting.hypers)
+        per_task = vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)), in_dims=(None, None, None, 0, 0))
+        got = flat(per_task(*args, setting.data, setting.query))
+        for i in range(TASKS):
+            assert relative_error([g[i] for g in got], setting.rows[i]) < ROUND_OFF
+
+    def test_func_grad_of_vmap(self, setting, rule):
+        def total(params, weights, hypers):
+            per_task = vmap(setting.meta_loss(rule), in_dims=(None, None, None, 0, 0))
+            return per_task(params, weights, hypers, setting.data, setting.query).mean()
+
+        got = grad(total, argnums=(0, 1, 2))(setting.params, setting.weights, setting.hypers)
+        assert relative_error(flat(got), mean_over_tasks(setting.rows)) < ROUND_OFF
+
+    def test_nested_vmap_over_hyperparameters_and_tasks(self, setting, rule):
+        # Outer vmap: two settings of every hyperparameter, the second the true one; inner vmap: tasks, not axis 0.
+        hypers = {k: torch.stack([0.5 * v, v]) for k, v in setting.hypers.items()}
+        data = tuple(x.movedim(0, 1) for x in setting.data)
+        over_tasks = vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)), in_dims=(None, None, None, 1, 0))
+        over_both = vmap(over_tasks, in_dims=(None, None, 0, None, None))
+        got = flat(over_both(setting.params, setting.weights, hypers, data, setting.query))
+        for i in range(TASKS):
+            assert relative_error([g[1, i] for g in got], setting.rows[i]) < ROUND_OFF
+
+    def test_everything_batched(self, setting, rule):
+        def repeat(x):
+            return x.expand(TASKS, *x.shape)
+
+        args = ([repeat(p) for p in setting.params], repeat(setting.weights))
+        hypers = {k: repeat(v) for k, v in setting.hypers.items()}
+        got = flat(vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)))(*args, hypers, setting.data, setting.query))
+        for i in range(TASKS):
+            assert relative_error([g[i] for g in got], setting.rows[i]) < ROUND_OFF
+
+
+MOMENTUM = OPTIMIZERS[1]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_several_solves_in_one_outer_loss(rule):
+    setting = Setting(MOMENTUM)
+    rows = setting.expected()
+    leaves, meta = setting.leaves()
+    loss = setting.meta_loss(rule)
+    (loss(*meta, *setting.task(0)) * loss(*meta, *setting.task(1))).backward()
+    with torch.no_grad():
+        values = [float(loss(*meta, *setting.task(i))) for i in (0, 1)]
+    expected = [values[1] * a + values[0] * b for a, b in zip(rows[0], rows[1], strict=True)]
+    assert relative_error([x.grad for x in leaves], expected) < ROUND_OFF
+
+
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
+def test_batches_per_step_under_vmap(rule):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(STEPS, TASKS, 4, 2, generator=generator, dtype=torch.float64)  # tasks on axis 1
+    y = torch.randn(STEPS, 4, dtype=torch.float64, generator=generator)  # shared by the tasks
+    w = torch.randn(2, generator=generator, dtype=torch.float64)
+
+    def loss(w, batch):
+        return (torch.tanh(batch[0] @ w) - batch[1]).square().mean()
+
+    def run(w, x, y):
+        solution = diffopt.solve(
+            loss, w, optimizer=diffopt.SGD(0.3, momentum=0.5), steps=STEPS, batches=(x, y), estimator=rule
+        )
+        return solution.params.square().sum()
+
+    got = vmap(grad(run, argnums=(0, 1, 2)), in_dims=(None, 1, None))(w, x, y)
+    for i in range(TASKS):
+        leaves = [t.clone().requires_grad_() for t in (w, x[:, i], y)]
+        now, velocity = leaves[0], 0.0
+        for t in range(STEPS):
+            (g,) = torch.autograd.grad(loss(now, (leaves[1][t], leaves[2][t])), now, create_graph=True)
+            velocity = 0.5 * velocity + g
+            now = now - 0.3 * velocity
+        assert relative_error([g[i] for g in got], torch.autograd.grad(now.square().sum(), leaves)) < 1e-12
+
+
+class TestNesting:
+    """A solve inside the loss of another: three levels."""
+
+    @staticmethod
+    def innermost(v, u):
+        return (v - u).square().sum() + 0.1 * v.pow(4).sum()
+
+    def middle(self, rule):
+        def loss(u, z):
+            inner = diffopt.solve(self.innermost, 0.5 * u, u, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
+            return inner.params.square().sum() + (u - z).square().sum()
+
+        return loss
+
+    def middle_by_hand(self, u, z):
+        v = 0.5 * u
+        for _ in range(2):
+            v = v - 0.1 * (2 * (v - u) + 0.4 * v**3)
+        return v.square().sum() + (u - z).square().sum()
+
+    def expected(self, z):
+        u = torch.full_like(z, 0.3).requires_grad_()
+        for _ in range(2):
+            (g,) = torch.autograd.grad(self.middle_by_hand(u, z), u, create_graph=True)
+            u = u - 0.1 * g
+        return u.square().sum()
+
+    def outer(self, z, inner_rule, outer_rule):
+        start = torch.full_like(z, 0.3)
+        solution = diffopt.solve(
+            self.middle(inner_rule), start, z, optimizer=diffopt.SGD(0.1), steps=2, estimator=outer_rule
+        )
+        return solution.params.square().sum()
+
+    @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+    @pytest.mark.parametrize("way", ["backward", "grad", "vmap then backward", "vmap of grad"])
+    def test_three_levels(self, rule, way):
+        z = torch.tensor([[1.0, -0.5], [0.2, 0.9]], dtype=torch.float64)
+        leaf = z.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(self.expected(leaf[0]) + self.expected(leaf[1]), leaf)
+
+        def run(z):
+            return self.outer(z, Unrolled(), rule)
+
+        leaf = z.clone().requires_grad_()
+        if way == "backward":
+            (got,) = torch.autograd.grad(run(leaf[0]) + run(leaf[1]), leaf)
+        elif way == "grad":
+            got = torch.stack([grad(run)(z[0]), grad(run)(z[1])])
+        elif way == "vmap then backward":
+            (got,) = torch.autograd.grad(vmap(run)(leaf).sum(), leaf)
+        else:
+            got = vmap(grad(run))(z)
+        assert relative_error([got], [expected]) < 1e-12
+
+    def test_a_first_derivative_rule_inside_needs_an_outer_rule_without_second_derivatives(self):
+        z = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
+        outer = self.outer(z, Reverse(), FirstOrder())
+        with torch.no_grad():
+            assert abs(float(outer) - float(self.outer(z, Unrolled(), Unrolled()))) < 1e-14
+        with pytest.raises(diffopt.SecondDerivativeError, match="Unrolled"):
+            self.outer(z, Reverse(), Reverse()).backward()
+
+
+def test_second_derivatives_of_unrolled_are_exact():
+    # w_3 = w (1 - 2 a)^2 for l = a w^2, lr = 1: F = w_3, d2F/da2 = 8 w.
+    a, w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), torch.tensor(1.7, dtype=torch.float64)
+
+    def final(a):
+        solution = diffopt.solve(lambda w, a: a * w**2, w, a, optimizer=diffopt.SGD(1.0), steps=2, estimator=Unrolled())
+        return solution.params
+
+    (first,) = torch.autograd.grad(final(a), a, create_graph=True)
+    (second,) = torch.autograd.grad(first, a)
+    assert abs(float(second) - 8 * 1.7) < 1e-13
+    assert abs(float(grad(grad(final))(a.detach())) - 8 * 1.7) < 1e-13
+    assert (vmap(grad(grad(final)))(a.detach().expand(2)) - 8 * 1.7).abs().max() < 1e-13
+    assert abs(float(torch.func.jacrev(torch.func.jacrev(final))(a.detach())) - 8 * 1.7) < 1e-13
+
+
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+def test_jacobians_and_repeated_backward_passes(rule):
+    w = torch.tensor([0.4, -0.8, 1.1], dtype=torch.float64)
+
+    def run(w):
+        return diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule).params
+
+    def by_hand(w):
+        for _ in range(3):
+            w = w - 0.2 * w**3
+        return w
+
+    expected = torch.autograd.functional.jacobian(by_hand, w)
+    leaf = w.clone().requires_grad_()
+    out = run(leaf)
+    rows = [torch.autograd.grad(out[i], leaf, retain_graph=True)[0] for i in range(3)]
+    assert relative_error([torch.stack(rows)], [expected]) < 1e-12
+    assert relative_error([torch.func.jacrev(run)(w)], [expected]) < 1e-12
+
+
+def test_trees_of_every_kind_and_arguments_that_are_not_tensors():
+    params = {"b": (torch.tensor(1.0), [torch.tensor([2.0, 3.0])]), "a": torch.tensor(0.5)}
+    leaves = [params["b"][0].requires_grad_(), params["b"][1][0].requires_grad_(), params["a"].requires_grad_()]
+    labels = torch.tensor([1, 0])
+
+    def loss(p, power, options, labels):
+        assert options == {"name": "x", "none": None}
+        return (p["b"][0] * p["b"][1][0][labels].pow(power).sum() * p["a"]).square()
+
+    solution = diffopt.solve(loss, params, 2, {"name": "x", "none": None}, labels, optimizer=diffopt.SGD(1e-5), steps=2)
+    assert isinstance(solution.params["b"], tuple)
+    assert isinstance(solution.params["b"][1], list)
+    assert solution.losses.shape == (2,)
+    assert not solution.losses.requires_grad
+    assert solution.state.params["a"] is solution.params["a"]
+    assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(solution.params["a"], leaves))
+
+
+def test_zero_steps_return_the_initial_parameters():
+    w = torch.ones(2, requires_grad=True)
+    solution = diffopt.solve(lambda w: w.sum(), w, optimizer=diffopt.SGD(0.1, momentum=0.9), steps=0)
+    assert solution.params is w
+    assert solution.losses.shape == (0,)
+    assert not solution.state.buffers["velocity"].any()
+
+
+def test_the_inputs_are_left_alone():
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3)
+    before = [w.detach().clone(), x.clone()]
+    solution = diffopt.solve(lambda w, x: (w * x).square().sum(), w, x, optimizer=diffopt.ProximalGD(0.1, 1.0), steps=3)
+    with torch.no_grad():
+        solution.state.buffers["center"].mul_(7)
+    assert torch.equal(w, before[0])
+    assert torch.equal(x, before[1])
+    assert w.grad is None

@@ -1,0 +1,246 @@
+"""The optimizers against ``torch.optim`` forwards, and at their traps backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import relative_error
+
+import diffopt
+from diffopt import SGD, Adagrad, Adam, AdamW, Leaves, Preconditioned, ProximalGD, RMSprop, Schedule
+from diffopt.estimators import ForwardMode, Reverse, Unrolled
+
+TORCH = [
+    (SGD, torch.optim.SGD, {"lr": 0.1}),
+    (SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
+    (SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    (SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
+    (SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (Adam, torch.optim.Adam, {"lr": 0.05}),
+    (Adam, torch.optim.Adam, {"lr": 0.05, "betas": (0.6, 0.7), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True}),
+    (Adam, torch.optim.Adam, {"lr": 0.05, "maximize": True}),
+    (AdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.2}),
+    (AdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True, "betas": (0.5, 0.6)}),
+    (RMSprop, torch.optim.RMSprop, {"lr": 0.02}),
+    (RMSprop, torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.7, "centered": True, "momentum": 0.6, "weight_decay": 0.1}),
+    (Adagrad, torch.optim.Adagrad, {"lr": 0.1}),
+    (Adagrad, torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.1, "initial_accumulator_value": 0.2}),
+]
+
+
+def wavy(params: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient changes sign on the way."""
+    return sum((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), TORCH, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("tensors", [False, True], ids=["floats", "tensors"])
+def test_twenty_steps_equal_torch_optim(ours, theirs, options, tensors):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 2), (4,), ()]]
+    target = torch.tensor(0.7, dtype=torch.float64)
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    reference = theirs(params, foreach=False, **options)
+    losses = []
+    for _ in range(20):
+        reference.zero_grad()
+        loss = wavy(params, target)
+        losses.append(loss.detach())
+        loss.backward()
+        reference.step()
+    made = {k: _as_tensors(v) if tensors else v for k, v in options.items()}
+    solution = diffopt.solve(wavy, start, target, optimizer=ours(**made), steps=20)
+    assert relative_error(solution.params, [p.detach() for p in params]) < 1e-12
+    assert relative_error([solution.losses], [torch.stack(losses)]) < 1e-12
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_tensors, value))
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), TORCH, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+def test_hypergradients_are_finite_where_the_gradient_is_exactly_zero(ours, theirs, options, estimator):
+    # The first feature is dead: its coordinate has gradient 0 at every step, and the adaptive rules take roots there.
+    inputs = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.5]], dtype=torch.float64)
+    start = torch.tensor([0.0, 0.4], dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    solution = diffopt.solve(
+        lambda w, x: (x @ w - 1).square().mean(),
+        start,
+        inputs,
+        optimizer=ours(**{**options, "lr": lr}),
+        steps=4,
+        estimator=estimator,
+    )
+    gradients = torch.autograd.grad(solution.params.sum(), [start, lr])
+    assert all(g.isfinite().all() for g in gradients)
+    assert float(gradients[0][0]) != 0
+
+
+def test_adam_at_a_zero_gradient_has_the_derivative_of_its_momentum_alone():
+    # d = 0 with v = 0: the root's slope is taken as 0, so that E = -lr (1 - beta1) / (b1 eps) = -lr / eps at t = 1.
+    lr, eps = 0.01, 0.1
+    slope = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(2.0, dtype=torch.float64)
+    solution = diffopt.solve(lambda w, a: a * w, w, slope, optimizer=Adam(lr, eps=eps), steps=1)
+    (got,) = torch.autograd.grad(solution.params, slope)
+    assert abs(float(got) + lr / eps) < 1e-14
+
+
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
+def test_trees_and_schedules_of_hyperparameters(estimator):
+    steps = 4
+    generator = torch.Generator().manual_seed(3)
+    params = {k: torch.randn(n, generator=generator, dtype=torch.float64) for k, n in [("a", 2), ("b", 3)]}
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64).mul(0.1).add(0.05).requires_grad_()
+
+    meta_sgd = {"a": leaf(2), "b": leaf(3)}
+    per_layer_per_step = Schedule({"a": leaf(steps), "b": leaf(steps, 3)})
+    per_step = Schedule(leaf(steps))
+
+    def loss(p):
+        return (p["a"].square().sum() + 1) * (p["b"].sin().sum() + 4)
+
+    def by_hand(lr, decay, momentum):
+        now, velocity = dict(params), dict.fromkeys(params, 0.0)
+        for t in range(steps):
+            leaves = {k: v.detach().requires_grad_() if not v.requires_grad else v for k, v in now.items()}
+            grads = dict(
+                zip(leaves, torch.autograd.grad(loss(leaves), leaves.values(), create_graph=True), strict=True)
+            )
+            for k in now:
+                velocity[k] = momentum(t) * velocity[k] + grads[k] + decay(k, t) * leaves[k]
+                now[k] = leaves[k] - lr(k, t) * velocity[k]
+        return now
+
+    cases = [
+        (SGD(meta_sgd, momentum=0.5), by_hand(lambda k, t: meta_sgd[k], lambda k, t: 0.0, lambda t: 0.5)),
+        (
+            SGD(per_layer_per_step, momentum=per_step, weight_decay=meta_sgd),
+            by_hand(
+                lambda k, t: per_layer_per_step.values[k][t], lambda k, t: meta_sgd[k], lambda t: per_step.values[t]
+            ),
+        ),
+        (
+            SGD(Schedule([0.1, 0.2, 0.3, 0.4]), momentum=per_step, weight_decay={"a": 0.1, "b": meta_sgd["b"]}),
+            by_hand(
+                lambda k, t: 0.1 * (t + 1),
+                lambda k, t: 0.1 if k == "a" else meta_sgd["b"],
+                lambda t: per_step.values[t],
+            ),
+        ),
+    ]
+    for optimizer, final in cases:
+        solution = diffopt.solve(loss, params, optimizer=optimizer, steps=steps, estimator=estimator)
+        leaves = [*meta_sgd.values(), *per_layer_per_step.values.values(), per_step.values]
+        for ours, theirs in [(solution.params, final)]:
+            assert relative_error(list(ours.values()), list(theirs.values())) < 1e-12
+            got, expected = (
+                torch.autograd.grad(
+                    tree["a"].square().sum() + tree["b"].sum(),
+                    leaves,
+                    allow_unused=True,
+                    materialize_grads=True,
+                    retain_graph=True,
+                )
+                for tree in (ours, theirs)
+            )
+            assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode(chunk_size=3)], ids=str)
+def test_kronecker_preconditioning_equals_the_matrix_of_the_kronecker_product(estimator):
+    generator = torch.Generator().manual_seed(4)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    w, left, middle, diagonal = leaf(2, 3, 4), leaf(2, 2), leaf(3, 3), leaf(2, 3, 4)
+    optimizer = Preconditioned(0.01, diagonal={"w": diagonal}, factors={"w": (left, middle, None)})
+
+    def loss(p):
+        return p["w"].square().sum() * p["w"].sum().cos()
+
+    solution = diffopt.solve(loss, {"w": w}, optimizer=optimizer, steps=3, estimator=estimator)
+    now = w.flatten()
+    for _ in range(3):
+        (g,) = torch.autograd.grad(loss({"w": now.reshape(2, 3, 4)}), now, create_graph=True)
+        matrix = torch.kron(torch.kron(left, middle), torch.eye(4, dtype=torch.float64))
+        now = now - 0.01 * matrix @ (diagonal.flatten() * g)
+    leaves = [w, left, middle, diagonal]
+    got = torch.autograd.grad(solution.params["w"].square().sum(), leaves)
+    assert relative_error(got, torch.autograd.grad(now.square().sum(), leaves)) < 1e-11
+
+
+def test_a_given_proximal_center_is_a_meta_parameter():
+    # w+ = w - lr (w + s (w - c)) twice, from w_1: dw_3/dc = lr s (1 + 1 - lr (1 + s)).
+    lr, s = 0.1, 0.5
+    center = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(1.0, dtype=torch.float64)
+    solution = diffopt.solve(lambda w: w**2 / 2, w, optimizer=ProximalGD(lr, s, center=center), steps=2)
+    (got,) = torch.autograd.grad(solution.params, center)
+    assert abs(float(got) - lr * s * (2 - lr * (1 + s))) < 1e-15
+
+
+@dataclass(frozen=True)
+class NormalisedDescent(diffopt.Optimizer):
+    """A user's optimizer that mixes coordinates: the gradient's norm over all leaves."""
+
+    lr: Any
+
+    def init(self, params):
+        return {"count": Leaves([torch.zeros((), dtype=params[0].dtype)])}
+
+    def update(self, params, grads, buffers, step):
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        return params - self.lr * grads.map(lambda g: g / (1 + norm)), {"count": buffers["count"] + 1}
+
+
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+def test_a_users_optimizer_is_right_under_vmap_even_if_it_mixes_coordinates(estimator):
+    lr = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    start = {"a": torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
+
+    def loss(p):
+        return p["a"].square().sum() + (p["a"].sum() * p["b"]).sin()
+
+    def run(p, lr):
+        solution = diffopt.solve(loss, p, optimizer=NormalisedDescent(lr), steps=3, estimator=estimator)
+        return solution.params["a"].square().sum() + solution.params["b"] + 0 * solution.state.buffers["count"][0]
+
+    (got,) = torch.autograd.grad(torch.func.vmap(run)(start, lr).sum(), lr)
+    total = 0.0
+    for i in range(2):
+        a, b = start["a"][i], start["b"][i]
+        for _ in range(3):
+            a, b = (x if x.requires_grad else x.detach().requires_grad_() for x in (a, b))
+            ga, gb = torch.autograd.grad(loss({"a": a, "b": b}), (a, b), create_graph=True)
+            norm = (ga.square().sum() + gb.square()).sqrt()
+            a, b = a - lr[i] * ga / (1 + norm), b - lr[i] * gb / (1 + norm)
+        total = total + a.square().sum() + b
+    assert relative_error([got], torch.autograd.grad(total, [lr])) < 1e-12
+
+
+@given(value=st.floats(0, 10), other=st.floats(-10, 10))
+def test_leaves_arithmetic_is_elementwise(value, other):
+    x = Leaves([torch.tensor([value, 1.0], dtype=torch.float64), torch.tensor(other, dtype=torch.float64)])
+    y = Leaves([torch.tensor([other, 2.0], dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)])
+    for ours, plain in [
+        (2 * x + y - 1, [2 * a + b - 1 for a, b in zip(x, y, strict=True)]),
+        (1 - x * y, [1 - a * b for a, b in zip(x, y, strict=True)]),
+        (-x / (y * y + 1), [-a / (b * b + 1) for a, b in zip(x, y, strict=True)]),
+        (2 / (x**2 + 1), [2 / (a**2 + 1) for a in x]),
+        ((x * x).sqrt(), [(a * a).sqrt() for a in x]),
+        (x.where_greater(y), [torch.maximum(a, b) for a, b in zip(x, y, strict=True)]),
+    ]:
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
