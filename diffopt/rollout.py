@@ -97,17 +97,19 @@ def roll_out(
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
-    now, losses = Leaves(state), []
-    stepper = Stepper(dynamics, extras, record, watch)
+    now, stepper = Leaves(state), Stepper(dynamics, extras, record, watch)
+    losses = state[0].new_empty(0)
     with torch.no_grad():
         for step in range(1, dynamics.steps + 1):
             now, loss = stepper.take(now, step, keep)
-            losses.append(loss)
-        stacked = torch.stack(losses, dim=-1)
+            # One tensor for all losses: a small one per step, kept between the large ones that come and go, leaves
+            # the C allocator with holes that nothing fits into, and the process grows by a state per step.
+            losses = loss.new_empty(*loss.shape, dynamics.steps) if step == 1 else losses
+            losses[..., step - 1] = loss
         if watch.values:
-            _refuse_divergence(stacked, now, dynamics.steps)
+            _refuse_divergence(losses, now, dynamics.steps)
     record.usable = keep is not None
-    return now, stacked
+    return now, losses
 
 
 def roll_out_recorded(

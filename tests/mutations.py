@@ -1,0 +1,173 @@
+"""Deliberate one-line faults in the core, each of which some test must catch: ``python tests/mutations.py``.
+
+Every fault is made in a copy of the checkout, and the fast tests of the rules are run there until one fails. A fault
+that no test notices is printed as SURVIVED, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = ["tests/test_estimators.py", "tests/test_composition.py", "tests/test_optimizers.py", "tests/test_randomness.py"]
+
+
+class Fault(NamedTuple):
+    """One line changed in one file."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "the adjoint of the first step is dropped",
+        "diffopt/trajectory.py",
+        "while end >= first:",
+        "while end > first:",
+    ),
+    Fault(
+        "direct terms keep the last step's instead of the sum",
+        "diffopt/trajectory.py",
+        "self._shared[number] + term if number in self._shared else term",
+        "term",
+    ),
+    Fault(
+        "the direct term of a batch goes to the step after it",
+        "diffopt/trajectory.py",
+        "slices.get(step, zero)",
+        "slices.get(step - 1, zero)",
+    ),
+    Fault(
+        "a checkpointed block starts one state late",
+        "diffopt/rollout.py",
+        "record.states[step] = state\n            record.states_stored += 1",
+        "record.states[step + 1] = state\n            record.states_stored += 1",
+    ),
+    Fault(
+        "the gradient inside a recorded step is a constant (no curvature)",
+        "diffopt/rollout.py",
+        "state_roots[: dynamics.params_count], current, step, differentiable=True",
+        "state_roots[: dynamics.params_count], current, step, differentiable=False",
+    ),
+    Fault(
+        "every step sees the first batch",
+        "diffopt/dynamics.py",
+        "extra.select(self.step_axis(i), step - 1)",
+        "extra.select(self.step_axis(i), 0)",
+    ),
+    Fault(
+        "truncation keeps one step too many",
+        "estimators/truncated.py",
+        "first=trajectory.steps - self.steps + 1",
+        "first=max(1, trajectory.steps - self.steps)",
+    ),
+    Fault(
+        "the sign of weight decay is wrong", "diffopt/optimizers.py", "grads + weight_decay", "grads - weight_decay"
+    ),
+    Fault(
+        "the first momentum step is dampened",
+        "diffopt/optimizers.py",
+        "direction if step == 1 or is_zero",
+        "direction if is_zero",
+    ),
+    Fault(
+        "Adam's bias correction is one step behind",
+        "diffopt/optimizers.py",
+        "mean / (1 - beta1**step)",
+        "mean / (1 - beta1 ** (step + 1))",
+    ),
+    Fault(
+        "the root has an infinite slope at zero",
+        "diffopt/leaves.py",
+        "torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))",
+        "x.sqrt()",
+    ),
+    Fault(
+        "a Kronecker factor is transposed",
+        "diffopt/optimizers.py",
+        "(matrix @ tensor",
+        "(matrix.mT @ tensor",
+    ),
+    Fault(
+        "forward mode leaves out the mixed derivative",
+        "estimators/forward_mode.py",
+        "[*moving[:params], *read.values()]",
+        "[*moving[:params], *(0 * rate for rate in read.values())]",
+    ),
+    Fault(
+        "forward mode leaves out the tangent of the hyperparameters",
+        "estimators/forward_mode.py",
+        "*grads_moving, *(rates[i] for i in hypers)",
+        "*grads_moving, *(0 * rates[i] for i in hypers)",
+    ),
+    Fault(
+        "shared inputs of a vmapped pullback are not given a task axis",
+        "diffopt/estimator.py",
+        "own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))",
+        "own = set(range(count)) | set(range(inputs, len(tensors)))",
+    ),
+    Fault(
+        "hyperparameters batched by the inner vmap only are aligned with the outer one",
+        "diffopt/dynamics.py",
+        "enumerate(reversed(self.levels))",
+        "enumerate(self.levels)",
+    ),
+    Fault(
+        "random numbers are drawn anew in the backward pass",
+        "diffopt/trajectory.py",
+        "randomness.replayed(self.record.draws.get(step)",
+        "randomness.replayed(None",
+    ),
+    Fault(
+        "a used-up record is used again",
+        "diffopt/trajectory.py",
+        "self.record.usable = False",
+        "self.record.usable = True",
+    ),
+    Fault(
+        "Reptile points away from the solution",
+        "estimators/reptile.py",
+        "trajectory.initial[:count] - trajectory.final[:count]",
+        "trajectory.final[:count] - trajectory.initial[:count]",
+    ),
+]
+
+
+def survives(fault: Fault, copy: Path) -> bool:
+    """Whether the tests pass in ``copy`` with the fault in place; the file is put right again."""
+    file = copy / fault.file
+    text = file.read_text()
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.what}: its line stands {text.count(fault.old)} times in {fault.file}, expected once")
+    file.write_text(text.replace(fault.old, fault.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    file.write_text(text)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print(f"{'SURVIVED' if done.returncode == 0 else 'caught  '}  {fault.what}", *failed[:1], sep="\n            ")
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Try every fault; the number of survivors decides the exit status."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
+        shutil.copytree(root, copy, symlinks=True, ignore=skipped)
+        survivors = [fault.what for fault in FAULTS if survives(fault, copy)]
+    print(f"{len(FAULTS) - len(survivors)} of {len(FAULTS)} faults caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
