@@ -113,7 +113,7 @@ class Dynamics:
         try:
             losses: Tensor = vmapped(*params, *current[:read])
         except RuntimeError as error:
-            if self.levels and "randomness error mode" in str(error):
+            if "randomness error mode" in str(error):
                 raise RandomnessError(
                     "the inner loss draws random numbers under vmap: say vmap(..., randomness='different') for numbers "
                     "of each task's own, or 'same'"

@@ -21,7 +21,7 @@ from diffopt import autodiff
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.leaves import Leaves
-from diffopt.rollout import Keep, Record, Watch, roll_out, roll_out_recorded
+from diffopt.rollout import Keep, Record, Watch, refuse_other_losses, roll_out, roll_out_recorded
 from diffopt.trajectory import Cotangents, Trajectory
 
 
@@ -225,6 +225,7 @@ class _Pullback(torch.autograd.Function):
             _usable_record(call, inputs),
             any(i < count for i in call.wanted),
             call.wanted_extras,
+            call.watch.values,
         )
         with torch.no_grad():
             result = call.rule.pullback(trajectory, Leaves(cotangent))
@@ -283,6 +284,9 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
         )
     count, again = call.state_count, Record(wanted=call.wanted_extras, draws=dict(old.draws))
     roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
+    if call.watch.values and old.losses is not None and not call.restacked:
+        assert again.losses is not None
+        refuse_other_losses(dict(enumerate(again.losses.unbind(-1), start=1)), old.losses)
     return again
 
 

@@ -18,6 +18,7 @@ from diffopt.errors import (
     DisconnectedError,
     DivergenceError,
     NonFiniteLossError,
+    RandomnessError,
 )
 from diffopt.leaves import Leaves
 
@@ -51,6 +52,7 @@ class Record:
         states: stored states ``s_t`` by ``t``.
         graphs: retained step graphs by ``t``.
         draws: the generators' states before each step that drew random numbers.
+        losses: the inner losses ``[..., T]``, to which a replay is compared.
         wanted: the extras that the graphs can be pulled back to.
         checkpoint: how steps were kept, once chosen.
         states_stored: how many states were stored in the rollout.
@@ -61,6 +63,7 @@ class Record:
     states: dict[int, Leaves] = field(default_factory=dict)
     graphs: dict[int, autodiff.StepGraph] = field(default_factory=dict)
     draws: dict[int, randomness.GeneratorStates] = field(default_factory=dict)
+    losses: Tensor | None = None
     checkpoint: Checkpoint = 1
     states_stored: int = 0
     bytes_stored: int = 0
@@ -108,7 +111,7 @@ def roll_out(
             losses[..., step - 1] = loss
         if watch.values:
             _refuse_divergence(losses, now, dynamics.steps)
-    record.usable = keep is not None
+    record.usable, record.losses = keep is not None, losses
     return now, losses
 
 
@@ -245,6 +248,17 @@ def _refuse_capture() -> None:
         "attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
         "a constant: .detach() it or set requires_grad_(False)"
     )
+
+
+def refuse_other_losses(replayed: dict[int, Tensor], losses: Tensor) -> None:
+    """Refuse a replay that did not give the rollout's losses; looser than round-off, which may differ on a GPU."""
+    for step, again in replayed.items():
+        if not torch.allclose(again, losses[..., step - 1], rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise RandomnessError(
+                f"the inner loss of step {step} came out differently when the backward pass recomputed it: it draws "
+                "from a generator of its own or from numpy, or changes a state. Draw from torch's global generator, "
+                "or pass the numbers in batches; or use Reverse('graph'), which recomputes nothing"
+            )
 
 
 def _refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt import autodiff, randomness
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
-from diffopt.rollout import Record, Stepper, Watch
+from diffopt.rollout import Record, Stepper, Watch, refuse_other_losses
 
 
 @final
@@ -42,6 +42,7 @@ class Trajectory:
         record: what the rollout kept.
         wants_initial: whether the adjoint of ``s_1`` is asked for.
         wanted: the extras whose direct term is asked for.
+        check: whether to check that recomputed steps give the losses they gave before.
     """
 
     dynamics: Dynamics
@@ -51,6 +52,7 @@ class Trajectory:
     record: Record
     wants_initial: bool
     wanted: tuple[int, ...]
+    check: bool
 
     @property
     def steps(self) -> int:
@@ -79,6 +81,7 @@ class Trajectory:
     def _graphs_backwards(self, first: int) -> Iterator[tuple[int, autodiff.StepGraph]]:
         """The graphs of steps ``T, ..., first``, retained or recorded again block by block; each is given up after."""
         end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch())
+        replayed: dict[int, Tensor] = {}
         while end >= first:
             self.record.usable = False
             if end in self.record.graphs:
@@ -89,11 +92,17 @@ class Trajectory:
             state, graphs = self.record.states.pop(start), []
             for step in range(start, end + 1):
                 with randomness.replayed(self.record.draws.get(step), state[0].device):
-                    graph, state, _ = stepper.graph(state, step)
+                    graph, state, replayed[step] = stepper.graph(state, step)
                 graphs.append(graph)
             for step in range(end, start - 1, -1):
                 yield step, graphs.pop()
             end = start - 1
+        self.refuse_other_losses(replayed)
+
+    def refuse_other_losses(self, replayed: dict[int, Tensor]) -> None:
+        """Refuse, where checks are on, recomputed losses (by step) that are not those of the rollout."""
+        if self.check and self.record.losses is not None:
+            refuse_other_losses(replayed, self.record.losses)
 
 
 class DirectTerms:

@@ -102,6 +102,7 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
         moving = Leaves(tangent if i == number else leaf for i, leaf in enumerate(moving))
     else:
         extras[number - count] = extras[number - count].expand(tangent.shape)
+    losses: dict[int, Tensor] = {}
     for step in range(1, dynamics.steps + 1):
         with randomness.replayed(trajectory.record.draws.get(step), tangent.device):
             current = dynamics.at_step(extras, step)
@@ -109,7 +110,8 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
             if number >= count:
                 axis, extra = dynamics.step_axis(number - count), number - count
                 rates[extra] = tangent.select(axis, step - 1) if dynamics.stepped[extra] else tangent
-            state, moving = _step(dynamics, state, moving, current, rates, step)
+            state, moving, losses[step] = _step(dynamics, state, moving, current, rates, step)
+    trajectory.refuse_other_losses({step: loss[0] for step, loss in losses.items()})
     return moving
 
 
@@ -120,7 +122,7 @@ def _step(
     current: Sequence[Tensor],
     rates: dict[int, Tensor],
     step: int,
-) -> tuple[Leaves, Leaves]:
+) -> tuple[Leaves, Leaves, Tensor]:
     """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``."""
     params = dynamics.params_count
     read = {i: rate for i, rate in rates.items() if i < dynamics.hyperparameters_start}
@@ -143,4 +145,4 @@ def _step(
 
     inputs = [*state, *flat, *(current[i] for i in hypers)]
     after, after_moving = autodiff.jvp(update, inputs, [*moving, *grads_moving, *(rates[i] for i in hypers)])
-    return Leaves(after), Leaves(after_moving)
+    return Leaves(after), Leaves(after_moving), losses.detach()
