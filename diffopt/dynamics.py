@@ -51,7 +51,7 @@ class Dynamics:
     Attributes:
         loss: ``loss(params, *args)`` or ``loss(params, *args, batch)``.
         optimizer: the update rule with its tensors taken out.
-        steps: ``T``.
+        inner_steps: the number of update steps ``T``.
         params_structure: of the params tree, whose leaves are the first ``params_count`` inputs.
         buffers_layout: name and number of leaves of each buffer; they follow the params.
         args_leaves: the leaves of ``(args, batches)``; a tensor leaf holds the number of its extra.
@@ -60,11 +60,12 @@ class Dynamics:
         stepped: for each extra, whether its first own axis runs over steps.
         hyperparameters_start: the number of the first extra that belongs to the optimizer.
         levels: the vmaps around the problem, innermost first.
+        window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
     """
 
     loss: Callable[..., Tensor]
     optimizer: BoundOptimizer
-    steps: int
+    inner_steps: int
     params_structure: tree.Structure
     params_count: int
     buffers_layout: tuple[tuple[str, int], ...]
@@ -74,6 +75,12 @@ class Dynamics:
     stepped: tuple[bool, ...]
     hyperparameters_start: int
     levels: tuple[Level, ...] = ()
+    window: int = 1
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the system: one per gradient, ``T`` unless there are windows."""
+        return -(-self.inner_steps // self.window)
 
     @property
     def state_count(self) -> int:
@@ -94,9 +101,21 @@ class Dynamics:
 
     def at_step(self, extras: Sequence[Tensor], step: int) -> tuple[Tensor, ...]:
         """The extras as step ``step`` (from 1) sees them: the slice of what runs over steps, the rest as it is."""
-        return tuple(
-            extra.select(self.step_axis(i), step - 1) if self.stepped[i] else extra for i, extra in enumerate(extras)
-        )
+        return tuple(self.slice_at(i, extra, step) if self.stepped[i] else extra for i, extra in enumerate(extras))
+
+    def slice_at(self, number: int, extra: Tensor, step: int) -> Tensor:
+        """What step ``step`` sees of an extra that runs over steps: a view.
+
+        A batch is the one its gradient is taken on. A hyperparameter of a window of several updates keeps its axis.
+        """
+        axis, first = self.step_axis(number), (step - 1) * self.window
+        if self.window == 1 or number < self.hyperparameters_start:
+            return extra.select(axis, first)
+        return extra.narrow(axis, first, self._length(step))
+
+    def _length(self, step: int) -> int:
+        """How many updates step ``step`` makes: the last window may be short."""
+        return min(self.window, self.inner_steps - (step - 1) * self.window)
 
     def step_axis(self, number: int) -> int:
         """The axis of extra ``number`` that runs over steps, behind the axes of the levels that batch it."""
@@ -123,7 +142,22 @@ class Dynamics:
 
     def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
         """The next state of all tasks, given their gradients."""
-        hypers = current[self.hyperparameters_start :]
+        now = Leaves(state)
+        for i in range(self._length(step)):
+            now = self._update_once(now, grads, self._hypers_of(current, i), (step - 1) * self.window + i + 1)
+        return now
+
+    def _hypers_of(self, current: Sequence[Tensor], update: int) -> list[Tensor]:
+        """The optimizer's tensors for one update of a window."""
+        start = self.hyperparameters_start
+        if self.window == 1:
+            return list(current[start:])
+        return [
+            x.select(self.step_axis(start + i), update) if self.stepped[start + i] else x
+            for i, x in enumerate(current[start:])
+        ]
+
+    def _update_once(self, state: Leaves, grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
         if not self.levels or self.optimizer.template.elementwise:
             return self._update(state, grads, [self._align(i, x) for i, x in enumerate(hypers)], step)
         own = (0,) * (self.state_count + self.params_count)

@@ -189,7 +189,7 @@ def _problem(
     dynamics = Dynamics(
         loss=loss,
         optimizer=bound,
-        steps=steps,
+        inner_steps=steps,
         params_structure=structure,
         params_count=len(leaves),
         buffers_layout=tuple((name, len(buffer)) for name, buffer in buffers.items()),

@@ -128,8 +128,7 @@ class DirectTerms:
         """The sums, by number of the extra."""
         total = dict(self._shared)
         for number, slices in self._stepped.items():
-            zero = torch.zeros_like(next(iter(slices.values())))
-            axis = self._trajectory.dynamics.step_axis(number)
-            steps = range(1, self._trajectory.steps + 1)
-            total[number] = torch.stack([slices.get(step, zero) for step in steps], dim=axis)
+            total[number] = torch.zeros_like(self._trajectory.extras[number])
+            for step, term in slices.items():
+                self._trajectory.dynamics.slice_at(number, total[number], step).copy_(term)
         return total

@@ -3,9 +3,20 @@
 from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.first_order import FirstOrder
 from diffopt.estimators.forward_mode import ForwardMode
+from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
 from diffopt.estimators.unrolled import Unrolled
 from diffopt.reverse import Reverse
 
-__all__ = ["Adjoint", "Estimator", "FirstOrder", "ForwardMode", "Reptile", "Reverse", "Truncated", "Unrolled"]
+__all__ = [
+    "Adjoint",
+    "Estimator",
+    "FirstOrder",
+    "ForwardMode",
+    "MultiStep",
+    "Reptile",
+    "Reverse",
+    "Truncated",
+    "Unrolled",
+]

@@ -108,8 +108,8 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
             current = dynamics.at_step(extras, step)
             rates: dict[int, Tensor] = {}
             if number >= count:
-                axis, extra = dynamics.step_axis(number - count), number - count
-                rates[extra] = tangent.select(axis, step - 1) if dynamics.stepped[extra] else tangent
+                extra = number - count
+                rates[extra] = dynamics.slice_at(extra, tangent, step) if dynamics.stepped[extra] else tangent
             state, moving, losses[step] = _step(dynamics, state, moving, current, rates, step)
     trajectory.refuse_other_losses({step: loss[0] for step, loss in losses.items()})
     return moving

@@ -42,8 +42,8 @@ FAULTS = [
     Fault(
         "the direct term of a batch goes to the step after it",
         "diffopt/trajectory.py",
-        "slices.get(step, zero)",
-        "slices.get(step - 1, zero)",
+        "slice_at(number, total[number], step).copy_",
+        "slice_at(number, total[number], min(step + 1, self._trajectory.steps)).copy_",
     ),
     Fault(
         "a checkpointed block starts one state late",
@@ -60,8 +60,8 @@ FAULTS = [
     Fault(
         "every step sees the first batch",
         "diffopt/dynamics.py",
-        "extra.select(self.step_axis(i), step - 1)",
-        "extra.select(self.step_axis(i), 0)",
+        "return extra.select(axis, first)",
+        "return extra.select(axis, 0)",
     ),
     Fault(
         "truncation keeps one step too many",

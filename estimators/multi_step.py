@@ -1,0 +1,57 @@
+"""Multi-step estimation: one gradient serves a window of updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import final
+
+from diffopt.errors import HyperparameterError
+from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.reverse import Reverse
+
+
+@final
+@dataclass(frozen=True)
+class MultiStep(Estimator):
+    r"""Inner steps in windows of ``window`` updates that share one gradient, then any rule on the composite steps.
+
+    .. math:: s_{t+1} = U_t(s_t, g_{t_w}; \eta),\quad t = t_w, \dots, t_w + n - 1,\qquad
+              \hat C_w = \textstyle\prod C_t,\quad \hat E_w = \sum_i \big(\prod_{j > i} C_{t_w+j}\big) E_{t_w+i}
+
+    This changes the forward pass: the solution is that of the windowed dynamics, and with an exact ``adjoint`` the
+    hypergradient is exact for *them*. ``window=1`` is the ordinary problem. With plain gradient descent it is
+    gradient descent with ``window`` times the step size and fewer steps.
+
+    Cost: ``T / window`` gradients and HVPs instead of ``T``; memory and depth likewise. ``T`` need not be a multiple
+    of ``window``: the last window is then short. With ``batches``, the batch of a window's first step counts; the
+    others are not looked at. ``Solution.losses`` has one entry per window.
+
+    Not for: inner problems whose gradient changes much within a window.
+
+    Args:
+        window: updates per gradient, ``n``.
+        adjoint: the rule for the composite steps.
+
+    Raises:
+        HyperparameterError: ``window`` is not an integer >= 1, or ``adjoint`` is not an estimator.
+
+    Reference: Kim, Park and Choi (2020), "Multi-step Estimation for Gradient-based Meta-learning", equations (11)-(15).
+    Derivations (5.1).
+    """
+
+    window: int
+    adjoint: Estimator = field(default_factory=Reverse)
+
+    def __post_init__(self) -> None:
+        """Check both options."""
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise HyperparameterError(f"MultiStep: window is {self.window!r}, expected an integer >= 1")
+        if not isinstance(self.adjoint, Estimator):
+            raise HyperparameterError(
+                f"MultiStep: adjoint is {self.adjoint!r}, expected an estimator such as Reverse()"
+            )
+
+    def run(self, problem: Problem) -> Outcome:
+        """Run the adjoint's rule on the windowed problem."""
+        windowed = replace(problem.dynamics, window=self.window * problem.dynamics.window)
+        return self.adjoint.run(replace(problem, dynamics=windowed))
