@@ -37,10 +37,33 @@ class Keep:
         first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
         checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
             near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
+        gradients: keep also the inner gradient of every step whose state is kept.
     """
 
     first: int
     checkpoint: Checkpoint = 1
+    gradients: bool = False
+
+
+@final
+@dataclass
+class Counts:
+    """What one solve has computed so far, per task; the backward pass adds to it.
+
+    Attributes:
+        gradients: evaluations of the inner gradient.
+        products: curvature products, of which one gives ``H_t u`` and ``M_t' u`` together.
+        depth: how many batches of curvature products had to wait for one another.
+    """
+
+    gradients: int = 0
+    products: int = 0
+    depth: int = 0
+
+    def add_products(self, count: int) -> None:
+        """One batch of curvature products."""
+        self.products += count
+        self.depth += 1
 
 
 @final
@@ -54,6 +77,8 @@ class Record:
         draws: the generators' states before each step that drew random numbers.
         losses: the inner losses ``[..., T]``, to which a replay is compared.
         wanted: the extras that the graphs can be pulled back to.
+        gradients: stored inner gradients ``g_t`` by ``t``.
+        counts: what has been computed so far.
         checkpoint: how steps were kept, once chosen.
         states_stored: how many states were stored in the rollout.
         bytes_stored: their bytes, or an estimate of the graphs' bytes from the first one.
@@ -64,6 +89,8 @@ class Record:
     graphs: dict[int, autodiff.StepGraph] = field(default_factory=dict)
     draws: dict[int, randomness.GeneratorStates] = field(default_factory=dict)
     losses: Tensor | None = None
+    gradients: dict[int, Leaves] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
     checkpoint: Checkpoint = 1
     states_stored: int = 0
     bytes_stored: int = 0
@@ -187,7 +214,8 @@ class Stepper:
             record.states[step] = state
             record.states_stored += 1
             record.bytes_stored += sum(leaf.nbytes for leaf in state)
-        return self._plain(state, step)
+        after, losses = self._plain(state, step, keep_gradients=keep.gradients)
+        return after, losses
 
     def _first_graph(self, state: Leaves, step: int, count: int) -> tuple[Leaves, Tensor]:
         """Record the first graph, measure it, and decide whether to go on with graphs."""
@@ -202,12 +230,14 @@ class Stepper:
             record.states_stored, record.bytes_stored = 1, sum(leaf.nbytes for leaf in state)
         return after, losses
 
-    def _plain(self, state: Leaves, step: int) -> tuple[Leaves, Tensor]:
-        """One step, nothing kept."""
+    def _plain(self, state: Leaves, step: int, *, keep_gradients: bool = False) -> tuple[Leaves, Tensor]:
+        """One step without its graph."""
         dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
         with torch.enable_grad():
             params = autodiff.make_roots(state[: dynamics.params_count])
             losses, grads = self._losses_and_grads(params, current, step, differentiable=False)
+        if keep_gradients:
+            self.record.gradients[step] = Leaves(grads)
         return dynamics.update(state, grads, current, step), losses.detach()
 
     def graph(self, state: Leaves, step: int) -> tuple[autodiff.StepGraph, Leaves, Tensor]:
@@ -237,6 +267,7 @@ class Stepper:
         if step == 1 and self.watch.captures and autodiff.reaches_beyond(losses, params):
             _refuse_capture()
         grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
+        self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
             _refuse_bad_start(losses, grads)
         return losses, tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))

@@ -16,7 +16,7 @@ from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.reverse import Reverse
-from diffopt.rollout import Record
+from diffopt.rollout import Counts, Record
 
 Params = TypeVar("Params")
 
@@ -55,12 +55,14 @@ class Solution(Generic[Params]):
         state: final optimizer state (params and buffers), differentiable too.
         losses: inner losses before each step, shape ``[steps]``, detached.
         kept: what was stored for the backward pass.
+        counts: gradients and curvature products computed, per task; the backward pass adds to it.
     """
 
     params: Params
     state: State
     losses: Tensor
     kept: Kept
+    counts: Counts
 
 
 def solve(
@@ -223,4 +225,4 @@ def _solution(dynamics: Dynamics, structure: tree.Structure, outcome: Outcome) -
     }
     final, record = tree.unflatten(structure, list(params)), outcome.record
     kept = Kept(record.checkpoint, record.states_stored, record.bytes_stored)
-    return Solution(final, State(final, named), outcome.losses, kept)
+    return Solution(final, State(final, named), outcome.losses, kept, record.counts)

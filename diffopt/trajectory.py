@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -72,7 +72,8 @@ class Trajectory:
         for step, graph in self._graphs_backwards(first):
             states = range(count) if step > first or self.wants_initial else range(0)
             terms = graph.pullback(adjoint, [*states, *(position[number] for number in self.wanted)])
-            direct.add(step, terms[len(states) :])
+            direct.add(step, dict(zip(self.wanted, terms[len(states) :], strict=True)))
+            self.record.counts.add_products(1)
             if states:
                 pairs = zip(terms, adjoint, strict=False)
                 adjoint = Leaves(torch.zeros_like(old) if new is None else new for new, old in pairs)
@@ -114,9 +115,9 @@ class DirectTerms:
         self._shared: dict[int, Tensor] = {}
         self._stepped: dict[int, dict[int, Tensor]] = {}
 
-    def add(self, step: int, terms: Sequence[Tensor | None]) -> None:
-        """Add step ``step``'s terms, in the order of ``trajectory.wanted``; ``None`` is zero."""
-        for number, term in zip(self._trajectory.wanted, terms, strict=True):
+    def add(self, step: int, terms: Mapping[int, Tensor | None]) -> None:
+        """Add step ``step``'s terms, by number of the extra; ``None`` is zero."""
+        for number, term in terms.items():
             if term is None:
                 continue
             if self._trajectory.dynamics.stepped[number]:

@@ -1,6 +1,7 @@
 """Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`."""
 
 from diffopt.estimator import Adjoint, Estimator
+from diffopt.estimators.binomial import Binomial
 from diffopt.estimators.first_order import FirstOrder
 from diffopt.estimators.forward_mode import ForwardMode
 from diffopt.estimators.multi_step import MultiStep
@@ -11,6 +12,7 @@ from diffopt.reverse import Reverse
 
 __all__ = [
     "Adjoint",
+    "Binomial",
     "Estimator",
     "FirstOrder",
     "ForwardMode",

@@ -173,7 +173,11 @@ def hypergradient(problem: InnerProblem, case: OptimizerCase, steps: int, estima
 
 
 def expected_hypergradient(
-    problem: InnerProblem, case: OptimizerCase, steps: int, detach_until: int = 0
+    problem: InnerProblem,
+    case: OptimizerCase,
+    steps: int,
+    detach_until: int = 0,
+    curvature: Callable[[int], float] = lambda t: 1.0,
 ) -> list[Tensor]:
     """The same by plain autograd through the oracle's loop."""
     meta = MetaParameters.of(problem, case)
@@ -185,6 +189,7 @@ def expected_hypergradient(
         case.options(meta.hyperparameters),
         batch=lambda t: (meta.inputs[t - 1], meta.targets[t - 1]),
         detach_until=detach_until,
+        curvature=curvature,
         initial_buffers=case.buffers,
     )
     leaves = meta.leaves()

@@ -85,12 +85,14 @@ def unrolled(
     options: dict[str, Any],
     batch: Callable[[int], tuple[Any, ...]] = lambda t: (),
     detach_until: int = 0,
+    curvature: Callable[[int], float] = lambda t: 1.0,
     initial_buffers: Callable[..., dict[str, Tensor]] = lambda p, **options: {},
 ) -> list[Tensor]:
     """``steps`` steps by a plain loop that autograd records; ``loss(list of tensors, *batch(t))``.
 
     Up to step ``detach_until`` the state, buffers and all, is replaced by a constant plus the identity in the initial
-    state: the straight-through form of truncation.
+    state: the straight-through form of truncation. ``curvature(t)`` is a factor on every second derivative of step
+    ``t``'s loss, values unchanged: the surrogate gradient ``sg(g) + e (g - sg(g))``.
     """
     start, now = list(params), [p + 0 for p in params]
 
@@ -103,6 +105,7 @@ def unrolled(
     for t in range(1, steps + 1):
         leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
         grads = torch.autograd.grad(loss(leaves, *batch(t)), leaves, create_graph=True)
+        grads = [g.detach() + curvature(t) * (g - g.detach()) for g in grads]
         now = [step(p, g, b, t, **o) for p, g, b, o in zip(leaves, grads, buffers, options_at(t), strict=True)]
         if t <= detach_until:
             now = [p.detach() + (s - s.detach()) for p, s in zip(now, start, strict=True)]

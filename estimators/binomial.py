@@ -1,0 +1,120 @@
+"""The binomial rule: the hypergradient's expansion in orders of curvature, cut off; all steps of an order at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from diffopt.errors import HyperparameterError, StepsError
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.parallel import ParallelSteps
+from diffopt.rollout import Keep
+from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
+
+
+@final
+@dataclass(frozen=True)
+class Binomial(Adjoint):
+    r"""The terms of the hypergradient with at most ``order`` factors of curvature (the graded adjoint).
+
+    .. math:: \Lambda^{(l)}_{t-1} = C_t^\top\Lambda^{(l)}_t + P^\top H_t E_t^\top\Lambda^{(l-1)}_t,\qquad
+              \nabla_{init} = \Lambda^{(L)}_0,\quad \nabla_{loss} = \sum_t M_t^\top E_t^\top\Lambda^{(L-1)}_t,\quad
+              \nabla_\eta = \sum_t D_t^\top\Lambda^{(L)}_t
+
+    with ``L = order``. Written for any optimizer; for plain gradient descent it is BinomMAML. ``order >= T`` is exact,
+    ``order=0`` drops every second derivative of the inner loss.
+
+    Biased: the error is at most ``sum over l > L of binom(T, l) (lr * H)**l`` of the outer gradient's norm for
+    gradient descent with curvature ``H`` (derivations (11c)): small when ``T * lr * H`` is below ``L``, and **larger
+    than no correction at all** when it is well above. Cost: ``L * (T - L + 1)`` HVPs, never fewer than ``T``. Depth
+    ``L``: the HVPs of one order are independent and run as one batch. Memory: ``T`` states and gradients, and the
+    graph of ``T - L + 1`` gradients (``chunk_size`` of them).
+
+    Not for: large ``T * lr * H`` (use :class:`Krylov`), or losses that draw random numbers.
+
+    Args:
+        order: ``L``.
+        window: curvature in the last ``window`` steps only; earlier steps keep ``C_t`` and ``D_t`` (hybrid rule).
+        scale: factor on every curvature product; ``order / T`` reproduces the tables of the paper.
+        chunk_size: how many steps' products are batched at most; ``None``: all.
+
+    Raises:
+        HyperparameterError: an option is out of range.
+        StepsError: ``window`` is more than the inner problem has.
+
+    Reference: "Binomial Gradient-Based Meta-Learning" (2026), arXiv 2604.13263, equations (8) and (39). Derivations
+    (3.2)-(3.9).
+    """
+
+    order: int
+    window: int | None = None
+    scale: float = 1.0
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check all options."""
+        for name, low in (("order", 0), ("window", 0), ("chunk_size", 1)):
+            value = getattr(self, name)
+            optional = value is None and name != "order"
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise HyperparameterError(f"Binomial: {name} is {value!r}, expected an integer >= {low}")
+
+    def keep(self, steps: int) -> Keep:
+        """Every state, and every gradient."""
+        if self.window is not None and self.window > steps:
+            raise StepsError(f"Binomial(window={self.window}): the inner problem has only {steps} steps")
+        return Keep(first=1, checkpoint=1, gradients=True)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """Order by order, each from the one before."""
+        curved = trajectory.steps if self.window is None else self.window
+        if self.order >= curved == trajectory.steps and self.scale == 1.0:
+            return trajectory.sweep(cotangent)
+        blocks, direct = ParallelSteps(trajectory, self.chunk_size), DirectTerms(trajectory)
+        adjoints = _Levels(trajectory.steps, curved, min(self.order, curved), self.scale).run(blocks, direct, cotangent)
+        for step in range(1, trajectory.steps + 1):
+            blocks.add_update_terms(direct, step, adjoints[step])
+        return Cotangents(adjoints[0], direct.collect())
+
+
+@final
+@dataclass(frozen=True)
+class _Levels:
+    """The orders ``0, ..., order`` of the adjoint, each at the steps that the next ones need."""
+
+    steps: int
+    curved: int
+    order: int
+    scale: float
+
+    def run(self, blocks: ParallelSteps, direct: DirectTerms, cotangent: Leaves) -> dict[int, Leaves]:
+        """``Lambda^{(order)}_t`` for ``t = 0, ..., T``; the loss terms are added to ``direct`` on the way.
+
+        ``Lambda^{(l)}_t`` has no factors left to choose from beyond ``l = T - t``: there it equals the order before,
+        and with it the final one. So order ``l`` starts at step ``T - l + 1``, and reaches only as far down as order
+        ``l + 1`` reads it.
+        """
+        adjoints, turned = {self.steps: cotangent}, dict[int, Leaves]()
+        first_curved = self.steps - self.curved + 1
+        for level in range(self.order + 1):
+            low, high = first_curved + self.order - level, self.steps - level + 1
+            curvature: dict[int, Leaves] = {}
+            if level > 0:
+                turned[low] = blocks.pull_update(low, adjoints[low])[1]
+                weighted = {t: self.scale * turned[t] for t in range(low, high + 1)}
+                curvature = self._products(blocks, direct, weighted, high, last=level == self.order)
+            bottom = 1 if level == self.order else low
+            for t in range(min(high, self.steps), bottom - 1, -1):
+                straight, turned[t] = blocks.pull_update(t, adjoints[t])
+                adjoints[t - 1] = straight + curvature[t] if t in curvature else straight
+        return adjoints
+
+    def _products(
+        self, blocks: ParallelSteps, direct: DirectTerms, turned: dict[int, Leaves], high: int, *, last: bool
+    ) -> dict[int, Leaves]:
+        """The curvature products of one order; the mixed ones where the adjoint is already the final one."""
+        if last:
+            return blocks.curvature(turned, direct)
+        saturated = {high: turned.pop(high)}
+        return blocks.curvature(turned) | blocks.curvature(saturated, direct)

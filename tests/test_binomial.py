@@ -1,0 +1,124 @@
+"""The binomial rule against the Taylor coefficients of a surrogate, and against enumeration of Hessian factors."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from cases import OPTIMIZERS, expected_hypergradient, hypergradient, small_network
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import relative_error
+
+import diffopt
+from diffopt.estimators import Binomial
+
+STEPS = 4
+# The Taylor coefficients come from solving a 5 by 5 Vandermonde system; its condition number is about 30.
+TAYLOR = 1e-8
+
+
+def graded(problem, case, order, window=STEPS, scale=1.0):
+    """The sum of the Taylor coefficients up to ``order`` in a factor on the curvature of the last ``window`` steps."""
+    points = np.cos(np.pi * (np.arange(STEPS + 1) + 0.5) / (STEPS + 1))
+    rows = [
+        expected_hypergradient(problem, case, STEPS, curvature=lambda t, e=e: e if t > STEPS - window else 0.0)
+        for e in points
+    ]
+    weights = np.linalg.inv(np.vander(points, increasing=True))[: order + 1]
+    total = (weights * scale ** np.arange(len(weights))[:, None]).sum(0)
+    return [sum(w * x for w, x in zip(total, column, strict=True)) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("order", range(STEPS + 2))
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_orders_are_taylor_coefficients_of_the_surrogate(case, order):
+    problem = small_network(seed=21, steps=STEPS)
+    got = hypergradient(problem, case, STEPS, Binomial(order))
+    assert relative_error(got, graded(problem, case, order)) < TAYLOR
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    order=st.integers(0, STEPS + 1),
+    window=st.integers(0, STEPS),
+    scale=st.sampled_from([1.0, 0.5, 0.25]),
+    chunk_size=st.sampled_from([None, 1, 2]),
+    case=st.sampled_from(OPTIMIZERS),
+)
+def test_windows_scales_and_chunks(seed, order, window, scale, chunk_size, case):
+    problem = small_network(seed, STEPS)
+    got = hypergradient(problem, case, STEPS, Binomial(order, window, scale, chunk_size))
+    assert relative_error(got, graded(problem, case, order, window, scale)) < TAYLOR
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_for_gradient_descent_it_enumerates_subsets_of_hessians(order):
+    steps, lr = 4, 0.2
+    generator = torch.Generator().manual_seed(2)
+    hessians = torch.randn(steps, 3, 3, generator=generator, dtype=torch.float64)
+    hessians = hessians + hessians.mT
+    target = torch.randn(3, generator=generator, dtype=torch.float64)
+    w = torch.randn(3, generator=generator, dtype=torch.float64).requires_grad_()
+    solution = diffopt.solve(
+        lambda w, h: w @ h @ w / 2,
+        w,
+        optimizer=diffopt.SGD(lr),
+        steps=steps,
+        batches=hessians,
+        estimator=Binomial(order),
+    )
+    (got,) = torch.autograd.grad(solution.params @ target, w)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for size in range(order + 1):
+        for chosen in itertools.combinations(range(steps), size):
+            term = target
+            for t in reversed(chosen):
+                term = -lr * hessians[t] @ term
+            expected = expected + term
+    assert relative_error([got], [expected]) < 1e-12
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("learned", ["init", "all"])
+def test_the_number_of_products_and_their_depth_are_the_formulas(order, learned):
+    steps, case = 7, OPTIMIZERS[1]
+    problem = small_network(seed=3, steps=steps)
+    params = [p.clone().requires_grad_() for p in problem.params]
+    weights = problem.weights.clone().requires_grad_(learned == "all")
+    solution = diffopt.solve(
+        problem.loss,
+        params,
+        weights,
+        optimizer=case.optimizer(case.learned),
+        steps=steps,
+        batches=problem.batches,
+        estimator=Binomial(order),
+    )
+    assert (solution.counts.gradients, solution.counts.products) == (steps, 0)
+    problem.outer_loss(solution.params).backward()
+    assert solution.counts.gradients == steps
+    assert solution.counts.products == order * (steps - order + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": -1}, "order is -1"),
+        ({"order": 1.5}, "order is 1.5"),
+        ({"order": 1, "window": -2}, "window is -2"),
+        ({"order": 1, "chunk_size": 0}, "chunk_size is 0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(diffopt.HyperparameterError, match=message):
+        Binomial(**options)
+
+
+def test_a_window_longer_than_the_problem():
+    with pytest.raises(diffopt.StepsError, match="only 2 steps"):
+        diffopt.solve(
+            lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=2, estimator=Binomial(1, window=3)
+        )
