@@ -84,5 +84,9 @@ class RandomnessError(DiffoptError, RuntimeError):
     """A loss draws random numbers that the backward pass cannot draw again."""
 
 
+class LinearSolveError(DiffoptError, ArithmeticError):
+    """A linear system was not solved to the tolerance asked for, or is of a kind its solver cannot solve."""
+
+
 class SecondDerivativeError(DiffoptError, RuntimeError):
     """A hypergradient was differentiated again under a rule that gives first derivatives only."""

@@ -79,6 +79,7 @@ class Record:
         wanted: the extras that the graphs can be pulled back to.
         gradients: stored inner gradients ``g_t`` by ``t``.
         counts: what has been computed so far.
+        diagnostics: what the rule reports of its own quality.
         checkpoint: how steps were kept, once chosen.
         states_stored: how many states were stored in the rollout.
         bytes_stored: their bytes, or an estimate of the graphs' bytes from the first one.
@@ -91,6 +92,7 @@ class Record:
     losses: Tensor | None = None
     gradients: dict[int, Leaves] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
     checkpoint: Checkpoint = 1
     states_stored: int = 0
     bytes_stored: int = 0

@@ -56,6 +56,7 @@ class Solution(Generic[Params]):
         losses: inner losses before each step, shape ``[steps]``, detached.
         kept: what was stored for the backward pass.
         counts: gradients and curvature products computed, per task; the backward pass adds to it.
+        diagnostics: what the estimator reports of its own quality, by name; the backward pass fills it in.
     """
 
     params: Params
@@ -63,6 +64,7 @@ class Solution(Generic[Params]):
     losses: Tensor
     kept: Kept
     counts: Counts
+    diagnostics: dict[str, Tensor]
 
 
 def solve(
@@ -225,4 +227,4 @@ def _solution(dynamics: Dynamics, structure: tree.Structure, outcome: Outcome) -
     }
     final, record = tree.unflatten(structure, list(params)), outcome.record
     kept = Kept(record.checkpoint, record.states_stored, record.bytes_stored)
-    return Solution(final, State(final, named), outcome.losses, kept, record.counts)
+    return Solution(final, State(final, named), outcome.losses, kept, record.counts, record.diagnostics)

@@ -4,6 +4,7 @@ from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.binomial import Binomial
 from diffopt.estimators.first_order import FirstOrder
 from diffopt.estimators.forward_mode import ForwardMode
+from diffopt.estimators.krylov import Krylov
 from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
@@ -16,6 +17,7 @@ __all__ = [
     "Estimator",
     "FirstOrder",
     "ForwardMode",
+    "Krylov",
     "MultiStep",
     "Reptile",
     "Reverse",
