@@ -19,9 +19,11 @@ from diffopt.errors import (
     RandomnessError,
     SecondDerivativeError,
     ShapeError,
+    StationarityError,
     StepsError,
     StructureError,
 )
+from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Optimizer, Schedule
 from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, Preconditioned, ProximalGD, RMSprop
@@ -43,6 +45,7 @@ __all__ = [
     "DtypeError",
     "EstimatorError",
     "HyperparameterError",
+    "ImplicitGradients",
     "Kept",
     "LeafError",
     "Leaves",
@@ -61,7 +64,10 @@ __all__ = [
     "ShapeError",
     "Solution",
     "State",
+    "StationarityError",
     "StepsError",
     "StructureError",
+    "implicit",
+    "implicit_gradients",
     "solve",
 ]

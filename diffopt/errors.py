@@ -88,5 +88,9 @@ class LinearSolveError(DiffoptError, ArithmeticError):
     """A linear system was not solved to the tolerance asked for, or is of a kind its solver cannot solve."""
 
 
+class StationarityError(DiffoptError, ValueError):
+    """A point given as a minimiser is not one."""
+
+
 class SecondDerivativeError(DiffoptError, RuntimeError):
     """A hypergradient was differentiated again under a rule that gives first derivatives only."""

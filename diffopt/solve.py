@@ -118,16 +118,28 @@ def solve(
         >>> lr.grad
         tensor(-3.2000)
     """
+    rule = _checked_estimator(estimator)
+    problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
+    empty = Outcome(problem.state, problem.state[0].new_empty(0), Record())
+    return _solution(problem.dynamics, rule.run(problem) if steps else empty)
+
+
+def checked_problem(
+    loss: Callable[..., Tensor],
+    params: Any,
+    args: tuple[Any, ...],
+    optimizer: Any,
+    steps: Any,
+    batches: Any,
+    check: bool,
+) -> Problem:
+    """Flatten what :func:`solve` is given and check all that can be checked without running the loss."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0")
-    rule = _checked_estimator(estimator)
     leaves, structure = _params_leaves(params)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
-    problem = _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
-    empty = Outcome(problem.state, leaves[0].new_empty(0), Record())
-    outcome = rule.run(problem) if steps else empty
-    return _solution(problem.dynamics, structure, outcome)
+    return _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
 
 
 def _checked_estimator(estimator: Any) -> Estimator:
@@ -219,8 +231,8 @@ def _check_batches(batches: Any, steps: int) -> None:
             )
 
 
-def _solution(dynamics: Dynamics, structure: tree.Structure, outcome: Outcome) -> Solution[Any]:
-    params, buffers = dynamics.split(outcome.state)
+def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:
+    structure, (params, buffers) = dynamics.params_structure, dynamics.split(outcome.state)
     named = {
         name: tree.unflatten(structure, list(buffer)) if len(buffer) == len(params) else tuple(buffer)
         for name, buffer in buffers.items()

@@ -4,6 +4,7 @@ from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.binomial import Binomial
 from diffopt.estimators.first_order import FirstOrder
 from diffopt.estimators.forward_mode import ForwardMode
+from diffopt.estimators.implicit import Implicit
 from diffopt.estimators.krylov import Krylov
 from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
@@ -17,6 +18,7 @@ __all__ = [
     "Estimator",
     "FirstOrder",
     "ForwardMode",
+    "Implicit",
     "Krylov",
     "MultiStep",
     "Reptile",

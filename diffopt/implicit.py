@@ -1,0 +1,262 @@
+"""Implicit differentiation: the hypergradient of a fixed point, whatever found it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff, tree
+from diffopt.dynamics import ExtraSlot
+from diffopt.errors import EstimatorError, RandomnessError, StationarityError
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, refuse_unsolved
+from diffopt.optimizers import SGD
+from diffopt.rollout import Keep, Record, Stepper, Watch
+from diffopt.solve import checked_problem
+from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
+
+Params = TypeVar("Params")
+
+
+def implicit_pullback(
+    trajectory: Trajectory, cotangent: Leaves, solver: LinearSolver, *, whole_state: bool, start: Leaves | None = None
+) -> tuple[Cotangents, LinearSolution]:
+    r"""The implicit hypergradient at the end of a trajectory, taken to be a fixed point of its last step.
+
+    .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
+
+    The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
+    returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
+    """
+    if trajectory.record.draws:
+        raise RandomnessError(
+            "the inner loss draws random numbers: its step has no fixed point to differentiate; "
+            "use Reverse() or Truncated()"
+        )
+    dynamics, tasks, count = (
+        trajectory.dynamics,
+        Tasks(len(trajectory.dynamics.levels)),
+        trajectory.dynamics.state_count,
+    )
+    record = Record(wanted=trajectory.wanted, counts=trajectory.record.counts)
+    stepper = Stepper(dynamics, trajectory.extras, record, Watch())
+    graph, after, _ = stepper.graph(trajectory.final, dynamics.steps)
+    still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
+    moving = [i for i in range(count) if i not in still]
+
+    def through_step(v: Leaves, inputs: Sequence[int]) -> list[Tensor | None]:
+        weights = dict(zip(moving, v, strict=True))
+        record.counts.add_products(1)
+        cotangents = [weights[i] if i in weights else torch.zeros_like(x) for i, x in enumerate(trajectory.final)]
+        return graph.pullback(cotangents, inputs, retain=True)
+
+    def system(v: Leaves) -> Leaves:
+        return v - Leaves(autodiff.or_zeros(through_step(v, moving), v))
+
+    found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
+    extras = range(count, count + len(trajectory.wanted))
+    terms = through_step(found.value, [*still, *extras])
+    initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
+    for i, term in zip(still, autodiff.or_zeros(terms[: len(still)], [cotangent[i] for i in still]), strict=True):
+        initial[i] = cotangent[i] + term
+    direct.add(dynamics.steps, dict(zip(trajectory.wanted, terms[len(still) :], strict=True)))
+    trajectory.record.diagnostics.update(
+        residual=found.residual,
+        iterations=found.iterations,
+        stationarity=tasks.norm(after[: dynamics.params_count] - trajectory.final[: dynamics.params_count]),
+    )
+    return Cotangents(Leaves(initial), direct.collect()), found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether a step has handed this tensor through."""
+    return a.data_ptr() == b.data_ptr()
+
+
+class ImplicitGradients(NamedTuple):
+    """What :func:`implicit_gradients` returns.
+
+    Attributes:
+        args: the hypergradient of every argument of the loss, trees like ``args`` (``None`` where it is not a floating
+            tensor).
+        multiplier: the solution ``v`` of the linear system, a tree like ``params``: the next call's ``start``.
+        system: how the linear system was solved.
+    """
+
+    args: Any
+    multiplier: Any
+    system: LinearSolution
+
+
+# NOTE [a step that goes nowhere]
+# ``implicit`` is a solve of one step that leaves params where they are and puts the gradient into a buffer: so every
+# check of ``solve`` is made, under every transform, and the gradient is at hand. Its rule then looks at the same step
+# with step size 1, for which ``I - J`` is the Hessian and ``B`` minus the mixed derivative.
+_STAY, _DESCEND = SGD(0.0, momentum=1.0), SGD(1.0, momentum=1.0)
+
+
+@final
+@dataclass(frozen=True)
+class _AtSolution(Adjoint):
+    """The rule behind :func:`implicit`."""
+
+    solver: LinearSolver
+    stationarity: float | None
+
+    def keep(self, steps: int) -> Keep:
+        return Keep(first=steps + 1)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        params = trajectory.dynamics.params_count
+        axes = len(trajectory.dynamics.levels)
+        _refuse_far_from_stationary(trajectory.final[params:], trajectory.final[:params], axes, self.stationarity)
+        result, found = implicit_pullback(_descending(trajectory), cotangent, self.solver, whole_state=False)
+        if self.solver.throw:
+            refuse_unsolved(self.solver, found)
+        return Cotangents(None, result.extras)
+
+
+def _descending(trajectory: Trajectory) -> Trajectory:
+    bound = replace(trajectory.dynamics.optimizer, template=_DESCEND)
+    return replace(trajectory, dynamics=replace(trajectory.dynamics, optimizer=bound))
+
+
+def implicit(
+    loss: Callable[..., Tensor],
+    params: Params,
+    *args: Any,
+    solver: LinearSolver | None = None,
+    stationarity: float | None = 1e-2,
+    check: bool = True,
+) -> Params:
+    r"""Attach implicit gradients to a minimiser that was found by any means.
+
+    .. math:: \frac{d\phi^\star}{d\theta} = -\Big(\frac{\partial^2 \ell}{\partial\phi^2}\Big)^{-1}
+              \frac{\partial^2\ell}{\partial\phi\,\partial\theta}\quad\text{where}\quad
+              \frac{\partial\ell}{\partial\phi}(\phi^\star, \theta) = 0
+
+    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, one HVP per
+    iteration of the solver and one more. Memory: the graph of one gradient.
+
+    Not for: points that are not stationary, or a singular Hessian (add a penalty, or damp the solver).
+
+    Args:
+        loss: ``loss(params, *args)``, a floating scalar.
+        params: the minimiser, a tree of floating tensors; their own history is cut off.
+        args: what the loss reads; the tensors in it get the hypergradient.
+        solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`.
+        stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm; ``None``:
+            do not look.
+        check: as in :func:`diffopt.solve`.
+
+    Returns:
+        A tree like ``params`` with the same values.
+
+    Raises:
+        StationarityError: the gradient at ``params`` is not small.
+        LinearSolveError: in the backward pass, if the linear system was not solved.
+
+    Example:
+        The minimiser of ``(w - a)**2 + w**2`` is ``a / 2``.
+
+        >>> import torch, diffopt
+        >>> a = torch.tensor(3.0, requires_grad=True)
+        >>> w = diffopt.implicit(lambda w, a: (w - a) ** 2 + w**2, torch.tensor(1.5), a)
+        >>> w.backward()
+        >>> a.grad
+        tensor(0.5000)
+
+    Reference: Pedregosa (2016), "Hyperparameter Optimization with Approximate Gradient". Derivations (6.1).
+    """
+    rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
+    problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
+    outcome = rule.run(problem)
+    count = problem.dynamics.params_count
+    if not autodiff.transforms_active():
+        _refuse_far_from_stationary(outcome.state[count:], outcome.state[:count], 0, rule.stationarity)
+    result: Params = tree.unflatten(problem.dynamics.params_structure, outcome.state[:count])
+    return result
+
+
+def implicit_gradients(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *args: Any,
+    cotangent: Any,
+    solver: LinearSolver | None = None,
+    start: Any = None,
+) -> ImplicitGradients:
+    r"""The implicit hypergradient as a plain function, with the linear system's solution in and out.
+
+    .. math:: v = \Big(\frac{\partial^2 \ell}{\partial\phi^2}\Big)^{-1} \frac{\partial F}{\partial\phi},\qquad
+              \nabla = -\frac{\partial^2\ell}{\partial\theta\,\partial\phi}\,v
+
+    For outer loops that start the solver where it ended the last time: with a few inner steps and a few solver
+    iterations per outer step, warm starts of ``params`` and ``v`` reach a stationary point where cold starts stall
+    (derivations, section 6.3). So nothing is required of ``params``, and an unconverged system is an error only if the
+    solver throws. Not under a ``torch.func`` transform.
+
+    Args:
+        loss: ``loss(params, *args)``, a floating scalar.
+        params: where the inner problem stands.
+        args: what the loss reads.
+        cotangent: the gradient of the outer loss with respect to ``params``, a tree like it.
+        solver: default :class:`~diffopt.linear_solve.ConjugateGradient`.
+        start: the last call's ``multiplier``; ``None``: zero.
+
+    Raises:
+        LinearSolveError: the system was not solved, if the solver throws.
+    """
+    rule = _AtSolution(_checked_solver(solver), None)
+    problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, True)
+    count, extras = problem.dynamics.params_count, tuple(x.detach() for x in problem.extras)
+    wanted = tuple(i for i, x in enumerate(extras) if x.is_floating_point())
+    trajectory = _descending(
+        Trajectory(
+            problem.dynamics, Leaves(problem.state), extras, Leaves(problem.state), Record(), False, wanted, True
+        )
+    )
+    weights = Leaves([*tree.flatten(cotangent)[0], *trajectory.final[count:].zeros()])
+    initial = None if start is None else Leaves(tree.flatten(start)[0])
+    with torch.no_grad():
+        result, found = implicit_pullback(trajectory, weights, rule.solver, whole_state=False, start=initial)
+    if rule.solver.throw:
+        refuse_unsolved(rule.solver, found)
+    structure = problem.dynamics.params_structure
+    terms = {i: result.extras.get(i, torch.zeros_like(extras[i])) for i in wanted}
+    leaves = [terms.get(x.index) if isinstance(x, ExtraSlot) else None for x in problem.dynamics.args_leaves]
+    multiplier = tree.unflatten(structure, found.value.tensors)
+    gradients, _ = tree.unflatten(problem.dynamics.args_structure, leaves)
+    return ImplicitGradients(gradients, multiplier, found._replace(value=multiplier))
+
+
+def _cut_off(params: Any) -> Any:
+    return tree.map_leaves(lambda x: x.detach() if isinstance(x, Tensor) else x, params)
+
+
+def _checked_solver(solver: Any) -> LinearSolver:
+    if solver is None:
+        return ConjugateGradient()
+    if not isinstance(solver, LinearSolver):
+        raise EstimatorError(f"solver is {tree.describe(solver)}, expected a diffopt.linear_solve object")
+    return solver
+
+
+def _refuse_far_from_stationary(
+    gradient: Sequence[Tensor], params: Sequence[Tensor], axes: int, allowed: float | None
+) -> None:
+    if allowed is None:
+        return
+    tasks = Tasks(axes)
+    size, scale = (tasks.norm(Leaves(x.detach() for x in xs)) for xs in (gradient, params))
+    if not bool((size <= allowed * (1 + scale)).all()):
+        raise StationarityError(
+            f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
+            "(1 + |params|): implicit gradients need a stationary point. Minimise further, check that the loss is the "
+            "one that was minimised, or set stationarity"
+        )
