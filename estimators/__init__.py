@@ -2,6 +2,7 @@
 
 from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.binomial import Binomial
+from diffopt.estimators.es_jacobian import ESJacobian
 from diffopt.estimators.first_order import FirstOrder
 from diffopt.estimators.forward_mode import ForwardMode
 from diffopt.estimators.implicit import Implicit
@@ -15,6 +16,7 @@ from diffopt.reverse import Reverse
 __all__ = [
     "Adjoint",
     "Binomial",
+    "ESJacobian",
     "Estimator",
     "FirstOrder",
     "ForwardMode",

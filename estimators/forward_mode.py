@@ -103,7 +103,9 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
     else:
         extras[number - count] = extras[number - count].expand(tangent.shape)
     losses: dict[int, Tensor] = {}
+    trajectory.record.counts.gradients += dynamics.steps
     for step in range(1, dynamics.steps + 1):
+        trajectory.record.counts.add_products(size)
         with randomness.replayed(trajectory.record.draws.get(step), tangent.device):
             current = dynamics.at_step(extras, step)
             rates: dict[int, Tensor] = {}

@@ -1,0 +1,165 @@
+"""The evolution-strategies Jacobian: the response of the solution, by differences along random directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from diffopt.dynamics import Level
+from diffopt.errors import HyperparameterError
+from diffopt.estimator import Adjoint
+from diffopt.leaves import Leaves
+from diffopt.linear_solve import Tasks
+from diffopt.rollout import Keep, Record, Watch, roll_out
+from diffopt.trajectory import Cotangents, Trajectory
+
+Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
+
+
+@final
+@dataclass(frozen=True)
+class ESJacobian(Adjoint):
+    r"""The hypergradient with the solution's Jacobian estimated by finite differences along random directions.
+
+    .. math:: \hat\nabla = \frac{c}{Q}\sum_{j=1}^{Q}
+              \Big\langle\frac{u(\theta + \beta z_j) - u(\theta - \beta z_j)}{2\beta},
+              \frac{\partial F}{\partial u}\Big\rangle\, z_j
+
+    with ``u`` the final state, ``Q = directions``, ``beta = radius`` and ``c`` such that the estimate is unbiased for a
+    linear ``u`` (1 for gaussian and rademacher directions, ``p`` for the sphere and for orthonormal ones). Only first
+    derivatives of the inner loss are taken, none of the optimizer: it works where second derivatives do not exist.
+
+    Noisy: for ``p`` numbers the squared relative error is ``(p + 1) / Q`` (gaussian), ``(p - 1) / Q`` (rademacher,
+    sphere), ``p / Q - 1`` (orthonormal: with ``Q = p`` only the finite difference's error is left). Bias of order
+    ``radius**2``. Cost: ``2 Q`` rollouts (``Q + 1`` if not antithetic), run as one batch; depth: one rollout. Memory:
+    ``2 Q`` states, independent of the number of steps.
+
+    Inputs that tasks share and inputs of each task's own are perturbed in runs of their own, the latter with
+    independent directions per task.
+
+    Not for: many hyperparameters with few directions.
+
+    Args:
+        directions: ``Q``.
+        radius: ``beta``; near the third root of the precision if antithetic (the square root if not), relative to
+            the size of the numbers.
+        sampling: ``"gaussian"``, ``"rademacher"``, ``"sphere"`` or ``"orthonormal"`` (Haar-distributed frames; at most
+            ``p`` directions are used).
+        antithetic: central differences instead of forward ones.
+        generator: where directions are drawn from; ``None``: torch's global generator.
+
+    Raises:
+        HyperparameterError: an option is out of range.
+
+    Reference: Sow, Ji and Liang (2022), "On the Convergence Theory for Hessian-Free Bilevel Algorithms". Derivations
+    (7.1).
+    """
+
+    directions: int
+    radius: float
+    sampling: Sampling = "orthonormal"
+    antithetic: bool = True
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
+            raise HyperparameterError(f"ESJacobian: directions is {self.directions!r}, expected an integer >= 1")
+        if not (isinstance(self.radius, int | float) and 0 < self.radius < math.inf):
+            raise HyperparameterError(f"ESJacobian: radius is {self.radius!r}, expected a number > 0")
+        known = ("gaussian", "rademacher", "sphere", "orthonormal")
+        if self.sampling not in known:
+            raise HyperparameterError(f"ESJacobian: sampling is {self.sampling!r}, expected one of {', '.join(known)}")
+
+    def keep(self, steps: int) -> Keep:
+        """No step: the rollout is run again, perturbed."""
+        return Keep(first=steps + 1)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """The estimate for every wanted input, one group of inputs after the other."""
+        count = trajectory.dynamics.state_count
+        wanted = [*(range(count) if trajectory.wants_initial else ()), *(count + i for i in trajectory.wanted)]
+        found: dict[int, Tensor] = {}
+        for numbers in _groups(trajectory, wanted):
+            found |= self._estimate(trajectory, cotangent, numbers)
+        initial = Leaves(found[i] for i in range(count)) if trajectory.wants_initial else None
+        return Cotangents(initial, {i: found[count + i] for i in trajectory.wanted})
+
+    def _estimate(self, trajectory: Trajectory, cotangent: Leaves, numbers: list[int]) -> dict[int, Tensor]:
+        inputs = Leaves(_inputs(trajectory)[i] for i in numbers)
+        batched = _batched(trajectory, numbers[0])
+        tasks = Tasks(sum(batched))
+        base = tasks.flatten(inputs)
+        z, factor = self._directions(base)
+        stacked = Leaves(x.expand(len(z), *x.shape) for x in inputs)
+        moves = Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked)
+        high = _final_state(trajectory, dict(zip(numbers, stacked + moves, strict=True)))
+        if self.antithetic:
+            low = _final_state(trajectory, dict(zip(numbers, stacked - moves, strict=True)))
+            slope = (high - low) / (2 * self.radius)
+        else:
+            slope = (high - trajectory.final) / self.radius
+        weights = _responses(slope, cotangent, batched)
+        terms = tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs)
+        return dict(zip(numbers, terms, strict=True))
+
+    def _directions(self, base: Tensor) -> tuple[Tensor, float]:
+        """Directions ``[Q, ..., p]`` for vectors ``[..., p]``, and the factor that makes their mean unbiased."""
+        size, count = base.shape[-1], self.directions
+        device = self.generator.device if self.generator is not None else base.device
+        if self.sampling == "orthonormal":
+            count = min(count, size)
+            normal = torch.randn(*base.shape, count, generator=self.generator, device=device, dtype=base.dtype)
+            # the signs of R's diagonal make the frame's distribution uniform
+            q, r = torch.linalg.qr(normal)
+            frame = q * r.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]
+            return frame.movedim(-1, 0).to(base.device), float(size)
+        shape = (count, *base.shape)
+        z = torch.randn(shape, generator=self.generator, device=device, dtype=base.dtype).to(base.device)
+        if self.sampling == "rademacher":
+            return torch.where(z > 0, 1.0, -1.0).to(base.dtype), 1.0
+        if self.sampling == "sphere":
+            return z / z.norm(dim=-1, keepdim=True), float(size)
+        return z, 1.0
+
+
+def _inputs(trajectory: Trajectory) -> Sequence[Tensor]:
+    return [*trajectory.initial, *trajectory.extras]
+
+
+def _batched(trajectory: Trajectory, number: int) -> list[bool]:
+    """For each leading axis of the state, outermost first, whether input ``number`` has it."""
+    return [level.dims[number] is not None for level in reversed(trajectory.dynamics.levels)]
+
+
+def _groups(trajectory: Trajectory, numbers: Sequence[int]) -> list[list[int]]:
+    """The inputs, those together that the same levels batch."""
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for number in numbers:
+        groups.setdefault(tuple(_batched(trajectory, number)), []).append(number)
+    return list(groups.values())
+
+
+def _final_state(trajectory: Trajectory, moved: dict[int, Tensor]) -> Leaves:
+    """The final states of rollouts with some inputs replaced by stacks of them, along a new first axis."""
+    dynamics, count, size = trajectory.dynamics, trajectory.dynamics.state_count, len(next(iter(moved.values())))
+    inputs = list(_inputs(trajectory))
+    for i, x in enumerate(inputs):
+        inputs[i] = moved[i] if i in moved else (x.expand(size, *x.shape) if i < count else x)
+    dims = tuple(0 if i < count or i in moved else None for i in range(len(inputs)))
+    batched = dynamics.batched(Level(dims, size, "same"))
+    record = Record(draws=dict(trajectory.record.draws))
+    trajectory.record.counts.gradients += size * dynamics.steps
+    return roll_out(batched, inputs[:count], inputs[count:], None, record, Watch())[0]
+
+
+def _responses(slope: Leaves, cotangent: Leaves, batched: list[bool]) -> Tensor:
+    """The cotangent's product with each difference, summed over the tasks that share the inputs: ``[Q, ...]``."""
+    total = Tasks(1 + len(batched)).dot(slope, slope.map(lambda s, c: c.expand_as(s), cotangent))
+    summed = [axis + 1 for axis, own in enumerate(batched) if not own]
+    return total.sum(dim=summed) if summed else total
