@@ -10,13 +10,17 @@ affine batch norm. So functorch is used here for one thing only: to batch a *for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+
+from diffopt.errors import DiffoptError, InPlaceError, MissingDerivativeError
 
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 
@@ -29,6 +33,42 @@ def transforms_active() -> bool:
 def transform_level() -> int:
     """How many ``torch.func`` transforms are running around the caller."""
     return _functorch.maybe_current_level() or 0
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether any tensor carries a tangent of plain forward-mode differentiation."""
+    forward_ad: Any = torch.autograd.forward_ad
+    if forward_ad._current_level < 0 or transforms_active():
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+class Autocast:
+    """The state of autocast at one place, to be entered again at another."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Take the present state."""
+        self._device = device.type
+        self._enabled = torch.is_autocast_enabled(self._device)
+        self._dtype = torch.get_autocast_dtype(self._device)
+
+    def entered(self) -> torch.autocast:
+        """A context in which autocast is as it was."""
+        return torch.autocast(self._device, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
+
+
+@contextmanager
+def named_in_place_changes() -> Iterator[None]:
+    """Say what is wrong where a loss or an update changes its inputs in place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "_Roots" not in str(error):
+            raise
+        raise InPlaceError(
+            "the inner loss or the optimizer's update changes a tensor it was given in place; write x = x + y for "
+            "x += y, and x.add(y) for x.add_(y)"
+        ) from error
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -140,11 +180,9 @@ class StepGraph:
         if not pairs or not wanted:
             return [None] * len(wanted)
         edges, weights = zip(*pairs, strict=True)
-        return list(
-            torch.autograd.grad(
-                edges, [self._inputs[i] for i in wanted], weights, allow_unused=True, retain_graph=retain
-            )
-        )
+        inputs = [self._inputs[i] for i in wanted]
+        with named_missing_derivatives():
+            return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
 
 
 class _Roots(torch.autograd.Function):
@@ -171,7 +209,30 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     """The gradient of a scalar; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
-    return torch.autograd.grad(output, inputs, create_graph=differentiable, allow_unused=True)
+    with named_missing_derivatives():
+        return torch.autograd.grad(output, inputs, create_graph=differentiable, allow_unused=True)
+
+
+@contextmanager
+def named_missing_derivatives() -> Iterator[None]:
+    """Say what to do about an operation of which torch has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) or isinstance(error, DiffoptError):
+            raise
+        raise MissingDerivativeError(
+            f"an operation in the inner loss has no second derivative in torch ({str(error).splitlines()[0][:120]}). "
+            "Attention: run it under sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: under "
+            "torch.backends.cudnn.flags(enabled=False). Or use FirstOrder(), Reptile() or ESJacobian()"
+        ) from error
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under all wrappers of ``torch.func``, to look at its values."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.detach()
 
 
 def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -186,7 +247,8 @@ def pullback(
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not pairs:
         return or_zeros([None] * len(inputs), inputs)
-    found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+    with named_missing_derivatives():
+        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
     return or_zeros(found, inputs)
 
 
@@ -208,27 +270,51 @@ def jvp(
     return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
 
 
-def reaches_beyond(output: Tensor, roots: Sequence[Tensor]) -> bool:
-    """Whether the graph of ``output`` ends in a leaf tensor other than through ``roots``."""
-    own = {root.grad_fn for root in roots}
-    pending, seen = [output.grad_fn], set(own)
+def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``output``, grown from ``roots``, reaches a tensor that was there before them.
+
+    An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
+    still holds it, for what a function makes for itself is let go when it returns.
+    """
+    born = roots[0].grad_fn._sequence_nr()  # type: ignore[union-attr]  # pyright: ignore
+    pending, seen = [output.grad_fn], {root.grad_fn for root in roots}
     while pending:
-        node = pending.pop()
+        node: Any = pending.pop()
         if node is None or node in seen:
             continue
-        if hasattr(node, "variable"):
-            return True
         seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+                return True
+        elif node._sequence_nr() < born:
+            return True
         pending.extend(parent for parent, _ in node.next_functions)
     return False
 
 
-def saved_bytes(graph: StepGraph) -> int:
-    """The bytes that a graph keeps alive, each storage once; what cannot be looked into counts as nothing.
+@functools.cache
+def _references_of_a_forgotten_leaf() -> int:
+    """What ``sys.getrefcount`` says, in the place above, of a leaf that only its graph holds."""
+
+    def forgetful() -> Tensor:
+        return torch.zeros((), requires_grad=True) * 2
+
+    with torch.enable_grad():
+        node: Any = forgetful().grad_fn
+    leaf = node.next_functions[0][0].variable
+    return sys.getrefcount(leaf)
+
+
+def saved_bytes(graph: StepGraph, ignored: Sequence[Tensor]) -> int:
+    """The bytes that a graph keeps alive besides the tensors ``ignored``, each storage once.
+
+    What cannot be looked into counts as nothing.
 
     Saved-tensor hooks would be simpler, but a loss that uses ``torch.func.grad`` itself refuses to run under them.
     """
     storages: dict[int, int] = {}
+    others = {tensor.untyped_storage().data_ptr() for tensor in ignored}
     pending, seen = graph.nodes(), set()
     while pending:
         node = pending.pop()
@@ -236,19 +322,22 @@ def saved_bytes(graph: StepGraph) -> int:
             continue
         seen.add(node)
         pending.extend(parent for parent, _ in node.next_functions)
-        for name in _saved_names(cast(Any, type(node))):
+        for name in _saved_names(cast("Any", type(node))):
             value = getattr(node, name, None)
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor):
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(size for pointer, size in storages.items() if pointer not in others)
 
 
 @functools.cache
 def _saved_names(node_type: Any) -> tuple[str, ...]:
     names = [name for name in dir(node_type) if name.startswith("_saved_")]
     return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
+
+
+_METADATA = frozenset({"__get__", "__len__", "dim", "is_floating_point", "ndimension", "numel", "size"})
 
 
 class CaptureGuard(TorchFunctionMode):
@@ -269,18 +358,19 @@ class CaptureGuard(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at the tensors among the arguments, then run the operation."""
-        own = bool(args) and args[0] is _BelowVmap
-        for value in () if own else (*args, *(kwargs or {}).values()):
+        """Look at the tensors among the arguments, unless only their shape or the like is asked for; run it."""
+        # besides metadata: unroll's own ticket is no capture
+        harmless = getattr(func, "__name__", "") in _METADATA or args[:1] == (_BelowVmap,)
+        for value in () if harmless else (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, Tensor) and _functorch.maybe_get_level(tensor) in self._levels:
                     self._refuse()
         return func(*args, **(kwargs or {}))
 
-    def watch(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` with this guard on."""
 
-        def watched(*arguments: Any) -> Tensor:
+        def watched(*arguments: Any) -> Any:
             with self:
                 return function(*arguments)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, final
 from torch import Tensor
 
 from diffopt import autodiff, tree
-from diffopt.errors import LossError, RandomnessError
+from diffopt.errors import LossError, OptimizerError, RandomnessError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
 
@@ -158,7 +158,7 @@ class Dynamics:
         ]
 
     def _update_once(self, state: Leaves, grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
-        if not self.levels or self.optimizer.template.elementwise:
+        if not self.levels or self.optimizer.elementwise:
             return self._update(state, grads, [self._align(i, x) for i, x in enumerate(hypers)], step)
         own = (0,) * (self.state_count + self.params_count)
         start = self.state_count + self.hyperparameters_start
@@ -179,8 +179,32 @@ class Dynamics:
     def _update(self, state: Sequence[Tensor], grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
         params, buffers = self.split(state)
         optimizer = self.optimizer.at(step, params, hypers)
-        params, buffers = optimizer.update(params, Leaves(grads), buffers, step)
+        result = optimizer.update(params, Leaves(grads), buffers, step)
+        if step == 1:
+            self._check_update(result, state)
+        params, buffers = result
         return Leaves([*params, *(leaf for name, _ in self.buffers_layout for leaf in buffers[name])])
+
+    def _check_update(self, result: Any, state: Sequence[Tensor]) -> None:
+        """Refuse an update that does not return a state like the one it got."""
+        name = type(self.optimizer.template).__name__
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            raise OptimizerError(f"{name}.update returned {tree.describe(result)}, expected (params, buffers)")
+        expected = {"params": self.params_count, **dict(self.buffers_layout)}
+        got = {"params": result[0], **result[1]}
+        if set(got) != set(expected):
+            raise OptimizerError(
+                f"{name}.update returned buffers {sorted(result[1])}, init made {sorted(dict(self.buffers_layout))}"
+            )
+        start = 0
+        for part, count in expected.items():
+            old, new = state[start : start + count], got[part]
+            if not isinstance(new, Leaves) or [(x.shape, x.dtype) for x in new] != [(x.shape, x.dtype) for x in old]:
+                raise OptimizerError(
+                    f"{name}.update returned {tree.describe(new)} for {part}, expected the shapes and dtypes it got: "
+                    f"{Leaves(old)}"
+                )
+            start += count
 
     def _align(self, number: int, value: Tensor) -> Tensor:
         """A hyperparameter with one leading axis per level, of length 1 where the tasks share it."""

@@ -92,5 +92,17 @@ class StationarityError(DiffoptError, ValueError):
     """A point given as a minimiser is not one."""
 
 
+class InPlaceError(DiffoptError, RuntimeError):
+    """The inner loss or the optimizer changed a tensor in place."""
+
+
+class GradModeError(DiffoptError, RuntimeError):
+    """``solve`` was called in a mode of autograd that it cannot run in."""
+
+
+class MissingDerivativeError(DiffoptError, RuntimeError):
+    """An operation in the inner loss has no second derivative in torch."""
+
+
 class SecondDerivativeError(DiffoptError, RuntimeError):
     """A hypergradient was differentiated again under a rule that gives first derivatives only."""

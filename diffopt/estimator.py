@@ -124,7 +124,7 @@ def unroll(problem: Problem) -> Outcome:
         lower = partial(_unroll_below, problem, autodiff.transform_level())
         *state, losses = autodiff.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
-    watch = Watch(values=problem.check and not autodiff.transforms_active(), levels=problem.popped)
+    watch = Watch(values=problem.check, levels=problem.popped)
     final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
     return Outcome(final.tensors, losses, Record())
 
@@ -166,7 +166,8 @@ class _Call:
 
 
 def _launch(call: _Call, inputs: Sequence[Tensor]) -> Any:
-    if torch.is_grad_enabled():
+    # Under vmap nothing is differentiated; below it, the same tensors say what is.
+    if torch.is_grad_enabled() and autodiff.innermost_vmap_size() is None:
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
     return autodiff.apply(_Solve, call, *inputs)
 
@@ -230,8 +231,10 @@ class _Pullback(torch.autograd.Function):
         with torch.no_grad():
             result = call.rule.pullback(trajectory, Leaves(cotangent))
         terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
-        if call.watch.values and not all(bool(term.isfinite().all()) for term in terms):
-            _refuse_non_finite(cotangent)
+        if call.watch.values and terms:
+            finite = torch.stack([autodiff.plain(term).isfinite().all() for term in terms])
+            if not bool(finite.all()):
+                _refuse_non_finite(cotangent)
         return tuple(terms)
 
     @staticmethod
@@ -282,8 +285,9 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
             "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
             "run under (jacrev?): the same numbers cannot be drawn again; loop instead of vmap"
         )
-    count, again = call.state_count, Record(wanted=call.wanted_extras, draws=dict(old.draws))
-    roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
+    count, again = call.state_count, Record(wanted=call.wanted_extras, draws=dict(old.draws), counts=old.counts)
+    with old.replay(None, inputs[0].device):
+        roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
         refuse_other_losses(dict(enumerate(again.losses.unbind(-1), start=1)), old.losses)
@@ -299,8 +303,9 @@ def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
 
 
 def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
-    outer = "is finite" if all(bool(c.isfinite().all()) for c in cotangent) else "is not finite itself: check that loss"
+    fine = all(bool(autodiff.plain(c).isfinite().all()) for c in cotangent)
+    outer = "is finite" if fine else "is not finite itself: check that loss"
     raise NonFiniteGradientError(
-        "the hypergradient is NaN or infinite. The gradient of the outer loss at the solution " + outer + ". Check "
-        "for roots, norms or logarithms at zero in the inner loss, or fewer steps or a smaller step size"
+        f"the hypergradient is NaN or infinite. The gradient of the outer loss at the solution {outer}. Check for "
+        "roots, norms or logarithms at zero in the inner loss, or take fewer steps or a smaller step size"
     )

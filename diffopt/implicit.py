@@ -45,7 +45,8 @@ def implicit_pullback(
     )
     record = Record(wanted=trajectory.wanted, counts=trajectory.record.counts)
     stepper = Stepper(dynamics, trajectory.extras, record, Watch())
-    graph, after, _ = stepper.graph(trajectory.final, dynamics.steps)
+    with trajectory.record.replay(None, trajectory.final[0].device):
+        graph, after, _ = stepper.graph(trajectory.final, dynamics.steps)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
 

@@ -35,6 +35,7 @@ class Leaves(Sequence[Tensor]):
     """
 
     __slots__ = ("tensors",)
+    __array_ufunc__ = None  # so that numpy's numbers leave the arithmetic to this class
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """Wrap the tensors; none is copied."""
@@ -118,7 +119,8 @@ def _apply(
 ) -> Leaves:
     if not isinstance(other, Leaves | float | int):
         return NotImplemented
-    if autodiff.transforms_active() or not leaves.tensors:
+    # While a graph is recorded, leaf by leaf too: the graph of a fused call keeps its inputs, needed or not.
+    if not leaves.tensors or torch.is_grad_enabled() or autodiff.transforms_active():
         operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
         return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
     return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeAlias, final
 
-import torch
 from torch import Tensor
 
 from diffopt import tree
@@ -45,6 +44,11 @@ class Schedule:
     """
 
     values: Any
+
+    def __post_init__(self) -> None:
+        """Refuse a list of tensors."""
+        if isinstance(self.values, list | tuple) and any(isinstance(x, Tensor) for x in self.values):
+            raise HyperparameterError("Schedule: values is a list that holds tensors; make one of them by torch.stack")
 
 
 class Optimizer(ABC):
@@ -100,12 +104,14 @@ class BoundOptimizer:
         template: the optimizer as the user made it.
         tensors: the tensors in its fields, in a fixed order.
         scheduled: for each tensor, whether its leading axis runs over steps.
+        elementwise: whether updates may run on stacked tensors: the template says so, and no field is a tree of its
+            own shape, which could not be matched with the tasks' axes.
     """
 
     template: Optimizer
     tensors: tuple[Tensor, ...]
     scheduled: tuple[bool, ...]
-    names: tuple[str, ...]
+    elementwise: bool
     _values: tuple[tuple[str, Callable[..., Any]], ...]
 
     def at(self, step: int, params: Leaves, tensors: Sequence[Tensor]) -> Optimizer:
@@ -133,7 +139,7 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         StepsError: a schedule's length is not ``steps``.
     """
     if not isinstance(optimizer, Optimizer):
-        hint = "; diffopt.from_torch lifts a torch.optim class" if isinstance(optimizer, torch.optim.Optimizer) else ""
+        hint = "; call it, as in SGD(lr=0.1)" if isinstance(optimizer, type) else ""
         raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{hint}")
     if not is_dataclass(optimizer):
         raise OptimizerError(
@@ -148,7 +154,14 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         )
         if value is not None:
             values.append((field.name, value))
-    return BoundOptimizer(optimizer, tuple(binder.tensors), tuple(binder.scheduled), tuple(binder.names), tuple(values))
+    elementwise = optimizer.elementwise and not binder.whole_trees
+    return BoundOptimizer(
+        optimizer,
+        tuple(binder.tensors),
+        tuple(binder.scheduled),
+        elementwise,
+        tuple(values),
+    )
 
 
 class _Binder:
@@ -158,7 +171,7 @@ class _Binder:
         self.params, self.structure, self.steps = params, structure, steps
         self.tensors: list[Tensor] = []
         self.scheduled: list[bool] = []
-        self.names: list[str] = []
+        self.whole_trees = False
 
     def bind(self, name: str, value: Any, kind: str) -> Callable[..., Any] | None:
         """A reader ``(step, params, tensors) -> value for update``; ``None`` if the value needs no work."""
@@ -173,15 +186,15 @@ class _Binder:
             return None if value is None else self._prefix(name, value)
         return self._leafwise(name, value)
 
-    def _slot(self, name: str, tensor: Tensor, scheduled: bool) -> _Slot:
+    def _slot(self, tensor: Tensor, scheduled: bool) -> _Slot:
         self.tensors.append(tensor)
         self.scheduled.append(scheduled)
-        self.names.append(name)
         return _Slot(len(self.tensors) - 1)
 
     def _whole_tree(self, name: str, value: Any) -> Callable[..., Any] | None:
         leaves, structure = tree.flatten(value)
-        slots = [self._slot(name, x, False) if isinstance(x, Tensor) else x for x in leaves]
+        slots = [self._slot(x, False) if isinstance(x, Tensor) else x for x in leaves]
+        self.whole_trees = self.whole_trees or any(isinstance(slot, _Slot) for slot in slots)
         if not any(isinstance(slot, _Slot) for slot in slots):
             return None
         return lambda step, params, now: tree.unflatten(
@@ -195,6 +208,10 @@ class _Binder:
     def _leafwise(self, name: str, value: Any) -> Callable[..., Any] | None:
         scheduled = isinstance(value, Schedule)
         inner = value.values if scheduled else value
+        if scheduled and (isinstance(inner, int | float) or (isinstance(inner, Tensor) and inner.ndim == 0)):
+            raise StepsError(
+                f"the schedule of {name} is {tree.describe(inner)}, expected {self.steps} values, one a step"
+            )
         if scheduled and _is_list_of_numbers(inner):
             self._check_length(name, len(inner))
             return lambda step, params, now: float(inner[step - 1])
@@ -204,7 +221,7 @@ class _Binder:
             self._check_floating(name, inner)
             if scheduled:
                 self._check_length(name, len(inner))
-            slot = self._slot(name, inner, scheduled)
+            slot = self._slot(inner, scheduled)
             return lambda step, params, now: Leaves(_fit(now[slot.index].to(x), x) for x in params)
         entries = self._like_params(name, inner)
         slots = [
@@ -237,7 +254,7 @@ class _Binder:
             raise DeviceError(
                 f"{where} is on {value.device}, the parameter there on {leaf.device}; move one with .to()"
             )
-        return self._slot(where, value, scheduled)
+        return self._slot(value, scheduled)
 
     def _like_params(self, name: str, value: Any) -> list[Any]:
         try:
@@ -275,7 +292,9 @@ def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
     """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
     for name, (low, high) in ranges.items():
         value = getattr(optimizer, name)
-        for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(value, Schedule) and _is_list_of_numbers(value.values):
+            value = tuple(value.values)
+        for item in value if isinstance(value, tuple | list) else (value,):
             outside = isinstance(item, int | float) and not low <= item < high
             if outside or isinstance(item, str | bool) or item is None:
                 raise HyperparameterError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffopt.errors import HyperparameterError, ShapeError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import EACH, PREFIX, Buffers, Hyperparameter, Optimizer, check_range, is_zero
+from diffopt.tree import describe
 
 _INFINITY = float("inf")
 
@@ -49,7 +50,8 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.SGD`` refuses."""
-        check_range(self, lr=(0, _INFINITY), momentum=(0, _INFINITY), weight_decay=(0, _INFINITY))
+        positive = (0, _INFINITY)
+        check_range(self, lr=positive, momentum=positive, weight_decay=positive, dampening=(-_INFINITY, _INFINITY))
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise HyperparameterError(
                 f"SGD: nesterov needs momentum > 0 and dampening = 0, got {self.momentum} and {self.dampening}"
@@ -141,9 +143,9 @@ class AdamW(Optimizer):
 
 def _check_adam(optimizer: Adam | AdamW) -> None:
     positive = (0, _INFINITY)
+    if not isinstance(optimizer.betas, tuple | list) or len(optimizer.betas) != 2:
+        raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas!r}, expected two numbers")
     check_range(optimizer, lr=positive, eps=positive, weight_decay=positive, betas=(0, 1))
-    if len(optimizer.betas) != 2:
-        raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas}, expected two numbers")
 
 
 def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
@@ -274,6 +276,8 @@ class ProximalGD(Optimizer):
     def __post_init__(self) -> None:
         """Refuse a negative step size or strength."""
         check_range(self, lr=(0, _INFINITY), strength=(0, _INFINITY))
+        if isinstance(self.center, str | bool):
+            raise HyperparameterError(f"ProximalGD: center is {self.center!r}, expected None or a tree like params")
 
     def init(self, params: Leaves) -> Buffers:
         """The center, where it is the initial parameters."""
@@ -329,19 +333,18 @@ class Preconditioned(Optimizer):
 
 def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tensor:
     """``tensor`` with axis ``i`` multiplied by ``matrices[i]``."""
-    if len(matrices) != tensor.ndim:
+    if not isinstance(matrices, tuple | list) or len(matrices) != tensor.ndim:
         raise ShapeError(
-            f"Preconditioned: factors holds {len(matrices)} matrices for a leaf of shape {tuple(tensor.shape)}, "
-            "expected one per axis (None for the identity)"
+            f"Preconditioned: factors holds {describe(matrices)} for a leaf of shape {tuple(tensor.shape)}, expected a "
+            f"tuple of {tensor.ndim} matrices, one per axis (None for the identity)"
         )
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
-            if matrix.shape != (tensor.shape[axis],) * 2:
+            if not isinstance(matrix, Tensor) or matrix.shape != (tensor.shape[axis],) * 2:
                 raise ShapeError(
-                    f"Preconditioned: factor {axis} has shape {tuple(matrix.shape)}, the leaf's shape "
+                    f"Preconditioned: factor {axis} is {describe(matrix)}, the leaf's shape "
                     f"{tuple(tensor.shape)} asks for {(tensor.shape[axis],) * 2}"
                 )
-            tensor = (
-                (matrix @ tensor.movedim(axis, 0).flatten(1)).reshape(tensor.movedim(axis, 0).shape).movedim(0, axis)
-            )
+            moved = tensor.movedim(axis, 0)
+            tensor = (matrix @ moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, axis)
     return tensor

@@ -105,7 +105,8 @@ class ParallelSteps:
             grads = autodiff.gradient(losses.sum(), roots[:count], differentiable=True)
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 
-        graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)])
+        with trajectory.record.replay(None, params[0].device):
+            graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)])
         trajectory.record.counts.add_products(len(steps))
         return graph
 

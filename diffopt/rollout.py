@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias, final
@@ -80,6 +81,7 @@ class Record:
         gradients: stored inner gradients ``g_t`` by ``t``.
         counts: what has been computed so far.
         diagnostics: what the rule reports of its own quality.
+        autocast: its state during the rollout.
         checkpoint: how steps were kept, once chosen.
         states_stored: how many states were stored in the rollout.
         bytes_stored: their bytes, or an estimate of the graphs' bytes from the first one.
@@ -93,10 +95,18 @@ class Record:
     gradients: dict[int, Leaves] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    autocast: autodiff.Autocast | None = None
     checkpoint: Checkpoint = 1
     states_stored: int = 0
     bytes_stored: int = 0
     usable: bool = False
+
+    @contextmanager
+    def replay(self, step: int | None, device: torch.device) -> Iterator[None]:
+        """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast."""
+        autocast = nullcontext() if self.autocast is None else self.autocast.entered()
+        with autocast, randomness.replayed(None if step is None else self.draws.get(step), device):
+            yield
 
 
 @final
@@ -130,7 +140,8 @@ def roll_out(
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
     now, stepper = Leaves(state), Stepper(dynamics, extras, record, watch)
-    losses = state[0].new_empty(0)
+    losses = state[0].new_empty([level.size for level in reversed(dynamics.levels)] + [0])
+    record.autocast = autodiff.Autocast(state[0].device)
     with torch.no_grad():
         for step in range(1, dynamics.steps + 1):
             now, loss = stepper.take(now, step, keep)
@@ -139,7 +150,7 @@ def roll_out(
             losses = loss.new_empty(*loss.shape, dynamics.steps) if step == 1 else losses
             losses[..., step - 1] = loss
         if watch.values:
-            _refuse_divergence(losses, now, dynamics.steps)
+            _refuse_divergence(losses.unbind(-1), now)
     record.usable, record.losses = keep is not None, losses
     return now, losses
 
@@ -151,7 +162,7 @@ def roll_out_recorded(
     now, losses = Leaves(state), []
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
-        guard = autodiff.CaptureGuard(watch.levels, _refuse_capture) if step == 1 and watch.levels else None
+        guard = autodiff.CaptureGuard(watch.levels, _refuse_wrapped) if step == 1 and watch.levels else None
         grads: Sequence[Tensor | None]
         if autodiff.transforms_active():
             now_params = now.tensors[: dynamics.params_count]
@@ -159,18 +170,19 @@ def roll_out_recorded(
             grads, loss = _shifted(guard, autodiff.functional_gradient)(function, now_params)
         else:
             with torch.enable_grad():
-                params = [p if p.requires_grad else p.detach().requires_grad_() for p in now[: dynamics.params_count]]
+                # views, so that a tensor that is also an argument counts here as the params only
+                before = now[: dynamics.params_count]
+                params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
                 loss = _shifted(guard, dynamics.losses)(params, current, guard)
                 grads = autodiff.gradient(loss.sum(), params, differentiable=True)
-            if step == 1 and watch.values:
-                _refuse_bad_start(loss, grads)
+        if step == 1 and watch.values:
+            _refuse_bad_start(loss, grads)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
         now = dynamics.update(now, flat, current, step)
         losses.append(loss.detach())
-    stacked = torch.stack(losses, dim=-1)
     if watch.values:
-        _refuse_divergence(stacked, now, dynamics.steps)
-    return now, stacked
+        _refuse_divergence(losses, now)
+    return now, torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
 
 
 def _shifted(guard: autodiff.CaptureGuard | None, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,17 +201,19 @@ class Stepper:
     def __init__(self, dynamics: Dynamics, extras: Sequence[Tensor], record: Record, watch: Watch) -> None:
         self.dynamics, self.record, self.watch = dynamics, record, watch
         self.extras = tuple(extra.detach() for extra in extras)
+        self._drawn: randomness.GeneratorStates | None = None
 
     def take(self, state: Leaves, step: int, keep: Keep | None) -> tuple[Leaves, Tensor]:
         """Step number ``step`` from ``state``: the next state and the losses."""
         device = state[0].device
-        before = randomness.snapshot(device)
-        with randomness.replayed(self.record.draws.get(step), device):
+        before = randomness.snapshot(device) if self._drawn is None else self._drawn
+        with randomness.replayed(self.record.draws.get(step), device), autodiff.named_in_place_changes():
             if keep is None or step < keep.first:
                 after, losses = self._plain(state, step)
             else:
                 after, losses = self._kept(state, step, keep)
-        if randomness.changed(before, randomness.snapshot(device)):
+        self._drawn = randomness.snapshot(device)
+        if randomness.changed(before, self._drawn):
             self.record.draws[step] = before
         return after, losses
 
@@ -223,7 +237,7 @@ class Stepper:
         """Record the first graph, measure it, and decide whether to go on with graphs."""
         record = self.record
         graph, after, losses = self.graph(state, step)
-        expected = autodiff.saved_bytes(graph) * count
+        expected = autodiff.saved_bytes(graph, self.extras) * count
         if record.checkpoint == "graph" or expected <= GRAPH_BUDGET:
             record.checkpoint, record.bytes_stored = "graph", expected
             record.graphs[step] = graph
@@ -240,7 +254,22 @@ class Stepper:
             losses, grads = self._losses_and_grads(params, current, step, differentiable=False)
         if keep_gradients:
             self.record.gradients[step] = Leaves(grads)
+        if step == 1 and (self.watch.captures or self.watch.levels):
+            self._refuse_captures_of_update(state, grads, current)
         return dynamics.update(state, grads, current, step), losses.detach()
+
+    def _refuse_captures_of_update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+        """Take the first update once more, only to see whether it reads a tensor that it was not given."""
+        guard = autodiff.CaptureGuard(self.watch.levels, _refuse_wrapped)
+
+        def update(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return self.dynamics.update(leaves, grads, current, 1).tensors
+
+        with torch.enable_grad():
+            roots = autodiff.make_roots(state)
+            after = guard.shift(guard.watch(update))(*roots)
+        if self.watch.captures and any(autodiff.reaches_captured(x, roots) for x in after if x.requires_grad):
+            _refuse_capture()
 
     def graph(self, state: Leaves, step: int) -> tuple[autodiff.StepGraph, Leaves, Tensor]:
         """One step with its graph, from the state and the wanted extras to the next state."""
@@ -257,16 +286,20 @@ class Stepper:
             seen.append(losses.detach())
             return dynamics.update(state_roots, grads, current, step)
 
-        graph, after = autodiff.StepGraph.record(function, [*state, *(current[i] for i in self.record.wanted)])
+        inputs = [*state, *(current[i] for i in self.record.wanted)]
+        if step == 1 and (self.watch.captures or self.watch.levels):
+            grads = [torch.zeros_like(p) for p in state[: dynamics.params_count]]
+            self._refuse_captures_of_update(state, grads, current)
+        graph, after = autodiff.StepGraph.record(function, inputs)
         return graph, Leaves(after), seen[0]
 
     def _losses_and_grads(
         self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         watched = step == 1 and self.watch.levels
-        guard = autodiff.CaptureGuard(self.watch.levels, _refuse_capture) if watched else None
+        guard = autodiff.CaptureGuard(self.watch.levels, _refuse_wrapped) if watched else None
         losses = _shifted(guard, self.dynamics.losses)(params, current, guard)
-        if step == 1 and self.watch.captures and autodiff.reaches_beyond(losses, params):
+        if step == 1 and self.watch.captures and autodiff.reaches_captured(losses, params):
             _refuse_capture()
         grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
         self.record.counts.gradients += 1
@@ -275,10 +308,18 @@ class Stepper:
         return losses, tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))
 
 
+def _refuse_wrapped() -> None:
+    raise CapturedTensorError(
+        "the inner loss (or the optimizer) reads a tensor that it was not given and that a torch.func transform around "
+        "the solve has wrapped: it captured it, through a closure or an attribute. Pass it in *args (or batches), "
+        "also if it is a constant; or make it inside the loss"
+    )
+
+
 def _refuse_capture() -> None:
     raise CapturedTensorError(
-        "the inner loss reads a tensor that it was not given: it captured it, through a closure, a module or an "
-        "attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
+        "the inner loss (or the optimizer) reads a tensor that it was not given: it captured it, through a closure, a "
+        "module or an attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
         "a constant: .detach() it or set requires_grad_(False)"
     )
 
@@ -300,22 +341,21 @@ def _refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:
             "the inner loss does not depend on params: its gradient is zero everywhere. Check that the loss uses the "
             "params it is given, and does not detach them or leave torch (.item(), .numpy())"
         )
-    if not bool(losses.isfinite().all()):
+    values = autodiff.plain(losses)
+    if not bool(values.isfinite().all()):
         raise NonFiniteLossError(
-            f"the inner loss is {_first_bad(losses)} at the initial params, expected a finite number; "
-            "check the data and the initialisation"
+            f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
+            "finite number; check the data and the initialisation"
         )
 
 
-def _first_bad(losses: Tensor) -> float:
-    return float(losses.detach()[~losses.isfinite()].flatten()[0])
-
-
-def _refuse_divergence(losses: Tensor, final: Leaves, steps: int) -> None:
-    flags = [losses.isfinite().flatten(0, -2).all(0) if losses.ndim > 1 else losses.isfinite()]
-    good = torch.cat([*flags, torch.stack([leaf.isfinite().all() for leaf in final]).all()[None]])
-    if not bool(good.all()):
-        step = int((~good).nonzero()[0, 0])
+def _refuse_divergence(losses: Sequence[Tensor], final: Leaves) -> None:
+    """Refuse losses (by step) or a final state that are not finite, naming the step that led there."""
+    good = [autodiff.plain(loss).isfinite().all() for loss in losses]
+    good.append(torch.stack([autodiff.plain(leaf).isfinite().all() for leaf in final]).all())
+    flags = torch.stack(good)
+    if not bool(flags.all()):
+        step, steps = int((~flags).nonzero()[0, 0]), len(losses)
         raise DivergenceError(
             f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite; "
             "check the learning rate, or clip or rescale the gradients",

@@ -9,14 +9,24 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import tree
+from diffopt import autodiff, tree
 from diffopt.dynamics import Dynamics, ExtraSlot
-from diffopt.errors import BatchesError, DeviceError, EstimatorError, LeafError, OptimizerError, StepsError
+from diffopt.errors import (
+    BatchesError,
+    DeviceError,
+    EstimatorError,
+    GradModeError,
+    LeafError,
+    LossError,
+    MissingDerivativeError,
+    OptimizerError,
+    StepsError,
+)
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.reverse import Reverse
-from diffopt.rollout import Counts, Record
+from diffopt.rollout import Counts
 
 Params = TypeVar("Params")
 
@@ -120,8 +130,7 @@ def solve(
     """
     rule = _checked_estimator(estimator)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
-    empty = Outcome(problem.state, problem.state[0].new_empty(0), Record())
-    return _solution(problem.dynamics, rule.run(problem) if steps else empty)
+    return _solution(problem.dynamics, rule.run(problem))
 
 
 def checked_problem(
@@ -136,6 +145,12 @@ def checked_problem(
     """Flatten what :func:`solve` is given and check all that can be checked without running the loss."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0")
+    if torch.is_inference_mode_enabled():
+        raise GradModeError(
+            "solve was called in torch.inference_mode, which forbids inner gradients; use torch.no_grad()"
+        )
+    if not callable(loss):
+        raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
     leaves, structure = _params_leaves(params)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
@@ -215,6 +230,11 @@ def _problem(
         stepped=(*stepped, *bound.scheduled),
         hyperparameters_start=len(extras),
     )
+    if autodiff.has_tangent([*leaves, *extras, *bound.tensors]):
+        raise MissingDerivativeError(
+            "an input of solve carries a tangent of forward-mode differentiation, which no estimator propagates; use "
+            "backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
+        )
     state = (*leaves, *(leaf for buffer in buffers.values() for leaf in buffer))
     return Problem(dynamics, state, (*extras, *bound.tensors), check)
 

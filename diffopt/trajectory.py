@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, randomness
+from diffopt import autodiff
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
 from diffopt.rollout import Record, Stepper, Watch, refuse_other_losses
@@ -92,7 +92,7 @@ class Trajectory:
             start = max(step for step in self.record.states if step <= end)
             state, graphs = self.record.states.pop(start), []
             for step in range(start, end + 1):
-                with randomness.replayed(self.record.draws.get(step), state[0].device):
+                with self.record.replay(step, state[0].device):
                     graph, state, replayed[step] = stepper.graph(state, step)
                 graphs.append(graph)
             for step in range(end, start - 1, -1):

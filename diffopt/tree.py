@@ -36,11 +36,6 @@ def paths(structure: Structure) -> list[str]:
     return ["".join(f"[{key!r}]" for key in path) for path in structure.paths()]
 
 
-def tensors(tree: Tree) -> list[torch.Tensor]:
-    """The tensor leaves of ``tree``, other leaves left out."""
-    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
-
-
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """``function`` applied to corresponding leaves of trees with one structure."""
     return optree.tree_map(function, tree, *others, none_is_leaf=True)

@@ -155,7 +155,8 @@ def _final_state(trajectory: Trajectory, moved: dict[int, Tensor]) -> Leaves:
     batched = dynamics.batched(Level(dims, size, "same"))
     record = Record(draws=dict(trajectory.record.draws))
     trajectory.record.counts.gradients += size * dynamics.steps
-    return roll_out(batched, inputs[:count], inputs[count:], None, record, Watch())[0]
+    with trajectory.record.replay(None, inputs[0].device):
+        return roll_out(batched, inputs[:count], inputs[count:], None, record, Watch())[0]
 
 
 def _responses(slope: Leaves, cotangent: Leaves, batched: list[bool]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, randomness
+from diffopt import autodiff
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
@@ -34,7 +34,8 @@ class ForwardMode(Adjoint):
         chunk_size: how many tangents are carried at once; ``None``: all of one tensor. Bounds the memory, and each
             chunk costs a rollout.
 
-    Not for: many hyperparameters, an initialisation above all.
+    Not for: many hyperparameters, an initialisation above all. Whatever requires grad gets its tangents, also if the
+    backward pass is asked for other inputs only: detach an initialisation that is not to be learned.
 
     Reference: Franceschi et al. (2017), "Forward and Reverse Gradient-Based Hyperparameter Optimization", algorithm 2.
     Derivations, section 1.
@@ -44,7 +45,8 @@ class ForwardMode(Adjoint):
 
     def __post_init__(self) -> None:
         """Check ``chunk_size``."""
-        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
+        size = self.chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise HyperparameterError(
                 f"ForwardMode: chunk_size is {self.chunk_size!r}, expected None or an integer >= 1"
             )
@@ -106,14 +108,15 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
     trajectory.record.counts.gradients += dynamics.steps
     for step in range(1, dynamics.steps + 1):
         trajectory.record.counts.add_products(size)
-        with randomness.replayed(trajectory.record.draws.get(step), tangent.device):
+        with trajectory.record.replay(step, tangent.device):
             current = dynamics.at_step(extras, step)
             rates: dict[int, Tensor] = {}
             if number >= count:
                 extra = number - count
                 rates[extra] = dynamics.slice_at(extra, tangent, step) if dynamics.stepped[extra] else tangent
-            state, moving, losses[step] = _step(dynamics, state, moving, current, rates, step)
-    trajectory.refuse_other_losses({step: loss[0] for step, loss in losses.items()})
+            state, moving, loss = _step(dynamics, state, moving, current, rates, step)
+            losses[step] = loss[0].clone()
+    trajectory.refuse_other_losses(losses)
     return moving
 
 

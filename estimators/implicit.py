@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from diffopt.errors import EstimatorError
+from diffopt.errors import EstimatorError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.implicit import implicit_pullback
 from diffopt.leaves import Leaves
@@ -56,6 +56,8 @@ class Implicit(Adjoint):
 
     def keep(self, steps: int) -> Keep:
         """No step: the final state is enough."""
+        if steps == 0:
+            raise StepsError("Implicit: the inner problem has no step, expected one whose fixed point was reached")
         return Keep(first=steps + 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

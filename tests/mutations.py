@@ -14,7 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = ["tests/test_estimators.py", "tests/test_composition.py", "tests/test_optimizers.py", "tests/test_randomness.py"]
+TESTS = [
+    "tests/test_estimators.py",
+    "tests/test_composition.py",
+    "tests/test_optimizers.py",
+    "tests/test_randomness.py",
+]
 
 
 class Fault(NamedTuple):
@@ -69,9 +74,7 @@ FAULTS = [
         "first=trajectory.steps - self.steps + 1",
         "first=max(1, trajectory.steps - self.steps)",
     ),
-    Fault(
-        "the sign of weight decay is wrong", "diffopt/optimizers.py", "grads + weight_decay", "grads - weight_decay"
-    ),
+    Fault("the sign of weight decay is wrong", "diffopt/optimizers.py", "grads + weight_decay", "grads - weight_decay"),
     Fault(
         "the first momentum step is dampened",
         "diffopt/optimizers.py",

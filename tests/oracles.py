@@ -116,5 +116,10 @@ def unrolled(
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference over all tensors, relative to the largest entry of each (or 1e-6 if that is larger)."""
-    got, expected = ([x.detach() for x in tensors] for tensors in (got, expected))
-    return max(float((g - e).abs().max() / e.abs().max().clamp_min(1e-6)) for g, e in zip(got, expected, strict=True))
+    errors = []
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape, (g.shape, e.shape)
+        errors.append((g.detach() - e.detach()).abs().max() / e.detach().abs().max().clamp_min(1e-6))
+    worst = torch.stack([error.double() for error in errors]).max()
+    assert worst.isfinite(), errors
+    return float(worst)

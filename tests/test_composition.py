@@ -300,6 +300,60 @@ def test_jacobians_and_repeated_backward_passes(rule):
     assert relative_error([torch.func.jacrev(run)(w)], [expected]) < 1e-12
 
 
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule):
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(p, c):
+        return p.pow(4).sum() + (p * c.sin()).sum()
+
+    solution = diffopt.solve(loss, w, w, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule)
+    now = w
+    for _ in range(3):
+        now = now - 0.05 * (4 * now**3 + w.sin())
+    assert relative_error([solution.params], [now]) < 1e-14
+    got = torch.autograd.grad(solution.params.square().sum(), w)
+    assert relative_error(got, torch.autograd.grad(now.square().sum(), w)) < 1e-13
+
+
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), ForwardMode()], ids=str)
+def test_a_jacobian_of_many_tasks(rule):
+    w = torch.tensor([[0.4, -0.8], [1.1, 0.3]], dtype=torch.float64)
+
+    def run(w):
+        return diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=2, estimator=rule).params
+
+    def by_hand(w):
+        for _ in range(2):
+            w = w - 0.2 * w**3
+        return w
+
+    got = vmap(torch.func.jacrev(run))(w)
+    for i in range(2):
+        assert relative_error([got[i]], [torch.autograd.functional.jacobian(by_hand, w[i])]) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [Reverse(1), Reverse("sqrt")], ids=str)
+def test_steps_are_recomputed_under_the_autocast_of_the_rollout(rule):
+    torch.manual_seed(0)
+    w, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
+
+    def run(rule):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            solution = diffopt.solve(
+                lambda w, x: (x @ w).float().tanh().square().mean(),
+                w,
+                x,
+                optimizer=diffopt.SGD(1.0),
+                steps=4,
+                estimator=rule,
+            )
+        return torch.autograd.grad(solution.params.square().sum(), w)
+
+    # without autocast in the recomputation the two differ by some 1e-3
+    assert relative_error(run(rule), run(Reverse("graph"))) < 1e-5
+
+
 def test_trees_of_every_kind_and_arguments_that_are_not_tensors():
     params = {"b": (torch.tensor(1.0), [torch.tensor([2.0, 3.0])]), "a": torch.tensor(0.5)}
     leaves = [params["b"][0].requires_grad_(), params["b"][1][0].requires_grad_(), params["a"].requires_grad_()]
@@ -321,7 +375,8 @@ def test_trees_of_every_kind_and_arguments_that_are_not_tensors():
 def test_zero_steps_return_the_initial_parameters():
     w = torch.ones(2, requires_grad=True)
     solution = diffopt.solve(lambda w: w.sum(), w, optimizer=diffopt.SGD(0.1, momentum=0.9), steps=0)
-    assert solution.params is w
+    assert torch.equal(solution.params, w)
+    assert torch.equal(torch.autograd.grad(solution.params.sum(), w)[0], torch.ones(2))
     assert solution.losses.shape == (0,)
     assert not solution.state.buffers["velocity"].any()
 

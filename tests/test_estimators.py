@@ -56,12 +56,9 @@ def test_exact_rules_equal_autograd_on_random_networks(seed, steps, case, estima
 @pytest.mark.parametrize("estimator", EXACT, ids=str)
 def test_exact_rules_in_float32(estimator):
     case, problem = OPTIMIZERS[1], small_network(seed=1, steps=5, dtype=torch.float32)
-    expected = expected_hypergradient(small_network(seed=1, steps=5), case, 5)
     got = hypergradient(problem, case, 5, estimator)
     assert {g.dtype for g in got} == {torch.float32}
-    reference = expected_hypergradient(problem, case, 5)
-    assert relative_error(got, reference) < 1e-4, "some hundred operations at 6e-8"
-    assert all(r.shape == e.shape for r, e in zip(got, expected, strict=True))
+    assert relative_error(got, expected_hypergradient(problem, case, 5)) < 1e-4, "some hundred operations at 6e-8"
 
 
 @given(

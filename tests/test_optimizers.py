@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from oracles import relative_error
 import diffopt
 from diffopt import SGD, Adagrad, Adam, AdamW, Leaves, Preconditioned, ProximalGD, RMSprop, Schedule
 from diffopt.estimators import ForwardMode, Reverse, Unrolled
+from diffopt.optimizer import TREE
 
 TORCH = [
     (SGD, torch.optim.SGD, {"lr": 0.1}),
@@ -25,10 +26,12 @@ TORCH = [
     (Adam, torch.optim.Adam, {"lr": 0.05, "betas": (0.6, 0.7), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True}),
     (Adam, torch.optim.Adam, {"lr": 0.05, "maximize": True}),
     (AdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.2}),
-    (AdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True, "betas": (0.5, 0.6)}),
+    (AdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True, "betas": (0.5, 0.6), "maximize": True}),
     (RMSprop, torch.optim.RMSprop, {"lr": 0.02}),
+    (RMSprop, torch.optim.RMSprop, {"lr": 0.02, "maximize": True}),
     (RMSprop, torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.7, "centered": True, "momentum": 0.6, "weight_decay": 0.1}),
     (Adagrad, torch.optim.Adagrad, {"lr": 0.1}),
+    (Adagrad, torch.optim.Adagrad, {"lr": 0.1, "maximize": True}),
     (Adagrad, torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.1, "initial_accumulator_value": 0.2}),
 ]
 
@@ -229,6 +232,65 @@ def test_a_users_optimizer_is_right_under_vmap_even_if_it_mixes_coordinates(esti
             a, b = a - lr[i] * ga / (1 + norm), b - lr[i] * gb / (1 + norm)
         total = total + a.square().sum() + b
     assert relative_error([got], torch.autograd.grad(total, [lr])) < 1e-12
+
+
+def test_a_scalar_of_another_dtype_takes_that_of_each_parameter():
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    params = [torch.ones(2, dtype=torch.float32), torch.ones(1, dtype=torch.float64)]
+    solution = diffopt.solve(lambda p: sum(x.double().square().sum() for x in p), params, optimizer=SGD(lr), steps=2)
+    assert [p.dtype for p in solution.params] == [torch.float32, torch.float64]
+    (got,) = torch.autograd.grad(solution.params[0].double().sum() + solution.params[1].sum(), lr)
+    assert abs(float(got) - 3 * 2 * 0.8 * -2) < 1e-6  # w (1 - 2 lr)^2, three coordinates; float32 in two of them
+    assert got.dtype == torch.float64
+
+
+def test_init_sees_the_first_entry_of_a_schedule():
+    start = Schedule(torch.tensor([0.5, 7.0], dtype=torch.float64))
+    w = torch.tensor(1.0, dtype=torch.float64)
+    optimizer = Adagrad(0.0, initial_accumulator_value=start)
+    solution = diffopt.solve(lambda w: w**2, w, optimizer=optimizer, steps=2)
+    assert float(solution.state.buffers["square"]) == 0.5 + 4 + 4
+
+
+def test_the_larger_of_two_equals_is_the_second():
+    x = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    y = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (larger,) = Leaves([x]).where_greater(Leaves([y]))
+    assert [float(g) for g in torch.autograd.grad(larger, [x, y])] == [0.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Learned(diffopt.Optimizer):
+    """A learned optimizer: a small network applied to every coordinate; it claims to be elementwise, which it is."""
+
+    weights: Any = field(metadata=TREE)
+    elementwise = True
+
+    def init(self, params):
+        return {}
+
+    def update(self, params, grads, buffers, step):
+        first, second = self.weights
+        return params - grads.map(lambda g: (torch.tanh(g[..., None] * first) @ second)[..., 0]), buffers
+
+
+def test_the_weights_of_a_learned_optimizer_may_differ_from_task_to_task():
+    generator = torch.Generator().manual_seed(8)
+    weights = [torch.randn(3, *s, generator=generator, dtype=torch.float64) for s in [(3,), (3, 1)]]
+    w = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+
+    def run(*weights):
+        return diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=Learned(list(weights)), steps=2).params.sum()
+
+    got = torch.func.vmap(torch.func.grad(run, argnums=(0, 1)))(*weights)
+    for i in range(3):
+        leaves = [x[i].clone().requires_grad_() for x in weights]
+        now = w
+        for _ in range(2):
+            now = now if now.requires_grad else now.detach().requires_grad_()
+            (g,) = torch.autograd.grad(now.pow(4).sum(), now, create_graph=True)
+            now = now - (torch.tanh(g[..., None] * leaves[0]) @ leaves[1])[..., 0]
+        assert relative_error([g[i] for g in got], torch.autograd.grad(now.sum(), leaves)) < 1e-12
 
 
 @given(value=st.floats(0, 10), other=st.floats(-10, 10))

@@ -1,0 +1,96 @@
+"""Checks made while solving: the first bad step of a divergence, ``check=False``, and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+import diffopt
+from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
+
+RULES: dict[str, Any] = {
+    "reverse": Reverse(),
+    "states": Reverse(1),
+    "truncated": Truncated(2),
+    "forward": ForwardMode(),
+    "first_order": FirstOrder(),
+    "reptile": Reptile(),
+}
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def solve(loss: Any, params: Tensor, **options: Any) -> Tensor:
+    """The final parameters; what is not given is right."""
+    return diffopt.solve(loss, params, **{"optimizer": diffopt.SGD(0.1), "steps": 3, **options}).params
+
+
+DIVERGING: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "plain": lambda run: run(tensor(1, 2)),
+    "grad": lambda run: grad(lambda w: run(w).sum())(tensor(1, 2)),
+    "vmap": lambda run: vmap(run)(torch.stack([tensor(0, 0), tensor(1, 2)])),  # the second task only
+}
+
+
+@pytest.mark.parametrize("lr", [0.5, 3.0, 1e120])
+@pytest.mark.parametrize("style", DIVERGING)
+@pytest.mark.parametrize("rule", [*RULES.values(), Unrolled()], ids=[*RULES, "unrolled"])
+def test_divergence_names_the_first_bad_step(rule: Any, style: str, lr: float) -> None:
+    """A plain loop finds the step that led to the first loss that is not finite."""
+    w, steps, bad = tensor(1, 2), 12, 0
+    while bad < steps and (w**4).sum().isfinite():
+        w, bad = w - lr * 4 * w**3, bad + 1
+    run = partial(solve, lambda w: (w**4).sum(), optimizer=diffopt.SGD(lr), steps=steps, estimator=rule)
+    with pytest.raises(diffopt.DivergenceError, match=f"step {bad} of {steps} led to .*check the learning ") as caught:
+        DIVERGING[style](run)
+    assert caught.value.step == bad < steps
+
+
+@pytest.mark.parametrize("style", DIVERGING)
+def test_divergence_in_the_last_step(style: str) -> None:
+    """The state overflows where no inner loss sees it."""
+    with pytest.raises(diffopt.DivergenceError, match="step 1 of 1") as caught:
+        DIVERGING[style](lambda w: solve(lambda w: (w**4).sum(), w, optimizer=diffopt.SGD(1e308), steps=1))
+    assert caught.value.step == 1
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), Unrolled()], ids=[*RULES, "unrolled"])
+def test_without_check_values_are_not_looked_at(rule: Any) -> None:
+    for loss in (lambda w: (w * float("nan")).sum(), lambda w: (w / 0).sum()):
+        assert not solve(loss, tensor(1, 2), check=False, estimator=rule).isfinite().any()
+    start = tensor(1, 2).requires_grad_()
+    end = solve(lambda w: torch.tensor(1.0), start, check=False, estimator=rule)
+    assert torch.equal(end, start)
+    end = solve(lambda w: (w**4).sum(), start, check=False, estimator=rule, optimizer=diffopt.SGD(3.0), steps=12)
+    assert not end.isfinite().any()
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("style", ["plain", "func", "vmap"])
+def test_a_second_derivative_is_refused(name: str, style: str) -> None:
+    def objective(w: Tensor) -> Tensor:
+        return solve(lambda w: w.pow(4).sum(), w, estimator=RULES[name], optimizer=diffopt.SGD(0.01)).pow(3).sum()
+
+    def differentiate_twice() -> None:
+        if style == "func":
+            grad(lambda w: grad(objective)(w).sum())(tensor(1, 2))
+        elif style == "vmap":
+            vmap(grad(lambda w: grad(objective)(w).sum()))(torch.stack([tensor(1, 2), tensor(2, 1)]))
+        else:
+            w = tensor(1, 2).requires_grad_()
+            (first,) = torch.autograd.grad(objective(w), w, create_graph=True)
+            first.sum().backward()
+
+    with pytest.raises(
+        diffopt.SecondDerivativeError, match=r"use estimator=diffopt\.estimators\.Unrolled\(\)"
+    ) as caught:
+        differentiate_twice()
+    assert len(str(caught.value)) < 350

@@ -1,0 +1,288 @@
+"""What stays in memory: what a rule stores, what autograd records, and what is given up after the backward pass."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import diffopt
+from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
+
+SIZE = 1000
+STATE = 8 * SIZE  # bytes of one copy of the parameters, in float64
+
+
+class Meter(TorchDispatchMode):
+    """Counts the live storages as large as a state, whether Python or a graph holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= STATE:
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self.alive[reference.cdata] = reference
+        self.peak = max(self.peak, self.count())
+        return result
+
+    def count(self) -> int:
+        self.alive = {key: reference for key, reference in self.alive.items() if not reference.expired()}
+        return len(self.alive)
+
+
+def loss(w: Tensor, scale: Tensor) -> Tensor:
+    return (torch.tanh(w) * scale).square().sum()
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    w = torch.randn(SIZE, dtype=torch.float64, requires_grad=True)
+    return w, torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+
+def solve(estimator: Any, steps: int, w: Tensor, scale: Tensor, **options: Any) -> diffopt.Solution[Tensor]:
+    optimizer = diffopt.SGD(0.05, momentum=0.5)
+    return diffopt.solve(loss, w, scale, optimizer=optimizer, steps=steps, estimator=estimator, **options)
+
+
+def peak(estimator: Any, steps: int) -> int:
+    """The most states alive at once, during the rollout or the backward pass."""
+    w, scale = inputs()
+    if isinstance(estimator, ForwardMode):
+        w = w.detach()  # it carries one state per number that is differentiated
+    with Meter() as meter:
+        solve(estimator, steps, w, scale).params.square().sum().backward()
+    return meter.peak
+
+
+def graph_of(tensor: Tensor) -> set[Any]:
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+# --------------------------------------------------------------------------------------------- what is stored
+
+NOTHING = {"first_order": FirstOrder(), "reptile": Reptile(), "forward": ForwardMode()}
+# estimator -> the states it stores of `steps`
+COUNTS: dict[str, tuple[Any, Callable[[int], int]]] = {
+    **{name: (rule, lambda steps: 0) for name, rule in NOTHING.items()},
+    "graph": (Reverse("graph"), lambda steps: 0),
+    "every_state": (Reverse(1), lambda steps: steps),
+    "every_fifth": (Reverse(5), lambda steps: math.ceil(steps / 5)),
+    "one_block": (Reverse(1000), lambda steps: 1),
+    "sqrt": (Reverse("sqrt"), lambda steps: round(math.sqrt(steps))),
+    "truncated": (Truncated(4, checkpoint=1), lambda steps: 4),
+    "truncated_sqrt": (Truncated(16, checkpoint="sqrt"), lambda steps: 4),
+    "truncated_at_none": (Truncated(0, checkpoint=1), lambda steps: 0),
+}
+
+
+@pytest.mark.parametrize("steps", [16, 100, 400])  # squares
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_rule_stores_the_states_it_needs(name: str, steps: int) -> None:
+    rule, count = COUNTS[name]
+    kept = solve(rule, steps, *inputs()).kept
+    assert kept.states == count(steps)
+    if name != "graph":
+        assert kept.bytes == 2 * STATE * kept.states  # parameters and velocity
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Reverse("sqrt"), Truncated(3, checkpoint=1)])
+def test_nothing_is_stored_when_nothing_is_differentiated(rule: Any) -> None:
+    w, scale = inputs()
+    constant = solve(rule, 8, w.detach(), scale.detach())
+    with torch.no_grad():
+        unrecorded = solve(rule, 8, w, scale)
+    for solution in (constant, unrecorded):
+        assert (solution.kept.states, solution.kept.bytes) == (0, 0)
+        assert not solution.params.requires_grad
+    with torch.no_grad(), Meter() as meter:
+        solution = solve(rule, 40, w, scale)
+    assert meter.count() == 3  # the initial parameters, the final ones and their velocity
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_the_default_keeps_graphs_while_they_are_small(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph here saves a few states; the choice is made from the first, times the steps."""
+    assert solve(Reverse(), steps, *inputs()).kept.checkpoint == "graph"
+    few = solve(Reverse(), steps, *inputs()).kept.bytes
+    monkeypatch.setattr("diffopt.rollout.GRAPH_BUDGET", few - 1)
+    kept = solve(Reverse(), steps, *inputs()).kept
+    assert kept.checkpoint == math.ceil(math.sqrt(steps))
+    assert kept.states == math.ceil(steps / math.ceil(math.sqrt(steps)))
+
+
+@pytest.mark.parametrize("tasks", [None, 4])
+def test_the_bytes_of_graphs_are_well_estimated(tasks: int | None) -> None:
+    """Against what is alive, to a factor of two: the budget that picks ``"sqrt"`` is compared with them."""
+    w, scale = inputs()
+    if tasks is not None:
+        w = w.detach()[: SIZE // tasks].expand(tasks, -1).clone().requires_grad_()  # as large in all
+    solutions = []
+
+    def one(w: Tensor) -> Tensor:
+        solutions.append(solve(Reverse("graph"), 20, w, scale))
+        return solutions[0].params
+
+    with Meter() as meter:
+        end = one(w) if tasks is None else vmap(one)(w)
+        alive = meter.count() * STATE
+    assert end.requires_grad
+    assert alive / 2 <= solutions[0].kept.bytes <= alive
+
+
+# ------------------------------------------------------------------------------- what autograd records of it
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if name != "graph"])
+def test_the_graph_of_a_solution_does_not_grow_with_steps(name: str) -> None:
+    sizes = []
+    for steps in (16, 64):
+        solution = solve(COUNTS[name][0], steps, *inputs())
+        nodes = graph_of(solution.params) | graph_of(solution.state.buffers["velocity"])
+        assert not solution.losses.requires_grad
+        sizes.append(len(nodes))
+    assert sizes[0] == sizes[1] <= 6  # the rollout is one node; the rest leads to the inputs
+
+
+def test_plain_unrolling_records_every_step() -> None:
+    """The measure above does notice a recorded rollout."""
+    few, many = (len(graph_of(solve(Unrolled(), steps, *inputs()).params)) for steps in (16, 64))
+    assert many > 3 * few > 100
+
+
+# ------------------------------------------------------------------------------------------- what is alive at once
+
+
+@pytest.mark.parametrize("name", [*NOTHING, "truncated", "truncated_sqrt"])
+def test_the_peak_does_not_grow_with_steps(name: str) -> None:
+    rule = COUNTS[name][0]
+    assert peak(rule, 20) == peak(rule, 80)
+
+
+def test_the_peak_of_many_tangents_does_not_grow_with_steps() -> None:
+    """A thousand hyperparameters of a small problem: not even a number per tangent and step is kept."""
+
+    def peak_of(steps: int) -> int:
+        scale = torch.linspace(0.1, 0.5, SIZE, dtype=torch.float64).view(-1, 4).requires_grad_()
+        with Meter() as meter:
+            solve(ForwardMode(), steps, torch.ones(4, dtype=torch.float64), scale).params.sum().backward()
+        return meter.peak
+
+    assert peak_of(5) == peak_of(20)
+
+
+def test_the_peak_of_storing_every_state_grows_by_one_state_per_step() -> None:
+    """A state is parameters and velocity; beside them one graph at a time."""
+    few, many = peak(Reverse(1), 16), peak(Reverse(1), 64)
+    assert many - few == 2 * (64 - 16)
+    assert few - 2 * 16 < 20
+
+
+def test_the_peak_of_root_checkpointing_grows_like_the_root() -> None:
+    """The replayed blocks count, too: ``sqrt(T)`` states and the graphs of ``sqrt(T)`` steps."""
+    four, eight, twelve = (peak(Reverse("sqrt"), k * k) for k in (4, 8, 12))
+    assert eight - four == twelve - eight
+    graph = (peak(Reverse("graph"), 20) - peak(Reverse("graph"), 10)) / 10
+    assert (eight - four) / 4 == 2 + graph
+
+
+def test_the_peak_of_plain_unrolling_grows_with_steps() -> None:
+    """The meter does see what only a graph holds; and step graphs cost no more than unrolling."""
+    few, many = peak(Unrolled(), 10), peak(Unrolled(), 40)
+    assert many - few >= 4 * 30
+    assert peak(Reverse("graph"), 40) <= many + 10
+
+
+# ------------------------------------------------------------------------------------------------ what is given up
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_backward_pass_releases_what_was_stored_while_the_solution_lives(name: str) -> None:
+    w, scale = inputs()
+    w = w.detach()
+    with Meter() as meter:
+        solution = solve(COUNTS[name][0], 30, w, scale)
+        before = meter.count()
+        solution.params.square().sum().backward()
+        after = meter.count()
+    assert solution.params.shape == (SIZE,)
+    assert after <= 4  # initial and final parameters, the final velocity, a zero cotangent at the most
+    stored = {"every_state": 60, "graph": 120, "every_fifth": 12}.get(name, 0)
+    assert before >= stored
+
+
+def test_a_retained_graph_can_be_used_again_and_releases_the_stored_states_all_the_same() -> None:
+    w, scale = inputs()
+    with Meter() as meter:
+        end = solve(Reverse(1), 30, w, scale).params.square().sum()
+        (first,) = torch.autograd.grad(end, scale, retain_graph=True)
+        between = meter.count()
+        (second,) = torch.autograd.grad(end, scale)
+    assert between <= 6
+    assert torch.equal(first, second)
+
+
+def test_a_solution_that_is_dropped_without_a_backward_pass_leaves_nothing() -> None:
+    """Without help of the garbage collector: no reference cycle holds the states."""
+    w, scale = inputs()
+    gc.collect()
+    gc.disable()
+    try:
+        with Meter() as meter:
+            for name in COUNTS:
+                solution = solve(COUNTS[name][0], 16, w, scale)
+                end = weakref.ref(solution.params)
+                del solution
+                assert end() is None
+                assert meter.count() <= 1, name  # w itself
+    finally:
+        gc.enable()
+
+
+STYLES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "backward": lambda objective, w: torch.autograd.grad(objective(w), w)[0],
+    "vmap": lambda objective, w: torch.autograd.grad(vmap(objective)(w.expand(2, -1)).sum(), w)[0],
+    "grad": lambda objective, w: grad(objective)(w.detach()),
+    "vmap_of_grad": lambda objective, w: vmap(grad(objective))(w.detach().expand(2, -1)).sum(0),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse("sqrt"), FirstOrder()])
+def test_200_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
+    w, scale = (x.detach()[..., :10] if x.ndim else x.detach() for x in inputs())
+
+    def count() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    def objective(w: Tensor) -> Tensor:
+        return solve(rule, 2, w, scale).params.square().sum()
+
+    counts = []
+    for step in range(1, 221):
+        w = (w.detach() - 0.01 * STYLES[style](objective, w.detach().requires_grad_())).detach()
+        if step in (20, 220):
+            counts.append(count())
+    assert counts[0] == counts[1]
