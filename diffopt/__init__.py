@@ -1,5 +1,6 @@
 """Bilevel optimisation and gradient-based meta-learning: exact and approximate hypergradients for PyTorch."""
 
+from diffopt.compare import Comparison, compare
 from diffopt.errors import (
     BatchesError,
     CapturedTensorError,
@@ -41,6 +42,7 @@ __all__ = [
     "AdamW",
     "BatchesError",
     "CapturedTensorError",
+    "Comparison",
     "DeviceError",
     "DiffoptError",
     "DisconnectedError",
@@ -73,6 +75,7 @@ __all__ = [
     "StationarityError",
     "StepsError",
     "StructureError",
+    "compare",
     "implicit",
     "implicit_gradients",
     "solve",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 import torch
@@ -57,12 +57,19 @@ class ParallelSteps:
         terms = self._updates[step].pullback(adjoint, range(first, first + len(self._hypers)), retain=True)
         direct.add(step, dict(zip(self._hypers, terms, strict=True)))
 
-    def curvature(self, cotangents: dict[int, Leaves], direct: DirectTerms | None = None) -> dict[int, Leaves]:
-        """``P' H_t u_t``, like the state, for each step of ``cotangents``; ``M_t' u_t`` is added to ``direct``."""
+    def curvature(
+        self, cotangents: dict[int, Leaves], direct: DirectTerms | None = None, mixed: Collection[int] = ()
+    ) -> dict[int, Leaves]:
+        """``P' H_t u_t``, like the state, for each step of ``cotangents``; those of ``mixed`` add ``M_t' u_t`` too."""
         products: dict[int, Leaves] = {}
-        steps, size = sorted(cotangents), self._chunk_size or max(len(cotangents), 1)
-        for start in range(0, len(steps), size):
-            products |= self._curvature_of_chunk(steps[start : start + size], cotangents, direct)
+        mixed = mixed if self._read else ()
+        size = self._chunk_size or max(len(cotangents), 1)
+        for adds in (False, True):
+            steps = [t for t in sorted(cotangents) if (t in mixed) == adds]
+            for start in range(0, len(steps), size):
+                products |= self._curvature_of_chunk(steps[start : start + size], cotangents, direct if adds else None)
+        counts = self._trajectory.record.counts
+        counts.products, counts.depth = counts.products + len(cotangents), counts.depth + -(-len(cotangents) // size)
         return products
 
     def _curvature_of_chunk(
@@ -107,7 +114,6 @@ class ParallelSteps:
 
         with trajectory.record.replay(None, params[0].device):
             graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)])
-        trajectory.record.counts.add_products(len(steps))
         return graph
 
     def _record_update(self, step: int) -> autodiff.StepGraph:

@@ -103,18 +103,11 @@ class _Levels:
             if level > 0:
                 turned[low] = blocks.pull_update(low, adjoints[low])[1]
                 weighted = {t: self.scale * turned[t] for t in range(low, high + 1)}
-                curvature = self._products(blocks, direct, weighted, high, last=level == self.order)
+                # the mixed products, where the order before is the final one: once for every step
+                final = weighted if level == self.order else {high}
+                curvature = blocks.curvature(weighted, direct, mixed=final)
             bottom = 1 if level == self.order else low
             for t in range(min(high, self.steps), bottom - 1, -1):
                 straight, turned[t] = blocks.pull_update(t, adjoints[t])
                 adjoints[t - 1] = straight + curvature[t] if t in curvature else straight
         return adjoints
-
-    def _products(
-        self, blocks: ParallelSteps, direct: DirectTerms, turned: dict[int, Leaves], high: int, *, last: bool
-    ) -> dict[int, Leaves]:
-        """The curvature products of one order; the mixed ones where the adjoint is already the final one."""
-        if last:
-            return blocks.curvature(turned, direct)
-        saturated = {high: turned.pop(high)}
-        return blocks.curvature(turned) | blocks.curvature(saturated, direct)

@@ -72,7 +72,7 @@ class Krylov(Adjoint):
         stack = system.scan({}, cotangent)
         if self.order > 0:
             first = system.turned(stack) | {trajectory.steps: blocks.pull_update(trajectory.steps, cotangent)[1]}
-            residual = system.scan(blocks.curvature(first, direct if self.order == 1 else None), nothing)
+            residual = system.scan(blocks.curvature(first, direct, mixed=first if self.order == 1 else ()), nothing)
             if self.order > 1:
                 start, tasks = residual, Tasks(len(trajectory.dynamics.levels))
                 bound = self.rtol * tasks.norm(stack) if self.rtol else None
@@ -86,8 +86,8 @@ class Krylov(Adjoint):
                 trajectory.record.diagnostics["residual"] = tasks.norm(residual) / tasks.norm(stack)
                 stack = stack + update
                 if any(i < trajectory.dynamics.hyperparameters_start for i in trajectory.wanted):
-                    last = {trajectory.steps: first[trajectory.steps]}
-                    blocks.curvature(system.turned(stack) | last, direct)
+                    turned = system.turned(stack) | {trajectory.steps: first[trajectory.steps]}
+                    blocks.curvature(turned, direct, mixed=turned)
             stack = stack + residual
         adjoints = [*system.unstack(stack), cotangent]
         for step in range(1, trajectory.steps + 1):

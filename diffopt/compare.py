@@ -1,0 +1,290 @@
+"""``compare``: several estimators on one problem, side by side: error, cost, depth, time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from diffopt.diagnostics import curvature_number, leaves_behind, solves_behind
+from diffopt.errors import DisconnectedError, EstimatorError
+from diffopt.estimator import Estimator
+from diffopt.reverse import Reverse
+from diffopt.tree import describe
+
+
+@runtime_checkable
+class Comparable(Protocol):
+    """A problem that :func:`compare` can run by itself, such as those of ``diffopt.tasks``."""
+
+    def compare_loss(self, estimator: Estimator) -> Tensor:
+        """The outer loss, differentiable in the problem's meta-parameters by ``estimator``."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One estimator's line.
+
+    Attributes:
+        estimator: the call that makes it, defaults left out.
+        relative_error: ``|g - exact| / |exact|`` over all meta-parameters together.
+        cosine: of the angle between ``g`` and the exact hypergradient.
+        gradients: inner gradients evaluated, per task (``None``: not counted).
+        products: curvature products (HVPs), per task.
+        depth: batches of products that waited for one another.
+        states: states stored in the rollout.
+        seconds: processor time of forward and backward, median.
+        megabytes: peak of torch's allocator above the start.
+    """
+
+    estimator: str
+    relative_error: float
+    cosine: float
+    gradients: int | None
+    products: int | None
+    depth: int | None
+    states: int | None
+    seconds: float
+    megabytes: float
+
+
+_HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` returns; ``print`` it, :meth:`to_markdown` it or :meth:`plot` it.
+
+    Attributes:
+        rows: one per estimator, in the order given.
+        curvature: ``T`` times the spectral radius of one step's curvature term (``T * lr * lambda_max`` for gradient
+            descent), the larger over the solves; ``None`` if it cannot be computed.
+        notes: what to beware of on this problem.
+    """
+
+    rows: tuple[Row, ...]
+    curvature: float | None
+    notes: tuple[str, ...]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's cells as text, header first."""
+        return [_HEADERS, *(_cells(row) for row in self.rows)]
+
+    def __str__(self) -> str:
+        """A table for the terminal."""
+        cells = self.cells()
+        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADERS))]
+        lines = []
+        for name, *numbers in cells:
+            columns = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+            lines.append("  ".join([f"{name:{widths[0]}}", *columns]))
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes])
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        header, *rows = (f"| {' | '.join(row)} |" for row in self.cells())
+        return "\n".join(
+            [header, "|---" + "|--:" * (len(_HEADERS) - 1) + "|", *rows, *(f"\n{note}" for note in self.notes)]
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        """Save a picture of error against time and against memory; needs matplotlib."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        colors: Any = mpl.colormaps["tab10"]
+        exact = min([row.relative_error for row in self.rows if row.relative_error > 0], default=1.0) / 10
+        columns = [("seconds", "processor time [s]"), ("megabytes", "peak memory above start [MB]")]
+        for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
+            for i, row in enumerate(self.rows):
+                marker = {"color": colors(i % 10), "marker": "os^vDP*"[i // 10 % 7], "linestyle": ""}
+                axes.plot(getattr(row, name), row.relative_error or exact, markersize=9, label=row.estimator, **marker)
+            axes.axhline(exact, color="0.7", linewidth=1, zorder=0)
+            axes.set(xscale="log", yscale="log", xlabel=label)
+            axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("relative error of the hypergradient (line: exactly 0)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        figure.savefig(path, dpi=120)
+        return Path(path)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    counts = ("-" if value is None else str(value) for value in (row.gradients, row.products, row.depth, row.states))
+    return (
+        row.estimator,
+        f"{row.relative_error:.1e}",
+        f"{row.cosine:+.4f}",
+        *counts,
+        f"{1e3 * row.seconds:.1f}",
+        f"{row.megabytes:.2f}",
+    )
+
+
+def brief(value: Any) -> str:
+    """The call that makes an estimator or a solver, options at their default left out."""
+    if not is_dataclass(value):
+        return repr(value)
+    options = [(field, getattr(value, field.name)) for field in fields(value)]
+    shown = [
+        f"{field.name}={brief(option)}"
+        for field, option in options
+        if option != (field.default_factory() if field.default_factory is not MISSING else field.default)
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def compare(
+    problem: Callable[[Estimator], Tensor] | Comparable,
+    estimators: Sequence[Estimator],
+    *,
+    exact: Estimator | None = None,
+    repeats: int = 3,
+) -> Comparison:
+    r"""Run every estimator on one problem and set its hypergradient beside the exact one.
+
+    .. math:: \text{error} = \frac{\|\hat\nabla - \nabla\|}{\|\nabla\|},\qquad
+              \cos = \frac{\hat\nabla^\top\nabla}{\|\hat\nabla\|\,\|\nabla\|}
+
+    over all leaf tensors that require grad and that the outer loss depends on, together.
+
+    Args:
+        problem: ``problem(estimator)`` returns the outer loss; it must be the same problem at every call. Or a problem
+            of ``diffopt.tasks``.
+        estimators: what to compare.
+        exact: what to compare with; default :class:`diffopt.estimators.Reverse`.
+        repeats: runs per estimator, of which the median time counts; a run before them is not timed.
+
+    Returns:
+        A :class:`Comparison`. Time is processor time and includes the outer loss; memory is the peak of torch's
+        allocator above the start of the call, tensors of the problem itself not counted.
+
+    Raises:
+        EstimatorError: an entry of ``estimators`` is not one.
+        DisconnectedError: the outer loss depends on no tensor that requires grad.
+
+    Example:
+        >>> import torch, diffopt
+        >>> from diffopt.estimators import FirstOrder, Truncated
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> def problem(estimator):
+        ...     solution = diffopt.solve(
+        ...         lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=3, estimator=estimator
+        ...     )
+        ...     return solution.params.square().sum()
+        >>> first_order, truncated = diffopt.compare(problem, [FirstOrder(), Truncated(3)]).rows
+        >>> round(first_order.relative_error, 4), round(truncated.relative_error, 4)  # 1 / 0.8**3 - 1
+        (0.9531, 0.0)
+    """
+    for estimator in estimators:
+        if not isinstance(estimator, Estimator):
+            raise EstimatorError(f"estimators holds {describe(estimator)}, expected diffopt.estimators objects")
+    run = problem.compare_loss if isinstance(problem, Comparable) else problem
+    loss = run(Reverse() if exact is None else exact)
+    leaves = leaves_behind(loss)
+    if not leaves:
+        raise DisconnectedError("the outer loss depends on no tensor that requires grad: nothing to compare")
+    nodes = solves_behind(loss)
+    curvature = max((_curvature(node) for node in nodes), default=None) if nodes else None
+    reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    rows = tuple(_row(run, estimator, leaves, reference, repeats) for estimator in estimators)
+    return Comparison(rows, curvature, _notes(rows, curvature))
+
+
+def _curvature(node: Any) -> float:
+    call, saved = node.call, node.saved_tensors
+    return curvature_number(call.dynamics, saved[: len(saved) - call.state_count])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def _row(
+    run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: list[Tensor], reference: Tensor, repeats: int
+) -> Row:
+    loss = run(estimator)
+    nodes = solves_behind(loss)
+    found = _flat(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    records = [node.call.record for node in nodes]
+    del loss
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        torch.autograd.grad(run(estimator), leaves, allow_unused=True)
+        times.append(time.process_time() - start)
+
+    def total(name: str) -> int | None:
+        return sum(getattr(record.counts, name) for record in records) if records else None
+
+    norms = found.norm() * reference.norm()
+    return Row(
+        estimator=brief(estimator),
+        relative_error=float((found - reference).norm() / reference.norm()),
+        cosine=float(found @ reference / norms) if float(norms) > 0 else 0.0,
+        gradients=total("gradients"),
+        products=total("products"),
+        depth=total("depth"),
+        states=sum(record.states_stored for record in records) if records else None,
+        seconds=statistics.median(times),
+        megabytes=peak_bytes(lambda: torch.autograd.grad(run(estimator), leaves, allow_unused=True)) / 1e6,
+    )
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The largest number of bytes that torch's allocators held above the start while ``work`` ran."""
+    if torch.cuda.is_available() and torch.cuda.memory_allocated() > 0:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    # the allocator's own log: the public event list keeps only what it could not attribute to an operation
+    log: Any = profile.profiler
+    changes = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
+    """What the numbers say about the problem, in words."""
+    notes = []
+    if curvature is not None:
+        notes.append(f"curvature over the rollout, T * lr * lambda_max or its like: {curvature:.2g}")
+        if curvature > 1 and any(row.estimator.startswith("Binomial") for row in rows):
+            notes.append(
+                f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
+                "Krylov has no such limit"
+            )
+    notes += [
+        f"{row.estimator}: drops terms that matter here (error {row.relative_error:.0%}, cosine {row.cosine:+.2f})"
+        for row in rows
+        if row.estimator.startswith(("Truncated", "FirstOrder")) and row.relative_error > 0.5
+    ]
+    notes += [
+        f"{row.estimator}: the inner problem is far from its fixed point (error {row.relative_error:.0%})"
+        for row in rows
+        if row.estimator.startswith("Implicit") and row.relative_error > 0.1
+    ]
+    return tuple(notes)
+
+
+__all__ = ["Comparable", "Comparison", "Row", "compare"]

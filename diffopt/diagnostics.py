@@ -1,0 +1,70 @@
+"""How far an estimator can be trusted on a problem: the size of its curvature over the whole rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.dynamics import Dynamics
+from diffopt.leaves import Leaves
+from diffopt.linear_solve import Tasks
+from diffopt.parallel import ParallelSteps
+from diffopt.rollout import Keep, Record, Watch, roll_out
+from diffopt.trajectory import Trajectory
+
+
+def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: int = 10) -> float:
+    r"""``T`` times the spectral radius of ``P' H_t E_t'``, the larger of the first step's and the last's, worst task.
+
+    For gradient descent this is ``T * lr * lambda_max``. The terms of the binomial expansion grow up to an order of
+    about this number before they fall. By the power method: ``2 * iterations`` HVPs and one rollout.
+    """
+    count, record = dynamics.state_count, Record()
+    state, extras = inputs[:count], tuple(x.detach() for x in inputs[count:])
+    final, _ = roll_out(dynamics, state, extras, Keep(1, 1, gradients=True), record, Watch())
+    trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, False, (), False)
+    tasks, largest = Tasks(len(dynamics.levels)), 0.0
+    with torch.no_grad():
+        blocks = ParallelSteps(trajectory, None)
+        for step in {1, dynamics.steps}:
+            # a start that no symmetry of the problem annihilates, the same in every run
+            x = final.map(lambda leaf: torch.arange(1, leaf.numel() + 1, device=leaf.device).sin().reshape(leaf.shape))
+            x = Leaves(a.to(b) for a, b in zip(x, final, strict=True))
+            size = tasks.norm(x)
+            for _ in range(iterations):
+                x = tasks.times(torch.where(size > 0, 1 / size, 0), x)
+                x = blocks.curvature({step: blocks.pull_update(step, x)[1]})[step]
+                size = tasks.norm(x)
+            largest = max(largest, float(size.max()))
+    return dynamics.steps * largest
+
+
+def solves_behind(outer_loss: Tensor) -> list[Any]:
+    """The autograd nodes of the solves that a loss depends on; each has ``call`` and ``saved_tensors``."""
+    pending, seen, found = [outer_loss.grad_fn], set(), []
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "_SolveBackward":
+            found.append(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def leaves_behind(outer_loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss depends on, in a fixed order."""
+    pending, seen, found = [outer_loss.grad_fn], set(), []
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return found

@@ -1,0 +1,107 @@
+"""``compare``: its numbers against ones made by hand, and its three ways of showing them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffopt
+from diffopt.compare import brief, peak_bytes
+from diffopt.diagnostics import curvature_number, solves_behind
+from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reverse, Truncated, Unrolled
+from diffopt.linear_solve import GMRES
+from diffopt.tasks import Quadratic
+
+STEPS = 4
+
+
+@pytest.fixture
+def problem():
+    quadratic = Quadratic.random(5, definite=True, generator=torch.Generator().manual_seed(1))
+    initial = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    linear = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
+
+    def run(estimator):
+        optimizer = diffopt.SGD(0.5)
+        solution = diffopt.solve(quadratic.loss, initial, linear, optimizer=optimizer, steps=STEPS, estimator=estimator)
+        return quadratic.outer_loss(solution.params)
+
+    run.quadratic, run.closed = quadratic, quadratic.hypergradient(initial.detach(), linear.detach(), 0.5, STEPS)
+    return run
+
+
+def test_errors_cosines_and_counts(problem):
+    rules = [Reverse(1), Truncated(1), FirstOrder(), Binomial(2), Krylov(2), Unrolled()]
+    found = dict(zip(rules, diffopt.compare(problem, rules, repeats=1).rows, strict=True))
+    assert found[Reverse(1)].relative_error < 1e-15
+    assert found[Unrolled()].relative_error < 1e-14
+    assert found[Unrolled()].products is None
+    # first order: the outer gradient at the solution for the initial parameters, nothing for the linear term
+    exact = torch.cat([problem.closed.initial, problem.closed.linear])
+    outer = torch.linalg.solve(
+        torch.linalg.matrix_power(torch.eye(5) - 0.5 * problem.quadratic.hessian, STEPS), exact[:5]
+    )
+    estimate = torch.cat([outer, torch.zeros(5)])
+    row = found[FirstOrder()]
+    assert abs(row.relative_error - float((estimate - exact).norm() / exact.norm())) < 1e-10
+    assert abs(row.cosine - float(estimate @ exact / estimate.norm() / exact.norm())) < 1e-10
+    counts = {rule: (r.gradients, r.products, r.depth, r.states) for rule, r in found.items()}
+    assert counts[Reverse(1)] == (2 * STEPS, STEPS, STEPS, STEPS)
+    assert counts[Truncated(1)] == (STEPS, 1, 1, 0)
+    assert counts[FirstOrder()] == (STEPS, 0, 0, 0)
+    assert counts[Binomial(2)] == (STEPS, 2 * (STEPS - 1), 2, STEPS)
+    assert counts[Krylov(2)] == (STEPS, 2 * STEPS - 1 + STEPS, 3, STEPS)
+
+
+def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):
+    (node,) = solves_behind(problem(Reverse()))
+    saved = node.saved_tensors
+    got = curvature_number(node.call.dynamics, saved[: len(saved) - node.call.state_count], iterations=200)
+    largest = float(torch.linalg.eigvalsh(problem.quadratic.hessian).max())
+    assert abs(got - STEPS * 0.5 * largest) < 1e-6
+
+
+def test_what_to_beware_of_is_said(problem):
+    text = str(diffopt.compare(problem, [Binomial(1), Truncated(0), Implicit(GMRES())], repeats=1))
+    assert "Binomial: the terms of its series grow" in text
+    assert "Truncated(steps=0): drops terms that matter" in text
+    assert "Implicit(solver=GMRES()): the inner problem is far from its fixed point" in text
+
+
+def test_the_table_in_markdown_and_the_picture(problem, tmp_path):
+    table = diffopt.compare(problem, [Reverse(), MultiStep(2, Binomial(1))], repeats=1)
+    lines = table.to_markdown().splitlines()
+    assert lines[0].startswith("| estimator | rel. error |")
+    assert lines[3].startswith("| MultiStep(window=2, adjoint=Binomial(order=1)) |")
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert table.plot(tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_peak_is_that_of_the_allocator():
+    def work():
+        kept = [torch.empty(1_000_000) for _ in range(3)]
+        del kept[0]
+        return torch.empty(250_000)
+
+    assert 12_000_000 <= peak_bytes(work) < 12_100_000
+
+
+def test_brief_names_what_is_not_default():
+    assert brief(Implicit(GMRES(5, throw=False))) == "Implicit(solver=GMRES(max_iterations=5, throw=False))"
+
+
+def test_what_cannot_be_compared(problem):
+    with pytest.raises(diffopt.EstimatorError, match="estimators holds"):
+        diffopt.compare(problem, [Reverse])
+    with pytest.raises(diffopt.DisconnectedError, match="no tensor that requires grad"):
+        diffopt.compare(lambda estimator: torch.tensor(1.0), [Reverse()])
+
+
+def test_importing_the_library_loads_neither_matplotlib_nor_the_tasks():
+    program = "import sys, diffopt; print([m for m in ('matplotlib', 'einops', 'PIL', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
