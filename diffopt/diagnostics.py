@@ -30,9 +30,7 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     with torch.no_grad():
         blocks = ParallelSteps(trajectory, None)
         for step in {1, dynamics.steps}:
-            # a start that no symmetry of the problem annihilates, the same in every run
-            x = final.map(lambda leaf: torch.arange(1, leaf.numel() + 1, device=leaf.device).sin().reshape(leaf.shape))
-            x = Leaves(a.to(b) for a, b in zip(x, final, strict=True))
+            x = tasks.start(final)
             size = tasks.norm(x)
             for _ in range(iterations):
                 x = tasks.times(torch.where(size > 0, 1 / size, 0), x)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diffopt import autodiff, tree
 from diffopt.dynamics import ExtraSlot
-from diffopt.errors import EstimatorError, RandomnessError, StationarityError
+from diffopt.errors import EstimatorError, GradModeError, RandomnessError, StationarityError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, refuse_unsolved
+from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, leaves_like, refuse_unsolved
 from diffopt.optimizers import SGD
 from diffopt.rollout import Keep, Record, Stepper, Watch
 from diffopt.solve import checked_problem
@@ -213,22 +213,25 @@ def implicit_gradients(
     Raises:
         LinearSolveError: the system was not solved, if the solver throws.
     """
+    if autodiff.transforms_active():
+        raise GradModeError(
+            "implicit_gradients was called under a torch.func transform; call it outside, or use diffopt.implicit there"
+        )
     rule = _AtSolution(_checked_solver(solver), None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, True)
     count, extras = problem.dynamics.params_count, tuple(x.detach() for x in problem.extras)
     wanted = tuple(i for i, x in enumerate(extras) if x.is_floating_point())
-    trajectory = _descending(
-        Trajectory(
-            problem.dynamics, Leaves(problem.state), extras, Leaves(problem.state), Record(), False, wanted, True
-        )
-    )
-    weights = Leaves([*tree.flatten(cotangent)[0], *trajectory.final[count:].zeros()])
-    initial = None if start is None else Leaves(tree.flatten(start)[0])
+    structure, params_leaves = problem.dynamics.params_structure, problem.state[:count]
+    weights = leaves_like(cotangent, "cotangent", "params", params_leaves, structure)
+    initial = None if start is None else leaves_like(start, "start", "params", params_leaves, structure)
+    record = rule.run(problem).record  # for its checks
+    state = Leaves(x.detach() for x in problem.state)
+    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, False, wanted, True))
+    weights = Leaves([*weights, *state[count:].zeros()])
     with torch.no_grad():
         result, found = implicit_pullback(trajectory, weights, rule.solver, whole_state=False, start=initial)
     if rule.solver.throw:
         refuse_unsolved(rule.solver, found)
-    structure = problem.dynamics.params_structure
     terms = {i: result.extras.get(i, torch.zeros_like(extras[i])) for i in wanted}
     leaves = [terms.get(x.index) if isinstance(x, ExtraSlot) else None for x in problem.dynamics.args_leaves]
     multiplier = tree.unflatten(structure, found.value.tensors)

@@ -7,6 +7,8 @@ that has converged stands still while others go on. (There, unconverged tasks ca
 
 from __future__ import annotations
 
+import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, tree
-from diffopt.errors import HyperparameterError, LinearSolveError, ShapeError
+from diffopt.errors import HyperparameterError, LinearSolveError, ShapeError, StructureError
 from diffopt.leaves import Leaves
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
+
+_TINY = 1e-300
 
 
 class LinearSolution(NamedTuple):
@@ -56,9 +60,23 @@ class Tasks:
         """The Euclidean norm, one per task."""
         return self.dot(a, a).sqrt()
 
+    def like(self, scalars: Tensor, a: Leaves) -> Leaves:
+        """One scalar per task, shaped to broadcast against each leaf."""
+        return a.map(lambda x: scalars.reshape(scalars.shape + (1,) * (x.ndim - self.axes)))
+
     def times(self, factor: Tensor, a: Leaves) -> Leaves:
         """A multiple, each task with its own factor."""
-        return a.map(lambda x: factor.reshape(factor.shape + (1,) * (x.ndim - self.axes)) * x)
+        return self.like(factor, a) * a
+
+    def start(self, a: Leaves) -> Leaves:
+        """A fixed vector, the same for every task, that no symmetry of a problem is likely to annihilate."""
+
+        def one(x: Tensor) -> Tensor:
+            own = x.shape[self.axes :]
+            numbers = torch.arange(1, own.numel() + 1, device=x.device).sin().to(x.dtype)
+            return numbers.reshape(own).expand(x.shape)
+
+        return a.map(one)
 
     def flatten(self, a: Leaves) -> Tensor:
         """One vector per task, ``[..., n]``."""
@@ -76,8 +94,33 @@ class LinearSolver(ABC):
     throw: bool
 
     @abstractmethod
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for stacked tasks, whose ``b`` is finite and of largest entry 1, or zero."""
+
+    @final
     def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
-        """Solve for ``Leaves`` of stacked tasks, without raising."""
+        """Solve for ``Leaves`` of stacked tasks, without raising.
+
+        Each task's system is scaled to a largest entry of 1, so that squares neither overflow nor vanish; a zero ``b``
+        has the solution zero, and one that is not finite is a breakdown.
+        """
+        largest = torch.stack([x.abs().reshape(*x.shape[: tasks.axes], -1).amax(-1) for x in b]).amax(0)
+        usable = largest.isfinite() & (largest > 0)
+        scale = torch.where(usable, largest, 1)
+
+        def scaled(x: Leaves) -> Leaves:
+            inverse, keep = tasks.like(1 / scale, x), tasks.like(usable, x)
+            return Leaves(torch.where(k, i * v, 0) for v, i, k in zip(x, inverse, keep, strict=True))
+
+        found = self.iterate(matvec, scaled(b), tasks, None if start is None else scaled(start))
+        finite = largest.isfinite() & found.residual.isfinite()
+        return LinearSolution(
+            tasks.times(scale, found.value),
+            torch.where(finite, scale * found.residual, torch.inf),
+            found.iterations,
+            found.converged & finite,
+            found.breakdown | ~finite,
+        )
 
     @final
     def solve(self, matvec: Callable[[Any], Any], b: Any, start: Any = None) -> LinearSolution:
@@ -100,11 +143,24 @@ class LinearSolver(ABC):
                 raise ShapeError(f"matvec returned {Leaves(out)}, expected tensors shaped like b: {Leaves(leaves)}")
             return Leaves(out)
 
-        initial = None if start is None else Leaves(tree.flatten(start)[0])
+        initial = None if start is None else leaves_like(start, "start", "b", leaves, structure)
         found = self.run(product, Leaves(leaves), Tasks(0), initial)
         if self.throw and not autodiff.transforms_active():
             refuse_unsolved(self, found)
         return found._replace(value=tree.unflatten(structure, found.value.tensors))
+
+
+def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor], structure: tree.Structure) -> Leaves:
+    """The leaves of a tree that must look like another one."""
+    leaves, found = tree.flatten(value)
+    if found != structure:
+        raise StructureError(f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}")
+    for path, x, like in zip(tree.paths(structure), leaves, model, strict=True):
+        if not isinstance(x, Tensor) or x.shape != like.shape:
+            raise ShapeError(
+                f"{name}{path} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}"
+            )
+    return Leaves(leaves)
 
 
 def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
@@ -130,14 +186,20 @@ _NEEDS = {
 }
 
 
-def check_options(solver: LinearSolver, **options: tuple[float, float]) -> None:
-    """Refuse numeric options outside ``low <= value < high``; ``None`` is left alone."""
-    for name, (low, high) in options.items():
+def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None:
+    """Refuse options below their lowest value, of another type, or not finite; those named may be ``None``.
+
+    An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
+    """
+    for name, low in lowest.items():
         value = getattr(solver, name)
-        if value is not None and (isinstance(value, bool) or not low <= value < high):
-            raise HyperparameterError(
-                f"{type(solver).__name__}: {name} is {value!r}, expected {low} <= {name} < {high}"
-            )
+        if value is None and name in optional:
+            continue
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        if not right or not low <= value < math.inf or (name == "rtol" and value >= 1):
+            kind = "an integer" if isinstance(low, int) else "a finite number"
+            raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
 
 
 def _all_stopped(active: Tensor) -> bool:
@@ -168,9 +230,9 @@ class ConjugateGradient(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, max_iterations=(1, 1e9), rtol=(0, 1))
+        check_options(self, max_iterations=1, rtol=0.0)
 
-    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for stacked tasks."""
         x = b.zeros() if start is None else start
         r = b if start is None else b - matvec(x)
@@ -222,9 +284,9 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, terms=(1, 1e9), step_size=(1e-300, 1e300), rtol=(0, 1), power_iterations=(1, 1e9))
+        check_options(self, "rtol", "step_size", terms=1, step_size=_TINY, rtol=0.0, power_iterations=1)
 
-    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for stacked tasks."""
         first = tasks.norm(b)
         x, r = (b.zeros(), b) if start is None else (start, b - matvec(start))
@@ -249,7 +311,7 @@ class Neumann(LinearSolver):
 
 def largest_eigenvalue(matvec: Matvec, like: Leaves, tasks: Tasks, iterations: int) -> Tensor:
     """The eigenvalue of largest modulus (its modulus), one per task, by the power method from a fixed start."""
-    v = like.map(lambda x: torch.arange(1, x.numel() + 1, dtype=x.dtype, device=x.device).sin().reshape(x.shape))
+    v = tasks.start(like)
     size = tasks.norm(v)
     for _ in range(iterations):
         v = matvec(tasks.times(1 / size, v))
@@ -279,16 +341,17 @@ class GMRES(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, max_iterations=(1, 1e9), rtol=(0, 1))
+        check_options(self, max_iterations=1, rtol=0.0)
 
-    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for stacked tasks."""
         r0 = b if start is None else b - matvec(start)
         bound = self.rtol * tasks.norm(b)
-        update, residual, used = minimal_residual(matvec, r0, tasks, self.max_iterations, bound)
-        size = tasks.norm(residual)
-        iterations = torch.full_like(size, used + int(start is not None), dtype=torch.int64)
+        update, _, used = minimal_residual(matvec, r0, tasks, self.max_iterations, bound)
         x = update if start is None else start + update
+        # the recurrence's own residual goes on falling when round-off no longer lets the true one fall
+        size = tasks.norm(b - matvec(x)) if used else tasks.norm(r0)
+        iterations = torch.full_like(size, used + int(used > 0) + int(start is not None), dtype=torch.int64)
         return LinearSolution(x, size, iterations, size <= bound, ~size.isfinite())
 
 
@@ -331,6 +394,7 @@ def _least_squares(columns: Sequence[Sequence[Tensor]], size: Tensor) -> tuple[T
     rows, zero = len(columns) + 1, torch.zeros_like(size)
     full = [torch.stack([*column, *[zero] * (rows - len(column))], dim=-1) for column in columns]
     h = torch.stack(full, dim=-1)
+    h = torch.where(h.isfinite(), h, 0)  # one task's NaN would stop the decomposition of all
     e = torch.stack([size, *[zero] * (rows - 1)], dim=-1)
     y = (torch.linalg.pinv(h) @ e[..., None])[..., 0]
     return y, e - (h @ y[..., None])[..., 0]
@@ -371,14 +435,15 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, rank=(1, 1e9), damping=(1e-300, 1e300))
+        check_options(self, rank=1, damping=_TINY)
 
-    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for stacked tasks."""
         flat, rho = tasks.flatten(b), self.damping
         size = flat.shape[-1]
-        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[: self.rank].to(flat.device)
-        c = _columns(matvec, b, tasks, chosen.tolist())
+        # not torch's generator, which vmap forbids: the choice is the same for every task
+        chosen = random.Random(self.seed).sample(range(size), min(self.rank, size))
+        c = _columns(matvec, b, tasks, chosen)
         inner = c[..., chosen, :] + c.mT @ c / rho
         small, info = torch.linalg.solve_ex(inner, c.mT @ flat[..., None])
         x = flat / rho - (c @ small)[..., 0] / rho**2
@@ -402,15 +467,21 @@ class Dense(LinearSolver):
     damping: float = 0.0
     throw: bool = True
 
-    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        check_options(self, damping=0.0)
+
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for stacked tasks."""
         flat = tasks.flatten(b)
         size = flat.shape[-1]
         matrix = _columns(matvec, b, tasks, range(size))
         matrix = matrix + self.damping * torch.eye(size, dtype=flat.dtype, device=flat.device)
-        x, info = torch.linalg.solve_ex(matrix, flat[..., None])
+        x, _ = torch.linalg.solve_ex(matrix, flat[..., None])
         residual = (flat - (matrix @ x)[..., 0]).norm(dim=-1)
-        breakdown = (info > 0) | ~residual.isfinite()
+        sizes = torch.linalg.svdvals(torch.where(matrix.isfinite(), matrix, 0))
+        singular = sizes[..., -1] <= size * torch.finfo(flat.dtype).eps * sizes[..., 0]
+        breakdown = singular | ~residual.isfinite()
         iterations = torch.full_like(residual, size, dtype=torch.int64)
         return LinearSolution(tasks.unflatten(x[..., 0], b), residual, iterations, ~breakdown, breakdown)
 

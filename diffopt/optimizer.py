@@ -45,11 +45,6 @@ class Schedule:
 
     values: Any
 
-    def __post_init__(self) -> None:
-        """Refuse a list of tensors."""
-        if isinstance(self.values, list | tuple) and any(isinstance(x, Tensor) for x in self.values):
-            raise HyperparameterError("Schedule: values is a list that holds tensors; make one of them by torch.stack")
-
 
 class Optimizer(ABC):
     r"""One step of an inner optimizer, ``s_{t+1} = U(s_t, g_t; eta)``, as a pure function.
@@ -260,9 +255,10 @@ class _Binder:
         try:
             return tree.flatten_up_to(self.structure, value)
         except (ValueError, TypeError) as error:
+            leaves = ", ".join("params" + path for path in tree.paths(self.structure)[:4])
             raise StructureError(
                 f"{name} is {tree.describe(value)}: expected a float, a scalar tensor, a Schedule, or a tree with the "
-                f"structure of params: {', '.join('params' + path for path in tree.paths(self.structure)[:4])}"
+                f"structure of params: {leaves} (a list of tensors is a tree: torch.stack the entries of a Schedule)"
             ) from error
 
     def _check_length(self, name: str, length: int) -> None:

@@ -64,7 +64,9 @@ class Krylov(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve for the adjoints of all steps."""
+        tasks = Tasks(len(trajectory.dynamics.levels))
         if self.order >= trajectory.steps:
+            trajectory.record.diagnostics["residual"] = 0 * tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
         blocks, direct = ParallelSteps(trajectory, self.chunk_size), DirectTerms(trajectory)
         system = _System(blocks, trajectory.steps, len(trajectory.dynamics.levels))
@@ -72,10 +74,11 @@ class Krylov(Adjoint):
         stack = system.scan({}, cotangent)
         if self.order > 0:
             first = system.turned(stack) | {trajectory.steps: blocks.pull_update(trajectory.steps, cotangent)[1]}
+            size = tasks.norm(stack)
             residual = system.scan(blocks.curvature(first, direct, mixed=first if self.order == 1 else ()), nothing)
             if self.order > 1:
-                start, tasks = residual, Tasks(len(trajectory.dynamics.levels))
-                bound = self.rtol * tasks.norm(stack) if self.rtol else None
+                start = residual
+                bound = self.rtol * size if self.rtol else None
                 update, residual, _ = minimal_residual(
                     lambda x: x - system.scan(blocks.curvature(system.turned(x)), nothing),
                     start,
@@ -83,11 +86,11 @@ class Krylov(Adjoint):
                     self.order - 1,
                     bound,
                 )
-                trajectory.record.diagnostics["residual"] = tasks.norm(residual) / tasks.norm(stack)
                 stack = stack + update
                 if any(i < trajectory.dynamics.hyperparameters_start for i in trajectory.wanted):
                     turned = system.turned(stack) | {trajectory.steps: first[trajectory.steps]}
                     blocks.curvature(turned, direct, mixed=turned)
+            trajectory.record.diagnostics["residual"] = tasks.norm(residual) / size
             stack = stack + residual
         adjoints = [*system.unstack(stack), cotangent]
         for step in range(1, trajectory.steps + 1):
