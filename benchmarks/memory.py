@@ -13,7 +13,16 @@ import sys
 import time
 
 STEPS = (10, 100, 1000)
-RULES = ("FirstOrder()", "Reptile()", "ForwardMode()", "Truncated(10, 1)", "Reverse('sqrt')", "Reverse(1)", "Reverse('graph')", "Unrolled()")
+RULES = (
+    "FirstOrder()",
+    "Reptile()",
+    "ForwardMode()",
+    "Truncated(10, 1)",
+    "Reverse('sqrt')",
+    "Reverse(1)",
+    "Reverse('graph')",
+    "Unrolled()",
+)
 
 
 def peak_megabytes() -> float:

@@ -156,12 +156,17 @@ class StepGraph:
 
     @staticmethod
     def record(
-        function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor]
+        function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor], *, check: bool = False
     ) -> tuple[StepGraph, tuple[Tensor, ...]]:
-        """Evaluate ``function`` with its graph; returns the graph and the detached outputs."""
+        """Evaluate ``function`` with its graph; returns the graph and the detached outputs.
+
+        ``check`` looks for operations whose derivative was declared missing, which autograd would pass over silently.
+        """
         with torch.enable_grad():
             roots = make_roots(inputs)
             outputs = function(roots)
+            if check:
+                refuse_broken_graph(outputs)
             graph = StepGraph(
                 tuple(get_gradient_edge(root) for root in roots),
                 tuple(get_gradient_edge(out) if out.requires_grad else None for out in outputs),
@@ -183,6 +188,19 @@ class StepGraph:
         inputs = [self._inputs[i] for i in wanted]
         with named_missing_derivatives():
             return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
+
+
+def refuse_broken_graph(outputs: Sequence[Tensor | None]) -> None:
+    """Refuse a graph with an operation whose derivative was declared missing."""
+    pending, seen = [out.grad_fn for out in outputs if out is not None], set()
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith(("Error", "NotImplemented")):
+            raise _missing_derivative(f"{node.name().rpartition('::')[2]}, which autograd would leave out silently")
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
 class _Roots(torch.autograd.Function):
@@ -221,11 +239,15 @@ def named_missing_derivatives() -> Iterator[None]:
     except RuntimeError as error:
         if "is not implemented" not in str(error) or isinstance(error, DiffoptError):
             raise
-        raise MissingDerivativeError(
-            f"an operation in the inner loss has no second derivative in torch ({str(error).splitlines()[0][:120]}). "
-            "Attention: run it under sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: under "
-            "torch.backends.cudnn.flags(enabled=False). Or use FirstOrder(), Reptile() or ESJacobian()"
-        ) from error
+        raise _missing_derivative(str(error).splitlines()[0][:120]) from error
+
+
+def _missing_derivative(what: str) -> MissingDerivativeError:
+    return MissingDerivativeError(
+        f"an operation in the inner loss has no second derivative ({what}). Attention: run it under "
+        "sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: torch.backends.cudnn.flags(enabled=False). A "
+        "once_differentiable function: write its backward in differentiable operations. Or use FirstOrder()"
+    )
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     count, record = dynamics.state_count, Record()
     state, extras = inputs[:count], tuple(x.detach() for x in inputs[count:])
     final, _ = roll_out(dynamics, state, extras, Keep(1, 1, gradients=True), record, Watch())
-    trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, False, (), False)
+    trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, (), (), False)
     tasks, largest = Tasks(len(dynamics.levels)), 0.0
     with torch.no_grad():
         blocks = ParallelSteps(trajectory, None)

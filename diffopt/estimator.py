@@ -224,7 +224,7 @@ class _Pullback(torch.autograd.Function):
             inputs[count:],
             final,
             _usable_record(call, inputs),
-            any(i < count for i in call.wanted),
+            tuple(sorted(i for i in call.wanted if i < count)),
             call.wanted_extras,
             call.watch.values,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, final
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diffopt import autodiff, tree
 from diffopt.dynamics import ExtraSlot
-from diffopt.errors import EstimatorError, GradModeError, RandomnessError, StationarityError
+from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, RandomnessError, StationarityError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, leaves_like, refuse_unsolved
@@ -174,6 +175,8 @@ def implicit(
 
     Reference: Pedregosa (2016), "Hyperparameter Optimization with Approximate Gradient". Derivations (6.1).
     """
+    if stationarity is not None and not (isinstance(stationarity, int | float) and 0 <= stationarity < math.inf):
+        raise HyperparameterError(f"implicit: stationarity is {stationarity!r}, expected None or a number >= 0")
     rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     outcome = rule.run(problem)
@@ -226,7 +229,7 @@ def implicit_gradients(
     initial = None if start is None else leaves_like(start, "start", "params", params_leaves, structure)
     record = rule.run(problem).record  # for its checks
     state = Leaves(x.detach() for x in problem.state)
-    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, False, wanted, True))
+    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, (), wanted, True))
     weights = Leaves([*weights, *state[count:].zeros()])
     with torch.no_grad():
         result, found = implicit_pullback(trajectory, weights, rule.solver, whole_state=False, start=initial)

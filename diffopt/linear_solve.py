@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, tree
-from diffopt.errors import HyperparameterError, LinearSolveError, ShapeError, StructureError
+from diffopt.errors import DtypeError, HyperparameterError, LeafError, LinearSolveError, ShapeError, StructureError
 from diffopt.leaves import Leaves
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
@@ -136,11 +136,15 @@ class LinearSolver(ABC):
             ShapeError: ``matvec`` returns something else than a tree like ``b``.
         """
         leaves, structure = tree.flatten(b)
+        if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() and x.numel() for x in leaves):
+            raise LeafError(f"b is {tree.describe(b)}, expected a tree of floating tensors, none of them empty")
 
         def product(x: Leaves) -> Leaves:
             out, out_structure = tree.flatten(matvec(tree.unflatten(structure, x.tensors)))
             if out_structure != structure or [y.shape for y in out] != [y.shape for y in leaves]:
                 raise ShapeError(f"matvec returned {Leaves(out)}, expected tensors shaped like b: {Leaves(leaves)}")
+            if [y.dtype for y in out] != [y.dtype for y in leaves]:
+                raise DtypeError(f"matvec returned {[y.dtype for y in out]}, b has {[y.dtype for y in leaves]}")
             return Leaves(out)
 
         initial = None if start is None else leaves_like(start, "start", "b", leaves, structure)
@@ -192,12 +196,12 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
     An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
     """
     for name, low in lowest.items():
-        value = getattr(solver, name)
+        value: Any = getattr(solver, name)
         if value is None and name in optional:
             continue
         kinds = (int,) if isinstance(low, int) else (int, float)
-        right = isinstance(value, kinds) and not isinstance(value, bool)
-        if not right or not low <= value < math.inf or (name == "rtol" and value >= 1):
+        number = value if isinstance(value, kinds) and not isinstance(value, bool) else math.nan
+        if not low <= number < (1 if name == "rtol" else math.inf):
             kind = "an integer" if isinstance(low, int) else "a finite number"
             raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
 
@@ -366,8 +370,9 @@ def minimal_residual(
     size = tasks.norm(r0)
     basis = [tasks.times(_reciprocal(size), r0)]
     columns: list[list[Tensor]] = []
+    dimension = tasks.flatten(r0).shape[-1]
     weights, residual = torch.zeros_like(size)[..., None][..., :0], size[..., None]
-    for k in range(products):
+    for k in range(min(products, dimension)):
         if bound is not None and _all_stopped(residual.norm(dim=-1) > bound):
             break
         w = matvec(basis[k])
@@ -380,6 +385,9 @@ def minimal_residual(
         after = torch.where(after > 1e3 * torch.finfo(after.dtype).eps * before, after, 0)
         columns.append([*column, after])
         basis.append(tasks.times(_reciprocal(after), w))
+        if bound is not None:
+            weights, residual = _least_squares(columns, size)
+    if bound is None and columns:
         weights, residual = _least_squares(columns, size)
     update = _combine(tasks, weights, basis, r0)
     return update, _combine(tasks, residual, basis, r0), len(columns)

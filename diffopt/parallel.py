@@ -113,7 +113,7 @@ class ParallelSteps:
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 
         with trajectory.record.replay(None, params[0].device):
-            graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)])
+            graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)], check=True)
         return graph
 
     def _record_update(self, step: int) -> autodiff.StepGraph:

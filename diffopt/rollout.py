@@ -175,6 +175,8 @@ def roll_out_recorded(
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
                 loss = _shifted(guard, dynamics.losses)(params, current, guard)
                 grads = autodiff.gradient(loss.sum(), params, differentiable=True)
+                if step == 1 and watch.values:
+                    autodiff.refuse_broken_graph(grads)
         if step == 1 and watch.values:
             _refuse_bad_start(loss, grads)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
@@ -202,6 +204,7 @@ class Stepper:
         self.dynamics, self.record, self.watch = dynamics, record, watch
         self.extras = tuple(extra.detach() for extra in extras)
         self._drawn: randomness.GeneratorStates | None = None
+        self._check_graph = True
 
     def take(self, state: Leaves, step: int, keep: Keep | None) -> tuple[Leaves, Tensor]:
         """Step number ``step`` from ``state``: the next state and the losses."""
@@ -290,7 +293,8 @@ class Stepper:
         if step == 1 and (self.watch.captures or self.watch.levels):
             grads = [torch.zeros_like(p) for p in state[: dynamics.params_count]]
             self._refuse_captures_of_update(state, grads, current)
-        graph, after = autodiff.StepGraph.record(function, inputs)
+        graph, after = autodiff.StepGraph.record(function, inputs, check=self._check_graph)
+        self._check_graph = False
         return graph, Leaves(after), seen[0]
 
     def _losses_and_grads(

@@ -40,7 +40,7 @@ class Trajectory:
         extras: everything else a step reads.
         final: ``s_{T+1}``.
         record: what the rollout kept.
-        wants_initial: whether the adjoint of ``s_1`` is asked for.
+        wanted_state: the leaves of ``s_1`` whose adjoint is asked for.
         wanted: the extras whose direct term is asked for.
         check: whether to check that recomputed steps give the losses they gave before.
     """
@@ -50,7 +50,7 @@ class Trajectory:
     extras: tuple[Tensor, ...]
     final: Leaves
     record: Record
-    wants_initial: bool
+    wanted_state: tuple[int, ...]
     wanted: tuple[int, ...]
     check: bool
 
@@ -99,6 +99,11 @@ class Trajectory:
                 yield step, graphs.pop()
             end = start - 1
         self.refuse_other_losses(replayed)
+
+    @property
+    def wants_initial(self) -> bool:
+        """Whether the adjoint of any leaf of ``s_1`` is asked for."""
+        return bool(self.wanted_state)
 
     def refuse_other_losses(self, replayed: dict[int, Tensor]) -> None:
         """Refuse, where checks are on, recomputed losses (by step) that are not those of the rollout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -59,6 +60,10 @@ class Binomial(Adjoint):
             optional = value is None and name != "order"
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise HyperparameterError(f"Binomial: {name} is {value!r}, expected an integer >= {low}")
+
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not (number and math.isfinite(self.scale)):
+            raise HyperparameterError(f"Binomial: scale is {self.scale!r}, expected a finite number")
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""

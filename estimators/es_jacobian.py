@@ -32,7 +32,8 @@ class ESJacobian(Adjoint):
 
     with ``u`` the final state, ``Q = directions``, ``beta = radius`` and ``c`` such that the estimate is unbiased for a
     linear ``u`` (1 for gaussian and rademacher directions, ``p`` for the sphere and for orthonormal ones). Only first
-    derivatives of the inner loss are taken, none of the optimizer: it works where second derivatives do not exist.
+    derivatives of the inner loss are taken, none of the optimizer: it works where second derivatives do not exist, but
+    the loss must run under ``vmap``.
 
     Noisy: for ``p`` numbers the squared relative error is ``(p + 1) / Q`` (gaussian), ``(p - 1) / Q`` (rademacher,
     sphere), ``p / Q - 1`` (orthonormal: with ``Q = p`` only the finite difference's error is left). Bias of order
@@ -70,11 +71,18 @@ class ESJacobian(Adjoint):
         """Check the options."""
         if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
             raise HyperparameterError(f"ESJacobian: directions is {self.directions!r}, expected an integer >= 1")
-        if not (isinstance(self.radius, int | float) and 0 < self.radius < math.inf):
+        number = isinstance(self.radius, int | float) and not isinstance(self.radius, bool)
+        if not (number and 0 < self.radius < math.inf):
             raise HyperparameterError(f"ESJacobian: radius is {self.radius!r}, expected a number > 0")
         known = ("gaussian", "rademacher", "sphere", "orthonormal")
         if self.sampling not in known:
             raise HyperparameterError(f"ESJacobian: sampling is {self.sampling!r}, expected one of {', '.join(known)}")
+        if not isinstance(self.antithetic, bool):
+            raise HyperparameterError(f"ESJacobian: antithetic is {self.antithetic!r}, expected True or False")
+        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
+            raise HyperparameterError(
+                f"ESJacobian: generator is {self.generator!r}, expected a torch.Generator or None"
+            )
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again, perturbed."""
@@ -83,12 +91,15 @@ class ESJacobian(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The estimate for every wanted input, one group of inputs after the other."""
         count = trajectory.dynamics.state_count
-        wanted = [*(range(count) if trajectory.wants_initial else ()), *(count + i for i in trajectory.wanted)]
+        wanted = [*trajectory.wanted_state, *(count + i for i in trajectory.wanted)]
         found: dict[int, Tensor] = {}
         for numbers in _groups(trajectory, wanted):
             found |= self._estimate(trajectory, cotangent, numbers)
-        initial = Leaves(found[i] for i in range(count)) if trajectory.wants_initial else None
-        return Cotangents(initial, {i: found[count + i] for i in trajectory.wanted})
+        nothing = trajectory.initial.zeros()
+        initial = Leaves(found[i] if i in found else nothing[i] for i in range(count))
+        return Cotangents(
+            initial if trajectory.wants_initial else None, {i: found[count + i] for i in trajectory.wanted}
+        )
 
     def _estimate(self, trajectory: Trajectory, cotangent: Leaves, numbers: list[int]) -> dict[int, Tensor]:
         inputs = Leaves(_inputs(trajectory)[i] for i in numbers)
@@ -97,7 +108,7 @@ class ESJacobian(Adjoint):
         base = tasks.flatten(inputs)
         z, factor = self._directions(base)
         stacked = Leaves(x.expand(len(z), *x.shape) for x in inputs)
-        moves = Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked)
+        moves = _cast(Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked), inputs)
         high = _final_state(trajectory, dict(zip(numbers, stacked + moves, strict=True)))
         if self.antithetic:
             low = _final_state(trajectory, dict(zip(numbers, stacked - moves, strict=True)))
@@ -105,7 +116,7 @@ class ESJacobian(Adjoint):
         else:
             slope = (high - trajectory.final) / self.radius
         weights = _responses(slope, cotangent, batched)
-        terms = tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs)
+        terms = _cast(tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs), inputs)
         return dict(zip(numbers, terms, strict=True))
 
     def _directions(self, base: Tensor) -> tuple[Tensor, float]:
@@ -126,6 +137,10 @@ class ESJacobian(Adjoint):
         if self.sampling == "sphere":
             return z / z.norm(dim=-1, keepdim=True), float(size)
         return z, 1.0
+
+
+def _cast(leaves: Leaves, like: Leaves) -> Leaves:
+    return leaves.map(lambda x, y: x.to(y.dtype), like)
 
 
 def _inputs(trajectory: Trajectory) -> Sequence[Tensor]:

@@ -138,6 +138,8 @@ def _step(
             seen[i] = root
         losses = dynamics.losses(roots[:params], seen, None)
         grads = autodiff.gradient(losses.sum(), roots, differentiable=True)
+        if step == 1:
+            autodiff.refuse_broken_graph(grads)
         grads_moving = autodiff.pullback(grads, roots[:params], [*moving[:params], *read.values()])
     flat = autodiff.or_zeros(grads[:params], state[:params])
     hypers = [i for i in rates if i not in read]

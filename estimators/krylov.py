@@ -55,7 +55,7 @@ class Krylov(Adjoint):
             optional = value is None and name == "chunk_size"
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise HyperparameterError(f"Krylov: {name} is {value!r}, expected an integer >= {low}")
-        if not 0 <= self.rtol < 1:
+        if not isinstance(self.rtol, int | float) or not 0 <= self.rtol < 1:
             raise HyperparameterError(f"Krylov: rtol is {self.rtol!r}, expected 0 <= rtol < 1")
 
     def keep(self, steps: int) -> Keep:
@@ -90,7 +90,7 @@ class Krylov(Adjoint):
                 if any(i < trajectory.dynamics.hyperparameters_start for i in trajectory.wanted):
                     turned = system.turned(stack) | {trajectory.steps: first[trajectory.steps]}
                     blocks.curvature(turned, direct, mixed=turned)
-            trajectory.record.diagnostics["residual"] = tasks.norm(residual) / size
+            trajectory.record.diagnostics["residual"] = torch.where(size > 0, tasks.norm(residual) / size, 0)
             stack = stack + residual
         adjoints = [*system.unstack(stack), cotangent]
         for step in range(1, trajectory.steps + 1):

@@ -59,7 +59,7 @@ def within(name: str, package: str) -> bool:
 def layer(module: str) -> str:
     """``top`` (the command line), ``tasks``, ``estimators`` or ``core``."""
     parts = module.split(".")[1:]
-    if parts and (parts[0].startswith("cli") or parts[0] in {"__main__", "demo"}):
+    if parts and parts[0] in {"cli", "commands", "__main__"}:
         return "top"
     return parts[0] if parts and parts[0] in {"tasks", "estimators"} else "core"
 

@@ -1,0 +1,1 @@
+"""The commands of the command line, on top of everything else: one module ``<command>`` with ``add_command`` each."""

@@ -1,0 +1,136 @@
+"""The files that a run can be continued from: a checkpoint, and a log of metrics that is cut back to it.
+
+# NOTE [why a run survives kill -9 at any moment]
+A checkpoint replaces its predecessor in one step (``os.replace``) after its bytes have reached the disk, so there is
+always a whole one. The log has reached the disk before the checkpoint that counts its lines; lines after that belong
+to iterations that are done again, and are cut off. So nothing is lost and nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import DiffoptError
+
+FORMAT = 1
+
+
+class CheckpointError(DiffoptError, ValueError):
+    """A checkpoint or the log beside it is missing, damaged, or of another kind."""
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that decides how a run goes on.
+
+    Attributes:
+        problem: the name of the problem.
+        options: the options that the run was started with.
+        iteration: how many iterations are done.
+        seconds: how long they took.
+        lines: how many lines the log of metrics had.
+        params: the parameters.
+        optimizer: the state of the outer optimizer.
+        generators: the state of every generator, by name.
+    """
+
+    problem: str
+    options: dict[str, Any]
+    iteration: int
+    seconds: float
+    lines: int
+    params: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    generators: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Replace the file at ``path`` in one step."""
+        content = {"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a file that :meth:`save` wrote; its content is data only, no code is run.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or another version or program wrote it.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"there is no checkpoint {path}: check --out, or start without --resume")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"{path} is not a readable checkpoint ({type(error).__name__}): "
+                "restore it from a copy, or delete it and start without --resume"
+            ) from error
+        names = {item.name for item in fields(cls)}
+        if not isinstance(content, dict) or "format" not in content:
+            raise CheckpointError(f"{path} was not written by diffopt train: check --out")
+        if content.pop("format") != FORMAT or set(content) != names:
+            raise CheckpointError(
+                f"{path} was written by another version of diffopt (this one writes format {FORMAT}): "
+                "resume with that version, or start without --resume in another --out"
+            )
+        return cls(**content)
+
+
+@final
+class MetricsLog:
+    """A file of JSON lines that grows, and its lines."""
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        """Open the log, cut back to its first ``keep`` lines; 0 makes it anew.
+
+        Raises:
+            CheckpointError: it has fewer lines.
+        """
+        lines = path.read_bytes().splitlines(keepends=True)[:keep] if keep else []
+        if len(lines) < keep or not all(line.endswith(b"\n") for line in lines):
+            raise CheckpointError(
+                f"{path} has {len(lines)} lines, but {keep} when the checkpoint beside it was written: "
+                "restore it from a copy, or start again in another --out"
+            )
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._file = path.open("r+b" if keep else "wb")
+        self._file.truncate(sum(len(line) for line in lines))
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one line."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all lines have reached the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is on its way to the disk anyhow
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

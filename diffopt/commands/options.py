@@ -1,0 +1,118 @@
+"""The options of a command as one dataclass: its fields are the flags, their defaults and their help."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, asdict, field, fields
+from typing import Any, TypeVar
+
+import torch
+
+from diffopt.errors import DiffoptError
+
+Options = TypeVar("Options")
+Parse = Callable[[str], Any]
+
+
+class OptionError(DiffoptError, ValueError):
+    """An option of the command line cannot be used as it was given."""
+
+
+def option(default: Any, text: str, parse: Parse = str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is a flag of the command line; ``None`` as ``default`` shows none in the help."""
+    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
+
+
+def whole(low: int) -> Parse:
+    """Parses an integer of at least ``low``."""
+
+    def parse(text: str) -> int:
+        if not (text.removeprefix("-").isdecimal() and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, {low} or more")
+        return int(text)
+
+    return parse
+
+
+def real(low: float, above: bool = True) -> Parse:
+    """Parses a finite number above ``low``, or, with ``above=False``, of at least ``low``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (value > low or (value == low and not above)) or math.isinf(value):
+            bound = f"above {low:g}" if above else f"of {low:g} or more"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number {bound}")
+        return value
+
+    return parse
+
+
+def device(name: str) -> str:
+    """Parses the name of a torch device, such as ``cpu`` or ``cuda:1``, and tries it."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); try cpu") from error
+    return name
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
+    """Add one flag for each field of the dataclass ``kind``; a flag that is not given leaves no trace."""
+    for item in fields(kind):
+        text = f"{item.metadata['help']}{_shown(item)}"
+        if isinstance(item.default, bool):
+            yes_or_no = argparse.BooleanOptionalAction
+            parser.add_argument(flag(item.name), action=yes_or_no, default=argparse.SUPPRESS, help=text)
+            continue
+        parser.add_argument(
+            flag(item.name),
+            type=item.metadata["parse"],
+            choices=item.metadata["choices"],
+            default=argparse.SUPPRESS,
+            help=text,
+            metavar=item.name.rpartition("_")[2].upper() if item.metadata["choices"] is None else None,
+        )
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def read(kind: type[Options], given: argparse.Namespace, stored: dict[str, Any] | None) -> Options:
+    """The options: what was given, else what was ``stored`` by the run that is resumed, else the default.
+
+    Raises:
+        OptionError: an option is given with another value than the run that is resumed was started with, and is
+            not one of those whose metadata says that it may change.
+    """
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    explicit = {name: value for name, value in vars(given).items() if name in names}
+    if stored is None:
+        return kind(**explicit)
+    for name, value in explicit.items():
+        if name in stored and stored[name] != value:
+            raise OptionError(
+                f"{flag(name)} is {_plain(value)}, but the run to resume was started with {_plain(stored[name])}: "
+                f"leave {flag(name)} out, or start a new run in another --out"
+            )
+    return kind(**{**{name: stored[name] for name in names if name in stored}, **explicit})
+
+
+def to_store(options: Any, free: Sequence[str]) -> dict[str, Any]:
+    """The options that a resumed run has to share: all but those named in ``free``."""
+    return {name: value for name, value in asdict(options).items() if name not in free}
+
+
+def _plain(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _shown(item: Field[Any]) -> str:
+    return "" if item.default in (None, MISSING) else f" (default: {_plain(item.default)})"

@@ -1,0 +1,42 @@
+"""``diffopt train``: meta-train an initialisation on few-shot tasks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, TypeAlias
+
+from diffopt.commands.options import add_flags, read
+from diffopt.commands.train_options import OmniglotOptions, SinusoidOptions
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+
+
+def add_command(commands: Commands) -> None:
+    """Add ``train`` with one sub-command per problem."""
+    text = "Meta-train an initialisation (MAML) and evaluate it on unseen tasks."
+    train = commands.add_parser("train", help=text, description=text)
+    problems = train.add_subparsers(title="problems", metavar="PROBLEM", required=True)
+    for name, kind in (("omniglot", OmniglotOptions), ("sinusoid", SinusoidOptions)):
+        problem = problems.add_parser(name, help=kind.__doc__, description=kind.__doc__, allow_abbrev=False)
+        add_flags(problem, kind)
+        problem.add_argument(
+            "--resume",
+            action="store_true",
+            help="continue the run in --out, with its options; those given again must be the same, "
+            "but for --data-dir, --minutes and --save-every",
+        )
+        problem.set_defaults(run=run, problem=name, kind=kind)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Start a run, or continue the one in ``--out``."""
+    from diffopt.commands.training import RunFolder, train  # needs optional packages
+
+    options = read(given.kind, given, None)
+    run_folder = RunFolder(options.out)
+    if not given.resume:
+        run_folder.check_unused()
+        return train(given.problem, options, run_folder, None)
+    checkpoint = run_folder.checkpoint(given.problem)
+    options = read(given.kind, given, checkpoint.options)
+    return train(given.problem, options, run_folder, checkpoint)

@@ -1,0 +1,73 @@
+"""The options of ``diffopt train``, one dataclass per problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from diffopt.commands.estimators import KNOWN_NAMES, estimator_name
+from diffopt.commands.options import device, option, real, whole
+
+FREE = ("out", "data_dir", "minutes", "save_every")
+"""Options that a resumed run may change: they say where, until when and how safely it runs, not what it computes."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What every problem shares."""
+
+    estimator: str = option("reverse", f"rule of the hypergradient: {KNOWN_NAMES}", estimator_name)
+    steps: int = option(5, "inner steps in training", whole(1))
+    eval_steps: int = option(10, "inner steps in evaluation", whole(1))
+    inner_lr: float = option(0.1, "step size of the inner SGD", real(0))
+    inner_momentum: float = option(0.0, "its momentum", real(0, above=False))
+    meta_lr: float = option(0.001, "step size of the outer Adam", real(0))
+    meta_lr_decay: Literal["cosine", "none"] = option(
+        "cosine", "how it falls to 0 over the iterations", choices=("cosine", "none")
+    )
+    iterations: int = option(1000, "outer iterations", whole(1))
+    minutes: float | None = option(None, "stop in time to be done after so many minutes in all", real(0))
+    eval_every: int = option(500, "iterations between evaluations; 0: only at the end", whole(0))
+    eval_episodes: int = option(600, "episodes of an evaluation", whole(2))
+    log_every: int = option(1, "iterations between two lines of metrics.jsonl", whole(1))
+    save_every: float = option(10.0, "seconds between two checkpoints", real(0, above=False))
+    seed: int = option(0, "of the initial parameters and the training episodes", whole(0))
+    threads: int | None = option(None, "CPU threads; default: torch's choice", whole(1))
+    device: str = option("cpu", "where to compute, such as cpu or cuda", device)
+
+
+@final
+@dataclass(frozen=True)
+class OmniglotOptions(TrainOptions):
+    """Omniglot; the defaults are for 5-way 1-shot."""
+
+    way: int = option(5, "classes per task", whole(2))
+    shot: int = option(1, "support images per class", whole(1))
+    queries: int = option(5, "query images per class in training", whole(1))
+    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1))
+    filters: int = option(32, "channels of the four convolutions", whole(1))
+    rotations: bool = option(True, "also train on classes turned by 90, 180 and 270 degrees")
+    split: Literal["official", "vinyals"] = option(
+        "official", "what is trained and evaluated on", choices=("official", "vinyals")
+    )
+    data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
+    out: str = option("runs/omniglot", "folder for metrics.jsonl, curve.png and checkpoint.pt")
+    inner_lr: float = option(0.4, "step size of the inner SGD", real(0))
+    meta_lr: float = option(0.005, "step size of the outer Adam", real(0))
+    iterations: int = option(2500, "outer iterations", whole(1))
+    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
+
+
+@final
+@dataclass(frozen=True)
+class SinusoidOptions(TrainOptions):
+    """Regression on sine waves; needs no data."""
+
+    shot: int = option(10, "support points", whole(1))
+    queries: int = option(10, "query points in training", whole(1))
+    tasks: int = option(25, "tasks per iteration (meta-batch)", whole(1))
+    out: str = option("runs/sinusoid", "folder for metrics.jsonl, curve.png and checkpoint.pt")
+    inner_lr: float = option(0.01, "step size of the inner SGD", real(0))
+    iterations: int = option(5000, "outer iterations", whole(1))
+    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
+    log_every: int = option(10, "iterations between two lines of metrics.jsonl", whole(1))

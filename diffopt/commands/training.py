@@ -1,0 +1,268 @@
+"""The meta-training loop behind ``diffopt train``: iterate, log, evaluate, save, and stop in time."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+
+import diffopt
+from diffopt.commands.checkpoint import Checkpoint, CheckpointError, MetricsLog
+from diffopt.commands.curve import draw_curve
+from diffopt.commands.estimators import estimator
+from diffopt.commands.few_shot import Adaptation, FewShot, evaluate, meta_gradient, omniglot, sinusoid
+from diffopt.commands.interrupt import Interrupt
+from diffopt.commands.options import to_store
+from diffopt.commands.progress import Reporter, reporter
+from diffopt.commands.train_options import FREE, OmniglotOptions, SinusoidOptions
+
+Options: TypeAlias = OmniglotOptions | SinusoidOptions
+SECONDS_TO_FINISH = 3.0
+"""Kept free at the end of ``--minutes`` for the picture and the last save."""
+
+
+@final
+class RunFolder:
+    """The folder of one run and the names of its files."""
+
+    def __init__(self, out: str) -> None:
+        """Name the files; nothing is touched."""
+        self.folder = Path(out).expanduser()
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.curve_path = self.folder / "curve.png"
+        self.checkpoint_path = self.folder / "checkpoint.pt"
+
+    def check_unused(self) -> None:
+        """Refuse to start a new run over another.
+
+        Raises:
+            CheckpointError: there is a run in it.
+        """
+        if self.checkpoint_path.exists():
+            raise CheckpointError(
+                f"{self.folder} already holds a run: add --resume to continue it, or choose another --out"
+            )
+
+    def checkpoint(self, problem: str) -> Checkpoint:
+        """The checkpoint of the run to continue.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or it is of another problem.
+        """
+        checkpoint = Checkpoint.load(self.checkpoint_path)
+        if checkpoint.problem != problem:
+            raise CheckpointError(
+                f"{self.checkpoint_path} is of diffopt train {checkpoint.problem}, not {problem}: check --out"
+            )
+        return checkpoint
+
+
+def train(name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint | None) -> int:
+    """Run until the iterations are done or the time is up.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+    """
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    options = replace(options, threads=threads)  # resumed elsewhere, the same number: sums keep their order
+    run = _Run(name, options, folder, checkpoint)
+    try:
+        with run.interrupt, reporter(options.iterations, run.iteration) as report:
+            run.loop(report)
+        return 0
+    except KeyboardInterrupt:
+        again = f"diffopt train {name} --out {folder.folder} --resume"
+        print(
+            f"diffopt: interrupted; the checkpoint of iteration {run.saved_iteration} is "
+            f"{folder.checkpoint_path}; continue with: {again}",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        run.log.close()
+
+
+@final
+class _Run:
+    """One run: all that changes while it goes on."""
+
+    def __init__(self, name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+        self.name, self.options, self.folder = name, options, folder
+        self.interrupt = Interrupt()
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.problem = _problem(options, self.generator)
+        self.params = self.problem.params
+        self.outer = torch.optim.Adam(self.params.values(), lr=options.meta_lr)
+        inner = diffopt.SGD(lr=options.inner_lr, momentum=options.inner_momentum)
+        self.training = Adaptation(inner, options.steps, estimator(options.estimator))
+        self.evaluation = Adaptation(inner, options.eval_steps)
+        self.iteration, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
+        self.saved_iteration, self.saved_seconds = 0, 0.0
+        if checkpoint is None:
+            folder.folder.mkdir(parents=True, exist_ok=True)
+            self.log = MetricsLog(folder.metrics_path)
+            self.save()
+        else:
+            self.log = MetricsLog(folder.metrics_path, keep=checkpoint.lines)
+            self.restore(checkpoint)
+
+    @property
+    def seconds(self) -> float:
+        """How long this run has taken, the time before it was resumed included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def loop(self, report: Reporter) -> None:
+        """Iterate to the end, then evaluate."""
+        options, cost = self.options, self.evaluation_seconds()
+        while self.iteration < options.iterations and not self.time_is_up(cost):
+            loss, metric = self.iterate()
+            report.update(self.iteration, f"outer loss {loss:.3f}, {self.problem.metric} {metric:.3f}")
+            due = options.eval_every and self.iteration % options.eval_every == 0
+            if due and self.iteration < options.iterations:
+                cost = self.evaluate(report)
+            if due or self.interrupt.heard or self.seconds - self.saved_seconds > options.save_every:
+                self.save()
+            self.interrupt.check()
+        if not self.is_evaluated():
+            self.evaluate(report)
+        self.save()
+        self.finish(report)
+
+    def iterate(self) -> tuple[float, float]:
+        """One outer step; returns the outer loss and the metric."""
+        options = self.options
+        if options.meta_lr_decay == "cosine":
+            factor = (1 + math.cos(math.pi * self.iteration / options.iterations)) / 2
+            self.outer.param_groups[0]["lr"] = options.meta_lr * factor
+        episodes = self.problem.training(options.tasks, self.generator)
+        loss, metric = meta_gradient(self.problem, self.params, self.training, episodes)
+        self.outer.step()
+        self.iteration += 1
+        if self.iteration % options.log_every == 0:
+            self.log.append(
+                {
+                    "kind": "training",
+                    "iteration": self.iteration,
+                    "outer_loss": loss,
+                    self.problem.metric: metric,
+                    "seconds": round(self.seconds, 3),
+                }
+            )
+        return loss, metric
+
+    def evaluate(self, report: Reporter) -> float:
+        """Evaluate, log and tell the result; returns the seconds that it took."""
+        began, options = self.seconds, self.options
+        result = evaluate(self.problem, self.params, self.evaluation, options.eval_episodes, self.interrupt.check)
+        self.log.append(
+            {
+                "kind": "evaluation",
+                "iteration": self.iteration,
+                self.problem.metric: result.after.mean,
+                "half_width": result.after.half_width,
+                "before": result.before.mean,
+                "before_half_width": result.before.half_width,
+                "episodes": result.episodes,
+                "inner_steps": options.eval_steps,
+                "seconds": round(self.seconds, 3),
+            }
+        )
+        draw_curve(self.log.rows, self.problem.metric, self.problem.title, self.folder.curve_path)
+        report.say(f"iteration {self.iteration}, {self.seconds:.0f} s: {_in_words(self.log.rows[-1])}")
+        return self.seconds - began
+
+    def is_evaluated(self) -> bool:
+        """Whether the last line of the log is the evaluation of these parameters."""
+        last = self.log.rows[-1] if self.log.rows else {"kind": "nothing"}
+        return last["kind"] == "evaluation" and last["iteration"] == self.iteration
+
+    def evaluation_seconds(self) -> float:
+        """What an evaluation will take, judged by one batch of episodes; 0 if no time is set."""
+        if self.options.minutes is None:
+            return 0.0
+        began, batch = self.seconds, self.problem.evaluation_batch
+        evaluate(self.problem, self.params, self.evaluation, batch)
+        return (self.seconds - began) * math.ceil(self.options.eval_episodes / batch)
+
+    def time_is_up(self, evaluation_seconds: float) -> bool:
+        """Whether there is just time left for the last evaluation."""
+        minutes = self.options.minutes
+        to_come = evaluation_seconds + SECONDS_TO_FINISH
+        return minutes is not None and self.seconds + to_come > 60 * minutes
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        generators = {"episodes": self.generator.get_state(), "torch": torch.get_rng_state()}
+        if torch.device(self.options.device).type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.options.device)
+        self.log.sync()
+        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
+        Checkpoint(
+            problem=self.name,
+            options=to_store(self.options, FREE),
+            iteration=self.iteration,
+            seconds=self.seconds,
+            lines=len(self.log.rows),
+            params={name: value.detach() for name, value in self.params.items()},
+            optimizer=self.outer.state_dict(),
+            generators=generators,
+        ).save(self.folder.checkpoint_path)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where the checkpoint was written."""
+        with torch.no_grad():
+            for name, value in self.params.items():
+                value.copy_(checkpoint.params[name])
+        self.outer.load_state_dict(checkpoint.optimizer)
+        self.generator.set_state(checkpoint.generators["episodes"])
+        torch.set_rng_state(checkpoint.generators["torch"])
+        if "cuda" in checkpoint.generators:
+            torch.cuda.set_rng_state(checkpoint.generators["cuda"], self.options.device)
+        self.iteration, self.seconds_before = checkpoint.iteration, checkpoint.seconds
+        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
+
+    def finish(self, report: Reporter) -> None:
+        """Tell the result and where the files are."""
+        report.say(f"{self.problem.title}: {_in_words(self.log.rows[-1])}")
+        folder = self.folder
+        report.say(
+            f"{self.iteration} iterations in {self.seconds / 60:.1f} minutes; see {folder.curve_path}, "
+            f"{folder.metrics_path}, {folder.checkpoint_path}"
+        )
+
+
+def _problem(options: Options, generator: torch.Generator) -> FewShot:
+    if isinstance(options, SinusoidOptions):
+        return sinusoid(shot=options.shot, queries=options.queries, generator=generator, device=options.device)
+    return omniglot(
+        folder=options.data_dir,
+        split=options.split,
+        rotations=options.rotations,
+        way=options.way,
+        shot=options.shot,
+        queries=options.queries,
+        filters=options.filters,
+        generator=generator,
+        device=options.device,
+    )
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """A line of the log that is an evaluation, for people."""
+    name, factor, unit = ("accuracy", 100, " %") if "accuracy" in row else ("mse", 1, "")
+    digits = 2 if unit else 4
+
+    def shown(mean: float, half_width: float) -> str:
+        return f"{factor * mean:.{digits}f}{unit} +- {factor * half_width:.{digits}f}{unit}"
+
+    after, before = shown(row[name], row["half_width"]), shown(row["before"], row["before_half_width"])
+    return (
+        f"{name} {after} after {row['inner_steps']} inner steps, {before} before "
+        f"(mean of {row['episodes']} episodes +- 95 % confidence)"
+    )

@@ -1,0 +1,261 @@
+"""The command line: what it prints, what it writes, and one readable line for every error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffopt
+import diffopt.estimators
+from diffopt.cli import main
+from diffopt.commands.estimators import KNOWN_NAMES, EstimatorNameError, estimator
+from diffopt.commands.few_shot import Adaptation, evaluate, interval, meta_gradient, sinusoid
+from diffopt.commands.interrupt import Interrupt
+from diffopt.commands.penalties import LR, MOMENTUM, STEPS, Penalties
+from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
+
+SMALL = ["--tasks", "2", "--steps", "2", "--eval-steps", "2", "--eval-episodes", "4", "--threads", "1"]
+
+
+def sine(out: Path, *more: str) -> list[str]:
+    return ["train", "sinusoid", "--out", str(out), *SMALL, *more]
+
+
+def rows(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail, with exit code 2 and one line on stderr, which it returns."""
+
+    def run(argv: list[str]) -> str:
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"diffopt[^\n]*: error: [^\n]+\n", error), error
+        return error
+
+    return run
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"diffopt {diffopt.__version__}\n"
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_training_writes_its_three_files(tmp_path, capsys):
+    assert main(sine(tmp_path, "--iterations", "6", "--eval-every", "3", "--log-every", "2")) == 0
+    told = capsys.readouterr().out
+    assert "sine waves from 10 points: mse" in told
+    assert str(tmp_path / "curve.png") in told
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    written = [(row["kind"], row["iteration"]) for row in rows(tmp_path)]
+    assert written == [("training", 2), ("evaluation", 3), ("training", 4), ("training", 6), ("evaluation", 6)]
+    assert set(rows(tmp_path)[0]) == {"kind", "iteration", "outer_loss", "mse", "seconds"}
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["iteration"] == 6
+    assert checkpoint["lines"] == 5
+    assert checkpoint["options"]["inner_lr"] == 0.01
+    last_rate = checkpoint["optimizer"]["param_groups"][0]["lr"]
+    assert last_rate == pytest.approx(0.001 * (1 + math.cos(math.pi * 5 / 6)) / 2)  # the sixth of six, along a cosine
+
+
+def test_minutes_stop_in_time_and_still_evaluate(tmp_path):
+    began = time.monotonic()
+    assert main(sine(tmp_path, "--iterations", "1000000", "--minutes", "0.08", "--eval-every", "0")) == 0
+    assert time.monotonic() - began < 0.08 * 60
+    assert rows(tmp_path)[-1]["kind"] == "evaluation"
+
+
+@pytest.mark.data
+def test_omniglot_from_real_drawings(tmp_path):
+    if not os.environ.get("DIFFOPT_DATA"):
+        pytest.skip("needs DIFFOPT_DATA")
+    argv = ["train", "omniglot", "--out", str(tmp_path), *SMALL, "--filters", "4", "--iterations", "2"]
+    assert main([*argv, "--no-rotations"]) == 0
+    last = rows(tmp_path)[-1]
+    assert last["kind"] == "evaluation"
+    assert 0 <= last["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "name", ["unrolled", "reverse:graph", "reverse:sqrt", "reverse:2", "truncated:2", "forward-mode"]
+)
+def test_exact_estimators_by_name_give_the_meta_gradient_of_a_plain_loop(name):
+    problem = sinusoid(shot=3, queries=3, generator=torch.Generator().manual_seed(0), device="cpu")
+    double = {key: value.detach().double().requires_grad_() for key, value in problem.params.items()}
+    generator = torch.Generator().manual_seed(1)
+    episodes = type(problem.training(2, generator))(*(x.double() for x in problem.training(2, generator)))
+    rule = ForwardMode(chunk_size=500) if name == "forward-mode" else estimator(name)
+    meta_gradient(problem, double, Adaptation(diffopt.SGD(0.1, momentum=0.5), 2, rule), episodes)
+
+    total = torch.zeros((), dtype=torch.float64)
+    plain = {key: value.detach().clone().requires_grad_() for key, value in double.items()}
+    for support_inputs, support_targets, query_inputs, query_targets in zip(*episodes, strict=True):
+        now, velocity = plain, dict.fromkeys(plain, 0.0)
+        for _ in range(2):
+            loss = problem.loss(now, support_inputs, support_targets)
+            gradients = torch.autograd.grad(loss, list(now.values()), create_graph=True)
+            velocity = {key: 0.5 * velocity[key] + g for key, g in zip(now, gradients, strict=True)}
+            now = {key: now[key] - 0.1 * velocity[key] for key in now}
+        total = total + problem.loss(now, query_inputs, query_targets) / 2
+    expected = torch.autograd.grad(total, list(plain.values()))
+    for value, gradient in zip(double.values(), expected, strict=True):
+        torch.testing.assert_close(value.grad, gradient, rtol=1e-10, atol=1e-12)  # float64, sums in another order
+
+
+def test_estimator_names():
+    assert estimator("reverse") == Reverse()
+    assert estimator("reverse:graph") == Reverse("graph")
+    assert estimator("reverse:sqrt") == Reverse("sqrt")
+    assert estimator("reverse:7") == Reverse(7)
+    assert estimator("truncated:3") == Truncated(3)
+    assert estimator("unrolled") == Unrolled()
+    assert estimator("first-order") == FirstOrder()
+    assert estimator("reptile") == Reptile()
+    assert isinstance(estimator("forward-mode"), ForwardMode)
+
+
+@pytest.mark.parametrize(
+    "name", ["nonsense", "", "truncated", "truncated:", "truncated:x", "truncated:-1", "reverse:0", "unrolled:2"]
+)
+def test_an_unknown_estimator_name_lists_the_known_ones(name):
+    with pytest.raises(EstimatorNameError, match=re.escape(KNOWN_NAMES)):
+        estimator(name)
+
+
+def test_evaluation_is_the_same_each_time_and_its_interval_is_the_textbook_one():
+    problem = sinusoid(shot=5, queries=5, generator=torch.Generator().manual_seed(0), device="cpu")
+    adaptation = Adaptation(diffopt.SGD(0.01), 2)
+    assert evaluate(problem, problem.params, adaptation, 5) == evaluate(problem, problem.params, adaptation, 5)
+    mean, half_width = interval(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert mean == 3.0
+    assert half_width == pytest.approx(1.96 * (14 / 3) ** 0.5 / 2)  # squares about the mean: 4 + 1 + 0 + 9
+
+
+def test_the_problem_of_the_demo_has_the_hypergradient_of_a_plain_loop():
+    problem = Penalties.breast_cancer()
+    weights, velocity = problem.start.clone().requires_grad_(), 0.0
+    for _ in range(STEPS):
+        (gradient,) = torch.autograd.grad(problem.loss(weights, problem.log_penalty), weights, create_graph=True)
+        velocity = MOMENTUM * velocity + gradient
+        weights = weights - LR * velocity
+    (exact,) = torch.autograd.grad(problem.outer_loss(weights), problem.log_penalty)
+    (got,) = torch.autograd.grad(problem.compare_loss(diffopt.estimators.Reverse("sqrt")), problem.log_penalty)
+    assert float((got - exact).norm() / exact.norm()) < 1e-12  # float64 through 200 steps
+
+
+@pytest.mark.parametrize("task", ["quadratic", "sinusoid", "penalties"])
+def test_compare_prints_a_table_and_saves_a_picture(task, tmp_path, capsys):
+    picture = tmp_path / "compare.png"
+    rules = "reverse:1,truncated:2,krylov:1,multi-step:2"
+    assert main(["compare", task, "--estimators", rules, "--repeats", "1", "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "Krylov(order=1)" in out
+    assert "MultiStep(window=2)" in out
+    assert picture.stat().st_size > 10_000
+    assert main(["compare", task, "--estimators", "reverse:1", "--repeats", "1", "--markdown"]) == 0
+    assert "| Reverse(checkpoint=1) | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--estimator", "magic"], "there is no estimator 'magic'; known: reverse, "),
+        (["--shot", "0"], "--shot: got '0', expected a whole number, 1 or more"),
+        (["--shot", "two"], "--shot: got 'two', expected a whole number"),
+        (["--inner-lr", "-1"], "--inner-lr: got '-1', expected a number above 0"),
+        (["--meta-lr", "nan"], "--meta-lr: got 'nan', expected a number above 0"),
+        (["--inner-momentum", "inf"], "--inner-momentum: got 'inf', expected a number of 0 or more"),
+        (["--meta-lr-decay", "linear"], "--meta-lr-decay: invalid choice: 'linear'"),
+        (["--device", "toaster"], "'toaster' cannot be used here"),
+        (["--wibble", "1"], "unrecognized arguments: --wibble 1"),
+        (["--iterations", "1", "--estimator", "truncated:3"], "the inner problem has only 2 steps"),
+        (["--iterations", "9", "--inner-lr", "1e30"], "diverged"),
+    ],
+)
+def test_unusable_options(fails, tmp_path, more, message):
+    assert message in fails(sine(tmp_path, *more))
+
+
+def test_unknown_command_and_problem(fails):
+    assert "invalid choice: 'fly'" in fails(["fly"])
+    assert "PROBLEM" in fails(["train"])
+
+
+def test_missing_data_folder(fails, tmp_path):
+    error = fails(["train", "omniglot", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert "there is no such folder" in error
+    assert "--data-dir" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_checksum(fails, tmp_path):
+    (tmp_path / "omniglot_28.npz").write_bytes(b"\0" * 5_524_973)
+    error = fails(["train", "omniglot", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "has SHA-256" in error
+    assert "download it again" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "shown"),
+    [("train", "einops", "einops"), ("train", "matplotlib", "matplotlib"), ("demo", "sklearn", "scikit-learn")],
+)
+def test_missing_optional_package(fails, tmp_path, monkeypatch, command, package, shown):
+    for name in list(sys.modules):  # what other tests have imported must be imported again
+        if name.startswith(("diffopt.commands.", "diffopt.tasks")) or name.partition(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = ["demo", "--out", str(tmp_path)] if command == "demo" else sine(tmp_path)
+    assert f"pip install {shown}" in fails(argv)
+
+
+def test_ctrl_c_says_where_the_checkpoint_is(tmp_path):
+    command = [sys.executable, "-m", "diffopt", *sine(tmp_path, "--iterations", "1000000", "--log-every", "1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path / "metrics.jsonl", 5, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert str(tmp_path / "checkpoint.pt") in error
+    assert f"--out {tmp_path} --resume" in error
+    assert error.count("\n") == 1
+    iteration = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"]
+    assert f"the checkpoint of iteration {iteration} is" in error
+    assert rows(tmp_path)[-1]["iteration"] == iteration  # nothing is lost
+
+
+def test_a_first_ctrl_c_waits_for_a_safe_place_and_a_second_does_not():
+    with Interrupt() as interrupt:
+        interrupt.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until another process has written so many lines."""
+    limit = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < limit, "the process writes nothing"
+        time.sleep(0.01)
