@@ -290,7 +290,7 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
         roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
-        refuse_other_losses(dict(enumerate(again.losses.unbind(-1), start=1)), old.losses)
+        refuse_other_losses(again.losses, old.losses)
     return again
 
 

@@ -82,7 +82,7 @@ class Trajectory:
     def _graphs_backwards(self, first: int) -> Iterator[tuple[int, autodiff.StepGraph]]:
         """The graphs of steps ``T, ..., first``, retained or recorded again block by block; each is given up after."""
         end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch())
-        replayed: dict[int, Tensor] = {}
+        again = self.losses_to_replay()
         while end >= first:
             self.record.usable = False
             if end in self.record.graphs:
@@ -93,22 +93,29 @@ class Trajectory:
             state, graphs = self.record.states.pop(start), []
             for step in range(start, end + 1):
                 with self.record.replay(step, state[0].device):
-                    graph, state, replayed[step] = stepper.graph(state, step)
+                    graph, state, again[..., step - 1] = stepper.graph(state, step)
                 graphs.append(graph)
             for step in range(end, start - 1, -1):
                 yield step, graphs.pop()
             end = start - 1
-        self.refuse_other_losses(replayed)
+        self.refuse_other_losses(again)
 
     @property
     def wants_initial(self) -> bool:
         """Whether the adjoint of any leaf of ``s_1`` is asked for."""
         return bool(self.wanted_state)
 
-    def refuse_other_losses(self, replayed: dict[int, Tensor]) -> None:
-        """Refuse, where checks are on, recomputed losses (by step) that are not those of the rollout."""
+    def losses_to_replay(self) -> Tensor:
+        """A copy of the rollout's losses ``[..., T]``, in which a replay writes those that it recomputes.
+
+        (One tensor for all: see :func:`diffopt.rollout.roll_out` for what small ones per step do to memory.)
+        """
+        return self.final[0].new_empty(0) if self.record.losses is None else self.record.losses.clone()
+
+    def refuse_other_losses(self, again: Tensor) -> None:
+        """Refuse, where checks are on, recomputed losses that are not those of the rollout."""
         if self.check and self.record.losses is not None:
-            refuse_other_losses(replayed, self.record.losses)
+            refuse_other_losses(again, self.record.losses)
 
 
 class DirectTerms:
@@ -118,7 +125,7 @@ class DirectTerms:
         """Start at zero."""
         self._trajectory = trajectory
         self._shared: dict[int, Tensor] = {}
-        self._stepped: dict[int, dict[int, Tensor]] = {}
+        self._stepped: dict[int, Tensor] = {}
 
     def add(self, step: int, terms: Mapping[int, Tensor | None]) -> None:
         """Add step ``step``'s terms, by number of the extra; ``None`` is zero."""
@@ -126,15 +133,12 @@ class DirectTerms:
             if term is None:
                 continue
             if self._trajectory.dynamics.stepped[number]:
-                self._stepped.setdefault(number, {})[step] = term
+                if number not in self._stepped:
+                    self._stepped[number] = torch.zeros_like(self._trajectory.extras[number])
+                self._trajectory.dynamics.slice_at(number, self._stepped[number], step).copy_(term)
             else:
                 self._shared[number] = self._shared[number] + term if number in self._shared else term
 
     def collect(self) -> dict[int, Tensor]:
         """The sums, by number of the extra."""
-        total = dict(self._shared)
-        for number, slices in self._stepped.items():
-            total[number] = torch.zeros_like(self._trajectory.extras[number])
-            for step, term in slices.items():
-                self._trajectory.dynamics.slice_at(number, total[number], step).copy_(term)
-        return total
+        return self._shared | self._stepped

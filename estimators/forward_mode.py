@@ -104,7 +104,7 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
         moving = Leaves(tangent if i == number else leaf for i, leaf in enumerate(moving))
     else:
         extras[number - count] = extras[number - count].expand(tangent.shape)
-    losses: dict[int, Tensor] = {}
+    again = trajectory.losses_to_replay()
     trajectory.record.counts.gradients += dynamics.steps
     for step in range(1, dynamics.steps + 1):
         trajectory.record.counts.add_products(size)
@@ -115,8 +115,8 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
                 extra = number - count
                 rates[extra] = dynamics.slice_at(extra, tangent, step) if dynamics.stepped[extra] else tangent
             state, moving, loss = _step(dynamics, state, moving, current, rates, step)
-            losses[step] = loss[0].clone()
-    trajectory.refuse_other_losses(losses)
+            again[..., step - 1] = loss[0]
+    trajectory.refuse_other_losses(again)
     return moving
 
 

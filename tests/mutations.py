@@ -47,8 +47,8 @@ FAULTS = [
     Fault(
         "the direct term of a batch goes to the step after it",
         "diffopt/trajectory.py",
-        "slice_at(number, total[number], step).copy_",
-        "slice_at(number, total[number], min(step + 1, self._trajectory.steps)).copy_",
+        "slice_at(number, self._stepped[number], step).copy_",
+        "slice_at(number, self._stepped[number], min(step + 1, self._trajectory.steps)).copy_",
     ),
     Fault(
         "a checkpointed block starts one state late",
@@ -96,8 +96,8 @@ FAULTS = [
     Fault(
         "a Kronecker factor is transposed",
         "diffopt/optimizers.py",
-        "(matrix @ tensor",
-        "(matrix.mT @ tensor",
+        "(matrix @ moved",
+        "(matrix.mT @ moved",
     ),
     Fault(
         "forward mode leaves out the mixed derivative",
@@ -126,8 +126,8 @@ FAULTS = [
     Fault(
         "random numbers are drawn anew in the backward pass",
         "diffopt/trajectory.py",
-        "randomness.replayed(self.record.draws.get(step)",
-        "randomness.replayed(None",
+        "self.record.replay(step, state",
+        "self.record.replay(None, state",
     ),
     Fault(
         "a used-up record is used again",
@@ -140,6 +140,108 @@ FAULTS = [
         "estimators/reptile.py",
         "trajectory.initial[:count] - trajectory.final[:count]",
         "trajectory.final[:count] - trajectory.initial[:count]",
+    ),
+    Fault(
+        "an order of the binomial rule leaves out its earliest step",
+        "estimators/binomial.py",
+        "weighted = {t: self.scale * turned[t] for t in range(low, high + 1)}",
+        "weighted = {t: self.scale * turned[t] for t in range(low + 1, high + 1)}",
+    ),
+    Fault(
+        "the binomial rule forgets its scale",
+        "estimators/binomial.py",
+        "self.scale * turned[t]",
+        "turned[t]",
+    ),
+    Fault(
+        "the binomial rule takes mixed products at every order",
+        "estimators/binomial.py",
+        "final = weighted if level == self.order else {high}",
+        "final = weighted",
+    ),
+    Fault(
+        "the binomial window is one step too long",
+        "estimators/binomial.py",
+        "first_curved = self.steps - self.curved + 1",
+        "first_curved = max(1, self.steps - self.curved)",
+    ),
+    Fault(
+        "E' is taken without its curvature's step (C instead of E)",
+        "diffopt/parallel.py",
+        "return Leaves(through_state), Leaves(autodiff.or_zeros(terms[count:], adjoint[:params]))",
+        "return Leaves(through_state), Leaves(through_state[:params])",
+    ),
+    Fault(
+        "the hyperparameters' terms of parallel rules are dropped",
+        "diffopt/parallel.py",
+        "direct.add(step, dict(zip(self._hypers, terms, strict=True)))",
+        "pass",
+    ),
+    Fault(
+        "the Krylov rule leaves out its free last step",
+        "estimators/krylov.py",
+        "            stack = stack + residual\n",
+        "",
+    ),
+    Fault(
+        "the Krylov system has the wrong sign",
+        "estimators/krylov.py",
+        "lambda x: x - system.scan",
+        "lambda x: x + system.scan",
+    ),
+    Fault(
+        "a window's updates all count as its first step",
+        "diffopt/dynamics.py",
+        "(step - 1) * self.window + i + 1",
+        "(step - 1) * self.window + 1",
+    ),
+    Fault(
+        "the last window is not short",
+        "diffopt/dynamics.py",
+        "return min(self.window, self.inner_steps - (step - 1) * self.window)",
+        "return self.window",
+    ),
+    Fault(
+        "the implicit system lacks the identity",
+        "diffopt/implicit.py",
+        "return v - Leaves(",
+        "return Leaves(",
+    ),
+    Fault(
+        "the implicit rule gives the proximal center no hypergradient",
+        "diffopt/implicit.py",
+        "initial[i] = cotangent[i] + term",
+        "initial[i] = cotangent[i]",
+    ),
+    Fault(
+        "conjugate gradients take the old residual for the direction",
+        "diffopt/linear_solve.py",
+        "p = r + tasks.times(",
+        "p = r + tasks.times(alpha, ap) + tasks.times(",
+    ),
+    Fault(
+        "negative curvature goes unnoticed",
+        "diffopt/linear_solve.py",
+        "breakdown = breakdown | (active & ~(curvature > 0))",
+        "breakdown = breakdown",
+    ),
+    Fault(
+        "the Neumann series adds what it should subtract",
+        "diffopt/linear_solve.py",
+        "x, r = x + move, r - matvec(move)",
+        "x, r = x + move, r + matvec(move)",
+    ),
+    Fault(
+        "orthonormal directions lack their factor",
+        "estimators/es_jacobian.py",
+        "return frame.movedim(-1, 0).to(base.device), float(size)",
+        "return frame.movedim(-1, 0).to(base.device), 1.0",
+    ),
+    Fault(
+        "central differences are divided by one radius",
+        "estimators/es_jacobian.py",
+        "slope = (high - low) / (2 * self.radius)",
+        "slope = (high - low) / self.radius",
     ),
 ]
 
