@@ -192,10 +192,16 @@ def compare(
         if not isinstance(estimator, Estimator):
             raise EstimatorError(f"estimators holds {describe(estimator)}, expected diffopt.estimators objects")
     run = problem.compare_loss if isinstance(problem, Comparable) else problem
-    loss = run(Reverse() if exact is None else exact)
-    leaves = leaves_behind(loss)
+    reference_rule = Reverse() if exact is None else exact
+    loss = run(reference_rule)
+    # what is made anew in every call is no meta-parameter
+    lasting = {id(leaf) for leaf in leaves_behind(run(reference_rule))}
+    leaves = [leaf for leaf in leaves_behind(loss) if id(leaf) in lasting]
     if not leaves:
-        raise DisconnectedError("the outer loss depends on no tensor that requires grad: nothing to compare")
+        raise DisconnectedError(
+            "the outer loss depends on no tensor that requires grad and outlives a call: nothing to compare. Make the "
+            "meta-parameters once, outside the function"
+        )
     nodes = solves_behind(loss)
     curvature = max((_curvature(node) for node in nodes), default=None) if nodes else None
     reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))

@@ -71,9 +71,7 @@ class Adjoint(Estimator):
         First-order MAML: the adjoint of the final state is handed to the initial one as it is.
 
         >>> import torch, diffopt
-        >>> from diffopt.estimator import Adjoint
-        >>> from diffopt.rollout import Keep
-        >>> from diffopt.trajectory import Cotangents
+        >>> from diffopt.estimators import Adjoint, Cotangents, Keep
         >>> class Straight(Adjoint):
         ...     def keep(self, steps):
         ...         return Keep(first=steps + 1)

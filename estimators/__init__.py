@@ -1,4 +1,7 @@
-"""Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`."""
+"""Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`.
+
+``Adjoint``, ``Keep``, ``Trajectory`` and ``Cotangents`` are what a rule of your own is written with.
+"""
 
 from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.binomial import Binomial
@@ -12,19 +15,24 @@ from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
 from diffopt.estimators.unrolled import Unrolled
 from diffopt.reverse import Reverse
+from diffopt.rollout import Keep
+from diffopt.trajectory import Cotangents, Trajectory
 
 __all__ = [
     "Adjoint",
     "Binomial",
+    "Cotangents",
     "ESJacobian",
     "Estimator",
     "FirstOrder",
     "ForwardMode",
     "Implicit",
+    "Keep",
     "Krylov",
     "MultiStep",
     "Reptile",
     "Reverse",
+    "Trajectory",
     "Truncated",
     "Unrolled",
 ]

@@ -57,6 +57,20 @@ def test_errors_cosines_and_counts(problem):
     assert counts[Krylov(2)] == (STEPS, 2 * STEPS - 1 + STEPS, 3, STEPS)
 
 
+def test_several_solves_and_leaves_made_inside_them():
+    w = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
+
+    def two(estimator):
+        options = {"optimizer": diffopt.SGD(0.1), "estimator": estimator}
+        a = diffopt.solve(lambda p: p.pow(4).sum(), w, steps=3, **options).params
+        b = diffopt.solve(lambda p, c: (p - c).square().sum(), w.detach(), w, steps=2, **options).params
+        return (a * b).sum()
+
+    table = diffopt.compare(two, [Reverse(1), Unrolled()], exact=Unrolled(), repeats=1)
+    assert all(row.relative_error < 1e-14 for row in table.rows)
+    assert (table.rows[0].products, table.rows[0].states) == (5, 5)
+
+
 def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):
     (node,) = solves_behind(problem(Reverse()))
     saved = node.saved_tensors
