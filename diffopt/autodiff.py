@@ -10,6 +10,7 @@ affine batch norm. So functorch is used here for one thing only: to batch a *for
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,12 @@ class _BelowVmap(torch.autograd.Function):
         outputs = function(info, in_dims[2:], tensors)
         shared = all(dim is None for dim in in_dims[2:])
         return outputs, (None if shared else 0,) * len(outputs)
+
+
+def batched_in_innermost(tensors: Sequence[Tensor]) -> bool:
+    """Whether the innermost running transform batches any of these tensors."""
+    level = transform_level()
+    return any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors)
 
 
 def below_vmap(
@@ -296,8 +303,15 @@ def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
     """Whether the graph of ``output``, grown from ``roots``, reaches a tensor that was there before them.
 
     An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
-    still holds it, for what a function makes for itself is let go when it returns.
+    still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
     """
+    if not _reaches_captured(output, roots):
+        return False
+    gc.collect()
+    return _reaches_captured(output, roots)
+
+
+def _reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
     born = roots[0].grad_fn._sequence_nr()  # type: ignore[union-attr]  # pyright: ignore
     pending, seen = [output.grad_fn], {root.grad_fn for root in roots}
     while pending:
@@ -309,9 +323,21 @@ def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
         if leaf is not None:
             if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 return True
-        elif node._sequence_nr() < born:
-            return True
+        elif node._sequence_nr() < born and not _leads_to(node, {root.grad_fn for root in roots}):
+            return True  # (another thread numbers its nodes from the start, but only a new node can lead to a root)
         pending.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _leads_to(start: Any, goals: set[Any]) -> bool:
+    pending, seen = [start], set()
+    while pending:
+        node = pending.pop()
+        if node in goals:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
     return False
 
 

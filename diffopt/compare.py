@@ -117,6 +117,7 @@ class Comparison:
             axes.grid(alpha=0.3)
         figure.axes[0].set_ylabel("relative error of the hypergradient (line: exactly 0)")
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
         return Path(path)
 
@@ -203,15 +204,20 @@ def compare(
             "meta-parameters once, outside the function"
         )
     nodes = solves_behind(loss)
-    curvature = max((_curvature(node) for node in nodes), default=None) if nodes else None
+    known = [number for number in map(_curvature, nodes) if number is not None]
+    curvature = max(known, default=None)
     reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
     rows = tuple(_row(run, estimator, leaves, reference, repeats) for estimator in estimators)
     return Comparison(rows, curvature, _notes(rows, curvature))
 
 
-def _curvature(node: Any) -> float:
+def _curvature(node: Any) -> float | None:
+    """The curvature number of one solve; ``None`` where its loss cannot be evaluated for many steps at once."""
     call, saved = node.call, node.saved_tensors
-    return curvature_number(call.dynamics, saved[: len(saved) - call.state_count])
+    try:
+        return curvature_number(call.dynamics, saved[: len(saved) - call.state_count])
+    except RuntimeError:  # random numbers, or what vmap cannot run
+        return None
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

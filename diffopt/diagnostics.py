@@ -22,6 +22,8 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     For gradient descent this is ``T * lr * lambda_max``. The terms of the binomial expansion grow up to an order of
     about this number before they fall. By the power method: ``2 * iterations`` HVPs and one rollout.
     """
+    if dynamics.steps == 0:
+        return 0.0
     count, record = dynamics.state_count, Record()
     state, extras = inputs[:count], tuple(x.detach() for x in inputs[count:])
     final, _ = roll_out(dynamics, state, extras, Keep(1, 1, gradients=True), record, Watch())

@@ -165,7 +165,9 @@ class _Call:
 
 def _launch(call: _Call, inputs: Sequence[Tensor]) -> Any:
     # Under vmap nothing is differentiated; below it, the same tensors say what is.
-    if torch.is_grad_enabled() and autodiff.innermost_vmap_size() is None:
+    # (A vmap that batches no input is passed over without this function being called again below it.)
+    under_vmap = autodiff.innermost_vmap_size() is not None and autodiff.batched_in_innermost(inputs)
+    if torch.is_grad_enabled() and not under_vmap:
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
     return autodiff.apply(_Solve, call, *inputs)
 
@@ -283,7 +285,8 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
             "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
             "run under (jacrev?): the same numbers cannot be drawn again; loop instead of vmap"
         )
-    count, again = call.state_count, Record(wanted=call.wanted_extras, draws=dict(old.draws), counts=old.counts)
+    count, draws = call.state_count, dict(old.draws)
+    again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
     with old.replay(None, inputs[0].device):
         roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
     if call.watch.values and old.losses is not None and not call.restacked:

@@ -17,7 +17,7 @@ from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, leaves_like, refuse_unsolved
 from diffopt.optimizers import SGD
-from diffopt.rollout import Keep, Record, Stepper, Watch
+from diffopt.rollout import Keep, Record, Stepper, Watch, refuse_other_losses
 from diffopt.solve import checked_problem
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 
@@ -47,7 +47,10 @@ def implicit_pullback(
     record = Record(wanted=trajectory.wanted, counts=trajectory.record.counts)
     stepper = Stepper(dynamics, trajectory.extras, record, Watch())
     with trajectory.record.replay(None, trajectory.final[0].device):
-        graph, after, _ = stepper.graph(trajectory.final, dynamics.steps)
+        graph, after, losses = stepper.graph(trajectory.final, dynamics.steps)
+        if trajectory.check:
+            _, _, again = stepper.graph(trajectory.final, dynamics.steps)
+            refuse_other_losses(again[..., None], losses[..., None])
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
 
@@ -260,7 +263,11 @@ def _refuse_far_from_stationary(
     if allowed is None:
         return
     tasks = Tasks(axes)
-    size, scale = (tasks.norm(Leaves(x.detach() for x in xs)) for xs in (gradient, params))
+    # in single precision at least: the squares of half-precision numbers overflow or vanish
+    size, scale = (
+        tasks.norm(Leaves(x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in xs))
+        for xs in (gradient, params)
+    )
     if not bool((size <= allowed * (1 + scale)).all()):
         raise StationarityError(
             f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "

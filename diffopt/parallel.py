@@ -109,6 +109,9 @@ class ParallelSteps:
             for number, root in zip(self._read, roots[count:], strict=True):
                 current[number] = root
             losses = batched.losses(roots[:count], current, None)
+            again = trajectory.losses_to_replay()
+            again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1)
+            trajectory.refuse_other_losses(again)
             grads = autodiff.gradient(losses.sum(), roots[:count], differentiable=True)
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 

@@ -332,7 +332,8 @@ def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
     """Refuse a replay that did not give the rollout's losses; looser than round-off, which may differ on a GPU."""
     if losses.numel() == 0:
         return
-    same = torch.isclose(again, losses, rtol=1e-3, atol=1e-6, equal_nan=True).reshape(-1, losses.shape[-1]).all(0)
+    tolerance = max(1e-3, 4 * torch.finfo(losses.dtype).eps)
+    same = torch.isclose(again, losses, rtol=tolerance, atol=1e-6, equal_nan=True).reshape(-1, losses.shape[-1]).all(0)
     if not bool(same.all()):
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(

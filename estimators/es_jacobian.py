@@ -37,8 +37,8 @@ class ESJacobian(Adjoint):
 
     Noisy: for ``p`` numbers the squared relative error is ``(p + 1) / Q`` (gaussian), ``(p - 1) / Q`` (rademacher,
     sphere), ``p / Q - 1`` (orthonormal: with ``Q = p`` only the finite difference's error is left). Bias of order
-    ``radius**2``. Cost: ``2 Q`` rollouts (``Q + 1`` if not antithetic), run as one batch; depth: one rollout. Memory:
-    ``2 Q`` states, independent of the number of steps.
+    ``radius**2``. Cost: ``2 Q`` rollouts (``Q`` if not antithetic), run as two batches (one), and one more that checks
+    that the loss repeats itself. Memory: ``2 Q`` states, independent of the number of steps.
 
     Inputs that tasks share and inputs of each task's own are perturbed in runs of their own, the latter with
     independent directions per task.
@@ -90,6 +90,8 @@ class ESJacobian(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The estimate for every wanted input, one group of inputs after the other."""
+        if trajectory.check:
+            trajectory.refuse_other_losses(_losses_again(trajectory))
         count = trajectory.dynamics.state_count
         wanted = [*trajectory.wanted_state, *(count + i for i in trajectory.wanted)]
         found: dict[int, Tensor] = {}
@@ -172,6 +174,14 @@ def _final_state(trajectory: Trajectory, moved: dict[int, Tensor]) -> Leaves:
     trajectory.record.counts.gradients += size * dynamics.steps
     with trajectory.record.replay(None, inputs[0].device):
         return roll_out(batched, inputs[:count], inputs[count:], None, record, Watch())[0]
+
+
+def _losses_again(trajectory: Trajectory) -> Tensor:
+    """The losses of one more rollout without perturbation: a loss that differs would drown the differences."""
+    record = Record(draws=dict(trajectory.record.draws))
+    trajectory.record.counts.gradients += trajectory.steps
+    with trajectory.record.replay(None, trajectory.initial[0].device):
+        return roll_out(trajectory.dynamics, trajectory.initial, trajectory.extras, None, record, Watch())[1]
 
 
 def _responses(slope: Leaves, cotangent: Leaves, batched: list[bool]) -> Tensor:

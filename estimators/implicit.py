@@ -27,9 +27,9 @@ class Implicit(Adjoint):
     contractive step; its system is not symmetric under momentum (use ``GMRES`` or ``Neumann``).
 
     Exact only at the fixed point; its distance ``|params - step(params)|`` is left in
-    ``Solution.diagnostics["stationarity"]``, next to the linear system's ``residual`` and ``iterations``. Cost: one
-    gradient, one HVP per iteration of the solver and one more. Memory: no states, the graph of one step: independent
-    of the number of steps.
+    ``Solution.diagnostics["stationarity"]``, next to the linear system's ``residual`` and ``iterations``. Cost: two
+    gradients (one of them to check that the loss repeats itself), one HVP per iteration of the solver and one more.
+    Memory: no states, the graph of one step: independent of the number of steps.
 
     Not for: unfinished inner problems; the initial parameters (the fixed point does not depend on them: zero, except
     through a proximal center); step sizes and momentum (likewise, nearly zero); adaptive optimizers such as Adam, whose

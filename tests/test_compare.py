@@ -119,3 +119,16 @@ def test_importing_the_library_loads_neither_matplotlib_nor_the_tasks():
     program = "import sys, diffopt; print([m for m in ('matplotlib', 'einops', 'PIL', 'sklearn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_comparison_goes_on_where_the_curvature_cannot_be_computed():
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+
+    def random(estimator):
+        torch.manual_seed(0)
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": estimator}
+        return diffopt.solve(lambda w: (torch.rand(3) * w).square().sum(), w, **options).params.square().sum()
+
+    table = diffopt.compare(random, [Reverse(1), Truncated(3)], repeats=1)
+    assert table.curvature is None
+    assert max(row.relative_error for row in table.rows) < 1e-14

@@ -390,3 +390,21 @@ def test_the_inputs_are_left_alone():
     assert torch.equal(w, before[0])
     assert torch.equal(x, before[1])
     assert w.grad is None
+
+
+def test_a_solve_shared_by_all_tasks_of_a_vmap_rolls_out_once():
+    w = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    q = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = []
+
+    def run(q):
+        solution = diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.1), steps=4, estimator=Reverse())
+        kept.append(solution)
+        return (q @ solution.params).square()
+
+    vmap(run)(q).sum().backward()
+    assert (kept[0].counts.gradients, kept[0].kept.checkpoint) == (4, "graph")
+    now = w
+    for _ in range(4):
+        now = now - 0.4 * now**3
+    assert relative_error([w.grad], torch.autograd.grad((q @ now).square().sum(), w)) < 1e-13

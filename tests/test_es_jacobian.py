@@ -6,6 +6,7 @@ import itertools
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from cases import OPTIMIZERS, expected_hypergradient, hypergradient, small_network
@@ -14,7 +15,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 
 import diffopt
-from diffopt.estimators import ESJacobian, Reverse
+from diffopt.estimators import Binomial, ESJacobian, Implicit, Krylov, Reverse
 
 STEPS = 3
 # Central differences: radius**2 = 1e-8 times third derivatives, which are of order 1 to 100 here, and round-off
@@ -290,7 +291,23 @@ def test_the_number_of_gradients():
         loss = lambda w: w.square().sum()  # noqa: E731
         solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
         solution.params.sum().backward()
-        assert (solution.counts.gradients, solution.counts.products) == (STEPS * (1 + runs), 0)
+        assert (solution.counts.gradients, solution.counts.products) == (
+            STEPS * (2 + runs),
+            0,
+        )  # and one to check the loss
+
+
+@pytest.mark.parametrize("rule", [ESJacobian(2, 1e-3), Binomial(1), Krylov(2), Implicit(), Reverse(1)], ids=str)
+def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_evaluates_it_again(rule):
+    own = np.random.default_rng(0)
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+    def loss(w):
+        return (torch.from_numpy(own.random(4)) * w).square().sum()
+
+    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
+    with pytest.raises(diffopt.RandomnessError, match="came out differently"):
+        solution.params.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt.commands.estimators import KNOWN_NAMES, estimator, estimator_name
+from diffopt.commands.estimators import KNOWN_NAMES, estimator
 from diffopt.estimators import Estimator
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -36,7 +36,7 @@ def add_command(commands: Commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run the comparison."""
-    rules = [estimator(estimator_name(name.strip())) for name in given.estimators.split(",")]
+    rules = [estimator(name.strip()) for name in given.estimators.split(",")]
     torch.set_num_threads(1)
     comparison = diffopt.compare(TASKS[given.task](), rules, repeats=max(1, given.repeats))
     print(comparison.to_markdown() if given.markdown else comparison)
