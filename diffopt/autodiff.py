@@ -10,18 +10,17 @@ affine batch norm. So functorch is used here for one thing only: to batch a *for
 from __future__ import annotations
 
 import functools
-import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from diffopt.errors import DiffoptError, InPlaceError, MissingDerivativeError
+from diffopt import graph
+from diffopt.errors import DiffoptError, InPlaceError
 
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 
@@ -173,12 +172,12 @@ class StepGraph:
             roots = make_roots(inputs)
             outputs = function(roots)
             if check:
-                refuse_broken_graph(outputs)
-            graph = StepGraph(
+                graph.refuse_broken_graph(outputs)
+            recorded = StepGraph(
                 tuple(get_gradient_edge(root) for root in roots),
                 tuple(get_gradient_edge(out) if out.requires_grad else None for out in outputs),
             )
-        return graph, tuple(out.detach() for out in outputs)
+        return recorded, tuple(out.detach() for out in outputs)
 
     def nodes(self) -> list[Any]:
         """The graph's last nodes."""
@@ -195,19 +194,6 @@ class StepGraph:
         inputs = [self._inputs[i] for i in wanted]
         with named_missing_derivatives():
             return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
-
-
-def refuse_broken_graph(outputs: Sequence[Tensor | None]) -> None:
-    """Refuse a graph with an operation whose derivative was declared missing."""
-    pending, seen = [out.grad_fn for out in outputs if out is not None], set()
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith(("Error", "NotImplemented")):
-            raise _missing_derivative(f"{node.name().rpartition('::')[2]}, which autograd would leave out silently")
-        pending.extend(parent for parent, _ in node.next_functions)
 
 
 class _Roots(torch.autograd.Function):
@@ -246,15 +232,7 @@ def named_missing_derivatives() -> Iterator[None]:
     except RuntimeError as error:
         if "is not implemented" not in str(error) or isinstance(error, DiffoptError):
             raise
-        raise _missing_derivative(str(error).splitlines()[0][:120]) from error
-
-
-def _missing_derivative(what: str) -> MissingDerivativeError:
-    return MissingDerivativeError(
-        f"an operation in the inner loss has no second derivative ({what}). Attention: run it under "
-        "sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: torch.backends.cudnn.flags(enabled=False). A "
-        "once_differentiable function: write its backward in differentiable operations. Or use FirstOrder()"
-    )
+        raise graph.missing_derivative(str(error).splitlines()[0][:120]) from error
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -297,92 +275,6 @@ def jvp(
         found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
     rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
     return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
-
-
-def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
-    """Whether the graph of ``output``, grown from ``roots``, reaches a tensor that was there before them.
-
-    An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
-    still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
-    """
-    if not _reaches_captured(output, roots):
-        return False
-    gc.collect()
-    return _reaches_captured(output, roots)
-
-
-def _reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
-    born = roots[0].grad_fn._sequence_nr()  # type: ignore[union-attr]  # pyright: ignore
-    pending, seen = [output.grad_fn], {root.grad_fn for root in roots}
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
-                return True
-        elif node._sequence_nr() < born and not _leads_to(node, {root.grad_fn for root in roots}):
-            return True  # (another thread numbers its nodes from the start, but only a new node can lead to a root)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return False
-
-
-def _leads_to(start: Any, goals: set[Any]) -> bool:
-    pending, seen = [start], set()
-    while pending:
-        node = pending.pop()
-        if node in goals:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-    return False
-
-
-@functools.cache
-def _references_of_a_forgotten_leaf() -> int:
-    """What ``sys.getrefcount`` says, in the place above, of a leaf that only its graph holds."""
-
-    def forgetful() -> Tensor:
-        return torch.zeros((), requires_grad=True) * 2
-
-    with torch.enable_grad():
-        node: Any = forgetful().grad_fn
-    leaf = node.next_functions[0][0].variable
-    return sys.getrefcount(leaf)
-
-
-def saved_bytes(graph: StepGraph, ignored: Sequence[Tensor]) -> int:
-    """The bytes that a graph keeps alive besides the tensors ``ignored``, each storage once.
-
-    What cannot be looked into counts as nothing.
-
-    Saved-tensor hooks would be simpler, but a loss that uses ``torch.func.grad`` itself refuses to run under them.
-    """
-    storages: dict[int, int] = {}
-    others = {tensor.untyped_storage().data_ptr() for tensor in ignored}
-    pending, seen = graph.nodes(), set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        pending.extend(parent for parent, _ in node.next_functions)
-        for name in _saved_names(cast("Any", type(node))):
-            value = getattr(node, name, None)
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, Tensor):
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for pointer, size in storages.items() if pointer not in others)
-
-
-@functools.cache
-def _saved_names(node_type: Any) -> tuple[str, ...]:
-    names = [name for name in dir(node_type) if name.startswith("_saved_")]
-    return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
 
 
 _METADATA = frozenset({"__get__", "__len__", "dim", "is_floating_point", "ndimension", "numel", "size"})

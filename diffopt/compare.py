@@ -12,9 +12,10 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from diffopt.diagnostics import curvature_number, leaves_behind, solves_behind
+from diffopt.diagnostics import curvature_number, solves_behind
 from diffopt.errors import DisconnectedError, EstimatorError
 from diffopt.estimator import Estimator
+from diffopt.graph import leaves_behind
 from diffopt.reverse import Reverse
 from diffopt.tree import describe
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import graph
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
@@ -44,27 +45,4 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
 
 def solves_behind(outer_loss: Tensor) -> list[Any]:
     """The autograd nodes of the solves that a loss depends on; each has ``call`` and ``saved_tensors``."""
-    pending, seen, found = [outer_loss.grad_fn], set(), []
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "_SolveBackward":
-            found.append(node)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def leaves_behind(outer_loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that a loss depends on, in a fixed order."""
-    pending, seen, found = [outer_loss.grad_fn], set(), []
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return found
+    return [node for node in graph.nodes([outer_loss.grad_fn]) if type(node).__name__ == "_SolveBackward"]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, randomness
+from diffopt import autodiff, graph, randomness
 from diffopt.dynamics import Dynamics
 from diffopt.errors import (
     CapturedTensorError,
@@ -176,7 +176,7 @@ def roll_out_recorded(
                 loss = _shifted(guard, dynamics.losses)(params, current, guard)
                 grads = autodiff.gradient(loss.sum(), params, differentiable=True)
                 if step == 1 and watch.values:
-                    autodiff.refuse_broken_graph(grads)
+                    graph.refuse_broken_graph(grads)
         if step == 1 and watch.values:
             _refuse_bad_start(loss, grads)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
@@ -239,11 +239,11 @@ class Stepper:
     def _first_graph(self, state: Leaves, step: int, count: int) -> tuple[Leaves, Tensor]:
         """Record the first graph, measure it, and decide whether to go on with graphs."""
         record = self.record
-        graph, after, losses = self.graph(state, step)
-        expected = autodiff.saved_bytes(graph, self.extras) * count
+        recorded, after, losses = self.graph(state, step)
+        expected = graph.saved_bytes(recorded.nodes(), self.extras) * count
         if record.checkpoint == "graph" or expected <= GRAPH_BUDGET:
             record.checkpoint, record.bytes_stored = "graph", expected
-            record.graphs[step] = graph
+            record.graphs[step] = recorded
         else:
             record.checkpoint, record.states[step] = math.isqrt(count - 1) + 1, state
             record.states_stored, record.bytes_stored = 1, sum(leaf.nbytes for leaf in state)
@@ -271,7 +271,7 @@ class Stepper:
         with torch.enable_grad():
             roots = autodiff.make_roots(state)
             after = guard.shift(guard.watch(update))(*roots)
-        if self.watch.captures and any(autodiff.reaches_captured(x, roots) for x in after if x.requires_grad):
+        if self.watch.captures and any(graph.reaches_captured(x, roots) for x in after if x.requires_grad):
             _refuse_capture()
 
     def graph(self, state: Leaves, step: int) -> tuple[autodiff.StepGraph, Leaves, Tensor]:
@@ -293,9 +293,9 @@ class Stepper:
         if step == 1 and (self.watch.captures or self.watch.levels):
             grads = [torch.zeros_like(p) for p in state[: dynamics.params_count]]
             self._refuse_captures_of_update(state, grads, current)
-        graph, after = autodiff.StepGraph.record(function, inputs, check=self._check_graph)
+        recorded, after = autodiff.StepGraph.record(function, inputs, check=self._check_graph)
         self._check_graph = False
-        return graph, Leaves(after), seen[0]
+        return recorded, Leaves(after), seen[0]
 
     def _losses_and_grads(
         self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
@@ -303,7 +303,7 @@ class Stepper:
         watched = step == 1 and self.watch.levels
         guard = autodiff.CaptureGuard(self.watch.levels, _refuse_wrapped) if watched else None
         losses = _shifted(guard, self.dynamics.losses)(params, current, guard)
-        if step == 1 and self.watch.captures and autodiff.reaches_captured(losses, params):
+        if step == 1 and self.watch.captures and graph.reaches_captured(losses, params):
             _refuse_capture()
         grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
         self.record.counts.gradients += 1

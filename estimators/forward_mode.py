@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
+from diffopt import autodiff, graph
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
@@ -139,7 +139,7 @@ def _step(
         losses = dynamics.losses(roots[:params], seen, None)
         grads = autodiff.gradient(losses.sum(), roots, differentiable=True)
         if step == 1:
-            autodiff.refuse_broken_graph(grads)
+            graph.refuse_broken_graph(grads)
         grads_moving = autodiff.pullback(grads, roots[:params], [*moving[:params], *read.values()])
     flat = autodiff.or_zeros(grads[:params], state[:params])
     hypers = [i for i in rates if i not in read]

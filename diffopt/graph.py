@@ -1,0 +1,110 @@
+"""Walks over autograd's graphs: what a loss captured, what a graph saves, what a derivative would silently miss."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import MissingDerivativeError
+
+
+def nodes(starts: Iterable[Any], without: Collection[Any] = ()) -> Iterator[Any]:
+    """Every node that can be reached from ``starts``, once; neither into nor through those ``without``."""
+    pending, seen = list(starts), set(without)
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def leaves_behind(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss depends on, in a fixed order."""
+    return [node.variable for node in nodes([loss.grad_fn]) if hasattr(node, "variable")]
+
+
+def missing_derivative(what: str) -> MissingDerivativeError:
+    """The error for an operation of which torch has no second derivative."""
+    return MissingDerivativeError(
+        f"an operation in the inner loss has no second derivative ({what}). Attention: run it under "
+        "sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: torch.backends.cudnn.flags(enabled=False). A "
+        "once_differentiable function: write its backward in differentiable operations. Or use FirstOrder()"
+    )
+
+
+def refuse_broken_graph(outputs: Sequence[Tensor | None]) -> None:
+    """Refuse a graph with an operation whose derivative was declared missing."""
+    for node in nodes(out.grad_fn for out in outputs if out is not None):
+        if node.name().endswith(("Error", "NotImplemented")):
+            raise missing_derivative(f"{node.name().rpartition('::')[2]}, which autograd would leave out silently")
+
+
+def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``output``, grown from ``roots``, reaches a tensor that was there before them.
+
+    An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
+    still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
+    """
+    if not _reaches_captured(output, roots):
+        return False
+    gc.collect()
+    return _reaches_captured(output, roots)
+
+
+def _reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
+    own = {root.grad_fn for root in roots}
+    born = cast("Any", roots[0].grad_fn)._sequence_nr()
+    for node in nodes([output.grad_fn], without=own):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+                return True
+        # (another thread numbers its nodes from the start, but only a new node can lead to a root)
+        elif node._sequence_nr() < born and own.isdisjoint(nodes([node])):
+            return True
+    return False
+
+
+@functools.cache
+def _references_of_a_forgotten_leaf() -> int:
+    """What ``sys.getrefcount`` says, in the place above, of a leaf that only its graph holds."""
+
+    def forgetful() -> Tensor:
+        return torch.zeros((), requires_grad=True) * 2
+
+    with torch.enable_grad():
+        node: Any = forgetful().grad_fn
+    leaf = node.next_functions[0][0].variable
+    return sys.getrefcount(leaf)
+
+
+def saved_bytes(starts: Iterable[Any], ignored: Sequence[Tensor]) -> int:
+    """The bytes that the graph behind ``starts`` keeps alive besides the tensors ``ignored``, each storage once.
+
+    What cannot be looked into counts as nothing. Saved-tensor hooks would be simpler, but a loss that uses
+    ``torch.func.grad`` itself refuses to run under them.
+    """
+    storages: dict[int, int] = {}
+    others = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    for node in nodes(starts):
+        for name in _saved_names(cast("Any", type(node))):
+            value = getattr(node, name, None)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(size for pointer, size in storages.items() if pointer not in others)
+
+
+@functools.cache
+def _saved_names(node_type: Any) -> tuple[str, ...]:
+    names = [name for name in dir(node_type) if name.startswith("_saved_")]
+    return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
