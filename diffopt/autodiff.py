@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import get_gradient_edge
 
 from diffopt import graph
 from diffopt.errors import DiffoptError, InPlaceError
@@ -63,7 +62,7 @@ def named_in_place_changes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "_Roots" not in str(error):
+        if "_Roots" not in str(error) and "leaf Variable" not in str(error):
             raise
         raise InPlaceError(
             "the inner loss or the optimizer's update changes a tensor it was given in place; write x = x + y for "
@@ -87,12 +86,39 @@ def innermost_vmap_size() -> int | None:
 
 
 def vmap(
-    function: Callable[..., Any], dims: Sequence[Sequence[int | None]], randomness: Sequence[str]
+    function: Callable[..., Any], dims: Sequence[Sequence[int | None]], sizes: Sequence[int], modes: Sequence[str]
 ) -> Callable[..., Any]:
-    """``function`` vmapped once per entry of ``dims``, the last entry outermost."""
-    for in_dims, mode in zip(dims, randomness, strict=True):
-        function = torch.func.vmap(function, in_dims=tuple(in_dims), randomness=mode)
+    """``function`` of tensors, vmapped once per entry of ``dims``, the last entry outermost.
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        dims: for each vmap and each argument, 0 or ``None``.
+        sizes: for each vmap, its number of tasks.
+        modes: for each vmap, what it says of random numbers.
+    """
+    for in_dims, size, mode in zip(dims, sizes, modes, strict=True):
+        function = functools.partial(_vmapped, function, tuple(in_dims), size, mode)
     return function
+
+
+def _vmapped(function: Callable[..., Any], dims: tuple[int | None, ...], size: int, mode: str, *tensors: Tensor) -> Any:
+    """``torch.func.vmap`` without its pytrees, which cost as much as a small loss."""
+    _load_decompositions()
+    level = _functorch._vmap_increment_nesting(size, mode)
+    try:
+        pairs = zip(tensors, dims, strict=True)
+        outputs = function(*(x if dim is None else _functorch._add_batch_dim(x, dim, level) for x, dim in pairs))
+        if isinstance(outputs, Tensor):
+            return _functorch._remove_batch_dim(outputs, level, size, 0)
+        return tuple(_functorch._remove_batch_dim(output, level, size, 0) for output in outputs)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Let torch register what it registers before its own first vmap."""
+    torch.func.vmap(lambda x: x)(torch.zeros(1))
 
 
 def functional_gradient(
@@ -147,24 +173,24 @@ def below_vmap(
     return tuple(apply(_BelowVmap, function, ticket, *tensors))
 
 
-class StepGraph:
-    """The recorded graph of one map from tensors to tensors, held by its edges only.
+class Graph:
+    """A recorded graph between some inputs and outputs, held by its edges only.
 
-    ``record(function, inputs)`` evaluates ``function`` on fresh copies of ``inputs`` and keeps the edges of the graph
-    that lead from its outputs back to them: no tensor is kept alive except what the graph saved for itself.
+    No tensor is kept alive except what the graph saved for itself.
     """
 
     __slots__ = ("_inputs", "_outputs")
 
-    def __init__(self, inputs: tuple[GradientEdge, ...], outputs: tuple[GradientEdge | None, ...]) -> None:
-        """Hold the edges of the inputs, and of each output that depends on one of them (else ``None``)."""
-        self._inputs, self._outputs = inputs, outputs
+    def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Hold the edges of the inputs, made by :func:`make_roots`, and of each output that depends on one of them."""
+        self._inputs = [get_gradient_edge(root) for root in inputs]
+        self._outputs = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
 
     @staticmethod
     def record(
         function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor], *, check: bool = False
-    ) -> tuple[StepGraph, tuple[Tensor, ...]]:
-        """Evaluate ``function`` with its graph; returns the graph and the detached outputs.
+    ) -> Graph:
+        """The graph of ``function``, evaluated on fresh aliases of ``inputs``.
 
         ``check`` looks for operations whose derivative was declared missing, which autograd would pass over silently.
         """
@@ -172,16 +198,8 @@ class StepGraph:
             roots = make_roots(inputs)
             outputs = function(roots)
             if check:
-                graph.refuse_broken_graph(outputs)
-            recorded = StepGraph(
-                tuple(get_gradient_edge(root) for root in roots),
-                tuple(get_gradient_edge(out) if out.requires_grad else None for out in outputs),
-            )
-        return recorded, tuple(out.detach() for out in outputs)
-
-    def nodes(self) -> list[Any]:
-        """The graph's last nodes."""
-        return [edge.node for edge in self._outputs if edge is not None]
+                graph.refuse_broken_graph(graph.nodes(out.grad_fn for out in outputs))
+            return Graph(roots, outputs)
 
     def pullback(
         self, cotangents: Sequence[Tensor], wanted: Sequence[int], *, retain: bool = False
@@ -214,6 +232,11 @@ def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ()
     anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
     return tuple(apply(_Roots, anchor, *(tensor.detach() for tensor in tensors)))
+
+
+def join(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Aliases of the tensors that all stem from one node of the graph."""
+    return tuple(apply(_Roots, torch.empty(0, device=tensors[0].device), *tensors))
 
 
 def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
@@ -277,60 +300,46 @@ def jvp(
     return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
 
 
-_METADATA = frozenset({"__get__", "__len__", "dim", "is_floating_point", "ndimension", "numel", "size"})
+class WrappedTensorError(Exception):
+    """A function has read a tensor that a transform it was taken out of had wrapped."""
 
 
-class CaptureGuard(TorchFunctionMode):
-    """Calls ``refuse`` when an operation meets a tensor that one of the transforms ``levels`` has wrapped.
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``, which returns tensors, and look whether a tensor wrapped at one of ``levels`` enters them.
 
     # NOTE [captured tensors under transforms]
     A loss runs below the transforms that its caller runs in: what it is given as an argument has been unwrapped, what
     it captured by closure has not. Such a tensor would get no hypergradient, or be matched with the wrong batch axis,
-    without any error. ``shift`` makes room: under as many empty vmaps as there are transforms to watch, no tensor of
-    the loss itself can carry their level numbers.
+    without any error. So the function runs under as many empty vmaps as there are transforms to watch. No tensor of
+    its own can then carry their level numbers, but whatever is computed from a captured batched tensor does, and one
+    wrapped for differentiation is an internal error of torch's under a vmap.
+
+    Raises:
+        WrappedTensorError: one does.
     """
-
-    def __init__(self, levels: range, refuse: Callable[[], None]) -> None:
-        """Watch for the transform levels in ``levels``."""
-        super().__init__()
-        self._levels, self._refuse = levels, refuse
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Look at the tensors among the arguments, unless only their shape or the like is asked for; run it."""
-        # besides metadata: unroll's own ticket is no capture
-        harmless = getattr(func, "__name__", "") in _METADATA or args[:1] == (_BelowVmap,)
-        for value in () if harmless else (*args, *(kwargs or {}).values()):
-            for tensor in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(tensor, Tensor) and _functorch.maybe_get_level(tensor) in self._levels:
-                    self._refuse()
-        return func(*args, **(kwargs or {}))
-
-    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with this guard on."""
-
-        def watched(*arguments: Any) -> Any:
-            with self:
-                return function(*arguments)
-
-        return watched
-
-    def shift(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` run under one empty vmap per watched level."""
-
-        def shifted(*arguments: Any) -> Any:
-            thunk = functools.partial(function, *arguments)
-            for _ in self._levels:
-                thunk = functools.partial(_in_empty_vmap, thunk)
-            return thunk()
-
-        return shifted
+    if not levels:
+        return function(*arguments)
+    depth = 0
+    try:
+        for _ in levels:
+            _functorch._vmap_increment_nesting(1, "same")
+            depth += 1
+        outputs = function(*arguments)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" not in str(error):
+            raise
+        raise WrappedTensorError from error
+    finally:
+        for _ in range(depth):
+            _functorch._vmap_decrement_nesting()
+    if any(_functorch.maybe_get_level(tensor) in levels for tensor in _tensors(outputs)):
+        raise WrappedTensorError
+    return outputs
 
 
-def _in_empty_vmap(thunk: Callable[[], Any]) -> Any:
-    return _first(torch.func.vmap(lambda _: thunk(), randomness="same")(torch.zeros(1)))
-
-
-def _first(batch: Any) -> Any:
-    return tuple(map(_first, batch)) if isinstance(batch, tuple) else batch[0]
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    else:
+        for output in outputs:
+            yield from _tensors(output)

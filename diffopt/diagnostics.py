@@ -13,7 +13,8 @@ from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
 from diffopt.parallel import ParallelSteps
-from diffopt.rollout import Keep, Record, Watch, roll_out
+from diffopt.record import Keep, Record, Watch
+from diffopt.rollout import roll_out
 from diffopt.trajectory import Trajectory
 
 

@@ -121,14 +121,11 @@ class Dynamics:
         """The axis of extra ``number`` that runs over steps, behind the axes of the levels that batch it."""
         return sum(level.dims[self.state_count + number] is not None for level in self.levels)
 
-    def losses(
-        self, params: Sequence[Tensor], current: Sequence[Tensor], guard: autodiff.CaptureGuard | None
-    ) -> Tensor:
+    def losses(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
         """The inner losses of all tasks, one axis per level; ``current`` is :meth:`at_step` of the extras."""
         read = self.hyperparameters_start
         dims = [(*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels]
-        function = self._loss_of_leaves if guard is None else guard.watch(self._loss_of_leaves)
-        vmapped = autodiff.vmap(function, dims, [level.randomness for level in self.levels])
+        vmapped = self._vmap(self._loss_of_leaves, dims)
         try:
             losses: Tensor = vmapped(*params, *current[:read])
         except RuntimeError as error:
@@ -162,7 +159,7 @@ class Dynamics:
             return self._update(state, grads, [self._align(i, x) for i, x in enumerate(hypers)], step)
         own = (0,) * (self.state_count + self.params_count)
         start = self.state_count + self.hyperparameters_start
-        vmapped = autodiff.vmap(
+        vmapped = self._vmap(
             lambda *leaves: (
                 self._update(
                     leaves[: self.state_count],
@@ -172,9 +169,13 @@ class Dynamics:
                 ).tensors
             ),
             [own + level.dims[start:] for level in self.levels],
-            [level.randomness for level in self.levels],
         )
         return Leaves(vmapped(*state, *grads, *hypers))
+
+    def _vmap(self, function: Callable[..., Any], dims: Sequence[Sequence[int | None]]) -> Callable[..., Any]:
+        """``function`` under the vmaps of all levels."""
+        sizes, modes = [level.size for level in self.levels], [level.randomness for level in self.levels]
+        return autodiff.vmap(function, dims, sizes, modes)
 
     def _update(self, state: Sequence[Tensor], grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
         params, buffers = self.split(state)

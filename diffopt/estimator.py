@@ -21,7 +21,8 @@ from diffopt import autodiff
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.leaves import Leaves
-from diffopt.rollout import Keep, Record, Watch, refuse_other_losses, roll_out, roll_out_recorded
+from diffopt.record import Keep, Record, Watch
+from diffopt.rollout import refuse_other_losses, roll_out, roll_out_recorded
 from diffopt.trajectory import Cotangents, Trajectory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from diffopt.errors import MissingDerivativeError
 
 
-def nodes(starts: Iterable[Any], without: Collection[Any] = ()) -> Iterator[Any]:
-    """Every node that can be reached from ``starts``, once; neither into nor through those ``without``."""
-    pending, seen = list(starts), set(without)
+def nodes(starts: Iterable[Any]) -> Iterator[Any]:
+    """Every node that can be reached from ``starts``, once; ``None`` among them is passed over."""
+    pending, seen = list(starts), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -40,29 +40,29 @@ def missing_derivative(what: str) -> MissingDerivativeError:
     )
 
 
-def refuse_broken_graph(outputs: Sequence[Tensor | None]) -> None:
-    """Refuse a graph with an operation whose derivative was declared missing."""
-    for node in nodes(out.grad_fn for out in outputs if out is not None):
+def refuse_broken_graph(graph: Iterable[Any]) -> None:
+    """Refuse a graph, given by its nodes, with an operation whose derivative was declared missing."""
+    for node in graph:
         if node.name().endswith(("Error", "NotImplemented")):
             raise missing_derivative(f"{node.name().rpartition('::')[2]}, which autograd would leave out silently")
 
 
-def reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
-    """Whether the graph of ``output``, grown from ``roots``, reaches a tensor that was there before them.
+def reaches_captured(graph: Sequence[Any], roots: Sequence[Tensor]) -> bool:
+    """Whether a graph, given by its nodes and grown from ``roots``, reaches a tensor that was there before them.
 
     An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
     still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
     """
-    if not _reaches_captured(output, roots):
+    if not _reaches_captured(graph, roots):
         return False
     gc.collect()
-    return _reaches_captured(output, roots)
+    return _reaches_captured(graph, roots)
 
 
-def _reaches_captured(output: Tensor, roots: Sequence[Tensor]) -> bool:
+def _reaches_captured(graph: Sequence[Any], roots: Sequence[Tensor]) -> bool:
     own = {root.grad_fn for root in roots}
     born = cast("Any", roots[0].grad_fn)._sequence_nr()
-    for node in nodes([output.grad_fn], without=own):
+    for node in graph:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
@@ -86,15 +86,15 @@ def _references_of_a_forgotten_leaf() -> int:
     return sys.getrefcount(leaf)
 
 
-def saved_bytes(starts: Iterable[Any], ignored: Sequence[Tensor]) -> int:
-    """The bytes that the graph behind ``starts`` keeps alive besides the tensors ``ignored``, each storage once.
+def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
+    """The bytes that a graph, given by its nodes, keeps alive besides the tensors ``ignored``, each storage once.
 
     What cannot be looked into counts as nothing. Saved-tensor hooks would be simpler, but a loss that uses
     ``torch.func.grad`` itself refuses to run under them.
     """
     storages: dict[int, int] = {}
     others = {tensor.untyped_storage().data_ptr() for tensor in ignored}
-    for node in nodes(starts):
+    for node in graph:
         for name in _saved_names(cast("Any", type(node))):
             value = getattr(node, name, None)
             for tensor in value if isinstance(value, tuple) else (value,):

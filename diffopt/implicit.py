@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, tree
+from diffopt.block import BlockTerms
 from diffopt.dynamics import ExtraSlot
 from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, RandomnessError, StationarityError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, leaves_like, refuse_unsolved
 from diffopt.optimizers import SGD
-from diffopt.rollout import Keep, Record, Stepper, Watch, refuse_other_losses
+from diffopt.record import Keep, Record, Watch
+from diffopt.rollout import refuse_other_losses
 from diffopt.solve import checked_problem
+from diffopt.stepper import Stepper
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 
 Params = TypeVar("Params")
@@ -44,32 +47,32 @@ def implicit_pullback(
         Tasks(len(trajectory.dynamics.levels)),
         trajectory.dynamics.state_count,
     )
-    record = Record(wanted=trajectory.wanted, counts=trajectory.record.counts)
+    kept, last = trajectory.record, dynamics.steps
+    record = Record(wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast)
     stepper = Stepper(dynamics, trajectory.extras, record, Watch())
-    with trajectory.record.replay(None, trajectory.final[0].device):
-        graph, after, losses = stepper.graph(trajectory.final, dynamics.steps)
-        if trajectory.check:
-            _, _, again = stepper.graph(trajectory.final, dynamics.steps)
-            refuse_other_losses(again[..., None], losses[..., None])
+    losses = trajectory.losses_to_replay()
+    block, after = stepper.block(trajectory.final, last, last, losses)
+    if trajectory.check:
+        stepper.block(trajectory.final, last, last, again := losses.clone())
+        refuse_other_losses(again, losses)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
 
-    def through_step(v: Leaves, inputs: Sequence[int]) -> list[Tensor | None]:
+    def through_step(v: Leaves, inputs: Sequence[int], *, direct: bool = False) -> BlockTerms:
         weights = dict(zip(moving, v, strict=True))
         record.counts.add_products(1)
-        cotangents = [weights[i] if i in weights else torch.zeros_like(x) for i, x in enumerate(trajectory.final)]
-        return graph.pullback(cotangents, inputs, retain=True)
+        cotangents = Leaves(weights[i] if i in weights else torch.zeros_like(x) for i, x in enumerate(trajectory.final))
+        return block.pullback(cotangents, state=inputs, direct=direct, retain=True)
 
     def system(v: Leaves) -> Leaves:
-        return v - Leaves(autodiff.or_zeros(through_step(v, moving), v))
+        return v - through_step(v, moving).state
 
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
-    extras = range(count, count + len(trajectory.wanted))
-    terms = through_step(found.value, [*still, *extras])
+    terms = through_step(found.value, still, direct=True)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
-    for i, term in zip(still, autodiff.or_zeros(terms[: len(still)], [cotangent[i] for i in still]), strict=True):
+    for i, term in zip(still, terms.state, strict=True):
         initial[i] = cotangent[i] + term
-    direct.add(dynamics.steps, dict(zip(trajectory.wanted, terms[len(still) :], strict=True)))
+    direct.add_block(terms)
     trajectory.record.diagnostics.update(
         residual=found.residual,
         iterations=found.iterations,

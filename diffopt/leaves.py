@@ -101,6 +101,14 @@ class Leaves(Sequence[Tensor]):
         """Elementwise negative."""
         return self * -1.0
 
+    def minus(self, scale: Operand, other: Leaves) -> Leaves:
+        """``self - scale * other``, in one operation where ``scale`` is a number (and rounded once, as torch.optim)."""
+        if isinstance(scale, Leaves):
+            return self - scale * other
+        if _leaf_by_leaf(self):
+            return Leaves(torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True))
+        return Leaves(_foreach.add(self.tensors, other.tensors, alpha=-scale))
+
     def sqrt(self) -> Leaves:
         """Elementwise root of numbers that are zero or positive, with derivative 0 (not infinity) at 0.
 
@@ -119,11 +127,15 @@ def _apply(
 ) -> Leaves:
     if not isinstance(other, Leaves | float | int):
         return NotImplemented
-    # While a graph is recorded, leaf by leaf too: the graph of a fused call keeps its inputs, needed or not.
-    if not leaves.tensors or torch.is_grad_enabled() or autodiff.transforms_active():
+    if _leaf_by_leaf(leaves):
         operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
         return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
     return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))
+
+
+def _leaf_by_leaf(leaves: Leaves) -> bool:
+    # Also while a graph is recorded: that of a fused call keeps all its inputs, needed or not.
+    return not leaves.tensors or torch.is_grad_enabled() or autodiff.transforms_active()
 
 
 def _sqrt_with_zero_slope_at_zero(x: Tensor) -> Tensor:

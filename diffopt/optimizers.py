@@ -65,11 +65,11 @@ class SGD(Optimizer):
         """One step."""
         direction = _decayed(grads, params, self.weight_decay, self.maximize)
         if "velocity" not in buffers:
-            return params - self.lr * direction, buffers
+            return params.minus(self.lr, direction), buffers
         share = direction if step == 1 or is_zero(self.dampening) else (1 - self.dampening) * direction
         velocity = self.momentum * buffers["velocity"] + share
         move = direction + self.momentum * velocity if self.nesterov else velocity
-        return params - self.lr * move, {"velocity": velocity}
+        return params.minus(self.lr, move), {"velocity": velocity}
 
 
 @final
@@ -107,7 +107,7 @@ class Adam(Optimizer):
         """One step."""
         direction = _decayed(grads, params, self.weight_decay, self.maximize)
         move, buffers = _adam_move(self.betas, self.eps, direction, buffers, step)
-        return params - self.lr * move, buffers
+        return params.minus(self.lr, move), buffers
 
 
 @final
@@ -137,8 +137,8 @@ class AdamW(Optimizer):
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
         move, buffers = _adam_move(self.betas, self.eps, -grads if self.maximize else grads, buffers, step)
-        shrunk = params if is_zero(self.weight_decay) else params - (self.lr * self.weight_decay) * params
-        return shrunk - self.lr * move, buffers
+        shrunk = params if is_zero(self.weight_decay) else params.minus(self.lr * self.weight_decay, params)
+        return shrunk.minus(self.lr, move), buffers
 
 
 def _check_adam(optimizer: Adam | AdamW) -> None:
@@ -212,7 +212,7 @@ class RMSprop(Optimizer):
         move = direction / (variance.sqrt() + self.eps)
         if "velocity" in buffers:
             new["velocity"] = move = self.momentum * buffers["velocity"] + move
-        return params - self.lr * move, new
+        return params.minus(self.lr, move), new
 
 
 @final
@@ -246,7 +246,7 @@ class Adagrad(Optimizer):
         direction = _decayed(grads, params, self.weight_decay, self.maximize)
         square = buffers["square"] + direction * direction
         lr = self.lr if is_zero(self.lr_decay) else self.lr / (1 + (step - 1) * self.lr_decay)
-        return params - lr * (direction / (square.sqrt() + self.eps)), {"square": square}
+        return params.minus(lr, direction / (square.sqrt() + self.eps)), {"square": square}
 
 
 @final
@@ -286,7 +286,7 @@ class ProximalGD(Optimizer):
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
         center = buffers["center"] if self.center is None else self.center
-        return params - self.lr * (grads + self.strength * (params - center)), buffers
+        return params.minus(self.lr, grads + self.strength * (params - center)), buffers
 
 
 @final
@@ -328,7 +328,7 @@ class Preconditioned(Optimizer):
         move = grads if self.diagonal is None else self.diagonal * grads
         if self.factors is not None:
             move = Leaves(_multiply_axes(g, m) for g, m in zip(move, self.factors, strict=True))
-        return params - self.lr * move, buffers
+        return params.minus(self.lr, move), buffers
 
 
 def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tensor:

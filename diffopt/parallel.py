@@ -92,7 +92,7 @@ class ParallelSteps:
         else:
             direct.add(steps[0], {number: term})
 
-    def _gradients(self, steps: Sequence[int]) -> autodiff.StepGraph:
+    def _gradients(self, steps: Sequence[int]) -> autodiff.Graph:
         """The graph from the parameters of these steps (and what the loss reads) to their gradients, batched."""
         trajectory, dynamics = self._trajectory, self._trajectory.dynamics
         count = dynamics.params_count
@@ -108,7 +108,7 @@ class ParallelSteps:
         def function(roots: tuple[Tensor, ...]) -> Sequence[Tensor]:
             for number, root in zip(self._read, roots[count:], strict=True):
                 current[number] = root
-            losses = batched.losses(roots[:count], current, None)
+            losses = batched.losses(roots[:count], current)
             again = trajectory.losses_to_replay()
             again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1)
             trajectory.refuse_other_losses(again)
@@ -116,10 +116,10 @@ class ParallelSteps:
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 
         with trajectory.record.replay(None, params[0].device):
-            graph, _ = autodiff.StepGraph.record(function, [*params, *(current[i] for i in self._read)], check=True)
+            graph = autodiff.Graph.record(function, [*params, *(current[i] for i in self._read)], check=True)
         return graph
 
-    def _record_update(self, step: int) -> autodiff.StepGraph:
+    def _record_update(self, step: int) -> autodiff.Graph:
         """The graph of one update, with its gradient as an independent input."""
         trajectory, dynamics = self._trajectory, self._trajectory.dynamics
         current, count = list(dynamics.at_step(trajectory.extras, step)), dynamics.state_count
@@ -131,4 +131,4 @@ class ParallelSteps:
             return dynamics.update(roots[:count], roots[count:][: len(grads)], current, step)
 
         inputs = [*trajectory.record.states[step], *grads, *(current[i] for i in self._hypers)]
-        return autodiff.StepGraph.record(function, inputs)[0]
+        return autodiff.Graph.record(function, inputs)

@@ -8,7 +8,7 @@ from typing import final
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.rollout import Checkpoint, Keep
+from diffopt.record import Checkpoint, Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 

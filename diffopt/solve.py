@@ -25,8 +25,8 @@ from diffopt.errors import (
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
+from diffopt.record import Counts
 from diffopt.reverse import Reverse
-from diffopt.rollout import Counts
 
 Params = TypeVar("Params")
 

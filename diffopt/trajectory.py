@@ -9,10 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
+from diffopt.block import Block, BlockTerms
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
-from diffopt.rollout import Record, Stepper, Watch, refuse_other_losses
+from diffopt.record import Record, Watch
+from diffopt.rollout import refuse_other_losses
+from diffopt.stepper import Stepper
 
 
 @final
@@ -66,37 +68,30 @@ class Trajectory:
 
         Returns ``Lambda_{first-1}`` and the direct terms. One HVP per step, one step after the other.
         """
-        count, adjoint = self.dynamics.state_count, cotangent
-        direct = DirectTerms(self)
-        position = {number: count + i for i, number in enumerate(self.record.wanted)}
-        for step, graph in self._graphs_backwards(first):
-            states = range(count) if step > first or self.wants_initial else range(0)
-            terms = graph.pullback(adjoint, [*states, *(position[number] for number in self.wanted)])
-            direct.add(step, dict(zip(self.wanted, terms[len(states) :], strict=True)))
-            self.record.counts.add_products(1)
-            if states:
-                pairs = zip(terms, adjoint, strict=False)
-                adjoint = Leaves(torch.zeros_like(old) if new is None else new for new, old in pairs)
+        adjoint, direct = cotangent, DirectTerms(self)
+        for block, start, end in self._blocks_backwards(first):
+            passes_on = start > first or self.wants_initial
+            terms = block.pullback(adjoint, state=range(self.dynamics.state_count if passes_on else 0))
+            direct.add_block(terms)
+            self.record.counts.products += end - start + 1
+            self.record.counts.depth += end - start + 1
+            adjoint = terms.state
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
-    def _graphs_backwards(self, first: int) -> Iterator[tuple[int, autodiff.StepGraph]]:
-        """The graphs of steps ``T, ..., first``, retained or recorded again block by block; each is given up after."""
+    def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
+        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one."""
         end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch())
+        if end >= first:
+            self.record.usable = False
+        if self.record.block is not None:
+            block, self.record.block = self.record.block, None
+            yield block, first, end
+            return
         again = self.losses_to_replay()
         while end >= first:
-            self.record.usable = False
-            if end in self.record.graphs:
-                yield end, self.record.graphs.pop(end)
-                end -= 1
-                continue
             start = max(step for step in self.record.states if step <= end)
-            state, graphs = self.record.states.pop(start), []
-            for step in range(start, end + 1):
-                with self.record.replay(step, state[0].device):
-                    graph, state, again[..., step - 1] = stepper.graph(state, step)
-                graphs.append(graph)
-            for step in range(end, start - 1, -1):
-                yield step, graphs.pop()
+            block, _ = stepper.block(self.record.states.pop(start), start, end, again)
+            yield block, start, end
             end = start - 1
         self.refuse_other_losses(again)
 
@@ -138,6 +133,12 @@ class DirectTerms:
                 self._trajectory.dynamics.slice_at(number, self._stepped[number], step).copy_(term)
             else:
                 self._shared[number] = self._shared[number] + term if number in self._shared else term
+
+    def add_block(self, terms: BlockTerms) -> None:
+        """Add the terms of a block."""
+        self.add(0, terms.shared)
+        for (number, step), term in terms.stepped.items():
+            self.add(step, {number: term})
 
     def collect(self) -> dict[int, Tensor]:
         """The sums, by number of the extra."""

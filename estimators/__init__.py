@@ -14,8 +14,8 @@ from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
 from diffopt.estimators.unrolled import Unrolled
+from diffopt.record import Keep
 from diffopt.reverse import Reverse
-from diffopt.rollout import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 __all__ = [

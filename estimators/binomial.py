@@ -10,7 +10,7 @@ from diffopt.errors import HyperparameterError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.parallel import ParallelSteps
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 
 

@@ -15,7 +15,8 @@ from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
-from diffopt.rollout import Keep, Record, Watch, roll_out
+from diffopt.record import Keep, Record, Watch
+from diffopt.rollout import roll_out
 from diffopt.trajectory import Cotangents, Trajectory
 
 Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]

@@ -7,7 +7,7 @@ from typing import final
 
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 

@@ -15,7 +15,7 @@ from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 
@@ -136,10 +136,10 @@ def _step(
         seen = list(current)
         for i, root in zip(read, roots[params:], strict=True):
             seen[i] = root
-        losses = dynamics.losses(roots[:params], seen, None)
+        losses = dynamics.losses(roots[:params], seen)
         grads = autodiff.gradient(losses.sum(), roots, differentiable=True)
         if step == 1:
-            graph.refuse_broken_graph(grads)
+            graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))
         grads_moving = autodiff.pullback(grads, roots[:params], [*moving[:params], *read.values()])
     flat = autodiff.or_zeros(grads[:params], state[:params])
     hypers = [i for i in rates if i not in read]

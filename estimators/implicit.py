@@ -10,7 +10,7 @@ from diffopt.estimator import Adjoint
 from diffopt.implicit import implicit_pullback
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 

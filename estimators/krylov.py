@@ -12,7 +12,7 @@ from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks, minimal_residual
 from diffopt.parallel import ParallelSteps
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 
 

@@ -8,8 +8,8 @@ from typing import final
 from diffopt.errors import StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
+from diffopt.record import Checkpoint, Keep
 from diffopt.reverse import check_checkpoint
-from diffopt.rollout import Checkpoint, Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 

@@ -40,9 +40,9 @@ class Fault(NamedTuple):
 FAULTS = [
     Fault(
         "the adjoint of the first step is dropped",
-        "diffopt/trajectory.py",
-        "while end >= first:",
-        "while end > first:",
+        "diffopt/stepper.py",
+        "for step in range(first, last + 1):",
+        "for step in range(first + (first == 1), last + 1):",
     ),
     Fault(
         "direct terms keep the last step's instead of the sum",
@@ -58,15 +58,15 @@ FAULTS = [
     ),
     Fault(
         "a checkpointed block starts one state late",
-        "diffopt/rollout.py",
-        "record.states[step] = state\n            record.states_stored += 1",
-        "record.states[step + 1] = state\n            record.states_stored += 1",
+        "diffopt/stepper.py",
+        "self.record.states[step] = state",
+        "self.record.states[step + 1] = state",
     ),
     Fault(
         "the gradient inside a recorded step is a constant (no curvature)",
-        "diffopt/rollout.py",
-        "state_roots[: dynamics.params_count], current, step, differentiable=True",
-        "state_roots[: dynamics.params_count], current, step, differentiable=False",
+        "diffopt/stepper.py",
+        "before, current, step, differentiable=True",
+        "before, current, step, differentiable=False",
     ),
     Fault(
         "every step sees the first batch",
@@ -131,7 +131,7 @@ FAULTS = [
     ),
     Fault(
         "random numbers are drawn anew in the backward pass",
-        "diffopt/trajectory.py",
+        "diffopt/stepper.py",
         "self.record.replay(step, state",
         "self.record.replay(None, state",
     ),
@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "the implicit system lacks the identity",
         "diffopt/implicit.py",
-        "return v - Leaves(",
-        "return Leaves(",
+        "return v - through_step(v, moving).state",
+        "return through_step(v, moving).state",
     ),
     Fault(
         "the implicit rule gives the proximal center no hypergradient",

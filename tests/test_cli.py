@@ -240,6 +240,15 @@ def test_ctrl_c_says_where_the_checkpoint_is(tmp_path):
     assert rows(tmp_path)[-1]["iteration"] == iteration  # nothing is lost
 
 
+@pytest.fixture
+def default_interrupt():
+    """Python's own handler of Ctrl-C, which a job started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_a_first_ctrl_c_waits_for_a_safe_place_and_a_second_does_not():
     with Interrupt() as interrupt:
         interrupt.check()

@@ -1,0 +1,113 @@
+"""What a rollout keeps, counts and watches for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff, randomness
+from diffopt.block import Block
+from diffopt.leaves import Leaves
+
+Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
+
+
+@final
+@dataclass(frozen=True)
+class Keep:
+    """What a rule will revisit: the steps ``first, ..., T``, and how they are kept.
+
+    Attributes:
+        first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
+        checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
+            near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
+        gradients: keep also the inner gradient of every step whose state is kept.
+    """
+
+    first: int
+    checkpoint: Checkpoint = 1
+    gradients: bool = False
+
+
+@final
+@dataclass
+class Counts:
+    """What one solve has computed so far, per task; the backward pass adds to it.
+
+    Attributes:
+        gradients: evaluations of the inner gradient.
+        products: curvature products, of which one gives ``H_t u`` and ``M_t' u`` together.
+        depth: how many batches of curvature products had to wait for one another.
+    """
+
+    gradients: int = 0
+    products: int = 0
+    depth: int = 0
+
+    def add_products(self, count: int) -> None:
+        """One batch of curvature products."""
+        self.products += count
+        self.depth += 1
+
+
+@final
+@dataclass
+class Record:
+    """What one rollout kept. The first backward pass takes it apart; a later one rolls out again.
+
+    Attributes:
+        states: stored states ``s_t`` by ``t``.
+        block: the retained graph of all steps that are kept, if graphs are.
+        draws: the generators' states before each step that drew random numbers.
+        losses: the inner losses ``[..., T]``, to which a replay is compared.
+        wanted: the extras that the graph can be pulled back to.
+        gradients: stored inner gradients ``g_t`` by ``t``.
+        counts: what has been computed so far.
+        diagnostics: what the rule reports of its own quality.
+        autocast: its state during the rollout.
+        checkpoint: how steps were kept, once chosen.
+        states_stored: how many states were stored in the rollout.
+        bytes_stored: their bytes, or an estimate of the graph's bytes from its first step.
+    """
+
+    wanted: tuple[int, ...] = ()
+    states: dict[int, Leaves] = field(default_factory=dict)
+    block: Block | None = None
+    draws: dict[int, randomness.GeneratorStates] = field(default_factory=dict)
+    losses: Tensor | None = None
+    gradients: dict[int, Leaves] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    autocast: autodiff.Autocast | None = None
+    checkpoint: Checkpoint = 1
+    states_stored: int = 0
+    bytes_stored: int = 0
+    usable: bool = False
+
+    @contextmanager
+    def replay(self, step: int | None, device: torch.device) -> Iterator[None]:
+        """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast."""
+        autocast = nullcontext() if self.autocast is None else self.autocast.entered()
+        with autocast, randomness.replayed(None if step is None else self.draws.get(step), device):
+            yield
+
+
+@final
+@dataclass(frozen=True)
+class Watch:
+    """Which checks a rollout makes.
+
+    Attributes:
+        values: refuse losses and states that are not finite, and a loss that does not depend on params.
+        captures: refuse captured tensors that require grad.
+        levels: refuse captured tensors of these ``torch.func`` transforms.
+    """
+
+    values: bool = False
+    captures: bool = False
+    levels: range = range(0)

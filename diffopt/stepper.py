@@ -1,0 +1,203 @@
+"""Takes the steps of one rollout, with or without their graph, and makes the checks that need a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff, graph, randomness
+from diffopt.block import Block
+from diffopt.dynamics import Dynamics
+from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
+from diffopt.leaves import Leaves
+from diffopt.record import Keep, Record, Watch
+
+GRAPH_BUDGET = 2**30
+"""Bytes up to which ``checkpoint=None`` retains step graphs."""
+
+
+class Stepper:
+    """Takes steps of one rollout, keeping of each what was asked for."""
+
+    def __init__(self, dynamics: Dynamics, extras: Sequence[Tensor], record: Record, watch: Watch) -> None:
+        self.dynamics, self.record, self.watch = dynamics, record, watch
+        self.extras = tuple(extra.detach() for extra in extras)
+        self._drawn: randomness.GeneratorStates | None = None
+        self._growing: Block | None = None
+        self._check_graph = True
+
+    def take(self, state: Leaves, step: int, keep: Keep | None) -> tuple[Leaves, Tensor]:
+        """Step number ``step`` from ``state``: the next state and the losses."""
+        device = state[0].device
+        before = randomness.snapshot(device) if self._drawn is None else self._drawn
+        with randomness.replayed(self.record.draws.get(step), device), autodiff.named_in_place_changes():
+            if keep is None or step < keep.first:
+                after, losses = self._plain(state, step)
+            else:
+                after, losses = self._kept(state, step, keep)
+        self._drawn = randomness.snapshot(device)
+        if randomness.changed(before, self._drawn):
+            self.record.draws[step] = before
+        return after, losses
+
+    def block(self, state: Leaves, first: int, last: int, losses: Tensor) -> tuple[Block, Leaves]:
+        """Steps ``first, ..., last`` from ``state`` with their graph, as the rollout took them, and the state after.
+
+        Their losses are written to their places in ``losses`` ``[..., T]``.
+        """
+        block = self.new_block(state)
+        for step in range(first, last + 1):
+            with self.record.replay(step, state[0].device):
+                losses[..., step - 1] = self.extend(block, step)
+        after = Leaves(leaf.detach() for leaf in block.now)
+        block.close()
+        return block, after
+
+    def new_block(self, state: Leaves) -> Block:
+        """A block that starts at ``state``."""
+        with torch.enable_grad():
+            return Block(self.dynamics, state, self.extras, self.record.wanted)
+
+    def extend(self, block: Block, step: int) -> Tensor:
+        """Take one more step in a block; returns its losses."""
+        dynamics = self.dynamics
+        with torch.enable_grad():
+            current = block.inputs(step)
+            before = block.now[: dynamics.params_count]
+            losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
+            after = apart_from(
+                self._levels_at(step), dynamics.update, block.now, _or_zeros(grads, before), current, step
+            )
+            if self._check_graph:
+                self._check_nodes(after, block.now if step == 1 and self.watch.captures else None)
+            block.advance(after, shallow=any(grad is None for grad in grads))
+        return losses.detach()
+
+    def _check_nodes(self, after: Leaves, roots: Leaves | None) -> None:
+        """Look once at the graph of a first step, and, if it grew from ``roots``, for what was captured in it."""
+        nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
+        graph.refuse_broken_graph(nodes)
+        if roots is not None and graph.reaches_captured(nodes, roots):
+            refuse_capture()
+        self._check_graph = False
+
+    def _kept(self, state: Leaves, step: int, keep: Keep) -> tuple[Leaves, Tensor]:
+        record, count = self.record, self.dynamics.steps - keep.first + 1
+        if step == keep.first:
+            record.checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
+            if record.checkpoint is None or record.checkpoint == "graph":
+                self._growing = self.new_block(state)
+        if self._growing is not None:
+            return self._grow(self._growing, state, step, count)
+        if isinstance(record.checkpoint, int) and (step - keep.first) % record.checkpoint == 0:
+            self._store(state, step)
+        after, losses = self._plain(state, step, keep_gradients=keep.gradients)
+        return after, losses
+
+    def _grow(self, block: Block, state: Leaves, step: int, count: int) -> tuple[Leaves, Tensor]:
+        """Take a step with its graph; measure the first, and decide whether to go on with graphs."""
+        record, first = self.record, self.dynamics.steps - count + 1
+        losses = self.extend(block, step)
+        after = Leaves(leaf.detach() for leaf in block.now)
+        if step == first:
+            expected = graph.saved_bytes(graph.nodes(leaf.grad_fn for leaf in block.now), self.extras) * count
+            if record.checkpoint is None and expected > GRAPH_BUDGET:
+                record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
+                self._store(state, step)
+                return after, losses
+            record.checkpoint, record.bytes_stored = "graph", expected
+        if step == self.dynamics.steps:
+            block.close()
+            record.block, self._growing = block, None
+        return after, losses
+
+    def _store(self, state: Leaves, step: int) -> None:
+        self.record.states[step] = state
+        self.record.states_stored += 1
+        self.record.bytes_stored += sum(leaf.nbytes for leaf in state)
+
+    def _plain(self, state: Leaves, step: int, *, keep_gradients: bool = False) -> tuple[Leaves, Tensor]:
+        """One step without its graph."""
+        dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
+        before = state[: dynamics.params_count]
+        with torch.enable_grad():
+            if step == 1:
+                params = autodiff.make_roots(before)
+            else:  # cheaper; and nothing is left of this graph that could keep them alive
+                params = tuple(leaf.detach().requires_grad_() for leaf in before)
+            losses, found = self._losses_and_grads(params, current, step, differentiable=False)
+            behind = list(graph.nodes([losses.grad_fn])) if step == 1 and self.watch.captures else []
+            if behind and graph.reaches_captured(behind, params):
+                refuse_capture()
+        grads = _or_zeros(found, before)
+        if keep_gradients:
+            self.record.gradients[step] = Leaves(grads)
+        if step == 1 and (self.watch.captures or self.watch.levels):
+            self._refuse_captures_of_update(state, grads, current)
+        return dynamics.update(state, grads, current, step), losses.detach()
+
+    def _refuse_captures_of_update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+        """Take the first update once more, only to see whether it reads a tensor that it was not given."""
+        with torch.enable_grad():
+            roots = autodiff.make_roots(state)
+            after = apart_from(self.watch.levels, self.dynamics.update, roots, grads, current, 1)
+        nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
+        if self.watch.captures and graph.reaches_captured(nodes, roots):
+            refuse_capture()
+
+    def _levels_at(self, step: int) -> range:
+        return self.watch.levels if step == 1 else range(0)
+
+    def _losses_and_grads(
+        self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        losses = apart_from(self._levels_at(step), self.dynamics.losses, params, current)
+        grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
+        self.record.counts.gradients += 1
+        if step == 1 and self.watch.values:
+            refuse_bad_start(losses, grads)
+        return losses, grads
+
+
+def _or_zeros(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))
+
+
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` and refuse a captured tensor that a transform has wrapped at one of ``levels``."""
+    try:
+        return autodiff.apart_from(levels, function, *arguments)
+    except autodiff.WrappedTensorError as error:
+        raise CapturedTensorError(
+            "the inner loss (or the optimizer) reads a tensor that it was not given and that a torch.func transform "
+            "around the solve has wrapped: it captured it, through a closure or an attribute. Pass it in *args (or "
+            "batches), also if it is a constant; or make it inside the loss"
+        ) from error
+
+
+def refuse_capture() -> None:
+    """Refuse a captured tensor that requires grad."""
+    raise CapturedTensorError(
+        "the inner loss (or the optimizer) reads a tensor that it was not given: it captured it, through a closure, a "
+        "module or an attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
+        "a constant: .detach() it or set requires_grad_(False)"
+    )
+
+
+def refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Refuse a first loss that does not depend on params or is not finite."""
+    if all(grad is None for grad in grads):
+        raise DisconnectedError(
+            "the inner loss does not depend on params: its gradient is zero everywhere. Check that the loss uses the "
+            "params it is given, and does not detach them or leave torch (.item(), .numpy())"
+        )
+    values = autodiff.plain(losses)
+    if not bool(values.isfinite().all()):
+        raise NonFiniteLossError(
+            f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
+            "finite number; check the data and the initialisation"
+        )
