@@ -201,6 +201,10 @@ class Graph:
                 graph.refuse_broken_graph(graph.nodes(out.grad_fn for out in outputs))
             return Graph(roots, outputs)
 
+    def nodes(self) -> list[Any]:
+        """The graph's last nodes."""
+        return [edge.node for edge in self._outputs if edge is not None]
+
     def pullback(
         self, cotangents: Sequence[Tensor], wanted: Sequence[int], *, retain: bool = False
     ) -> list[Tensor | None]:

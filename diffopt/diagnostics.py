@@ -12,10 +12,11 @@ from diffopt import graph
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
-from diffopt.parallel import ParallelSteps
+from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import roll_out
 from diffopt.trajectory import Trajectory
+from diffopt.update_blocks import update_blocks
 
 
 def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: int = 10) -> float:
@@ -32,13 +33,15 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, (), (), False)
     tasks, largest = Tasks(len(dynamics.levels)), 0.0
     with torch.no_grad():
-        blocks = ParallelSteps(trajectory, None)
+        updates, nothing = update_blocks(trajectory), final.zeros()
         for step in {1, dynamics.steps}:
+            curvature = ParallelCurvature(trajectory, step, None, again=True)
             x = tasks.start(final)
             size = tasks.norm(x)
             for _ in range(iterations):
                 x = tasks.times(torch.where(size > 0, 1 / size, 0), x)
-                x = blocks.curvature({step: blocks.pull_update(step, x)[1]})[step]
+                product = curvature.product(updates.turn(x.map(lambda leaf: leaf[None]), step), step)
+                x = Leaves([*(leaf[0] for leaf in product), *nothing[dynamics.params_count :]])
                 size = tasks.norm(x)
             largest = max(largest, float(size.max()))
     return dynamics.steps * largest

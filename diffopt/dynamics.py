@@ -144,6 +144,12 @@ class Dynamics:
             now = self._update_once(now, grads, self._hypers_of(current, i), (step - 1) * self.window + i + 1)
         return now
 
+    def update_once(
+        self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: Any
+    ) -> Leaves:
+        """One update whose step has the number ``step``, which may be an object that stands for many numbers."""
+        return self._update_once(Leaves(state), grads, self._hypers_of(current, 0), step)
+
     def _hypers_of(self, current: Sequence[Tensor], update: int) -> list[Tensor]:
         """The optimizer's tensors for one update of a window."""
         start = self.hyperparameters_start
@@ -181,7 +187,7 @@ class Dynamics:
         params, buffers = self.split(state)
         optimizer = self.optimizer.at(step, params, hypers)
         result = optimizer.update(params, Leaves(grads), buffers, step)
-        if step == 1:
+        if isinstance(step, int) and step == 1:
             self._check_update(result, state)
         params, buffers = result
         return Leaves([*params, *(leaf for name, _ in self.buffers_layout for leaf in buffers[name])])

@@ -66,7 +66,7 @@ class SGD(Optimizer):
         direction = _decayed(grads, params, self.weight_decay, self.maximize)
         if "velocity" not in buffers:
             return params.minus(self.lr, direction), buffers
-        share = direction if step == 1 or is_zero(self.dampening) else (1 - self.dampening) * direction
+        share = direction if is_zero(self.dampening) or step == 1 else (1 - self.dampening) * direction
         velocity = self.momentum * buffers["velocity"] + share
         move = direction + self.momentum * velocity if self.nesterov else velocity
         return params.minus(self.lr, move), {"velocity": velocity}

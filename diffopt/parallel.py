@@ -1,98 +1,103 @@
-"""A trajectory taken apart for rules that work on many steps at once: C, E, D by step, H and M batched over time."""
+"""Curvature products of many steps at once: time is one more leading axis of the stacked problem."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
+from diffopt import autodiff, graph
 from diffopt.dynamics import Level
 from diffopt.errors import RandomnessError
 from diffopt.leaves import Leaves
+from diffopt.stepper import GRAPH_BUDGET
 from diffopt.trajectory import DirectTerms, Trajectory
 
 
 @final
-class ParallelSteps:
-    r"""The blocks of steps ``1, ..., T``, derivations section 0: all that needs no curvature, and all that does.
+class ParallelCurvature:
+    r"""``(H_t u_t, M_t' u_t)`` for many steps ``t`` in one product (derivations, section 0).
 
-    .. math:: J_t = C_t + E_t H_t P,\qquad B_t = D_t + E_t M_t
-
-    ``C_t' x``, ``E_t' x`` and ``D_t' x`` are one pullback of the update, without a second derivative of the loss.
-    ``(H_t u_t, M_t' u_t)`` are taken for many ``t`` at once: time is one more leading axis of the stacked problem.
+    # NOTE [one graph for all products]
+    The graph of the gradients of all steps is recorded once and serves every call, if it is small enough and not
+    split into chunks. A call for a few of its steps pulls zeros back through the others; if those are the most, the
+    few get a graph of their own.
 
     Args:
-        trajectory: one that keeps every state and gradient (``Keep(first=1, checkpoint=1, gradients=True)``).
+        trajectory: one that keeps every state (``Keep(first=1, checkpoint=1)``).
+        first: no product will be asked for before this step.
         chunk_size: how many steps are batched at most; ``None``: all that are asked for.
+        again: whether there will be more than one call.
 
     Raises:
         RandomnessError: the inner loss draws random numbers, which cannot be drawn again for many steps at once.
     """
 
-    def __init__(self, trajectory: Trajectory, chunk_size: int | None) -> None:
+    def __init__(self, trajectory: Trajectory, first: int, chunk_size: int | None, *, again: bool) -> None:
         if trajectory.record.draws:
             raise RandomnessError(
                 "the inner loss draws random numbers, and this estimator evaluates many steps at once: they cannot be "
                 "drawn again as they were; pass them in batches, or use Reverse() or Truncated()"
             )
-        self._trajectory, self._chunk_size = trajectory, chunk_size
-        dynamics = trajectory.dynamics
-        self._read = [i for i in trajectory.wanted if i < dynamics.hyperparameters_start]
-        self._hypers = [i for i in trajectory.wanted if i >= dynamics.hyperparameters_start]
-        self._updates = {t: self._record_update(t) for t in range(1, trajectory.steps + 1)}
+        self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
+        self._read = [i for i in trajectory.wanted if i < trajectory.dynamics.hyperparameters_start]
+        self._again = again and chunk_size is None
+        self._kept: autodiff.Graph | None = None
 
-    def pull_update(self, step: int, adjoint: Leaves) -> tuple[Leaves, Leaves]:
-        """``C_t' x`` (one tensor per state leaf) and ``E_t' x`` (one per parameter leaf)."""
-        count, params = self._trajectory.dynamics.state_count, self._trajectory.dynamics.params_count
-        terms = self._updates[step].pullback(adjoint, range(count + params), retain=True)
-        through_state = autodiff.or_zeros(terms[:count], adjoint)
-        return Leaves(through_state), Leaves(autodiff.or_zeros(terms[count:], adjoint[:params]))
+    @property
+    def reads_wanted(self) -> bool:
+        """Whether any ``M_t' u`` is asked for."""
+        return bool(self._read)
 
-    def add_update_terms(self, direct: DirectTerms, step: int, adjoint: Leaves) -> None:
-        """Add ``D_t' x`` to the direct terms."""
-        first = self._trajectory.dynamics.state_count + self._trajectory.dynamics.params_count
-        terms = self._updates[step].pullback(adjoint, range(first, first + len(self._hypers)), retain=True)
-        direct.add(step, dict(zip(self._hypers, terms, strict=True)))
+    def product(
+        self, vectors: Leaves, first: int, direct: DirectTerms | None = None, *, counted: int | None = None
+    ) -> Leaves:
+        """``H_t u_t`` for the stack ``u_first, u_{first+1}, ...``; with ``direct``, ``M_t' u_t`` is added to it.
 
-    def curvature(
-        self, cotangents: dict[int, Leaves], direct: DirectTerms | None = None, mixed: Collection[int] = ()
-    ) -> dict[int, Leaves]:
-        """``P' H_t u_t``, like the state, for each step of ``cotangents``; those of ``mixed`` add ``M_t' u_t`` too."""
-        products: dict[int, Leaves] = {}
-        mixed = mixed if self._read else ()
-        size = self._chunk_size or max(len(cotangents), 1)
-        for adds in (False, True):
-            steps = [t for t in sorted(cotangents) if (t in mixed) == adds]
-            for start in range(0, len(steps), size):
-                products |= self._curvature_of_chunk(steps[start : start + size], cotangents, direct if adds else None)
-        counts = self._trajectory.record.counts
-        counts.products, counts.depth = counts.products + len(cotangents), counts.depth + -(-len(cotangents) // size)
-        return products
+        ``counted``: how many of them have not been counted before, if not all.
+        """
+        steps = range(first, first + len(vectors[0]))
+        size, counts = self._chunk_size or len(steps), self._trajectory.record.counts
+        counts.products += len(steps) if counted is None else counted
+        counts.depth += -(-len(steps) // size)
+        parts = [
+            self._of_chunk(steps[i : i + size], vectors.map(lambda leaf, i=i: leaf[i : i + size]), direct)
+            for i in range(0, len(steps), size)
+        ]
+        return parts[0] if len(parts) == 1 else Leaves(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _curvature_of_chunk(
-        self, steps: list[int], cotangents: dict[int, Leaves], direct: DirectTerms | None
-    ) -> dict[int, Leaves]:
-        stacked = [torch.stack(column) for column in zip(*(cotangents[t] for t in steps), strict=True)]
-        count, read = len(stacked), self._read if direct is not None else []
-        terms = self._gradients(steps).pullback(stacked, range(count + len(read)))
-        curved = autodiff.or_zeros(terms[:count], stacked)
-        zeros = self._trajectory.final[count:].zeros()
+    def _of_chunk(self, steps: range, vectors: Leaves, direct: DirectTerms | None) -> Leaves:
+        every = range(self._first, self._trajectory.steps + 1)
+        if not self._again or 2 * len(steps) < len(every):
+            return self._pull(self._record(steps), steps, vectors, direct, retain=False)
+        if self._kept is None:
+            self._kept = self._record(every)
+            self._again = graph.saved_bytes(graph.nodes(self._kept.nodes()), self._trajectory.extras) <= GRAPH_BUDGET
+        before = steps.start - every.start
+        padded = vectors.map(lambda leaf: _between_zeros(leaf, before, len(every)))
+        product = self._pull(self._kept, every, padded, direct, retain=self._again)
+        if not self._again:
+            self._kept = None
+        return product.map(lambda leaf: leaf[before : before + len(steps)])
+
+    def _pull(
+        self, gradients: autodiff.Graph, steps: range, vectors: Leaves, direct: DirectTerms | None, *, retain: bool
+    ) -> Leaves:
+        count, read = len(vectors), self._read if direct is not None else []
+        terms = gradients.pullback(vectors, range(count + len(read)), retain=retain)
         for number, term in zip(read, terms[count:], strict=True):
-            if direct is not None and term is not None:
-                self._add_mixed(direct, steps, number, term)
-        return {t: Leaves([*(leaf[i] for leaf in curved), *zeros]) for i, t in enumerate(steps)}
+            if direct is None or term is None:
+                continue
+            if self._trajectory.dynamics.stepped[number]:
+                for step, part in zip(steps, term, strict=True):
+                    direct.add(step, {number: part})
+            else:
+                direct.add(steps[0], {number: term})
+        return Leaves(autodiff.or_zeros(terms[:count], vectors))
 
-    def _add_mixed(self, direct: DirectTerms, steps: Sequence[int], number: int, term: Tensor) -> None:
-        if self._trajectory.dynamics.stepped[number]:
-            for step, part in zip(steps, term, strict=True):
-                direct.add(step, {number: part})
-        else:
-            direct.add(steps[0], {number: term})
-
-    def _gradients(self, steps: Sequence[int]) -> autodiff.Graph:
+    def _record(self, steps: Sequence[int]) -> autodiff.Graph:
         """The graph from the parameters of these steps (and what the loss reads) to their gradients, batched."""
         trajectory, dynamics = self._trajectory, self._trajectory.dynamics
         count = dynamics.params_count
@@ -116,19 +121,10 @@ class ParallelSteps:
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
 
         with trajectory.record.replay(None, params[0].device):
-            graph = autodiff.Graph.record(function, [*params, *(current[i] for i in self._read)], check=True)
-        return graph
+            return autodiff.Graph.record(function, [*params, *(current[i] for i in self._read)], check=True)
 
-    def _record_update(self, step: int) -> autodiff.Graph:
-        """The graph of one update, with its gradient as an independent input."""
-        trajectory, dynamics = self._trajectory, self._trajectory.dynamics
-        current, count = list(dynamics.at_step(trajectory.extras, step)), dynamics.state_count
-        grads = trajectory.record.gradients[step]
 
-        def function(roots: tuple[Tensor, ...]) -> Leaves:
-            for number, root in zip(self._hypers, roots[count + len(grads) :], strict=True):
-                current[number] = root
-            return dynamics.update(roots[:count], roots[count:][: len(grads)], current, step)
-
-        inputs = [*trajectory.record.states[step], *grads, *(current[i] for i in self._hypers)]
-        return autodiff.Graph.record(function, inputs)
+def _between_zeros(leaf: Tensor, before: int, total: int) -> Tensor:
+    padded = leaf.new_zeros(total, *leaf.shape[1:])
+    padded[before : before + len(leaf)] = leaf
+    return padded

@@ -61,6 +61,11 @@ class Trajectory:
         """``T``."""
         return self.dynamics.steps
 
+    @property
+    def wanted_hypers(self) -> list[int]:
+        """The wanted extras that belong to the optimizer."""
+        return [i for i in self.wanted if i >= self.dynamics.hyperparameters_start]
+
     def sweep(self, cotangent: Leaves, first: int = 1) -> Cotangents:
         r"""The exact recursion from step ``T`` down to step ``first``, derivations (1.1)-(1.3).
 

@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+import torch
+
 from diffopt.errors import HyperparameterError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.parallel import ParallelSteps
+from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.update_blocks import add_update_terms, update_blocks
 
 
 @final
@@ -76,11 +79,11 @@ class Binomial(Adjoint):
         curved = trajectory.steps if self.window is None else self.window
         if self.order >= curved == trajectory.steps and self.scale == 1.0:
             return trajectory.sweep(cotangent)
-        blocks, direct = ParallelSteps(trajectory, self.chunk_size), DirectTerms(trajectory)
-        adjoints = _Levels(trajectory.steps, curved, min(self.order, curved), self.scale).run(blocks, direct, cotangent)
-        for step in range(1, trajectory.steps + 1):
-            blocks.add_update_terms(direct, step, adjoints[step])
-        return Cotangents(adjoints[0], direct.collect())
+        direct, hypers = DirectTerms(trajectory), trajectory.wanted_hypers
+        levels = _Levels(trajectory, curved, min(self.order, curved), self.scale, self.chunk_size)
+        adjoints = levels.run(direct, cotangent)
+        add_update_terms(trajectory, hypers, adjoints.map(lambda leaf: leaf[1:]), direct)
+        return Cotangents(adjoints.map(lambda leaf: leaf[0]), direct.collect())
 
 
 @final
@@ -88,31 +91,51 @@ class Binomial(Adjoint):
 class _Levels:
     """The orders ``0, ..., order`` of the adjoint, each at the steps that the next ones need."""
 
-    steps: int
+    trajectory: Trajectory
     curved: int
     order: int
     scale: float
+    chunk_size: int | None
 
-    def run(self, blocks: ParallelSteps, direct: DirectTerms, cotangent: Leaves) -> dict[int, Leaves]:
-        """``Lambda^{(order)}_t`` for ``t = 0, ..., T``; the loss terms are added to ``direct`` on the way.
+    def run(self, direct: DirectTerms, cotangent: Leaves) -> Leaves:
+        """The stack ``Lambda^{(order)}_t`` for ``t = 0, ..., T``; the loss terms are added to ``direct`` on the way.
 
         ``Lambda^{(l)}_t`` has no factors left to choose from beyond ``l = T - t``: there it equals the order before,
         and with it the final one. So order ``l`` starts at step ``T - l + 1``, and reaches only as far down as order
         ``l + 1`` reads it.
         """
-        adjoints, turned = {self.steps: cotangent}, dict[int, Leaves]()
-        first_curved = self.steps - self.curved + 1
+        steps, first_curved = self.trajectory.steps, self.trajectory.steps - self.curved + 1
+        updates = update_blocks(self.trajectory)
+        curvature = ParallelCurvature(self.trajectory, first_curved, self.chunk_size, again=self.order > 1)
+        adjoints = cotangent.map(lambda leaf: leaf.expand(steps + 1, *leaf.shape).clone())
+        settled: list[Leaves] = []  # what the mixed products of the latest steps are taken of
         for level in range(self.order + 1):
-            low, high = first_curved + self.order - level, self.steps - level + 1
-            curvature: dict[int, Leaves] = {}
+            low, high = first_curved + self.order - level, steps - level + 1
+            pushes: Leaves | None = None
             if level > 0:
-                turned[low] = blocks.pull_update(low, adjoints[low])[1]
-                weighted = {t: self.scale * turned[t] for t in range(low, high + 1)}
-                # the mixed products, where the order before is the final one: once for every step
-                final = weighted if level == self.order else {high}
-                curvature = blocks.curvature(weighted, direct, mixed=final)
-            bottom = 1 if level == self.order else low
-            for t in range(min(high, self.steps), bottom - 1, -1):
-                straight, turned[t] = blocks.pull_update(t, adjoints[t])
-                adjoints[t - 1] = straight + curvature[t] if t in curvature else straight
+                turned = self.scale * updates.turn(_rows(adjoints, low, high), low)
+                settled.insert(0, turned if level == self.order else _rows(turned, high - low, high - low))
+                if level == self.order and curvature.reads_wanted:
+                    every = Leaves(torch.cat(column) for column in zip(*settled, strict=True))
+                    product = curvature.product(every, low, direct, counted=high - low + 1)
+                    pushes = _rows(product, 0, high - low)
+                else:
+                    pushes = curvature.product(turned, low)
+            end = min(high, steps)
+            if low <= end:
+                self._write(adjoints, low, updates.scan(_row(adjoints, end), low, end, pushes))
+            if level == self.order and low > 1:
+                self._write(adjoints, 1, updates.scan(_row(adjoints, low - 1), 1, low - 1, None))
         return adjoints
+
+    def _write(self, adjoints: Leaves, first: int, rows: Leaves) -> None:
+        for leaf, row in zip(adjoints, rows, strict=True):
+            leaf[first - 1 : first - 1 + len(row)] = row
+
+
+def _row(stack: Leaves, at: int) -> Leaves:
+    return stack.map(lambda leaf: leaf[at])
+
+
+def _rows(stack: Leaves, first: int, last: int) -> Leaves:
+    return stack.map(lambda leaf: leaf[first : last + 1])

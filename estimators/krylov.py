@@ -11,9 +11,10 @@ from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks, minimal_residual
-from diffopt.parallel import ParallelSteps
+from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.update_blocks import UpdateBlocks, add_update_terms, update_blocks
 
 
 @final
@@ -68,58 +69,73 @@ class Krylov(Adjoint):
         if self.order >= trajectory.steps:
             trajectory.record.diagnostics["residual"] = 0 * tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
-        blocks, direct = ParallelSteps(trajectory, self.chunk_size), DirectTerms(trajectory)
-        system = _System(blocks, trajectory.steps, len(trajectory.dynamics.levels))
+        direct, hypers = DirectTerms(trajectory), trajectory.wanted_hypers
+        system = _System(
+            update_blocks(trajectory),
+            ParallelCurvature(trajectory, 1, self.chunk_size, again=self.order > 1),
+            trajectory.steps,
+            len(trajectory.dynamics.levels),
+        )
         nothing = cotangent.zeros()
-        stack = system.scan({}, cotangent)
+        stack = system.scan(None, cotangent)
         if self.order > 0:
-            first = system.turned(stack) | {trajectory.steps: blocks.pull_update(trajectory.steps, cotangent)[1]}
-            size = tasks.norm(stack)
-            residual = system.scan(blocks.curvature(first, direct, mixed=first if self.order == 1 else ()), nothing)
+            first = system.turned(stack, cotangent)
+            size = tasks.norm(system.apart(stack))
+            pushes = system.curvature.product(first, 1, direct if self.order == 1 else None)
+            residual = system.scan(pushes, nothing)
             if self.order > 1:
-                start = residual
-                bound = self.rtol * size if self.rtol else None
-                update, residual, _ = minimal_residual(
-                    lambda x: x - system.scan(blocks.curvature(system.turned(x)), nothing),
-                    start,
+                update, left, _ = minimal_residual(
+                    system.matvec,
+                    system.apart(residual),
                     tasks,
                     self.order - 1,
-                    bound,
+                    self.rtol * size if self.rtol else None,
                 )
-                stack = stack + update
-                if any(i < trajectory.dynamics.hyperparameters_start for i in trajectory.wanted):
-                    turned = system.turned(stack) | {trajectory.steps: first[trajectory.steps]}
-                    blocks.curvature(turned, direct, mixed=turned)
-            trajectory.record.diagnostics["residual"] = torch.where(size > 0, tasks.norm(residual) / size, 0)
+                stack, residual = stack + system.joined(update), system.joined(left)
+                if system.curvature.reads_wanted:
+                    system.curvature.product(system.turned(stack, cotangent), 1, direct)
+            left_over = tasks.norm(system.apart(residual))
+            trajectory.record.diagnostics["residual"] = torch.where(size > 0, left_over / size, 0)
             stack = stack + residual
-        adjoints = [*system.unstack(stack), cotangent]
-        for step in range(1, trajectory.steps + 1):
-            blocks.add_update_terms(direct, step, adjoints[step])
-        return Cotangents(adjoints[0], direct.collect())
+        add_update_terms(trajectory, hypers, _appended(stack.map(lambda leaf: leaf[1:]), cotangent), direct)
+        return Cotangents(stack.map(lambda leaf: leaf[0]), direct.collect())
 
 
 @final
 @dataclass(frozen=True)
 class _System:
-    """Adjoints ``Lambda_0, ..., Lambda_{T-1}`` stacked along one axis behind the tasks' axes."""
+    """Adjoints ``Lambda_0, ..., Lambda_{T-1}``, stacked along axis 0; to the solver time comes behind the tasks."""
 
-    blocks: ParallelSteps
+    updates: UpdateBlocks
+    curvature: ParallelCurvature
     steps: int
     axis: int
 
-    def unstack(self, stack: Leaves) -> list[Leaves]:
-        """The adjoints by step."""
-        return [Leaves(row) for row in zip(*(leaf.unbind(self.axis) for leaf in stack), strict=True)]
+    def apart(self, stack: Leaves) -> Leaves:
+        """The tasks' axes in front."""
+        return stack.map(lambda leaf: leaf.movedim(0, self.axis))
 
-    def turned(self, stack: Leaves) -> dict[int, Leaves]:
-        """``E_t' x_t`` for ``t = 1, ..., T-1``."""
-        return {t: self.blocks.pull_update(t, x)[1] for t, x in enumerate(self.unstack(stack)) if t > 0}
+    def joined(self, stack: Leaves) -> Leaves:
+        """Time in front."""
+        return stack.map(lambda leaf: leaf.movedim(self.axis, 0))
 
-    def scan(self, curvature: dict[int, Leaves], last: Leaves) -> Leaves:
-        """``x_{t-1} = C_t' x_t + y_t`` from ``x_T = last``; no HVP."""
-        rows, now = [], last
-        for t in range(self.steps, 0, -1):
-            now = self.blocks.pull_update(t, now)[0]
-            now = now + curvature[t] if t in curvature else now
-            rows.append(now)
-        return Leaves(torch.stack(column, dim=self.axis) for column in zip(*reversed(rows), strict=True))
+    def turned(self, stack: Leaves, last: Leaves) -> Leaves:
+        """``E_t' x_t`` for ``t = 1, ..., T``, where ``x_T = last``."""
+        return self.updates.turn(_appended(stack.map(lambda leaf: leaf[1:]), last), 1)
+
+    def scan(self, pushes: Leaves | None, last: Leaves) -> Leaves:
+        """``x_{t-1} = C_t' x_t + P' y_t`` from ``x_T = last``; no HVP."""
+        return self.updates.scan(last, 1, self.steps, pushes)
+
+    def matvec(self, x: Leaves) -> Leaves:
+        """``(I - S K) x``."""
+        stack = self.joined(x)
+        later = stack.map(lambda leaf: leaf[1:])
+        product = self.curvature.product(self.updates.turn(later, 1), 1)
+        nothing = stack.map(lambda leaf: torch.zeros_like(leaf[0]))
+        return x - self.apart(self.scan(_appended(product, nothing), nothing))
+
+
+def _appended(stack: Leaves, last: Leaves) -> Leaves:
+    """A stack with one more row; ``last`` may have more leaves, which are left out."""
+    return Leaves(torch.cat([leaf, row[None]]) for leaf, row in zip(stack, last, strict=False))

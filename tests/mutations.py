@@ -84,8 +84,8 @@ FAULTS = [
     Fault(
         "the first momentum step is dampened",
         "diffopt/optimizers.py",
-        "direction if step == 1 or is_zero",
-        "direction if is_zero",
+        "direction if is_zero(self.dampening) or step == 1",
+        "direction if is_zero(self.dampening)",
     ),
     Fault(
         "Adam's bias correction is one step behind",
@@ -150,37 +150,37 @@ FAULTS = [
     Fault(
         "an order of the binomial rule leaves out its earliest step",
         "estimators/binomial.py",
-        "weighted = {t: self.scale * turned[t] for t in range(low, high + 1)}",
-        "weighted = {t: self.scale * turned[t] for t in range(low + 1, high + 1)}",
+        "_write(adjoints, low, updates.scan(_row(adjoints, end), low, end, pushes))",
+        "_write(adjoints, low + (level > 1), updates.scan(_row(adjoints, end), low, end, pushes))",
     ),
     Fault(
         "the binomial rule forgets its scale",
         "estimators/binomial.py",
-        "self.scale * turned[t]",
-        "turned[t]",
+        "self.scale * updates.turn(",
+        "updates.turn(",
     ),
     Fault(
         "the binomial rule takes mixed products at every order",
         "estimators/binomial.py",
-        "final = weighted if level == self.order else {high}",
-        "final = weighted",
+        "turned if level == self.order else _rows(turned, high - low, high - low)",
+        "turned",
     ),
     Fault(
         "the binomial window is one step too long",
         "estimators/binomial.py",
-        "first_curved = self.steps - self.curved + 1",
-        "first_curved = max(1, self.steps - self.curved)",
+        "self.trajectory.steps - self.curved + 1",
+        "max(1, self.trajectory.steps - self.curved)",
     ),
     Fault(
         "E' is taken without its curvature's step (C instead of E)",
-        "diffopt/parallel.py",
-        "return Leaves(through_state), Leaves(autodiff.or_zeros(terms[count:], adjoint[:params]))",
-        "return Leaves(through_state), Leaves(through_state[:params])",
+        "diffopt/update_blocks.py",
+        "terms = [adjoints[self._part(out)] * _of_steps(f, first, end) for out, f in self._turns.items()]",
+        "terms = [adjoints[self._part(out)] for out, f in self._turns.items()]",
     ),
     Fault(
         "the hyperparameters' terms of parallel rules are dropped",
-        "diffopt/parallel.py",
-        "direct.add(step, dict(zip(self._hypers, terms, strict=True)))",
+        "diffopt/update_blocks.py",
+        "direct.add(step, dict(zip(hypers, terms, strict=True)))",
         "pass",
     ),
     Fault(
@@ -192,8 +192,8 @@ FAULTS = [
     Fault(
         "the Krylov system has the wrong sign",
         "estimators/krylov.py",
-        "lambda x: x - system.scan",
-        "lambda x: x + system.scan",
+        "return x - self.apart(self.scan(",
+        "return x + self.apart(self.scan(",
     ),
     Fault(
         "a window's updates all count as its first step",
