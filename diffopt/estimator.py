@@ -20,7 +20,7 @@ from torch import Tensor
 from diffopt import autodiff
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
-from diffopt.leaves import Leaves
+from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import refuse_other_losses, roll_out, roll_out_recorded
 from diffopt.trajectory import Cotangents, Trajectory
@@ -232,10 +232,8 @@ class _Pullback(torch.autograd.Function):
         with torch.no_grad():
             result = call.rule.pullback(trajectory, Leaves(cotangent))
         terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
-        if call.watch.values and terms:
-            finite = torch.stack([autodiff.plain(term).isfinite().all() for term in terms])
-            if not bool(finite.all()):
-                _refuse_non_finite(cotangent)
+        if call.watch.values and terms and not all_finite(terms):
+            _refuse_non_finite(cotangent)
         return tuple(terms)
 
     @staticmethod
@@ -305,8 +303,7 @@ def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
 
 
 def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
-    fine = all(bool(autodiff.plain(c).isfinite().all()) for c in cotangent)
-    outer = "is finite" if fine else "is not finite itself: check that loss"
+    outer = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
     raise NonFiniteGradientError(
         f"the hypergradient is NaN or infinite. The gradient of the outer loss at the solution {outer}. Check for "
         "roots, norms or logarithms at zero in the inner loss, or take fewer steps or a smaller step size"

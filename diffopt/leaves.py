@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeAlias, final
@@ -120,6 +121,15 @@ class Leaves(Sequence[Tensor]):
     def where_greater(self, other: Leaves) -> Leaves:
         """The elementwise larger of the two; at a tie it is ``other``, and so is its derivative."""
         return self.map(lambda a, b: torch.where(a > b, a, b), other)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is NaN or infinite; the tensors live on one device."""
+    numbers = [autodiff.plain(tensor) for tensor in tensors]
+    # Finite norms end the matter in one fused call and one synchronisation; others may only have overflowed.
+    if math.isfinite(torch.stack(torch._foreach_norm(numbers)).sum()):
+        return True
+    return all(bool(x.isfinite().all()) for x in numbers)
 
 
 def _apply(

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt import autodiff, graph
 from diffopt.dynamics import Dynamics
 from diffopt.errors import DivergenceError, RandomnessError
-from diffopt.leaves import Leaves
+from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 from diffopt.stepper import Stepper, apart_from, refuse_bad_start
 
@@ -85,7 +85,7 @@ def _losses(dynamics: Dynamics, current: Sequence[Tensor], *params: Tensor) -> T
 
 def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
     """Refuse a replay that did not give the rollout's losses; looser than round-off, which may differ on a GPU."""
-    if losses.numel() == 0:
+    if torch.equal(again, losses):
         return
     tolerance = max(1e-3, 4 * torch.finfo(losses.dtype).eps)
     same = torch.isclose(again, losses, rtol=tolerance, atol=1e-6, equal_nan=True).reshape(-1, losses.shape[-1]).all(0)
@@ -99,14 +99,11 @@ def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
 
 
 def _refuse_divergence(losses: Tensor, final: Leaves) -> None:
-    """Refuse losses ``[..., steps]`` or a final state that are not finite, naming the step that led there."""
-    losses = autodiff.plain(losses)
-    end = torch.stack([autodiff.plain(leaf).isfinite().all() for leaf in final]).all()
-    if not bool(losses.isfinite().all() & end):
-        steps = losses.shape[-1]
-        good = losses.isfinite().reshape(-1, steps).all(0)
+    """Refuse losses ``[..., T]`` or a final state that are not finite, naming the step that led there."""
+    if not all_finite([losses, *final]):
+        flags = [all_finite([loss]) for loss in losses.unbind(-1)]
         # the loss of step t is that of the state before it: step t - 1 led there
-        step = steps if bool(good.all()) else int((~good).nonzero()[0, 0])
+        step, steps = [*flags, False].index(False), len(flags)
         raise DivergenceError(
             f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite; "
             "check the learning rate, or clip or rescale the gradients",

@@ -137,17 +137,18 @@ class Stepper:
         if keep_gradients:
             self.record.gradients[step] = Leaves(grads)
         if step == 1 and (self.watch.captures or self.watch.levels):
-            self._refuse_captures_of_update(state, grads, current)
+            return self._watched_update(state, grads, current), losses.detach()
         return dynamics.update(state, grads, current, step), losses.detach()
 
-    def _refuse_captures_of_update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor]) -> None:
-        """Take the first update once more, only to see whether it reads a tensor that it was not given."""
+    def _watched_update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor]) -> Leaves:
+        """The first update, once it is seen not to read a tensor that it was not given."""
         with torch.enable_grad():
             roots = autodiff.make_roots(state)
             after = apart_from(self.watch.levels, self.dynamics.update, roots, grads, current, 1)
         nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
         if self.watch.captures and graph.reaches_captured(nodes, roots):
             refuse_capture()
+        return Leaves(leaf.detach() for leaf in after)
 
     def _levels_at(self, step: int) -> range:
         return self.watch.levels if step == 1 else range(0)
