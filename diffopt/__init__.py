@@ -30,7 +30,9 @@ from diffopt.errors import (
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Optimizer, Schedule
-from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, Preconditioned, ProximalGD, RMSprop
+from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from diffopt.preconditioned import Preconditioned
+from diffopt.proximal import ProximalGD
 from diffopt.solve import Kept, Solution, State, solve
 
 __version__ = "0.1.0"

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-from torch import Tensor
-
-from diffopt.errors import HyperparameterError, ShapeError
+from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
-from diffopt.optimizer import EACH, PREFIX, Buffers, Hyperparameter, Optimizer, check_range, is_zero
-from diffopt.tree import describe
+from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer, check_range, is_zero
 
 _INFINITY = float("inf")
 
@@ -247,104 +244,3 @@ class Adagrad(Optimizer):
         square = buffers["square"] + direction * direction
         lr = self.lr if is_zero(self.lr_decay) else self.lr / (1 + (step - 1) * self.lr_decay)
         return params.minus(lr, direction / (square.sqrt() + self.eps)), {"square": square}
-
-
-@final
-@dataclass(frozen=True)
-class ProximalGD(Optimizer):
-    r"""Gradient descent on the loss plus a proximal term, the inner solver of iMAML.
-
-    .. math:: \phi^+ = \phi - \eta\,\big(g + \lambda (\phi - c)\big)
-
-    The proximal term is part of the update, not of the loss: it costs no order in the order-truncated estimators
-    (derivations, section 2.1).
-
-    Args:
-        lr: step size ``eta``.
-        strength: ``lambda``, the weight of the proximal term.
-        center: ``c``, a tree shaped like ``params``; ``None``: the initial parameters, through which the
-            hypergradient then also flows.
-
-    Reference: Rajeswaran et al. (2019), "Meta-Learning with Implicit Gradients", equation (3).
-    """
-
-    lr: Hyperparameter
-    strength: Hyperparameter
-    center: Hyperparameter = None
-    elementwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse a negative step size or strength."""
-        check_range(self, lr=(0, _INFINITY), strength=(0, _INFINITY))
-        if isinstance(self.center, str | bool):
-            raise HyperparameterError(f"ProximalGD: center is {self.center!r}, expected None or a tree like params")
-
-    def init(self, params: Leaves) -> Buffers:
-        """The center, where it is the initial parameters."""
-        return {"center": params} if self.center is None else {}
-
-    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
-        """One step."""
-        center = buffers["center"] if self.center is None else self.center
-        return params.minus(self.lr, grads + self.strength * (params - center)), buffers
-
-
-@final
-@dataclass(frozen=True)
-class Preconditioned(Optimizer):
-    r"""Gradient descent with a learned linear preconditioner, diagonal or Kronecker-factored (meta-curvature).
-
-    .. math:: \phi^+ = \phi - \eta\,\mathcal M g,\qquad
-              \mathcal M g = m \odot g \quad\text{or}\quad g \times_1 M_1 \times_2 M_2 \cdots
-
-    Args:
-        lr: step size ``eta``.
-        diagonal: ``m``, a tree shaped like ``params``.
-        factors: a tree with ``params``' branches and, for each leaf, a tuple of square matrices, one per axis of the
-            leaf (``None`` for the identity): an axis of length ``n`` takes an ``[n, n]`` matrix.
-
-    Give ``diagonal``, ``factors`` or both (the diagonal is applied first).
-
-    Reference: Park and Oliva (2019), "Meta-Curvature", section 3; Li et al. (2017), "Meta-SGD", for the diagonal.
-    """
-
-    lr: Hyperparameter
-    diagonal: Hyperparameter = None
-    factors: Hyperparameter = field(default=None, metadata=PREFIX)
-    elementwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse a negative step size, and a preconditioner that is missing."""
-        check_range(self, lr=(0, _INFINITY))
-        if self.diagonal is None and self.factors is None:
-            raise HyperparameterError("Preconditioned: give diagonal, factors or both; SGD has neither")
-
-    def init(self, params: Leaves) -> Buffers:
-        """No buffers."""
-        return {}
-
-    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
-        """One step."""
-        move = grads if self.diagonal is None else self.diagonal * grads
-        if self.factors is not None:
-            move = Leaves(_multiply_axes(g, m) for g, m in zip(move, self.factors, strict=True))
-        return params.minus(self.lr, move), buffers
-
-
-def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tensor:
-    """``tensor`` with axis ``i`` multiplied by ``matrices[i]``."""
-    if not isinstance(matrices, tuple | list) or len(matrices) != tensor.ndim:
-        raise ShapeError(
-            f"Preconditioned: factors holds {describe(matrices)} for a leaf of shape {tuple(tensor.shape)}, expected a "
-            f"tuple of {tensor.ndim} matrices, one per axis (None for the identity)"
-        )
-    for axis, matrix in enumerate(matrices):
-        if matrix is not None:
-            if not isinstance(matrix, Tensor) or matrix.shape != (tensor.shape[axis],) * 2:
-                raise ShapeError(
-                    f"Preconditioned: factor {axis} is {describe(matrix)}, the leaf's shape "
-                    f"{tuple(tensor.shape)} asks for {(tensor.shape[axis],) * 2}"
-                )
-            moved = tensor.movedim(axis, 0)
-            tensor = (matrix @ moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, axis)
-    return tensor

@@ -101,7 +101,7 @@ FAULTS = [
     ),
     Fault(
         "a Kronecker factor is transposed",
-        "diffopt/optimizers.py",
+        "diffopt/preconditioned.py",
         "(matrix @ moved",
         "(matrix.mT @ moved",
     ),
