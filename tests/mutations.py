@@ -221,19 +221,19 @@ FAULTS = [
     ),
     Fault(
         "conjugate gradients take the old residual for the direction",
-        "diffopt/linear_solve.py",
+        "diffopt/linear_solve/conjugate_gradient.py",
         "p = r + tasks.times(",
         "p = r + tasks.times(alpha, ap) + tasks.times(",
     ),
     Fault(
         "negative curvature goes unnoticed",
-        "diffopt/linear_solve.py",
+        "diffopt/linear_solve/conjugate_gradient.py",
         "breakdown = breakdown | (active & ~(curvature > 0))",
         "breakdown = breakdown",
     ),
     Fault(
         "the Neumann series adds what it should subtract",
-        "diffopt/linear_solve.py",
+        "diffopt/linear_solve/neumann.py",
         "x, r = x + move, r - matvec(move)",
         "x, r = x + move, r + matvec(move)",
     ),

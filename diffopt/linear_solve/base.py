@@ -1,0 +1,213 @@
+"""What every linear solver shares: the scalars of tasks, scaling, checks of what it is given, and its verdict."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt import autodiff, tree
+from diffopt.errors import DtypeError, HyperparameterError, LeafError, LinearSolveError, ShapeError, StructureError
+from diffopt.leaves import Leaves
+
+Matvec: TypeAlias = Callable[[Leaves], Leaves]
+
+TINY = 1e-300
+
+
+class LinearSolution(NamedTuple):
+    """What a solver returns. Scalars have the tasks' axes, if there are tasks.
+
+    Attributes:
+        value: the solution, a tree like ``b``.
+        residual: the norm of ``b - A x``.
+        iterations: how many products with ``A`` were used.
+        converged: whether the residual is within the solver's tolerance.
+        breakdown: whether the solver met a system it cannot solve (negative curvature, divergence, singularity).
+    """
+
+    value: Any
+    residual: Tensor
+    iterations: Tensor
+    converged: Tensor
+    breakdown: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Tasks:
+    """Inner products and multiples of ``Leaves`` whose first ``axes`` axes are independent problems."""
+
+    axes: int
+
+    def dot(self, a: Leaves, b: Leaves) -> Tensor:
+        """The inner product, one per task."""
+        parts = [(x * y).reshape(*x.shape[: self.axes], -1).sum(-1) for x, y in zip(a, b, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def norm(self, a: Leaves) -> Tensor:
+        """The Euclidean norm, one per task."""
+        return self.dot(a, a).sqrt()
+
+    def like(self, scalars: Tensor, a: Leaves) -> Leaves:
+        """One scalar per task, shaped to broadcast against each leaf."""
+        return a.map(lambda x: scalars.reshape(scalars.shape + (1,) * (x.ndim - self.axes)))
+
+    def times(self, factor: Tensor, a: Leaves) -> Leaves:
+        """A multiple, each task with its own factor."""
+        return self.like(factor, a) * a
+
+    def start(self, a: Leaves) -> Leaves:
+        """A fixed vector, the same for every task, that no symmetry of a problem is likely to annihilate."""
+
+        def one(x: Tensor) -> Tensor:
+            own = x.shape[self.axes :]
+            numbers = torch.arange(1, own.numel() + 1, device=x.device).sin().to(x.dtype)
+            return numbers.reshape(own).expand(x.shape)
+
+        return a.map(one)
+
+    def flatten(self, a: Leaves) -> Tensor:
+        """One vector per task, ``[..., n]``."""
+        return torch.cat([x.reshape(*x.shape[: self.axes], -1) for x in a], dim=-1)
+
+    def unflatten(self, vector: Tensor, like: Leaves) -> Leaves:
+        """The inverse of :meth:`flatten`."""
+        sizes = [x[(0,) * self.axes].numel() for x in like]
+        return Leaves(v.reshape(x.shape) for v, x in zip(torch.split(vector, sizes, dim=-1), like, strict=True))
+
+
+class LinearSolver(ABC):
+    """Solves ``A x = b``; see the package's docstring. ``throw``: raise if a system is not solved."""
+
+    throw: bool
+
+    @abstractmethod
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for stacked tasks, whose ``b`` is finite and of largest entry 1, or zero."""
+
+    @final
+    def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for ``Leaves`` of stacked tasks, without raising.
+
+        Each task's system is scaled to a largest entry of 1, so that squares neither overflow nor vanish; a zero ``b``
+        has the solution zero, and one that is not finite is a breakdown.
+        """
+        largest = torch.stack([x.abs().reshape(*x.shape[: tasks.axes], -1).amax(-1) for x in b]).amax(0)
+        usable = largest.isfinite() & (largest > 0)
+        scale = torch.where(usable, largest, 1)
+
+        def scaled(x: Leaves) -> Leaves:
+            inverse, keep = tasks.like(1 / scale, x), tasks.like(usable, x)
+            return Leaves(torch.where(k, i * v, 0) for v, i, k in zip(x, inverse, keep, strict=True))
+
+        found = self.iterate(matvec, scaled(b), tasks, None if start is None else scaled(start))
+        finite = largest.isfinite() & found.residual.isfinite()
+        return LinearSolution(
+            tasks.times(scale, found.value),
+            torch.where(finite, scale * found.residual, torch.inf),
+            found.iterations,
+            found.converged & finite,
+            found.breakdown | ~finite,
+        )
+
+    @final
+    def solve(self, matvec: Callable[[Any], Any], b: Any, start: Any = None) -> LinearSolution:
+        """Solve ``matvec(x) = b`` for one system (or, under vmap, one per task).
+
+        Args:
+            matvec: maps a tree like ``b`` to another, linearly.
+            b: a tree of floating tensors.
+            start: where an iterative solver starts, a tree like ``b``; ``None``: zero.
+
+        Raises:
+            LinearSolveError: the system was not solved and ``throw`` is set.
+            ShapeError: ``matvec`` returns something else than a tree like ``b``.
+        """
+        leaves, structure = tree.flatten(b)
+        if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() and x.numel() for x in leaves):
+            raise LeafError(f"b is {tree.describe(b)}, expected a tree of floating tensors, none of them empty")
+
+        def product(x: Leaves) -> Leaves:
+            out, out_structure = tree.flatten(matvec(tree.unflatten(structure, x.tensors)))
+            if out_structure != structure or [y.shape for y in out] != [y.shape for y in leaves]:
+                raise ShapeError(f"matvec returned {Leaves(out)}, expected tensors shaped like b: {Leaves(leaves)}")
+            if [y.dtype for y in out] != [y.dtype for y in leaves]:
+                raise DtypeError(f"matvec returned {[y.dtype for y in out]}, b has {[y.dtype for y in leaves]}")
+            return Leaves(out)
+
+        initial = None if start is None else leaves_like(start, "start", "b", leaves, structure)
+        found = self.run(product, Leaves(leaves), Tasks(0), initial)
+        if self.throw and not autodiff.transforms_active():
+            refuse_unsolved(self, found)
+        return found._replace(value=tree.unflatten(structure, found.value.tensors))
+
+
+def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor], structure: tree.Structure) -> Leaves:
+    """The leaves of a tree that must look like another one."""
+    leaves, found = tree.flatten(value)
+    if found != structure:
+        raise StructureError(f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}")
+    for path, x, like in zip(tree.paths(structure), leaves, model, strict=True):
+        if not isinstance(x, Tensor) or x.shape != like.shape:
+            raise ShapeError(
+                f"{name}{path} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}"
+            )
+    return Leaves(leaves)
+
+
+def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
+    """Raise if any task's system was not solved."""
+    if bool(found.converged.all()):
+        return
+    name = type(solver).__name__
+    worst, used = float(found.residual.max()), int(found.iterations.max())
+    if bool(found.breakdown.any()):
+        raise LinearSolveError(
+            f"{name} broke down after {used} products (residual {worst:.1e}): the matrix is not of the kind it solves. "
+            f"{_NEEDS.get(name, '')}Is the inner problem at a minimum? GMRES or a damping may help"
+        )
+    raise LinearSolveError(
+        f"{name} did not converge: residual {worst:.1e} after {used} products. Allow more iterations or a larger rtol, "
+        "add damping, or pass throw=False to take the solution as it is"
+    )
+
+
+_NEEDS = {
+    "ConjugateGradient": "Conjugate gradients need a positive definite matrix; it has a direction of curvature <= 0. ",
+    "Neumann": "The Neumann series needs step_size * A between 0 and 2; it diverged. ",
+}
+
+
+def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None:
+    """Refuse options below their lowest value, of another type, or not finite; those named may be ``None``.
+
+    An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
+    """
+    for name, low in lowest.items():
+        value: Any = getattr(solver, name)
+        if value is None and name in optional:
+            continue
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        number = value if isinstance(value, kinds) and not isinstance(value, bool) else math.nan
+        if not low <= number < (1 if name == "rtol" else math.inf):
+            kind = "an integer" if isinstance(low, int) else "a finite number"
+            raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
+
+
+def all_stopped(active: Tensor) -> bool:
+    """Whether an iteration may stop early: asked on the CPU only, where the answer costs nothing."""
+    return not autodiff.transforms_active() and active.device.type == "cpu" and not bool(active.any())
+
+
+def matrix_columns(matvec: Matvec, like: Leaves, tasks: Tasks, chosen: Sequence[int]) -> Tensor:
+    """The columns of the matrix with these numbers, ``[..., n, len(chosen)]``."""
+    flat = tasks.flatten(like)
+    unit = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+    columns = [tasks.flatten(matvec(tasks.unflatten(unit[i].expand_as(flat), like))) for i in chosen]
+    return torch.stack(columns, dim=-1)

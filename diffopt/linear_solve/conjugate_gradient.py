@@ -1,0 +1,62 @@
+"""Conjugate gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from diffopt.leaves import Leaves
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, Tasks, all_stopped, check_options
+
+
+@final
+@dataclass(frozen=True)
+class ConjugateGradient(LinearSolver):
+    r"""Conjugate gradients, for symmetric positive definite ``A``.
+
+    The error after ``k`` products is at most ``2 sqrt(kappa) ((sqrt(kappa)-1)/(sqrt(kappa)+1))**k`` of the first, with
+    ``kappa`` the condition number. A direction of curvature ``<= 0`` stops its task and is reported as a breakdown.
+
+    Args:
+        max_iterations: products at most.
+        rtol: converged when the residual's norm is below ``rtol`` times that of ``b``.
+        throw: raise :class:`diffopt.LinearSolveError` if not converged.
+
+    Reference: Hestenes and Stiefel (1952), "Methods of Conjugate Gradients for Solving Linear Systems". Derivations,
+    section 6.1.
+    """
+
+    max_iterations: int = 100
+    rtol: float = 1e-5
+    throw: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self, max_iterations=1, rtol=0.0)
+
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for stacked tasks."""
+        x = b.zeros() if start is None else start
+        r = b if start is None else b - matvec(x)
+        p, rr = r, tasks.dot(r, r)
+        bound = self.rtol**2 * tasks.dot(b, b)
+        active, breakdown = rr > bound, torch.zeros_like(rr, dtype=torch.bool)
+        iterations = torch.zeros_like(rr, dtype=torch.int64) + int(start is not None)
+        for _ in range(self.max_iterations):
+            if all_stopped(active):
+                break
+            ap = matvec(p)
+            curvature = tasks.dot(p, ap)
+            iterations = iterations + active
+            # "not above" so that NaN counts as a breakdown too
+            breakdown = breakdown | (active & ~(curvature > 0))
+            active = active & (curvature > 0)
+            alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0)
+            x, r = x + tasks.times(alpha, p), r - tasks.times(alpha, ap)
+            new = tasks.dot(r, r)
+            # this differs from the textbook only in that a task that has stopped keeps its numbers
+            p = r + tasks.times(torch.where(active, new / torch.where(active, rr, 1), 0), p)
+            rr, active = new, active & (new > bound)
+        return LinearSolution(x, rr.sqrt(), iterations, (rr <= bound) & ~breakdown, breakdown)

@@ -1,0 +1,43 @@
+"""A direct solve of the whole matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from diffopt.leaves import Leaves
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, Tasks, check_options, matrix_columns
+
+
+@final
+@dataclass(frozen=True)
+class Dense(LinearSolver):
+    """The matrix, column by column, and a direct solve: ``n`` products, ``n * n`` numbers. For small systems.
+
+    Args:
+        damping: added to the diagonal.
+        throw: raise if the matrix is singular.
+    """
+
+    damping: float = 0.0
+    throw: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        check_options(self, damping=0.0)
+
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for stacked tasks."""
+        flat = tasks.flatten(b)
+        size = flat.shape[-1]
+        matrix = matrix_columns(matvec, b, tasks, range(size))
+        matrix = matrix + self.damping * torch.eye(size, dtype=flat.dtype, device=flat.device)
+        x, _ = torch.linalg.solve_ex(matrix, flat[..., None])
+        residual = (flat - (matrix @ x)[..., 0]).norm(dim=-1)
+        sizes = torch.linalg.svdvals(torch.where(matrix.isfinite(), matrix, 0))
+        singular = sizes[..., -1] <= size * torch.finfo(flat.dtype).eps * sizes[..., 0]
+        breakdown = singular | ~residual.isfinite()
+        iterations = torch.full_like(residual, size, dtype=torch.int64)
+        return LinearSolution(tasks.unflatten(x[..., 0], b), residual, iterations, ~breakdown, breakdown)

@@ -1,0 +1,73 @@
+"""The Neumann series, and the power method that gives it a step size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffopt.leaves import Leaves
+from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, Tasks, all_stopped, check_options
+
+
+@final
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    r"""The Neumann series ``x = a sum_j (I - a A)^j b``, for ``A`` with eigenvalues in ``(0, 2/a)``.
+
+    ``k`` terms are ``k`` steps of gradient descent on the quadratic, and at a stationary point the hypergradient
+    truncated to ``k`` steps. A residual that has grown is reported as a breakdown.
+
+    Args:
+        terms: how many terms; stops when converged.
+        step_size: ``a``; ``None``: one over the largest eigenvalue, estimated by ``power_iterations`` products.
+        rtol, throw: as in :class:`ConjugateGradient`; ``rtol=None`` takes any residual that has not grown.
+        power_iterations: for the estimate.
+
+    Reference: Lorraine, Vicol and Duvenaud (2020), "Optimizing Millions of Hyperparameters by Implicit
+    Differentiation", section 4. Derivations, sections 6.1 and 6.6.
+    """
+
+    terms: int = 100
+    step_size: float | None = None
+    rtol: float | None = 1e-5
+    throw: bool = True
+    power_iterations: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_options(self, "rtol", "step_size", terms=1, step_size=TINY, rtol=0.0, power_iterations=1)
+
+    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """Solve for stacked tasks."""
+        first = tasks.norm(b)
+        x, r = (b.zeros(), b) if start is None else (start, b - matvec(start))
+        used = int(start is not None)
+        if self.step_size is None:
+            step, used = 1 / largest_eigenvalue(matvec, b, tasks, self.power_iterations), used + self.power_iterations
+        else:
+            step = torch.full_like(first, self.step_size)
+        bound = 0 * first if self.rtol is None else self.rtol * first
+        active, iterations = tasks.norm(r) > bound, torch.full_like(first, used, dtype=torch.int64)
+        for _ in range(self.terms):
+            if all_stopped(active):
+                break
+            move = tasks.times(torch.where(active, step, 0), r)
+            x, r = x + move, r - matvec(move)
+            iterations, active = iterations + active, active & (tasks.norm(r) > bound)
+        residual = tasks.norm(r)
+        breakdown = ~(residual <= first)
+        converged = ~breakdown if self.rtol is None else residual <= bound
+        return LinearSolution(x, residual, iterations, converged, breakdown)
+
+
+def largest_eigenvalue(matvec: Matvec, like: Leaves, tasks: Tasks, iterations: int) -> Tensor:
+    """The eigenvalue of largest modulus (its modulus), one per task, by the power method from a fixed start."""
+    v = tasks.start(like)
+    size = tasks.norm(v)
+    for _ in range(iterations):
+        v = matvec(tasks.times(1 / size, v))
+        size = tasks.norm(v)
+    return size
