@@ -6,32 +6,17 @@ import itertools
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from cases import OPTIMIZERS, expected_hypergradient, hypergradient, small_network
+from differences import DIFFERENCE, INPUTS, RADIUS, STEPS, WEIGHTS, close, generator
 from oracles import relative_error
 from torch.func import grad, vmap
-from torch.nn import functional
 
 import diffopt
-from diffopt.estimators import Binomial, ESJacobian, Implicit, Krylov, Reverse
+from diffopt.estimators import ESJacobian, Reverse
 
-STEPS = 3
-# Central differences: radius**2 = 1e-8 times third derivatives, which are of order 1 to 100 here, and round-off
-# 1e-16 / 1e-4; some derivatives are a thousand times smaller than the largest.
-RADIUS, DIFFERENCE = 1e-4, 1e-4
 SAMPLINGS = ["gaussian", "rademacher", "sphere", "orthonormal"]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def close(got, expected, tolerance=DIFFERENCE):
-    """All meta-parameters as one vector: directions mix them, and so their errors."""
-    got, expected = (torch.cat([x.detach().reshape(-1) for x in tensors]) for tensors in (got, expected))
-    return float((got - expected).norm()) < tolerance * float(expected.norm())
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
@@ -112,10 +97,6 @@ def test_the_differences_error_is_of_second_or_first_order_in_the_radius(antithe
 
 
 class TestTasks:
-    DATA = generator(4)
-    X = torch.randn(3, 4, 2, generator=DATA, dtype=torch.float64)
-    W = torch.randn(2, generator=DATA, dtype=torch.float64)
-
     @staticmethod
     def run(w, lr, x, rule):
         def loss(w, x):
@@ -127,8 +108,8 @@ class TestTasks:
     @pytest.mark.parametrize("sampling", SAMPLINGS)
     def test_each_task_draws_directions_of_its_own(self, sampling):
         rule = ESJacobian(1, RADIUS, sampling, generator=generator())
-        x, lr = self.X[:1].expand(3, 4, 2), torch.tensor(0.3, dtype=torch.float64)  # three times the same task
-        got = vmap(grad(lambda w, x: self.run(w, lr, x, rule), argnums=(0, 1)), in_dims=(None, 0))(self.W, x)
+        x, lr = INPUTS[:1].expand(3, 4, 2), torch.tensor(0.3, dtype=torch.float64)  # three times the same task
+        got = vmap(grad(lambda w, x: self.run(w, lr, x, rule), argnums=(0, 1)), in_dims=(None, 0))(WEIGHTS, x)
         for part in got:
             assert not torch.allclose(part[0], part[1], rtol=1e-2)
             assert not torch.allclose(part[1], part[2], rtol=1e-2)
@@ -140,120 +121,14 @@ class TestTasks:
             run = partial(self.run, rule=rule)
             over_tasks = vmap(grad(run, argnums=(0, 1, 2)), in_dims=(None, None, 0))
             if way == "vmap of grad":
-                found.append(over_tasks(self.W, rates[0], self.X))
+                found.append(over_tasks(WEIGHTS, rates[0], INPUTS))
             elif way == "nested":
-                found.append(vmap(over_tasks, in_dims=(None, 0, None))(self.W, rates, self.X))
+                found.append(vmap(over_tasks, in_dims=(None, 0, None))(WEIGHTS, rates, INPUTS))
             else:
-                leaves = [x.clone().requires_grad_() for x in (self.W, rates[0], self.X)]
+                leaves = [x.clone().requires_grad_() for x in (WEIGHTS, rates[0], INPUTS)]
                 value = vmap(run, in_dims=(None, None, 0))(*leaves).sum()
                 found.append(torch.autograd.grad(value, leaves))
         assert relative_error(*found) < DIFFERENCE
-
-
-class TestCommonRandomNumbers:
-    """With other numbers in the perturbed runs, the estimate would be noise over the radius."""
-
-    X = TestTasks.X
-
-    @staticmethod
-    def gradient(x, w, rule, seed):
-        def loss(w, x):
-            return (functional.dropout(x, 0.4) @ torch.tanh(w) - 1).square().mean() + 0.1 * w.pow(4).sum()
-
-        w, x = w.clone().requires_grad_(), x.clone().requires_grad_()
-        torch.manual_seed(seed)
-        solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
-        torch.rand(5)  # what is drawn in between does not matter
-        return torch.autograd.grad(solution.params.pow(3).sum(), [w, x])
-
-    @pytest.mark.parametrize("antithetic", [True, False])
-    def test_dropout(self, antithetic):
-        rule = ESJacobian(1000, 1e-6, antithetic=antithetic, generator=generator())
-        got, other = (self.gradient(self.X[0], TestTasks.W, rule, seed) for seed in (1, 2))
-        # forward differences: 1e-6 of second derivatives, round-off 1e-16 / 1e-6
-        assert close(got, self.gradient(self.X[0], TestTasks.W, Reverse(), 1))
-        assert not close(got, other, 1e-2), "the masks matter"
-
-    @pytest.mark.parametrize("randomness", ["same", "different"])
-    def test_dropout_under_vmap(self, randomness):
-        def run(w, x, rule):
-            def loss(w, x):
-                mask = functional.dropout(torch.ones_like(w), 0.4)
-                return (x @ torch.tanh(mask * w) - 1).square().mean() + 0.1 * w.pow(4).sum()
-
-            solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
-            return solution.params.pow(3).sum()
-
-        found = []
-        for rule in (ESJacobian(1000, 1e-6, generator=generator()), Reverse()):
-            torch.manual_seed(5)
-            derivative = grad(partial(run, rule=rule), argnums=(0, 1))
-            found.append(vmap(derivative, in_dims=(None, 0), randomness=randomness)(TestTasks.W, self.X))
-        assert relative_error(*found) < DIFFERENCE
-
-
-class Cube(torch.autograd.Function):
-    """``x**3``, with a derivative that refuses to be differentiated."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        return CubePullback.apply(*ctx.saved_tensors, cotangent)
-
-
-class CubePullback(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, cotangent):
-        return 3 * x**2 * cotangent
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        raise NotImplementedError("there is no second derivative")
-
-
-def test_no_second_derivative_is_taken():
-    start, b = torch.tensor([[0.3, -0.5], [1.0, 2.0]], dtype=torch.float64)
-
-    def gradients(cube, rule):
-        leaves = [start.clone().requires_grad_(), b.clone().requires_grad_()]
-        loss = lambda w, b: (cube(w - b) * (w - b)).sum()  # noqa: E731
-        solution = diffopt.solve(loss, *leaves, optimizer=diffopt.SGD(0.02), steps=3, estimator=rule)
-        return torch.autograd.grad(solution.params.square().sum(), leaves)
-
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        gradients(Cube.apply, Reverse())
-    rule = ESJacobian(1000, RADIUS, generator=generator())
-    assert close(gradients(Cube.apply, rule), gradients(lambda x: x**3, Reverse()))
-
-
-def test_kinks():
-    g = generator(6)
-    images, kernel = torch.randn(2, 1, 6, 6, generator=g), torch.randn(2, 1, 3, 3, generator=g)
-
-    def loss(p, x):
-        return (functional.max_pool2d(functional.relu(functional.conv2d(x, p)), 2) - 1).square().mean()
-
-    found = []
-    for rule in (ESJacobian(1000, 1e-6, generator=generator()), Reverse()):
-        leaves = [kernel.double().requires_grad_(), images.double().requires_grad_()]
-        solution = diffopt.solve(loss, *leaves, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
-        found.append(torch.autograd.grad(solution.params.square().sum(), leaves))
-    assert close(*found)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -295,19 +170,6 @@ def test_the_number_of_gradients():
             STEPS * (2 + runs),
             0,
         )  # and one to check the loss
-
-
-@pytest.mark.parametrize("rule", [ESJacobian(2, 1e-3), Binomial(1), Krylov(2), Implicit(), Reverse(1)], ids=str)
-def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_evaluates_it_again(rule):
-    own = np.random.default_rng(0)
-    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
-
-    def loss(w):
-        return (torch.from_numpy(own.random(4)) * w).square().sum()
-
-    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
-    with pytest.raises(diffopt.RandomnessError, match="came out differently"):
-        solution.params.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,17 @@ from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
 import diffopt
-from diffopt.estimators import FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.estimators import (
+    Binomial,
+    ESJacobian,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Krylov,
+    Reverse,
+    Truncated,
+    Unrolled,
+)
 
 STEPS, TASKS, LR, MOMENTUM, SEED = 7, 3, 0.1, 0.6, 5
 EXACT: dict[str, Any] = {
@@ -224,3 +235,16 @@ def test_jacrev_over_a_random_loss_is_refused(name: str) -> None:
     w, x, lr = (leaf.detach() for leaf in leaves())
     with pytest.raises(diffopt.RandomnessError, match="loop instead of vmap"):
         jacrev(lambda w: solved(w, x, lr, EXACT[name]))(w)
+
+
+@pytest.mark.parametrize("rule", [ESJacobian(2, 1e-3), Binomial(1), Krylov(2), Implicit(), Reverse(1)], ids=str)
+def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_evaluates_it_again(rule):
+    own = np.random.default_rng(0)
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+    def loss(w):
+        return (torch.from_numpy(own.random(4)) * w).square().sum()
+
+    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
+    with pytest.raises(diffopt.RandomnessError, match="came out differently"):
+        solution.params.sum().backward()

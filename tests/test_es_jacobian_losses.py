@@ -1,0 +1,119 @@
+"""Evolution-strategy Jacobians of losses that draw random numbers, or that have no second derivative."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from differences import DIFFERENCE, INPUTS, RADIUS, STEPS, WEIGHTS, close, generator
+from oracles import relative_error
+from torch.func import grad, vmap
+from torch.nn import functional
+
+import diffopt
+from diffopt.estimators import ESJacobian, Reverse
+
+
+class TestCommonRandomNumbers:
+    """With other numbers in the perturbed runs, the estimate would be noise over the radius."""
+
+    @staticmethod
+    def gradient(x, w, rule, seed):
+        def loss(w, x):
+            return (functional.dropout(x, 0.4) @ torch.tanh(w) - 1).square().mean() + 0.1 * w.pow(4).sum()
+
+        w, x = w.clone().requires_grad_(), x.clone().requires_grad_()
+        torch.manual_seed(seed)
+        solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
+        torch.rand(5)  # what is drawn in between does not matter
+        return torch.autograd.grad(solution.params.pow(3).sum(), [w, x])
+
+    @pytest.mark.parametrize("antithetic", [True, False])
+    def test_dropout(self, antithetic):
+        rule = ESJacobian(1000, 1e-6, antithetic=antithetic, generator=generator())
+        got, other = (self.gradient(INPUTS[0], WEIGHTS, rule, seed) for seed in (1, 2))
+        # forward differences: 1e-6 of second derivatives, round-off 1e-16 / 1e-6
+        assert close(got, self.gradient(INPUTS[0], WEIGHTS, Reverse(), 1))
+        assert not close(got, other, 1e-2), "the masks matter"
+
+    @pytest.mark.parametrize("randomness", ["same", "different"])
+    def test_dropout_under_vmap(self, randomness):
+        def run(w, x, rule):
+            def loss(w, x):
+                mask = functional.dropout(torch.ones_like(w), 0.4)
+                return (x @ torch.tanh(mask * w) - 1).square().mean() + 0.1 * w.pow(4).sum()
+
+            solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
+            return solution.params.pow(3).sum()
+
+        found = []
+        for rule in (ESJacobian(1000, 1e-6, generator=generator()), Reverse()):
+            torch.manual_seed(5)
+            derivative = grad(partial(run, rule=rule), argnums=(0, 1))
+            found.append(vmap(derivative, in_dims=(None, 0), randomness=randomness)(WEIGHTS, INPUTS))
+        assert relative_error(*found) < DIFFERENCE
+
+
+class Cube(torch.autograd.Function):
+    """``x**3``, with a derivative that refuses to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return CubePullback.apply(*ctx.saved_tensors, cotangent)
+
+
+class CubePullback(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, cotangent):
+        return 3 * x**2 * cotangent
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        raise NotImplementedError("there is no second derivative")
+
+
+def test_no_second_derivative_is_taken():
+    start, b = torch.tensor([[0.3, -0.5], [1.0, 2.0]], dtype=torch.float64)
+
+    def gradients(cube, rule):
+        leaves = [start.clone().requires_grad_(), b.clone().requires_grad_()]
+        loss = lambda w, b: (cube(w - b) * (w - b)).sum()  # noqa: E731
+        solution = diffopt.solve(loss, *leaves, optimizer=diffopt.SGD(0.02), steps=3, estimator=rule)
+        return torch.autograd.grad(solution.params.square().sum(), leaves)
+
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradients(Cube.apply, Reverse())
+    rule = ESJacobian(1000, RADIUS, generator=generator())
+    assert close(gradients(Cube.apply, rule), gradients(lambda x: x**3, Reverse()))
+
+
+def test_kinks():
+    g = generator(6)
+    images, kernel = torch.randn(2, 1, 6, 6, generator=g), torch.randn(2, 1, 3, 3, generator=g)
+
+    def loss(p, x):
+        return (functional.max_pool2d(functional.relu(functional.conv2d(x, p)), 2) - 1).square().mean()
+
+    found = []
+    for rule in (ESJacobian(1000, 1e-6, generator=generator()), Reverse()):
+        leaves = [kernel.double().requires_grad_(), images.double().requires_grad_()]
+        solution = diffopt.solve(loss, *leaves, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
+        found.append(torch.autograd.grad(solution.params.square().sum(), leaves))
+    assert close(*found)
