@@ -266,11 +266,7 @@ def _refuse_far_from_stationary(
     if allowed is None:
         return
     tasks = Tasks(axes)
-    # in single precision at least: the squares of half-precision numbers overflow or vanish
-    size, scale = (
-        tasks.norm(Leaves(x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in xs))
-        for xs in (gradient, params)
-    )
+    size, scale = (tasks.norm(Leaves(x.detach() for x in xs)) for xs in (gradient, params))
     if not bool((size <= allowed * (1 + scale)).all()):
         raise StationarityError(
             f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "

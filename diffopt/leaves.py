@@ -110,6 +110,14 @@ class Leaves(Sequence[Tensor]):
             return Leaves(torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True))
         return Leaves(_foreach.add(self.tensors, other.tensors, alpha=-scale))
 
+    def widened(self) -> Leaves:
+        """Half-precision tensors in single precision; the others as they are."""
+        return self.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def cast(self, like: Leaves) -> Leaves:
+        """Each tensor in the dtype of the corresponding one of ``like``."""
+        return self.map(lambda x, y: x.to(y.dtype), like)
+
     def sqrt(self) -> Leaves:
         """Elementwise root of numbers that are zero or positive, with derivative 0 (not infinity) at 0.
 

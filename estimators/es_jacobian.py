@@ -108,10 +108,10 @@ class ESJacobian(Adjoint):
         inputs = Leaves(_inputs(trajectory)[i] for i in numbers)
         batched = _batched(trajectory, numbers[0])
         tasks = Tasks(sum(batched))
-        base = tasks.flatten(inputs)
+        base = tasks.flatten(inputs.widened())
         z, factor = self._directions(base)
         stacked = Leaves(x.expand(len(z), *x.shape) for x in inputs)
-        moves = _cast(Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked), inputs)
+        moves = Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked).cast(inputs)
         high = _final_state(trajectory, dict(zip(numbers, stacked + moves, strict=True)))
         if self.antithetic:
             low = _final_state(trajectory, dict(zip(numbers, stacked - moves, strict=True)))
@@ -119,7 +119,7 @@ class ESJacobian(Adjoint):
         else:
             slope = (high - trajectory.final) / self.radius
         weights = _responses(slope, cotangent, batched)
-        terms = _cast(tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs), inputs)
+        terms = tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs).cast(inputs)
         return dict(zip(numbers, terms, strict=True))
 
     def _directions(self, base: Tensor) -> tuple[Tensor, float]:
@@ -140,10 +140,6 @@ class ESJacobian(Adjoint):
         if self.sampling == "sphere":
             return z / z.norm(dim=-1, keepdim=True), float(size)
         return z, 1.0
-
-
-def _cast(leaves: Leaves, like: Leaves) -> Leaves:
-    return leaves.map(lambda x, y: x.to(y.dtype), like)
 
 
 def _inputs(trajectory: Trajectory) -> Sequence[Tensor]:

@@ -33,7 +33,8 @@ class Implicit(Adjoint):
 
     Not for: unfinished inner problems; the initial parameters (the fixed point does not depend on them: zero, except
     through a proximal center); step sizes and momentum (likewise, nearly zero); adaptive optimizers such as Adam, whose
-    preconditioned system is not symmetric, with conjugate gradients.
+    preconditioned system is not symmetric, with conjugate gradients; half precision with a step size times curvature
+    that is not well above its ``eps``: ``I - J`` then cancels (and the system is refused as unsolved).
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object.

@@ -10,7 +10,7 @@ import torch
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.linear_solve import Tasks, minimal_residual
+from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
 from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
@@ -84,14 +84,11 @@ class Krylov(Adjoint):
             pushes = system.curvature.product(first, 1, direct if self.order == 1 else None)
             residual = system.scan(pushes, nothing)
             if self.order > 1:
-                update, left, _ = minimal_residual(
-                    system.matvec,
-                    system.apart(residual),
-                    tasks,
-                    self.order - 1,
-                    self.rtol * size if self.rtol else None,
-                )
-                stack, residual = stack + system.joined(update), system.joined(left)
+                start, bound = system.apart(residual), self.rtol * size if self.rtol else None
+                matvec = with_wide_vectors(system.matvec, start)
+                update, left, _ = minimal_residual(matvec, start.widened(), tasks, self.order - 1, bound)
+                stack = (stack.widened() + system.joined(update)).cast(stack)
+                residual = system.joined(left).cast(stack)
                 if system.curvature.reads_wanted:
                     system.curvature.product(system.turned(stack, cotangent), 1, direct)
             left_over = tasks.norm(system.apart(residual))

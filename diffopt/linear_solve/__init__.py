@@ -13,6 +13,7 @@ from diffopt.linear_solve.base import (
     check_options,
     leaves_like,
     refuse_unsolved,
+    with_wide_vectors,
 )
 from diffopt.linear_solve.conjugate_gradient import ConjugateGradient
 from diffopt.linear_solve.dense import Dense
@@ -35,4 +36,5 @@ __all__ = [
     "leaves_like",
     "minimal_residual",
     "refuse_unsolved",
+    "with_wide_vectors",
 ]

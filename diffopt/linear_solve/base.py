@@ -41,13 +41,17 @@ class LinearSolution(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Tasks:
-    """Inner products and multiples of ``Leaves`` whose first ``axes`` axes are independent problems."""
+    """Inner products and multiples of ``Leaves`` whose first ``axes`` axes are independent problems.
+
+    Scalars are in single precision at least: sums of squares overflow, or vanish, in half precision.
+    """
 
     axes: int
 
     def dot(self, a: Leaves, b: Leaves) -> Tensor:
         """The inner product, one per task."""
-        parts = [(x * y).reshape(*x.shape[: self.axes], -1).sum(-1) for x, y in zip(a, b, strict=True)]
+        pairs = zip(a.widened(), b.widened(), strict=True)
+        parts = [(x * y).reshape(*x.shape[: self.axes], -1).sum(-1) for x, y in pairs]
         return torch.stack(parts).sum(0)
 
     def norm(self, a: Leaves) -> Tensor:
@@ -56,7 +60,7 @@ class Tasks:
 
     def like(self, scalars: Tensor, a: Leaves) -> Leaves:
         """One scalar per task, shaped to broadcast against each leaf."""
-        return a.map(lambda x: scalars.reshape(scalars.shape + (1,) * (x.ndim - self.axes)))
+        return a.map(lambda x: scalars.reshape(scalars.shape + (1,) * (x.ndim - self.axes)).to(x.dtype))
 
     def times(self, factor: Tensor, a: Leaves) -> Leaves:
         """A multiple, each task with its own factor."""
@@ -88,28 +92,42 @@ class LinearSolver(ABC):
     throw: bool
 
     @abstractmethod
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
-        """Solve for stacked tasks, whose ``b`` is finite and of largest entry 1, or zero."""
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
+        """Solve for stacked tasks, whose ``b`` is finite and of largest entry 1 to 2, or zero.
+
+        ``precision`` is the relative rounding of the products if that is coarser than the vectors', else 0: see
+        :func:`relative_bound`.
+        """
 
     @final
     def run(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
         """Solve for ``Leaves`` of stacked tasks, without raising.
 
-        Each task's system is scaled to a largest entry of 1, so that squares neither overflow nor vanish; a zero ``b``
-        has the solution zero, and one that is not finite is a breakdown.
+        Each task's system is scaled to a largest entry of 1 to 2, so that squares neither overflow nor vanish; a zero
+        ``b`` has the solution zero, and one that is not finite is a breakdown. In half precision only the products are
+        taken in it, all else in single precision.
         """
-        largest = torch.stack([x.abs().reshape(*x.shape[: tasks.axes], -1).amax(-1) for x in b]).amax(0)
+        wide = b.widened()
+        coarse = [x.dtype for x, y in zip(b, wide, strict=True) if x.dtype != y.dtype]
+        precision = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0)
+        largest = torch.stack([x.abs().reshape(*x.shape[: tasks.axes], -1).amax(-1) for x in wide]).amax(0)
         usable = largest.isfinite() & (largest > 0)
-        scale = torch.where(usable, largest, 1)
+        # a power of two, which rounds nothing
+        scale = torch.where(usable, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1), 1)
 
         def scaled(x: Leaves) -> Leaves:
-            inverse, keep = tasks.like(1 / scale, x), tasks.like(usable, x)
-            return Leaves(torch.where(k, i * v, 0) for v, i, k in zip(x, inverse, keep, strict=True))
+            inverse = tasks.like(torch.where(usable, 1 / scale, 0), x)
+            return x.map(lambda v, i: torch.where(i > 0, i * v, 0), inverse)
 
-        found = self.iterate(matvec, scaled(b), tasks, None if start is None else scaled(start))
-        finite = largest.isfinite() & found.residual.isfinite()
+        initial = None if start is None else scaled(start.widened())
+        found = self.iterate(with_wide_vectors(matvec, b), scaled(wide), tasks, initial, precision)
+        value = tasks.times(scale, found.value).cast(b)
+        held = torch.stack([x.isfinite().reshape(*x.shape[: tasks.axes], -1).all(-1) for x in value]).all(0)
+        finite = largest.isfinite() & found.residual.isfinite() & held
         return LinearSolution(
-            tasks.times(scale, found.value),
+            value,
             torch.where(finite, scale * found.residual, torch.inf),
             found.iterations,
             found.converged & finite,
@@ -119,6 +137,9 @@ class LinearSolver(ABC):
     @final
     def solve(self, matvec: Callable[[Any], Any], b: Any, start: Any = None) -> LinearSolution:
         """Solve ``matvec(x) = b`` for one system (or, under vmap, one per task).
+
+        In half precision the products are, and nothing else is; a residual is then accepted up to eight times the
+        dtype's ``eps``, relative to ``b``, whatever smaller ``rtol`` was asked for.
 
         Args:
             matvec: maps a tree like ``b`` to another, linearly.
@@ -198,6 +219,20 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
         if not low <= number < (1 if name == "rtol" else math.inf):
             kind = "an integer" if isinstance(low, int) else "a finite number"
             raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
+
+
+def with_wide_vectors(matvec: Matvec, like: Leaves) -> Matvec:
+    """``matvec`` for vectors in single precision at least, its products taken in the dtypes of ``like``."""
+    return lambda x: matvec(x.cast(like)).widened()
+
+
+def relative_bound(rtol: float, precision: float) -> float:
+    """The relative residual that counts as converged, where products are rounded to ``precision``.
+
+    A solver iterates down to ``max(rtol, precision)``. What its recurrence does not see of the rounding comes on top:
+    some multiple of ``precision``, here eight.
+    """
+    return max(rtol, 8 * precision)
 
 
 def all_stopped(active: Tensor) -> bool:

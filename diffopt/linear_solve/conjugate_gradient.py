@@ -8,7 +8,15 @@ from typing import final
 import torch
 
 from diffopt.leaves import Leaves
-from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, Tasks, all_stopped, check_options
+from diffopt.linear_solve.base import (
+    LinearSolution,
+    LinearSolver,
+    Matvec,
+    Tasks,
+    all_stopped,
+    check_options,
+    relative_bound,
+)
 
 
 @final
@@ -36,12 +44,14 @@ class ConjugateGradient(LinearSolver):
         """Check the options."""
         check_options(self, max_iterations=1, rtol=0.0)
 
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
         """Solve for stacked tasks."""
         x = b.zeros() if start is None else start
         r = b if start is None else b - matvec(x)
         p, rr = r, tasks.dot(r, r)
-        bound = self.rtol**2 * tasks.dot(b, b)
+        bound = max(self.rtol, precision) ** 2 * tasks.dot(b, b)
         active, breakdown = rr > bound, torch.zeros_like(rr, dtype=torch.bool)
         iterations = torch.zeros_like(rr, dtype=torch.int64) + int(start is not None)
         for _ in range(self.max_iterations):
@@ -59,4 +69,7 @@ class ConjugateGradient(LinearSolver):
             # this differs from the textbook only in that a task that has stopped keeps its numbers
             p = r + tasks.times(torch.where(active, new / torch.where(active, rr, 1), 0), p)
             rr, active = new, active & (new > bound)
+        if precision:  # what the products rounded off is in x, but not in the recurrence's residual
+            r, iterations = b - matvec(x), iterations + 1
+            rr, bound = tasks.dot(r, r), relative_bound(self.rtol, precision) ** 2 * tasks.dot(b, b)
         return LinearSolution(x, rr.sqrt(), iterations, (rr <= bound) & ~breakdown, breakdown)

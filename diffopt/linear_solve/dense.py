@@ -8,7 +8,15 @@ from typing import final
 import torch
 
 from diffopt.leaves import Leaves
-from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, Tasks, check_options, matrix_columns
+from diffopt.linear_solve.base import (
+    LinearSolution,
+    LinearSolver,
+    Matvec,
+    Tasks,
+    check_options,
+    matrix_columns,
+    relative_bound,
+)
 
 
 @final
@@ -28,16 +36,23 @@ class Dense(LinearSolver):
         """Check the damping."""
         check_options(self, damping=0.0)
 
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
         """Solve for stacked tasks."""
         flat = tasks.flatten(b)
         size = flat.shape[-1]
         matrix = matrix_columns(matvec, b, tasks, range(size))
         matrix = matrix + self.damping * torch.eye(size, dtype=flat.dtype, device=flat.device)
         x, _ = torch.linalg.solve_ex(matrix, flat[..., None])
+        value, products = tasks.unflatten(x[..., 0], b), size
         residual = (flat - (matrix @ x)[..., 0]).norm(dim=-1)
         sizes = torch.linalg.svdvals(torch.where(matrix.isfinite(), matrix, 0))
-        singular = sizes[..., -1] <= size * torch.finfo(flat.dtype).eps * sizes[..., 0]
-        breakdown = singular | ~residual.isfinite()
-        iterations = torch.full_like(residual, size, dtype=torch.int64)
-        return LinearSolution(tasks.unflatten(x[..., 0], b), residual, iterations, ~breakdown, breakdown)
+        breakdown = sizes[..., -1] <= size * torch.finfo(flat.dtype).eps * sizes[..., 0]
+        bound = torch.full_like(residual, torch.inf)
+        if precision:  # the columns were rounded: a product with the solution shows what that did to it
+            residual, products = tasks.norm(b - matvec(value) - self.damping * value), size + 1
+            bound = relative_bound(0.0, precision) * tasks.norm(b)
+        breakdown = breakdown | ~residual.isfinite()
+        iterations = torch.full_like(residual, products, dtype=torch.int64)
+        return LinearSolution(value, residual, iterations, ~breakdown & (residual <= bound), breakdown)

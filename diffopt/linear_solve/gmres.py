@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from diffopt.leaves import Leaves
-from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, Tasks, all_stopped, check_options
+from diffopt.linear_solve.base import (
+    LinearSolution,
+    LinearSolver,
+    Matvec,
+    Tasks,
+    all_stopped,
+    check_options,
+    relative_bound,
+)
 
 
 @final
@@ -37,16 +45,19 @@ class GMRES(LinearSolver):
         """Check the options."""
         check_options(self, max_iterations=1, rtol=0.0)
 
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
         """Solve for stacked tasks."""
         r0 = b if start is None else b - matvec(start)
-        bound = self.rtol * tasks.norm(b)
+        bound = max(self.rtol, precision) * tasks.norm(b)
         update, _, used = minimal_residual(matvec, r0, tasks, self.max_iterations, bound)
         x = update if start is None else start + update
         # the recurrence's own residual goes on falling when round-off no longer lets the true one fall
         size = tasks.norm(b - matvec(x)) if used else tasks.norm(r0)
         iterations = torch.full_like(size, used + int(used > 0) + int(start is not None), dtype=torch.int64)
-        return LinearSolution(x, size, iterations, size <= bound, ~size.isfinite())
+        converged = size <= relative_bound(self.rtol, precision) * tasks.norm(b)
+        return LinearSolution(x, size, iterations, converged, ~size.isfinite())
 
 
 def minimal_residual(

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from diffopt.leaves import Leaves
-from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, Tasks, all_stopped, check_options
+from diffopt.linear_solve.base import (
+    TINY,
+    LinearSolution,
+    LinearSolver,
+    Matvec,
+    Tasks,
+    all_stopped,
+    check_options,
+    relative_bound,
+)
 
 
 @final
@@ -40,7 +49,9 @@ class Neumann(LinearSolver):
         """Check the options."""
         check_options(self, "rtol", "step_size", terms=1, step_size=TINY, rtol=0.0, power_iterations=1)
 
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
         """Solve for stacked tasks."""
         first = tasks.norm(b)
         x, r = (b.zeros(), b) if start is None else (start, b - matvec(start))
@@ -49,7 +60,7 @@ class Neumann(LinearSolver):
             step, used = 1 / largest_eigenvalue(matvec, b, tasks, self.power_iterations), used + self.power_iterations
         else:
             step = torch.full_like(first, self.step_size)
-        bound = 0 * first if self.rtol is None else self.rtol * first
+        bound = 0 * first if self.rtol is None else max(self.rtol, precision) * first
         active, iterations = tasks.norm(r) > bound, torch.full_like(first, used, dtype=torch.int64)
         for _ in range(self.terms):
             if all_stopped(active):
@@ -57,6 +68,9 @@ class Neumann(LinearSolver):
             move = tasks.times(torch.where(active, step, 0), r)
             x, r = x + move, r - matvec(move)
             iterations, active = iterations + active, active & (tasks.norm(r) > bound)
+        if precision:  # what the products rounded off is in x, but not in the recurrence's residual
+            r, iterations = b - matvec(x), iterations + 1
+            bound = 0 * first if self.rtol is None else relative_bound(self.rtol, precision) * first
         residual = tasks.norm(r)
         breakdown = ~(residual <= first)
         converged = ~breakdown if self.rtol is None else residual <= bound

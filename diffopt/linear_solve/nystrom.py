@@ -42,7 +42,9 @@ class Nystrom(LinearSolver):
         """Check the options."""
         check_options(self, rank=1, damping=TINY)
 
-    def iterate(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    def iterate(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
         """Solve for stacked tasks."""
         flat, rho = tasks.flatten(b), self.damping
         size = flat.shape[-1]
