@@ -24,6 +24,8 @@ from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.penalties import LR, MOMENTUM, STEPS, Penalties
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 
+NUMBERED = ["truncated", "binomial", "krylov", "multi-step", "es"]
+BARE = ["unrolled", "forward-mode", "first-order", "reptile", "implicit"]
 SMALL = ["--tasks", "2", "--steps", "2", "--eval-steps", "2", "--eval-episodes", "4", "--threads", "1"]
 
 
@@ -131,11 +133,29 @@ def test_estimator_names():
     assert isinstance(estimator("forward-mode"), ForwardMode)
 
 
-@pytest.mark.parametrize(
-    "name", ["nonsense", "", "truncated", "truncated:", "truncated:x", "truncated:-1", "reverse:0", "unrolled:2"]
-)
+@pytest.mark.parametrize("name", ["nonsense", "", ":", "truncated 2", "Reverse"])
 def test_an_unknown_estimator_name_lists_the_known_ones(name):
-    with pytest.raises(EstimatorNameError, match=re.escape(KNOWN_NAMES)):
+    with pytest.raises(EstimatorNameError, match=re.escape(f"there is no estimator {name!r}; known: {KNOWN_NAMES}")):
+        estimator(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((f"{rule}:", f"lacks its argument: write {rule}:") for rule in [*NUMBERED, "reverse"]),
+        *((rule, f"lacks its argument: write {rule}:K") for rule in NUMBERED),
+        *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
+        *((f"{rule}:{x}", f"has an argument, expected none: write {rule}") for rule in BARE for x in ("", "2")),
+        ("reverse:0", "cannot be: Reverse: checkpoint is 0, expected None, 'graph', 'sqrt' or an integer >= 1"),
+        ("truncated:-1", "cannot be: Truncated: steps is -1, expected an integer >= 0"),
+        ("binomial:-1", "cannot be: Binomial: order is -1, expected an integer >= 0"),
+        ("krylov:-1", "cannot be: Krylov: order is -1, expected an integer >= 0"),
+        ("multi-step:0", "cannot be: MultiStep: window is 0, expected an integer >= 1"),
+        ("es:0", "cannot be: ESJacobian: directions is 0, expected an integer >= 1"),
+    ],
+)
+def test_a_wrong_argument_of_an_estimator_says_what_is_wrong_with_it(name, message):
+    with pytest.raises(EstimatorNameError, match=re.escape(f"the estimator {name!r} {message}")):
         estimator(name)
 
 
@@ -177,6 +197,7 @@ def test_compare_prints_a_table_and_saves_a_picture(task, tmp_path, capsys):
     ("more", "message"),
     [
         (["--estimator", "magic"], "there is no estimator 'magic'; known: reverse, "),
+        (["--estimator", "truncated:-1"], "'truncated:-1' cannot be: Truncated: steps is -1, expected an integer >= 0"),
         (["--shot", "0"], "--shot: got '0', expected a whole number, 1 or more"),
         (["--shot", "two"], "--shot: got 'two', expected a whole number"),
         (["--inner-lr", "-1"], "--inner-lr: got '-1', expected a number above 0"),
@@ -196,6 +217,7 @@ def test_unusable_options(fails, tmp_path, more, message):
 def test_unknown_command_and_problem(fails):
     assert "invalid choice: 'fly'" in fails(["fly"])
     assert "PROBLEM" in fails(["train"])
+    assert "'es:0' cannot be: ESJacobian: directions is 0" in fails(["compare", "quadratic", "--estimators", "es:0"])
 
 
 def test_missing_data_folder(fails, tmp_path):

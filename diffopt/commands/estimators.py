@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import final
 
 from diffopt.errors import DiffoptError
 from diffopt.estimators import (
@@ -22,49 +23,76 @@ from diffopt.estimators import (
     Unrolled,
 )
 
-_Make: TypeAlias = Callable[[], Estimator]
-
 
 class EstimatorNameError(DiffoptError, ValueError):
     """A text is not the name of an estimator."""
 
 
-_PLAIN: dict[str, _Make] = {
-    "reverse": Reverse,
-    "unrolled": Unrolled,
-    "forward-mode": lambda: ForwardMode(chunk_size=64),
-    "first-order": FirstOrder,
-    "reptile": Reptile,
-    "implicit": Implicit,
+@final
+@dataclass(frozen=True)
+class _Rule:
+    """What a name stands for: alone, and followed by a colon and an argument; ``None`` where it may not stand so."""
+
+    alone: Callable[[], Estimator] | None = None
+    form: str = ""
+    """How the argument is written."""
+    given: Callable[[str], Estimator] | None = None
+
+
+def _reverse(text: str) -> Reverse:
+    if text == "graph":
+        return Reverse("graph")
+    return Reverse("sqrt") if text == "sqrt" else Reverse(int(text))
+
+
+_RULES: dict[str, _Rule] = {
+    "reverse": _Rule(Reverse, "graph|sqrt|K", _reverse),
+    "unrolled": _Rule(Unrolled),
+    "forward-mode": _Rule(lambda: ForwardMode(chunk_size=64)),
+    "first-order": _Rule(FirstOrder),
+    "reptile": _Rule(Reptile),
+    "implicit": _Rule(Implicit),
+    "truncated": _Rule(None, "K", lambda steps: Truncated(int(steps))),
+    "binomial": _Rule(None, "K", lambda order: Binomial(int(order))),
+    "krylov": _Rule(None, "K", lambda order: Krylov(int(order))),
+    "multi-step": _Rule(None, "K", lambda window: MultiStep(int(window))),
+    "es": _Rule(None, "K", lambda directions: ESJacobian(int(directions), 1e-3)),
 }
-_VARIANTS: dict[str, tuple[str, Callable[[str], Estimator]]] = {
-    "truncated": ("truncated:K", lambda steps: Truncated(int(steps))),
-    "binomial": ("binomial:K", lambda order: Binomial(int(order))),
-    "krylov": ("krylov:K", lambda order: Krylov(int(order))),
-    "multi-step": ("multi-step:K", lambda window: MultiStep(int(window))),
-    "es": ("es:K", lambda directions: ESJacobian(int(directions), 1e-3)),
-    "reverse": ("reverse:graph|sqrt|K", lambda checkpoint: Reverse(_checkpoint(checkpoint))),
-}
-KNOWN_NAMES = ", ".join([*_PLAIN, *(shown for shown, _ in _VARIANTS.values())])
+KNOWN_NAMES = ", ".join(
+    shown
+    for name, rule in _RULES.items()
+    for shown in ([name] if rule.alone else []) + ([f"{name}:{rule.form}"] if rule.given else [])
+)
 
 
 def estimator(name: str) -> Estimator:
     """The estimator called ``name``.
 
     Raises:
-        EstimatorNameError: there is none, or its number is missing or out of range; the message lists all names.
+        EstimatorNameError: there is none, which the message answers with all names; or its argument is missing, not
+            wanted, not a number, or out of range.
 
     Example:
         >>> estimator("truncated:2")
         Truncated(steps=2, checkpoint=None)
     """
-    kind, colon, variant = name.partition(":")
+    kind, colon, argument = name.partition(":")
+    rule = _RULES.get(kind)
+    if rule is None:
+        raise EstimatorNameError(f"there is no estimator {name!r}; known: {KNOWN_NAMES}")
+    if not colon and rule.alone is not None:
+        return rule.alone()
+    if rule.given is None:
+        raise EstimatorNameError(f"the estimator {name!r} has an argument, expected none: write {kind}")
+    form = f"write {kind}:{rule.form}, where K is an integer"
+    if not argument:
+        raise EstimatorNameError(f"the estimator {name!r} lacks its argument: {form}")
     try:
-        if colon and kind in _VARIANTS:
-            return _VARIANTS[kind][1](variant)
-        return _PLAIN[name]()
-    except (KeyError, ValueError) as error:
-        raise EstimatorNameError(f"there is no estimator {name!r}; known: {KNOWN_NAMES}") from error
+        return rule.given(argument)
+    except DiffoptError as error:  # the rule's own check of its range
+        raise EstimatorNameError(f"the estimator {name!r} cannot be: {error}") from error
+    except ValueError as error:
+        raise EstimatorNameError(f"the estimator {name!r} has the argument {argument!r}: {form}") from error
 
 
 def estimator_name(text: str) -> str:
@@ -74,9 +102,3 @@ def estimator_name(text: str) -> str:
     except EstimatorNameError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def _checkpoint(text: str) -> Literal["graph", "sqrt"] | int:
-    if text == "graph":
-        return "graph"
-    return "sqrt" if text == "sqrt" else int(text)
