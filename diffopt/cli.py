@@ -7,7 +7,6 @@ Such a module imports at its top only what is always installed; what needs optio
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, chatters on stderr
     parser = build_parser()
     try:
         options = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffopt.allocations import peak_bytes
 from diffopt.diagnostics import curvature_number, solves_behind
 from diffopt.errors import DisconnectedError, EstimatorError
 from diffopt.estimator import Estimator
@@ -43,7 +45,7 @@ class Row:
         depth: batches of products that waited for one another.
         states: states stored in the rollout.
         seconds: processor time of forward and backward, median.
-        megabytes: peak of torch's allocator above the start.
+        megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
     """
 
     estimator: str
@@ -54,7 +56,7 @@ class Row:
     depth: int | None
     states: int | None
     seconds: float
-    megabytes: float
+    megabytes: float | None
 
 
 _HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
@@ -110,7 +112,14 @@ class Comparison:
         for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
             for i, row in enumerate(self.rows):
                 marker = {"color": colors(i % 10), "marker": "os^vDP*"[i // 10 % 7], "linestyle": ""}
-                axes.plot(getattr(row, name), row.relative_error or exact, markersize=9, label=row.estimator, **marker)
+                value = getattr(row, name)
+                axes.plot(
+                    math.nan if value is None else value,
+                    row.relative_error or exact,
+                    markersize=9,
+                    label=row.estimator,
+                    **marker,
+                )
             axes.axhline(exact, color="0.7", linewidth=1, zorder=0)
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.xaxis.set_major_formatter(LogFormatterSciNotation())
@@ -131,7 +140,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.cosine:+.4f}",
         *counts,
         f"{1e3 * row.seconds:.1f}",
-        f"{row.megabytes:.2f}",
+        "-" if row.megabytes is None else f"{row.megabytes:.2f}",
     )
 
 
@@ -243,6 +252,7 @@ def _row(
         return sum(getattr(record.counts, name) for record in records) if records else None
 
     norms = found.norm() * reference.norm()
+    peak = peak_bytes(lambda: torch.autograd.grad(run(estimator), leaves, allow_unused=True))
     return Row(
         estimator=brief(estimator),
         relative_error=float((found - reference).norm() / reference.norm()),
@@ -252,29 +262,8 @@ def _row(
         depth=total("depth"),
         states=sum(record.states_stored for record in records) if records else None,
         seconds=statistics.median(times),
-        megabytes=peak_bytes(lambda: torch.autograd.grad(run(estimator), leaves, allow_unused=True)) / 1e6,
+        megabytes=None if peak is None else peak / 1e6,
     )
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The largest number of bytes that torch's allocators held above the start while ``work`` ran."""
-    if torch.cuda.is_available() and torch.cuda.memory_allocated() > 0:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    # the allocator's own log: the public event list keeps only what it could not attribute to an operation
-    log: Any = profile.profiler
-    changes = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
-    held, peak = 0, 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def _notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:

@@ -101,7 +101,35 @@ def test_the_peak_is_that_of_the_allocator():
         del kept[0]
         return torch.empty(250_000)
 
-    assert 12_000_000 <= peak_bytes(work) < 12_100_000
+    assert peak_bytes(work) == 12_000_000
+
+
+def test_under_a_profiler_of_the_callers_the_peak_is_not_measured(problem):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        (row,) = (table := diffopt.compare(problem, [Reverse(1)], repeats=1)).rows
+    assert row.megabytes is None
+    assert str(table).splitlines()[2].endswith(" -")
+    assert len(profile.events()) > 0, "and the caller's profile is whole"
+
+
+QUIET = """
+import os, torch, diffopt
+from diffopt.estimators import Reverse
+before = dict(os.environ), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state()
+w = torch.ones(3, requires_grad=True)
+def problem(rule):
+    return diffopt.solve(lambda w: w.pow(2).sum(), w, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule).params.sum()
+row, = diffopt.compare(problem, [Reverse(1)], repeats=1).rows
+assert row.megabytes > 0
+after = dict(os.environ), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state()
+assert before[:3] == after[:3] and torch.equal(before[3], after[3])
+"""
+
+
+def test_a_comparison_says_nothing_and_leaves_the_process_as_it_was():
+    environment = {key: value for key, value in os.environ.items() if key != "KINETO_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_brief_names_what_is_not_default():
