@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import autodiff, tree
+from diffopt import transforms, tree
 from diffopt.errors import LossError, OptimizerError, RandomnessError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
@@ -181,7 +181,7 @@ class Dynamics:
     def _vmap(self, function: Callable[..., Any], dims: Sequence[Sequence[int | None]]) -> Callable[..., Any]:
         """``function`` under the vmaps of all levels."""
         sizes, modes = [level.size for level in self.levels], [level.randomness for level in self.levels]
-        return autodiff.vmap(function, dims, sizes, modes)
+        return transforms.vmap(function, dims, sizes, modes)
 
     def _update(self, state: Sequence[Tensor], grads: Sequence[Tensor], hypers: Sequence[Tensor], step: int) -> Leaves:
         params, buffers = self.split(state)

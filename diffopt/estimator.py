@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
+from diffopt import transforms
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.leaves import Leaves, all_finite
@@ -108,7 +108,7 @@ class Adjoint(Estimator):
 
 
 def _levels() -> range:
-    return range(1, autodiff.transform_level() + 1)
+    return range(1, transforms.transform_level() + 1)
 
 
 def unroll(problem: Problem) -> Outcome:
@@ -118,10 +118,10 @@ def unroll(problem: Problem) -> Outcome:
     the inner gradient is ``torch.func``'s, else plain autograd's.
     """
     tensors = (*problem.state, *problem.extras)
-    size = autodiff.innermost_vmap_size()
+    size = transforms.innermost_vmap_size()
     if size is not None:
-        lower = partial(_unroll_below, problem, autodiff.transform_level())
-        *state, losses = autodiff.below_vmap(lower, tensors, size)
+        lower = partial(_unroll_below, problem, transforms.transform_level())
+        *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check, levels=problem.popped)
     final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
@@ -167,10 +167,10 @@ class _Call:
 def _launch(call: _Call, inputs: Sequence[Tensor]) -> Any:
     # Under vmap nothing is differentiated; below it, the same tensors say what is.
     # (A vmap that batches no input is passed over without this function being called again below it.)
-    under_vmap = autodiff.innermost_vmap_size() is not None and autodiff.batched_in_innermost(inputs)
+    under_vmap = transforms.innermost_vmap_size() is not None and transforms.batched_in_innermost(inputs)
     if torch.is_grad_enabled() and not under_vmap:
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
-    return autodiff.apply(_Solve, call, *inputs)
+    return transforms.apply(_Solve, call, *inputs)
 
 
 class _Solve(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         call = replace(ctx.call, wanted=frozenset(needed))
-        terms = autodiff.apply(_Pullback, call, *ctx.saved_tensors, *cotangents[:-1])
+        terms = transforms.apply(_Pullback, call, *ctx.saved_tensors, *cotangents[:-1])
         results = dict(zip(needed, terms, strict=True))
         return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
 
@@ -257,7 +257,7 @@ class _Pullback(torch.autograd.Function):
         stacked, dims = _stack(tensors, dims, info.batch_size, own)
         level = Level(dims[:inputs], info.batch_size, info.randomness)
         call = replace(call, dynamics=call.dynamics.batched(level), restacked=restacked)
-        outputs = autodiff.apply(_Pullback, call, *stacked)
+        outputs = transforms.apply(_Pullback, call, *stacked)
         return outputs, (0,) * len(outputs)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, tree
+from diffopt import transforms, tree
 from diffopt.block import BlockTerms
 from diffopt.dynamics import ExtraSlot
 from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, RandomnessError, StationarityError
@@ -187,7 +187,7 @@ def implicit(
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     outcome = rule.run(problem)
     count = problem.dynamics.params_count
-    if not autodiff.transforms_active():
+    if not transforms.transforms_active():
         _refuse_far_from_stationary(outcome.state[count:], outcome.state[:count], 0, rule.stationarity)
     result: Params = tree.unflatten(problem.dynamics.params_structure, outcome.state[:count])
     return result
@@ -222,7 +222,7 @@ def implicit_gradients(
     Raises:
         LinearSolveError: the system was not solved, if the solver throws.
     """
-    if autodiff.transforms_active():
+    if transforms.transforms_active():
         raise GradModeError(
             "implicit_gradients was called under a torch.func transform; call it outside, or use diffopt.implicit there"
         )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
+from diffopt import transforms
 
 _foreach: Any = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in ("add", "sub", "mul", "div")})
 
@@ -133,7 +133,7 @@ class Leaves(Sequence[Tensor]):
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
-    numbers = [autodiff.plain(tensor) for tensor in tensors]
+    numbers = [transforms.plain(tensor) for tensor in tensors]
     # Finite norms end the matter in one fused call and one synchronisation; others may only have overflowed.
     if math.isfinite(torch.stack(torch._foreach_norm(numbers)).sum()):
         return True
@@ -153,7 +153,7 @@ def _apply(
 
 def _leaf_by_leaf(leaves: Leaves) -> bool:
     # Also while a graph is recorded: that of a fused call keeps all its inputs, needed or not.
-    return not leaves.tensors or torch.is_grad_enabled() or autodiff.transforms_active()
+    return not leaves.tensors or torch.is_grad_enabled() or transforms.transforms_active()
 
 
 def _sqrt_with_zero_slope_at_zero(x: Tensor) -> Tensor:

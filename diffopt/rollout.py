@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph
+from diffopt import autodiff, graph, transforms
 from diffopt.dynamics import Dynamics
 from diffopt.errors import DivergenceError, RandomnessError
 from diffopt.leaves import Leaves, all_finite
@@ -55,10 +55,10 @@ def roll_out_recorded(
         current = dynamics.at_step(extras, step)
         levels = watch.levels if step == 1 else range(0)
         grads: Sequence[Tensor | None]
-        if autodiff.transforms_active():
+        if transforms.transforms_active():
             now_params = now.tensors[: dynamics.params_count]
             function = partial(_losses, dynamics, current)
-            grads, loss = apart_from(levels, autodiff.functional_gradient, function, now_params)
+            grads, loss = apart_from(levels, transforms.functional_gradient, function, now_params)
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, tree
+from diffopt import transforms, tree
 from diffopt.dynamics import Dynamics, ExtraSlot
 from diffopt.errors import (
     BatchesError,
@@ -230,7 +230,7 @@ def _problem(
         stepped=(*stepped, *bound.scheduled),
         hyperparameters_start=len(extras),
     )
-    if autodiff.has_tangent([*leaves, *extras, *bound.tensors]):
+    if transforms.has_tangent([*leaves, *extras, *bound.tensors]):
         raise MissingDerivativeError(
             "an input of solve carries a tangent of forward-mode differentiation, which no estimator propagates; use "
             "backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph, randomness
+from diffopt import autodiff, graph, randomness, transforms
 from diffopt.block import Block
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
@@ -171,8 +171,8 @@ def _or_zeros(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> tuple
 def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function`` and refuse a captured tensor that a transform has wrapped at one of ``levels``."""
     try:
-        return autodiff.apart_from(levels, function, *arguments)
-    except autodiff.WrappedTensorError as error:
+        return transforms.apart_from(levels, function, *arguments)
+    except transforms.WrappedTensorError as error:
         raise CapturedTensorError(
             "the inner loss (or the optimizer) reads a tensor that it was not given and that a torch.func transform "
             "around the solve has wrapped: it captured it, through a closure or an attribute. Pass it in *args (or "
@@ -196,7 +196,7 @@ def refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:
             "the inner loss does not depend on params: its gradient is zero everywhere. Check that the loss uses the "
             "params it is given, and does not detach them or leave torch (.item(), .numpy())"
         )
-    values = autodiff.plain(losses)
+    values = transforms.plain(losses)
     if not bool(values.isfinite().all()):
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, tree
+from diffopt import transforms, tree
 from diffopt.errors import DtypeError, HyperparameterError, LeafError, LinearSolveError, ShapeError, StructureError
 from diffopt.leaves import Leaves
 
@@ -164,7 +164,7 @@ class LinearSolver(ABC):
 
         initial = None if start is None else leaves_like(start, "start", "b", leaves, structure)
         found = self.run(product, Leaves(leaves), Tasks(0), initial)
-        if self.throw and not autodiff.transforms_active():
+        if self.throw and not transforms.transforms_active():
             refuse_unsolved(self, found)
         return found._replace(value=tree.unflatten(structure, found.value.tensors))
 
@@ -237,7 +237,7 @@ def relative_bound(rtol: float, precision: float) -> float:
 
 def all_stopped(active: Tensor) -> bool:
     """Whether an iteration may stop early: asked on the CPU only, where the answer costs nothing."""
-    return not autodiff.transforms_active() and active.device.type == "cpu" and not bool(active.any())
+    return not transforms.transforms_active() and active.device.type == "cpu" and not bool(active.any())
 
 
 def matrix_columns(matvec: Matvec, like: Leaves, tasks: Tasks, chosen: Sequence[int]) -> Tensor:

@@ -1,0 +1,189 @@
+"""What is done with ``torch.func``'s transforms: batching a forward pass, and running below the caller's transforms.
+
+The only caller of them. They are used for one thing: to batch a *forward* pass (see ``autodiff.py``, NOTE [the one form
+of second derivative]); and, where the caller runs under a transform that records, to differentiate once under it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
+
+
+def transforms_active() -> bool:
+    """Whether the caller runs inside a ``torch.func`` transform."""
+    return _functorch.maybe_current_level() is not None
+
+
+def transform_level() -> int:
+    """How many ``torch.func`` transforms are running around the caller."""
+    return _functorch.maybe_current_level() or 0
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether any tensor carries a tangent of plain forward-mode differentiation."""
+    forward_ad: Any = torch.autograd.forward_ad
+    if forward_ad._current_level < 0 or transforms_active():
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, typed."""
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def innermost_vmap_size() -> int | None:
+    """The batch size of the innermost running transform if it is a ``vmap``, else ``None``."""
+    if not transforms_active():
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return None
+    return int(_functorch.CVmapInterpreterPtr(interpreter).batchSize())
+
+
+def vmap(
+    function: Callable[..., Any], dims: Sequence[Sequence[int | None]], sizes: Sequence[int], modes: Sequence[str]
+) -> Callable[..., Any]:
+    """``function`` of tensors, vmapped once per entry of ``dims``, the last entry outermost.
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        dims: for each vmap and each argument, 0 or ``None``.
+        sizes: for each vmap, its number of tasks.
+        modes: for each vmap, what it says of random numbers.
+    """
+    for in_dims, size, mode in zip(dims, sizes, modes, strict=True):
+        function = functools.partial(_vmapped, function, tuple(in_dims), size, mode)
+    return function
+
+
+def _vmapped(function: Callable[..., Any], dims: tuple[int | None, ...], size: int, mode: str, *tensors: Tensor) -> Any:
+    """``torch.func.vmap`` without its pytrees, which cost as much as a small loss."""
+    _load_decompositions()
+    level = _functorch._vmap_increment_nesting(size, mode)
+    try:
+        pairs = zip(tensors, dims, strict=True)
+        outputs = function(*(x if dim is None else _functorch._add_batch_dim(x, dim, level) for x, dim in pairs))
+        if isinstance(outputs, Tensor):
+            return _functorch._remove_batch_dim(outputs, level, size, 0)
+        return tuple(_functorch._remove_batch_dim(output, level, size, 0) for output in outputs)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Let torch register what it registers before its own first vmap."""
+    torch.func.vmap(lambda x: x)(torch.zeros(1))
+
+
+def functional_gradient(
+    function: Callable[..., Tensor], params: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The gradient of the sum of a function's values, and the values; differentiable under any transform."""
+
+    def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        values = function(*leaves)
+        return values.sum(), values
+
+    gradients, values = torch.func.grad(total, has_aux=True)(params)
+    return tuple(gradients), values
+
+
+class _BelowVmap(torch.autograd.Function):
+    """Runs a plain function one vmap lower; never applied elsewhere."""
+
+    @staticmethod
+    def forward(function: Any, *tensors: Tensor) -> Any:
+        raise AssertionError("only reached under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        function, _, *tensors = args
+        outputs = function(info, in_dims[2:], tensors)
+        shared = all(dim is None for dim in in_dims[2:])
+        return outputs, (None if shared else 0,) * len(outputs)
+
+
+def batched_in_innermost(tensors: Sequence[Tensor]) -> bool:
+    """Whether the innermost running transform batches any of these tensors."""
+    level = transform_level()
+    return any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors)
+
+
+def below_vmap(
+    function: Callable[[Any, tuple[int | None, ...], Sequence[Tensor]], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    size: int,
+) -> tuple[Tensor, ...]:
+    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap, of ``size`` tasks.
+
+    Its outputs are batched along axis 0 if any tensor is, else shared. Unlike what a custom autograd function computes,
+    they are recorded by whatever records there.
+    """
+    ticket = _functorch._add_batch_dim(torch.empty(size), 0, transform_level())
+    return tuple(apply(_BelowVmap, function, ticket, *tensors))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under all wrappers of ``torch.func``, to look at its values."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+class WrappedTensorError(Exception):
+    """A function has read a tensor that a transform it was taken out of had wrapped."""
+
+
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``, which returns tensors, and look whether a tensor wrapped at one of ``levels`` enters them.
+
+    # NOTE [captured tensors under transforms]
+    A loss runs below the transforms that its caller runs in: what it is given as an argument has been unwrapped, what
+    it captured by closure has not. Such a tensor would get no hypergradient, or be matched with the wrong batch axis,
+    without any error. So the function runs under as many empty vmaps as there are transforms to watch. No tensor of
+    its own can then carry their level numbers, but whatever is computed from a captured batched tensor does, and one
+    wrapped for differentiation is an internal error of torch's under a vmap.
+
+    Raises:
+        WrappedTensorError: one does.
+    """
+    if not levels:
+        return function(*arguments)
+    depth = 0
+    try:
+        for _ in levels:
+            _functorch._vmap_increment_nesting(1, "same")
+            depth += 1
+        outputs = function(*arguments)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" not in str(error):
+            raise
+        raise WrappedTensorError from error
+    finally:
+        for _ in range(depth):
+            _functorch._vmap_decrement_nesting()
+    if any(_functorch.maybe_get_level(tensor) in levels for tensor in _tensors(outputs)):
+        raise WrappedTensorError
+    return outputs
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    else:
+        for output in outputs:
+            yield from _tensors(output)
