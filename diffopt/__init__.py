@@ -31,6 +31,7 @@ from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Optimizer, Schedule
 from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from diffopt.over_tasks import mean_over_tasks
 from diffopt.preconditioned import Preconditioned
 from diffopt.proximal import ProximalGD
 from diffopt.solve import Kept, Solution, State, solve
@@ -80,5 +81,6 @@ __all__ = [
     "compare",
     "implicit",
     "implicit_gradients",
+    "mean_over_tasks",
     "solve",
 ]

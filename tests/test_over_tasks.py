@@ -1,0 +1,154 @@
+"""The mean over tasks, a chunk at a time: the numbers of a plain vmap, in the memory of one chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from diffopt.allocations import peak_bytes
+from diffopt.estimators import FirstOrder, Reverse, Truncated
+
+TASKS = 5
+
+
+def inputs() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    params = {"weight": draw(3).requires_grad_(), "bias": draw().requires_grad_()}
+    x = draw(4, TASKS, 3).requires_grad_()  # its tasks run along axis 1
+    return params, x, draw(TASKS, 4), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+
+def inner(params: Any, x: Tensor, y: Tensor) -> Tensor:
+    return ((torch.tanh(x @ params["weight"]) + params["bias"] - y) ** 2).mean()
+
+
+def task_loss(params: Any, x: Tensor, y: Tensor, lr: Tensor, rule: Any) -> Tensor:
+    adapted = diffopt.solve(inner, params, x, y, optimizer=diffopt.SGD(lr), steps=3, estimator=rule).params
+    return inner(adapted, x.flip(0), y)
+
+
+DIMS = (None, 1, 0, None, None)
+
+
+def gradients(mean: Tensor, params: Any, x: Tensor, lr: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(3 * mean, [params["weight"], params["bias"], x, lr]))
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(1), FirstOrder()])
+@pytest.mark.parametrize("chunk", [None, 1, 2, 5, 7])
+def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, rule: Any) -> None:
+    """One task is looped over by plain indexing here; a chunk of two leaves a last chunk of one."""
+    params, x, y, lr = inputs()
+    looped = torch.stack([task_loss(params, x[:, b], y[b], lr, rule) for b in range(TASKS)]).mean()
+    mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, rule, in_dims=DIMS, task_chunk=chunk)
+    torch.testing.assert_close(mean, looped, rtol=1e-13, atol=0)
+    found, expected = (
+        gradients(mean, params, x, lr),
+        list(torch.autograd.grad(3 * looped, [params["weight"], params["bias"], x, lr], allow_unused=True)),
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-11, atol=1e-14)
+
+
+def test_memory_is_that_of_one_chunk() -> None:
+    """Four times the tasks take the same peak; all at once they take several times more."""
+
+    def loss(w: Tensor, c: Tensor) -> Tensor:
+        end = diffopt.solve(quartic, w, c, optimizer=diffopt.SGD(0.1), steps=6, estimator=Reverse("graph"))
+        return end.params.square().sum()
+
+    def peak(tasks: int, chunk: int) -> int:
+        w, data = torch.ones(10_000, requires_grad=True), torch.ones(tasks, 1)
+        used = peak_bytes(
+            lambda: diffopt.mean_over_tasks(loss, w, data, in_dims=(None, 0), task_chunk=chunk).backward()
+        )
+        assert used is not None
+        return used
+
+    assert peak(16, 2) < 1.05 * peak(4, 2)
+    assert peak(16, 16) > 6 * peak(16, 2)
+
+
+def quartic(w: Tensor, c: Tensor) -> Tensor:
+    return (w**4 * c).mean()
+
+
+def test_without_grad_only_the_value_is_computed() -> None:
+    params, x, y, lr = inputs()
+    with torch.no_grad():
+        mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, Reverse(), in_dims=DIMS, task_chunk=2)
+    assert not mean.requires_grad
+    torch.testing.assert_close(
+        mean, vmap(lambda x, y: task_loss(params, x, y, lr, Reverse()), (1, 0))(x, y).mean(), rtol=1e-13, atol=0
+    )
+
+
+def test_random_numbers() -> None:
+    w = torch.ones(3, requires_grad=True)
+
+    def noisy(w: Tensor, _: Tensor) -> Tensor:
+        return (w * torch.rand(3)).sum()
+
+    def mean(chunk: int, randomness: str) -> Tensor:
+        torch.manual_seed(0)
+        return diffopt.mean_over_tasks(
+            noisy, w, torch.zeros(4), in_dims=(None, 0), task_chunk=chunk, randomness=randomness
+        )
+
+    torch.manual_seed(0)
+    expected = (w * torch.rand(4, 3).mean(0)).sum()
+    torch.testing.assert_close(mean(4, "different"), expected)
+    with pytest.raises(RuntimeError, match="randomness"):
+        mean(4, "error")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"task_chunk": 0}, diffopt.HyperparameterError, "task_chunk is 0"),
+        ({"task_chunk": True}, diffopt.HyperparameterError, "task_chunk is True"),
+        ({"in_dims": (None,)}, diffopt.HyperparameterError, "one of these for each of 2 arguments"),
+        ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
+        ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
+        ({"in_dims": (0, 0)}, diffopt.ShapeError, "one common length"),
+        ({"in_dims": (None, 3)}, diffopt.ShapeError, "no axis 3"),
+    ],
+)
+def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        diffopt.mean_over_tasks(
+            lambda w, x: (w * x).sum(), torch.ones(3), torch.ones(4, 3), **{"in_dims": (None, 0), **options}
+        )
+
+
+def test_losses_that_are_no_scalar_or_capture_are_refused() -> None:
+    w, x = torch.ones(3, requires_grad=True), torch.ones(4, 3)
+    with pytest.raises(diffopt.LossError, match="task_loss returned"):
+        diffopt.mean_over_tasks(lambda x: x, x)
+    other = torch.ones(3, requires_grad=True)
+    for chunk in (1, 2):
+        with pytest.raises(diffopt.CapturedTensorError, match="captured"):
+            diffopt.mean_over_tasks(lambda w, x: (other * w * x).sum(), w, x, in_dims=(None, 0), task_chunk=chunk)
+
+
+def test_transforms_and_second_derivatives_are_refused() -> None:
+    w, x = torch.ones(3, requires_grad=True), torch.ones(4, 3)
+
+    def mean(w: Tensor) -> Tensor:
+        return diffopt.mean_over_tasks(lambda w, x: (w**2 * x).sum(), w, x, in_dims=(None, 0))
+
+    with pytest.raises(diffopt.GradModeError, match="chunk_size"):
+        torch.func.grad(mean)(w.detach())
+    (first,) = torch.autograd.grad(mean(w), w, create_graph=True)
+    torch.testing.assert_close(first, 2 * w)
+    with pytest.raises(diffopt.SecondDerivativeError, match="differentiated again"):
+        first.sum().backward()
