@@ -27,11 +27,13 @@ class Keep:
         checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
             near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
         gradients: keep also the inner gradient of every step whose state is kept.
+        offload: keep states in the CPU's memory (pinned, so that they are copied beside the computation).
     """
 
     first: int
     checkpoint: Checkpoint = 1
     gradients: bool = False
+    offload: bool = False
 
 
 @final
@@ -89,6 +91,16 @@ class Record:
     bytes_stored: int = 0
     usable: bool = False
 
+    def store(self, step: int, state: Leaves, *, offload: bool) -> None:
+        """Keep ``s_step``, on its device or in the CPU's memory."""
+        self.states[step] = state.map(_on_cpu) if offload else state
+        self.states_stored += 1
+        self.bytes_stored += sum(leaf.nbytes for leaf in state)
+
+    def take_state(self, step: int, device: torch.device) -> Leaves:
+        """Hand out ``s_step`` on ``device``, and let go of it."""
+        return self.states.pop(step).map(lambda leaf: leaf.to(device, non_blocking=True))
+
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:
         """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast."""
@@ -111,3 +123,11 @@ class Watch:
     values: bool = False
     captures: bool = False
     levels: range = range(0)
+
+
+def _on_cpu(leaf: Tensor) -> Tensor:
+    if leaf.device.type == "cpu":
+        return leaf
+    # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
+    held = torch.empty_like(leaf, device="cpu", pin_memory=leaf.device.type == "cuda")
+    return held.copy_(leaf, non_blocking=True)

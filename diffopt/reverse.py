@@ -12,13 +12,17 @@ from diffopt.record import Checkpoint, Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
 
-def check_checkpoint(rule: str, checkpoint: Checkpoint) -> None:
-    """Refuse a ``checkpoint`` option that is none of the allowed ones."""
+def check_checkpoint(rule: str, checkpoint: Checkpoint, offload: bool) -> None:
+    """Refuse options of storage that are none of the allowed ones."""
     is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
     if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
         raise HyperparameterError(
             f"{rule}: checkpoint is {checkpoint!r}, expected None, 'graph', 'sqrt' or an integer >= 1"
         )
+    if not isinstance(offload, bool):
+        raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
+    if offload and checkpoint == "graph":
+        raise HyperparameterError(f"{rule}: offload=True moves stored states, and checkpoint='graph' stores none")
 
 
 @final
@@ -38,26 +42,29 @@ class Reverse(Adjoint):
             ``k``: every ``k``-th state, blocks of ``k`` steps recomputed (``T / k`` states and ``k`` graphs).
             ``"sqrt"``: ``k`` near the root of ``T``. ``None``: ``"graph"`` while the graphs take less than 1 GiB,
             judged by the first, else ``"sqrt"``. All give the same numbers.
+        offload: keep stored states in the CPU's memory instead of the GPU's (no effect on what runs on the CPU, or on
+            retained graphs).
 
     Not for: very long inner loops of which only the end matters (``Truncated``) or whose end is a stationary point
     (``Implicit``); differentiating twice (``Unrolled``).
 
     Raises:
-        HyperparameterError: ``checkpoint`` is none of these.
+        HyperparameterError: an option is none of these.
 
     References: LeCun (1988), "A theoretical framework for back-propagation"; Franceschi et al. (2017), "Forward and
     Reverse Gradient-Based Hyperparameter Optimization", algorithm 1. Derivations (1.1)-(1.3).
     """
 
     checkpoint: Checkpoint = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Check ``checkpoint``."""
-        check_checkpoint("Reverse", self.checkpoint)
+        check_checkpoint("Reverse", self.checkpoint, self.offload)
 
     def keep(self, steps: int) -> Keep:
         """All steps."""
-        return Keep(first=1, checkpoint=self.checkpoint)
+        return Keep(first=1, checkpoint=self.checkpoint, offload=self.offload)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over all steps."""

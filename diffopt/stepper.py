@@ -92,33 +92,28 @@ class Stepper:
             if record.checkpoint is None or record.checkpoint == "graph":
                 self._growing = self.new_block(state)
         if self._growing is not None:
-            return self._grow(self._growing, state, step, count)
+            return self._grow(self._growing, state, step, keep)
         if isinstance(record.checkpoint, int) and (step - keep.first) % record.checkpoint == 0:
-            self._store(state, step)
+            record.store(step, state, offload=keep.offload)
         after, losses = self._plain(state, step, keep_gradients=keep.gradients)
         return after, losses
 
-    def _grow(self, block: Block, state: Leaves, step: int, count: int) -> tuple[Leaves, Tensor]:
+    def _grow(self, block: Block, state: Leaves, step: int, keep: Keep) -> tuple[Leaves, Tensor]:
         """Take a step with its graph; measure the first, and decide whether to go on with graphs."""
-        record, first = self.record, self.dynamics.steps - count + 1
+        record, count = self.record, self.dynamics.steps - keep.first + 1
         losses = self.extend(block, step)
         after = Leaves(leaf.detach() for leaf in block.now)
-        if step == first:
+        if step == keep.first:
             expected = graph.saved_bytes(graph.nodes(leaf.grad_fn for leaf in block.now), self.extras) * count
             if record.checkpoint is None and expected > GRAPH_BUDGET:
                 record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
-                self._store(state, step)
+                record.store(step, state, offload=keep.offload)
                 return after, losses
             record.checkpoint, record.bytes_stored = "graph", expected
         if step == self.dynamics.steps:
             block.close()
             record.block, self._growing = block, None
         return after, losses
-
-    def _store(self, state: Leaves, step: int) -> None:
-        self.record.states[step] = state
-        self.record.states_stored += 1
-        self.record.bytes_stored += sum(leaf.nbytes for leaf in state)
 
     def _plain(self, state: Leaves, step: int, *, keep_gradients: bool = False) -> tuple[Leaves, Tensor]:
         """One step without its graph."""

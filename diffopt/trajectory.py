@@ -95,7 +95,8 @@ class Trajectory:
         again = self.losses_to_replay()
         while end >= first:
             start = max(step for step in self.record.states if step <= end)
-            block, _ = stepper.block(self.record.states.pop(start), start, end, again)
+            state = self.record.take_state(start, self.final[0].device)
+            block, _ = stepper.block(state, start, end, again)
             yield block, start, end
             end = start - 1
         self.refuse_other_losses(again)

@@ -33,6 +33,7 @@ class Truncated(Adjoint):
     Args:
         steps: ``L``, at most the number of inner steps.
         checkpoint: how the last ``L`` steps are kept; see :class:`Reverse`.
+        offload: where; see :class:`Reverse`.
 
     Raises:
         StepsError: ``steps`` is negative or more than the inner problem has.
@@ -43,18 +44,19 @@ class Truncated(Adjoint):
 
     steps: int
     checkpoint: Checkpoint = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Check both options."""
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise StepsError(f"Truncated: steps is {self.steps!r}, expected an integer >= 0")
-        check_checkpoint("Truncated", self.checkpoint)
+        check_checkpoint("Truncated", self.checkpoint, self.offload)
 
     def keep(self, steps: int) -> Keep:
         """The last steps."""
         if self.steps > steps:
             raise StepsError(f"Truncated(steps={self.steps}): the inner problem has only {steps} steps")
-        return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint)
+        return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint, offload=self.offload)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""

@@ -65,9 +65,9 @@ FAULTS = [
     ),
     Fault(
         "a checkpointed block starts one state late",
-        "diffopt/stepper.py",
-        "self.record.states[step] = state",
-        "self.record.states[step + 1] = state",
+        "diffopt/record.py",
+        "self.states[step] = state",
+        "self.states[step + 1] = state",
     ),
     Fault(
         "the gradient inside a recorded step is a constant (no curvature)",

@@ -231,6 +231,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         for x in values
     },
     **{
+        f"offload_{x}": (partial(Reverse, offload=x), diffopt.HyperparameterError, "offload is .*, expected True or F")
+        for x in (None, 1, "yes")
+    },
+    "offload_graph": (lambda: Truncated(1, "graph", offload=True), diffopt.HyperparameterError, "'graph' stores none"),
+    **{
         f"batches_{name}": (partial(solve, square, None, batches=x), diffopt.BatchesError, f"{said}.*expected a t.* 3")
         for name, x, said in (
             ("length", torch.ones(4, 2), r"shape \(4, 2\)"),

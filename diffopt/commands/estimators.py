@@ -74,7 +74,7 @@ def estimator(name: str) -> Estimator:
 
     Example:
         >>> estimator("truncated:2")
-        Truncated(steps=2, checkpoint=None)
+        Truncated(steps=2, checkpoint=None, offload=False)
     """
     kind, colon, argument = name.partition(":")
     rule = _RULES.get(kind)
