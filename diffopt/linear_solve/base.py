@@ -243,6 +243,7 @@ def all_stopped(active: Tensor) -> bool:
 def matrix_columns(matvec: Matvec, like: Leaves, tasks: Tasks, chosen: Sequence[int]) -> Tensor:
     """The columns of the matrix with these numbers, ``[..., n, len(chosen)]``."""
     flat = tasks.flatten(like)
-    unit = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
-    columns = [tasks.flatten(matvec(tasks.unflatten(unit[i].expand_as(flat), like))) for i in chosen]
+    places = torch.arange(flat.shape[-1], device=flat.device)
+    units = ((places == i).to(flat.dtype).expand_as(flat) for i in chosen)  # one at a time: all would be a matrix
+    columns = [tasks.flatten(matvec(tasks.unflatten(unit, like))) for unit in units]
     return torch.stack(columns, dim=-1)
