@@ -1,0 +1,244 @@
+"""What rules cost: the counters against formulas, against what a loss sees of them, and the page that shows them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from diffopt.allocations import peak_bytes
+from diffopt.estimators import (
+    Binomial,
+    ESJacobian,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Krylov,
+    MultiStep,
+    Reptile,
+    Reverse,
+    Truncated,
+)
+from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
+
+SIZE = 8
+SIZES = [(5, 2), (6, 6), (9, 1), (12, 5), (20, 3)]  # steps and order
+
+
+class Seen:
+    """What a loss sees of a backward pass: how often its gradient is differentiated, in how many batches."""
+
+    products = batches = 0
+
+
+class Probe(torch.autograd.Function):
+    """The identity on the parameters, in the forward pass of a loss."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return ProbePullback.apply(cotangent)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Probe.apply(x), in_dims[0]
+
+
+class ProbePullback(torch.autograd.Function):
+    """Its derivative is taken once per curvature product, for as many steps and tasks as there are vectors in it."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        Seen.products += cotangent.numel() // SIZE
+        Seen.batches += 1
+        return cotangent
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return ProbePullback.apply(x), in_dims[0]
+
+
+def loss(w: Tensor, penalty: Tensor, inputs: Tensor) -> Tensor:
+    w = Probe.apply(w)
+    return torch.nn.functional.softplus(inputs @ w).mean() + (penalty.exp() * w.square()).sum()
+
+
+def run(rule: Any, steps: int, learned: str, tasks: int = 0) -> diffopt.Solution[Tensor]:
+    """One hypergradient of the start, the penalties or ``"all"``, of one problem or of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    start, penalty = torch.randn(2, SIZE, generator=generator, dtype=torch.float64) / 10
+    inputs = torch.randn(max(tasks, 1), 12, SIZE, generator=generator, dtype=torch.float64)
+    start.requires_grad_(learned in ("all", "start"))
+    penalty.requires_grad_(learned in ("all", "penalty"))
+    kept = []
+
+    def outer(inputs: Tensor) -> Tensor:
+        optimizer = diffopt.SGD(0.3, momentum=0.5)
+        kept.append(diffopt.solve(loss, start, penalty, inputs, optimizer=optimizer, steps=steps, estimator=rule))
+        return kept[-1].params.square().sum()
+
+    value = vmap(outer)(inputs).sum() if tasks else outer(inputs[0])
+    Seen.products = Seen.batches = 0
+    value.backward()
+    return kept[-1]
+
+
+def counted(solution: diffopt.Solution[Tensor]) -> tuple[int, int, int]:
+    return solution.counts.gradients, solution.counts.products, solution.counts.depth
+
+
+# rule, what is learned, and gradients, products, depth and stored states by hand
+EXPECTED: list[tuple[Any, str, Any]] = [
+    (lambda L: Reverse("graph"), "all", lambda T, L: (T, T, T, 0)),
+    (lambda L: Reverse(1), "all", lambda T, L: (2 * T, T, T, T)),
+    (lambda L: Reverse(3), "all", lambda T, L: (2 * T, T, T, (T + 2) // 3)),
+    (lambda L: ForwardMode(), "penalty", lambda T, L: (2 * T, T * SIZE, T, 0)),
+    (lambda L: ForwardMode(chunk_size=4), "penalty", lambda T, L: (T + T * SIZE // 4, T * SIZE, T * SIZE // 4, 0)),
+    (lambda L: FirstOrder(), "all", lambda T, L: (T, 0, 0, 0)),
+    (lambda L: Reptile(), "all", lambda T, L: (T, 0, 0, 0)),
+    (lambda L: Truncated(L), "all", lambda T, L: (T, L, L, 0)),
+    (lambda L: Truncated(L, 1), "all", lambda T, L: (T + L, L, L, L)),
+    (lambda L: ESJacobian(3, 1e-3), "penalty", lambda T, L: (T * (1 + 1 + 2 * 3), 0, 0, 0)),
+    (lambda L: Implicit(ConjugateGradient(L, 0.0, False)), "penalty", lambda T, L: (T + 2, L + 1, L + 1, 0)),
+    (lambda L: Implicit(Neumann(L, 1.0, 0.0, False)), "penalty", lambda T, L: (T + 2, L + 1, L + 1, 0)),
+    (lambda L: Implicit(Neumann(L, None, 0.0, False, 7)), "penalty", lambda T, L: (T + 2, L + 8, L + 8, 0)),
+    (lambda L: Implicit(GMRES(L, 0.0, False)), "penalty", lambda T, L: (T + 2, L + 2, L + 2, 0)),
+    (lambda L: Implicit(Nystrom(L, 0.1)), "penalty", lambda T, L: (T + 2, L + 2, L + 2, 0)),
+    (lambda L: Implicit(Dense()), "penalty", lambda T, L: (T + 2, SIZE + 1, SIZE + 1, 0)),
+]
+
+
+@pytest.mark.parametrize(("steps", "order"), SIZES)
+@pytest.mark.parametrize(("make", "learned", "formula"), EXPECTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_counters_are_the_formulas(make, learned, formula, steps, order):
+    solution = run(make(order), steps, learned)
+    gradients, products, depth, states = formula(steps, order)
+    assert counted(solution) == (gradients, products, depth)
+    assert solution.kept.states == states
+    assert (Seen.products, Seen.batches) == (products, depth)
+
+
+@pytest.mark.parametrize("learned", ["start", "all"])
+@pytest.mark.parametrize("tasks", [0, 3])
+@pytest.mark.parametrize(("steps", "order"), [s for s in SIZES if s[1] < s[0]])
+def test_orders_of_curvature(steps, order, tasks, learned):
+    """``L (T - L + 1)`` products for Binomial, whatever is learned, ``T + (L - 1)(T - 1)`` for Krylov."""
+    each = max(tasks, 1)
+    solution = run(Binomial(order), steps, learned, tasks)
+    products = order * (steps - order + 1)
+    assert counted(solution) == (steps, products, order)
+    assert solution.kept.states == steps
+    assert Seen.products == each * products
+    # the mixed product that a level owes for one step is taken beside its batch, not in it
+    assert Seen.batches == (order if learned == "start" else 2 * order - 1)
+    solution = run(Krylov(order), steps, learned, tasks)
+    again = learned == "all" and order > 1
+    products = steps + (order - 1) * (steps - 1) + steps * again
+    assert counted(solution) == (steps, products, order + again)
+    assert solution.kept.states == steps
+    assert (Seen.products, Seen.batches) == (each * products, order + again)
+
+
+@pytest.mark.parametrize("rule", [Binomial(6), Krylov(6), Krylov(9)], ids=str)
+def test_as_many_orders_as_steps_cost_what_the_exact_rule_costs(rule):
+    assert counted(run(rule, 6, "all")) == (2 * 6, 6, 6)
+    assert (Seen.products, Seen.batches) == (6, 6)
+
+
+@pytest.mark.parametrize("learned", ["start", "all"])
+@pytest.mark.parametrize(("steps", "order"), [(5, 2), (12, 5), (20, 3)])
+def test_windows_and_chunks(steps, order, learned):
+    window, chunk = steps - 2, 3
+    assert counted(run(Binomial(order, window), steps, learned)) == (steps, order * (window - order + 1), order)
+    assert Seen.products == order * (window - order + 1)
+    levels = math.ceil((steps - order + 1) / chunk)
+    solution = run(Binomial(order, chunk_size=chunk), steps, learned)
+    assert counted(solution) == (steps, order * (steps - order + 1), order * levels)
+    assert learned == "all" or Seen.batches == order * levels
+    count = math.ceil(steps / 2)
+    solution = run(MultiStep(2, Binomial(2)), steps, learned)
+    assert counted(solution) == (count, 2 * (count - 1), 2)
+    assert solution.kept.states == count
+    assert counted(run(MultiStep(2), steps, learned)) == (count, count, count)
+
+
+def peak_trees(rule: Any, steps: int, learned: int = 1, start: bool = False) -> float:
+    """The peak memory of one hypergradient, in trees of parameters; a state of momentum is two."""
+    w = torch.linspace(-1, 1, 10_000, dtype=torch.float64, requires_grad=start)
+    scales = torch.full((learned,), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def work():
+        optimizer = diffopt.SGD(0.01, momentum=0.5)
+        function = lambda w, scales: (w.tanh() * scales.sum()).square().sum()  # noqa: E731
+        solution = diffopt.solve(function, w, scales, optimizer=optimizer, steps=steps, estimator=rule)
+        solution.params.square().sum().backward()
+
+    work()
+    peak = peak_bytes(work)
+    assert peak is not None
+    return peak / w.nbytes
+
+
+# Scalars and losses lie between whole trees; they are some hundred numbers of 10,000.
+ROUGHLY = 0.05
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_level_of_krylov_holds_one_adjoint_per_step(steps):
+    fewer, more = (peak_trees(Krylov(order, chunk_size=1), steps, start=True) for order in (3, 6))
+    assert (more - fewer) / 3 == pytest.approx(2 * steps, abs=ROUGHLY)
+
+
+def test_binomial_holds_some_trees_per_step_whatever_the_order():
+    fewer, more = (peak_trees(Binomial(2, chunk_size=1), steps) for steps in (10, 20))
+    # state 2, gradient 1; then, of one order at a time, adjoint 2, E' of it 1, that scaled 1, curvature at most 2
+    assert (more - fewer) / 10 <= 9 + ROUGHLY
+    assert peak_trees(Binomial(4, chunk_size=1), 10) <= fewer
+
+
+@pytest.mark.parametrize("rule", [ForwardMode(), ESJacobian(4, 1e-3), Implicit(GMRES(4, 0.0, False))], ids=str)
+def test_what_does_not_store_the_rollout_needs_the_same_for_any_number_of_steps(rule):
+    assert peak_trees(rule, 40, 4) == pytest.approx(peak_trees(rule, 10, 4), abs=ROUGHLY)
+
+
+def test_a_column_of_nystrom_and_a_direction_of_gmres_are_one_tree():
+    for make in (lambda k: Nystrom(k, 0.1), lambda k: GMRES(k, 0.0, False)):
+        fewer, more = (peak_trees(Implicit(make(k)), 3) for k in (8, 16))
+        assert (more - fewer) / 8 <= 2 + ROUGHLY  # and its copy where they are put together
+        assert fewer < 50
+
+
+def test_the_page_is_what_is_measured(checkout):
+    specification = importlib.util.spec_from_file_location("costs", checkout / "benchmarks" / "costs.py")
+    assert specification is not None
+    assert specification.loader is not None
+    costs = importlib.util.module_from_spec(specification)
+    sys.modules["costs"] = costs  # dataclasses look there for the module of a class
+    try:
+        specification.loader.exec_module(costs)
+        text = costs.page()  # raises where a count is not its formula's
+    finally:
+        del sys.modules["costs"]
+    assert text == (checkout / "docs" / "costs.md").read_text(encoding="utf-8"), "run: python -m benchmarks.costs"
