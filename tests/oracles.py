@@ -15,9 +15,9 @@ def safe_root(x: Tensor) -> Tensor:
 
 
 def sgd_step(p, g, b, t, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False):
-    """One leaf of torch.optim.SGD: the first buffer is a copy of the direction, not dampened."""
+    """One leaf of torch.optim.SGD: the direction enters the first buffer undampened."""
     d = (-g if maximize else g) + weight_decay * p
-    b["v"] = d if t == 1 else momentum * b["v"] + (1 - dampening) * d
+    b["v"] = momentum * b.get("v", 0 * p) + (1 if t == 1 else 1 - dampening) * d
     move = d + momentum * b["v"] if nesterov else b["v"]
     return p - lr * move
 
