@@ -232,8 +232,10 @@ What the numbers do not show:
   go through: `T` (or `L`) of the gradients above. While they do, the graphs of one block of `k` steps are alive.
 - `Binomial` and `Krylov` evaluate the gradients of the steps of a batch once more to differentiate them; that is part
   of an HVP here. While they do, `G` of one batch is alive. `Krylov` also holds `L` stacks of `T` adjoints.
-- `Binomial` takes one product of each level but the last beside its batch, not in it, where arguments of the loss are
-  learned. As many orders as steps cost what `Reverse(1)` costs.
+- What is counted for `Binomial` and `Krylov` is the products that they need. Without `chunk_size`, and from the second
+  level on, they are pulled through one graph of all `T` steps, zeros where a level needs none: `L * T` in work.
+- The last level of `Binomial` also takes the mixed products that the levels before it owe for the latest steps. As
+  many orders as steps cost what `Reverse(1)` costs.
 - `Krylov` takes one more batch of HVPs where arguments of the loss are learned, for the mixed terms of the adjoints
   that it has put together from its levels.
 - `ForwardMode` runs the inner problem again with `p` tangents beside it, and once more for every further learned

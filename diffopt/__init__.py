@@ -4,6 +4,7 @@ from diffopt.compare import Comparison, compare
 from diffopt.errors import (
     BatchesError,
     CapturedTensorError,
+    CompileWarning,
     DeviceError,
     DiffoptError,
     DisconnectedError,
@@ -46,6 +47,7 @@ __all__ = [
     "BatchesError",
     "CapturedTensorError",
     "Comparison",
+    "CompileWarning",
     "DeviceError",
     "DiffoptError",
     "DisconnectedError",

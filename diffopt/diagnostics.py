@@ -16,7 +16,6 @@ from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import roll_out
 from diffopt.trajectory import Trajectory
-from diffopt.update_blocks import update_blocks
 
 
 def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: int = 10) -> float:
@@ -33,7 +32,7 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, (), (), False)
     tasks, largest = Tasks(len(dynamics.levels)), 0.0
     with torch.no_grad():
-        updates, nothing = update_blocks(trajectory), final.zeros()
+        updates, nothing = trajectory.updates.blocks(), final.zeros()
         for step in {1, dynamics.steps}:
             curvature = ParallelCurvature(trajectory, step, None, again=True)
             x = tasks.start(final)

@@ -106,3 +106,7 @@ class MissingDerivativeError(DiffoptError, RuntimeError):
 
 class SecondDerivativeError(DiffoptError, RuntimeError):
     """A hypergradient was differentiated again under a rule that gives first derivatives only."""
+
+
+class CompileWarning(UserWarning):
+    """``compile=True`` has had no effect, or not the one that was hoped for."""

@@ -99,6 +99,8 @@ class Adjoint(Estimator):
     def run(self, problem: Problem) -> Outcome:
         """Roll out without a graph and attach this rule as the derivative."""
         keep = self.keep(problem.dynamics.steps)
+        if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
+            keep = replace(keep, checkpoint=1, gradients=True)
         watch = Watch(
             problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar, final
 
 import torch
@@ -86,6 +86,7 @@ def solve(
     batches: Any = None,
     estimator: Estimator | None = None,
     check: bool = True,
+    compile: bool = False,
 ) -> Solution[Params]:
     r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
 
@@ -105,6 +106,11 @@ def solve(
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, and tensors captured by closure. Costs a few synchronisations on a GPU.
+        compile: compile the inner gradient and its pullback (seconds, once for a loss and shapes), for small models
+            whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
+            arguments is frozen. Used by steps that are taken without their graph and, where the estimator is exact or
+            truncated, in the backward pass, which then keeps every state. What cannot be compiled runs without, with a
+            :class:`diffopt.CompileWarning`.
 
     Returns:
         A :class:`Solution`.
@@ -130,6 +136,8 @@ def solve(
     """
     rule = _checked_estimator(estimator)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
+    if compile:
+        problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
     return _solution(problem.dynamics, rule.run(problem))
 
 

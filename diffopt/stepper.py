@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph, randomness, transforms
+from diffopt import autodiff, compiled, graph, randomness, transforms
 from diffopt.block import Block
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
@@ -119,6 +119,12 @@ class Stepper:
         """One step without its graph."""
         dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
         before = state[: dynamics.params_count]
+        fast = compiled.gradient(dynamics, before, current) if dynamics.compile else None
+        if fast is not None and not (step == 1 and self._watches):
+            self.record.counts.gradients += 1
+            if keep_gradients:
+                self.record.gradients[step] = Leaves(fast.grads)
+            return dynamics.update(state, fast.grads, current, step), fast.losses
         with torch.enable_grad():
             if step == 1:
                 params = autodiff.make_roots(before)
@@ -129,6 +135,8 @@ class Stepper:
             if behind and graph.reaches_captured(behind, params):
                 refuse_capture()
         grads = _or_zeros(found, before)
+        if fast is not None:
+            compiled.refuse_stale(fast.losses, losses)
         if keep_gradients:
             self.record.gradients[step] = Leaves(grads)
         if step == 1 and (self.watch.captures or self.watch.levels):
@@ -144,6 +152,10 @@ class Stepper:
         if self.watch.captures and graph.reaches_captured(nodes, roots):
             refuse_capture()
         return Leaves(leaf.detach() for leaf in after)
+
+    @property
+    def _watches(self) -> bool:
+        return self.watch.values or self.watch.captures or bool(self.watch.levels)
 
     def _levels_at(self, step: int) -> range:
         return self.watch.levels if step == 1 else range(0)

@@ -9,12 +9,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt import compiled
 from diffopt.block import Block, BlockTerms
 from diffopt.dynamics import Dynamics
 from diffopt.leaves import Leaves
 from diffopt.record import Record, Watch
 from diffopt.rollout import refuse_other_losses
 from diffopt.stepper import Stepper
+from diffopt.update_blocks import Updates
 
 
 @final
@@ -62,6 +64,11 @@ class Trajectory:
         return self.dynamics.steps
 
     @property
+    def updates(self) -> Updates:
+        """The updates of all steps, if their states and gradients were kept."""
+        return Updates(self.dynamics, self.extras, self.record)
+
+    @property
     def wanted_hypers(self) -> list[int]:
         """The wanted extras that belong to the optimizer."""
         return [i for i in self.wanted if i >= self.dynamics.hyperparameters_start]
@@ -73,6 +80,10 @@ class Trajectory:
 
         Returns ``Lambda_{first-1}`` and the direct terms. One HVP per step, one step after the other.
         """
+        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and self.record.gradients else None
+        return self._sweep_of_blocks(cotangent, first) if done is None else done
+
+    def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
         adjoint, direct = cotangent, DirectTerms(self)
         for block, start, end in self._blocks_backwards(first):
             passes_on = start > first or self.wants_initial
@@ -81,6 +92,27 @@ class Trajectory:
             self.record.counts.products += end - start + 1
             self.record.counts.depth += end - start + 1
             adjoint = terms.state
+        return Cotangents(adjoint if self.wants_initial else None, direct.collect())
+
+    def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
+        """The same from stored states, by compiled curvature products; ``None`` if they could not be compiled."""
+        updates, direct, adjoint = Updates(self.dynamics, self.extras, self.record, first), DirectTerms(self), cotangent
+        blocks, read = updates.blocks(), [i for i in self.wanted if i < self.dynamics.hyperparameters_start]
+        count = self.dynamics.params_count
+        for step in range(self.steps, first - 1, -1):
+            turned = blocks.turn(adjoint.map(lambda leaf: leaf[None]), step)
+            current, params = self.dynamics.at_step(self.extras, step), self.record.states[step][:count]
+            terms = compiled.product(self.dynamics, params, current, [leaf[0] for leaf in turned], read)
+            if terms is None:
+                return None  # at the first of these steps, or at none
+            direct.add(step, dict(zip(read, terms[count:], strict=True)))
+            if self.wanted_hypers:
+                direct.add(step, updates.terms(step, self.wanted_hypers, adjoint))
+            pushes = Leaves(leaf[None] for leaf in terms[:count])
+            adjoint = blocks.scan(adjoint, step, step, pushes).map(lambda leaf: leaf[0])
+            self.record.counts.add_products(1)
+        self.record.usable = False
+        self.record.states.clear()
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
@@ -145,6 +177,12 @@ class DirectTerms:
         self.add(0, terms.shared)
         for (number, step), term in terms.stepped.items():
             self.add(step, {number: term})
+
+    def add_updates(self, adjoints: Leaves) -> None:
+        """Add ``D_t' x_t`` of all steps for the stack ``x_1, ..., x_T``."""
+        trajectory = self._trajectory
+        for step, terms in trajectory.updates.all_terms(trajectory.wanted_hypers, adjoints):
+            self.add(step, terms)
 
     def collect(self) -> dict[int, Tensor]:
         """The sums, by number of the extra."""

@@ -5,16 +5,17 @@ A *stack* is ``Leaves`` whose axis 0 runs over steps in a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
-from diffopt.dynamics import Level
+from diffopt import autodiff, graph
+from diffopt.dynamics import Dynamics, Level
 from diffopt.leaves import Leaves
-from diffopt.trajectory import DirectTerms, Trajectory
+from diffopt.record import Record
 
 Factor: TypeAlias = "float | Leaves"
 
@@ -32,45 +33,68 @@ class UpdateBlocks(Protocol):
         """
 
 
-def record_update(trajectory: Trajectory, hypers: Sequence[int], step: int) -> autodiff.Graph:
-    """The graph of one update from the state, its gradient (as an independent input) and the extras ``hypers``."""
-    dynamics = trajectory.dynamics
-    current, count = list(dynamics.at_step(trajectory.extras, step)), dynamics.state_count
-    grads = trajectory.record.gradients[step]
+@final
+@dataclass(frozen=True)
+class Updates:
+    """The updates of steps ``first, ..., T`` of a rollout that kept their states and gradients."""
 
-    def function(roots: tuple[Tensor, ...]) -> Leaves:
-        for number, root in zip(hypers, roots[count + len(grads) :], strict=True):
-            current[number] = root
-        return dynamics.update(roots[:count], roots[count:][: len(grads)], current, step)
+    dynamics: Dynamics
+    extras: Sequence[Tensor]
+    record: Record
+    first: int = 1
 
-    inputs = [*trajectory.record.states[step], *grads, *(current[i] for i in hypers)]
-    return autodiff.Graph.record(function, inputs)
+    @property
+    def steps(self) -> range:
+        """The numbers of the steps."""
+        return range(self.first, self.dynamics.steps + 1)
 
+    def graph(self, step: int, hypers: Sequence[int] = ()) -> autodiff.Graph:
+        """The graph of one update from the state, its gradient (as an independent input) and the extras ``hypers``."""
+        dynamics, record = self.dynamics, self.record
+        current, count = list(dynamics.at_step(self.extras, step)), dynamics.state_count
+        grads = record.gradients[step]
 
-def add_update_terms(trajectory: Trajectory, hypers: Sequence[int], adjoints: Leaves, direct: DirectTerms) -> None:
-    """Add ``D_t' x_t`` for the stack ``x_1, ..., x_T`` to the direct terms of the extras ``hypers``."""
-    first = trajectory.dynamics.state_count + trajectory.dynamics.params_count
-    for step in range(1, trajectory.steps + 1) if hypers else ():
-        graph = record_update(trajectory, hypers, step)
-        terms = graph.pullback([leaf[step - 1] for leaf in adjoints], range(first, first + len(hypers)))
-        direct.add(step, dict(zip(hypers, terms, strict=True)))
+        def function(roots: tuple[Tensor, ...]) -> Leaves:
+            for number, root in zip(hypers, roots[count + len(grads) :], strict=True):
+                current[number] = root
+            return dynamics.update(roots[:count], roots[count:][: len(grads)], current, step)
+
+        inputs = [*record.states[step], *grads, *(current[i] for i in hypers)]
+        return autodiff.Graph.record(function, inputs)
+
+    def terms(self, step: int, hypers: Sequence[int], adjoint: Sequence[Tensor]) -> dict[int, Tensor | None]:
+        """``D_t' x_t`` for the extras ``hypers``."""
+        first = self.dynamics.state_count + self.dynamics.params_count
+        terms = self.graph(step, hypers).pullback(adjoint, range(first, first + len(hypers)))
+        return dict(zip(hypers, terms, strict=True))
+
+    def all_terms(self, hypers: Sequence[int], adjoints: Leaves) -> Iterator[tuple[int, dict[int, Tensor | None]]]:
+        """The steps, and ``D_t' x_t`` of each for the stack ``x_first, ..., x_T``."""
+        for step in self.steps if hypers else ():
+            yield step, self.terms(step, hypers, [leaf[step - self.first] for leaf in adjoints])
+
+    def blocks(self) -> UpdateBlocks:
+        """All that needs no curvature, in the form that suits the update."""
+        shapes, params = [leaf.shape for leaf in self.record.states[self.first]], self.dynamics.params_count
+        kinds, rest = divmod(len(shapes), params)
+        alike = rest == 0 and shapes == shapes[:params] * kinds
+        return DiagonalBlocks(self) if self.dynamics.optimizer.elementwise and alike else GraphBlocks(self)
 
 
 @final
 class GraphBlocks:
     """For any update: one graph per step, pulled back step by step."""
 
-    def __init__(self, trajectory: Trajectory) -> None:
+    def __init__(self, updates: Updates) -> None:
         """Record every update."""
-        dynamics = trajectory.dynamics
-        self._count, self._params = dynamics.state_count, dynamics.params_count
-        self._graphs = [record_update(trajectory, (), step) for step in range(1, trajectory.steps + 1)]
+        self._count, self._params = updates.dynamics.state_count, updates.dynamics.params_count
+        self._graphs = {step: updates.graph(step) for step in updates.steps}
 
     def turn(self, adjoints: Leaves, first: int) -> Leaves:
         """See :class:`UpdateBlocks`."""
         wanted, rows = range(self._count, self._count + self._params), []
         for offset, row in enumerate(zip(*adjoints, strict=True)):
-            terms = self._graphs[first + offset - 1].pullback(row, wanted, retain=True)
+            terms = self._graphs[first + offset].pullback(row, wanted, retain=True)
             rows.append(autodiff.or_zeros(terms, row[: self._params]))
         return _stacked(rows)
 
@@ -78,7 +102,7 @@ class GraphBlocks:
         """See :class:`UpdateBlocks`."""
         rows, now = [], tuple(last)
         for step in range(end, first - 1, -1):
-            terms = self._graphs[step - 1].pullback(now, range(self._count), retain=True)
+            terms = self._graphs[step].pullback(now, range(self._count), retain=True)
             now = autodiff.or_zeros(terms, now)
             if pushes is not None:
                 pushed = (x + leaf[step - first] for x, leaf in zip(now, pushes, strict=False))
@@ -96,16 +120,23 @@ class DiagonalBlocks:
     the identity, as in plain gradient descent, a scan is a cumulative sum, and no step waits for another.
     """
 
-    def __init__(self, trajectory: Trajectory) -> None:
+    def __init__(self, updates: Updates) -> None:
         """Read the diagonals off one graph of all updates, or of each if they look at the number of their step."""
-        self._size = trajectory.dynamics.params_count
-        self._kinds = range(trajectory.dynamics.state_count // self._size)
-        steps = range(1, trajectory.steps + 1)
+        self._first, self._size = updates.first, updates.dynamics.params_count
+        self._kinds = range(updates.dynamics.state_count // self._size)
+        count = len(updates.steps)
         try:
-            states = _stacked([trajectory.record.states[t] for t in steps])
-            diagonals = self._read_off(_record_all_updates(trajectory, states), states)
+            first = _graph_of_any(updates, range(updates.first, updates.first + 1))
+            if not _depends_on_state(first, updates):
+                one = self._read_off(first, updates.record.states[updates.first].map(lambda leaf: leaf[None]))
+                diagonals = {
+                    key: part and part.map(lambda x: x.expand(count, *x.shape[1:])) for key, part in one.items()
+                }
+            else:
+                states = _stacked([updates.record.states[t] for t in updates.steps])
+                diagonals = self._read_off(_graph_of_any(updates, updates.steps), states)
         except _StepIsReadError:
-            rows = [self._read_off(record_update(trajectory, (), t), trajectory.final) for t in steps]
+            rows = [self._read_off(updates.graph(t), updates.record.states[t]) for t in updates.steps]
             diagonals = {key: _stacked_or_none([row[key] for row in rows]) for key in rows[0]}
         factors = {key: _constant(stack) for key, stack in diagonals.items() if stack is not None}
         gradient = len(self._kinds)
@@ -115,10 +146,10 @@ class DiagonalBlocks:
     def _read_off(self, graph: autodiff.Graph, state: Leaves) -> dict[tuple[int, int], Leaves | None]:
         """The diagonal between each kind of leaf that comes out and each that goes in, the last being the gradient."""
         found: dict[tuple[int, int], Leaves | None] = {}
-        zeros = list(state.zeros())
+        zeros = [leaf.new_zeros(()).expand_as(leaf) for leaf in state]
         for out in self._kinds:
             ones = list(zeros)
-            ones[self._part(out)] = [torch.ones_like(leaf) for leaf in state[self._part(out)]]
+            ones[self._part(out)] = [leaf.new_ones(()).expand_as(leaf) for leaf in state[self._part(out)]]
             terms = graph.pullback(ones, range((len(self._kinds) + 1) * self._size), retain=True)
             for into in range(len(self._kinds) + 1):
                 part = terms[self._part(into)]
@@ -132,35 +163,33 @@ class DiagonalBlocks:
     def turn(self, adjoints: Leaves, first: int) -> Leaves:
         """See :class:`UpdateBlocks`."""
         end = first + len(adjoints[0]) - 1
-        terms = [adjoints[self._part(out)] * _of_steps(f, first, end) for out, f in self._turns.items()]
+        terms = [
+            adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)
+            for out, f in self._turns.items()
+        ]
         return _sum(terms, adjoints[: self._size])
 
     def scan(self, last: Leaves, first: int, end: int, pushes: Leaves | None) -> Leaves:
         """See :class:`UpdateBlocks`."""
         count = end - first + 1
         if self._through == {(0, 0): 1.0}:
+            if pushes is not None and count == 1:
+                return pushes + last
             if pushes is None:
                 return last.map(lambda leaf: leaf.expand(count, *leaf.shape))
             return pushes.map(lambda leaf: leaf.flip(0).cumsum_(0).flip(0)) + last
-        rows, now = [], [last[self._part(kind)] for kind in self._kinds]
+        stack = last.map(lambda leaf: leaf.new_empty(count, *leaf.shape))
+        now = [last[self._part(kind)] for kind in self._kinds]
         for step in range(end, first - 1, -1):
             old, now = now, []
             for into in self._kinds:
-                terms = [old[out] * _at(f, step) for (out, i), f in self._through.items() if i == into]
+                terms = [old[out] * _at(f, step - self._first) for (out, i), f in self._through.items() if i == into]
                 if into == 0 and pushes is not None:
                     terms.append(pushes.map(lambda leaf, at=step - first: leaf[at]))
                 now.append(_sum(terms, old[into]))
-            rows.append([leaf for part in now for leaf in part])
-        return _stacked(rows[::-1])
-
-
-def update_blocks(trajectory: Trajectory) -> UpdateBlocks:
-    """The blocks of all updates of a trajectory that keeps every state and gradient."""
-    dynamics = trajectory.dynamics
-    shapes = [leaf.shape for leaf in trajectory.final]
-    kinds, rest = divmod(len(shapes), dynamics.params_count)
-    alike = rest == 0 and shapes == shapes[: dynamics.params_count] * kinds
-    return DiagonalBlocks(trajectory) if dynamics.optimizer.elementwise and alike else GraphBlocks(trajectory)
+            for leaf, row in zip(stack, (leaf for part in now for leaf in part), strict=True):
+                leaf[step - first] = row
+        return stack
 
 
 class _StepIsReadError(Exception):
@@ -178,23 +207,32 @@ class _UnreadStep:
     __floordiv__ = __mod__ = __pow__ = __rpow__ = __neg__ = __abs__ = __round__ = __hash__ = _refuse
 
 
-def _record_all_updates(trajectory: Trajectory, states: Leaves) -> autodiff.Graph:
-    """The graph of the updates of all steps, stacked; :class:`_StepIsReadError` if one looks at its step's number."""
-    dynamics, record = trajectory.dynamics, trajectory.record
+def _graph_of_any(updates: Updates, steps: range) -> autodiff.Graph:
+    """The graph of the updates ``steps``, stacked; :class:`_StepIsReadError` if one looks at its step's number."""
+    dynamics = updates.dynamics
     if dynamics.window > 1:
         raise _StepIsReadError
-    steps = range(1, trajectory.steps + 1)
-    slices = [dynamics.at_step(trajectory.extras, t) for t in steps]
+    slices = [dynamics.at_step(updates.extras, t) for t in steps]
     current = [
         torch.stack([row[i] for row in slices]) if stepped else slices[0][i]
         for i, stepped in enumerate(dynamics.stepped)
     ]
     dims = (*(0,) * dynamics.state_count, *(0 if stepped else None for stepped in dynamics.stepped))
-    batched = dynamics.batched(Level(dims, len(steps), "error"))
-    count, grads = dynamics.state_count, _stacked([record.gradients[t] for t in steps])
+    batched, count = dynamics.batched(Level(dims, len(slices), "error")), dynamics.state_count
+    states, grads = (_stacked([kept[t] for t in steps]) for kept in (updates.record.states, updates.record.gradients))
     return autodiff.Graph.record(
         lambda roots: batched.update_once(roots[:count], roots[count:], current, _UnreadStep()), [*states, *grads]
     )
+
+
+def _depends_on_state(update: autodiff.Graph, updates: Updates) -> bool:
+    """Whether the blocks of an update may differ from step to step: it saved more for them than hyperparameters."""
+    stepped = any(updates.dynamics.stepped[updates.dynamics.hyperparameters_start :])
+    return stepped or graph.saved_bytes(graph.nodes(update.nodes()), updates.extras) > 0
+
+
+def _repeated(stack: Leaves, count: int) -> Leaves:
+    return stack.map(lambda leaf: leaf.expand(count, *leaf.shape[1:]))
 
 
 def _constant(stack: Leaves) -> Factor:
@@ -209,12 +247,12 @@ def _stacked_or_none(rows: Sequence[Leaves | None]) -> Leaves | None:
     return _stacked([known[0].zeros() if row is None else row for row in rows]) if known else None
 
 
-def _of_steps(factor: Factor, first: int, end: int) -> Factor:
-    return factor.map(lambda leaf: leaf[first - 1 : end]) if isinstance(factor, Leaves) else factor
+def _of_steps(factor: Factor, first: int, last: int) -> Factor:
+    return factor.map(lambda leaf: leaf[first : last + 1]) if isinstance(factor, Leaves) else factor
 
 
-def _at(factor: Factor, step: int) -> Factor:
-    return factor.map(lambda leaf: leaf[step - 1]) if isinstance(factor, Leaves) else factor
+def _at(factor: Factor, index: int) -> Factor:
+    return factor.map(lambda leaf: leaf[index]) if isinstance(factor, Leaves) else factor
 
 
 def _sum(terms: Sequence[Leaves], like: Leaves) -> Leaves:

@@ -14,7 +14,6 @@ from diffopt.leaves import Leaves
 from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.update_blocks import add_update_terms, update_blocks
 
 
 @final
@@ -33,7 +32,8 @@ class Binomial(Adjoint):
     gradient descent with curvature ``H`` (derivations (11c)): small when ``T * lr * H`` is below ``L``, and **larger
     than no correction at all** when it is well above. Cost: ``L * (T - L + 1)`` HVPs, never fewer than ``T``. Depth
     ``L``: the HVPs of one order are independent and run as one batch. Memory: ``T`` states and gradients, and the
-    graph of ``T - L + 1`` gradients (``chunk_size`` of them).
+    graph of ``T`` gradients, which is recorded once and pulled back through once per order, zeros where an order needs
+    no product (with ``chunk_size``: the graph of so many, recorded for every order and chunk).
 
     Not for: large ``T * lr * H`` (use :class:`Krylov`), or losses that draw random numbers.
 
@@ -79,10 +79,10 @@ class Binomial(Adjoint):
         curved = trajectory.steps if self.window is None else self.window
         if self.order >= curved == trajectory.steps and self.scale == 1.0:
             return trajectory.sweep(cotangent)
-        direct, hypers = DirectTerms(trajectory), trajectory.wanted_hypers
+        direct = DirectTerms(trajectory)
         levels = _Levels(trajectory, curved, min(self.order, curved), self.scale, self.chunk_size)
         adjoints = levels.run(direct, cotangent)
-        add_update_terms(trajectory, hypers, adjoints.map(lambda leaf: leaf[1:]), direct)
+        direct.add_updates(adjoints.map(lambda leaf: leaf[1:]))
         return Cotangents(adjoints.map(lambda leaf: leaf[0]), direct.collect())
 
 
@@ -105,32 +105,32 @@ class _Levels:
         ``l + 1`` reads it.
         """
         steps, first_curved = self.trajectory.steps, self.trajectory.steps - self.curved + 1
-        updates = update_blocks(self.trajectory)
+        updates = self.trajectory.updates.blocks()
         curvature = ParallelCurvature(self.trajectory, first_curved, self.chunk_size, again=self.order > 1)
         adjoints = cotangent.map(lambda leaf: leaf.expand(steps + 1, *leaf.shape).clone())
-        settled: list[Leaves] = []  # what the mixed products of the latest steps are taken of
+        # what the products are taken of: at a step that later levels do not reach, what the mixed product is taken of
+        weights = adjoints[: self.trajectory.dynamics.params_count].map(torch.zeros_like)
         for level in range(self.order + 1):
             low, high = first_curved + self.order - level, steps - level + 1
             pushes: Leaves | None = None
             if level > 0:
-                turned = self.scale * updates.turn(_rows(adjoints, low, high), low)
-                settled.insert(0, turned if level == self.order else _rows(turned, high - low, high - low))
-                if level == self.order and curvature.reads_wanted:
-                    every = Leaves(torch.cat(column) for column in zip(*settled, strict=True))
-                    product = curvature.product(every, low, direct, counted=high - low + 1)
-                    pushes = _rows(product, 0, high - low)
-                else:
-                    pushes = curvature.product(turned, low)
+                self._write(weights, low, updates.turn(_rows(adjoints, low, high), low))
+                if self.scale != 1.0:
+                    self._write(weights, low, self.scale * _rows(weights, low, high))
+                mixed = level == self.order and curvature.reads_wanted
+                products, count = _rows(weights, low, steps if mixed else high), high - low + 1
+                products = curvature.product(products, low, direct if mixed else None, counted=count)
+                pushes = _rows(products, 0, count - 1)
             end = min(high, steps)
             if low <= end:
-                self._write(adjoints, low, updates.scan(_row(adjoints, end), low, end, pushes))
+                self._write(adjoints, low - 1, updates.scan(_row(adjoints, end), low, end, pushes))
             if level == self.order and low > 1:
-                self._write(adjoints, 1, updates.scan(_row(adjoints, low - 1), 1, low - 1, None))
+                self._write(adjoints, 0, updates.scan(_row(adjoints, low - 1), 1, low - 1, None))
         return adjoints
 
-    def _write(self, adjoints: Leaves, first: int, rows: Leaves) -> None:
-        for leaf, row in zip(adjoints, rows, strict=True):
-            leaf[first - 1 : first - 1 + len(row)] = row
+    def _write(self, stack: Leaves, first: int, rows: Leaves) -> None:
+        for leaf, row in zip(stack, rows, strict=True):
+            leaf[first : first + len(row)] = row
 
 
 def _row(stack: Leaves, at: int) -> Leaves:

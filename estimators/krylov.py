@@ -14,7 +14,7 @@ from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
 from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.update_blocks import UpdateBlocks, add_update_terms, update_blocks
+from diffopt.update_blocks import UpdateBlocks
 
 
 @final
@@ -69,9 +69,9 @@ class Krylov(Adjoint):
         if self.order >= trajectory.steps:
             trajectory.record.diagnostics["residual"] = 0 * tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
-        direct, hypers = DirectTerms(trajectory), trajectory.wanted_hypers
+        direct = DirectTerms(trajectory)
         system = _System(
-            update_blocks(trajectory),
+            trajectory.updates.blocks(),
             ParallelCurvature(trajectory, 1, self.chunk_size, again=self.order > 1),
             trajectory.steps,
             len(trajectory.dynamics.levels),
@@ -94,7 +94,7 @@ class Krylov(Adjoint):
             left_over = tasks.norm(system.apart(residual))
             trajectory.record.diagnostics["residual"] = torch.where(size > 0, left_over / size, 0)
             stack = stack + residual
-        add_update_terms(trajectory, hypers, _appended(stack.map(lambda leaf: leaf[1:]), cotangent), direct)
+        direct.add_updates(_appended(stack.map(lambda leaf: leaf[1:]), cotangent))
         return Cotangents(stack.map(lambda leaf: leaf[0]), direct.collect())
 
 

@@ -157,20 +157,20 @@ FAULTS = [
     Fault(
         "an order of the binomial rule leaves out its earliest step",
         "estimators/binomial.py",
-        "_write(adjoints, low, updates.scan(_row(adjoints, end), low, end, pushes))",
-        "_write(adjoints, low + (level > 1), updates.scan(_row(adjoints, end), low, end, pushes))",
+        "_write(adjoints, low - 1, updates.scan(_row(adjoints, end), low, end, pushes))",
+        "_write(adjoints, low - (level < 2), updates.scan(_row(adjoints, end), low, end, pushes))",
     ),
     Fault(
         "the binomial rule forgets its scale",
         "estimators/binomial.py",
-        "self.scale * updates.turn(",
-        "updates.turn(",
+        "self.scale * _rows(weights, low, high)",
+        "_rows(weights, low, high)",
     ),
     Fault(
         "the binomial rule takes mixed products at every order",
         "estimators/binomial.py",
-        "turned if level == self.order else _rows(turned, high - low, high - low)",
-        "turned",
+        "mixed = level == self.order and curvature.reads_wanted",
+        "mixed = curvature.reads_wanted",
     ),
     Fault(
         "the binomial window is one step too long",

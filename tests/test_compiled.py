@@ -1,0 +1,140 @@
+"""``compile=True``: the numbers of the plain way, and a warning or an error where it cannot give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import OPTIMIZERS, small_network
+from oracles import relative_error
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from diffopt import compiled
+from diffopt.estimators import Binomial, FirstOrder, Reverse, Truncated
+
+STEPS = 4
+
+
+def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = None) -> list[Tensor]:
+    """Of the initial params, a loss argument, the batches and every hyperparameter."""
+    problem = small_network(0, STEPS)
+    params = [p.clone().requires_grad_() for p in problem.params]
+    weights, inputs = problem.weights.clone().requires_grad_(), problem.batches[0].clone().requires_grad_()
+    hypers = {name: torch.tensor(x, dtype=torch.float64, requires_grad=True) for name, x in case.learned.items()}
+
+    def outer(weights: Tensor) -> Tensor:
+        end = diffopt.solve(
+            problem.loss,
+            params,
+            weights,
+            optimizer=case.optimizer(hypers),
+            steps=STEPS,
+            batches=(inputs, problem.batches[1]),
+            estimator=rule,
+            compile=compile,
+        ).params
+        return problem.outer_loss(end)
+
+    factors = torch.linspace(0.5, 1.5, tasks or 1, dtype=torch.float64)
+    total = outer(weights) if tasks is None else vmap(outer)(factors[:, None] * weights).sum()
+    found = torch.autograd.grad(total, [*params, weights, inputs, *hypers.values()], allow_unused=True)
+    return [torch.zeros(()) if x is None else x for x in found]
+
+
+CASES = {case.name: case for case in OPTIMIZERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tasks"), [("momentum", None), ("adam", 3)])
+def test_the_numbers_are_those_of_the_plain_way(name: str, tasks: int | None) -> None:
+    """In float64, where kernels differ by round-off only."""
+    for rule in (Reverse(), Reverse(2), Truncated(2), Binomial(2), FirstOrder()):
+        found = hypergradient(CASES[name], rule, compile=True, tasks=tasks)
+        assert relative_error(found, hypergradient(CASES[name], rule, compile=False, tasks=tasks)) < 1e-11
+
+
+def quadratic(w: Tensor, a: Tensor) -> Tensor:
+    return 0.5 * (a * w**2).sum() + (w**4).sum() / 4
+
+
+def solve(loss: Any = quadratic, *args: Any, **options: Any) -> Any:
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "compile": True, **options}
+    return w, diffopt.solve(loss, w, *(args or (torch.ones(2, dtype=torch.float64),)), **given)
+
+
+def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = compiled._compile
+    monkeypatch.setattr(compiled, "_compile", lambda *a: made.append(1) or original(*a))
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    for _ in range(3):
+        w, solution = solve(loss)
+        solution.params.sum().backward()
+        assert solution.kept.checkpoint == 1
+        assert (solution.counts.gradients, solution.counts.products) == (3, 3)
+    assert len(made) == 2  # the gradient and the product
+    w, plain = solve(loss, compile=False)
+    before = w.grad
+    plain.params.sum().backward()
+    assert before is None
+    _, again = solve(loss)
+    torch.testing.assert_close(again.params, plain.params, rtol=1e-14, atol=0)
+
+
+def test_a_loss_that_draws_random_numbers_runs_without() -> None:
+    def noisy(w: Tensor, a: Tensor) -> Tensor:
+        return (a * (w + 0.1 * torch.randn(2)) ** 2).sum()
+
+    torch.manual_seed(0)
+    with pytest.warns(diffopt.CompileWarning, match="draws random numbers"):
+        w, solution = solve(noisy)
+    with pytest.warns(diffopt.CompileWarning, match="draws random numbers"):
+        solution.params.sum().backward()
+    torch.manual_seed(0)
+    v, plain = solve(noisy, compile=False)
+    plain.params.sum().backward()
+    assert torch.equal(w.grad, v.grad)
+
+
+def test_a_loss_that_leaves_torch_runs_without() -> None:
+    def branches(w: Tensor, a: Tensor) -> Tensor:
+        return (a * w**2).sum() if float(a.sum()) > 1 else (a * w**4).sum()
+
+    with pytest.warns(diffopt.CompileWarning, match="could not be compiled"):
+        w, solution = solve(branches)
+    with pytest.warns(diffopt.CompileWarning, match="could not be compiled"):
+        solution.params.sum().backward()
+    torch.testing.assert_close(w.grad, torch.full((2,), 0.9**3, dtype=torch.float64))
+
+
+def test_what_the_loss_reads_by_closure_may_not_change() -> None:
+    scale = [1.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return scale[0] * quadratic(w, a)
+
+    solve(loss)
+    scale[0] = 2.0
+    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+        solve(loss)
+
+
+def test_a_loss_made_anew_at_every_call_is_warned_of() -> None:
+    def fresh() -> Any:
+        def loss(w: Tensor, a: Tensor) -> Tensor:
+            return quadratic(w, a)
+
+        return loss
+
+    kept = [fresh() for _ in range(3)]
+    for loss in kept[:2]:
+        solve(loss)
+    with pytest.warns(diffopt.CompileWarning, match="new function at every call"):
+        solve(kept[2])
