@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from diffopt import graph, transforms
 from diffopt.errors import DiffoptError, InPlaceError
+from diffopt.faults import missing_derivative
 
 
 class Autocast:
@@ -133,9 +134,10 @@ def named_missing_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "is not implemented" not in str(error) or isinstance(error, DiffoptError):
+        said = str(error).partition("\n")[0]
+        if isinstance(error, DiffoptError) or not ("is not implemented" in said or "use_reentrant=True" in said):
             raise
-        raise graph.missing_derivative(str(error).splitlines()[0][:120]) from error
+        raise missing_derivative(said) from error
 
 
 def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias, final
 from torch import Tensor
 
 from diffopt import transforms, tree
-from diffopt.errors import LossError, OptimizerError, RandomnessError
+from diffopt.errors import DiffoptError, LossError, OptimizerError, RandomnessError
+from diffopt.faults import vmap_error
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
 
@@ -136,6 +137,9 @@ class Dynamics:
                     "the inner loss draws random numbers under vmap: say vmap(..., randomness='different') for numbers "
                     "of each task's own, or 'same'"
                 ) from error
+            refused = vmap_error(error) if self.levels and not isinstance(error, DiffoptError) else None
+            if refused is not None:
+                raise refused from error
             raise
         return losses
 

@@ -104,6 +104,14 @@ class MissingDerivativeError(DiffoptError, RuntimeError):
     """An operation in the inner loss has no second derivative in torch."""
 
 
+class WrongDerivativeError(DiffoptError, ArithmeticError):
+    """Autograd's second derivative of the inner loss is not the one that finite differences find."""
+
+
+class VmapError(DiffoptError, RuntimeError):
+    """The inner loss cannot run, or gives other numbers, under ``torch.func.vmap``."""
+
+
 class SecondDerivativeError(DiffoptError, RuntimeError):
     """A hypergradient was differentiated again under a rule that gives first derivatives only."""
 

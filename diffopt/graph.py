@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffopt.errors import MissingDerivativeError
+from diffopt.faults import missing_derivative, name_of_broken
 
 
 def nodes(starts: Iterable[Any]) -> Iterator[Any]:
@@ -31,46 +31,37 @@ def leaves_behind(loss: Tensor) -> list[Tensor]:
     return [node.variable for node in nodes([loss.grad_fn]) if hasattr(node, "variable")]
 
 
-def missing_derivative(what: str) -> MissingDerivativeError:
-    """The error for an operation of which torch has no second derivative."""
-    return MissingDerivativeError(
-        f"an operation in the inner loss has no second derivative ({what}). Attention: run it under "
-        "sdpa_kernel([SDPBackend.MATH]). A recurrent layer on a GPU: torch.backends.cudnn.flags(enabled=False). A "
-        "once_differentiable function: write its backward in differentiable operations. Or use FirstOrder()"
-    )
-
-
 def refuse_broken_graph(graph: Iterable[Any]) -> None:
     """Refuse a graph, given by its nodes, with an operation whose derivative was declared missing."""
     for node in graph:
         if node.name().endswith(("Error", "NotImplemented")):
-            raise missing_derivative(f"{node.name().rpartition('::')[2]}, which autograd would leave out silently")
+            raise missing_derivative(name_of_broken(node))
 
 
-def reaches_captured(graph: Sequence[Any], roots: Sequence[Tensor]) -> bool:
-    """Whether a graph, given by its nodes and grown from ``roots``, reaches a tensor that was there before them.
+def captured_nodes(graph: Sequence[Any], roots: Sequence[Tensor]) -> list[Any]:
+    """The nodes, of a graph given by its nodes and grown from ``roots``, of tensors that were there before them.
 
     An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
     still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
     """
-    if not _reaches_captured(graph, roots):
-        return False
+    if not _captured_nodes(graph, roots):
+        return []
     gc.collect()
-    return _reaches_captured(graph, roots)
+    return _captured_nodes(graph, roots)
 
 
-def _reaches_captured(graph: Sequence[Any], roots: Sequence[Tensor]) -> bool:
-    own = {root.grad_fn for root in roots}
+def _captured_nodes(graph: Sequence[Any], roots: Sequence[Tensor]) -> list[Any]:
+    own, found = {root.grad_fn for root in roots}, []
     born = cast("Any", roots[0].grad_fn)._sequence_nr()
     for node in graph:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
-                return True
+                found.append(node)
         # (another thread numbers its nodes from the start, but only a new node can lead to a root)
         elif node._sequence_nr() < born and own.isdisjoint(nodes([node])):
-            return True
-    return False
+            found.append(node)
+    return found
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt import autodiff, graph, transforms, tree
 from diffopt.errors import GradModeError, HyperparameterError, LossError, SecondDerivativeError, ShapeError
-from diffopt.stepper import refuse_capture
+from diffopt.stepper import refuse_captures
 
 
 def mean_over_tasks(
@@ -123,7 +123,7 @@ class _Mean(torch.autograd.Function):
                     parts[i] = root
                 total = call.total(parts, count) / call.size
                 if start == 0 and call.check and roots and total.requires_grad:
-                    _refuse_captures(total, roots)
+                    _refuse_captures(call, total, roots)
                 found = autodiff.gradient(total, roots, differentiable=False)
             for i, held, term in zip(wanted, grads, found, strict=True):
                 dim = call.tensor_dims[i]
@@ -145,9 +145,9 @@ class _Mean(torch.autograd.Function):
         return tuple(terms)
 
 
-def _refuse_captures(total: Tensor, roots: Sequence[Tensor]) -> None:
-    if graph.reaches_captured(list(graph.nodes([total.grad_fn])), roots):
-        refuse_capture()
+def _refuse_captures(call: _Call, total: Tensor, roots: Sequence[Tensor]) -> None:
+    nodes = graph.captured_nodes(list(graph.nodes([total.grad_fn])), roots)
+    refuse_captures("task_loss", [call.task_loss], nodes)
 
 
 class _Products(torch.autograd.Function):

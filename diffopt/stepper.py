@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt import autodiff, compiled, graph, randomness, transforms
 from diffopt.block import Block
+from diffopt.captured import names_of
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
 from diffopt.leaves import Leaves
@@ -81,8 +82,8 @@ class Stepper:
         """Look once at the graph of a first step, and, if it grew from ``roots``, for what was captured in it."""
         nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
         graph.refuse_broken_graph(nodes)
-        if roots is not None and graph.reaches_captured(nodes, roots):
-            refuse_capture()
+        if roots is not None:
+            self._refuse_captures(graph.captured_nodes(nodes, roots))
         self._check_graph = False
 
     def _kept(self, state: Leaves, step: int, keep: Keep) -> tuple[Leaves, Tensor]:
@@ -132,8 +133,8 @@ class Stepper:
                 params = tuple(leaf.detach().requires_grad_() for leaf in before)
             losses, found = self._losses_and_grads(params, current, step, differentiable=False)
             behind = list(graph.nodes([losses.grad_fn])) if step == 1 and self.watch.captures else []
-            if behind and graph.reaches_captured(behind, params):
-                refuse_capture()
+            if behind:
+                self._refuse_captures(graph.captured_nodes(behind, params))
         grads = _or_zeros(found, before)
         if fast is not None:
             compiled.refuse_stale(fast.losses, losses)
@@ -149,13 +150,17 @@ class Stepper:
             roots = autodiff.make_roots(state)
             after = apart_from(self.watch.levels, self.dynamics.update, roots, grads, current, 1)
         nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
-        if self.watch.captures and graph.reaches_captured(nodes, roots):
-            refuse_capture()
+        if self.watch.captures:
+            self._refuse_captures(graph.captured_nodes(nodes, roots))
         return Leaves(leaf.detach() for leaf in after)
 
     @property
     def _watches(self) -> bool:
         return self.watch.values or self.watch.captures or bool(self.watch.levels)
+
+    def _refuse_captures(self, nodes: Sequence[Any]) -> None:
+        functions = (self.dynamics.loss, self.dynamics.optimizer.template)
+        refuse_captures("the inner loss (or the optimizer)", functions, nodes)
 
     def _levels_at(self, step: int) -> range:
         return self.watch.levels if step == 1 else range(0)
@@ -187,13 +192,14 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
         ) from error
 
 
-def refuse_capture() -> None:
-    """Refuse a captured tensor that requires grad."""
-    raise CapturedTensorError(
-        "the inner loss (or the optimizer) reads a tensor that it was not given: it captured it, through a closure, a "
-        "module or an attribute. Such a tensor would silently get no hypergradient. Pass it in *args (or batches); "
-        "a constant: .detach() it or set requires_grad_(False)"
-    )
+def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]) -> None:
+    """Refuse the captured tensors that require grad at these nodes of a graph; ``functions`` may know their names."""
+    if nodes:
+        raise CapturedTensorError(
+            f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and would give it no "
+            "hypergradient; expected among the arguments. Pass it in *args (or batches); a constant: .detach() it or "
+            "set requires_grad_(False)"
+        )
 
 
 def refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:

@@ -118,9 +118,9 @@ class _Levels:
                 if self.scale != 1.0:
                     self._write(weights, low, self.scale * _rows(weights, low, high))
                 mixed = level == self.order and curvature.reads_wanted
-                products, count = _rows(weights, low, steps if mixed else high), high - low + 1
-                products = curvature.product(products, low, direct if mixed else None, counted=count)
-                pushes = _rows(products, 0, count - 1)
+                vectors, count = _rows(weights, low, steps if mixed else high), high - low + 1
+                pushes = curvature.product(vectors, low, direct if mixed else None, counted=count)
+                pushes = _rows(pushes, 0, count - 1)
             end = min(high, steps)
             if low <= end:
                 self._write(adjoints, low - 1, updates.scan(_row(adjoints, end), low, end, pushes))

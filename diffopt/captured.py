@@ -1,0 +1,94 @@
+"""The tensors that a function holds besides its arguments, by the names a reader of its code would give them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.tree import describe
+
+_DEPTH = 5
+"""How many objects inside one another are looked into."""
+
+
+def named_tensors(function: object) -> dict[str, Tensor]:
+    """Every tensor that can be reached from a function through closures, globals, defaults, attributes and modules."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    pending: list[tuple[str, Any, int]] = [("", function, 0)]
+    while pending:
+        name, value, depth = pending.pop(0)
+        if id(value) in seen or depth > _DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[name or "tensor"] = value
+        else:
+            pending += ((inner, held, depth + 1) for inner, held in _held(name, value))
+    return found
+
+
+def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, by name."""
+    dot = f"{name}." if name else ""
+    if isinstance(value, torch.nn.Module):
+        yield from ((dot + path, x) for path, x in (*value.named_parameters(), *value.named_buffers()))
+    elif isinstance(value, types.FunctionType):
+        yield from _held_by_function(value)
+    elif isinstance(value, types.MethodType):
+        yield from ((name or "self", value.__self__), (name, value.__func__))
+    elif isinstance(value, functools.partial):
+        yield (name, value.func)
+        yield from enumerate_named(name, value.args)
+        yield from value.keywords.items()
+    elif isinstance(value, Mapping):
+        yield from ((f"{name}[{key!r}]", held) for key, held in value.items())
+    elif isinstance(value, list | tuple):
+        yield from enumerate_named(name, value)
+    elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        yield from ((dot + key, held) for key, held in getattr(value, "__dict__", {}).items())
+
+
+def enumerate_named(name: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a sequence, each under its place."""
+    return ((f"{name}[{i}]", held) for i, held in enumerate(values))
+
+
+def _held_by_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a variable that has not been set yet
+            yield name, cell.cell_contents
+    for name in _global_names(function.__code__):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+    yield from enumerate_named("default", function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    """The names of globals and attributes that some code mentions, that of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+def names_of(nodes: Iterable[Any], functions: Sequence[object]) -> str:
+    """What to call the tensors at these nodes of a graph: the names under which ``functions`` hold them."""
+    held = {name: x for function in functions for name, x in named_tensors(function).items()}
+    shown = []
+    for node in nodes:
+        leaf = getattr(node, "variable", None)
+        name = next((name for name, x in held.items() if x is leaf or (leaf is None and x.grad_fn is node)), None)
+        if name is not None and len(name) <= 60:
+            shown.append(f"`{name}`")
+        elif leaf is not None:
+            shown.append(describe(leaf))
+    shown = sorted(dict.fromkeys(shown))
+    return ", ".join([*shown[:2], "..."] if len(shown) > 2 else shown) or "a tensor"

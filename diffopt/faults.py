@@ -1,0 +1,68 @@
+"""What torch refuses inside a loss, said in this library's words: which operation it is, and the mend for it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from diffopt.errors import MissingDerivativeError, VmapError
+
+# a part of the operation's name, or of torch's message -> what to do about it
+_SECOND_DERIVATIVES = {
+    "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
+    "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
+    "once_differentiable": "write the function's backward in differentiable operations",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out",
+}
+_OTHERWISE = "write it in elementary operations, or use FirstOrder() or ESJacobian(...)"
+_VMAP = {
+    "running_mean": "batch norm cannot keep running statistics there: track_running_stats=False, module.eval() or "
+    "GroupNorm",
+    "in-place": "write x = x + y for x += y",
+    "inplace": "write x = x + y for x += y",
+    ".item()": "keep the value a tensor",
+    "data-dependent": "write torch.where for an if that asks a tensor",
+    "dynamic shape": "write torch.where for an index by a mask",
+    "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
+    "Batching rule not implemented": "write the operation in elementary ones, or loop over the tasks",
+    "vmap:": "write the operation in elementary ones, or loop over the tasks",
+}
+
+
+def missing_derivative(what: str) -> MissingDerivativeError:
+    """The error for an operation of which torch has no second derivative; ``what`` holds its name."""
+    mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
+    return MissingDerivativeError(
+        f"an operation in the inner loss has no second derivative ({what[:110]}), expected operations that can be "
+        f"differentiated twice: {mend}"
+    )
+
+
+def name_of_broken(node: Any) -> str:
+    """What autograd says when it reaches this node, whose derivative was declared missing."""
+    for inputs in range(1, 9):  # a node says how many it takes by refusing any other number
+        with suppress(TypeError):
+            said = _said_by(node, inputs)
+            if said:
+                return said
+    return str(node.name()).rpartition("::")[2]
+
+
+def _said_by(node: Any, inputs: int) -> str:
+    try:
+        node(*[torch.zeros(())] * inputs)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def vmap_error(error: Exception) -> VmapError | None:
+    """The error for what ``torch.func.vmap`` refused in a loss; ``None`` if the error is of another kind."""
+    said = str(error)
+    for part, mend in _VMAP.items():
+        if part in said:
+            first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]
+            return VmapError(f"the inner loss cannot run under vmap ({first} ...), expected code that can: {mend}")
+    return None
