@@ -1,5 +1,6 @@
 """Bilevel optimisation and gradient-based meta-learning: exact and approximate hypergradients for PyTorch."""
 
+from diffopt.check import check
 from diffopt.compare import Comparison, compare
 from diffopt.errors import (
     BatchesError,
@@ -27,6 +28,8 @@ from diffopt.errors import (
     StationarityError,
     StepsError,
     StructureError,
+    VmapError,
+    WrongDerivativeError,
 )
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
@@ -35,6 +38,7 @@ from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
 from diffopt.over_tasks import mean_over_tasks
 from diffopt.preconditioned import Preconditioned
 from diffopt.proximal import ProximalGD
+from diffopt.report import Finding, Report
 from diffopt.solve import Kept, Solution, State, solve
 
 __version__ = "0.1.0"
@@ -54,6 +58,7 @@ __all__ = [
     "DivergenceError",
     "DtypeError",
     "EstimatorError",
+    "Finding",
     "GradModeError",
     "HyperparameterError",
     "ImplicitGradients",
@@ -72,6 +77,7 @@ __all__ = [
     "ProximalGD",
     "RMSprop",
     "RandomnessError",
+    "Report",
     "Schedule",
     "SecondDerivativeError",
     "ShapeError",
@@ -80,6 +86,9 @@ __all__ = [
     "StationarityError",
     "StepsError",
     "StructureError",
+    "VmapError",
+    "WrongDerivativeError",
+    "check",
     "compare",
     "implicit",
     "implicit_gradients",
