@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "a used-up record is used again",
         "diffopt/trajectory.py",
-        "self.record.usable = False",
-        "self.record.usable = True",
+        "self.record.usable = False\n        if self.record.block",
+        "self.record.usable = True\n        if self.record.block",
     ),
     Fault(
         "Reptile points away from the solution",
@@ -181,14 +181,14 @@ FAULTS = [
     Fault(
         "E' is taken without its curvature's step (C instead of E)",
         "diffopt/update_blocks.py",
-        "terms = [adjoints[self._part(out)] * _of_steps(f, first, end) for out, f in self._turns.items()]",
-        "terms = [adjoints[self._part(out)] for out, f in self._turns.items()]",
+        "adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)",
+        "adjoints[self._part(out)]",
     ),
     Fault(
         "the hyperparameters' terms of parallel rules are dropped",
         "diffopt/update_blocks.py",
-        "direct.add(step, dict(zip(hypers, terms, strict=True)))",
-        "pass",
+        "return dict(zip(hypers, terms, strict=True))",
+        "return {}",
     ),
     Fault(
         "the Krylov rule leaves out its free last step",
