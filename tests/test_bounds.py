@@ -19,13 +19,17 @@ LR = 0.25  # a power of two: curvature x / LR times LR is x again
 SLACK = 1 + 1e-12
 
 
-def init_gradient(hessians, target, estimator):
-    """The hypergradient of the start by gradient descent on ``w' H_t w / 2``, outer loss ``target' w``."""
+def init_gradient(hessians, target, estimator, shift=0.0):
+    """The hypergradient of the start by gradient descent on ``w' H_t w / 2``, outer loss ``target' w``.
+
+    ``shift`` is curvature that stands in the update, as weight decay, instead of in the loss.
+    """
+    hessians = hessians - shift * np.eye(hessians.shape[-1])
     w = torch.full((hessians.shape[-1],), 0.3, dtype=torch.float64, requires_grad=True)
     solution = diffopt.solve(
         lambda w, h: w @ h @ w / 2,
         w,
-        optimizer=diffopt.SGD(LR),
+        optimizer=diffopt.SGD(LR, weight_decay=shift),
         steps=len(hessians),
         batches=torch.as_tensor(hessians),
         estimator=estimator,
@@ -147,6 +151,48 @@ def test_strong_convexity_near_the_end(problem, x, share):
     assert below(truncated, ((1 + x) ** dropped - 1) * kept)
     rest = sum(math.comb(k, order) * (1 - y) ** (steps - 1 - k) for k in range(dropped, steps))
     assert below(binomial, kept * tail(dropped, order + 1, x) + x ** (order + 1) * rest)
+
+
+def shifted_error(hessians, order, shift):
+    """Of the expansion in the curvature beyond ``shift``, for the worst outer gradient."""
+    columns = [
+        np.column_stack([init_gradient(hessians, e, rule, shift) for e in np.eye(hessians.shape[-1])])
+        for rule in (Reverse(), Binomial(order))
+    ]
+    return np.linalg.norm(columns[0] - columns[1], 2)
+
+
+def binomial_tail(steps, order, chance):
+    """The probability of more than ``order`` hits in ``steps`` tries."""
+    return sum(
+        math.comb(steps, hits) * chance**hits * (1 - chance) ** (steps - hits) for hits in range(order + 1, steps + 1)
+    )
+
+
+@given(problems, st.floats(0.01, 2))
+def test_half_the_curvature_in_the_update(problem, x):
+    """(3.10): with the middle of the curvature's range known to the update, the error is a binomial tail."""
+    seed, steps, order = problem
+    hessians, _ = random_hessians(seed, steps, 0.0, x)
+    found, bound = shifted_error(hessians, order, shift=x / 2 / LR), binomial_tail(steps, order, x / 2)
+    assert below(found, bound)
+    assert bound <= min(1.0, math.comb(steps, order + 1) * (x / 2) ** (order + 1)) * SLACK
+
+
+@pytest.mark.parametrize("x", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("order", range(5))
+def test_no_curvature_at_all_attains_it(order, x):
+    found = shifted_error(np.zeros((4, SIZE, SIZE)), order, shift=x / 2 / LR)
+    assert found == pytest.approx(binomial_tail(4, order, x / 2), rel=1e-12, abs=1e-13)
+
+
+@given(problems, st.floats(0, 3))
+def test_as_many_orders_as_steps_are_exact_whatever_the_update_knows(problem, shift):
+    seed, steps, _ = problem
+    hessians, g = random_hessians(seed, steps, -1.0, 1.0)
+    bare, shifted = init_gradient(hessians, g, Reverse()), init_gradient(hessians, g, Binomial(steps), shift)
+    # products of up to 7 matrices of norm below 3, of which the bare one knows nothing
+    assert shifted == pytest.approx(bare, rel=1e-9, abs=1e-9)
 
 
 class TestWhatThePaperClaims:

@@ -158,6 +158,12 @@ def test_every_folder_of_modules_is_named_in_pyproject(checkout, files, pyprojec
     assert sorted(setuptools["packages"]) == sorted(folders)
 
 
+@pytest.mark.parametrize("rule", ["truncated", "first_order", "reptile", "implicit", "multi_step", "unrolled"])
+def test_a_rule_is_short(files, rule):
+    """Docstrings and checks of options included; Neumann's is ``Implicit(Neumann())``."""
+    assert len(files[f"diffopt.estimators.{rule}"].read_text(encoding="utf-8").splitlines()) < 70
+
+
 @pytest.mark.parametrize(("link", "target"), LINKS.items())
 def test_the_links_point_at_the_folders(checkout, link, target):
     path = checkout / link

@@ -23,10 +23,12 @@ from linear_systems import (
     name,
     nonsymmetric,
     normal,
+    with_eigenvalues,
 )
 
 import diffopt
-from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
+from diffopt.leaves import Leaves
+from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom, Tasks, largest_eigenvalue
 
 
 @pytest.mark.parametrize("shape", ["vector", "tree"])
@@ -70,6 +72,29 @@ def test_neumann_is_its_series(seed, terms, step_size):
     solver = Neumann(terms=terms, step_size=step_size, rtol=None, throw=False)
     expected = sum(step_size * torch.linalg.matrix_power(identity() - step_size * matrix, j) @ b for j in range(terms))
     assert error(solver.solve(Product(matrix), b).value, expected) < 1e-12
+
+
+@given(seed=st.integers(0, 2**31), top=st.floats(0.01, 100), sign=st.sampled_from([-1.0, 1.0]))
+def test_the_largest_eigenvalue_by_the_power_method(seed, top, sign):
+    """Per task; of largest modulus. The next is half as large; the start may have little of the largest in it."""
+    matrices = torch.stack(
+        [with_eigenvalues(seed, [sign * top * s, top * s / 2, top * s / 5, 0.0, -top * s / 3]) for s in (1.0, 7.0)]
+    )
+    found = largest_eigenvalue(
+        lambda x: Leaves([(matrices @ x[0][..., None])[..., 0]]), Leaves([normal(0, 2, 5)]), Tasks(1), 150
+    )
+    assert error(found, torch.tensor([top, 7 * top], dtype=torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_neumann_estimates_its_step_size(terms):
+    matrix, b = 30 * definite(9), normal(10, SIZE)  # a step size of one would diverge
+    options = {"terms": terms, "rtol": None, "throw": False}
+    found = Neumann(**options, power_iterations=200).solve(Product(matrix), b)
+    known = Neumann(**options, step_size=1 / 30).solve(Product(matrix), b)  # the largest eigenvalue is 30
+    assert error(found.value, known.value) < 1e-12
+    assert (int(found.iterations), int(known.iterations)) == (200 + terms, terms)
+    assert bool(Neumann(power_iterations=3, rtol=1e-6, terms=1000).solve(Product(matrix), b).converged)
 
 
 @given(seed=st.integers(0, 2**31), condition=st.floats(1.5, 1e4), count=st.integers(1, 20))
