@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt.allocations import peak_bytes
-from diffopt.diagnostics import curvature_number, solves_behind
+from diffopt.diagnostics import Stationarity, curvature_number, solves_behind, stationarity
 from diffopt.errors import DisconnectedError, EstimatorError
 from diffopt.estimator import Estimator
 from diffopt.graph import leaves_behind
@@ -46,6 +46,7 @@ class Row:
         states: states stored in the rollout.
         seconds: processor time of forward and backward, median.
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
+        stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
     """
 
     estimator: str
@@ -57,6 +58,7 @@ class Row:
     states: int | None
     seconds: float
     megabytes: float | None
+    stationarity: Stationarity | None = None
 
 
 _HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
@@ -241,7 +243,7 @@ def _row(
     nodes = solves_behind(loss)
     found = _flat(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
     records = [node.call.record for node in nodes]
-    del loss
+    del loss, nodes
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -263,6 +265,7 @@ def _row(
         states=sum(record.states_stored for record in records) if records else None,
         seconds=statistics.median(times),
         megabytes=None if peak is None else peak / 1e6,
+        stationarity=stationarity(records),
     )
 
 
@@ -281,12 +284,24 @@ def _notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
         for row in rows
         if row.estimator.startswith(("Truncated", "FirstOrder")) and row.relative_error > 0.5
     ]
-    notes += [
-        f"{row.estimator}: the inner problem is far from its fixed point (error {row.relative_error:.0%})"
-        for row in rows
-        if row.estimator.startswith("Implicit") and row.relative_error > 0.1
-    ]
+    notes += [_fixed_point_note(row, row.stationarity) for row in rows if row.stationarity is not None]
     return tuple(notes)
+
+
+def _fixed_point_note(row: Row, at: Stationarity) -> str:
+    """Whether an implicit rule's condition holds: judged by the inner problem, not by the error."""
+    left = f"one more step would move the params by {at.distance:.1e}, {at.share:.1%} of the average step"
+    if at.share > 0.1:
+        return (
+            f"{row.estimator}: the inner problem is far from its fixed point: {left} (error {row.relative_error:.0%})"
+        )
+    note = f"{row.estimator}: the inner problem is at its fixed point: {left}"
+    if row.relative_error <= 0.1:
+        return note
+    return (
+        f"{note}; but the error is {row.relative_error:.0%}: a fixed point does not depend on the start or on step "
+        "sizes, or the linear system was not solved"
+    )
 
 
 __all__ = ["Comparable", "Comparison", "Row", "compare"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,25 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
                 size = tasks.norm(x)
             largest = max(largest, float(size.max()))
     return dynamics.steps * largest
+
+
+class Stationarity(NamedTuple):
+    """How near an inner problem is to its fixed point, worst task.
+
+    Attributes:
+        distance: how far one more step would move the params.
+        share: that distance as a share of the average step so far; 1 where the inner problem has just begun to move.
+    """
+
+    distance: float
+    share: float
+
+
+def stationarity(records: Sequence[Record]) -> Stationarity | None:
+    """The worst of these solves whose rule has looked; ``None`` if none has."""
+    found = [record.diagnostics for record in records if "stationarity" in record.diagnostics]
+    both = (Stationarity(float(d["stationarity"].max()), float(d["relative_stationarity"].max())) for d in found)
+    return max(both, key=lambda x: x.share, default=None)
 
 
 def solves_behind(outer_loss: Tensor) -> list[Any]:

@@ -26,10 +26,10 @@ class Implicit(Adjoint):
     symmetric system; for :class:`diffopt.ProximalGD` it is iMAML. ``whole_state`` takes the whole state, as for any
     contractive step; its system is not symmetric under momentum (use ``GMRES`` or ``Neumann``).
 
-    Exact only at the fixed point; its distance ``|params - step(params)|`` is left in
-    ``Solution.diagnostics["stationarity"]``, next to the linear system's ``residual`` and ``iterations``. Cost: two
-    gradients (one of them to check that the loss repeats itself), one HVP per iteration of the solver and one more.
-    Memory: no states, the graph of one step: independent of the number of steps.
+    Exact only at the fixed point. ``Solution.diagnostics`` gets ``"stationarity"``, ``|params - step(params)|``, and as
+    a share of the average step ``"relative_stationarity"``; and the system's ``"residual"`` and ``"iterations"``. Cost:
+    two gradients (one to check that the loss repeats itself), one HVP per iteration of the solver and one more. Memory:
+    no states, the graph of one step: independent of the number of steps.
 
     Not for: unfinished inner problems; the initial parameters (the fixed point does not depend on them: zero, except
     through a proximal center); step sizes and momentum (likewise, nearly zero); adaptive optimizers such as Adam, whose

@@ -86,6 +86,50 @@ def test_what_to_beware_of_is_said(problem):
     assert "Implicit(solver=GMRES()): the inner problem is far from its fixed point" in text
 
 
+@pytest.mark.parametrize("tasks", [0, 3])
+def test_stationarity_is_judged_by_the_next_step(problem, tasks):
+    """Not by the error: a start has none of the fixed point's hypergradient, however near that is."""
+    quadratic = problem.quadratic
+    start, linear = (torch.linspace(-1, x, 5, dtype=torch.float64) for x in (1, 2))
+
+    def run(steps, learn_start):
+        inputs = start.clone().requires_grad_(learn_start), linear.clone().requires_grad_(not learn_start)
+
+        def one(scale, rule):
+            options = {"optimizer": diffopt.SGD(0.5), "steps": steps, "estimator": rule}
+            w, b = inputs
+            return quadratic.outer_loss(diffopt.solve(quadratic.loss, w, scale * b, **options).params)
+
+        def outer(rule):
+            if tasks == 0:
+                return one(1.0, rule)
+            scales = torch.linspace(1, 2, tasks, dtype=torch.float64)
+            return torch.func.vmap(lambda scale: one(scale, rule))(scales).sum()
+
+        comparison = diffopt.compare(outer, [Implicit(GMRES(rtol=1e-10)), Reverse()], repeats=1)
+        assert comparison.rows[1].stationarity is None
+        return comparison.rows[0], comparison.notes[-1]
+
+    (early, far), (late, near), (moot, nothing) = run(3, False), run(400, False), run(400, True)
+    step = torch.eye(5) - 0.5 * quadratic.hessian
+    worst = []
+    for scale in (1.0, 2.0) if tasks else (1.0,):  # in between lies between
+        w, b = start, scale * linear
+        for _ in range(3):
+            w = step @ w + 0.5 * b
+        worst.append((float((step @ w + 0.5 * b - w).norm()), float((w - start).norm()) / 3))
+    assert early.stationarity.distance == pytest.approx(max(distance for distance, _ in worst), rel=1e-9)
+    if not tasks:
+        assert early.stationarity.share == pytest.approx(worst[0][0] / worst[0][1], rel=1e-9)
+    assert "far from its fixed point: one more step would move the params by" in far
+    assert late.stationarity.share < 1e-3
+    assert late.relative_error < 1e-3
+    assert near.endswith("of the average step")
+    assert moot.relative_error == pytest.approx(1)
+    assert "is at its fixed point: one more step" in nothing
+    assert "but the error is 100%: a fixed point does not depend on the start" in nothing
+
+
 def test_the_table_in_markdown_and_the_picture(problem, tmp_path):
     table = diffopt.compare(problem, [Reverse(), MultiStep(2, Binomial(1))], repeats=1)
     lines = table.to_markdown().splitlines()
