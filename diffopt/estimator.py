@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffopt import transforms
+from diffopt.claims import Claims
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.leaves import Leaves, all_finite
@@ -60,6 +61,10 @@ class Estimator(ABC):
     @abstractmethod
     def run(self, problem: Problem) -> Outcome:
         """Roll the inner problem out, differentiable in its state and extras in this estimator's way."""
+
+    def claims(self, steps: int) -> Claims:
+        """What holds of this estimator on ``steps`` inner steps; unless overridden, everything."""
+        return Claims()
 
 
 class Adjoint(Estimator):

@@ -1,8 +1,10 @@
 """Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`.
 
-``Adjoint``, ``Keep``, ``Trajectory`` and ``Cotangents`` are what a rule of your own is written with.
+``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what a rule of your own is written with;
+:func:`diffopt.testing.check_estimator` tests it.
 """
 
+from diffopt.claims import Claims
 from diffopt.estimator import Adjoint, Estimator
 from diffopt.estimators.binomial import Binomial
 from diffopt.estimators.es_jacobian import ESJacobian
@@ -21,6 +23,7 @@ from diffopt.trajectory import Cotangents, Trajectory
 __all__ = [
     "Adjoint",
     "Binomial",
+    "Claims",
     "Cotangents",
     "ESJacobian",
     "Estimator",

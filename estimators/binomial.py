@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 
+from diffopt.claims import ALL_INPUTS, Claims
 from diffopt.errors import HyperparameterError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
@@ -67,6 +68,14 @@ class Binomial(Adjoint):
         number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
         if not (number and math.isfinite(self.scale)):
             raise HyperparameterError(f"Binomial: scale is {self.scale!r}, expected a finite number")
+
+    def claims(self, steps: int) -> Claims:
+        """Exact if every order is taken; without curvature nothing reaches what the loss reads."""
+        curved = steps if self.window is None else self.window
+        exact = self.order >= curved == steps and self.scale == 1.0
+        second = min(self.order, curved) > 0
+        read = ALL_INPUTS if second and self.scale else ALL_INPUTS - {"args", "batches"}
+        return Claims("always" if exact else "never", read, second_derivatives=second)
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""

@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from diffopt.claims import Claims
 from diffopt.dynamics import Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
@@ -84,6 +85,10 @@ class ESJacobian(Adjoint):
             raise HyperparameterError(
                 f"ESJacobian: generator is {self.generator!r}, expected a torch.Generator or None"
             )
+
+    def claims(self, steps: int) -> Claims:
+        """Right in the mean, up to the bias of the differences."""
+        return Claims(second_derivatives=False, random=True, tolerance=self.radius)
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again, perturbed."""

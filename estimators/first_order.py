@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from diffopt.claims import Claims
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.record import Keep
@@ -26,6 +27,10 @@ class FirstOrder(Adjoint):
 
     Reference: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2. Derivations, section 3.1.
     """
+
+    def claims(self, steps: int) -> Claims:
+        """Biased, and for the initial state only."""
+        return Claims("never", frozenset({"init"}), second_derivatives=False)
 
     def keep(self, steps: int) -> Keep:
         """No step."""

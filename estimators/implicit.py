@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
+from diffopt.claims import Claims
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.implicit import implicit_pullback
@@ -21,24 +22,20 @@ class Implicit(Adjoint):
 
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
-    with the blocks of the last step, at the final state. By default the unknown is ``params``, with the buffers held
-    fixed: for gradient descent, with or without momentum and decay, that is stationarity of the inner loss, a
-    symmetric system; for :class:`diffopt.ProximalGD` it is iMAML. ``whole_state`` takes the whole state, as for any
-    contractive step; its system is not symmetric under momentum (use ``GMRES`` or ``Neumann``).
+    with the last step's blocks at the final state: of ``params`` with the buffers held fixed (a symmetric system under
+    gradient descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`) or the whole state (GMRES, Neumann).
 
-    Exact only at the fixed point. ``Solution.diagnostics`` gets ``"stationarity"``, ``|params - step(params)|``, and as
-    a share of the average step ``"relative_stationarity"``; and the system's ``"residual"`` and ``"iterations"``. Cost:
-    two gradients (one to check that the loss repeats itself), one HVP per iteration of the solver and one more. Memory:
-    no states, the graph of one step: independent of the number of steps.
+    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity``, ``|params - step(params)|``, that as a
+    share of the average step, ``relative_stationarity``, and the system's ``residual`` and ``iterations``. Cost: two
+    gradients, an HVP per iteration and one more. Memory: one graph.
 
-    Not for: unfinished inner problems; the initial parameters (the fixed point does not depend on them: zero, except
-    through a proximal center); step sizes and momentum (likewise, nearly zero); adaptive optimizers such as Adam, whose
-    preconditioned system is not symmetric, with conjugate gradients; half precision with a step size times curvature
-    that is not well above its ``eps``: ``I - J`` then cancels (and the system is refused as unsolved).
+    Not for: unfinished inner problems; initial parameters, step sizes and momentum (zero, for the fixed point does not
+    depend on them, except through a proximal center); Adam and its like with conjugate gradients (not symmetric); half
+    precision with ``lr`` times curvature not well above its ``eps``: ``I - J`` cancels (and is refused as unsolved).
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object.
-        whole_state: solve for params and buffers together.
+        whole_state: solve for params and buffers together, as for any contractive step.
 
     Raises:
         LinearSolveError: in the backward pass, if the system is not solved and the solver throws.
@@ -54,6 +51,10 @@ class Implicit(Adjoint):
         """Check the solver."""
         if not isinstance(self.solver, LinearSolver):
             raise EstimatorError(f"Implicit: solver is {self.solver!r}, expected a diffopt.linear_solve object")
+
+    def claims(self, steps: int) -> Claims:
+        """Of a fixed point, which does not depend on where it was sought from; as accurate as the solver."""
+        return Claims("at the fixed point", frozenset({"args", "batches", "hyperparameters"}), tolerance=1e-3)
 
     def keep(self, steps: int) -> Keep:
         """No step: the final state is enough."""

@@ -7,6 +7,7 @@ from typing import final
 
 import torch
 
+from diffopt.claims import ALL_INPUTS, Claims
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
@@ -58,6 +59,16 @@ class Krylov(Adjoint):
                 raise HyperparameterError(f"Krylov: {name} is {value!r}, expected an integer >= {low}")
         if not isinstance(self.rtol, int | float) or not 0 <= self.rtol < 1:
             raise HyperparameterError(f"Krylov: rtol is {self.rtol!r}, expected 0 <= rtol < 1")
+
+    def claims(self, steps: int) -> Claims:
+        """Exact if every level is taken; minimal residuals are not linear in their right-hand side."""
+        exact = self.order >= steps
+        return Claims(
+            "always" if exact else "never",
+            ALL_INPUTS if self.order else ALL_INPUTS - {"args", "batches"},
+            second_derivatives=self.order > 0,
+            linear=exact or self.order <= 1,
+        )
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""

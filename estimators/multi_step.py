@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
+from diffopt.claims import Claims
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.reverse import Reverse
@@ -50,6 +51,11 @@ class MultiStep(Estimator):
             raise HyperparameterError(
                 f"MultiStep: adjoint is {self.adjoint!r}, expected an estimator such as Reverse()"
             )
+
+    def claims(self, steps: int) -> Claims:
+        """Those of the rule on the composite steps."""
+        claims = self.adjoint.claims(-(-steps // self.window))
+        return replace(claims, own_steps=claims.own_steps or min(self.window, steps) > 1)
 
     def run(self, problem: Problem) -> Outcome:
         """Run the adjoint's rule on the windowed problem."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from diffopt.claims import Claims
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.record import Keep
@@ -27,6 +28,10 @@ class Reptile(Adjoint):
 
     Reference: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", algorithm 1. Derivations, section 3.1.
     """
+
+    def claims(self, steps: int) -> Claims:
+        """No gradient, so not linear either, and for the initial params only."""
+        return Claims("never", frozenset({"init"}), second_derivatives=False, linear=False)
 
     def keep(self, steps: int) -> Keep:
         """No step."""

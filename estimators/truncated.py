@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from diffopt.claims import ALL_INPUTS, Claims
 from diffopt.errors import StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
@@ -51,6 +52,11 @@ class Truncated(Adjoint):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise StepsError(f"Truncated: steps is {self.steps!r}, expected an integer >= 0")
         check_checkpoint("Truncated", self.checkpoint, self.offload)
+
+    def claims(self, steps: int) -> Claims:
+        """Exact if no step is left out; the first-order rule if all are."""
+        inputs = ALL_INPUTS if self.steps else ALL_INPUTS & {"init"}
+        return Claims("always" if self.steps >= steps else "never", inputs, second_derivatives=self.steps > 0)
 
     def keep(self, steps: int) -> Keep:
         """The last steps."""

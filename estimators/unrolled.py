@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from diffopt.claims import Claims
 from diffopt.estimator import Estimator, Outcome, Problem, unroll
 
 
@@ -22,6 +23,10 @@ class Unrolled(Estimator):
     Reference: Maclaurin et al. (2015), "Gradient-based Hyperparameter Optimization through Reversible Learning",
     section 2 (as the baseline). Derivations (1.1)-(1.2).
     """
+
+    def claims(self, steps: int) -> Claims:
+        """Exact to any order; what autograd computes and stores is not counted."""
+        return Claims(twice=True, reports=False)
 
     def run(self, problem: Problem) -> Outcome:
         """Roll out under autograd."""
