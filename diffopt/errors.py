@@ -118,3 +118,10 @@ class SecondDerivativeError(DiffoptError, RuntimeError):
 
 class CompileWarning(UserWarning):
     """``compile=True`` has had no effect, or not the one that was hoped for."""
+class ConformanceError(DiffoptError, AssertionError):
+    """An estimator or an optimizer is not what it claims to be; ``table`` holds all that was measured."""
+
+    def __init__(self, message: str, table: str) -> None:
+        """Keep the message and the table."""
+        super().__init__(message)
+        self.table = table

@@ -1,0 +1,78 @@
+"""The numbers in an optimizer's fields: found, and replaced by tensors or other forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt import tree
+from diffopt.optimizer import Optimizer, Schedule
+
+Change = Callable[[str, Any], Any]
+
+
+def numbers(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every float and floating tensor in the fields, by name, as tensors: all that can be learned.
+
+    Integers, booleans and strings are options, not hyperparameters; so are floats within a tree that ``update`` gets
+    as it is.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, value: Any) -> Any:
+        found[name] = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        return value
+
+    changed(optimizer, note)
+    return found
+
+
+def with_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> Optimizer:
+    """The optimizer with these tensors in place of the numbers of the same name."""
+    return changed(optimizer, lambda name, value: tensors.get(name, value))
+
+
+def forms(params: Any, value: float, steps: int) -> dict[str, Any]:
+    """One number in every form that a hyperparameter may have."""
+    number = torch.tensor(value, dtype=torch.float64)
+    each = torch.full((steps,), value, dtype=torch.float64)
+    return {
+        "float": value,
+        "tensor": number,
+        "tree of numbers": tree.map_leaves(lambda p: number, params),
+        "tree": tree.map_leaves(lambda p: torch.full_like(p, value), params),
+        "schedule of floats": Schedule([value] * steps),
+        "schedule": Schedule(each),
+        "schedule of trees": Schedule(tree.map_leaves(lambda p: torch.full_like(p, value).expand(steps, *p.shape), params)),
+    }
+
+
+def changed(optimizer: Optimizer, change: Change) -> Optimizer:
+    """The optimizer with ``change(name, number)`` in place of every number."""
+    options = {field.name: _changed(field, getattr(optimizer, field.name), change) for field in fields(optimizer)}  # type: ignore[arg-type]
+    return replace(optimizer, **options)  # type: ignore[type-var]
+
+
+def _changed(field: Field[Any], value: Any, change: Change) -> Any:
+    whole = field.metadata.get("hyperparameter") in ("tree", "prefix")
+
+    def walk(name: str, value: Any) -> Any:
+        if isinstance(value, Schedule):
+            inner = value.values
+            listed = isinstance(inner, list | tuple) and all(isinstance(x, float | int) for x in inner)
+            return Schedule(walk(name, torch.tensor(inner, dtype=torch.float64) if listed else inner))
+        leaves, structure = tree.flatten(value, is_leaf=lambda x: isinstance(x, Schedule))
+        named = zip(tree.paths(structure), leaves, strict=True)
+        return tree.unflatten(structure, [one(name + path, leaf) for path, leaf in named])
+
+    def one(name: str, leaf: Any) -> Any:
+        if isinstance(leaf, Schedule):
+            return walk(name, leaf)
+        learnable = isinstance(leaf, float) and not whole or isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return change(name, leaf) if learnable else leaf
+
+    return walk(field.name, value)
