@@ -35,12 +35,12 @@ class Claims:
         twice: its hypergradient can be differentiated again; ``False``: that raises
             :class:`~diffopt.SecondDerivativeError`.
         linear: linear in the gradient of the outer loss.
-        random: draws random numbers of its own.
+        random: draws random numbers of its own, from torch's global generator or one in its fields.
         reports: ``Solution.counts`` and ``Solution.kept`` say what was computed and stored; ``False``: they stay zero.
         tolerance: relative accuracy in float64, of linear solves and finite differences for instance.
 
     Raises:
-        HyperparameterError: ``exact`` or ``inputs`` is none of what is listed.
+        HyperparameterError: ``exact`` or ``inputs`` is none of what is listed, or ``tolerance`` not in (0, 0.1].
     """
 
     exact: Exactness = "always"
@@ -58,5 +58,7 @@ class Claims:
         """Refuse what is not a claim."""
         if self.exact not in get_args(Exactness):
             raise HyperparameterError(f"Claims: exact is {self.exact!r}, expected one of {get_args(Exactness)}")
-        if not frozenset(self.inputs) <= ALL_INPUTS:
+        if not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
             raise HyperparameterError(f"Claims: inputs is {self.inputs!r}, expected a set of some of {KINDS}")
+        if not 0 < self.tolerance <= 0.1:
+            raise HyperparameterError(f"Claims: tolerance is {self.tolerance!r}, expected 0 < tolerance <= 0.1")

@@ -88,7 +88,7 @@ class ESJacobian(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Right in the mean, up to the bias of the differences."""
-        return Claims(second_derivatives=False, random=True, tolerance=self.radius)
+        return Claims(second_derivatives=False, random=True, tolerance=min(self.radius, 0.1))
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again, perturbed."""

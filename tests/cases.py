@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 import diffopt
+from diffopt.estimators import (
+    Binomial,
+    ESJacobian,
+    Estimator,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Krylov,
+    MultiStep,
+    Reptile,
+    Reverse,
+    Truncated,
+    Unrolled,
+)
+from diffopt.linear_solve import GMRES
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,37 @@ OPTIMIZERS = [
     ),
     OptimizerCase("diagonal", diffopt.Preconditioned, oracles.preconditioned_step, {"lr": 0.1, "diagonal": 0.7}),
 ]
+
+ESTIMATORS: list[Estimator] = [
+    *map(Reverse, [None, "graph", 1, 3, "sqrt"]),
+    Unrolled(),
+    ForwardMode(),
+    FirstOrder(),
+    Reptile(),
+    *map(Truncated, [0, 2, 4]),
+    Truncated(3, checkpoint=2),
+    *map(Binomial, [0, 1, 3, 4]),
+    Binomial(2, window=3, chunk_size=2),
+    Binomial(2, window=0),
+    Binomial(4, scale=0.5),
+    Binomial(2, scale=0.0),
+    *map(Krylov, [0, 1, 2, 4]),
+    Krylov(3, chunk_size=2),
+    Implicit(),
+    Implicit(GMRES(60, rtol=1e-10), whole_state=True),
+    MultiStep(1),
+    MultiStep(2),
+    MultiStep(3, Binomial(1)),
+    MultiStep(2, Unrolled()),
+    MultiStep(2, FirstOrder()),
+    ESJacobian(8, 1e-3),
+    ESJacobian(48, 1e-2, generator=torch.Generator()),
+    ESJacobian(16, 1e-3, "rademacher"),
+    ESJacobian(16, 1e-4, "gaussian", antithetic=False),
+    ESJacobian(16, 1e-3, "sphere"),
+    MultiStep(2, ESJacobian(48, 1e-3)),
+]
+"""Every shipped rule, with the options that change what it claims on four steps."""
 
 
 @dataclass(frozen=True)

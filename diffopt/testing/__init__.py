@@ -1,5 +1,16 @@
-"""Batteries for estimators and optimizers of your own."""
+"""Tests for a rule or an optimizer of your own, the same that the library's pass.
+
+``check_estimator(MyRule())`` and ``check_optimizer(MyOptimizer(lr=0.1))`` need no test framework: they return a
+:class:`Report` or raise one :class:`diffopt.ConformanceError` that names every broken claim. In pytest::
+
+    def test_my_rule():
+        check_estimator(MyRule())
+
+What a rule claims is its :class:`diffopt.estimators.Claims`; the default claims everything.
+"""
 
 from diffopt.testing.estimators import check_estimator
+from diffopt.testing.optimizers import check_optimizer
+from diffopt.testing.report import Finding, Report
 
-__all__ = ["check_estimator"]
+__all__ = ["Finding", "Report", "check_estimator", "check_optimizer"]

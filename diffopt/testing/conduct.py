@@ -131,6 +131,7 @@ def reports(rule: Rule) -> Iterator[Finding]:
     value = outer_loss([solution.params[name] for name in setting.names])
     tally.forget(made["init"])
     alive, kept = tally.bytes_alive(), solution.kept
+    tally.remember(solution.params.values())
     torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
     tally.forget(made["init"])  # the first step, taken again
     counts = solution.counts

@@ -31,9 +31,21 @@ def numbers(optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def with_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> Optimizer:
-    """The optimizer with these tensors in place of the numbers of the same name."""
-    return changed(optimizer, lambda name, value: tensors.get(name, value))
+def bare(optimizer: Optimizer) -> dict[str, float]:
+    """Those numbers that stand for themselves, not in a tree or a schedule: they may have any form."""
+    found: dict[str, float] = {}
+    for field in fields(optimizer):  # type: ignore[arg-type]
+        value, kind = getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
+        each = {f"{field.name}[{i}]": x for i, x in enumerate(value)} if kind == "each" else {}
+        for name, x in (each or ({field.name: value} if kind == "leafwise" else {})).items():
+            if isinstance(x, float) or (isinstance(x, Tensor) and x.ndim == 0 and x.is_floating_point()):
+                found[name] = float(x)
+    return found
+
+
+def with_forms(optimizer: Optimizer, values: Mapping[str, Any]) -> Optimizer:
+    """The optimizer with these values in place of the numbers of the same name."""
+    return changed(optimizer, lambda name, value: values.get(name, value))
 
 
 def forms(params: Any, value: float, steps: int) -> dict[str, Any]:
@@ -47,13 +59,16 @@ def forms(params: Any, value: float, steps: int) -> dict[str, Any]:
         "tree": tree.map_leaves(lambda p: torch.full_like(p, value), params),
         "schedule of floats": Schedule([value] * steps),
         "schedule": Schedule(each),
-        "schedule of trees": Schedule(tree.map_leaves(lambda p: torch.full_like(p, value).expand(steps, *p.shape), params)),
+        "schedule of trees": Schedule(
+            tree.map_leaves(lambda p: torch.full_like(p, value).expand(steps, *p.shape), params)
+        ),
     }
 
 
 def changed(optimizer: Optimizer, change: Change) -> Optimizer:
     """The optimizer with ``change(name, number)`` in place of every number."""
-    options = {field.name: _changed(field, getattr(optimizer, field.name), change) for field in fields(optimizer)}  # type: ignore[arg-type]
+    found = [field for field in fields(optimizer) if field.init]  # type: ignore[arg-type]
+    options = {field.name: _changed(field, getattr(optimizer, field.name), change) for field in found}
     return replace(optimizer, **options)  # type: ignore[type-var]
 
 
@@ -72,7 +87,7 @@ def _changed(field: Field[Any], value: Any, change: Change) -> Any:
     def one(name: str, leaf: Any) -> Any:
         if isinstance(leaf, Schedule):
             return walk(name, leaf)
-        learnable = isinstance(leaf, float) and not whole or isinstance(leaf, Tensor) and leaf.is_floating_point()
+        learnable = (isinstance(leaf, float) and not whole) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
         return change(name, leaf) if learnable else leaf
 
     return walk(field.name, value)

@@ -2,104 +2,247 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffopt import autodiff, tree
-from diffopt.compare import brief
-from diffopt.errors import ConformanceError, HyperparameterError
-from diffopt.leaves import Leaves
-from diffopt.optimizer import Buffers, Optimizer, bind
-from diffopt.solve import solve
-from diffopt.testing.hyperparameters import changed, forms, numbers, with_tensors
-from diffopt.testing.report import Finding, at_most, equal, holds, run
-
-Inputs: TypeAlias = dict[str, Tensor]
-"""The leaves of the params (``init0``, ...), the target that the loss reads, and every hyperparameter, by name."""
+from diffopt.errors import OptimizerError, StepsError
+from diffopt.optimizer import Optimizer
+from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
+from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
+from diffopt.testing.trial import Inputs, Trial, wavy
 
 
-@final
-@dataclass(frozen=True)
-class Trial:
-    """What is tested: an optimizer, params that it is for, and how many steps are taken."""
+def check_optimizer(
+    optimizer: Optimizer,
+    *,
+    params: Any = None,
+    reference: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    steps: int = 4,
+) -> Report:
+    """Test the contract of an optimizer and its derivatives, all of it before it says what is broken.
 
-    optimizer: Optimizer
-    params: Any
-    reference: Callable[[list[Tensor]], torch.optim.Optimizer] | None
-    steps: int
+    * what ``init`` and ``update`` return keeps its structure, shapes and dtypes; an update changes nothing it is given
+      and gives the same again;
+    * the hypergradient of the initial params, of what the loss reads and of every hyperparameter (every float and
+      floating tensor in the fields) is that of central differences through ``steps`` steps;
+    * under ``vmap``, over params and over hyperparameters, the numbers are those of a loop: ``elementwise`` is true;
+    * a hyperparameter is the same as a float, a tensor, a tree and a :class:`~diffopt.Schedule`, unless the optimizer
+      refuses that form by a :class:`~diffopt.HyperparameterError`;
+    * nothing is NaN where gradients are exactly zero; float32 stays float32;
+    * each step is that of ``reference``.
 
-    @property
-    def inputs(self) -> Inputs:
-        """Everything that a hypergradient is taken of, as it is."""
-        leaves = {f"init{i}": x.detach() for i, x in enumerate(tree.flatten(self.params)[0])}
-        return {**leaves, "target": torch.tensor(0.7, dtype=torch.float64), **numbers(self.optimizer)}
+    Costs about a second.
 
-    def final(self, inputs: Mapping[str, Tensor], loss: Callable[..., Tensor] | None = None) -> list[Tensor]:
-        """The final params, by ``solve``."""
-        leaves, structure = tree.flatten(self.params)
-        start = [inputs[f"init{i}"] for i in range(len(leaves))]
-        solution = solve(
-            loss or wavy,
-            tree.unflatten(structure, start),
-            inputs["target"],
-            optimizer=with_tensors(self.optimizer, inputs),
-            steps=self.steps,
-            check=False,
-        )
-        return tree.flatten(solution.params)[0]
+    Args:
+        optimizer: what to test, its hyperparameters where its formula is smooth.
+        params: the params it is for, if its fields are trees like them: a tree of floating tensors.
+        reference: makes the ``torch.optim`` optimizer that it should equal, from a list of parameters.
+        steps: inner steps, at least 2; the length of its schedules.
 
-    def value(self, inputs: Mapping[str, Tensor], loss: Callable[..., Tensor] | None = None) -> Tensor:
-        """An outer loss that is nonlinear in every final param."""
-        return torch.stack([(x.double() + 0.3 * x.double().sin()).square().sum() for x in self.final(inputs, loss)]).sum()
+    Returns:
+        A :class:`Report`; ``print`` it.
 
-    def gradient(self, inputs: Inputs, loss: Callable[..., Tensor] | None = None) -> Inputs:
-        """The hypergradient of everything."""
-        made = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-        found = torch.autograd.grad(self.value(made, loss), list(made.values()), materialize_grads=True)
-        return dict(zip(made, found, strict=True))
+    Raises:
+        ConformanceError: as for :func:`check_estimator`.
+        OptimizerError, StepsError: ``optimizer`` is not one, or no dataclass, or ``steps`` less than 2.
 
-    def walk(self) -> Iterator[Step]:
-        """The steps, by plain calls of ``update``."""
-        leaves, structure = tree.flatten(self.params)
-        bound = bind(self.optimizer, leaves, structure, self.steps)
-        params, buffers = Leaves(x.detach() for x in leaves), None
-        for t in range(1, self.steps + 1):
-            tensors = [x[t - 1] if s else x for x, s in zip(bound.tensors, bound.scheduled, strict=True)]
-            ready = bound.at(t, params, tensors)
-            buffers = ready.init(params) if buffers is None else buffers
-            roots = [p.detach().requires_grad_() for p in params]
-            grads = Leaves(torch.autograd.grad(wavy(roots, self.inputs["target"]), roots))
-            step = Step(t, ready, params, grads, buffers)
-            yield step
-            params, buffers = ready.update(params, grads, buffers, t)
-
-
-@final
-@dataclass(frozen=True)
-class Step:
-    """What one call of ``update`` gets."""
-
-    number: int
-    ready: Optimizer
-    params: Leaves
-    grads: Leaves
-    buffers: Buffers
-
-    def taken(self) -> tuple[Leaves, Buffers]:
-        """The result of the call."""
-        return self.ready.update(self.params, self.grads, self.buffers, self.number)
-
-    def tensors(self) -> list[Tensor]:
-        """All that the call may not change."""
-        return [*self.params, *self.grads, *(x for name in sorted(self.buffers) for x in self.buffers[name])]
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, diffopt
+        >>> from diffopt.testing import check_optimizer
+        >>> @dataclass(frozen=True)
+        ... class Descent(diffopt.Optimizer):
+        ...     lr: float
+        ...     def init(self, params):
+        ...         return {}
+        ...     def update(self, params, grads, buffers, step):
+        ...         return params - self.lr * grads, buffers
+        >>> check_optimizer(Descent(0.1), reference=lambda params: torch.optim.SGD(params, lr=0.1)).broken
+        ()
+        >>> try:
+        ...     check_optimizer(Descent(0.1), reference=lambda params: torch.optim.SGD(params, lr=0.2))
+        ... except diffopt.ConformanceError as error:
+        ...     print(str(error).splitlines()[1][:28])
+        the steps of SGD: got 8.5e-0
+    """
+    if not isinstance(optimizer, Optimizer) or not is_dataclass(optimizer):
+        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass")
+    if not isinstance(steps, int) or steps < 2:
+        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 2")
+    if params is None:
+        generator = torch.Generator().manual_seed(0)
+        params = {
+            name: torch.randn(shape, generator=generator) for name, shape in [("a", (2, 3)), ("b", (3,)), ("c", ())]
+        }
+    trial = _cast(Trial(optimizer, params, steps, reference), torch.float64)
+    checks = (contract, purity, derivatives, tasks, equal_forms, zero_gradients, dtypes, torch_optim)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        return run(title(optimizer), trial, checks)
 
 
-def wavy(params: Any, target: Tensor) -> Tensor:
-    """A loss whose gradient changes sign on the way and couples the leaves."""
-    leaves = [x.double() for x in tree.flatten(params)[0]]
-    parts = [0.5 * (x - target).square().sum() + (3 * x).cos().sum() for x in leaves]
-    return torch.stack(parts).sum() + torch.stack([x.sum() for x in leaves]).sum().sin()
+def _cast(trial: Trial, dtype: torch.dtype) -> Trial:
+    params = tree.map_leaves(lambda x: x.detach().to(dtype), trial.params)
+    optimizer = changed(trial.optimizer, lambda name, x: x.detach().to(dtype) if isinstance(x, Tensor) else x)
+    return replace(trial, params=params, optimizer=optimizer)
+
+
+def contract(trial: Trial) -> Iterator[Finding]:
+    """What ``init`` and ``update`` return looks alike at every step."""
+    layouts, look = list[dict[str, Any]](), "Leaves([...]) around lists of tensors, and a dict of such buffers"
+    for step in trial.walk():
+        for params, buffers in ((step.params, step.buffers), step.taken()):
+            parts = {"params": params, **buffers}
+            kinds = {type(part).__name__ for part in parts.values()}
+            if kinds != {"Leaves"}:
+                yield equal(f"step {step.number} takes and returns", kinds, {"Leaves"}, look)
+                return
+            layouts.append({name: [(x.shape, x.dtype) for x in parts[name]] for name in sorted(parts)})
+    different = sum(layout != layouts[0] for layout in layouts)
+    look = "buffers by the same names, shapes and dtypes from init on, at every step"
+    yield at_most("states that differ in structure from the first", different, 0, look)
+    kind: Any = type(trial.optimizer)
+    yield holds("is a frozen dataclass", kind.__dataclass_params__.frozen, "@dataclass(frozen=True)")
+
+
+def purity(trial: Trial) -> Iterator[Finding]:
+    """An update changes nothing it is given, and gives the same again."""
+    kept, repeated = True, True
+    for step in trial.walk():
+        before = [(x.clone(), x._version) for x in step.tensors()]
+        (one, first), (two, second) = step.taken(), step.taken()
+        pairs = zip(before, step.tensors(), strict=True)
+        kept &= all(torch.equal(old, x) and version == x._version for (old, version), x in pairs)
+        results = ([*p, *(x for name in sorted(b) for x in b[name])] for p, b in ((one, first), (two, second)))
+        repeated &= all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    yield holds("changes nothing that it is given", kept, "operations in place: x += y, x.add_(y)")
+    yield holds("repeats itself", repeated, "state outside the buffers, random numbers")
+
+
+def derivatives(trial: Trial) -> Iterator[Finding]:
+    """The hypergradient of every input is that of central differences along one direction."""
+    found, inputs = trial.gradient(trial.inputs), trial.inputs
+    floor = 1e-4 * (1 + abs(float(trial.value(inputs).detach())))
+    generator = torch.Generator().manual_seed(1)
+    for name, x in inputs.items():
+        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.ndim else torch.ones_like(x)
+        slope, expected = float((found[name] * direction).sum()), _slope(trial, inputs, name, direction)
+        error = abs(slope - expected) / max(abs(slope), abs(expected), floor)
+        look = f"how {name} enters the update: .detach(), .item(), float(), torch.no_grad()"
+        yield at_most(f"{name}: derivative", error, 1e-5, look)
+
+
+def _slope(trial: Trial, inputs: Inputs, name: str, direction: Tensor) -> float:
+    """Central differences of two widths, combined so that the error is of fourth order."""
+
+    def central(width: float) -> float:
+        high, low = (trial.value({**inputs, name: inputs[name] + w * direction}) for w in (width, -width))
+        return float((high - low).detach()) / (2 * width)
+
+    return (4 * central(0.5e-5) - central(1e-5)) / 3
+
+
+def tasks(trial: Trial) -> Iterator[Finding]:
+    """Tasks that differ in their start, or in their hyperparameters, do as they do alone."""
+    own = [name for name in trial.inputs if name.startswith("init") or name == "target"]
+    for what, batched in (("params", own), ("hyperparameters", list(trial.hyperparameters))):
+        if not batched:
+            continue
+        rows = [{**trial.inputs, **{name: f * trial.inputs[name] for name in batched}} for f in (1.0, 0.9, 0.8)]
+        look = "norms and sums over more than a coordinate, if elementwise is set; what depends on shapes"
+        yield at_most(f"vmap over {what}: as in a loop", _off(trial, rows, batched), 1e-9, look)
+
+
+def _off(trial: Trial, rows: list[Inputs], batched: list[str]) -> float:
+    names = list(trial.inputs)
+
+    def of_one_task(*x: Tensor) -> tuple[Tensor, ...]:
+        return autodiff.functional_gradient(lambda *y: trial.value(dict(zip(names, y, strict=True))), x)[0]
+
+    stacked = [torch.stack([row[name] for row in rows]) if name in batched else rows[0][name] for name in names]
+    dims = [0 if name in batched else None for name in names]
+    got = autodiff.vmap(of_one_task, [dims], ["error"])(*stacked)
+    errors = [0.0]
+    for i, row in enumerate(rows):
+        alone = trial.gradient(row)
+        errors += [_error(g[i], alone[name]) for g, name in zip(got, names, strict=True)]
+    return max(errors)
+
+
+def equal_forms(trial: Trial) -> Iterator[Finding]:
+    """A number is the same as a float, a tensor, a tree and a schedule."""
+    usual = trial.final(trial.inputs)
+    for name, value in bare(trial.optimizer).items():
+        others = {key: x for key, x in trial.inputs.items() if key != name}
+        worst, notes = 0.0, []
+        for form, x in forms(trial.params, value, trial.steps).items():
+            if trial.refuses(name, x):
+                notes.append(f"{form}: refused")
+                continue
+            error, note = _compared(replace(trial, optimizer=with_forms(trial.optimizer, {name: x})), others, usual)
+            worst, notes = max(worst, error), notes + [f"{form}: {note}"] * bool(note)
+        look = f"arithmetic with {name} that is not that of Leaves"
+        said = f" ({', '.join(notes)})" if notes else ""
+        yield at_most(f"{name}: the same in every form{said}", worst, 1e-12, look)
+
+
+def _compared(trial: Trial, inputs: Inputs, usual: list[Tensor]) -> tuple[float, str]:
+    """How far the final params are from the usual ones, and the name of the error if there is one."""
+    try:
+        return max(_error(a, b) for a, b in zip(trial.final(inputs), usual, strict=True)), ""
+    except Exception as error:
+        return math.inf, type(error).__name__
+
+
+def zero_gradients(trial: Trial) -> Iterator[Finding]:
+    """Where gradients are exactly zero, nothing is NaN."""
+    losses = {"one coordinate has": _dead, "nothing has": lambda params, target: 0 * wavy(params, target)}
+    for what, loss in losses.items():
+        found = [*trial.final(trial.inputs, loss), *trial.gradient(trial.inputs, loss).values()]
+        look = "roots and quotients at zero: Leaves.sqrt has slope 0 there, torch.sqrt an infinite one"
+        yield holds(f"finite where {what} no gradient", all(bool(x.isfinite().all()) for x in found), look)
+
+
+def _dead(params: Any, target: Tensor) -> Tensor:
+    """A loss that multiplies the first entry of each leaf by zero, like a feature that is never there."""
+    return wavy(tree.map_leaves(lambda x: x * (torch.arange(x.numel()).reshape(x.shape) > 0), params), target)
+
+
+def dtypes(trial: Trial) -> Iterator[Finding]:
+    """Params keep their precision."""
+    wide = trial.final(trial.inputs)
+    narrow = _cast(trial, torch.float32)
+    found = narrow.final({name: x.to(torch.float32) for name, x in narrow.inputs.items()})
+    kinds = {str(x.dtype) for x in found}
+    yield equal("float32 stays float32", kinds, {"torch.float32"}, "constants made in another precision")
+    error = max(_error(a, b) for a, b in zip(found, wide, strict=True))
+    yield at_most("float32: the numbers of float64", error, 1e-3, "numbers that single precision cannot hold")
+
+
+def torch_optim(trial: Trial) -> Iterator[Finding]:
+    """Every step is that of the reference."""
+    if trial.reference is None:
+        return
+    params = [torch.nn.Parameter(x.clone()) for x in tree.flatten(trial.params)[0]]
+    reference, target = trial.reference(params), trial.inputs["target"]  # type: ignore[arg-type]
+    worst, first = 0.0, 0
+    for step in trial.walk():
+        for x, gradient in zip(params, torch.autograd.grad(wavy(params, target), params), strict=True):
+            x.grad = gradient
+        reference.step()
+        error = max(_error(a, b.detach()) for a, b in zip(step.taken()[0], params, strict=True))
+        first = first or (step.number if not error <= 1e-10 else 0)
+        worst = max(worst, error)
+    look = f"step {first}" if first else "every step"
+    yield at_most(f"the steps of {type(reference).__name__}", worst, 1e-10, f"{look}, the first that differs")
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest entry or to 1 if that is more."""
+    error = float((got.double() - expected.double()).detach().abs().max())
+    return error / max(1.0, float(expected.detach().abs().max()))

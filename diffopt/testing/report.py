@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TypeVar, final
 
+from diffopt.compare import brief
 from diffopt.errors import ConformanceError
 
 
@@ -40,7 +41,7 @@ def above(claim: str, measured: float, limit: float, look: str) -> Finding:
 
 
 def _number(value: float) -> str:
-    return str(int(value)) if value in (0, 1) or isinstance(value, int) else f"{value:.1e}"
+    return str(int(value)) if value == 0 or isinstance(value, int) else f"{value:.1e}"
 
 
 def equal(claim: str, measured: object, expected: object, look: str) -> Finding:
@@ -92,6 +93,12 @@ class Report:
             if not self.findings[i].held:
                 lines.insert(i + 2, f"    check: {self.findings[i].look}")
         return "\n".join([self.subject, lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+
+
+def title(subject: object) -> str:
+    """The call that makes what is tested, in one line."""
+    text = " ".join(brief(subject).split()) if is_dataclass(subject) else f"{type(subject).__name__}()"
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _cells(finding: Finding) -> tuple[str, str, str, str]:

@@ -15,7 +15,7 @@ from diffopt.claims import Claims, Kind
 from diffopt.estimator import Estimator
 from diffopt.testing.problem import Point, Setting, differences, distance, flat, gradient, like, outer_loss
 
-DRAWS = 100
+DRAWS = 64
 """How many draws of a random rule make a mean."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -40,13 +40,16 @@ class Tally:
     def loss(self, params: Sequence[Tensor], weights: Tensor, idle: Tensor, fixed: Any, inputs: Tensor) -> Tensor:
         """The problem's loss, watched."""
         if not autodiff.transforms_active():
-            for p in params:
-                self.states[_reference(p)] = p.untyped_storage().nbytes()
+            self.remember(params)
         seen = _watch(params, twice=self._product)
         weights, inputs = _watch([weights, inputs], once=self._read)
         return _watch([regression(seen, weights, idle, fixed, inputs)], once=self._gradient)[0]
 
-    def forget(self, tensors: Sequence[Tensor]) -> None:
+    def remember(self, tensors: Iterable[Tensor]) -> None:
+        """Count these states from now on."""
+        self.states |= {_reference(x): x.untyped_storage().nbytes() for x in tensors}
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
         """Do not count the states that are these inputs."""
         for x in tensors:
             self.states.pop(_reference(x), None)

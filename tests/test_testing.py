@@ -1,0 +1,233 @@
+"""The public battery: what is shipped passes, what is broken is caught by the right finding."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import broken_optimizers
+import broken_rules
+import pytest
+import torch
+from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
+
+import diffopt
+import diffopt.estimators
+from diffopt.compare import brief
+from diffopt.estimators import (
+    Adjoint,
+    Claims,
+    Cotangents,
+    ESJacobian,
+    FirstOrder,
+    Implicit,
+    Keep,
+    Reverse,
+    Trajectory,
+    Truncated,
+)
+from diffopt.linear_solve import ConjugateGradient
+from diffopt.testing import check_estimator, check_optimizer
+
+TORCH: dict[str, tuple[diffopt.Optimizer, Any]] = {
+    "sgd": (diffopt.SGD(0.05, 0.9, 0.4, 0.1), lambda p: torch.optim.SGD(p, 0.05, 0.9, 0.4, 0.1)),
+    "adam": (diffopt.Adam(0.05), lambda p: torch.optim.Adam(p, 0.05)),
+    "adamw": (diffopt.AdamW(0.05, amsgrad=True), lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True)),
+    "rmsprop": (diffopt.RMSprop(0.02, centered=True), lambda p: torch.optim.RMSprop(p, 0.02, centered=True)),
+    "adagrad": (diffopt.Adagrad(0.1, 0.3), lambda p: torch.optim.Adagrad(p, 0.1, 0.3)),
+}
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+TREES: dict[str, tuple[diffopt.Optimizer, Any]] = {
+    "kronecker": (
+        diffopt.Preconditioned(0.01, diagonal={"w": leaf(2, 3)}, factors={"w": (leaf(2, 2), None)}),
+        {"w": leaf(2, 3)},
+    ),
+    "center": (diffopt.ProximalGD(0.1, 0.5, center={"a": leaf(2)}), {"a": 2 * leaf(2)}),
+    "schedules": (diffopt.SGD(diffopt.Schedule([0.1, 0.2, 0.3, 0.4]), diffopt.Schedule(leaf(4).abs() / 9)), None),
+    "learned": (diffopt.Adam(leaf().abs() / 9, betas=(diffopt.Schedule(leaf(4).abs() / 9), 0.9)), None),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: re.sub(" object at 0x\\w+", "", brief(e)))
+def test_every_shipped_rule_is_what_it_claims(estimator):
+    report = check_estimator(estimator)
+    assert report.broken == ()
+    assert len(report.findings) >= 30
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_every_shipped_optimizer_keeps_its_contract(case: OptimizerCase):
+    report = check_optimizer(case.optimizer(case.learned))
+    derivatives = {f.claim for f in report.findings if f.claim.endswith("derivative")}
+    assert len(derivatives) >= 4 + len(case.learned)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_every_shipped_optimizer_equals_its_reference(name):
+    optimizer, reference = TORCH[name]
+    assert "the steps of" in str(check_optimizer(optimizer, reference=reference, steps=8))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_and_schedules_in_an_optimizers_fields(name):
+    optimizer, params = TREES[name]
+    check_optimizer(optimizer, params=params)
+
+
+def test_nothing_shipped_is_left_out():
+    rules = [getattr(diffopt.estimators, name) for name in diffopt.estimators.__all__]
+    concrete = {c for c in rules if issubclass(c, diffopt.estimators.Estimator) and not inspect.isabstract(c)}
+    assert {type(estimator) for estimator in ESTIMATORS} == concrete
+    shipped = [c for c in vars(diffopt).values() if inspect.isclass(c) and issubclass(c, diffopt.Optimizer)]
+    assert {case.make for case in OPTIMIZERS} == {c for c in shipped if not inspect.isabstract(c)}
+
+
+@pytest.mark.parametrize("name", broken_rules.BROKEN)
+def test_a_broken_rule_is_caught(name):
+    rule, finding = broken_rules.BROKEN[name]
+    with pytest.raises(diffopt.ConformanceError) as caught:
+        check_estimator(rule)
+    assert finding in str(caught.value)
+
+
+@pytest.mark.parametrize("name", broken_optimizers.BROKEN)
+def test_a_broken_optimizer_is_caught(name):
+    optimizer, reference, finding = broken_optimizers.BROKEN[name]
+    with pytest.raises(diffopt.ConformanceError) as caught:
+        check_optimizer(optimizer, reference=reference)
+    assert finding in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Between(Adjoint):
+    """A user's own rule: part of the way from the first-order rule to the exact one."""
+
+    share: float
+
+    def claims(self, steps: int) -> Claims:
+        return Claims("always" if self.share == 1 else "never")
+
+    def keep(self, steps: int) -> Keep:
+        return Keep(first=1, checkpoint="sqrt")
+
+    def pullback(self, trajectory: Trajectory, cotangent: diffopt.Leaves) -> Cotangents:
+        exact = trajectory.sweep(cotangent)
+        initial = None
+        if exact.initial is not None:
+            initial = self.share * exact.initial + (1 - self.share) * cotangent
+        return Cotangents(initial, {number: self.share * term for number, term in exact.extras.items()})
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_users_own_rule_gets_the_same_battery(share):
+    check_estimator(Between(share))
+    with pytest.raises(diffopt.ConformanceError, match="exact: got" if share < 1 else "biased: got"):
+        check_estimator(Between(share), claims=Claims("always" if share < 1 else "never"))
+
+
+@dataclass(frozen=True)
+class HeavyBall(diffopt.Optimizer):
+    """A user's own optimizer, with a norm that mixes coordinates."""
+
+    lr: Any
+    momentum: Any
+
+    def init(self, params):
+        return {"before": params}
+
+    def update(self, params, grads, buffers, step):
+        size = 1 + sum(g.square().sum() for g in grads)
+        step = self.momentum * (params - buffers["before"]) - self.lr * grads.map(lambda g: g / size)
+        return params + step, {"before": params}
+
+
+def test_a_users_own_optimizer_gets_the_same_battery():
+    check_optimizer(HeavyBall(0.1, torch.tensor(0.5)))
+
+
+def test_an_honest_refusal_of_batches_passes():
+    findings = {f.claim: f for f in check_estimator(broken_rules.RefusesBatches()).findings}
+    assert findings["refuses vmap"].measured == "GradModeError"
+
+
+def test_claims_may_be_sharper_than_the_rules_own():
+    """Tight solves and a full frame of directions are as good as exact, and must then be."""
+    tight = Implicit(ConjugateGradient(rtol=1e-12))
+    check_estimator(tight, claims=replace(tight.claims(4), tolerance=1e-8))
+    frame = ESJacobian(64, 1e-4)
+    check_estimator(frame, claims=replace(frame.claims(4), tolerance=1e-6))
+
+
+def test_the_steps_decide_what_is_claimed():
+    assert Truncated(3).claims(3).exact == "always"
+    assert Truncated(3).claims(4).exact == "never"
+    check_estimator(Truncated(3), steps=3)
+
+
+def test_the_error_names_the_claim_the_number_the_limit_and_what_to_check():
+    rule, _ = broken_rules.BROKEN["wrong sign"]
+    with pytest.raises(diffopt.ConformanceError) as caught:
+        check_estimator(rule)
+    text = "exact: got 2.0e+00, expected <= 1.0e-09; check: signs, dropped terms and steps"
+    assert text in str(caught.value)
+    assert "exact                      " in caught.value.table
+    assert caught.value.table.count("BROKEN") == str(caught.value).count("; check:") >= 2
+
+
+def test_the_report_is_a_table():
+    lines = str(check_estimator(Reverse())).splitlines()
+    assert lines[0] == "Reverse()"
+    assert lines[1].split() == ["claim", "measured", "expected"]
+    assert all("  holds  " in line for line in lines[3:])
+
+
+def test_the_battery_leaves_torchs_generator_alone():
+    torch.manual_seed(5)
+    check_estimator(FirstOrder())
+    check_optimizer(diffopt.SGD(0.1))
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(()))
+
+
+@pytest.mark.parametrize("wrong", [Reverse, diffopt.SGD(0.1), None])
+def test_what_is_no_estimator_is_refused(wrong):
+    with pytest.raises(diffopt.EstimatorError, match=r"expected a diffopt\.estimators object"):
+        check_estimator(wrong)
+
+
+@pytest.mark.parametrize("wrong", [diffopt.SGD, torch.optim.SGD([torch.ones(1)]), None])
+def test_what_is_no_optimizer_is_refused(wrong):
+    with pytest.raises(diffopt.OptimizerError, match=r"expected a diffopt\.Optimizer"):
+        check_optimizer(wrong)
+
+
+@pytest.mark.parametrize("wrong", [1, True, 2.0, None])
+def test_too_few_steps_are_refused(wrong):
+    for check, subject in ((check_estimator, Reverse()), (check_optimizer, diffopt.SGD(0.1))):
+        with pytest.raises(diffopt.StepsError, match="expected an integer >= 2"):
+            check(subject, steps=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("exact", True), ("inputs", {"params"}), ("inputs", frozenset()), ("tolerance", 0.2), ("tolerance", float("nan"))],
+)
+def test_what_is_no_claim_is_refused(name, value):
+    with pytest.raises(diffopt.HyperparameterError, match=f"Claims: {name} is"):
+        Claims(**{name: value})
+
+
+def test_nobody_pays_for_the_battery_who_does_not_use_it():
+    code = "import sys, diffopt; assert 'diffopt.testing' not in sys.modules; import diffopt.testing; "
+    code += "assert not {'pytest', 'hypothesis'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
