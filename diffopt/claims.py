@@ -40,7 +40,8 @@ class Claims:
         tolerance: relative accuracy in float64, of linear solves and finite differences for instance.
 
     Raises:
-        HyperparameterError: ``exact`` or ``inputs`` is none of what is listed, or ``tolerance`` not in (0, 0.1].
+        HyperparameterError: ``exact`` or ``inputs`` is none of what is listed, or ``tolerance`` is below
+            1e-10 (sums in another order differ by that) or above 0.1 (which would be no claim).
     """
 
     exact: Exactness = "always"
@@ -60,5 +61,5 @@ class Claims:
             raise HyperparameterError(f"Claims: exact is {self.exact!r}, expected one of {get_args(Exactness)}")
         if not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
             raise HyperparameterError(f"Claims: inputs is {self.inputs!r}, expected a set of some of {KINDS}")
-        if not 0 < self.tolerance <= 0.1:
-            raise HyperparameterError(f"Claims: tolerance is {self.tolerance!r}, expected 0 < tolerance <= 0.1")
+        if not 1e-10 <= self.tolerance <= 0.1:
+            raise HyperparameterError(f"Claims: tolerance is {self.tolerance!r}, expected 1e-10 <= tolerance <= 0.1")

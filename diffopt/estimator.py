@@ -70,8 +70,9 @@ class Estimator(ABC):
 class Adjoint(Estimator):
     r"""A rule that moves the adjoint back over a stored trajectory: ``Lambda_T -> (Lambda_0, direct terms)``.
 
-    A rule says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`). Both are written for
-    one problem and are right for a batch of them, under every transform, for every optimizer and meta-parameter.
+    A rule says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`), and, unless it is exact
+    for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them, under
+    every transform, for every optimizer and meta-parameter.
 
     Example:
         First-order MAML: the adjoint of the final state is handed to the initial one as it is.

@@ -87,8 +87,9 @@ class ESJacobian(Adjoint):
             )
 
     def claims(self, steps: int) -> Claims:
-        """Right in the mean, up to the bias of the differences."""
-        return Claims(second_derivatives=False, random=True, tolerance=min(self.radius, 0.1))
+        """Right in the mean, up to the bias of the differences and their round-off."""
+        tolerance = min(self.radius + 1e-14 / self.radius, 0.1)
+        return Claims(second_derivatives=False, random=True, tolerance=tolerance)
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again, perturbed."""

@@ -1,16 +1,15 @@
-"""The public battery: what is shipped passes, what is broken is caught by the right finding."""
+"""The public battery: what is shipped passes, and so does what a user writes; what is broken: test_broken.py."""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import broken_optimizers
-import broken_rules
 import pytest
 import torch
 from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
@@ -91,22 +90,6 @@ def test_nothing_shipped_is_left_out():
     assert {case.make for case in OPTIMIZERS} == {c for c in shipped if not inspect.isabstract(c)}
 
 
-@pytest.mark.parametrize("name", broken_rules.BROKEN)
-def test_a_broken_rule_is_caught(name):
-    rule, finding = broken_rules.BROKEN[name]
-    with pytest.raises(diffopt.ConformanceError) as caught:
-        check_estimator(rule)
-    assert finding in str(caught.value)
-
-
-@pytest.mark.parametrize("name", broken_optimizers.BROKEN)
-def test_a_broken_optimizer_is_caught(name):
-    optimizer, reference, finding = broken_optimizers.BROKEN[name]
-    with pytest.raises(diffopt.ConformanceError) as caught:
-        check_optimizer(optimizer, reference=reference)
-    assert finding in str(caught.value)
-
-
 @dataclass(frozen=True)
 class Between(Adjoint):
     """A user's own rule: part of the way from the first-order rule to the exact one."""
@@ -154,11 +137,6 @@ def test_a_users_own_optimizer_gets_the_same_battery():
     check_optimizer(HeavyBall(0.1, torch.tensor(0.5)))
 
 
-def test_an_honest_refusal_of_batches_passes():
-    findings = {f.claim: f for f in check_estimator(broken_rules.RefusesBatches()).findings}
-    assert findings["refuses vmap"].measured == "GradModeError"
-
-
 def test_claims_may_be_sharper_than_the_rules_own():
     """Tight solves and a full frame of directions are as good as exact, and must then be."""
     tight = Implicit(ConjugateGradient(rtol=1e-12))
@@ -171,16 +149,6 @@ def test_the_steps_decide_what_is_claimed():
     assert Truncated(3).claims(3).exact == "always"
     assert Truncated(3).claims(4).exact == "never"
     check_estimator(Truncated(3), steps=3)
-
-
-def test_the_error_names_the_claim_the_number_the_limit_and_what_to_check():
-    rule, _ = broken_rules.BROKEN["wrong sign"]
-    with pytest.raises(diffopt.ConformanceError) as caught:
-        check_estimator(rule)
-    text = "exact: got 2.0e+00, expected <= 1.0e-09; check: signs, dropped terms and steps"
-    assert text in str(caught.value)
-    assert "exact                      " in caught.value.table
-    assert caught.value.table.count("BROKEN") == str(caught.value).count("; check:") >= 2
 
 
 def test_the_report_is_a_table():
@@ -220,7 +188,14 @@ def test_too_few_steps_are_refused(wrong):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("exact", True), ("inputs", {"params"}), ("inputs", frozenset()), ("tolerance", 0.2), ("tolerance", float("nan"))],
+    [
+        ("exact", True),
+        ("inputs", {"params"}),
+        ("inputs", frozenset()),
+        ("tolerance", 0.2),
+        ("tolerance", 0.0),
+        ("tolerance", float("nan")),
+    ],
 )
 def test_what_is_no_claim_is_refused(name, value):
     with pytest.raises(diffopt.HyperparameterError, match=f"Claims: {name} is"):
@@ -230,4 +205,6 @@ def test_what_is_no_claim_is_refused(name, value):
 def test_nobody_pays_for_the_battery_who_does_not_use_it():
     code = "import sys, diffopt; assert 'diffopt.testing' not in sys.modules; import diffopt.testing; "
     code += "assert not {'pytest', 'hypothesis'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

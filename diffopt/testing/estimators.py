@@ -51,6 +51,8 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
       ran between, a second backward pass, inputs and ``.grad`` and torch's generator untouched, random losses drawn
       again or refused, nothing computed that nobody wants.
 
+    What it cannot test: that the numbers of a biased rule are those that are meant. They need an oracle of your own.
+
     Costs about a second for a rule of the cost of :class:`diffopt.estimators.Reverse`.
 
     Args:

@@ -5,6 +5,7 @@ The loop shares no code with the library: no :class:`~diffopt.Optimizer`, no ``L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt.claims import KINDS, Kind
+from diffopt.claims import ALL_INPUTS, KINDS, Kind
 from diffopt.estimator import Estimator
 from diffopt.optimizer import Optimizer, Schedule
 from diffopt.optimizers import SGD, Adam
@@ -87,7 +88,7 @@ class Setting:
             "hyperparameters": tuple(torch.tensor(value, dtype=torch.float64) for value in values),
         }
 
-    def solve(self, estimator: Estimator | None, point: Point) -> Solution[Any]:
+    def solve(self, estimator: Estimator, point: Point) -> Solution[Any]:
         """The problem, run by the library. A hyperparameter with an axis is a schedule."""
         (weights, idle), (inputs,) = point["args"], point["batches"]
         return solve(
@@ -111,7 +112,7 @@ class Setting:
         lr, beta1, beta2, eps = values
         return Adam(lr, betas=(beta1, beta2), eps=eps)
 
-    def value(self, estimator: Estimator | None, point: Point) -> Tensor:
+    def value(self, estimator: Estimator, point: Point) -> Tensor:
         """The outer loss, by the library."""
         params = self.solve(estimator, point).params
         return outer_loss([params[name] for name in self.names])
@@ -167,7 +168,7 @@ def leaves(point: Point, kinds: frozenset[Kind]) -> Point:
     return {kind: tuple(x.detach().clone().requires_grad_(kind in kinds) for x in point[kind]) for kind in KINDS}
 
 
-def gradient(value: Callable[[Point], Tensor], point: Point, kinds: frozenset[Kind] = frozenset(KINDS)) -> Point:
+def gradient(value: Callable[[Point], Tensor], point: Point, kinds: frozenset[Kind] = ALL_INPUTS) -> Point:
     """The derivative of ``value`` for inputs of some kinds, by a plain backward pass; zeros for the others."""
     made = leaves(point, kinds)
     wanted = [x for x in flat(made) if x.requires_grad]
@@ -190,7 +191,7 @@ def differences(value: Callable[[Point], Tensor], point: Point) -> Point:
     return shaped(torch.stack(slopes) / 2e-5)
 
 
-def distance(got: Point, expected: Point, kinds: frozenset[Kind] = frozenset(KINDS)) -> float:
+def distance(got: Point, expected: Point, kinds: frozenset[Kind] = ALL_INPUTS) -> float:
     """The largest relative error over the kinds, each in its Euclidean norm (at least 1e-4 of the largest one's)."""
     sizes = {kind: _norm(expected[kind]) for kind in kinds}
     floor = 1e-4 * max(sizes.values(), default=0.0)
@@ -199,7 +200,7 @@ def distance(got: Point, expected: Point, kinds: frozenset[Kind] = frozenset(KIN
         / max(sizes[kind], floor, 1e-300)
         for kind in kinds
     ]
-    return max((r if r == r else float("inf") for r in ratios), default=0.0)
+    return max((math.inf if math.isnan(r) else r for r in ratios), default=0.0)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -44,7 +44,7 @@ class Rule:
     @cached_property
     def sampled(self) -> Sample:
         """The same; of a random rule, the mean over draws."""
-        return self.sample(self.setting, self.point)
+        return self.sample(self.setting, self.point) if self.claims.random else Sample(self.found, 0.0)
 
     def seeded(self) -> Estimator:
         """The estimator, about to draw the same random numbers as after any other call of this method."""

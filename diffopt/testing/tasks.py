@@ -29,7 +29,9 @@ def tasks(rule: Rule) -> Iterator[Finding]:
     """Partly batched inputs, on any axis, vmapped once and twice, differentiated inside and outside."""
     if not rule.claims.vmap:
         look = "raise a DiffoptError where trajectory.dynamics.levels is not empty, or declare vmap=True"
-        yield raises("refuses vmap", DiffoptError, lambda: _backward(rule, *_batches_of_tasks(rule)), look)
+        point, dims = _batches_of_tasks(rule)
+        yield raises("refuses vmap, then backward", DiffoptError, lambda: _backward(rule, point, dims), look)
+        yield raises("refuses vmap of grad", DiffoptError, lambda: _inside(rule, point, [dims]), look)
     elif rule.claims.random:
         yield from _in_the_mean(rule)
     else:
@@ -80,7 +82,7 @@ def _flat_dims(dims: Dims) -> tuple[int | None, ...]:
 
 
 def _as_in_a_loop(rule: Rule) -> Iterator[Finding]:
-    limit = max(rule.claims.tolerance, 1e-9)
+    limit = rule.claims.tolerance
     point, dims = _batches_of_tasks(rule)
     alone = [rule.gradient(point={**point, "batches": (x,)}) for x in point["batches"][0]]
     rows: Point = {kind: _stack(alone, kind) for kind in KINDS}
