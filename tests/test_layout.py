@@ -57,9 +57,9 @@ def within(name: str, package: str) -> bool:
 
 
 def layer(module: str) -> str:
-    """``top`` (the command line), ``tasks``, ``estimators`` or ``core``."""
+    """``top`` (the command line and the batteries for users), ``tasks``, ``estimators`` or ``core``."""
     parts = module.split(".")[1:]
-    if parts and parts[0] in {"cli", "commands", "__main__"}:
+    if parts and parts[0] in {"cli", "commands", "testing", "__main__"}:
         return "top"
     return parts[0] if parts and parts[0] in {"tasks", "estimators"} else "core"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, tree
+from diffopt import tree
 from diffopt.errors import OptimizerError, StepsError
 from diffopt.optimizer import Optimizer
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
@@ -161,16 +161,13 @@ def tasks(trial: Trial) -> Iterator[Finding]:
 def _off(trial: Trial, rows: list[Inputs], batched: list[str]) -> float:
     names = list(trial.inputs)
 
-    def of_one_task(*x: Tensor) -> tuple[Tensor, ...]:
-        return autodiff.functional_gradient(lambda *y: trial.value(dict(zip(names, y, strict=True))), x)[0]
-
-    stacked = [torch.stack([row[name] for row in rows]) if name in batched else rows[0][name] for name in names]
-    dims = [0 if name in batched else None for name in names]
-    got = autodiff.vmap(of_one_task, [dims], ["error"])(*stacked)
+    stacked = {name: torch.stack([row[name] for row in rows]) if name in batched else rows[0][name] for name in names}
+    dims = {name: 0 if name in batched else None for name in names}
+    got = torch.func.vmap(torch.func.grad(trial.value), in_dims=(dims,))(stacked)
     errors = [0.0]
     for i, row in enumerate(rows):
         alone = trial.gradient(row)
-        errors += [_error(g[i], alone[name]) for g, name in zip(got, names, strict=True)]
+        errors += [_error(got[name][i], alone[name]) for name in names]
     return max(errors)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from diffopt import autodiff
 from diffopt.claims import KINDS, Kind
 from diffopt.errors import DiffoptError
 from diffopt.testing.problem import Point, distance, flat, gradient, like
@@ -51,30 +50,28 @@ def _backward(rule: Rule, point: Point, dims: Dims) -> Point:
         return rule.setting.value(estimator, like(point, x))
 
     def total(point: Point) -> Tensor:
-        values: Tensor = autodiff.vmap(of_one_task, [_flat_dims(dims)], ["error"])(*flat(point))
+        values: Tensor = torch.func.vmap(of_one_task, in_dims=_flat_dims(dims))(*flat(point))
         return values.sum()
 
     return gradient(total, point, rule.claims.inputs)
 
 
 def _inside(rule: Rule, point: Point, levels: Sequence[Dims]) -> Point:
-    """The derivative of each task's outer loss, with the axes of the tasks, outermost first."""
+    """The derivative of each task's outer loss under a vmap for each level, the last outermost."""
     estimator = rule.seeded()
 
     def of_one_task(*x: Tensor) -> tuple[Tensor, ...]:
+        def value(*y: Tensor) -> Tensor:
+            return rule.setting.value(estimator, like(point, y))
+
         wanted = [i for i, kind in enumerate(k for k in KINDS for _ in point[k]) if kind in rule.claims.inputs]
-
-        def value(*chosen: Tensor) -> Tensor:
-            every = list(x)
-            for i, y in zip(wanted, chosen, strict=True):
-                every[i] = y
-            return rule.setting.value(estimator, like(point, every))
-
-        found = dict(zip(wanted, autodiff.functional_gradient(value, tuple(x[i] for i in wanted))[0], strict=True))
+        found = dict(zip(wanted, torch.func.grad(value, argnums=tuple(wanted))(*x), strict=True))
         return tuple(found.get(i, torch.zeros_like(y)) for i, y in enumerate(x))
 
-    dims = [_flat_dims(level) for level in levels]
-    return like(point, autodiff.vmap(of_one_task, dims, ["error"] * len(dims))(*flat(point)))
+    batched: Callable[..., Any] = of_one_task
+    for dims in levels:
+        batched = torch.func.vmap(batched, in_dims=_flat_dims(dims))
+    return like(point, batched(*flat(point)))
 
 
 def _flat_dims(dims: Dims) -> tuple[int | None, ...]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from diffopt import autodiff
+from diffopt import transforms
 from diffopt.estimator import Adjoint, Estimator
 from diffopt.leaves import Leaves
-from diffopt.rollout import Keep
+from diffopt.record import Keep
 from diffopt.testing.problem import errors, regression, weighted
 from diffopt.trajectory import Cotangents, Trajectory
 
@@ -39,7 +39,7 @@ class Tally:
 
     def loss(self, params: Sequence[Tensor], weights: Tensor, idle: Tensor, fixed: Any, inputs: Tensor) -> Tensor:
         """The problem's loss, watched."""
-        if not autodiff.transforms_active():
+        if not transforms.transforms_active():
             self.remember(params)
         seen = _watch(params, twice=self._product)
         weights, inputs = _watch([weights, inputs], once=self._read)
@@ -81,7 +81,7 @@ def _watch(
     tensors: Sequence[Tensor], once: Callable[[int], None] = _ignore, twice: Callable[[int], None] = _ignore
 ) -> tuple[Tensor, ...]:
     """The same tensors; ``once`` is told of every backward pass through them, ``twice`` of every double one."""
-    seen: tuple[Tensor, ...] = autodiff.apply(_Watch, (once, twice), 1, *tensors)
+    seen: tuple[Tensor, ...] = transforms.apply(_Watch, (once, twice), 1, *tensors)
     return seen
 
 
@@ -124,12 +124,12 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (now, later), count = ctx.listeners, ctx.count
         now(count)
-        return (None, None, *autodiff.apply(_Watch, (later, _ignore), count, *cotangents))
+        return (None, None, *transforms.apply(_Watch, (later, _ignore), count, *cotangents))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         listeners, count, *tensors = args
-        return autodiff.apply(_Watch, listeners, count * info.batch_size, *tensors), in_dims[2:]
+        return transforms.apply(_Watch, listeners, count * info.batch_size, *tensors), in_dims[2:]
 
 
 class _Once(torch.autograd.Function):
@@ -150,12 +150,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        return autodiff.apply(_Once, *args), in_dims[0]
+        return transforms.apply(_Once, *args), in_dims[0]
 
 
 def once_differentiable(params: Sequence[Tensor], weights: Tensor, idle: Tensor, fixed: Any, inputs: Tensor) -> Tensor:
     """The problem's loss, made so that it has no second derivative."""
-    return weighted(params, weights, fixed, autodiff.apply(_Once, errors(params, fixed, inputs)))
+    return weighted(params, weights, fixed, transforms.apply(_Once, errors(params, fixed, inputs)))
 
 
 def noisy(params: Sequence[Tensor], weights: Tensor, idle: Tensor, fixed: Any, inputs: Tensor) -> Tensor:
