@@ -1,0 +1,318 @@
+"""Pickles: what numpy's own unpickler reads comes out the same, and nothing that a pickle names is ever run."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import io
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
+from python2 import python2_pickle
+
+from diffopt.tasks import DataError
+from diffopt.tasks.pickled_arrays import PickledArray, text
+from diffopt.tasks.pickles import array, entry, load_pickle, read_pickle
+
+PROTOCOLS = range(6)
+
+
+def read(content):
+    return read_pickle(io.BytesIO(content), len(content), "some.pkl")
+
+
+def plain(value):
+    """What was read, with every array made one of numpy's."""
+    if isinstance(value, PickledArray):
+        return array(value, "it")
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype.newbyteorder("="), "numpy keeps a foreign byte order in some protocols"
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        assert_same(list(found.values()), list(expected.values()))
+    else:
+        assert found == expected
+
+
+arrays = numpy_strategies.arrays(
+    st.one_of(
+        numpy_strategies.integer_dtypes(endianness="?"),
+        numpy_strategies.unsigned_integer_dtypes(endianness="?"),
+        numpy_strategies.floating_dtypes(endianness="?", sizes=(16, 32, 64)),
+        numpy_strategies.boolean_dtypes(),
+    ),
+    numpy_strategies.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+).map(lambda one: np.asfortranarray(one) if one.size % 2 else one)
+leaves = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none(), st.text(), st.binary(), arrays)
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5),
+        st.lists(inner, max_size=5).map(tuple),
+        st.dictionaries(st.one_of(st.text(), st.binary(), st.integers()), inner, max_size=5),
+    ),
+    max_leaves=12,
+)
+
+
+@given(value=values, protocol=st.sampled_from(PROTOCOLS))
+def test_plain_values_and_arrays_come_out_as_pickle_reads_them(value, protocol):
+    content = pickle.dumps(value, protocol)
+    assert_same(plain(read(content)), pickle.loads(content))
+
+
+def test_numpy_numbers_become_numbers():
+    for protocol in PROTOCOLS:
+        assert read(pickle.dumps([np.int64(-3), np.float32(0.5), np.bool_(True)], protocol)) == [-3, 0.5, True]
+
+
+@given(value=arrays)
+def test_arrays_of_python_2_come_out_as_the_official_recipe_reads_them(value):
+    value = np.ascontiguousarray(value)
+    table = {"data": value, "fine_labels": [3, 300, -1], "long": "x" * 300, "names": ["a", "b"]}
+    content = python2_pickle(table)
+    expected = pickle.loads(content, encoding="bytes")
+    assert list(expected) == [b"data", b"fine_labels", b"long", b"names"], "the writer writes what Python 2 wrote"
+    found = read(content)
+    assert_same(plain(found), expected)
+    assert_same(array(entry(found, "data", "it"), "it"), value)
+    assert [text(name) for name in entry(found, "names", "it")] == ["a", "b"]
+
+
+class Calls:
+    """An object whose pickle calls a function of one's choice."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Sets:
+    """An object whose pickle gives a state to what a function returns, as numpy's arrays do."""
+
+    def __init__(self, function, arguments, state):
+        self.call = function, arguments, state
+
+    def __reduce__(self):
+        return self.call
+
+
+reconstruct = np.zeros(0).__reduce__()[0]
+from_buffer = np.zeros(0).__reduce_ex__(5)[0]
+OBJECTS = (3, "|", None, None, None, -1, -1, 63)
+
+
+def attacks(mark):
+    """Pickles that run a command under pickle, or that abuse numpy's own functions; by name."""
+    command = f"touch {mark}"
+    pointers = struct.pack("<Q", 0xDEAD)
+    lying = Sets(np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0))
+    return {
+        "os.system": Calls(os.system, command),
+        "eval": Calls(eval, f"__import__('os').system({command!r})"),
+        "subprocess": Calls(subprocess.check_call, ["touch", str(mark)]),
+        "in a list in a dictionary": {"data": [1, {"deep": (2, Calls(os.system, command))}]},
+        "as the key of a dictionary": {Calls(os.system, command): 1},
+        "as the shape of an array": Sets(
+            reconstruct, (np.ndarray, (0,), b"b"), (1, Calls(os.system, command), np.dtype("u1"), False, b"")
+        ),
+        "as the bytes of an array": Sets(
+            reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("u1"), False, Calls(os.system, command))
+        ),
+        "as the type to reconstruct": Calls(reconstruct, Calls(os.system, command), (0,), b"b"),
+        "numpy runs a string": Calls(np.testing.measure, f"__import__('os').system({command!r})"),
+        "numpy loads a pickle": Calls(np.load, str(mark), None, True),
+        "numpy maps a file": Calls(np.memmap, str(mark), "u1", "w+", 0, (1,)),
+        "getattr": Calls(getattr, "os", "system"),
+        "objects for bytes": Sets(reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("O"), False, pointers)),
+        "objects that call themselves numbers": Sets(
+            reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), lying, False, pointers)
+        ),
+        "objects in a buffer": Calls(from_buffer, bytearray(pointers), np.dtype("O"), (1,), "C"),
+        "a number of objects": Calls(np.int64(0).__reduce__()[0], lying, pointers),
+        "a subclass of arrays": Calls(reconstruct, np.memmap, (1,), b"b"),
+        "records with a title": Sets(np.dtype, ("V8",), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 63)),
+        "a shape beyond the bytes": Sets(
+            reconstruct, (np.ndarray, (0,), b"b"), (1, (2**40,), np.dtype("u1"), False, b"x")
+        ),
+        "a shape that wraps round": Sets(
+            reconstruct, (np.ndarray, (0,), b"b"), (1, (2**32, 2**32), np.dtype("u1"), False, b"")
+        ),
+        "a negative shape": Sets(reconstruct, (np.ndarray, (0,), b"b"), (1, (-1, -1), np.dtype("u1"), False, b"x")),
+    }
+
+
+NAMES = sorted(attacks("somewhere"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_that_a_pickle_names_is_run(name, tmp_path):
+    mark = tmp_path / "mark"
+    tried = 0
+    for protocol in PROTOCOLS:
+        try:
+            content = pickle.dumps(attacks(mark)[name], protocol)
+        except (pickle.PicklingError, ValueError):
+            continue  # what it is made of has no form in this protocol
+        tried += 1
+        before = set(sys.modules)
+        with pytest.raises(DataError):
+            array(read(content), "it")
+        assert not mark.exists()
+        assert set(sys.modules) == before, "not even looked up"
+    assert tried >= 2
+
+
+def test_the_attacks_above_do_run_under_pickle(tmp_path):
+    mark = tmp_path / "mark"
+    for name in ("os.system", "in a list in a dictionary", "numpy runs a string", "as the shape of an array"):
+        content = pickle.dumps(attacks(mark)[name], 4)
+        with contextlib.suppress(TypeError, ValueError):  # after the command ran, numpy refuses what it returned
+            pickle.loads(content)
+        assert mark.exists(), name
+        mark.unlink()
+
+
+def test_the_message_names_what_was_refused():
+    with pytest.raises(DataError, match=r"some\.pkl names '(posix|nt)\.system'; expected numpy arrays.*not open"):
+        read(pickle.dumps(Calls(os.system, "true"), 2))
+    with pytest.raises(DataError, match=r"calls numpy\.ndarray in a way"):
+        read(b"\x80\x02cnumpy\nndarray\nK\x01\x85R.")
+    with pytest.raises(DataError, match=r"gives a state to a dict"):
+        read(b"\x80\x02}}b.")
+
+
+REFUSED = ["INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_opcodes_that_data_has_no_need_of_are_refused(name):
+    code = next(one for one in pickletools.opcodes if one.name == name).code.encode("latin-1")
+    argument = {
+        "INST": b"os\nsystem\n",
+        "PERSID": b"1\n",
+        "EXT1": b"\x01",
+        "EXT2": b"\x01\x00",
+        "EXT4": b"\x01\x00\x00\x00",
+    }
+    with pytest.raises(DataError, match=f"uses the opcode {name}"):
+        read(b"\x80\x02((K\x01" + code + argument.get(name, b"") + b".")
+
+
+def test_an_extension_of_the_process_is_no_way_in():
+    copyreg.add_extension("os", "system", 0x71)
+    try:
+        with pytest.raises(DataError, match="EXT1"):
+            read(b"\x80\x02\x82\x71U\x04true\x85R.")
+    finally:
+        copyreg.remove_extension("os", "system", 0x71)
+
+
+BOMBS = {
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"x.",
+    "bytes of no computer": b"\x80\x04\x8e" + struct.pack("<Q", 2**64 - 1) + b"x.",
+    "string": b"\x80\x02T" + struct.pack("<i", 2**31 - 1) + b"x.",
+    "text": b"\x80\x04\x8d" + struct.pack("<Q", 2**45) + b"x.",
+    "whole number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
+    "buffer": b"\x80\x05\x96" + struct.pack("<Q", 2**45) + b"x.",
+    "memo": b"\x80\x02]r" + struct.pack("<I", 2**32 - 1) + b"K\x01t.",
+    "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"]0",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_lengths_beyond_the_file_take_no_memory(name, tmp_path):
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(BOMBS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            load_pickle(path, limit=1000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@given(data=st.data())
+def test_damaged_pickles_are_refused_or_read_but_never_crash(data):
+    value = {"image_data": np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "class_dict": {"n01": [0, 1]}, "x": ["y"]}
+    whole = data.draw(st.sampled_from([python2_pickle(value), *(pickle.dumps(value, one) for one in PROTOCOLS)]))
+    content = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 6))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DataError):
+        found = read(bytes(content))
+        array(entry(found, "image_data", "it"), "it")
+
+
+@given(st.binary(max_size=60))
+def test_noise_is_refused(content):
+    with contextlib.suppress(DataError):
+        read(b"\x80\x02" + content)
+
+
+def test_deep_and_circular_values_are_no_trap():
+    deep = b"\x80\x02)" + b"\x85" * 200_000 + b"."
+    with pytest.raises(DataError, match="expected a numpy array"):
+        array(read(deep), "it")
+    before, after = b"(J\x00\x00\x00\x00tcnumpy\ndtype", b")" + b"\x85" * 200_000 + b"cnumpy\ndtype"
+    content = python2_pickle(np.zeros(0, np.uint8)).replace(before, after)
+    with pytest.raises(DataError, match="shape is not made of whole numbers"):
+        array(read(content), "it")
+    circular = read(b"\x80\x02]q\x00h\x00a.")
+    assert circular[0] is circular
+    with pytest.raises(DataError, match="expected a dictionary"):
+        entry(circular, "data", "it")
+
+
+def test_cut_short_wherever_is_refused():
+    content = python2_pickle({"data": np.arange(5)})
+    for end in range(len(content) - 1):
+        with pytest.raises(DataError, match=r"not a whole pickle|holds an array"):
+            array(entry(read(content[:end]), "data", "it"), "it")
+
+
+def test_files_and_keys_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.pkl cannot be read: No such file"):
+        load_pickle(tmp_path / "absent.pkl", 10)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_pickle(tmp_path, 10)
+    path = tmp_path / "large.pkl"
+    path.write_bytes(pickle.dumps([0] * 50))
+    with pytest.raises(DataError, match="expected 10 at most"):
+        load_pickle(path, 10)
+    assert load_pickle(path, 1000) == [0] * 50
+    with pytest.raises(DataError, match=r"it has no key 'data'; its keys are 'a', 'b', 'int'"):
+        entry({b"a": 1, "b": 2, 3: 3}, "data", "it")
+    with pytest.raises(DataError, match="it is a str; expected a numpy array"):
+        array("x", "it")
+    with pytest.raises(DataError, match="it is a list"):
+        array([1, 2.0], "it")
+    with pytest.raises(DataError, match="leaves 2 values"):
+        read(b"\x80\x02K\x01K\x02.")
