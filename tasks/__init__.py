@@ -7,16 +7,21 @@ Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`
 
 from __future__ import annotations
 
+from diffopt.tasks.cifar_fs import CIFARFS
 from diffopt.tasks.data import data_folder
 from diffopt.tasks.episodes import Episodes, sample_episodes
 from diffopt.tasks.errors import DataError, ProblemError
+from diffopt.tasks.fc100 import FC100
 from diffopt.tasks.models import MLP, BatchStatisticsNorm2d, Conv4, functional
 from diffopt.tasks.omniglot import Omniglot
 from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
+from diffopt.tasks.ragged import RaggedImages
 from diffopt.tasks.ridge import Ridge
 from diffopt.tasks.sinusoid import Sinusoid
 
 __all__ = [
+    "CIFARFS",
+    "FC100",
     "MLP",
     "BatchStatisticsNorm2d",
     "Conv4",
@@ -26,6 +31,7 @@ __all__ = [
     "ProblemError",
     "Quadratic",
     "QuadraticHypergradient",
+    "RaggedImages",
     "Ridge",
     "Sinusoid",
     "data_folder",

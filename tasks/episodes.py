@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from diffopt.tasks.errors import DataError, ProblemError
+from diffopt.tasks.ragged import RaggedImages
 
 
 class Episodes(NamedTuple):
@@ -28,7 +29,7 @@ class Episodes(NamedTuple):
 
 
 def sample_episodes(
-    images: Tensor, *, way: int, shot: int, query: int, tasks: int, generator: torch.Generator
+    images: Tensor | RaggedImages, *, way: int, shot: int, query: int, tasks: int, generator: torch.Generator
 ) -> Episodes:
     """Draw N-way K-shot classification episodes.
 
@@ -39,7 +40,7 @@ def sample_episodes(
 
     Args:
         images: uint8, ``[classes, examples, height, width]`` or ``[classes, examples, channels, height,
-            width]``.
+            width]``; or :class:`diffopt.tasks.RaggedImages`. They stay uint8; only what is drawn becomes float.
         way: classes per task.
         shot: support images per class.
         query: query images per class.
@@ -68,26 +69,49 @@ def sample_episodes(
     for name, size in sizes.items():
         if size < 1:
             raise ProblemError(f"{name} is {size}; expected 1 or more")
-    if images.dtype != torch.uint8 or images.ndim not in (4, 5):
-        kind = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
-        raise DataError(f"images are {kind}; expected uint8 [classes, examples, (channels,) height, width]")
-    classes, examples = images.shape[:2]
+    classes, examples = _checked(images)
     if classes < way:
         raise DataError(f"way is {way} but there are only {classes} classes; lower way or use a larger split")
     if examples < shot + query:
         raise DataError(f"shot + query is {shot} + {query} but a class has only {examples} images; lower one of them")
-
-    # The places of the largest of many uniform numbers are a draw without replacement, for all tasks at once.
-    class_keys = torch.rand(tasks, classes, generator=generator, device=generator.device)
-    example_keys = torch.rand(tasks, way, examples, generator=generator, device=generator.device)
-    class_index = class_keys.topk(way, dim=1).indices[:, :, None].to(images.device)
-    example_index = example_keys.topk(shot + query, dim=2).indices.to(images.device)
-    drawn = images[class_index, example_index]  # [tasks, way, shot + query, ...]
-    if images.ndim == 4:
-        drawn = rearrange(drawn, "tasks way image height width -> tasks way image 1 height width")
+    drawn = _drawn(images, way, shot + query, tasks, generator)
     support_inputs, support_targets = _one_side(drawn[:, :, :shot])
     query_inputs, query_targets = _one_side(drawn[:, :, shot:])
     return Episodes(support_inputs, support_targets, query_inputs, query_targets)
+
+
+def _checked(images: Tensor | RaggedImages) -> tuple[int, int]:
+    """The number of classes and of images in the smallest of them."""
+    stored, classes_axes = (images.flat, 1) if isinstance(images, RaggedImages) else (images, 2)
+    if stored.dtype != torch.uint8 or stored.ndim - classes_axes not in (2, 3):
+        kind = f"{str(stored.dtype).removeprefix('torch.')} of shape {tuple(stored.shape)}"
+        axes = "images" if classes_axes == 1 else "classes, examples"
+        raise DataError(f"images are {kind}; expected uint8 [{axes}, (channels,) height, width]")
+    if isinstance(images, RaggedImages):
+        return len(images), int(images.counts.min())
+    return images.shape[0], images.shape[1]
+
+
+def _drawn(images: Tensor | RaggedImages, way: int, count: int, tasks: int, generator: torch.Generator) -> Tensor:
+    """Images drawn without replacement, uint8 ``[tasks, way, count, channels, height, width]``."""
+    device = generator.device
+    most = int(images.counts.max()) if isinstance(images, RaggedImages) else images.shape[1]
+    # The places of the largest of many uniform numbers are a draw without replacement, for all tasks at once.
+    class_keys = torch.rand(tasks, len(images), generator=generator, device=device)
+    class_index = class_keys.topk(way, dim=1).indices[:, :, None]
+    example_keys = torch.rand(tasks, way, most, generator=generator, device=device)
+    if isinstance(images, RaggedImages):
+        counts = images.counts.to(device)
+        # Below every uniform number: what a smaller class does not have is never among the largest.
+        example_keys.masked_fill_(torch.arange(most, device=device) >= counts[class_index], -1.0)
+        starts = (counts.cumsum(0) - counts)[class_index]
+        drawn = images.flat[(starts + example_keys.topk(count, dim=2).indices).to(images.flat.device)]
+    else:
+        example_index = example_keys.topk(count, dim=2).indices.to(images.device)
+        drawn = images[class_index.to(images.device), example_index]
+    if drawn.ndim == 5:
+        drawn = rearrange(drawn, "tasks way image height width -> tasks way image 1 height width")
+    return drawn
 
 
 def _one_side(drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Turning pictures, encoded or not, into uint8 arrays of one size."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffopt.tasks.errors import DataError
+from diffopt.tasks.pickled_arrays import Array
+
+_MOST_PIXELS = 64_000_000
+"""More than the largest photograph of ImageNet; a small file that claims more is refused before it is decoded."""
+
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    MemoryError,
+)
+
+
+def decoded(content: bytes | memoryview, name: str, *, size: int, formats: tuple[str, ...] = ("PNG",)) -> Array:
+    """A picture, uint8 RGB ``[size, size, 3]``; resized with Pillow's antialiased bilinear filter if it is larger.
+
+    Args:
+        content: the encoded picture.
+        name: for messages.
+        size: height and width to bring it to; the shape is not kept.
+        formats: what it may be encoded as; no other decoder is tried.
+
+    Raises:
+        DataError: it is no such picture, is damaged, or has too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=formats) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise DataError(f"{name} claims {image.width}x{image.height} pixels: it is not decoded")
+                return np.asarray(_brought(image.convert("RGB"), size))
+    except DataError:
+        raise
+    except (*_BROKEN, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is not a readable {' or '.join(formats)} ({error}); obtain it again") from error
+
+
+def resized(image: Array, size: int) -> Array:
+    """An image, uint8 ``[height, width]`` or RGB ``[height, width, 3]``, brought to ``[size, size]``.
+
+    The filter is Pillow's antialiased bilinear one; an image of that size comes back as it is.
+    """
+    return image if image.shape[:2] == (size, size) else np.asarray(_brought(Image.fromarray(image), size))
+
+
+def stacked(images: Array, rows: Sequence[Sequence[int] | Array], size: int) -> Tensor:
+    """Images sorted into classes, channels first: uint8 ``[classes, examples, 3, size, size]``.
+
+    Args:
+        images: uint8 RGB ``[images, height, width, 3]``.
+        rows: for each class, the places of its images; as many for every class.
+        size: height and width to bring them to, as by :func:`resized`.
+    """
+    shape = (len(rows), len(rows[0]), 3, size, size)
+    sorted_images = torch.empty(shape, dtype=torch.uint8)
+    view = sorted_images.numpy()
+    for label, places in enumerate(rows):
+        for example, place in enumerate(places):
+            view[label, example] = np.moveaxis(resized(images[place], size), 2, 0)
+    return sorted_images
+
+
+def _brought(image: Image.Image, size: int) -> Image.Image:
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
