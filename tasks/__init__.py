@@ -7,11 +7,13 @@ Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`
 
 from __future__ import annotations
 
+from diffopt.tasks.caltech101 import Caltech101
 from diffopt.tasks.cifar_fs import CIFARFS
 from diffopt.tasks.data import data_folder
 from diffopt.tasks.episodes import Episodes, sample_episodes
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.fc100 import FC100
+from diffopt.tasks.mnist import MNIST
 from diffopt.tasks.models import MLP, BatchStatisticsNorm2d, Conv4, functional
 from diffopt.tasks.omniglot import Omniglot
 from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
@@ -23,7 +25,9 @@ __all__ = [
     "CIFARFS",
     "FC100",
     "MLP",
+    "MNIST",
     "BatchStatisticsNorm2d",
+    "Caltech101",
     "Conv4",
     "DataError",
     "Episodes",

@@ -14,7 +14,7 @@ from diffopt.tasks.archives import Member, tar_members
 from diffopt.tasks.class_lists import superclasses
 from diffopt.tasks.data import KnownFile, check_size, data_folder, missing
 from diffopt.tasks.errors import DataError
-from diffopt.tasks.images import stacked
+from diffopt.tasks.images import channels_first
 from diffopt.tasks.pickled_arrays import Array, text
 from diffopt.tasks.pickles import array, entry, read_pickle
 
@@ -92,7 +92,8 @@ def _chosen(members: Iterator[Member], names: tuple[str, ...], size: int, path: 
     counts = {len(places) for places in rows}
     if len(counts) > 1 or counts == {0}:
         raise DataError(f"the classes in {path} have {sorted(counts)} images; expected as many (600) of each")
-    return stacked(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows, size)
+    pictures = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[np.concatenate(rows)]
+    return channels_first(pictures, len(pictures), size).reshape(len(names), -1, 3, size, size)
 
 
 def _half(table: Any, name: str) -> tuple[Array, Array]:

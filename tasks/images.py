@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -64,21 +64,19 @@ def resized(image: Array, size: int) -> Array:
     return image if image.shape[:2] == (size, size) else np.asarray(_brought(Image.fromarray(image), size))
 
 
-def stacked(images: Array, rows: Sequence[Sequence[int] | Array], size: int) -> Tensor:
-    """Images sorted into classes, channels first: uint8 ``[classes, examples, 3, size, size]``.
+def channels_first(pictures: Iterable[Array], count: int, size: int) -> Tensor:
+    """RGB pictures of any shape as one tensor, uint8 ``[count, 3, size, size]``, brought to it by :func:`resized`.
 
     Args:
-        images: uint8 RGB ``[images, height, width, 3]``.
-        rows: for each class, the places of its images; as many for every class.
-        size: height and width to bring them to, as by :func:`resized`.
+        pictures: uint8 ``[height, width, 3]``, taken one by one.
+        count: how many there are.
+        size: height and width.
     """
-    shape = (len(rows), len(rows[0]), 3, size, size)
-    sorted_images = torch.empty(shape, dtype=torch.uint8)
-    view = sorted_images.numpy()
-    for label, places in enumerate(rows):
-        for example, place in enumerate(places):
-            view[label, example] = np.moveaxis(resized(images[place], size), 2, 0)
-    return sorted_images
+    stored = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    view = stored.numpy()
+    for place, picture in zip(range(count), pictures, strict=True):
+        view[place] = np.moveaxis(resized(picture, size), 2, 0)
+    return stored
 
 
 def _brought(image: Image.Image, size: int) -> Image.Image:

@@ -1,0 +1,136 @@
+"""MNIST: 70,000 handwritten digits."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffopt.tasks.archives import npz_arrays
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing, read_one_of
+from diffopt.tasks.errors import DataError
+from diffopt.tasks.images import resized
+from diffopt.tasks.pickled_arrays import Array
+from diffopt.tasks.ragged import RaggedImages
+
+SINGLE_FILES = (
+    KnownFile("mnist.npz", 11_490_434, "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"),
+    KnownFile("mnist.npz", 11_490_519, "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64"),
+)
+"""The file that Keras downloads, and the same arrays packed again."""
+
+OFFICIAL_TRAIN = (
+    KnownFile("train-images-idx3-ubyte.gz", 9_912_422, md5="f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    KnownFile("train-labels-idx1-ubyte.gz", 28_881, md5="d53e105ee54ea40749a09fcbcd1e9432"),
+)
+OFFICIAL_TEST = (
+    KnownFile("t10k-images-idx3-ubyte.gz", 1_648_877, md5="9fb629c4189551a2d022fa330f9573f3"),
+    KnownFile("t10k-labels-idx1-ubyte.gz", 4_542, md5="ec29112dd5afa0611ce80d1b7f02629c"),
+)
+ORIGIN = (
+    "the first is at https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz, "
+    "the others at https://ossci-datasets.s3.amazonaws.com/mnist/"
+)
+LARGEST = 60_000_000
+"""Bytes, unpacked; the official files have 55 million in all."""
+TRAINING = 50_000
+"""How many of the official training images are for training; those behind them are for validation."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class MNIST:
+    """The images of one split, 28x28 with ink 255 and paper 0.
+
+    All ten digits are in every split: the first 50,000 of the official training images, the last 10,000 of them
+    for validation, and the 10,000 official test images.
+
+    Memory: 39 MB for the training split at 28x28 (a byte a value), twice that while it is loaded. Licence: CC BY-SA
+    3.0.
+
+    Reference: LeCun, Bottou, Bengio, Haffner (1998), "Gradient-based learning applied to document recognition".
+
+    Attributes:
+        images: uint8, ``[images, size, size]``.
+        labels: int64, ``[images]``, the digits.
+        sources: the names of the files that were read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sources: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, split: Split, size: int = 28) -> MNIST:
+        """Read one split, from ``mnist.npz`` or the four official ``.gz`` files; sizes and checksums are checked.
+
+        Args:
+            folder: where to look; see :func:`diffopt.tasks.data_folder`.
+            split: ``train`` (50,000 images), ``validation`` (10,000) or ``test`` (10,000).
+            size: height and width to bring the images to, with Pillow's antialiased bilinear filter.
+
+        Raises:
+            DataError: the split is unknown, no usable file is there, or a file is not what its name says.
+            ProblemError: ``size`` is below 1.
+        """
+        check_split(split)
+        check_size(size)
+        place = data_folder(folder)
+        official = OFFICIAL_TEST if split == "test" else OFFICIAL_TRAIN
+        if (place / SINGLE_FILES[0].name).exists():
+            half = "test" if split == "test" else "train"
+            names = [f"x_{half}", f"y_{half}"]
+            expected = {names[0]: ("u1", 3), names[1]: ("u1", 1)}
+            name = SINGLE_FILES[0].name
+            arrays = npz_arrays(read_one_of(SINGLE_FILES, place), name, expected, LARGEST)
+            return cls._chosen(arrays[names[0]], arrays[names[1]], split, size, (name,))
+        if all((place / one.name).exists() for one in official):
+            images, labels = (
+                idx_array(one.read(place), one.name, axes) for one, axes in zip(official, (3, 1), strict=True)
+            )
+            return cls._chosen(images, labels, split, size, tuple(one.name for one in official))
+        accepted = f"mnist.npz, or {' and '.join(one.name for one in official)}"
+        raise missing(f"MNIST data for split {split!r}", [place], accepted, ORIGIN)
+
+    def by_class(self) -> RaggedImages:
+        """The images sorted by digit, to draw few-shot episodes from."""
+        order = torch.sort(self.labels, stable=True).indices
+        return RaggedImages(self.images[order], torch.bincount(self.labels))
+
+    @classmethod
+    def _chosen(cls, images: Array, labels: Array, split: Split, size: int, sources: tuple[str, ...]) -> MNIST:
+        if labels.shape != images.shape[:1] or images.shape[1:] != (28, 28) or (len(labels) and labels.max() > 9):
+            shapes = f"{images.shape} with labels {labels.shape}"
+            raise DataError(f"{sources[0]} holds images {shapes}; expected [images, 28, 28] and as many labels, 0 to 9")
+        kept = {"train": slice(0, TRAINING), "validation": slice(TRAINING, None), "test": slice(0, None)}[split]
+        images, labels = images[kept], labels[kept]
+        brought = images.copy() if size == 28 else np.stack([resized(image, size) for image in images])
+        return cls(torch.from_numpy(brought), torch.from_numpy(labels.astype(np.int64)), sources)
+
+
+def idx_array(content: bytes, name: str, axes: int) -> Array:
+    """A gzipped array of the IDX form: two zeros, 8 for uint8, the number of axes, the shape, the values.
+
+    Raises:
+        DataError: it is not of that form, or its length is not what its shape says.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            unpacked = file.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} cannot be unpacked ({error}): the download was cut short or damaged") from error
+    start = 4 + 4 * axes
+    if len(unpacked) < start or unpacked[:4] != bytes([0, 0, 8, axes]):
+        raise DataError(f"{name} begins with {unpacked[:4].hex()}; expected 000008{axes:02} (uint8, {axes} axes)")
+    shape = tuple(int.from_bytes(unpacked[place : place + 4], "big") for place in range(4, start, 4))
+    values = np.frombuffer(unpacked, dtype=np.uint8, offset=start)
+    if int(np.prod(shape, dtype=object)) != len(values):
+        raise DataError(f"{name} has {len(values):,} values; its shape {shape} needs another number")
+    return values.reshape(shape)
