@@ -13,6 +13,7 @@ from diffopt.tasks.data import data_folder
 from diffopt.tasks.episodes import Episodes, sample_episodes
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.fc100 import FC100
+from diffopt.tasks.hyper_cleaning import HyperCleaning
 from diffopt.tasks.mnist import MNIST
 from diffopt.tasks.models import MLP, BatchStatisticsNorm2d, Conv4, functional
 from diffopt.tasks.omniglot import Omniglot
@@ -31,6 +32,7 @@ __all__ = [
     "Conv4",
     "DataError",
     "Episodes",
+    "HyperCleaning",
     "Omniglot",
     "ProblemError",
     "Quadratic",
