@@ -14,11 +14,13 @@ from diffopt.tasks.episodes import Episodes, sample_episodes
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.fc100 import FC100
 from diffopt.tasks.hyper_cleaning import HyperCleaning
+from diffopt.tasks.layers import BatchStatisticsNorm2d
 from diffopt.tasks.mnist import MNIST
-from diffopt.tasks.models import MLP, BatchStatisticsNorm2d, Conv4, functional
+from diffopt.tasks.models import MLP, Conv4, functional
 from diffopt.tasks.omniglot import Omniglot
 from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
 from diffopt.tasks.ragged import RaggedImages
+from diffopt.tasks.resnet import ResNet12
 from diffopt.tasks.ridge import Ridge
 from diffopt.tasks.sinusoid import Sinusoid
 
@@ -38,6 +40,7 @@ __all__ = [
     "Quadratic",
     "QuadraticHypergradient",
     "RaggedImages",
+    "ResNet12",
     "Ridge",
     "Sinusoid",
     "data_folder",

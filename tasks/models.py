@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, final
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffopt.tasks.errors import ProblemError
+from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
 
 Params: TypeAlias = dict[str, Tensor]
 
@@ -57,34 +57,6 @@ def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], P
 
 
 @final
-class BatchStatisticsNorm2d(nn.Module):
-    """Batch normalisation by the statistics of the batch at hand, in training and in evaluation alike.
-
-    ``y = weight * (x - mean) / sqrt(variance + eps) + bias``, with mean and (biased) variance of each channel
-    over examples, height and width. There are no running statistics, so the module has no hidden state.
-
-    Args:
-        channels: number of channels.
-        eps: added to the variance.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        """Start as the plain normalisation: weight 1, bias 0."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise ``[examples, channels, height, width]``, with more than one value per channel."""
-        # NOTE [why scale and shift stand outside batch_norm]
-        # With the affine form, vmap(func.grad(loss)) differentiated again from outside by autograd comes out
-        # wrong without an error. The plain form followed by a plain scale and shift comes out right.
-        normal = nn.functional.batch_norm(inputs, None, None, training=True, eps=self.eps)
-        return normal * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-@final
 class MLP(nn.Module):
     """Linear layers with an activation between them, none after the last.
 
@@ -110,7 +82,7 @@ class MLP(nn.Module):
             raise ProblemError(f"sizes are {tuple(sizes)}; expected two or more, each 1 or more")
         self.activation = activation
         pairs = itertools.pairwise(sizes)
-        self.layers = nn.ModuleList(_linear(inputs, outputs, generator) for inputs, outputs in pairs)
+        self.layers = nn.ModuleList(linear(inputs, outputs, generator) for inputs, outputs in pairs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``[..., sizes[0]]`` to ``[..., sizes[-1]]``."""
@@ -160,7 +132,7 @@ class Conv4(nn.Module):
         inputs = (in_channels, filters, filters, filters)
         blocks = [_block(channels, filters, generator) for channels in inputs]
         self.features = nn.Sequential(*blocks, nn.Flatten())
-        self.head = _linear(filters * (image_size // 16) ** 2, way, generator)
+        self.head = linear(filters * (image_size // 16) ** 2, way, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map images ``[examples, in_channels, image_size, image_size]`` to logits ``[examples, way]``."""
@@ -170,24 +142,5 @@ class Conv4(nn.Module):
 
 def _block(in_channels: int, filters: int, generator: torch.Generator | None) -> nn.Sequential:
     """Convolution, normalisation, ReLU, pooling: half the height and width, rounded down."""
-    convolution = nn.Conv2d(in_channels, filters, kernel_size=3, padding=1, bias=False, device="meta")
-    convolution = convolution.to_empty(device=_device(generator))  # NOTE [why layers are built on meta]
-    nn.init.kaiming_uniform_(convolution.weight, a=math.sqrt(5), generator=generator)
-    return nn.Sequential(convolution, BatchStatisticsNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2))
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer drawn as torch draws it by default, but from ``generator``."""
-    # NOTE [why layers are built on meta]
-    # On the meta device the constructor's own draw does nothing; elsewhere it would advance torch's global
-    # generator even where another one was given.
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device=_device(generator))
-    bound = 1 / math.sqrt(inputs)
-    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
-    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    return layer
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    """Where weights drawn from ``generator`` live."""
-    return torch.get_default_device() if generator is None else generator.device
+    layer = convolution(in_channels, filters, 3, generator)
+    return nn.Sequential(layer, BatchStatisticsNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2))
