@@ -1,8 +1,9 @@
 """Problems with data: where bilevel methods are compared, tested and shown.
 
-Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`), few-shot learning
-(:class:`Sinusoid`, :class:`Omniglot`, :func:`sample_episodes`), small networks (:class:`MLP`,
-:class:`Conv4`).
+Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`); few-shot learning
+(:class:`Sinusoid`, :class:`Omniglot`, :class:`CIFARFS`, :class:`FC100`, :class:`MiniImageNet`,
+:class:`TieredImageNet`, :class:`Caltech101`, :func:`sample_episodes`); wrong labels (:class:`HyperCleaning` on
+:class:`MNIST`); networks (:class:`MLP`, :class:`Conv4`, :class:`ResNet12`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.fc100 import FC100
 from diffopt.tasks.hyper_cleaning import HyperCleaning
 from diffopt.tasks.layers import BatchStatisticsNorm2d
+from diffopt.tasks.mini_imagenet import MiniImageNet
 from diffopt.tasks.mnist import MNIST
 from diffopt.tasks.models import MLP, Conv4, functional
 from diffopt.tasks.omniglot import Omniglot
@@ -23,6 +25,7 @@ from diffopt.tasks.ragged import RaggedImages
 from diffopt.tasks.resnet import ResNet12
 from diffopt.tasks.ridge import Ridge
 from diffopt.tasks.sinusoid import Sinusoid
+from diffopt.tasks.tiered_imagenet import TieredImageNet
 
 __all__ = [
     "CIFARFS",
@@ -35,6 +38,7 @@ __all__ = [
     "DataError",
     "Episodes",
     "HyperCleaning",
+    "MiniImageNet",
     "Omniglot",
     "ProblemError",
     "Quadratic",
@@ -43,6 +47,7 @@ __all__ = [
     "ResNet12",
     "Ridge",
     "Sinusoid",
+    "TieredImageNet",
     "data_folder",
     "functional",
     "sample_episodes",

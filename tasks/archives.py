@@ -44,7 +44,7 @@ def tar_members(path: Path, wanted: Mapping[str, int], limit: int) -> Iterator[M
 
     Args:
         path: the archive.
-        wanted: the paths in the archive, and the largest size in bytes that each may have.
+        wanted: the ends of the paths in the archive, and the largest size in bytes that each may have.
         limit: how many bytes may come out of the archive before the last wanted file is found. A small file
             that decompresses to more is refused there and then.
 
@@ -83,8 +83,8 @@ def _member(
     archive: tarfile.TarFile, entry: tarfile.TarInfo, left: dict[str, int], wanted: Mapping[str, int], path: Path
 ) -> Iterator[Member]:
     """The entry, if it is wanted; refused if it is wanted and not as expected."""
-    name = entry.name.removeprefix("./")
-    if name not in wanted or entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.issparse():
+    name = next((one for one in wanted if f"/{entry.name}".endswith(f"/{one}")), None)
+    if name is None or entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.issparse():
         return
     if name not in left:
         raise DataError(f"{path} holds {name} twice: this is another archive")

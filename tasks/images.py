@@ -32,7 +32,7 @@ _BROKEN = (
 
 
 def decoded(content: bytes | memoryview, name: str, *, size: int, formats: tuple[str, ...] = ("PNG",)) -> Array:
-    """A picture, uint8 RGB ``[size, size, 3]``; resized with Pillow's antialiased bilinear filter if it is larger.
+    """A picture, uint8 RGB ``[size, size, 3]``, brought to that size with Pillow's antialiased bilinear filter.
 
     Args:
         content: the encoded picture.

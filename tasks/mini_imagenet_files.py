@@ -1,0 +1,136 @@
+"""Reading miniImageNet's pickles, and its pictures by the lists of Ravi and Larochelle."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from torch import Tensor
+
+from diffopt.tasks.class_lists import class_list
+from diffopt.tasks.data import Split, open_file
+from diffopt.tasks.errors import DataError
+from diffopt.tasks.images import channels_first, decoded
+from diffopt.tasks.pickled_arrays import Array, text
+from diffopt.tasks.pickles import array, entry
+
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+IMAGES_PER_CLASS = 600
+LARGEST_PICKLE = 1_000_000_000
+"""Bytes; the training split has 813 million in images."""
+LARGEST_LIST = 10_000_000
+LARGEST_PICTURE = 50_000_000
+
+
+def pickled_images(table: Any, name: str, split: Split, size: int) -> Tensor:
+    """The images of a pickled split by class, uint8 ``[classes, 600, 3, size, size]``; classes sorted by name.
+
+    Raises:
+        DataError: the table is of another form, or does not hold exactly the split's classes, 600 images of each.
+    """
+    pixels = array(entry(table, "image_data", name), f"{name}: image_data")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (84, 84, 3):
+        raise DataError(
+            f"{name} has image_data {pixels.dtype} of shape {pixels.shape}; expected uint8 [images, 84, 84, 3]"
+        )
+    classes = entry(table, "class_dict", name)
+    if not isinstance(classes, dict):
+        raise DataError(f"{name} has class_dict as {type(classes).__name__}; expected a dictionary of places by class")
+    rows = {text(label): array(places, f"{name}: class_dict") for label, places in classes.items()}
+    _check_classes(set(rows), split, name)
+    for label, places in rows.items():
+        _check_count(len(places) if places.ndim == 1 else 0, label, name)
+        if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= len(pixels):
+            raise DataError(f"{name} places images of class {label} beyond the {len(pixels)} there are")
+    order = np.concatenate([rows[label] for label in sorted(rows)])
+    if len(np.unique(order)) != len(order):
+        raise DataError(f"{name} counts one image twice: its class_dict is damaged")
+    images = channels_first((pixels[place] for place in order), len(order), size)
+    return images.reshape(len(rows), -1, 3, size, size)
+
+
+def listed_images(path: Path, split: Split, size: int) -> Tensor:
+    """The pictures that a list names, by class, uint8 ``[classes, 600, 3, size, size]``; classes sorted by name.
+
+    Raises:
+        DataError: the list is of another form or does not name exactly the split's classes, 600 pictures of each;
+            or a picture is missing or damaged.
+    """
+    names: dict[str, list[str]] = {}
+    for line, (name, label) in enumerate(_rows(path), start=2):
+        # A list says which picture, never where: no name may lead out of the folder.
+        if name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
+            raise DataError(
+                f"{path}, line {line}, names {name[:60]!r}; expected a file name such as n0153282900000005.jpg"
+            )
+        names.setdefault(label, []).append(name)
+    _check_classes(set(names), split, str(path))
+    for label, pictures in names.items():
+        _check_count(len(set(pictures)), label, str(path))
+    first = sorted(names)[0]
+    parent = _parent(path.parent, first, names[first][0], SHORT[split])
+    wanted = [Path(str(parent).format(label=label)) / name for label in sorted(names) for name in names[label]]
+    images = channels_first((_picture(one, size) for one in wanted), len(wanted), size)
+    return images.reshape(len(names), -1, 3, size, size)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str]]:
+    """File name and label of each line."""
+    file, size = open_file(path)
+    with file:
+        if size > LARGEST_LIST:
+            raise DataError(f"{path} has {size:,} bytes; expected {LARGEST_LIST:,} at most: this is no list")
+        content = file.read(LARGEST_LIST).decode("utf-8", errors="replace")
+    rows = csv.reader(io.StringIO(content, newline=""))
+    try:
+        if next(rows, None) != ["filename", "label"]:
+            raise DataError(f"{path} does not begin with the line 'filename,label': this is another list")
+        for row in rows:
+            if row:
+                if len(row) != 2:
+                    raise DataError(f"{path}, line {rows.line_num}, has {len(row)} fields; expected filename and label")
+                yield row[0], row[1]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}, cannot be read ({error})") from error
+
+
+def _parent(folder: Path, label: str, name: str, short: str) -> Path:
+    """In which folder pictures lie, with ``{label}`` for the class: found by one of them."""
+    escaped = str(folder).replace("{", "{{").replace("}", "}}")
+    forms = [Path(escaped) / one for one in ("images", "{label}", "images/{label}", short + "/{label}", short)]
+    for form in forms:
+        if (Path(str(form).format(label=label)) / name).is_file():
+            return form
+    tried = ", ".join(str(Path(str(form).format(label=label)).relative_to(folder) / name) for form in forms)
+    raise DataError(f"the pictures are not beside the list: in {folder}, none of {tried} is there")
+
+
+def _picture(path: Path, size: int) -> Array:
+    file, length = open_file(path)
+    with file:
+        if length > LARGEST_PICTURE:
+            raise DataError(f"{path} has {length:,} bytes; expected {LARGEST_PICTURE:,} at most")
+        return decoded(file.read(LARGEST_PICTURE), str(path), size=size, formats=("JPEG", "PNG"))
+
+
+def _check_classes(found: set[str], split: Split, name: str) -> None:
+    if found == set(class_list("mini-imagenet", split)):
+        return
+    for other in get_args(Split):
+        if found == set(class_list("mini-imagenet", other)):
+            raise DataError(
+                f"{name} holds the classes of split {other!r}, not of {split!r}: the file has the wrong name"
+            )
+    expected = len(class_list("mini-imagenet", split))
+    strangers = sorted(found - set(class_list("mini-imagenet", split)))
+    foreign = f", {len(strangers)} of them foreign, such as {strangers[0][:20]!r}" if strangers else ""
+    raise DataError(f"{name} holds {len(found)} classes{foreign}; expected the {expected} of split {split!r}")
+
+
+def _check_count(count: int, label: str, name: str) -> None:
+    if count != IMAGES_PER_CLASS:
+        raise DataError(f"{name} has {count} images of class {label}; expected {IMAGES_PER_CLASS}: it was cut short")

@@ -1,0 +1,137 @@
+"""tieredImageNet: 608 classes of ImageNet at 84x84, split by the categories above them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from diffopt.tasks.archives import tar_members
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing
+from diffopt.tasks.errors import DataError
+from diffopt.tasks.images import channels_first, decoded
+from diffopt.tasks.pickled_arrays import Array, PickledArray, text
+from diffopt.tasks.pickles import array, entry, load_pickle, read_pickle
+from diffopt.tasks.ragged import RaggedImages
+
+ARCHIVE = KnownFile("tiered-imagenet.tar", None, md5="e07e811b9f29362d159a9edd0d838c62")
+LARGEST_IMAGES, LARGEST_LABELS, LARGEST_ARCHIVE = 12_000_000_000, 50_000_000, 16_000_000_000
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+SIZES = {"train": (351, 448_695), "validation": (97, 124_261), "test": (160, 206_209)}
+"""Classes and images of each split."""
+ORIGIN = (
+    "ImageNet's terms forbid passing the images on: ask at https://image-net.org. Prepared files (12.9 GB): "
+    "https://github.com/renmengye/few-shot-ssl-public"
+)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TieredImageNet:
+    """The images of one split, 84x84 in colour, classes of unequal size.
+
+    The split is by category, each of 10 to 30 classes, so that training and test classes differ more than those of
+    miniImageNet: 20 categories (351 classes, 448,695 images) for training, 6 (97; 124,261) for validation, 8 (160;
+    206,209) for testing, none in two of them.
+
+    Memory: 9.5 GB for the training split at 84x84 (a byte a value; floats are made of what is drawn only), 1.4 GB
+    at 32x32; the encoded pictures (some 7 GB) are let go while they are decoded. Licence: ImageNet's terms of
+    access; research only.
+
+    Reference: Ren et al. (2018), "Meta-learning for semi-supervised few-shot classification"; the images:
+    Russakovsky et al. (2015), "ImageNet large scale visual recognition challenge".
+
+    Attributes:
+        images: uint8 RGB; ``images.flat`` is ``[images, 3, size, size]``. :func:`diffopt.tasks.sample_episodes`
+            draws few-shot tasks from them.
+        class_names: for each class, its name in words, in the order of the file; two classes may share one.
+        sources: the names of the files that were read.
+    """
+
+    images: RaggedImages
+    class_names: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, split: Split, size: int = 84) -> TieredImageNet:
+        """Read one split from the files of Ren et al., in ``folder`` or in its ``tiered-imagenet``.
+
+        Read are ``train_images_png.pkl`` (a list of encoded pictures) and ``train_labels.pkl`` (``val``, ``test``),
+        each also with ``tiered-imagenet-`` before its name; or else the archive of them, ``tiered-imagenet.tar``,
+        checked by MD5. Pickles have no checksum of their own: numbers and shapes are checked instead. Nothing in
+        them can run. Decoding takes minutes for the training split.
+
+        Args:
+            folder: where to look; see :func:`diffopt.tasks.data_folder`.
+            split: ``train`` (351 classes), ``validation`` (97) or ``test`` (160).
+            size: height and width to bring the images to, with Pillow's antialiased bilinear filter.
+
+        Raises:
+            DataError: the split is unknown, no usable file is there, or a file is not what its name says.
+            ProblemError: ``size`` is below 1.
+        """
+        check_split(split)
+        check_size(size)
+        places = [data_folder(folder) / "tiered-imagenet", data_folder(folder)]
+        pair = (f"{SHORT[split]}_images_png.pkl", f"{SHORT[split]}_labels.pkl")
+        for place in places:
+            for prefix in ("", "tiered-imagenet-"):
+                images, labels = (prefix + name for name in pair)
+                if (place / images).exists() and (place / labels).exists():
+                    # The labels first: they are small, and tell a wrong file at once.
+                    table = load_pickle(place / labels, LARGEST_LABELS)
+                    marked = _labels(table, str(place / labels), split)
+                    encoded = load_pickle(place / images, LARGEST_IMAGES)
+                    return cls(*_decoded(encoded, *marked, str(place / images), size), (images, labels))
+            if (place / ARCHIVE.name).exists():
+                path = ARCHIVE.check(place)
+                wanted = dict(zip(pair, (LARGEST_IMAGES, LARGEST_LABELS), strict=True))
+                tables = {
+                    member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}")
+                    for member in tar_members(path, wanted, LARGEST_ARCHIVE)
+                }
+                marked = _labels(tables[pair[1]], f"{path}: {pair[1]}", split)
+                return cls(*_decoded(tables.pop(pair[0]), *marked, f"{path}: {pair[0]}", size), (ARCHIVE.name,))
+        accepted = f"{pair[0]} and {pair[1]}, or {ARCHIVE.name}"
+        raise missing(f"tieredImageNet data for split {split!r}", places, accepted, ORIGIN)
+
+
+def _labels(table: Any, name: str, split: Split) -> tuple[Array, tuple[str, ...]]:
+    """The label of each image, and the classes' names."""
+    classes, images = SIZES[split]
+    labels = array(entry(table, "label_specific", name), f"{name}: label_specific")
+    names = entry(table, "label_specific_str", name)
+    if not isinstance(names, list) or len(names) != classes:
+        count = len(names) if isinstance(names, list) else type(names).__name__
+        raise DataError(
+            f"{name} has label_specific_str of {count}; expected the names of {classes} classes of {split!r}"
+        )
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        raise DataError(f"{name} has labels {labels.dtype} of shape {labels.shape}; expected {images:,} whole numbers")
+    if labels.min() < 0 or labels.max() >= classes or len(np.unique(labels)) != classes:
+        raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}; expected all of 0 to {classes - 1}")
+    return labels.astype(np.int64), tuple(text(one) for one in names)
+
+
+def _decoded(
+    encoded: Any, labels: Array, names: tuple[str, ...], name: str, size: int
+) -> tuple[RaggedImages, tuple[str, ...]]:
+    """The pictures, sorted by class, and the classes' names."""
+    if not isinstance(encoded, list) or len(encoded) != len(labels):
+        count = f"a list of {len(encoded):,}" if isinstance(encoded, list) else f"a {type(encoded).__name__}"
+        raise DataError(f"{name} holds {count}; expected a list of {len(labels):,} encoded pictures")
+
+    def pictures() -> Iterator[Array]:
+        for place in np.argsort(labels, kind="stable"):
+            item, encoded[place] = encoded[place], None  # let go of: all together they are as large as the result
+            content = array(item, f"{name}: picture {place}").tobytes() if isinstance(item, PickledArray) else item
+            if not isinstance(content, bytes):
+                raise DataError(f"{name}: picture {place} is a {type(item).__name__}; expected an encoded picture")
+            yield decoded(content, f"{name}: picture {place}", size=size)
+
+    flat = channels_first(pictures(), len(labels), size)
+    return RaggedImages(flat, torch.from_numpy(np.bincount(labels, minlength=len(names)))), names
