@@ -82,6 +82,6 @@ class Caltech101:
             raise DataError(f"{SINGLE_FILE.name} has labels that are not sorted, from 0 to {classes - 1}")
         chosen = codes == CODES.index(split)
         pictures = images[chosen[labels]]
-        flat = channels_first(pictures, len(pictures), size)
+        flat = channels_first(pictures, range(len(pictures)), size)
         names = tuple(arrays["class_names"][chosen].tolist())
         return cls(RaggedImages(flat, torch.from_numpy(counts[chosen])), names, (SINGLE_FILE.name,))

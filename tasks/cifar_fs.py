@@ -22,7 +22,7 @@ class CIFARFS:
     :func:`diffopt.tasks.sample_episodes` draws few-shot tasks from ``images``.
 
     Memory: 118 MB for the training split at 32x32 (a byte a value; floats are made of what is drawn only). While
-    it is loaded, some 0.5 GB. The images come without a licence; cite the report.
+    it is loaded, 0.6 GB. The images come without a licence; cite the report.
 
     Reference: split: Bertinetto, Henriques, Torr, Vedaldi (2019), "Meta-learning with differentiable closed-form
     solvers". Images: Krizhevsky (2009), "Learning multiple layers of features from tiny images".

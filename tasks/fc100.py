@@ -23,7 +23,7 @@ class FC100:
     :func:`diffopt.tasks.sample_episodes` draws few-shot tasks from ``images``.
 
     Memory: 111 MB for the training split at 32x32 (a byte a value; floats are made of what is drawn only). While
-    it is loaded, some 0.5 GB. The images come without a licence; cite the report.
+    it is loaded, 0.6 GB. The images come without a licence; cite the report.
 
     Reference: split: Oreshkin, Rodriguez, Lacoste (2018), "TADAM: Task dependent adaptive metric for improved
     few-shot learning". Images: Krizhevsky (2009), "Learning multiple layers of features from tiny images".

@@ -33,7 +33,7 @@ class MiniImageNet:
     :func:`diffopt.tasks.sample_episodes` draws few-shot tasks from ``images``.
 
     Memory: 813 MB for the training split at 84x84 (a byte a value; floats are made of what is drawn only), 118 MB
-    at 32x32. While a pickle is loaded, 1.7 GB more. Licence: ImageNet's terms of access; research only.
+    at 32x32. While a pickle is loaded, 1.6 GB at the peak. Licence: ImageNet's terms of access; research only.
 
     Reference: Vinyals et al. (2016), "Matching networks for one shot learning"; the split: Ravi, Larochelle (2017),
     "Optimization as a model for few-shot learning"; the images: Russakovsky et al. (2015), "ImageNet large scale
@@ -87,8 +87,10 @@ class MiniImageNet:
                 return cls(listed_images(csv, split, size), names, (csv.name,))
             if (place / ARCHIVE.name).exists():
                 path = ARCHIVE.check(place)
-                for member in tar_members(path, {pickles[0]: LARGEST_PICKLE}, LARGEST_ARCHIVE):
-                    table = read_pickle(member.stream, member.size, f"{path}: {member.name}")
+                (table,) = (
+                    read_pickle(member.stream, member.size, f"{path}: {member.name}")
+                    for member in tar_members(path, {pickles[0]: LARGEST_PICKLE}, LARGEST_ARCHIVE)
+                )
                 return cls(pickled_images(table, f"{path}: {pickles[0]}", split, size), names, (ARCHIVE.name,))
         accepted = f"{' or '.join(pickles)}, or {SHORT[split]}.csv beside the pictures, or {ARCHIVE.name}"
         raise missing(f"miniImageNet data for split {split!r}", places, accepted, ORIGIN)

@@ -125,13 +125,18 @@ def _decoded(
         count = f"a list of {len(encoded):,}" if isinstance(encoded, list) else f"a {type(encoded).__name__}"
         raise DataError(f"{name} holds {count}; expected a list of {len(labels):,} encoded pictures")
 
+    # NOTE [why the last comes first]
+    # Encoded and decoded pictures are each several gigabytes. What is let go of at the end of the heap goes back to
+    # the system, so that both are never there whole.
     def pictures() -> Iterator[Array]:
-        for place in np.argsort(labels, kind="stable"):
-            item, encoded[place] = encoded[place], None  # let go of: all together they are as large as the result
+        while encoded:
+            item, place = encoded.pop(), len(encoded)
             content = array(item, f"{name}: picture {place}").tobytes() if isinstance(item, PickledArray) else item
             if not isinstance(content, bytes):
-                raise DataError(f"{name}: picture {place} is a {type(item).__name__}; expected an encoded picture")
+                raise DataError(f"{name}: picture {place} is of {type(item).__name__}; expected an encoded picture")
             yield decoded(content, f"{name}: picture {place}", size=size)
 
-    flat = channels_first(pictures(), len(labels), size)
+    places = np.empty_like(labels)
+    places[np.argsort(labels, kind="stable")] = np.arange(len(labels))
+    flat = channels_first(pictures(), places[::-1], size)
     return RaggedImages(flat, torch.from_numpy(np.bincount(labels, minlength=len(names)))), names

@@ -145,7 +145,7 @@ BROKEN = {
     "too few pictures": (lambda made: made.encoded.pop(), "holds a list of 241; expected a list of 242 encoded"),
     "a dictionary of pictures": (lambda made: setattr(made, "encoded", {"a": 1}), "holds a dict; expected a list"),
     "a damaged picture": (swapped(np.arange(9, dtype=np.uint8)), "picture 3 is not a readable PNG"),
-    "a number for a picture": (swapped(5), "picture 3 is a int; expected an encoded picture"),
+    "a number for a picture": (swapped(5), "picture 3 is of int; expected an encoded picture"),
 }
 
 
