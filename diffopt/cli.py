@@ -14,6 +14,7 @@ from typing import NoReturn
 import diffopt
 from diffopt.commands.compare import add_command as add_compare
 from diffopt.commands.demo import add_command as add_demo
+from diffopt.commands.reproduce import add_command as add_reproduce
 from diffopt.commands.train import add_command as add_train
 from diffopt.errors import DiffoptError
 
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     add_compare(commands)
     add_demo(commands)
+    add_reproduce(commands)
     add_train(commands)
     return parser
 

@@ -12,9 +12,11 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 import torch
 from torch import Tensor
@@ -55,14 +57,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Replace the file at ``path`` in one step."""
-        content = {"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
+        save_tensors({"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}, path)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -73,13 +68,7 @@ class Checkpoint:
         """
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {path}: check --out, or start without --resume")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise CheckpointError(
-                f"{path} is not a readable checkpoint ({type(error).__name__}): "
-                "restore it from a copy, or delete it and start without --resume"
-            ) from error
+        content = load_tensors(path)
         names = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or "format" not in content:
             raise CheckpointError(f"{path} was not written by diffopt train: check --out")
@@ -125,6 +114,39 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def save_tensors(content: dict[str, Any], path: Path) -> None:
+    """Replace the file at ``path`` in one step by tensors, numbers, texts, lists and dictionaries of them."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def load_tensors(path: Path) -> Any:
+    """Read a file that :func:`save_tensors` wrote; its content is data only, no code is run.
+
+    Raises:
+        CheckpointError: it is damaged, or would run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}): "
+            "restore it from a copy, or delete it and start without --resume"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; when all of it has reached the disk, it takes the place of ``path`` in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

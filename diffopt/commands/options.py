@@ -52,6 +52,11 @@ def real(low: float, above: bool = True) -> Parse:
     return parse
 
 
+def listed(parse: Parse) -> Parse:
+    """Parses one or more values between commas into a tuple."""
+    return lambda text: tuple(parse(part.strip()) for part in text.split(","))
+
+
 def device(name: str) -> str:
     """Parses the name of a torch device, such as ``cpu`` or ``cuda:1``, and tries it."""
     try:

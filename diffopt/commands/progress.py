@@ -18,8 +18,8 @@ class Reporter(ABC):
     """Where a run tells its progress."""
 
     @abstractmethod
-    def update(self, iteration: int, text: str) -> None:
-        """So many iterations are done, and ``text`` is how it goes; may be shown or passed over."""
+    def update(self, done: float, text: str) -> None:
+        """So much is done, and ``text`` is how it goes; may be shown or passed over."""
 
     @abstractmethod
     def say(self, text: str) -> None:
@@ -27,11 +27,11 @@ class Reporter(ABC):
 
 
 @contextmanager
-def reporter(total: int, done: int) -> Iterator[Reporter]:
-    """A reporter on standard output for a run of ``total`` iterations of which ``done`` are done."""
+def reporter(total: int, done: int, counted: str = "iteration") -> Iterator[Reporter]:
+    """A reporter on standard output for a run of ``total`` iterations (or ``counted``), of which ``done`` are done."""
     console = Console()
     if not console.is_terminal:
-        yield _Lines(total)
+        yield _Lines(total, counted)
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
@@ -44,8 +44,8 @@ class _Bar(Reporter):
         self._progress = progress
         self._task = progress.add_task("", total=total, completed=done)
 
-    def update(self, iteration: int, text: str) -> None:
-        self._progress.update(self._task, completed=iteration, description=text)
+    def update(self, done: float, text: str) -> None:
+        self._progress.update(self._task, completed=done, description=text)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
@@ -53,13 +53,13 @@ class _Bar(Reporter):
 
 @final
 class _Lines(Reporter):
-    def __init__(self, total: int) -> None:
-        self._total, self._told = total, time.monotonic()
+    def __init__(self, total: int, counted: str) -> None:
+        self._total, self._counted, self._told = total, counted, time.monotonic()
 
-    def update(self, iteration: int, text: str) -> None:
+    def update(self, done: float, text: str) -> None:
         if time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
-            self.say(f"iteration {iteration} of {self._total}: {text}")
+            self.say(f"{self._counted} {int(done)} of {self._total}: {text}")
 
     def say(self, text: str) -> None:
         print(text, flush=True)
