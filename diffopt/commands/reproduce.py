@@ -29,6 +29,12 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--device", type=device, help="where to compute, such as cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=whole(1), help="CPU threads (default: 1)")
     parser.add_argument(
+        "--save-every",
+        type=real(0, above=False),
+        default=10.0,
+        help="seconds between two saves of a long unit's state (default: 10)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -67,7 +73,14 @@ def run(given: argparse.Namespace) -> int:
     if given.resume:
         _same(header, folder.header())
     runner = Runner(
-        experiment, settings, header, folder, resume=given.resume, data_dir=given.data_dir, minutes=given.minutes
+        experiment,
+        settings,
+        header,
+        folder,
+        resume=given.resume,
+        data_dir=given.data_dir,
+        minutes=given.minutes,
+        save_every=given.save_every,
     )
     return runner.run()
 

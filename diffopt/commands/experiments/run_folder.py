@@ -125,19 +125,18 @@ class RunFolder:
             CheckpointError: it is missing, damaged, or holds units that the experiment has not.
         """
         try:
-            log = MetricsLog(self.metrics_path, keep=self.metrics_path.read_bytes().count(b"\n"))
-            names = [row["unit"] for row in log.rows]
+            *lines, _ = self.metrics_path.read_bytes().split(b"\n")  # what follows the last end of line was cut short
+            names = [json.loads(line)["unit"] for line in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.metrics_path} is not a readable log of units ({error}): start again in another --out"
             ) from error
         if len(set(names)) < len(names) or not set(names) <= units:
-            log.close()
             raise CheckpointError(
                 f"{self.metrics_path} holds units twice or units that the experiment has not: another version of "
                 "diffopt wrote it; start again in another --out"
             )
-        return log
+        return MetricsLog(self.metrics_path, keep=len(lines))
 
     def store(self, unit: str) -> Path:
         """The file for the state of an unfinished unit."""

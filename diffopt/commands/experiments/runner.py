@@ -34,7 +34,7 @@ class Runner:
         resume: bool,
         data_dir: str | None,
         minutes: float | None,
-        save_every: float = 10.0,
+        save_every: float,
     ) -> None:
         """Begin a run in ``folder`` or open the one that is there.
 
@@ -108,7 +108,7 @@ class Runner:
         if self.minutes is None:
             return None
         seconds = 60 * self.minutes
-        return self.started + seconds - min(5.0, 0.1 * seconds)
+        return self.started + seconds - min(5.0, 0.2 * seconds)
 
     def fits(self, unit: Unit) -> bool:
         """Whether the time left is enough for a unit, judged by the slowest that is finished."""

@@ -1,0 +1,322 @@
+"""``diffopt reproduce``: the frame on a toy experiment, and every experiment in its quick form."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import toy_experiment
+from toy_experiment import TOY
+
+from diffopt.cli import main
+from diffopt.commands.experiments import catalogue
+from diffopt.commands.experiments.contract import ExperimentError, Unit, verdict
+from diffopt.commands.experiments.run_folder import json_row
+from diffopt.commands.experiments.work import Work
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Makes the toy the only experiment there is."""
+    monkeypatch.setattr(catalogue, "experiment", lambda name: TOY)
+    monkeypatch.setattr(catalogue, "NAMES", ("toy",))
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail with one line on stderr, which it returns."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(["reproduce", *argv]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"diffopt[^\n]*: error: [^\n]+\n", error), error
+        return error
+
+    return run
+
+
+def reproduce(out: Path, *more: str) -> int:
+    return main(["reproduce", "toy", "--out", str(out), *more])
+
+
+def content(out: Path) -> list[object]:
+    """The log without its times, and what was found."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((out / "results.json").read_text())
+    return [[(line["unit"], line["values"]) for line in lines], results["tables"], results["claims"]]
+
+
+def finished(out: Path) -> list[str]:
+    return [json.loads(line)["unit"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_its_files_and_tells_them(toy, tmp_path, capsys):
+    assert reproduce(tmp_path, "--seed", "3") == 0
+    told = capsys.readouterr().out
+    assert "what was drawn" in told
+    assert "it trains" in told
+    assert "A note." in told
+    assert "Left out" not in told
+    assert finished(tmp_path) == ["draw 0", "draw 1", "draw 2", "train"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["command"] == "diffopt reproduce toy --seed 3 --threads 1"
+    assert results["pictures"] == ["toy.png"]
+    assert results["left_out"] == []
+    assert str(tmp_path) not in json.dumps(results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "results.json", "run.json", "toy.png"]
+
+
+def test_units_share_the_numbers_of_a_label_and_the_seed_decides_them(toy, tmp_path):
+    for seed in ("0", "0", "1"):
+        assert reproduce(tmp_path / f"{seed} {len(list(tmp_path.iterdir()))}", "--quick", "--seed", seed) == 0
+    same, again, other = (dict(content(folder)[0])["draw 0"] for folder in sorted(tmp_path.iterdir()))
+    assert same == again != other
+    rows = [toy_experiment.draw(TOY.quick, number, Work(0)) for number in (0, 1)]
+    assert rows[0]["shared"] == rows[1]["shared"]
+    assert rows[0]["own"] != rows[1]["own"]
+
+
+def test_settings_can_be_changed(toy, tmp_path, fails):
+    assert reproduce(tmp_path, "--quick", "--set", "draws=2", "--set", "iterations=1") == 0
+    assert finished(tmp_path) == ["draw 0", "draw 1", "train"]
+    command = json.loads((tmp_path / "results.json").read_text())["command"]
+    assert "--quick --set draws=2 --set iterations=1" in command
+    out = ("toy", "--out", str(tmp_path / "other"))
+    assert "expected SETTING=VALUE, with one of draws, iterations" in fails(*out, "--set", "nonsense=1")
+    assert "expected SETTING=VALUE" in fails(*out, "--set", "draws")
+    assert "--set draws=-1: got '-1', expected a whole number, 0 or more" in fails(*out, "--set", "draws=-1")
+    assert not (tmp_path / "other").exists()
+
+
+def test_killed_at_random_moments(tmp_path):
+    program = [*toy_experiment.program(), "reproduce", "toy", "--save-every", "0"]
+    argv = [*program, "--set", "iterations=100", "--set", "seconds=0.01", "--out"]
+    subprocess.run([*argv, str(tmp_path / "whole")], stdout=subprocess.DEVNULL, check=True)
+    out, moments, kills, resume = tmp_path / "killed", random.Random(0), 0, list[str]()
+    while True:
+        before = _touched(out)
+        process = subprocess.Popen([*argv, str(out), *resume], stdout=subprocess.DEVNULL)
+        while kills < 2 and process.poll() is None:
+            if _touched(out) != before:  # it has begun to work
+                time.sleep(moments.uniform(0, 0.5))
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.01)
+        code = process.wait(timeout=60)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, "it ended by itself, with an error"
+        resume = ["--resume"] if (out / "run.json").exists() else []
+    assert kills == 2
+    assert content(out) == content(tmp_path / "whole")
+    assert not list(out.glob("*.pt"))
+
+
+def _touched(out: Path) -> list[int]:
+    return sorted(path.stat().st_mtime_ns for path in out.glob("*") if path.name.endswith((".jsonl", ".pt")))
+
+
+def test_a_line_cut_short_is_done_again(toy, tmp_path):
+    assert reproduce(tmp_path / "whole") == 0
+    assert reproduce(tmp_path / "cut") == 0
+    log = tmp_path / "cut" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    assert reproduce(tmp_path / "cut", "--resume") == 0
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_the_budget_is_kept_and_what_was_left_out_is_told(toy, tmp_path, capsys):
+    slow = ("--set", "seconds=0.1", "--set", "draws=100")
+    began = time.monotonic()
+    assert reproduce(tmp_path, *slow, "--minutes", "0.05") == 0
+    assert time.monotonic() - began < 0.05 * 60
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Left out for want of time \(\d+\): .*draw 99, train; go on with --resume", told)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < len(finished(tmp_path)) == 101 - len(results["left_out"])
+
+
+def test_a_long_unit_stops_in_time_and_goes_on_where_it_stopped(toy, tmp_path):
+    slow = ("--set", "seconds=0.02", "--set", "draws=0")
+    assert reproduce(tmp_path / "whole", *slow) == 0
+    out = tmp_path / "stopped"
+    began = time.monotonic()
+    assert reproduce(out, *slow, "--minutes", "0.008") == 0
+    assert time.monotonic() - began < 0.008 * 60 + 0.5  # the unit sees the time once in 0.02 s
+    assert finished(out) == []
+    assert json.loads((out / "results.json").read_text())["claims"][0]["answer"] == "not measured"
+    (state,) = out.glob("train*.pt")
+    assert 0 < len(Work(0, unit="train", store=state).saved()["losses"]) < 40
+    assert reproduce(out, "--resume") == 0
+    assert content(out) == content(tmp_path / "whole")
+    assert json.loads((out / "metrics.jsonl").read_text())["seconds"] > 0.8  # the time before the stop counts
+
+
+def test_a_unit_that_cannot_end_in_time_is_not_begun(toy, tmp_path, monkeypatch):
+    begun = []
+
+    def sleep(number, work):
+        begun.append(number)
+        time.sleep(0.4)
+        return {"own": [], "shared": [0.0]}
+
+    units = [Unit(str(number), lambda work, number=number: sleep(number, work), cost=1 + number) for number in range(3)]
+    monkeypatch.setattr(catalogue, "experiment", lambda name: replace(TOY, units=lambda settings: units))
+    assert reproduce(tmp_path, "--minutes", "0.02") == 0  # 0.96 s to work: 0.4, then 0.8 expected, which is too long
+    assert begun == [0]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(toy, tmp_path):
+    program = [*toy_experiment.program(), "reproduce", "toy", "--out", str(tmp_path)]
+    argv = [*program, "--set", "iterations=2000", "--set", "seconds=0.01", "--save-every", "0"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"3 of 4 units are finished; continue with: diffopt reproduce toy --out {tmp_path} --resume" in error
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--full"], "the scale is full, but the run to resume was started with standard"),
+        (["--seed", "1"], "--seed is 1, but .* with 0"),
+        (["--threads", "2"], "--threads is 2, but .* with 1"),
+        (["--set", "draws=1"], "--set is .*draws=1.*, but"),
+    ],
+)
+def test_a_run_is_resumed_only_under_its_own_settings(toy, tmp_path, fails, given, message):
+    assert reproduce(tmp_path) == 0
+    assert re.search(message, fails("toy", "--out", str(tmp_path), "--resume", *given))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("torch", "1.0", "torch is .* here, but 1.0 in the run to resume"),
+        ("settings", {"draws": 1}, "settings is .* here, but"),
+        ("device_name", "an abacus", "device_name is .* here, but an abacus"),
+        ("format", 99, "cannot be read by this version"),
+        ("unknown", 1, "cannot be read by this version"),
+    ],
+)
+def test_a_run_of_another_kind_is_not_resumed(toy, tmp_path, fails, name, value, message):
+    assert reproduce(tmp_path) == 0
+    header = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**header, name: value}))
+    assert re.search(message, fails("toy", "--out", str(tmp_path), "--resume"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_not_resumed(toy, tmp_path, fails):
+    out = ("toy", "--out", str(tmp_path))
+    assert "there is no run in" in fails(*out, "--resume")
+    assert reproduce(tmp_path) == 0
+    assert "already holds a run: add --resume" in fails(*out)
+
+
+@pytest.mark.parametrize("damage", ["not json\n", '{"no": "unit"}\n', '{"unit": "of another version"}\n', "[]\n"])
+def test_a_damaged_log(toy, tmp_path, fails, damage):
+    assert reproduce(tmp_path) == 0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(damage)
+    assert "start again in another --out" in fails("toy", "--out", str(tmp_path), "--resume")
+
+
+def test_the_state_of_another_unit_or_a_damaged_one(tmp_path):
+    work = Work(0, unit="a", store=tmp_path / "a.pt")
+    assert work.saved() is None
+    work.save({"x": 1})
+    assert Work(0, unit="a", store=tmp_path / "a.pt").saved() == {"x": 1}
+    with pytest.raises(Exception, match="was not written by the unit b"):
+        Work(0, unit="b", store=tmp_path / "a.pt").saved()
+    (tmp_path / "a.pt").write_bytes(b"nothing")
+    with pytest.raises(Exception, match="not a readable checkpoint"):
+        work.saved()
+
+
+@pytest.mark.parametrize("row", [{"x": float("nan")}, {"x": float("inf")}, {"x": object()}, [1], None])
+def test_rows_must_be_json(row):
+    with pytest.raises(ExperimentError, match="JSON"):
+        json_row("unit", row)
+
+
+def test_rows_are_what_json_makes_of_them():
+    assert json_row("unit", {"x": (1, 2.5)}) == {"x": [1, 2.5]}
+
+
+def test_units_of_one_name_are_refused(toy, tmp_path, monkeypatch, fails):
+    twice = replace(TOY, units=lambda settings: 2 * [Unit("same", lambda work: {})])
+    monkeypatch.setattr(catalogue, "experiment", lambda name: twice)
+    assert "or two of one name" in fails("toy", "--out", str(tmp_path))
+
+
+def test_verdicts():
+    assert verdict([True, True], "e") == ("yes", "e")
+    assert verdict([True, False], "e") == ("partly", "e")
+    assert verdict([False], "e") == ("no", "e")
+    assert verdict([], "e")[0] == "not measured"
+
+
+def test_unknown_names_and_no_name(fails):
+    known = ", ".join(catalogue.NAMES)
+    assert f"there is no experiment 'nonsense'; known: {known}" in fails("nonsense")
+    assert f"name an experiment ({known})" in fails()
+    assert "not allowed with argument" in fails("bounds", "--quick", "--full")
+    assert "expected a number above 0" in fails("bounds", "--minutes", "0")
+
+
+def test_the_list(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["reproduce", "--list"]) == 0
+    told = capsys.readouterr().out
+    for name in catalogue.NAMES:
+        assert re.search(rf"^ *{name} ", told, flags=re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+class TestEveryExperiment:
+    def test_quickly(self, name, tmp_path, capsys):
+        """It runs at its quick settings, from nothing to pictures, and answers every claim."""
+        assert main(["reproduce", name, "--quick", "--out", str(tmp_path)]) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["left_out"] == []
+        assert results["pictures"]
+        for picture in results["pictures"]:
+            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        for table in results["tables"]:
+            assert table["rows"]
+            assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not measured"}
+        assert all(claim["evidence"] for claim in results["claims"])
+        assert str(Path.home()) not in json.dumps(results)
+
+    def test_what_it_says_when_nothing_is_finished(self, name, tmp_path):
+        experiment = catalogue.experiment(name)
+        summary = experiment.summarise(experiment.standard, {})
+        assert {claim.answer for claim in summary.claims} <= {"not measured"}
+        assert list(experiment.draw(experiment.standard, {}, tmp_path)) == []
+
+    def test_its_declaration(self, name, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "200")
+        assert main(["reproduce", name, "--list"]) == 0
+        told, experiment = capsys.readouterr().out, catalogue.experiment(name)
+        assert experiment.name == name
+        for item in fields(experiment.standard):
+            assert item.name in told
+        for scale in (experiment.quick, experiment.standard, experiment.full):
+            units = experiment.units(scale)
+            assert len({unit.name for unit in units}) == len(units) > 0
+            assert all(unit.cost > 0 for unit in units)
