@@ -7,7 +7,7 @@ from typing import Any
 
 from diffopt.commands.experiments.contract import Experiment, ExperimentError
 
-NAMES = ("bounds",)
+NAMES = ("bounds", "sinusoid", "cost")
 
 
 def experiment(name: str) -> Experiment[Any]:
