@@ -1,0 +1,95 @@
+"""Write ``docs/results.md`` from the files in ``results/``: ``python docs/make_results.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffopt.commands.experiments import catalogue
+from diffopt.commands.experiments.report import shown
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+HEAD = """\
+# Results
+
+What the papers claim, and what `diffopt reproduce` measures. Each section is one command and one committed file,
+`results/NAME.json`; this page is written from those files by `python docs/make_results.py`, and a test holds it to
+them. `diffopt reproduce --list` says what each experiment needs. Every command also draws pictures, beside its
+`results.json` in the folder it names.
+"""
+SOURCES = """\
+## The papers
+
+- **binomial**: "Binomial Gradient-Based Meta-Learning for Enhanced Meta-Gradient Estimation" (2026), arXiv 2604.13263
+- **multi-step**: Kim, Park and Choi (2020), "Multi-step Estimation for Gradient-based Meta-learning", arXiv 2006.04298
+- **memory-reduced**: Yang, Ma and Yu (2024), "Memory-Reduced Meta-Learning with Guaranteed Convergence", arXiv
+  2412.12030
+- **slides**: Liang, "Model-Agnostic Meta-Learning from Optimization Perspective"; on ANIL: Ji, Lee, Liang and Poor
+  (2020), "Convergence of Meta-Learning with Task-Specific Adaptation over Partial Parameters"; on ESJ: Sow, Ji and
+  Liang (2022), "On the Convergence Theory for Hessian-Free Bilevel Algorithms"
+"""
+
+
+def page(folder: Path) -> str:
+    """The whole page, from the results in ``folder``."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    unknown = sorted(set(found) - set(catalogue.NAMES))
+    if unknown:
+        raise SystemExit(f"{folder} holds results of unknown experiments: {', '.join(unknown)}")
+    known = {name: found[name] for name in catalogue.NAMES if name in found}
+    missing = [name for name in catalogue.NAMES if name not in found]
+    sections = [HEAD, _claims_in_short(known), *(section(results) for results in known.values())]
+    if missing:
+        sections.append(f"## Not run yet\n\n{', '.join(f'`{name}`' for name in missing)}.\n")
+    return "\n".join([*sections, SOURCES])
+
+
+def _claims_in_short(found: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        (results["experiment"], claim["text"], claim["source"], f"**{claim['answer']}**")
+        for results in found.values()
+        for claim in results["claims"]
+    ]
+    return "\n".join(
+        ["## Every claim and its answer\n", *_table(("experiment", "claim", "source", "measured"), rows), ""]
+    )
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of one experiment."""
+    lines = [f"## {results['experiment']}: {results['title']}\n", f"Paper: {results['paper']}.\n"]
+    lines += ["```sh", results["command"], "```\n", _conditions(results)]
+    if results["left_out"]:
+        lines += [f"Left out for want of time: {', '.join(results['left_out'])}.\n"]
+    for table in results["tables"]:
+        lines += [f"**{table['title']}**\n", *_table(table["columns"], table["rows"]), ""]
+    claims = [
+        (claim["text"], claim["source"], f"**{claim['answer']}**", claim["evidence"]) for claim in results["claims"]
+    ]
+    lines += ["**Claims**\n", *_table(("claim", "source", "measured", "evidence"), claims), ""]
+    if results["notes"]:
+        lines += ["**Where we differ, and why**\n", *(f"- {note}" for note in results["notes"]), ""]
+    return "\n".join(lines)
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    return (
+        f"{results['date']}, {results['minutes']:g} minutes on {results['device']}, {threads}; torch "
+        f"{results['torch']}, seed {results['seed']}, data: {results['data']}.\n"
+    )
+
+
+def _table(columns: Any, rows: Any) -> Iterator[str]:
+    rows = [tuple(map(shown, row)) for row in rows]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(ROOT / "results"), encoding="utf-8")

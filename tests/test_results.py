@@ -1,0 +1,55 @@
+"""The committed results and the page made of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from diffopt.commands.experiments import catalogue
+
+
+@pytest.fixture
+def script(checkout):
+    spec = importlib.util.spec_from_file_location("make_results", checkout / "docs" / "make_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_writes(checkout, script):
+    written = (checkout / "docs" / "results.md").read_text(encoding="utf-8")
+    assert written == script.page(checkout / "results"), "run: python docs/make_results.py"
+
+
+def test_a_changed_result_changes_the_page(checkout, script, tmp_path):
+    paths = sorted((checkout / "results").glob("*.json"))
+    for path in paths:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["claims"][0]["answer"] = "perhaps"
+        (tmp_path / path.name).write_text(json.dumps(results))
+    assert script.page(tmp_path).count("**perhaps**") == 2 * len(paths) > 0
+
+
+def test_unknown_results_are_refused_and_missing_ones_named(script, tmp_path):
+    assert f"`{catalogue.NAMES[0]}`" in script.page(tmp_path)
+    (tmp_path / "nonsense.json").write_text("{}")
+    with pytest.raises(SystemExit, match="unknown experiments: nonsense"):
+        script.page(tmp_path)
+
+
+def test_committed_results_are_whole_and_say_where_they_come_from(checkout):
+    paths = sorted((checkout / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        results = json.loads(text)
+        assert results["experiment"] == path.stem
+        assert results["scale"] != "quick", "results of a quick run say nothing"
+        assert results["command"].startswith(f"diffopt reproduce {path.stem}")
+        assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", results["date"])
+        assert results["device"]
+        assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of some machine"
+        assert path.stat().st_size < 100_000
