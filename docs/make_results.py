@@ -78,8 +78,9 @@ def section(results: dict[str, Any]) -> str:
 def _conditions(results: dict[str, Any]) -> str:
     threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
     return (
-        f"{results['date']}, {results['minutes']:g} minutes on {results['device']}, {threads}; torch "
-        f"{results['torch']}, seed {results['seed']}, data: {results['data']}.\n"
+        f"{results['date']}, {results['processor_minutes']:g} minutes of processor time ({results['minutes']:g} by the "
+        f"clock) on {results['device']}, {threads}; torch {results['torch']}, seed {results['seed']}; "
+        f"data: {results['data']}.\n"
     )
 
 

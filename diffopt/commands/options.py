@@ -57,6 +57,22 @@ def listed(parse: Parse) -> Parse:
     return lambda text: tuple(parse(part.strip()) for part in text.split(","))
 
 
+def one_of(*known: str) -> Parse:
+    """Parses one of several words."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def yes_or_no(text: str) -> bool:
+    """Parses ``yes`` or ``no``."""
+    return bool(one_of("no", "yes")(text) == "yes")
+
+
 def device(name: str) -> str:
     """Parses the name of a torch device, such as ``cpu`` or ``cuda:1``, and tries it."""
     try:

@@ -68,6 +68,8 @@ def run(given: argparse.Namespace) -> int:
     else:
         scale, changes = given.scale or "standard", tuple(given.changes)
         seed, place, threads = given.seed or 0, given.device or "cpu", given.threads or 1
+    if place != "cpu" and experiment.needs.minutes_gpu is None:
+        raise OptionError(f"--device is {place}, but {given.name} runs on the CPU only: leave --device out")
     settings = changed(getattr(experiment, scale), changes)
     header = Header.now(given.name, scale, changes, settings, seed, place, threads)
     if given.resume:

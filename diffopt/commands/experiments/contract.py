@@ -18,7 +18,8 @@ depend on the clock. Rules:
 - make units of seconds or minutes; one that takes longer is ``resumable``: it asks ``work.saved()`` where to go on,
   and calls ``work.step(...)`` once per iteration, which shows progress, saves, and stops the unit when Ctrl-C was
   heard or the budget is used up. A resumed unit must end where an uninterrupted one ends: put generators' states and
-  the outer optimizer's ``state_dict`` into what is saved;
+  the outer optimizer's ``state_dict`` into what is saved. ``outer_loop.train`` does all of this;
+- where time is measured, use ``time.process_time()``: the machine may be shared;
 - ``cost`` says how long a unit takes beside the others, in any unit of time: the frame learns from those that are
   done how much of the budget the next one needs.
 
@@ -79,7 +80,7 @@ class Needs:
     Attributes:
         data: files, or ``none``.
         minutes_cpu: on two CPU cores.
-        minutes_gpu: on a GPU; ``None`` if it gains nothing from one.
+        minutes_gpu: on a GPU; ``None`` if it gains nothing from one, and ``--device`` is refused.
     """
 
     data: str

@@ -23,7 +23,7 @@ from diffopt.commands.experiments.contract import Experiment, Needs, Row, Unit
 from diffopt.commands.experiments.esj_report import draw, summarise
 from diffopt.commands.experiments.outer_loop import train
 from diffopt.commands.experiments.work import Work
-from diffopt.commands.options import listed, option, real, whole
+from diffopt.commands.options import listed, one_of, option, real, whole
 from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Implicit, Reverse
 from diffopt.linear_solve import ConjugateGradient
 from diffopt.tasks import MLP, Episodes, functional, sample_episodes
@@ -37,7 +37,7 @@ SIZES: dict[str, tuple[int, ...]] = {"linear": (4,), "two layers": (64, 32)}
 class Settings:
     """What is trained."""
 
-    problem: str = option("omniglot", "omniglot, or clusters (no data)", small_images.problem)
+    problem: str = option("omniglot", "omniglot, or clusters (no data)", one_of(*small_images.PROBLEMS))
     directions: tuple[int, ...] = option((1, 10), "directions Q of ESJ in training", listed(whole(1)))
     measured: tuple[int, ...] = option((1, 10, 100), "directions Q whose error is measured", listed(whole(1)))
     radius: float = option(0.01, "length of a perturbation's entries", real(0))

@@ -20,7 +20,7 @@ def results_file(
     experiment: Experiment[Any],
     header: Header,
     summary: Summary,
-    seconds: float,
+    minutes: dict[str, float],
     left_out: Sequence[str],
     pictures: Sequence[str],
 ) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def results_file(
         "data": experiment.needs.data,
         "command": header.command() + ("" if experiment.needs.data == "none" else " --data-dir DIR"),
         "date": time.strftime("%Y-%m-%d"),
-        "minutes": round(seconds / 60, 2),
+        **minutes,
         "device": header.device_name,
         "threads": header.threads,
         "torch": header.torch,
@@ -78,4 +78,5 @@ def show(results: dict[str, Any], folder: Path) -> None:
         missing = ", ".join(results["left_out"])
         console.print(f"Left out for want of time ({len(results['left_out'])}): {missing}; go on with --resume")
     files = [folder / "results.json", *(folder / name for name in results["pictures"])]
-    console.print(f"{results['minutes']} minutes of work; {', '.join(map(str, files))}", soft_wrap=True)
+    took = f"{results['minutes']} minutes of work, {results['processor_minutes']} of the processor"
+    console.print(f"{took}; {', '.join(map(str, files))}", soft_wrap=True)

@@ -98,7 +98,9 @@ class Runner:
             values = json_row(unit.name, unit.run(work))
         except OutOfTime:
             return
-        self.log.append({"unit": unit.name, "seconds": round(work.seconds, 3), "values": values})
+        seconds, processor_seconds = (round(number, 3) for number in work.seconds)
+        times = {"seconds": seconds, "processor_seconds": processor_seconds}
+        self.log.append({"unit": unit.name, **times, "values": values})
         self.log.sync()
         store.unlink(missing_ok=True)  # after the line: see the note of run_folder
         report.update(done + 1, unit.name)
@@ -126,7 +128,10 @@ class Runner:
         summary = self.experiment.summarise(self.settings, rows)
         pictures = [path.name for path in self.experiment.draw(self.settings, rows, self.folder.folder)]
         left_out = [unit.name for unit in self.units if unit.name not in rows]
-        seconds = sum(row["seconds"] for row in self.log.rows)
-        results = results_file(self.experiment, self.header, summary, seconds, left_out, pictures)
+        minutes = {
+            f"{name}minutes": round(sum(row[f"{name}seconds"] for row in self.log.rows) / 60, 2)
+            for name in ("", "processor_")
+        }
+        results = results_file(self.experiment, self.header, summary, minutes, left_out, pictures)
         write_json(results, self.folder.results_path)
         show(results, self.folder.folder)

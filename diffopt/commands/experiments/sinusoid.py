@@ -35,7 +35,7 @@ class Settings:
     steps: tuple[int, ...] = option((5, 10, 20), "numbers of inner steps K", listed(whole(2)))
     rates: tuple[float, ...] = option((0.001, 0.002, 0.005, 0.01, 0.02), "inner step sizes", listed(real(0)))
     batches: int = option(10, "batches of tasks", whole(1))
-    tasks: int = option(10, "tasks per batch", whole(1))
+    tasks: int = option(5, "tasks per batch", whole(1))
     hidden: int = option(40, "width of the two hidden layers", whole(1))
 
 

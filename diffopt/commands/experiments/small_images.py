@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -13,13 +11,6 @@ from diffopt.tasks import Omniglot
 
 PROBLEMS = ("omniglot", "clusters")
 PIXELS = 14 * 14
-
-
-def problem(text: str) -> str:
-    """For settings: one of :data:`PROBLEMS`."""
-    if text not in PROBLEMS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(PROBLEMS)}")
-    return text
 
 
 def load(name: str, work: Work) -> Tensor:

@@ -58,13 +58,15 @@ class Work:
         self.seed, self.device, self.data_dir = seed, device, data_dir
         self._unit, self._store, self._deadline, self._save_every = unit, store, deadline, save_every
         self._tell, self._interrupt = tell, interrupt
-        self._seconds_before, self._began = 0.0, time.monotonic()
-        self._saved_at = self._began
+        self._before, self._began = (0.0, 0.0), (time.monotonic(), time.process_time())
+        self._saved_at = time.monotonic()
 
     @property
-    def seconds(self) -> float:
-        """How long this unit has taken, the time before it was resumed included."""
-        return self._seconds_before + time.monotonic() - self._began
+    def seconds(self) -> tuple[float, float]:
+        """How long this unit has taken, by the clock and of the processor, the time before it was resumed included."""
+        now = (time.monotonic(), time.process_time())
+        clock, processor = (a + b - c for a, b, c in zip(self._before, now, self._began, strict=True))
+        return clock, processor
 
     def generator(self, label: str, device: str = "cpu") -> torch.Generator:
         """A new generator, the same for every unit of the run that asks for the same label."""
@@ -82,7 +84,7 @@ class Work:
         content = load_tensors(self._store)
         if not isinstance(content, dict) or content.get("unit") != self._unit:
             raise CheckpointError(f"{self._store} was not written by the unit {self._unit}: delete it")
-        self._seconds_before = content["seconds"]
+        self._before = tuple(content["seconds"])
         state: dict[str, Any] = content["state"]
         return state
 
@@ -90,7 +92,7 @@ class Work:
         """Save tensors, numbers, texts, and lists and dictionaries of them, in one step."""
         self._saved_at = time.monotonic()
         if self._store is not None:
-            save_tensors({"unit": self._unit, "seconds": self.seconds, "state": state}, self._store)
+            save_tensors({"unit": self._unit, "seconds": list(self.seconds), "state": state}, self._store)
 
     def step(self, done: int, total: int, text: str, state: Callable[[], dict[str, Any]]) -> None:
         """Say that ``done`` of ``total`` iterations are done; save, and stop, if it is time to.
