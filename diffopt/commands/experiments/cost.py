@@ -133,7 +133,7 @@ EXPERIMENT = Experiment(
     title="Time, memory, products and depth of a meta-gradient over levels and inner steps",
     paper="binomial: Fig. 4; multi-step: Fig. 2 and 5; memory-reduced: Fig. 2",
     needs=Needs("none", 6, None),
-    quick=Settings(3, (2, 8), 1, 1, way=2, queries=1, filters=4, image_size=16),
+    quick=Settings(2, (2, 8), 1, 1, way=2, queries=1, filters=4, image_size=16),
     standard=Settings(),
     full=Settings(rounds=5, queries=15, image_size=84),
     units=units,
