@@ -118,6 +118,8 @@ class SecondDerivativeError(DiffoptError, RuntimeError):
 
 class CompileWarning(UserWarning):
     """``compile=True`` has had no effect, or not the one that was hoped for."""
+
+
 class ConformanceError(DiffoptError, AssertionError):
     """An estimator or an optimizer is not what it claims to be; ``table`` holds all that was measured."""
 
