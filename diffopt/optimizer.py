@@ -26,7 +26,7 @@ Hyperparameter: TypeAlias = Any
 """What a user may write: a float, a tensor, a tree shaped like ``params``, or a :class:`Schedule` of these."""
 
 EACH = {"hyperparameter": "each"}
-"""Field metadata: a tuple whose elements are hyperparameters of their own, such as Adam's ``betas``."""
+"""Field metadata: a tuple, or a dictionary by name, of hyperparameters of their own, such as Adam's ``betas``."""
 PREFIX = {"hyperparameter": "prefix"}
 """Field metadata: a tree with ``params``' branches and anything below them; ``update`` sees one entry per leaf."""
 TREE = {"hyperparameter": "tree"}
@@ -171,10 +171,12 @@ class _Binder:
     def bind(self, name: str, value: Any, kind: str) -> Callable[..., Any] | None:
         """A reader ``(step, params, tensors) -> value for update``; ``None`` if the value needs no work."""
         if kind == "each":
-            readers = [self.bind(f"{name}[{i}]", item, "leafwise") for i, item in enumerate(value)]
-            if not any(readers):
+            named = value if isinstance(value, dict) else {f"{name}[{i}]": item for i, item in enumerate(value)}
+            readers = {key: self.bind(key, item, "leafwise") for key, item in named.items()}
+            kind_of = dict if isinstance(value, dict) else lambda pairs: tuple(item for _, item in pairs)
+            if not any(readers.values()):
                 return None
-            return lambda *now: tuple(r(*now) if r else item for r, item in zip(readers, value, strict=True))
+            return lambda *now: kind_of((key, r(*now) if r else named[key]) for key, r in readers.items())
         if kind == "tree":
             return self._whole_tree(name, value)
         if kind == "prefix":

@@ -14,7 +14,7 @@ from oracles import relative_error
 import diffopt
 from diffopt import SGD, Adagrad, Adam, AdamW, Leaves, Preconditioned, ProximalGD, RMSprop, Schedule
 from diffopt.estimators import ForwardMode, Reverse, Unrolled
-from diffopt.optimizer import TREE
+from diffopt.optimizer import EACH, TREE
 
 TORCH = [
     (SGD, torch.optim.SGD, {"lr": 0.1}),
@@ -291,6 +291,34 @@ def test_the_weights_of_a_learned_optimizer_may_differ_from_task_to_task():
             (g,) = torch.autograd.grad(now.pow(4).sum(), now, create_graph=True)
             now = now - (torch.tanh(g[..., None] * leaves[0]) @ leaves[1])[..., 0]
         assert relative_error([g[i] for g in got], torch.autograd.grad(now.sum(), leaves)) < 1e-12
+
+
+@dataclass(frozen=True)
+class Named(diffopt.Optimizer):
+    """Gradient descent with its rates in a dictionary."""
+
+    rates: dict[str, Any] = field(metadata=EACH)
+    elementwise = True
+
+    def init(self, params):
+        return {}
+
+    def update(self, params, grads, buffers, step):
+        return params - self.rates["slow"] * grads - self.rates["fast"] * grads, buffers
+
+
+def test_hyperparameters_in_a_dictionary_are_named_by_their_keys():
+    fast = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for slow, expected in [(0.05, 1 - 0.15 * 2), (Schedule([0.2]), 1 - 0.3 * 2)]:
+        solution = diffopt.solve(
+            lambda w: w.square().sum(), w, optimizer=Named({"slow": slow, "fast": fast}), steps=1
+        ).params
+        assert torch.allclose(solution, w * expected, rtol=1e-15)
+        assert float(torch.autograd.grad(solution.sum(), fast)[0]) == -6.0
+    with pytest.raises(diffopt.ShapeError, match=r"^fast has shape \(3,\)"):
+        diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": torch.ones(3).double()}), steps=1)
+    assert diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": 0.1}), steps=1).params[0] == 0.8
 
 
 @given(value=st.floats(0, 10), other=st.floats(-10, 10))
