@@ -17,6 +17,7 @@ from diffopt.errors import (
     HyperparameterError,
     InPlaceError,
     LeafError,
+    LiftError,
     LinearSolveError,
     LossError,
     MissingDerivativeError,
@@ -32,6 +33,7 @@ from diffopt.errors import (
     VmapError,
     WrongDerivativeError,
 )
+from diffopt.from_torch import from_torch
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Optimizer, Schedule
@@ -68,6 +70,7 @@ __all__ = [
     "Kept",
     "LeafError",
     "Leaves",
+    "LiftError",
     "LinearSolveError",
     "LossError",
     "MissingDerivativeError",
@@ -92,6 +95,7 @@ __all__ = [
     "WrongDerivativeError",
     "check",
     "compare",
+    "from_torch",
     "implicit",
     "implicit_gradients",
     "mean_over_tasks",

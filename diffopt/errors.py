@@ -76,6 +76,10 @@ class OptimizerError(DiffoptError, TypeError):
     """What was passed as ``optimizer`` is not one, or broke the contract of :class:`diffopt.Optimizer`."""
 
 
+class LiftError(DiffoptError, RuntimeError):
+    """An optimizer of another library cannot be made a pure function, or came out different when it was."""
+
+
 class EstimatorError(DiffoptError, TypeError):
     """What was passed as ``estimator`` is not one, or cannot be used here."""
 

@@ -139,9 +139,18 @@ def below_vmap(
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under all wrappers of ``torch.func``, to look at its values."""
+    return _unwrapped(tensor).detach()
+
+
+def storage(tensor: Tensor) -> int:
+    """The address of the numbers of a tensor, under all wrappers of ``torch.func``; 0 if there are none."""
+    return _unwrapped(tensor).untyped_storage().data_ptr()
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor.detach()
+    return tensor
 
 
 class WrappedTensorError(Exception):
