@@ -34,6 +34,7 @@ from diffopt.errors import (
     WrongDerivativeError,
 )
 from diffopt.from_torch import from_torch
+from diffopt.from_torchopt import from_torchopt
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Optimizer, Schedule
@@ -96,6 +97,7 @@ __all__ = [
     "check",
     "compare",
     "from_torch",
+    "from_torchopt",
     "implicit",
     "implicit_gradients",
     "mean_over_tasks",

@@ -1,0 +1,303 @@
+"""Lifted pairs ``(init, update)``: one of the test's own, and TorchOpt's where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import relative_error
+from torch import Tensor
+from torch.func import grad, vmap
+
+import diffopt
+from diffopt import LiftError, Schedule, from_torchopt
+from diffopt.estimators import Binomial, ForwardMode, MultiStep, Reverse, Truncated, Unrolled
+
+SHAPES = [(3, 2), (4,), ()]
+DOUBLE = torch.float64
+
+
+def tensors(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=DOUBLE) for shape in SHAPES]
+
+
+def wavy(params: Sequence[Tensor], target: Tensor) -> Tensor:
+    """A loss whose gradient changes sign on the way."""
+    return sum(((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params), target.new_zeros(()))
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=DOUBLE, requires_grad=True)
+
+
+class MomentumState(NamedTuple):
+    velocity: dict[str, tuple[Tensor, ...]]
+    count: Tensor
+    power: float
+
+
+def momentum(lr=0.1, decay=0.8, correct=True):
+    """Momentum with a bias correction, as an optax-like pair, changing its state in place as it likes."""
+
+    def init(params):
+        return MomentumState({"v": tuple(map(torch.zeros_like, params))}, torch.tensor(0), 1.0)
+
+    def update(grads, state, params=None):
+        count, power = state.count + 1, state.power * decay
+        for v, g in zip(state.velocity["v"], grads, strict=True):
+            v.mul_(decay).add_(g, alpha=1 - decay)
+        scale = lr / (1 - decay ** int(count)) if correct else lr
+        return tuple(-scale * (v + 0.1 * power * p) for v, p in zip(state.velocity["v"], params, strict=True)), (
+            MomentumState(state.velocity, count, power)
+        )
+
+    return init, update
+
+
+def momentum_by_hand(start, target, lr, decay, steps):
+    now, velocity = list(start), [0.0] * len(start)
+    for t in range(1, steps + 1):
+        grads = torch.autograd.grad(wavy(now, target), now, create_graph=True)
+        velocity = [decay * v + (1 - decay) * g for v, g in zip(velocity, grads, strict=True)]
+        scale = lr / (1 - decay**t)
+        now = [p - scale * (v + 0.1 * decay**t * p) for p, v in zip(now, velocity, strict=True)]
+    return now
+
+
+RULES = [Reverse("graph"), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(6), Binomial(6)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_pair_made_from_learned_options(rule):
+    start = [p.requires_grad_() for p in tensors(0)]
+    leaves = target, lr, decay = [scalar(0.7), scalar(0.1), scalar(0.8)]
+    optimizer = from_torchopt(momentum, lr=lr, decay=decay)
+    solution = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=6, estimator=rule)
+    expected = momentum_by_hand(start, target, lr, decay, 6)
+    assert relative_error(solution.params, expected) < 1e-13
+    got, reference = (
+        torch.autograd.grad(sum(p.square().sum() for p in x), [*start, *leaves]) for x in (solution.params, expected)
+    )
+    assert relative_error(got, reference) < 1e-11
+
+
+def test_a_ready_pair_a_schedule_and_windows():
+    start, target = tensors(0), torch.tensor(0.7, dtype=DOUBLE)
+    solution = diffopt.solve(wavy, start, target, optimizer=from_torchopt(momentum(0.05)), steps=6)
+    assert (
+        relative_error(solution.params, momentum_by_hand([p.requires_grad_() for p in start], target, 0.05, 0.8, 6))
+        < 1e-13
+    )
+    rates = torch.linspace(0.01, 0.06, 6, dtype=DOUBLE)
+    for rule in (Reverse(), MultiStep(2)):
+        optimizer = from_torchopt(momentum, lr=Schedule(rates), decay=0.0, correct=False)
+        got, expected = (
+            diffopt.solve(wavy, tensors(0), target, optimizer=o, steps=6, estimator=rule).params
+            for o in (optimizer, diffopt.SGD(Schedule(rates)))
+        )
+        assert relative_error(got, expected) < 1e-13
+
+
+@pytest.mark.parametrize("way", ["vmap of grad", "grad of vmap", "vmap then backward"])
+def test_tasks_that_share_their_start(way):
+    start, targets, lr = tensors(0), torch.tensor([0.7, -0.4, 1.9], dtype=DOUBLE), torch.tensor(0.1, dtype=DOUBLE)
+
+    def outer(lr, target):
+        solution = diffopt.solve(wavy, start, target, optimizer=from_torchopt(momentum, lr=lr), steps=4)
+        return sum(p.square().sum() for p in solution.params)
+
+    expected = torch.stack([torch.autograd.functional.jacobian(lambda lr, t=t: outer(lr, t), lr) for t in targets])
+    if way == "vmap of grad":
+        got = vmap(grad(outer), in_dims=(None, 0))(lr, targets)
+    elif way == "grad of vmap":
+        got, expected = grad(lambda lr: vmap(outer, in_dims=(None, 0))(lr, targets).sum())(lr), expected.sum()
+    else:
+        leaf = lr.clone().requires_grad_()
+        (got,), expected = (
+            torch.autograd.grad(vmap(outer, in_dims=(None, 0))(leaf, targets).sum(), leaf),
+            expected.sum(),
+        )
+    assert relative_error([got], [expected]) < 1e-12
+
+
+def test_repr_and_pairs_without_state():
+    descent = (lambda params: (), lambda grads, state, params=None: (tuple(-0.1 * g for g in grads), state))
+    w = torch.tensor(1.0)
+    assert float(diffopt.solve(lambda w: w**2, w, optimizer=from_torchopt(descent), steps=1).params) == pytest.approx(
+        0.8
+    )
+    assert repr(from_torchopt(momentum, lr=0.3)) == "from_torchopt(momentum, lr=0.3)"
+
+
+def impure():
+    calls = []
+
+    def update(grads, state, params=None):
+        calls.append(1)
+        return tuple(-0.1 * len(calls) * g for g in grads), state
+
+    return (lambda params: ()), update
+
+
+def with_math(lr):
+    return (lambda params: ()), lambda g, s, params=None: (tuple(-math.sqrt(lr) * x for x in g), s)
+
+
+def of_integers():
+    return (lambda params: torch.tensor(3)), lambda g, s, params=None: (tuple(-0.1 * x for x in g), s * 2)
+
+
+CAPTURED = scalar(0.1)
+BAD = [
+    (lambda: from_torchopt(impure()), LiftError, "differs from the original"),
+    (
+        lambda: from_torchopt(momentum(lr=CAPTURED)),
+        LiftError,
+        "^the pair cannot be lifted: its step reads a tensor that requires grad",
+    ),
+    (lambda: from_torchopt(with_math, lr=CAPTURED), LiftError, "with_math cannot be lifted: .*makes a Python number"),
+    (lambda: from_torchopt(of_integers()), LiftError, "it keeps '', which is tensor"),
+    (
+        lambda: from_torchopt(momentum, lr={"a": CAPTURED}),
+        diffopt.HyperparameterError,
+        "lr is dict .* expected a number, a scalar",
+    ),
+    (lambda: from_torchopt(momentum, rate=0.1), diffopt.HyperparameterError, "momentum: .*unexpected keyword.*rate"),
+    (lambda: from_torchopt(momentum(), lr=0.1), diffopt.OptimizerError, "and options, expected a pair"),
+    (lambda: from_torchopt((1, 2)), diffopt.OptimizerError, r"got tuple \(1, 2\), expected a pair"),
+    (lambda: from_torchopt(lambda: 3), diffopt.OptimizerError, "returned int 3, expected a pair"),
+    (lambda: from_torchopt(3), diffopt.OptimizerError, "expected a pair"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert len(str(raised.value)) < 300
+    assert torch._C._len_torch_function_stack() == 0
+
+
+needs_torchopt = pytest.mark.skipif(importlib.util.find_spec("torchopt") is None, reason="needs torchopt")
+ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.05}
+TORCHOPT: list[tuple[str, dict[str, Any]]] = [
+    ("sgd", {"lr": 0.1, "weight_decay": 0.1}),
+    ("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ("adam", {**ADAM, "weight_decay": 0.03}),
+    ("adamw", {**ADAM, "weight_decay": 0.03}),
+    ("rmsprop", {"lr": 0.02, "alpha": 0.7, "eps": 0.1, "momentum": 0.6, "centered": True}),
+    ("adagrad", {"lr": 0.1, "eps": 0.05, "initial_accumulator_value": 0.2}),
+    ("adamax", ADAM),
+    ("adadelta", {"lr": 0.5, "rho": 0.8, "eps": 0.05}),
+    ("radam", ADAM),
+]
+
+
+@pytest.fixture
+def numbers_in_float64():
+    """TorchOpt computes its bias corrections in the default dtype; differences need the digits of float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@needs_torchopt
+@pytest.mark.usefixtures("numbers_in_float64")
+@pytest.mark.parametrize(("name", "options"), TORCHOPT, ids=str)
+@pytest.mark.parametrize("ready", [True, False], ids=["pair", "options"])
+class TestTorchOpt:
+    """TorchOpt's optimizers, as ready pairs and made from learned options."""
+
+    def trained(self, name, options, start, target, steps):
+        torchopt = pytest.importorskip("torchopt")
+        params = tuple(p.detach().clone() for p in start)
+        optimizer = getattr(torchopt, name)(**options)
+        state = optimizer.init(params)
+        for _ in range(steps):
+            leaves = [p.requires_grad_() for p in params]
+            grads = torch.autograd.grad(wavy(leaves, target), leaves)
+            updates, state = optimizer.update(grads, state, params=params, inplace=False)
+            params = tuple(p.detach() for p in torchopt.apply_updates(params, updates, inplace=False))
+        return list(params)
+
+    def lifted(self, name, options, ready):
+        torchopt = pytest.importorskip("torchopt")
+        make = getattr(torchopt, name)
+        return from_torchopt(make(**options)) if ready else from_torchopt(make, **options)
+
+    def test_twenty_steps_equal_torchopt(self, name, options, ready):
+        start, target = tensors(0), torch.tensor(0.7)
+        solution = diffopt.solve(wavy, start, target, optimizer=self.lifted(name, options, ready), steps=20)
+        assert relative_error(solution.params, self.trained(name, options, start, target, 20)) < 1e-12
+
+    def test_hypergradients_equal_central_differences(self, name, options, ready):
+        start, direction, weights = tensors(0), tensors(1), tensors(2)
+        learned = {} if ready else {k: v for k, v in options.items() if k in ("lr", "momentum", "weight_decay", "eps")}
+        point = {"start": 0.0, "target": 0.7, **learned}
+
+        def outer(final):
+            return torch.stack([(w * p).sum() + p.square().sum() for w, p in zip(weights, final, strict=True)]).sum()
+
+        def at(values):
+            moved = [p + values["start"] * d for p, d in zip(start, direction, strict=True)]
+            return moved, values["target"], {**options, **{k: values[k] for k in learned}}
+
+        leaves = {k: scalar(v) for k, v in point.items()}
+        moved, target, now = at(leaves)
+        solution = diffopt.solve(wavy, moved, target, optimizer=self.lifted(name, now, ready), steps=7)
+        got = torch.autograd.grad(outer(solution.params), list(leaves.values()))
+        for (key, value), derivative in zip(point.items(), got, strict=True):
+            errors = []
+            for h in (2e-4, 1e-5):  # five points, as in test_from_torch.py
+                v = {}
+                for x in (-2, -1, 1, 2):
+                    moved, target, now = at({**point, key: value + x * h})
+                    v[x] = float(outer(self.trained(name, now, moved, torch.tensor(target), 7)))
+                difference = (8 * (v[1] - v[-1]) - (v[2] - v[-2])) / (12 * h)
+                errors.append(abs(float(derivative) - difference) / (1 + abs(difference)))
+            assert min(errors) < 1e-8, key
+
+    def test_a_batch_of_tasks_equals_a_loop(self, name, options, ready):
+        start, targets, optimizer = tensors(0), torch.tensor([0.7, -0.4, 1.9]), self.lifted(name, options, ready)
+
+        def outer(target):
+            solution = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=7)
+            return sum((p * (p - target)).sum() for p in solution.params)
+
+        got = vmap(grad(outer))(targets)
+        assert relative_error([got], [torch.stack([grad(outer)(t) for t in targets])]) < 1e-12
+
+
+@needs_torchopt
+@pytest.mark.usefixtures("numbers_in_float64")
+@pytest.mark.parametrize(("name", "options"), TORCHOPT[:4], ids=str)
+def test_hypergradients_equal_those_of_the_native_optimizer(name, options):
+    torchopt = pytest.importorskip("torchopt")
+    native = {"sgd": diffopt.SGD, "adam": diffopt.Adam, "adamw": diffopt.AdamW}[name](**options)
+    found = []
+    for optimizer in (from_torchopt(getattr(torchopt, name), **{**options, "lr": scalar(options["lr"])}), native):
+        leaves = [p.requires_grad_() for p in tensors(0)]
+        target = scalar(0.7)
+        solution = diffopt.solve(wavy, leaves, target, optimizer=optimizer, steps=6)
+        found.append(torch.autograd.grad(sum(p.square().sum() for p in solution.params), [*leaves, target]))
+    assert relative_error(*found) < 1e-10
+
+
+@needs_torchopt
+def test_torchopt_refusals_and_zero_gradients():
+    torchopt = pytest.importorskip("torchopt")
+    with pytest.raises(LiftError, match="its derivative by the initial parameters is 0"):
+        from_torchopt(torchopt.adam(0.1, use_accelerated_op=True))
+    with pytest.raises(LiftError, match="lr=lr"):
+        from_torchopt(torchopt.adam(scalar(0.1)))
+    start, dead = torch.tensor([0.0, 0.4], requires_grad=True), torch.tensor([0.0, 1.0])
+    for make in (torchopt.adam, torchopt.rmsprop, torchopt.adagrad):
+        solution = diffopt.solve(
+            lambda w, x: ((w * x).sum() - 1) ** 2, start, dead, optimizer=from_torchopt(make(0.1)), steps=3
+        )
+        assert torch.autograd.grad(solution.params.sum(), start)[0].isfinite().all()
