@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -822,6 +825,42 @@ class TestTheCheck:
             return torch.where(x > 0, x.clamp_min(1e-30), 1).sqrt() * (x > 0) + 0 * x + 1e-3 * shared
 
         self.refused(monkeypatch, "sqrt", wrong, torch.optim.Adam, "under vmap it differs from a loop")
+
+
+def test_the_page_says_of_every_class_whether_it_lifts(checkout: Path):
+    """The table of docs/optimizers.md, row by row, against what happens."""
+    page = (checkout / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| (.*?) \|", page, flags=re.MULTILINE)
+    assert {name for name, _, _ in rows} >= set(classes())
+    for name, lifts, learnable in rows:
+        if not hasattr(torch.optim, name):
+            continue
+        kind = getattr(torch.optim, name)
+        assert (lifts == "yes") == (name not in REFUSED)
+        if lifts == "no":
+            with pytest.raises(LiftError, match=f"{name} cannot be lifted"):
+                from_torch(kind)
+            continue
+        defaults = {k: p.default for k, p in inspect.signature(kind).parameters.items()}
+        numbers = {k for k, v in defaults.items() if type(v) in (int, float, tuple)} | {"lr"} & set(defaults)
+        assert set(re.findall(r"`(\w+)`", learnable)) == numbers, name
+        assert (name in NATIVE) == (f"`diffopt.{name}` is faster" in page)
+        for option in sorted(numbers):
+            scalar = torch.tensor(0.9, requires_grad=True)
+            value = (scalar,) * 2 if isinstance(defaults[option], tuple) else scalar
+            from_torch(kind, **{option: value})
+
+
+def test_the_programs_of_the_page_run(checkout: Path):
+    page = (checkout / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        if "import torchopt" not in block or importlib.util.find_spec("torchopt") is not None:
+            exec(compile(block, "optimizers.md", "exec"), names)
+    assert names["lr"].grad.isfinite()
+    assert names["decay"]["w"].grad.isfinite()
+    names["solution"].params["w"].sum().backward()
+    assert names["solution"].losses[-1] < names["solution"].losses[0]
 
 
 def test_batches_for_each_step():
