@@ -32,16 +32,19 @@ NAMES = [
     "nesting",
     "solution",
     "randomness",
+    "from_torch",
+    "from_torchopt",
 ]
 
 
 class Fault(NamedTuple):
-    """One line changed in one file."""
+    """One line changed in one file; ``tests`` names the tests likeliest to notice, if not those of the file's name."""
 
     what: str
     file: str
     old: str
     new: str
+    tests: str = ""
 
 
 FAULTS = [
@@ -256,6 +259,27 @@ FAULTS = [
         "slope = (high - low) / (2 * self.radius)",
         "slope = (high - low) / self.radius",
     ),
+    *(
+        Fault(f"lifting: {what}", f"diffopt/{file}.py", old, new, "from_torch")
+        for what, file, old, new in [
+            ("no_grad in a step cuts", "pure", 'if name == "_set_grad_enabled"', 'if name == "never"'),
+            ("a root's slope at zero is infinite", "pure", "torch.ones_like(x), x).sqrt()", "x, x).sqrt()"),
+            ("a learned zero is left out", "pure", 'return question == "ne"', 'return question == "eq"'),
+            ("a changed view goes unnoticed", "pure", "if any(source is not target and", "if any(False and"),
+            ("an old view goes unnoticed", "pure", "if source.value is not seen and", "if False and"),
+            ("a number loses its derivative", "pure", "value.double() if", "value.detach().double() if"),
+            ("an option's derivative is lost in alpha", "pure", "else x + alpha * y", "else x + alpha.detach() * y"),
+            ("tasks take the first one's branch", "pure", "!= bool(plain.any())", "!= bool(plain.all())"),
+            ("all leaves get the first one's option", "torch_rule", "learned_cell(x, part[0])", "learned_cell(x, 0)"),
+            ("the count of steps is one ahead", "lift_memory", "(step - 2)", "(step - 1)"),
+            ("state is given back at the first step too", "torch_rule", "if step > 1:", "if step > 0:"),
+            ("a changed attribute goes unnoticed", "torch_rule", "if changed:", "if changed is None:"),
+            ("values are not compared", "lift_check", "if not error <= allowed:", "if error > 9:"),
+            ("dead coordinates are not looked at", "lift_check", "for dead in (False, True)", "for dead in (False,)"),
+            ("derivatives are not compared", "lift_check", "if abs(got - expected) <=", "if 0 <="),
+            ("batches are not compared", "lift_check", "if not error <= 1e-6", "if error > 9"),
+        ]
+    ),
 ]
 
 
@@ -268,6 +292,10 @@ def survives(fault: Fault, copy: Path) -> bool:
     file.write_text(text.replace(fault.old, fault.new))
     nearest = Path(fault.file).with_suffix("").parts[1]  # test files of that name are the likeliest to notice: first
     tests = [f"tests/test_{name}.py" for name in sorted(NAMES, key=lambda name: not name.startswith(nearest))]
+    nearest = (
+        fault.tests or Path(fault.file).stem
+    )  # a test file of the same name is the likeliest to notice, so it goes first
+    tests = [f"tests/test_{name}.py" for name in sorted(NAMES, key=lambda name: name != nearest)]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
