@@ -818,10 +818,10 @@ class TestTheCheck:
         self.refused(monkeypatch, "add", wrong, torch.optim.Adam, "derivative by weight_decay is", weight_decay=decay)
 
     def test_a_batch(self, monkeypatch):
-        from diffopt import autodiff
+        from diffopt import transforms
 
         def wrong(x):
-            shared = autodiff.plain(x).sum() if autodiff.transforms_active() else 0.0
+            shared = transforms.plain(x).sum() if transforms.transforms_active() else 0.0
             return torch.where(x > 0, x.clamp_min(1e-30), 1).sqrt() * (x > 0) + 0 * x + 1e-3 * shared
 
         self.refused(monkeypatch, "sqrt", wrong, torch.optim.Adam, "under vmap it differs from a loop")
