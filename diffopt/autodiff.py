@@ -36,6 +36,14 @@ class Autocast:
         return torch.autocast(self._device, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
 
 
+def changed_in_place() -> InPlaceError:
+    """The error for a loss or an update that changes what it was given."""
+    return InPlaceError(
+        "the inner loss or the optimizer's update changes a tensor it was given in place; write x = x + y for "
+        "x += y, and x.add(y) for x.add_(y)"
+    )
+
+
 @contextmanager
 def named_in_place_changes() -> Iterator[None]:
     """Say what is wrong where a loss or an update changes its inputs in place."""
@@ -44,10 +52,7 @@ def named_in_place_changes() -> Iterator[None]:
     except RuntimeError as error:
         if "_Roots" not in str(error) and "leaf Variable" not in str(error):
             raise
-        raise InPlaceError(
-            "the inner loss or the optimizer's update changes a tensor it was given in place; write x = x + y for "
-            "x += y, and x.add(y) for x.add_(y)"
-        ) from error
+        raise changed_in_place() from error
 
 
 class Graph:
@@ -113,6 +118,11 @@ def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return ()
     anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
     return tuple(transforms.apply(_Roots, anchor, *(tensor.detach() for tensor in tensors)))
+
+
+def is_root(node: Any) -> bool:
+    """Whether a node of a graph was made by :func:`make_roots`."""
+    return bool(node.name() == "_RootsBackward")
 
 
 def join(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -69,10 +69,13 @@ class Stepper:
         with torch.enable_grad():
             current = block.inputs(step)
             before = block.now[: dynamics.params_count]
+            versions = [leaf._version for leaf in block.now]
             losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
             after = apart_from(
                 self._levels_at(step), dynamics.update, block.now, _or_zeros(grads, before), current, step
             )
+            if versions != [leaf._version for leaf in block.now]:
+                raise autodiff.changed_in_place()
             if self._check_graph:
                 self._check_nodes(after, block.now if step == 1 and self.watch.captures else None)
             block.advance(after, shallow=any(grad is None for grad in grads))

@@ -127,15 +127,13 @@ class DiagonalBlocks:
         count = len(updates.steps)
         try:
             first = _graph_of_any(updates, range(updates.first, updates.first + 1))
-            if not _depends_on_state(first, updates):
-                one = self._read_off(first, updates.record.states[updates.first].map(lambda leaf: leaf[None]))
-                diagonals = {
-                    key: part and part.map(lambda x: x.expand(count, *x.shape[1:])) for key, part in one.items()
-                }
-            else:
+            if _depends_on_state(first, updates):
                 states = _stacked([updates.record.states[t] for t in updates.steps])
                 diagonals = self._read_off(_graph_of_any(updates, updates.steps), states)
-        except _StepIsReadError:
+            else:
+                one = self._read_off(first, updates.record.states[updates.first].map(lambda leaf: leaf[None]))
+                diagonals = {key: None if part is None else _repeated(part, count) for key, part in one.items()}
+        except Exception:  # the step's number is looked at; or the update fails, and does so again, with its own error
             rows = [self._read_off(updates.graph(t), updates.record.states[t]) for t in updates.steps]
             diagonals = {key: _stacked_or_none([row[key] for row in rows]) for key in rows[0]}
         factors = {key: _constant(stack) for key, stack in diagonals.items() if stack is not None}
@@ -227,8 +225,11 @@ def _graph_of_any(updates: Updates, steps: range) -> autodiff.Graph:
 
 def _depends_on_state(update: autodiff.Graph, updates: Updates) -> bool:
     """Whether the blocks of an update may differ from step to step: it saved more for them than hyperparameters."""
+    nodes = list(graph.nodes(update.nodes()))
     stepped = any(updates.dynamics.stepped[updates.dynamics.hyperparameters_start :])
-    return stepped or graph.saved_bytes(graph.nodes(update.nodes()), updates.extras) > 0
+    # what a function written in Python keeps cannot be looked into
+    unknown = any(hasattr(node, "saved_tensors") and not autodiff.is_root(node) for node in nodes)
+    return stepped or unknown or graph.saved_bytes(nodes, updates.extras) > 0
 
 
 def _repeated(stack: Leaves, count: int) -> Leaves:
