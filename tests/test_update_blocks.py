@@ -1,7 +1,5 @@
-"""Updates of every shape under the rules that take them apart: as exact as unrolling, order by order.
-
-An order that leaves out only the highest power of curvature is compared with the exact rule at a loose tolerance, and
-with the same rule on an optimizer that is not said to be elementwise (one graph per step) at a tight one.
+"""Updates of every shape: exact rules against unrolling, and rules that take updates apart by their diagonals against
+the same rules on the same update that is not said to be elementwise, which go through one graph per step.
 """
 
 from __future__ import annotations
@@ -118,8 +116,6 @@ def test_any_update_is_taken_apart_rightly(kind: str, tasks: int | None) -> None
     for rule in (Binomial(2), Binomial(5), Krylov(2), Krylov(5), Binomial(2, window=4), Binomial(3, chunk_size=2)):
         found = hypergradient(optimizer, rule, tasks)
         assert relative_error(found, hypergradient(whole, rule, tasks)) < 1e-11, rule
-        if rule in (Binomial(5), Krylov(5)):
-            assert relative_error(found, expected) < 3e-2, rule
 
 
 def test_a_loss_that_changes_its_params_in_place_at_a_later_step_is_refused() -> None:
