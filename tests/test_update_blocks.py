@@ -1,5 +1,7 @@
-"""Updates of every shape: exact rules against unrolling, and rules that take updates apart by their diagonals against
-the same rules on the same update that is not said to be elementwise, which go through one graph per step.
+"""Updates of every shape, taken apart.
+
+Exact rules are compared with unrolling; those that read off the diagonals of an update with the same rules on the same
+update where it is not said to be elementwise, which go through one graph per step.
 """
 
 from __future__ import annotations
