@@ -184,6 +184,7 @@ def test_a_long_unit_stops_in_time_and_goes_on_where_it_stopped(toy, clock, tmp_
     assert 15 < len(Work(0, unit="train", store=state).saved()["losses"]) < 25
     assert reproduce(out, "--resume") == 0
     assert content(out) == content(tmp_path / "whole")
+    assert not list(out.glob("*.pt"))
     times = [json.loads((folder / "metrics.jsonl").read_text())["seconds"] for folder in (out, tmp_path / "whole")]
     assert times == pytest.approx([0.8, 0.8], abs=0.002)  # forty times 0.02: the time before the stop counts
 

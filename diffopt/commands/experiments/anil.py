@@ -36,7 +36,7 @@ class Settings:
     rates: tuple[float, ...] = option((1.0, 2.0, 4.0), "inner step sizes", listed(real(0)))
     steps: tuple[int, ...] = option((1, 3, 5, 10), "numbers of inner steps N", listed(whole(1)))
     seeds: int = option(2, "runs of each, from different starts on different tasks", whole(1))
-    iterations: int = option(300, "outer iterations", whole(2))
+    iterations: int = option(200, "outer iterations", whole(2))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
     decay: float = option(0.01, "weight of the L2 term of the inner loss", real(0, above=False))
     tasks: int = option(8, "tasks per outer iteration", whole(1))

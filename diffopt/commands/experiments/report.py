@@ -61,7 +61,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
     for table in results["tables"]:
         grid = RichTable(title=table["title"], box=box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(table["columns"]):
-            numbers = any(not isinstance(row[i], str) for row in table["rows"])
+            numbers = any(isinstance(row[i], int | float) for row in table["rows"])
             grid.add_column(column, justify="right" if numbers else "left")
         for row in table["rows"]:
             grid.add_row(*(shown(cell) for cell in row))

@@ -58,6 +58,8 @@ class Runner:
             The exit code: 0, or 130 after Ctrl-C.
         """
         torch.set_num_threads(self.header.threads)
+        for name in self.finished():
+            self.folder.store(name).unlink(missing_ok=True)  # of a unit that was killed after its line was written
         try:
             with self.interrupt, reporter(len(self.units), len(self.log.rows), "unit") as report:
                 for unit in self.units:
@@ -67,7 +69,8 @@ class Runner:
             self.finish()
             return 0
         except KeyboardInterrupt:
-            again = f"diffopt reproduce {self.experiment.name} --out {self.folder.folder} --resume"
+            data = "" if self.data_dir is None else f" --data-dir {self.data_dir}"
+            again = f"diffopt reproduce {self.experiment.name} --out {self.folder.folder} --resume{data}"
             done = f"{len(self.log.rows)} of {len(self.units)} units are finished"
             print(f"diffopt: interrupted; {done}; continue with: {again}", file=sys.stderr)
             return INTERRUPTED
