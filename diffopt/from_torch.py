@@ -42,7 +42,7 @@ def from_torch(optimizer: type[torch.optim.Optimizer], /, **options: Any) -> Opt
     With an option that is a tree, each leaf of ``params`` gets an instance of the class of its own; otherwise all share
     one, in one param group.
 
-    Cost: a hypergradient takes 1.1 to 1.9 times as long as by a native rule (``python -m benchmarks.lifted``); the
+    Cost: a hypergradient takes 1.2 to 1.8 times as long as by a native rule (``python -m benchmarks.lifted``); the
     check takes some 0.1 s. Use a native rule such as :class:`diffopt.Adam` where there is one.
 
     Args:

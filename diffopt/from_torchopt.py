@@ -32,7 +32,7 @@ def from_torchopt(transformation: Any, /, **options: Any) -> Optimizer:
     Checked as :func:`diffopt.from_torch` checks a class, once for each pair; so make a pair once, not in every step of
     an outer loop. TorchOpt itself is not needed here.
 
-    Cost: a hypergradient takes 1.2 to 2.4 times as long as by a native rule (``python -m benchmarks.lifted``).
+    Cost: a hypergradient takes 1.2 to 2.5 times as long as by a native rule (``python -m benchmarks.lifted``).
 
     Args:
         transformation: the pair, or a function that makes it from ``options``.
