@@ -72,6 +72,7 @@ class Record:
         counts: what has been computed so far.
         diagnostics: what the rule reports of its own quality.
         autocast: its state during the rollout.
+        first: the earliest step that was kept; ``None``: nothing was.
         checkpoint: how steps were kept, once chosen.
         states_stored: how many states were stored in the rollout.
         bytes_stored: their bytes, or an estimate of the graph's bytes from its first step.
@@ -86,6 +87,7 @@ class Record:
     counts: Counts = field(default_factory=Counts)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     autocast: autodiff.Autocast | None = None
+    first: int | None = None
     checkpoint: Checkpoint = 1
     states_stored: int = 0
     bytes_stored: int = 0

@@ -43,6 +43,7 @@ def roll_out(
         if watch.values:
             _refuse_divergence(losses, now)
     record.usable, record.losses = keep is not None, losses
+    record.first = None if keep is None else keep.first
     return now, losses
 
 

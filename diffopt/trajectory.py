@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt import compiled
 from diffopt.block import Block, BlockTerms
 from diffopt.dynamics import Dynamics
+from diffopt.errors import EstimatorError
 from diffopt.leaves import Leaves
 from diffopt.record import Record, Watch
 from diffopt.rollout import refuse_other_losses
@@ -79,7 +80,15 @@ class Trajectory:
         .. math:: \Lambda_{t-1} = J_t^\top\Lambda_t,\qquad \nabla = \sum_{t \ge first} B_t^\top\Lambda_t
 
         Returns ``Lambda_{first-1}`` and the direct terms. One HVP per step, one step after the other.
+
+        Raises:
+            EstimatorError: the rule keeps the steps from another one on.
         """
+        if first != self.record.first:
+            raise EstimatorError(
+                f"sweep(first={first}): the rule keeps steps from {self.record.first} on, expected the same number; "
+                f"return Keep(first={first}) from keep()"
+            )
         done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and self.record.gradients else None
         return self._sweep_of_blocks(cotangent, first) if done is None else done
 

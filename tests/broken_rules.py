@@ -178,7 +178,7 @@ class ShortSweep(Adjoint):
     """Forgets the first step's Jacobian, and says it is exact."""
 
     def keep(self, steps):
-        return Keep(1, "graph")
+        return Keep(2, "graph")
 
     def pullback(self, trajectory, cotangent):
         return trajectory.sweep(cotangent, first=2)

@@ -110,6 +110,27 @@ class Between(Adjoint):
         return Cotangents(initial, {number: self.share * term for number, term in exact.extras.items()})
 
 
+@dataclass(frozen=True)
+class Misaligned(Adjoint):
+    """Keeps from one step on and sweeps to another."""
+
+    checkpoint: Any
+
+    def keep(self, steps: int) -> Keep:
+        return Keep(1, self.checkpoint)
+
+    def pullback(self, trajectory: Trajectory, cotangent: diffopt.Leaves) -> Cotangents:
+        return trajectory.sweep(cotangent, first=3)
+
+
+@pytest.mark.parametrize("checkpoint", ["graph", 1, 2])
+def test_a_sweep_to_another_step_than_was_kept_is_refused(checkpoint):
+    with pytest.raises(
+        diffopt.ConformanceError, match=r"EstimatorError: sweep\(first=3\): the rule keeps steps from 1 on"
+    ):
+        check_estimator(Misaligned(checkpoint))
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_users_own_rule_gets_the_same_battery(share):
     check_estimator(Between(share))
