@@ -37,7 +37,7 @@ class Caltech101:
     the clutter), at most 200 images of each, at least 31: 64 classes for training (4,421 images), 16 for validation
     (1,016), 19 for testing (1,133).
 
-    Memory: 14 MB for the training split at 32x32 (a byte a value), 20 MB more while it is loaded. Licence: CC BY
+    Memory: 14 MB for the training split at 32x32 (a byte a value), 50 MB while it is loaded. Licence: CC BY
     4.0 by a secondary source; the images were collected from the web.
 
     Reference: Fei-Fei, Fergus, Perona (2004), "Learning generative visual models from few training examples".
@@ -82,6 +82,6 @@ class Caltech101:
             raise DataError(f"{SINGLE_FILE.name} has labels that are not sorted, from 0 to {classes - 1}")
         chosen = codes == CODES.index(split)
         pictures = images[chosen[labels]]
-        flat = channels_first(pictures, range(len(pictures)), size)
+        flat = channels_first(pictures, len(pictures), size)
         names = tuple(arrays["class_names"][chosen].tolist())
         return cls(RaggedImages(flat, torch.from_numpy(counts[chosen])), names, (SINGLE_FILE.name,))

@@ -93,7 +93,7 @@ def _chosen(members: Iterator[Member], names: tuple[str, ...], size: int, path: 
     if len(counts) > 1 or counts == {0}:
         raise DataError(f"the classes in {path} have {sorted(counts)} images; expected as many (600) of each")
     pictures = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[np.concatenate(rows)]
-    return channels_first(pictures, range(len(pictures)), size).reshape(len(names), -1, 3, size, size)
+    return channels_first(pictures, len(pictures), size).reshape(len(names), -1, 3, size, size)
 
 
 def _half(table: Any, name: str) -> tuple[Array, Array]:

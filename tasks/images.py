@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -64,17 +64,17 @@ def resized(image: Array, size: int) -> Array:
     return image if image.shape[:2] == (size, size) else np.asarray(_brought(Image.fromarray(image), size))
 
 
-def channels_first(pictures: Iterable[Array], places: Sequence[int] | Array, size: int) -> Tensor:
-    """RGB pictures of any shape as one tensor, uint8 ``[pictures, 3, size, size]``, brought to it by :func:`resized`.
+def channels_first(pictures: Iterable[Array], count: int, size: int) -> Tensor:
+    """RGB pictures of any shape as one tensor, uint8 ``[count, 3, size, size]``, brought to it by :func:`resized`.
 
     Args:
         pictures: uint8 ``[height, width, 3]``, taken one by one.
-        places: where each of them goes, in the order in which they come; every place once.
+        count: how many there are.
         size: height and width.
     """
-    stored = torch.empty(len(places), 3, size, size, dtype=torch.uint8)
+    stored = torch.empty(count, 3, size, size, dtype=torch.uint8)
     view = stored.numpy()
-    for place, picture in zip(places, pictures, strict=True):
+    for place, picture in zip(range(count), pictures, strict=True):
         view[place] = np.moveaxis(resized(picture, size), 2, 0)
     return stored
 

@@ -49,7 +49,7 @@ def pickled_images(table: Any, name: str, split: Split, size: int) -> Tensor:
     order = np.concatenate([rows[label] for label in sorted(rows)])
     if len(np.unique(order)) != len(order):
         raise DataError(f"{name} counts one image twice: its class_dict is damaged")
-    images = channels_first((pixels[place] for place in order), range(len(order)), size)
+    images = channels_first((pixels[place] for place in order), len(order), size)
     return images.reshape(len(rows), -1, 3, size, size)
 
 
@@ -74,7 +74,7 @@ def listed_images(path: Path, split: Split, size: int) -> Tensor:
     first = sorted(names)[0]
     parent = _parent(path.parent, first, names[first][0], SHORT[split])
     wanted = [Path(str(parent).format(label=label)) / name for label in sorted(names) for name in names[label]]
-    images = channels_first((_picture(one, size) for one in wanted), range(len(wanted)), size)
+    images = channels_first((_picture(one, size) for one in wanted), len(wanted), size)
     return images.reshape(len(names), -1, 3, size, size)
 
 

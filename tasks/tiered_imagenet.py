@@ -39,8 +39,8 @@ class TieredImageNet:
     206,209) for testing, none in two of them.
 
     Memory: 9.5 GB for the training split at 84x84 (a byte a value; floats are made of what is drawn only), 1.4 GB
-    at 32x32; the encoded pictures (some 7 GB) are let go while they are decoded. Licence: ImageNet's terms of
-    access; research only.
+    at 32x32; while it is loaded, the encoded pictures besides, some 7 GB. Licence: ImageNet's terms of access;
+    research only.
 
     Reference: Ren et al. (2018), "Meta-learning for semi-supervised few-shot classification"; the images:
     Russakovsky et al. (2015), "ImageNet large scale visual recognition challenge".
@@ -125,18 +125,13 @@ def _decoded(
         count = f"a list of {len(encoded):,}" if isinstance(encoded, list) else f"a {type(encoded).__name__}"
         raise DataError(f"{name} holds {count}; expected a list of {len(labels):,} encoded pictures")
 
-    # NOTE [why the last comes first]
-    # Encoded and decoded pictures are each several gigabytes. What is let go of at the end of the heap goes back to
-    # the system, so that both are never there whole.
     def pictures() -> Iterator[Array]:
-        while encoded:
-            item, place = encoded.pop(), len(encoded)
+        for place in np.argsort(labels, kind="stable"):
+            item = encoded[place]
             content = array(item, f"{name}: picture {place}").tobytes() if isinstance(item, PickledArray) else item
             if not isinstance(content, bytes):
                 raise DataError(f"{name}: picture {place} is of {type(item).__name__}; expected an encoded picture")
             yield decoded(content, f"{name}: picture {place}", size=size)
 
-    places = np.empty_like(labels)
-    places[np.argsort(labels, kind="stable")] = np.arange(len(labels))
-    flat = channels_first(pictures(), places[::-1], size)
+    flat = channels_first(pictures(), len(labels), size)
     return RaggedImages(flat, torch.from_numpy(np.bincount(labels, minlength=len(names)))), names

@@ -1,8 +1,9 @@
-"""Settings every test runs under, and the one fixture that every kind of test may need."""
+"""Settings every test runs under, and the fixtures that every kind of test may need."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def checkout() -> Path:
     if not (root / ".ci" / "run").is_file():
         pytest.skip("needs the checkout, and these tests run outside it")
     return root
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """Numbers that a library makes for itself are in float64 meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lifting import SHAPES, tensors, wavy
 from oracles import relative_error
 from torch import Tensor
 from torch.func import grad, vmap
@@ -17,18 +17,7 @@ import diffopt
 from diffopt import LiftError, Schedule, from_torchopt
 from diffopt.estimators import Binomial, ForwardMode, MultiStep, Reverse, Truncated, Unrolled
 
-SHAPES = [(3, 2), (4,), ()]
 DOUBLE = torch.float64
-
-
-def tensors(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=DOUBLE) for shape in SHAPES]
-
-
-def wavy(params: Sequence[Tensor], target: Tensor) -> Tensor:
-    """A loss whose gradient changes sign on the way."""
-    return sum(((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params), target.new_zeros(()))
 
 
 def scalar(value: float) -> Tensor:
@@ -74,7 +63,7 @@ RULES = [Reverse("graph"), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Tr
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_pair_made_from_learned_options(rule):
-    start = [p.requires_grad_() for p in tensors(0)]
+    start = [p.requires_grad_() for p in tensors(SHAPES, 0)]
     leaves = target, lr, decay = [scalar(0.7), scalar(0.1), scalar(0.8)]
     optimizer = from_torchopt(momentum, lr=lr, decay=decay)
     solution = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=6, estimator=rule)
@@ -87,7 +76,7 @@ def test_a_pair_made_from_learned_options(rule):
 
 
 def test_a_ready_pair_a_schedule_and_windows():
-    start, target = tensors(0), torch.tensor(0.7, dtype=DOUBLE)
+    start, target = tensors(SHAPES, 0), torch.tensor(0.7, dtype=DOUBLE)
     solution = diffopt.solve(wavy, start, target, optimizer=from_torchopt(momentum(0.05)), steps=6)
     assert (
         relative_error(solution.params, momentum_by_hand([p.requires_grad_() for p in start], target, 0.05, 0.8, 6))
@@ -97,7 +86,7 @@ def test_a_ready_pair_a_schedule_and_windows():
     for rule in (Reverse(), MultiStep(2)):
         optimizer = from_torchopt(momentum, lr=Schedule(rates), decay=0.0, correct=False)
         got, expected = (
-            diffopt.solve(wavy, tensors(0), target, optimizer=o, steps=6, estimator=rule).params
+            diffopt.solve(wavy, tensors(SHAPES, 0), target, optimizer=o, steps=6, estimator=rule).params
             for o in (optimizer, diffopt.SGD(Schedule(rates)))
         )
         assert relative_error(got, expected) < 1e-13
@@ -105,7 +94,11 @@ def test_a_ready_pair_a_schedule_and_windows():
 
 @pytest.mark.parametrize("way", ["vmap of grad", "grad of vmap", "vmap then backward"])
 def test_tasks_that_share_their_start(way):
-    start, targets, lr = tensors(0), torch.tensor([0.7, -0.4, 1.9], dtype=DOUBLE), torch.tensor(0.1, dtype=DOUBLE)
+    start, targets, lr = (
+        tensors(SHAPES, 0),
+        torch.tensor([0.7, -0.4, 1.9], dtype=DOUBLE),
+        torch.tensor(0.1, dtype=DOUBLE),
+    )
 
     def outer(lr, target):
         solution = diffopt.solve(wavy, start, target, optimizer=from_torchopt(momentum, lr=lr), steps=4)
@@ -198,16 +191,8 @@ TORCHOPT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture
-def numbers_in_float64():
-    """TorchOpt computes its bias corrections in the default dtype; differences need the digits of float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @needs_torchopt
-@pytest.mark.usefixtures("numbers_in_float64")
+@pytest.mark.usefixtures("float64_by_default")  # in which TorchOpt corrects its biases: differences need the digits
 @pytest.mark.parametrize(("name", "options"), TORCHOPT, ids=str)
 @pytest.mark.parametrize("ready", [True, False], ids=["pair", "options"])
 class TestTorchOpt:
@@ -231,12 +216,12 @@ class TestTorchOpt:
         return from_torchopt(make(**options)) if ready else from_torchopt(make, **options)
 
     def test_twenty_steps_equal_torchopt(self, name, options, ready):
-        start, target = tensors(0), torch.tensor(0.7)
+        start, target = tensors(SHAPES, 0), torch.tensor(0.7)
         solution = diffopt.solve(wavy, start, target, optimizer=self.lifted(name, options, ready), steps=20)
         assert relative_error(solution.params, self.trained(name, options, start, target, 20)) < 1e-12
 
     def test_hypergradients_equal_central_differences(self, name, options, ready):
-        start, direction, weights = tensors(0), tensors(1), tensors(2)
+        start, direction, weights = tensors(SHAPES, 0), tensors(SHAPES, 1), tensors(SHAPES, 2)
         learned = {} if ready else {k: v for k, v in options.items() if k in ("lr", "momentum", "weight_decay", "eps")}
         point = {"start": 0.0, "target": 0.7, **learned}
 
@@ -263,7 +248,11 @@ class TestTorchOpt:
             assert min(errors) < 1e-8, key
 
     def test_a_batch_of_tasks_equals_a_loop(self, name, options, ready):
-        start, targets, optimizer = tensors(0), torch.tensor([0.7, -0.4, 1.9]), self.lifted(name, options, ready)
+        start, targets, optimizer = (
+            tensors(SHAPES, 0),
+            torch.tensor([0.7, -0.4, 1.9]),
+            self.lifted(name, options, ready),
+        )
 
         def outer(target):
             solution = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=7)
@@ -274,14 +263,14 @@ class TestTorchOpt:
 
 
 @needs_torchopt
-@pytest.mark.usefixtures("numbers_in_float64")
+@pytest.mark.usefixtures("float64_by_default")
 @pytest.mark.parametrize(("name", "options"), TORCHOPT[:4], ids=str)
 def test_hypergradients_equal_those_of_the_native_optimizer(name, options):
     torchopt = pytest.importorskip("torchopt")
     native = {"sgd": diffopt.SGD, "adam": diffopt.Adam, "adamw": diffopt.AdamW}[name](**options)
     found = []
     for optimizer in (from_torchopt(getattr(torchopt, name), **{**options, "lr": scalar(options["lr"])}), native):
-        leaves = [p.requires_grad_() for p in tensors(0)]
+        leaves = [p.requires_grad_() for p in tensors(SHAPES, 0)]
         target = scalar(0.7)
         solution = diffopt.solve(wavy, leaves, target, optimizer=optimizer, steps=6)
         found.append(torch.autograd.grad(sum(p.square().sum() for p in solution.params), [*leaves, target]))

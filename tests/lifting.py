@@ -1,0 +1,91 @@
+"""What the tests of lifted optimizers share: the classes with their options, a loss, and the usual loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Adam-like rules get a large eps: with the usual 1e-8 their first step is a sign step, whose derivative is round-off.
+ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.05, "weight_decay": 0.03}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.02, "momentum": 0.7, "nesterov": True, "maximize": True}),
+    ("Adam", ADAM),
+    ("Adam", {**ADAM, "amsgrad": True, "maximize": True}),
+    ("AdamW", ADAM),
+    ("NAdam", {**ADAM, "momentum_decay": 0.02}),
+    ("NAdam", {**ADAM, "decoupled_weight_decay": True, "maximize": True}),
+    ("RAdam", ADAM),
+    ("Adamax", ADAM),
+    ("Adadelta", {"lr": 0.7, "rho": 0.8, "eps": 0.05, "weight_decay": 0.03}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 0.05}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.7, "eps": 0.05, "weight_decay": 0.1}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.7, "eps": 0.1, "centered": True, "momentum": 0.6, "maximize": True}),
+    ("ASGD", {"lr": 0.05, "lambd": 0.02, "alpha": 0.6, "weight_decay": 0.03}),
+    ("ASGD", {"lr": 0.05, "t0": 2.0}),
+    ("Rprop", {"lr": 0.02, "etas": (0.4, 1.3), "step_sizes": (1e-3, 0.3)}),
+    ("Adafactor", {"lr": 0.05, "beta2_decay": -0.7, "eps": (None, 0.02), "d": 1.2, "weight_decay": 0.03}),
+]
+NATIVE = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+REFUSED = ["LBFGS", "SparseAdam", "Muon"]
+SHAPES = [(3, 2), (4,), ()]
+
+
+def by_case(value: Any) -> str:
+    return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items() if k != "betas")
+
+
+every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=by_case)
+
+
+def classes() -> list[str]:
+    """Every optimizer class that this torch has."""
+    found = [k for k, v in vars(torch.optim).items() if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)]
+    return sorted(set(found) - {"Optimizer"})
+
+
+def tensors(shapes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def wavy(params: Sequence[Tensor], target: Tensor) -> Tensor:
+    """A loss whose gradient changes sign on the way."""
+    return sum(((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params), target.new_zeros(()))
+
+
+def trained(kind: Any, options: dict[str, Any], start: list[Tensor], target: Tensor, steps: int) -> list[Tensor]:
+    """The class itself, in the usual loop."""
+    params = [torch.nn.Parameter(p.detach().clone()) for p in start]
+    optimizer = kind(params, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        wavy(params, target).backward()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def as_tensor(value: Any) -> Any:
+    """Every float in it as a tensor that is learned."""
+    if isinstance(value, tuple):
+        return tuple(map(as_tensor, value))
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True) if isinstance(value, float) else value
+
+
+class Doing(torch.optim.Optimizer):
+    """An optimizer that does something unusual in its step; subclasses say what."""
+
+    def __init__(self, params, lr=0.1, factor=0.9):
+        super().__init__(params, {"lr": lr, "factor": factor})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.one(p, p.grad, self.state[p], group)
