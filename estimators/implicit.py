@@ -25,9 +25,8 @@ class Implicit(Adjoint):
     with the last step's blocks at the final state: of ``params`` with the buffers held fixed (a symmetric system under
     gradient descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`) or the whole state (GMRES, Neumann).
 
-    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity``, ``|params - step(params)|``, that as a
-    share of the average step, ``relative_stationarity``, and the system's ``residual`` and ``iterations``. Cost: two
-    gradients, an HVP per iteration and one more. Memory: one graph.
+    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``; over the
+    average step: ``relative_stationarity``), ``residual``, ``iterations``. Cost: 2 gradients, ``iterations + 1`` HVPs.
 
     Not for: unfinished inner problems; initial parameters, step sizes and momentum (zero, for the fixed point does not
     depend on them, except through a proximal center); Adam and its like with conjugate gradients (not symmetric); half
@@ -57,7 +56,7 @@ class Implicit(Adjoint):
         return Claims("at the fixed point", frozenset({"args", "batches", "hyperparameters"}), tolerance=1e-3)
 
     def keep(self, steps: int) -> Keep:
-        """No step: the final state is enough."""
+        """No step: the final state is enough, and the graph of one step in the backward pass."""
         if steps == 0:
             raise StepsError("Implicit: the inner problem has no step, expected one whose fixed point was reached")
         return Keep(first=steps + 1)

@@ -161,13 +161,13 @@ CONDUCT = {
     "another second order": (AfterUnrolling(Forgetful.apply), "its derivative is that of central differences"),
     "counts wrongly": (
         Changed(miscounting),
-        "products counted as seen by the loss: got 5, expected 4",
-        "depth counted",
-        "gradients counted",
+        "all in them at most: got 5, expected 4 to 4",
+        "depth: the batches that the loss saw, or fewer if some need not wait: got 5, expected 1 to 4",
+        "gradients: those that the loss saw, but for one per product: got 54, expected 0 to 4",
     ),
     "counts nothing": (
         saying(Unrolled(), reports=True),
-        "products counted as seen by the loss: got 0, expected 4",
+        "all in them at most: got 0, expected 4 to 4",
         "bytes of states that outlive the rollout",
     ),
     "claims no report, reports": (saying(Reverse(), reports=False), "reports nothing: got"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffopt.claims import KINDS, Kind
 from diffopt.errors import MissingDerivativeError, RandomnessError, SecondDerivativeError
+from diffopt.record import Counts
 from diffopt.testing.problem import Point, distance, flat, gradient, leaves, outer_loss
 from diffopt.testing.report import Finding, above, at_most, equal, holds, raises
 from diffopt.testing.rule import Rule
@@ -140,19 +141,28 @@ def reports(rule: Rule) -> Iterator[Finding]:
         told = (counts.gradients, counts.products, counts.depth, kept.states, kept.bytes)
         yield equal("reports nothing", told, (0,) * 5, "declare reports=True, or leave counts and kept at zero")
         return
-    look = "record.counts: add_products for each batch of products, gradients for each evaluation"
-    yield equal("products counted as seen by the loss", counts.products, tally.products, look)
-    claim, low = "depth counted: no more than the batches seen by the loss", min(1, tally.depth)
-    yield Finding(claim, low <= counts.depth <= tally.depth, str(counts.depth), f"{low} to {tally.depth}", look)
-    claim = "gradients counted as seen by the loss (a product may take one more)"
-    seen = counts.gradients <= tally.gradients <= counts.gradients + counts.products
-    expected = f"{counts.gradients} to {counts.gradients + counts.products}"
-    yield Finding(claim, seen, str(tally.gradients), expected, look)
+    yield from _counted(counts, tally)
     look = "what is stored besides the record"
     yield at_most("bytes of states that outlive the rollout: reported", alive, kept.bytes, look)
     del solution, value
     gc.collect()
     yield at_most("bytes of states that outlive the backward pass", tally.bytes_alive(), 0, look)
+
+
+def _counted(counts: Counts, tally: Tally) -> Iterator[Finding]:
+    """Every batch of products that the loss saw counts, without what it was padded with; a product takes a gradient."""
+    look = "record.counts: add_products for each batch of products, gradients for each evaluation"
+    gradients, products, batches = tally.gradients, tally.products, tally.depth
+    claim = "products: one per batch that the loss saw at least, all in them at most"
+    yield _between(claim, counts.products, batches, products, look)
+    claim = "depth: the batches that the loss saw, or fewer if some need not wait"
+    yield _between(claim, counts.depth, min(1, batches), batches, look)
+    claim = "gradients: those that the loss saw, but for one per product"
+    yield _between(claim, counts.gradients, gradients - products, gradients, look)
+
+
+def _between(claim: str, measured: int, low: int, high: int, look: str) -> Finding:
+    return Finding(claim, low <= measured <= high, str(measured), f"{low} to {high}", look)
 
 
 def work(rule: Rule) -> Iterator[Finding]:

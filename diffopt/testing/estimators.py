@@ -46,7 +46,8 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
     * ``vmap``: the numbers of a loop in ``vmap`` then ``backward``, ``vmap(grad)`` and ``vmap(vmap(grad))``, with some
       inputs batched and some not; or a typed error;
     * ``second_derivatives``, ``twice``, ``linear``, ``random``, ``own_steps``: so, or really not so;
-    * ``reports``: the counts are those that the loss itself saw, and no more stays in memory than is said;
+    * ``reports``: the counts are those that the loss itself saw (what a batch of products is padded with does not
+      count), and no more stays in memory than is said;
     * without being claimed: shapes and dtypes, float32, another order of the leaves, bit-identical repetition whatever
       ran between, a second backward pass, inputs and ``.grad`` and torch's generator untouched, random losses drawn
       again or refused, nothing computed that nobody wants.
