@@ -73,11 +73,12 @@ class TestBounds:
     def test_bounds_by_hand(self):
         found = bounds.bounds("bounded", 3, 1, 0.5, 0.0)
         assert found == pytest.approx({"(11a)": 2.375, "(11b)": 1.25 * 1.5, "(11c)": 3 * 0.25 + 0.125})
-        found = bounds.bounds("convex", 3, 1, 0.5, 0.0)
-        assert found["(12a)"] == 1 - 0.125
-        assert found["(12b)"] == 1 - 0.25
-        assert found["(12c)"] == 3 * 0.25
-        assert found["4.1, truncated"] == pytest.approx(2 / 2.5)
+        found = bounds.bounds("convex", 4, 1, 0.5, 0.0)
+        assert found["(12a)"] == 1 - 0.0625
+        assert found["(12b)"] == 1 - 0.125
+        assert found["(12c)"] == 6 * 0.25
+        assert found["4.1, first order"] == pytest.approx(4 / 3.5)
+        assert found["4.1, truncated"] == pytest.approx(3 / 3)
         found = bounds.bounds("ending convex", 3, 1, 0.5, 0.2)
         assert found == pytest.approx({"(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
 
