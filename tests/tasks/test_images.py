@@ -79,11 +79,19 @@ def claiming(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(8001, 8000), (10_000, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
-def test_claims_of_many_pixels_are_refused_before_decoding(size):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((8001, 8000), "a claims 8001x8000 pixels: it is not decoded"),
+        ((10_000, 10_000), "a is not a readable PNG .*decompression bomb"),
+        ((20_000, 20_000), "a is not a readable PNG .*decompression bomb"),
+        ((2**31 - 1, 2**31 - 1), "a is not a readable PNG"),
+    ],
+)
+def test_claims_of_many_pixels_are_refused_before_decoding(size, message):
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"a claims 8001x8000 pixels: it is not decoded|a is not a readable PNG"):
+        with pytest.raises(DataError, match=message):
             decoded(claiming(*size), "a", size=4)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:

@@ -25,7 +25,7 @@ def small(generator, way=3):
 
 def test_it_is_its_definition(generator):
     apply, params = small(generator)
-    images = torch.randn(5, 2, 18, 21, generator=generator, dtype=torch.float64)
+    images = torch.randn(5, 2, 35, 50, generator=generator, dtype=torch.float64)
 
     def normal(x, name):
         mean, variance = x.mean(dim=(0, 2, 3), keepdim=True), x.var(dim=(0, 2, 3), correction=0, keepdim=True)
