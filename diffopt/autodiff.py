@@ -39,8 +39,8 @@ class Autocast:
 def changed_in_place() -> InPlaceError:
     """The error for a loss or an update that changes what it was given."""
     return InPlaceError(
-        "the inner loss or the optimizer's update changes a tensor it was given in place; write x = x + y for "
-        "x += y, and x.add(y) for x.add_(y)"
+        "the inner loss or the optimizer's update changes a tensor it was given in place, expected functions "
+        "without side effects: write x = x + y for x += y, and x.add(y) for x.add_(y)"
     )
 
 
@@ -50,7 +50,7 @@ def named_in_place_changes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "_Roots" not in str(error) and "leaf Variable" not in str(error):
+        if not any(part in str(error) for part in ("_Roots", "leaf Variable", "modified by an inplace operation")):
             raise
         raise changed_in_place() from error
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
-from diffopt.errors import DiffoptError, GradModeError, HyperparameterError
+from diffopt import transforms
+from diffopt.arguments import check_flag, check_whole
+from diffopt.errors import DiffoptError, GradModeError
 from diffopt.probes import (
     probe_arguments,
     probe_captures,
@@ -69,7 +70,7 @@ def check(
 
     Raises:
         GradModeError: called under a ``torch.func`` transform or in inference mode.
-        HyperparameterError: ``directions`` is not an integer >= 1.
+        HyperparameterError: ``directions`` is not an integer >= 1, or a switch not ``True`` or ``False``.
 
     Example:
         >>> import torch, diffopt
@@ -80,8 +81,9 @@ def check(
         >>> diffopt.check(lambda w: w.detach().square().sum(), w).failures[0].error
         DisconnectedError('the inner loss does not depend on params, expected a gradient: use the params it is given; do not detach them or leave torch (.item(), .numpy())')
     """  # noqa: E501  (an error's representation cannot be broken)
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise HyperparameterError(f"check: directions is {tree.describe(directions)}, expected an integer >= 1")
+    check_whole("check: directions", directions, 1)
+    check_flag("check: second_derivative", second_derivative)
+    check_flag("check: vmap", vmap)
     if transforms.transforms_active() or torch.is_inference_mode_enabled():
         raise GradModeError(
             "check was called under a torch.func transform or in inference mode, expected plain code: call it once, "

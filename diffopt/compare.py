@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from diffopt.allocations import peak_bytes
+from diffopt.arguments import check_whole
 from diffopt.diagnostics import Stationarity, curvature_number, solves_behind, stationarity
-from diffopt.errors import DisconnectedError, EstimatorError
+from diffopt.errors import DisconnectedError, EstimatorError, LossError
 from diffopt.estimator import Estimator
+from diffopt.faults import signature_error
 from diffopt.graph import leaves_behind
 from diffopt.reverse import Reverse
 from diffopt.tree import describe
@@ -185,8 +187,10 @@ def compare(
         allocator above the start of the call, tensors of the problem itself not counted.
 
     Raises:
-        EstimatorError: an entry of ``estimators`` is not one.
-        DisconnectedError: the outer loss depends on no tensor that requires grad.
+        EstimatorError: ``exact`` or an entry of ``estimators`` is not one.
+        LossError: ``problem`` is not a function of an estimator, or does not return a scalar.
+        HyperparameterError: ``repeats`` is not an integer >= 1.
+        DisconnectedError: the outer loss depends on no tensor that requires grad, or its exact gradient is zero.
 
     Example:
         >>> import torch, diffopt
@@ -201,26 +205,59 @@ def compare(
         >>> round(first_order.relative_error, 4), round(truncated.relative_error, 4)  # 1 / 0.8**3 - 1
         (0.9531, 0.0)
     """
-    for estimator in estimators:
-        if not isinstance(estimator, Estimator):
-            raise EstimatorError(f"estimators holds {describe(estimator)}, expected diffopt.estimators objects")
-    run = problem.compare_loss if isinstance(problem, Comparable) else problem
-    reference_rule = Reverse() if exact is None else exact
-    loss = run(reference_rule)
+    run, reference_rule = _checked(problem, estimators, exact, repeats)
+    loss = _outer_loss(run, reference_rule)
     # what is made anew in every call is no meta-parameter
     lasting = {id(leaf) for leaf in leaves_behind(run(reference_rule))}
     leaves = [leaf for leaf in leaves_behind(loss) if id(leaf) in lasting]
     if not leaves:
         raise DisconnectedError(
-            "the outer loss depends on no tensor that requires grad and outlives a call: nothing to compare. Make the "
-            "meta-parameters once, outside the function"
+            "the outer loss depends on no tensor that requires grad and outlives a call, expected one: nothing to "
+            "compare. Make the meta-parameters once, outside the function"
         )
     nodes = solves_behind(loss)
     known = [number for number in map(_curvature, nodes) if number is not None]
     curvature = max(known, default=None)
     reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    if float(reference.norm()) == 0:
+        raise DisconnectedError(
+            "the exact hypergradient is zero, expected one to compare with: choose another start or outer loss"
+        )
     rows = tuple(_row(run, estimator, leaves, reference, repeats) for estimator in estimators)
     return Comparison(rows, curvature, _notes(rows, curvature))
+
+
+def _checked(
+    problem: Any, estimators: Any, exact: Any, repeats: Any
+) -> tuple[Callable[[Estimator], Tensor], Estimator]:
+    """The problem as a function and the rule to compare with, once all arguments are found right."""
+    if not isinstance(estimators, list | tuple) or not estimators:
+        raise EstimatorError(f"estimators is {describe(estimators)}, expected a list of one or more; put it in [ ]")
+    for i, estimator in enumerate(estimators):
+        if not isinstance(estimator, Estimator):
+            raise EstimatorError(f"estimators[{i}] is {describe(estimator)}, expected a diffopt.estimators object")
+    if exact is not None and not isinstance(exact, Estimator):
+        raise EstimatorError(f"exact is {describe(exact)}, expected None or a diffopt.estimators object")
+    check_whole("compare: repeats", repeats, 1)
+    if isinstance(problem, Comparable):
+        return problem.compare_loss, exact or Reverse()
+    if not callable(problem):
+        raise LossError(f"problem is {describe(problem)}, expected a function of an estimator; see the example")
+    return problem, exact or Reverse()
+
+
+def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
+    """What a problem returns, once it is found to be a scalar."""
+    try:
+        loss = run(rule)
+    except TypeError as error:
+        wrong = signature_error(error, "the problem", run, 1, "one argument, the estimator")
+        if wrong is None:
+            raise
+        raise wrong from error
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        raise LossError(f"the problem returned {describe(loss)}, expected one floating scalar tensor; reduce it")
+    return loss
 
 
 def _curvature(node: Any) -> float | None:

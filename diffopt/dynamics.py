@@ -15,9 +15,8 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import transforms, tree
-from diffopt.errors import DiffoptError, LossError, OptimizerError, RandomnessError
-from diffopt.faults import vmap_error
+from diffopt import faults, transforms, tree
+from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
 
@@ -131,17 +130,42 @@ class Dynamics:
         vmapped = self._vmap(self._loss_of_leaves, dims)
         try:
             losses: Tensor = vmapped(*params, *current[:read])
-        except RuntimeError as error:
-            if "randomness error mode" in str(error):
-                raise RandomnessError(
-                    "the inner loss draws random numbers under vmap: say vmap(..., randomness='different') for numbers "
-                    "of each task's own, or 'same'"
-                ) from error
-            refused = vmap_error(error) if self.levels and not isinstance(error, DiffoptError) else None
-            if refused is not None:
-                raise refused from error
-            raise
+        except (RuntimeError, TypeError) as error:
+            named = self._named(error, params, current)
+            if named is None:
+                raise
+            raise named from error
         return losses
+
+    def _named(self, error: Exception, params: Sequence[Tensor], current: Sequence[Tensor]) -> DiffoptError | None:
+        """What was wrong with a loss that raised ``error``; ``None`` if only the loss itself can know."""
+        if isinstance(error, DiffoptError):
+            return None
+        args, _ = tree.unflatten(self.args_structure, list(self.args_leaves))
+        wrong: DiffoptError | None = faults.signature_error(
+            error,
+            "the inner loss",
+            self.loss,
+            1 + len(args) + self.has_batches,
+            "one for params, one for each of *args and, with batches, one for the batch",
+        )
+        if wrong is None and self.levels:
+            wrong = faults.vmap_error(error)
+        if wrong is None:
+            wrong = faults.device_error(error, params[0].device, dict(zip(self.names()[1], current, strict=True)))
+        return wrong
+
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a caller would call the params' leaves, and the extras."""
+        # the structure of what the loss reads is that of (args, batches)
+        paths = [
+            f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
+            for leaf, path in zip(self.args_leaves, tree.paths(self.args_structure), strict=True)
+            if isinstance(leaf, ExtraSlot)
+        ]
+        hypers = len(self.stepped) - self.hyperparameters_start
+        own = f"a hyperparameter of {type(self.optimizer.template).__name__}"
+        return tuple(f"params{path}" for path in tree.paths(self.params_structure)), (*paths, *[own] * hypers)
 
     def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
         """The next state of all tasks, given their gradients."""
@@ -207,7 +231,8 @@ class Dynamics:
         got = {"params": result[0], **result[1]}
         if set(got) != set(expected):
             raise OptimizerError(
-                f"{name}.update returned buffers {sorted(result[1])}, init made {sorted(dict(self.buffers_layout))}"
+                f"{name}.update returned buffers {sorted(result[1])}, expected those that init made: "
+                f"{sorted(dict(self.buffers_layout))}"
             )
         start = 0
         for part, count in expected.items():
@@ -238,6 +263,10 @@ class Dynamics:
             raise LossError(
                 f"the inner loss returned {tree.describe(loss)}, expected one floating scalar tensor; "
                 "reduce it with .mean() or .sum()"
+            )
+        if loss.device != leaves[0].device:
+            raise DeviceError(
+                f"the inner loss returned a number on {loss.device}, expected {leaves[0].device} as params; move data"
             )
         return loss
 

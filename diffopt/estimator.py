@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt import transforms
+from diffopt import autodiff, transforms
 from diffopt.claims import Claims
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
@@ -132,7 +132,8 @@ def unroll(problem: Problem) -> Outcome:
         *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check, levels=problem.popped)
-    final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
+    with autodiff.named_in_place_changes():
+        final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
     return Outcome(final.tensors, losses, Record())
 
 
@@ -251,8 +252,8 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         raise SecondDerivativeError(
-            "a hypergradient is being differentiated again, and this estimator gives first derivatives only; "
-            "use estimator=diffopt.estimators.Unrolled(), which can be differentiated to any order"
+            "a hypergradient is being differentiated again, expected once: this estimator gives first derivatives "
+            "only; use estimator=diffopt.estimators.Unrolled(), which can be differentiated to any order"
         )
 
     @staticmethod
@@ -290,7 +291,7 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
     if old.draws and call.restacked:
         raise RandomnessError(
             "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
-            "run under (jacrev?): the same numbers cannot be drawn again; loop instead of vmap"
+            "run under (jacrev?), expected the same one: the numbers cannot be drawn again; loop instead of vmap"
         )
     count, draws = call.state_count, dict(old.draws)
     again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
@@ -313,6 +314,7 @@ def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
 def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
     outer = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
     raise NonFiniteGradientError(
-        f"the hypergradient is NaN or infinite. The gradient of the outer loss at the solution {outer}. Check for "
-        "roots, norms or logarithms at zero in the inner loss, or take fewer steps or a smaller step size"
+        f"the hypergradient is NaN or infinite, expected finite numbers. The gradient of the outer loss at the "
+        f"solution {outer}. Check for roots, norms or logarithms at zero in the inner loss, or take fewer or smaller "
+        "steps"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from diffopt.errors import MissingDerivativeError, VmapError
+from diffopt.errors import DeviceError, DiffoptError, LossError, MissingDerivativeError, RandomnessError, VmapError
 
 # a part of the operation's name, or of torch's message -> what to do about it
 _SECOND_DERIVATIVES = {
@@ -58,9 +61,43 @@ def _said_by(node: Any, inputs: int) -> str:
     return ""
 
 
-def vmap_error(error: Exception) -> VmapError | None:
+def signature_error(
+    error: Exception, what: str, function: Callable[..., Any], count: int, expected: str
+) -> LossError | None:
+    """The error for a function that cannot take ``count`` arguments; ``None`` if it can."""
+    if not isinstance(error, TypeError):
+        return None
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that does not say what it takes
+        return None
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as mismatch:
+        return LossError(
+            f"{what} takes {str(signature)[:80]} and was given {count} arguments ({mismatch}), expected {expected}; "
+            "change its arguments"
+        )
+    return None
+
+
+def device_error(error: Exception, device: torch.device, given: Mapping[str, Tensor]) -> DeviceError | None:
+    """The error for a loss that was given tensors on other devices; ``None`` if that is not why it failed."""
+    elsewhere = [name for name, x in given.items() if x.device != device]
+    if not elsewhere or not any(word in str(error) for word in ("device", "meta")):
+        return None
+    name = elsewhere[0]
+    return DeviceError(f"{name} is on {given[name].device}, expected {device} as params; move it with .to()")
+
+
+def vmap_error(error: Exception) -> DiffoptError | None:
     """The error for what ``torch.func.vmap`` refused in a loss; ``None`` if the error is of another kind."""
     said = str(error)
+    if "randomness error mode" in said:
+        return RandomnessError(
+            "the inner loss draws random numbers under vmap, which expected none: say vmap(..., "
+            "randomness='different') for numbers of each task's own, or 'same'"
+        )
     for part, mend in _VMAP.items():
         if part in said:
             first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]

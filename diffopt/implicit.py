@@ -15,8 +15,17 @@ from diffopt.block import BlockTerms
 from diffopt.dynamics import ExtraSlot
 from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, RandomnessError, StationarityError
 from diffopt.estimator import Adjoint
+from diffopt.given import run
 from diffopt.leaves import Leaves
-from diffopt.linear_solve import ConjugateGradient, LinearSolution, LinearSolver, Tasks, leaves_like, refuse_unsolved
+from diffopt.linear_solve import (
+    ConjugateGradient,
+    LinearSolution,
+    LinearSolver,
+    Tasks,
+    leaves_like,
+    refuse_not_finite,
+    refuse_unsolved,
+)
 from diffopt.optimizers import SGD
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import refuse_other_losses
@@ -39,7 +48,7 @@ def implicit_pullback(
     """
     if trajectory.record.draws:
         raise RandomnessError(
-            "the inner loss draws random numbers: its step has no fixed point to differentiate; "
+            "the inner loss draws random numbers, expected a step with a fixed point to differentiate; "
             "use Reverse() or Truncated()"
         )
     dynamics, tasks, count = (
@@ -184,11 +193,12 @@ def implicit(
 
     Reference: Pedregosa (2016), "Hyperparameter Optimization with Approximate Gradient". Derivations (6.1).
     """
-    if stationarity is not None and not (isinstance(stationarity, int | float) and 0 <= stationarity < math.inf):
+    number = isinstance(stationarity, int | float) and not isinstance(stationarity, bool)
+    if stationarity is not None and not (number and 0 <= stationarity < math.inf):
         raise HyperparameterError(f"implicit: stationarity is {stationarity!r}, expected None or a number >= 0")
     rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
-    outcome = rule.run(problem)
+    outcome = run(rule, problem)
     count = problem.dynamics.params_count
     if not transforms.transforms_active():
         _refuse_far_from_stationary(outcome.state[count:], outcome.state[:count], 0, rule.stationarity)
@@ -203,6 +213,7 @@ def implicit_gradients(
     cotangent: Any,
     solver: LinearSolver | None = None,
     start: Any = None,
+    check: bool = True,
 ) -> ImplicitGradients:
     r"""The implicit hypergradient as a plain function, with the linear system's solution in and out.
 
@@ -221,24 +232,27 @@ def implicit_gradients(
         cotangent: the gradient of the outer loss with respect to ``params``, a tree like it.
         solver: default :class:`~diffopt.linear_solve.ConjugateGradient`.
         start: the last call's ``multiplier``; ``None``: zero.
+        check: as in :func:`diffopt.solve`.
 
     Raises:
         LinearSolveError: the system was not solved, if the solver throws.
     """
     if transforms.transforms_active():
         raise GradModeError(
-            "implicit_gradients was called under a torch.func transform; call it outside, or use diffopt.implicit there"
+            "implicit_gradients was called under a torch.func transform, expected plain code; call it outside, or use "
+            "diffopt.implicit there"
         )
     rule = _AtSolution(_checked_solver(solver), None)
-    problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, True)
+    problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     count, extras = problem.dynamics.params_count, tuple(x.detach() for x in problem.extras)
     wanted = tuple(i for i, x in enumerate(extras) if x.is_floating_point())
     structure, params_leaves = problem.dynamics.params_structure, problem.state[:count]
     weights = leaves_like(cotangent, "cotangent", "params", params_leaves, structure)
     initial = None if start is None else leaves_like(start, "start", "params", params_leaves, structure)
-    record = rule.run(problem).record  # for its checks
+    refuse_not_finite(rule.solver, cotangent=cotangent, start=start)
+    record = run(rule, problem).record  # for its checks
     state = Leaves(x.detach() for x in problem.state)
-    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, (), wanted, True))
+    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, (), wanted, check))
     weights = Leaves([*weights, *state[count:].zeros()])
     with torch.no_grad():
         result, found = implicit_pullback(trajectory, weights, rule.solver, whole_state=False, start=initial)

@@ -138,7 +138,7 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{hint}")
     if not is_dataclass(optimizer):
         raise OptimizerError(
-            f"{type(optimizer).__name__} is not a dataclass: its hyperparameters cannot be found; "
+            f"{type(optimizer).__name__} is not a dataclass, expected its hyperparameters to be the fields of one; "
             "decorate the class with @dataclass(frozen=True)"
         )
     binder = _Binder(params, structure, steps)
@@ -246,10 +246,12 @@ class _Binder:
                 f"{where} has shape {shape}, expected () or the shape {tuple(leaf.shape)} of the parameter there"
             )
         if value.dtype != leaf.dtype:
-            raise DtypeError(f"{where} is {value.dtype}, the parameter there is {leaf.dtype}; convert one with .to()")
+            raise DtypeError(
+                f"{where} is {value.dtype}, expected {leaf.dtype} as the parameter there; convert one with .to()"
+            )
         if value.device != leaf.device:
             raise DeviceError(
-                f"{where} is on {value.device}, the parameter there on {leaf.device}; move one with .to()"
+                f"{where} is on {value.device}, expected {leaf.device} as the parameter there; move one with .to()"
             )
         return self._slot(value, scheduled)
 
@@ -268,6 +270,8 @@ class _Binder:
             raise StepsError(f"the schedule of {name} has {length} entries, expected one per step: {self.steps}")
 
     def _check_floating(self, name: str, value: Tensor) -> None:
+        if value.device.type == "meta" and self.params[0].device != value.device:
+            raise DeviceError(f"{name} is on meta, expected {self.params[0].device} as params; make it there")
         if not value.is_floating_point():
             raise DtypeError(f"{name} is a {value.dtype} tensor, expected a floating dtype")
 
@@ -290,13 +294,12 @@ def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
     """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
     for name, (low, high) in ranges.items():
         value = getattr(optimizer, name)
-        if isinstance(value, Schedule) and _is_list_of_numbers(value.values):
-            value = tuple(value.values)
-        for item in value if isinstance(value, tuple | list) else (value,):
+        leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
+        for path, item in zip(tree.paths(structure), leaves, strict=True):
             outside = isinstance(item, int | float) and not low <= item < high
             if outside or isinstance(item, str | bool) or item is None:
                 raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name} is {item!r}, expected {low} <= {name} < {high}"
+                    f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
                 )
 
 

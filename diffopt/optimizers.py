@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
+from diffopt.arguments import check_flag
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer, check_range, is_zero
@@ -49,9 +50,12 @@ class SGD(Optimizer):
         """Refuse options that ``torch.optim.SGD`` refuses."""
         positive = (0, _INFINITY)
         check_range(self, lr=positive, momentum=positive, weight_decay=positive, dampening=(-_INFINITY, _INFINITY))
+        check_flag("SGD: nesterov", self.nesterov)
+        check_flag("SGD: maximize", self.maximize)
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise HyperparameterError(
-                f"SGD: nesterov needs momentum > 0 and dampening = 0, got {self.momentum} and {self.dampening}"
+                f"SGD: nesterov=True with momentum {self.momentum} and dampening {self.dampening}, expected "
+                "momentum > 0 and dampening 0"
             )
 
     def init(self, params: Leaves) -> Buffers:
@@ -143,6 +147,8 @@ def _check_adam(optimizer: Adam | AdamW) -> None:
     if not isinstance(optimizer.betas, tuple | list) or len(optimizer.betas) != 2:
         raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas!r}, expected two numbers")
     check_range(optimizer, lr=positive, eps=positive, weight_decay=positive, betas=(0, 1))
+    check_flag(f"{type(optimizer).__name__}: amsgrad", optimizer.amsgrad)
+    check_flag(f"{type(optimizer).__name__}: maximize", optimizer.maximize)
 
 
 def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
@@ -192,6 +198,8 @@ class RMSprop(Optimizer):
         """Refuse options that ``torch.optim.RMSprop`` refuses."""
         positive = (0, _INFINITY)
         check_range(self, lr=positive, alpha=positive, eps=positive, weight_decay=positive, momentum=positive)
+        check_flag("RMSprop: centered", self.centered)
+        check_flag("RMSprop: maximize", self.maximize)
 
     def init(self, params: Leaves) -> Buffers:
         """Zero averages."""
@@ -233,6 +241,7 @@ class Adagrad(Optimizer):
         positive = (0, _INFINITY)
         check_range(self, lr=positive, lr_decay=positive, weight_decay=positive, eps=positive)
         check_range(self, initial_accumulator_value=positive)
+        check_flag("Adagrad: maximize", self.maximize)
 
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""

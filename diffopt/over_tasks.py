@@ -59,8 +59,8 @@ def mean_over_tasks(
     """
     if transforms.transforms_active():
         raise GradModeError(
-            "mean_over_tasks was called under a torch.func transform, but differentiates by itself; call it outside, "
-            "or use torch.func.vmap(task_loss, in_dims, chunk_size=...)"
+            "mean_over_tasks was called under a torch.func transform, expected plain code: it differentiates by "
+            "itself; call it outside, or use torch.func.vmap(task_loss, in_dims, chunk_size=...)"
         )
     if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
         raise HyperparameterError(f"task_chunk is {task_chunk!r}, expected None or an integer >= 1")
@@ -159,7 +159,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         raise SecondDerivativeError(
-            "the gradient of mean_over_tasks is being differentiated again, but has been summed up and let go; for "
+            "the gradient of mean_over_tasks is being differentiated again, expected once: it has been summed up; for "
             "second derivatives use torch.func.vmap(task_loss)(...).mean() and estimator=Unrolled()"
         )
 
@@ -180,7 +180,9 @@ def _tasks(leaves: Sequence[Any], structure: tree.Structure, dims: Sequence[int 
     for path, leaf, dim in zip(tree.paths(structure), leaves, dims, strict=True):
         if dim is not None:
             if not -leaf.ndim <= dim < leaf.ndim:
-                raise ShapeError(f"args{path} is {tree.describe(leaf)}, which has no axis {dim} to run over tasks")
+                raise ShapeError(
+                    f"args{path} is {tree.describe(leaf)}, expected an axis {dim} that runs over tasks; check in_dims"
+                )
             sizes[f"args{path}"] = leaf.shape[dim]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         shown = dict(list(sizes.items())[:4])

@@ -42,7 +42,9 @@ class Preconditioned(Optimizer):
         """Refuse a negative step size, and a preconditioner that is missing."""
         check_range(self, lr=(0, math.inf))
         if self.diagonal is None and self.factors is None:
-            raise HyperparameterError("Preconditioned: give diagonal, factors or both; SGD has neither")
+            raise HyperparameterError(
+                "Preconditioned: diagonal and factors are None, expected one or both; SGD has neither"
+            )
 
     def init(self, params: Leaves) -> Buffers:
         """No buffers."""
@@ -67,8 +69,8 @@ def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tenso
         if matrix is not None:
             if not isinstance(matrix, Tensor) or matrix.shape != (tensor.shape[axis],) * 2:
                 raise ShapeError(
-                    f"Preconditioned: factor {axis} is {describe(matrix)}, the leaf's shape "
-                    f"{tuple(tensor.shape)} asks for {(tensor.shape[axis],) * 2}"
+                    f"Preconditioned: factor {axis} is {describe(matrix)}, expected the shape "
+                    f"{(tensor.shape[axis],) * 2} for a leaf of shape {tuple(tensor.shape)}"
                 )
             moved = tensor.movedim(axis, 0)
             tensor = (matrix @ moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, axis)

@@ -22,7 +22,9 @@ def check_checkpoint(rule: str, checkpoint: Checkpoint, offload: bool) -> None:
     if not isinstance(offload, bool):
         raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
     if offload and checkpoint == "graph":
-        raise HyperparameterError(f"{rule}: offload=True moves stored states, and checkpoint='graph' stores none")
+        raise HyperparameterError(
+            f"{rule}: offload=True with checkpoint='graph', expected one that stores states: 1, k or 'sqrt'"
+        )
 
 
 @final

@@ -13,7 +13,7 @@ from diffopt.dynamics import Dynamics
 from diffopt.errors import DivergenceError, RandomnessError
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
-from diffopt.stepper import Stepper, apart_from, refuse_bad_start
+from diffopt.stepper import Stepper, apart_from, not_finite, refuse_bad_start
 
 
 def roll_out(
@@ -41,7 +41,7 @@ def roll_out(
             losses = loss.new_empty(*loss.shape, dynamics.steps) if step == 1 else losses
             losses[..., step - 1] = loss
         if watch.values:
-            _refuse_divergence(losses, now)
+            _refuse_divergence(dynamics, losses, now, state, extras)
     record.usable, record.losses = keep is not None, losses
     record.first = None if keep is None else keep.first
     return now, losses
@@ -70,13 +70,13 @@ def roll_out_recorded(
                 if step == 1 and watch.values:
                     graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))
         if step == 1 and watch.values:
-            refuse_bad_start(loss, grads)
+            refuse_bad_start(dynamics, loss, grads, now, current)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
         now = dynamics.update(now, flat, current, step)
         losses.append(loss.detach())
     table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
     if watch.values:
-        _refuse_divergence(table, now)
+        _refuse_divergence(dynamics, table, now, state, extras)
     return now, table
 
 
@@ -93,20 +93,25 @@ def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
     if not bool(same.all()):
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(
-            f"the inner loss of step {step} came out differently when the backward pass recomputed it: it draws from a "
-            "generator of its own or from numpy, or changes a state. Draw from torch's global generator, or pass the "
-            "numbers in batches; or use Reverse('graph'), which recomputes nothing"
+            f"the inner loss of step {step} came out differently when the backward pass recomputed it, expected the "
+            "same number: it draws from numpy or a generator of its own, or keeps a state. Draw from torch's global "
+            "generator, pass the numbers in batches, or use Reverse('graph')"
         )
 
 
-def _refuse_divergence(losses: Tensor, final: Leaves) -> None:
+def _refuse_divergence(
+    dynamics: Dynamics, losses: Tensor, final: Leaves, initial: Sequence[Tensor], extras: Sequence[Tensor]
+) -> None:
     """Refuse losses ``[..., T]`` or a final state that are not finite, naming the step that led there."""
     if not all_finite([losses, *final]):
         flags = [all_finite([loss]) for loss in losses.unbind(-1)]
         # the loss of step t is that of the state before it: step t - 1 led there
         step, steps = [*flags, False].index(False), len(flags)
         raise DivergenceError(
-            f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite; "
-            "check the learning rate, or clip or rescale the gradients",
+            f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite, expected "
+            f"finite numbers; {not_finite(dynamics, initial, extras) or _DIVERGED}",
             step,
         )
+
+
+_DIVERGED = "check the learning rate, or clip or rescale the gradients"

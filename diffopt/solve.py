@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from diffopt import transforms, tree
+from diffopt.arguments import check_flag
 from diffopt.dynamics import Dynamics, ExtraSlot
-from diffopt.errors import (
-    BatchesError,
-    DeviceError,
-    EstimatorError,
-    GradModeError,
-    LeafError,
-    LossError,
-    MissingDerivativeError,
-    OptimizerError,
-    StepsError,
-)
+from diffopt.errors import GradModeError, LossError, MissingDerivativeError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, run
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.record import Counts
@@ -105,7 +97,8 @@ def solve(
         batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
-            depend on ``params``, and tensors captured by closure. Costs a few synchronisations on a GPU.
+            depend on ``params``, tensors captured by closure, and arguments changed in place. Costs a few
+            synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
         compile: compile the inner gradient and its pullback (seconds, once for a loss and shapes), for small models
             whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
             arguments is frozen. Used by steps that are taken without their graph and, where the estimator is exact or
@@ -119,6 +112,7 @@ def solve(
         LossError: the loss is not one floating scalar.
         NonFiniteLossError, DivergenceError: it is not finite at the start, or later.
         DisconnectedError, CapturedTensorError: it ignores ``params``, or reads tensors it was not given.
+        InPlaceError, VmapError: it writes into what it is given, or cannot run under the vmap around the call.
         LeafError: ``params`` has a leaf that is not a floating, non-empty tensor.
         StepsError, BatchesError, OptimizerError, EstimatorError: the argument named is not what was expected.
         StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter does not fit ``params``.
@@ -134,11 +128,12 @@ def solve(
         >>> lr.grad
         tensor(-3.2000)
     """
-    rule = _checked_estimator(estimator)
+    rule = Reverse() if estimator is None else estimator
+    check_estimator(rule)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
     if compile:
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
-    return _solution(problem.dynamics, rule.run(problem))
+    return _solution(problem.dynamics, run(rule, problem))
 
 
 def checked_problem(
@@ -151,46 +146,18 @@ def checked_problem(
     check: bool,
 ) -> Problem:
     """Flatten what :func:`solve` is given and check all that can be checked without running the loss."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0")
+    check_steps(steps)
+    check_flag("check", check)
     if torch.is_inference_mode_enabled():
         raise GradModeError(
-            "solve was called in torch.inference_mode, which forbids inner gradients; use torch.no_grad()"
+            "solve was called in torch.inference_mode, expected a mode that allows inner gradients: use torch.no_grad()"
         )
     if not callable(loss):
         raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
-    leaves, structure = _params_leaves(params)
+    leaves, structure = params_leaves(params)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
     return _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
-
-
-def _checked_estimator(estimator: Any) -> Estimator:
-    if estimator is None:
-        return Reverse()
-    if not isinstance(estimator, Estimator):
-        hint = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
-        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{hint}")
-    return estimator
-
-
-def _params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
-    if isinstance(params, torch.nn.Module):
-        raise LeafError(
-            f"params is the module {type(params).__name__}, expected a tree of tensors: pass "
-            "dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
-        )
-    leaves, structure = tree.flatten(params)
-    if not leaves:
-        raise LeafError("params is an empty tree, expected at least one floating tensor")
-    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.layout != torch.strided:
-            raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor")
-        if leaf.numel() == 0:
-            raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty, expected at least one number")
-        if leaf.device != leaves[0].device:
-            raise DeviceError(f"params{path} is on {leaf.device}, the first leaf on {leaves[0].device}")
-    return leaves, structure
 
 
 def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, Leaves]:
@@ -217,7 +184,7 @@ def _problem(
     args_leaves, args_structure = tree.flatten((args, batches))
     first_batch = len(tree.flatten(args)[0])
     if batches is not None:
-        _check_batches(batches, steps)
+        check_batches(batches, steps)
     extras: list[Tensor] = []
     stepped: list[bool] = []
     for i, leaf in enumerate(args_leaves):
@@ -240,23 +207,11 @@ def _problem(
     )
     if transforms.has_tangent([*leaves, *extras, *bound.tensors]):
         raise MissingDerivativeError(
-            "an input of solve carries a tangent of forward-mode differentiation, which no estimator propagates; use "
-            "backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
+            "an input of solve carries a tangent of forward-mode differentiation, expected none: no estimator passes "
+            "it on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
         )
     state = (*leaves, *(leaf for buffer in buffers.values() for leaf in buffer))
     return Problem(dynamics, state, (*extras, *bound.tensors), check)
-
-
-def _check_batches(batches: Any, steps: int) -> None:
-    leaves, structure = tree.flatten(batches)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise BatchesError(f"batches is {tree.describe(batches)}, expected a tree of tensors with {steps} entries each")
-    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != steps:
-            raise BatchesError(
-                f"batches{path} is {tree.describe(leaf)}, expected a tensor whose first axis has length "
-                f"steps = {steps}, one entry per inner step"
-            )
 
 
 def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:

@@ -14,7 +14,7 @@ from diffopt.block import Block
 from diffopt.captured import names_of
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
-from diffopt.leaves import Leaves
+from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 
 GRAPH_BUDGET = 2**30
@@ -175,7 +175,7 @@ class Stepper:
         grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
         self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
-            refuse_bad_start(losses, grads)
+            refuse_bad_start(self.dynamics, losses, grads, params, current)
         return losses, grads
 
 
@@ -189,9 +189,9 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
         return transforms.apart_from(levels, function, *arguments)
     except transforms.WrappedTensorError as error:
         raise CapturedTensorError(
-            "the inner loss (or the optimizer) reads a tensor that it was not given and that a torch.func transform "
-            "around the solve has wrapped: it captured it, through a closure or an attribute. Pass it in *args (or "
-            "batches), also if it is a constant; or make it inside the loss"
+            "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without being "
+            "given it: it captured it, expected among the arguments. Pass it in *args (or batches), also if it is a "
+            "constant; or make it inside the loss"
         ) from error
 
 
@@ -205,16 +205,31 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
         )
 
 
-def refuse_bad_start(losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+def refuse_bad_start(
+    dynamics: Dynamics,
+    losses: Tensor,
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    current: Sequence[Tensor],
+) -> None:
     """Refuse a first loss that does not depend on params or is not finite."""
     if all(grad is None for grad in grads):
         raise DisconnectedError(
-            "the inner loss does not depend on params: its gradient is zero everywhere. Check that the loss uses the "
-            "params it is given, and does not detach them or leave torch (.item(), .numpy())"
+            "the inner loss does not depend on params, expected a gradient: check that the loss uses the params it is "
+            "given, and does not detach them or leave torch (.item(), .numpy())"
         )
     values = transforms.plain(losses)
     if not bool(values.isfinite().all()):
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
-            "finite number; check the data and the initialisation"
+            f"finite number; {not_finite(dynamics, params, current) or 'check the data and the initialisation'}"
         )
+
+
+def not_finite(dynamics: Dynamics, params: Sequence[Tensor], extras: Sequence[Tensor]) -> str:
+    """Which of the tensors that an inner problem was given is not finite itself, in words; empty if all are."""
+    names, others = dynamics.names()
+    for name, x in (*zip(names, params, strict=False), *zip(others, extras, strict=True)):
+        if x.is_floating_point() and not all_finite([x]):
+            return f"{name} is not finite itself"
+    return ""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffopt import autodiff, randomness, tree
-from diffopt.dynamics import Dynamics, ExtraSlot, Level
+from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import DiffoptError, LossError
 from diffopt.optimizers import SGD
 from diffopt.solve import checked_problem
@@ -49,14 +49,13 @@ class Subject:
         """Flatten and check what a loss is given, as :func:`diffopt.solve` does."""
         problem = checked_problem(loss, params, args, SGD(0.0), 1, None, True)
         dynamics, leaves = problem.dynamics, problem.state[: problem.dynamics.params_count]
-        paths = zip(dynamics.args_leaves, tree.paths(dynamics.args_structure), strict=True)
+        names, others = dynamics.names()
         return cls(
             dynamics,
             tuple(leaf.detach().clone() for leaf in leaves),
             tuple(extra.detach().clone() for extra in problem.extras),
-            tuple(f"params{path}" for path in tree.paths(dynamics.params_structure)),
-            # the structure is that of (args, batches)
-            tuple(f"args{path.removeprefix('[0]')}" for leaf, path in paths if isinstance(leaf, ExtraSlot)),
+            names,
+            others,
             tuple(i for i, extra in enumerate(problem.extras) if extra.requires_grad),
             randomness.snapshot(leaves[0].device),
         )

@@ -80,7 +80,9 @@ class Binomial(Adjoint):
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""
         if self.window is not None and self.window > steps:
-            raise StepsError(f"Binomial(window={self.window}): the inner problem has only {steps} steps")
+            raise StepsError(
+                f"Binomial(window={self.window}): expected at most {steps}, the inner problem has only {steps} steps"
+            )
         return Keep(first=1, checkpoint=1, gradients=True)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

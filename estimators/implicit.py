@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
+from diffopt.arguments import check_flag
 from diffopt.claims import Claims
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.estimator import Adjoint
@@ -50,6 +51,7 @@ class Implicit(Adjoint):
         """Check the solver."""
         if not isinstance(self.solver, LinearSolver):
             raise EstimatorError(f"Implicit: solver is {self.solver!r}, expected a diffopt.linear_solve object")
+        check_flag("Implicit: whole_state", self.whole_state)
 
     def claims(self, steps: int) -> Claims:
         """Of a fixed point, which does not depend on where it was sought from; as accurate as the solver."""

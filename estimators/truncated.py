@@ -61,7 +61,9 @@ class Truncated(Adjoint):
     def keep(self, steps: int) -> Keep:
         """The last steps."""
         if self.steps > steps:
-            raise StepsError(f"Truncated(steps={self.steps}): the inner problem has only {steps} steps")
+            raise StepsError(
+                f"Truncated(steps={self.steps}): expected at most {steps}, the inner problem has only {steps} steps"
+            )
         return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint, offload=self.offload)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, final, get_args
 
 from diffopt.tasks.errors import DataError, ProblemError
+from diffopt.tree import describe
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 
 ENVIRONMENT_VARIABLE = "DIFFOPT_DATA"
-HOW_TO_SET = f"say where the data is with --data-dir, the argument `folder` or the variable {ENVIRONMENT_VARIABLE}"
+HOW_TO_SET = f"set --data-dir, the argument `folder` or the variable {ENVIRONMENT_VARIABLE} to where the data is"
 CHUNK = 1 << 20
 
 
@@ -26,6 +27,8 @@ def data_folder(folder: str | Path | None = None) -> Path:
     expanded.
     """
     if folder is not None:
+        if not isinstance(folder, str | Path):
+            raise DataError(f"folder is {describe(folder)}; expected a path, a str or a Path")
         return Path(folder).expanduser()
     if chosen := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(chosen).expanduser()
@@ -170,7 +173,7 @@ def open_file(path: Path) -> tuple[BinaryIO, int]:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error to raise where the system will not let a file be read."""
-    return DataError(f"{path} cannot be read: {error.strerror}; {HOW_TO_SET}")
+    return DataError(f"{path} cannot be read: {error.strerror}; expected a file: {HOW_TO_SET}")
 
 
 _DAMAGED = "The download was cut short or this is another file: delete it and download it again"

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.ragged import RaggedImages
 
@@ -67,13 +68,19 @@ def sample_episodes(
     """
     sizes = {"way": way, "shot": shot, "query": query, "tasks": tasks}
     for name, size in sizes.items():
-        if size < 1:
-            raise ProblemError(f"{name} is {size}; expected 1 or more")
+        check_whole(name, size, 1, ProblemError)
+    check_generator("generator", generator, ProblemError)
     classes, examples = _checked(images)
     if classes < way:
-        raise DataError(f"way is {way} but there are only {classes} classes; lower way or use a larger split")
+        raise DataError(
+            f"way is {way}, expected at most {classes}: there are only {classes} classes; lower it or take a larger "
+            "split"
+        )
     if examples < shot + query:
-        raise DataError(f"shot + query is {shot} + {query} but a class has only {examples} images; lower one of them")
+        raise DataError(
+            f"shot + query is {shot} + {query}, expected at most {examples}: a class has only {examples} images; "
+            "lower one of them"
+        )
     drawn = _drawn(images, way, shot + query, tasks, generator)
     support_inputs, support_targets = _one_side(drawn[:, :, :shot])
     query_inputs, query_targets = _one_side(drawn[:, :, shot:])
@@ -82,6 +89,8 @@ def sample_episodes(
 
 def _checked(images: Tensor | RaggedImages) -> tuple[int, int]:
     """The number of classes and of images in the smallest of them."""
+    if not isinstance(images, Tensor | RaggedImages):
+        raise DataError(f"images is {describe(images)}; expected a uint8 tensor: convert it with torch.as_tensor")
     stored, classes_axes = (images.flat, 1) if isinstance(images, RaggedImages) else (images, 2)
     if stored.dtype != torch.uint8 or stored.ndim - classes_axes not in (2, 3):
         kind = f"{str(stored.dtype).removeprefix('torch.')} of shape {tuple(stored.shape)}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TypeAlias, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
+from diffopt.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
 
@@ -20,7 +22,7 @@ def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], P
     """A module as a pure function, and the parameters to start it from.
 
     ``apply(params, inputs)`` calls the module with exactly these parameters: a missing or unknown name raises
-    torch's ``RuntimeError``. A weight that is tied to another appears in ``params`` once, under its first
+    :class:`ProblemError`. A weight that is tied to another appears in ``params`` once, under its first
     name, and moves both.
 
     The module's own parameters are neither read nor changed by ``apply``. Its buffers are copied now, and
@@ -39,8 +41,13 @@ def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], P
         >>> apply(params, torch.tensor([[1.0, 1.0]]))
         tensor([[6.]])
     """
+    if not isinstance(module, nn.Module):
+        raise ProblemError(f"module is {describe(module)}; expected a torch.nn.Module, made: Linear(2, 1), not Linear")
     named = module.named_parameters()
     params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named}
+    if not params:
+        raise ProblemError(f"{type(module).__name__} has no parameters; expected one or more to optimise")
+    names = frozenset(params)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
     # NOTE [tied weights under a strict call]
@@ -49,11 +56,21 @@ def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], P
     # state_dict gives them, it would raise. Buffers have to be passed too: a strict call misses them
     # otherwise.
     def apply(params: Params, inputs: Tensor) -> Tensor:
+        if not isinstance(params, Mapping) or params.keys() != names:
+            raise ProblemError(_other_names(params, names))
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
         output: Tensor = functional_call(module, (params, fresh), (inputs,), strict=True)
         return output
 
     return apply, params
+
+
+def _other_names(params: Any, names: frozenset[str]) -> str:
+    if not isinstance(params, Mapping):
+        return f"params is {describe(params)}; expected a dictionary from name to tensor, such as functional() returns"
+    odd = [f"params[{name!r}] is missing" for name in sorted(names - params.keys())]
+    odd += [f"params[{name!r}] is unknown" for name in sorted(params.keys() - names)]
+    return f"{', '.join(odd[:2])}; expected the {len(names)} names that functional() returned: {sorted(names)[:2]} ..."
 
 
 @final
@@ -78,8 +95,14 @@ class MLP(nn.Module):
     ) -> None:
         """Build the layers and draw their weights."""
         super().__init__()
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise ProblemError(f"sizes are {tuple(sizes)}; expected two or more, each 1 or more")
+        if not isinstance(sizes, Sequence) or len(sizes) < 2:
+            raise ProblemError(f"sizes is {describe(sizes)}; expected two or more integers, such as (1, 40, 1)")
+        for i, size in enumerate(sizes):
+            check_whole(f"sizes[{i}]", size, 1, ProblemError)
+        if not callable(activation):
+            raise ProblemError(f"activation is {describe(activation)}; expected a function, such as torch.tanh")
+        if generator is not None:
+            check_generator("generator", generator, ProblemError)
         self.activation = activation
         pairs = itertools.pairwise(sizes)
         self.layers = nn.ModuleList(linear(inputs, outputs, generator) for inputs, outputs in pairs)
@@ -126,9 +149,11 @@ class Conv4(nn.Module):
     ) -> None:
         """Build the blocks and draw their weights."""
         super().__init__()
-        if min(in_channels, way, filters) < 1 or image_size < 16:
-            sizes = f"in_channels {in_channels}, way {way}, filters {filters}, image_size {image_size}"
-            raise ProblemError(f"{sizes}; expected 1 or more, and an image_size of 16 or more, halved four times")
+        for name, size in (("in_channels", in_channels), ("way", way), ("filters", filters)):
+            check_whole(name, size, 1, ProblemError)
+        check_whole("image_size (halved four times)", image_size, 16, ProblemError)
+        if generator is not None:
+            check_generator("generator", generator, ProblemError)
         inputs = (in_channels, filters, filters, filters)
         blocks = [_block(channels, filters, generator) for channels in inputs]
         self.features = nn.Sequential(*blocks, nn.Flatten())

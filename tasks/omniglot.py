@@ -39,7 +39,7 @@ SMALL_BACKGROUND = (
         "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
     ),
 )
-ORIGIN = "https://github.com/brendenlake/omniglot/tree/master/python"
+ORIGIN = "github.com/brendenlake/omniglot"
 
 
 @final
@@ -108,6 +108,8 @@ class Omniglot:
         Raises:
             DataError: a file is missing, is not a zip, or does not hold what the layout promises.
         """
+        if isinstance(paths, str | Path):
+            raise DataError(f"paths is {str(paths)!r}; expected a list of paths; put it in [ ]")
         named = [(str(path), Path(path).expanduser()) for path in paths]
         return cls._from_drawings(read_archives(named), [path.name for _, path in named])
 
@@ -143,10 +145,9 @@ def _archives(folder: Path, split: Split) -> list[KnownFile]:
     for group in accepted:
         if there := [one for one in group if (folder / one.name).exists()]:
             return there
-    names = " or ".join([SINGLE_FILE.name, *(one.name for group in accepted for one in group)])
-    limit = "" if accepted else " (the official zips do not name the characters of the Vinyals splits)"
+    names = " or ".join([SINGLE_FILE.name, *(group[0].name for group in accepted)])
+    limit = "" if accepted else " (the official zips do not know the Vinyals splits)"
     state = "it has none of the accepted files" if folder.is_dir() else "there is no such folder"
     raise DataError(
-        f"no Omniglot data for split {split!r} in {folder}: {state}. Expected {names}{limit}; the official "
-        f"zips are at {ORIGIN}. Or {HOW_TO_SET}"
+        f"no Omniglot data for {split!r} in {folder}: {state}, expected {names}{limit}; see {ORIGIN}, or {HOW_TO_SET}"
     )

@@ -56,10 +56,12 @@ def read_archives(archives: Sequence[tuple[str, Path | BinaryIO]]) -> Drawings:
             with zipfile.ZipFile(file) as archive:
                 found = _read_one(name, archive)
         except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{name} cannot be read as a zip ({error}); download it again") from error
+            raise DataError(f"{name} cannot be read ({str(error)[:80]}); expected a zip: download it again") from error
         for key in found.keys() & drawn.keys():
             if not np.array_equal(found[key], drawn[key]):
-                raise DataError(f"{name} holds {'/'.join(key)}, and so does an earlier zip, with other drawings")
+                raise DataError(
+                    f"{name} holds {'/'.join(key)} with other drawings than an earlier zip; expected the same"
+                )
         drawn |= found
     names = [name for name, _ in archives]
     if not drawn:
@@ -95,5 +97,7 @@ def _decode(name: str, content: bytes) -> npt.NDArray[np.uint8]:
                 raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels; expected 105x105")
             ink = 255 - np.asarray(image.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{name} is not a readable image ({error}); download the zip again") from error
+        raise DataError(
+            f"{name} is not a readable image ({str(error)[:80]}); expected a PNG: download the zip again"
+        ) from error
     return np.asarray(Image.fromarray(ink).resize(SIZE, Image.Resampling.BILINEAR))

@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from diffopt.arguments import check_floating, check_generator, check_whole
 from diffopt.tasks.errors import ProblemError
 
 
@@ -47,12 +48,15 @@ class Quadratic:
 
     def __post_init__(self) -> None:
         """Refuse shapes that do not fit and a hessian that is not symmetric."""
+        check_floating(ProblemError, hessian=self.hessian, target=self.target)
         dimension = self.target.numel()
         if self.target.shape != (dimension,) or self.hessian.shape != (dimension, dimension):
             shapes = f"{tuple(self.hessian.shape)} and {tuple(self.target.shape)}"
             raise ProblemError(f"hessian and target have shapes {shapes}; expected [d, d] and [d] with one d")
         if not torch.allclose(self.hessian, self.hessian.mT):
-            raise ProblemError("the hessian is not symmetric; pass (A + A') / 2, which gives the same inner loss")
+            raise ProblemError(
+                "the hessian is not symmetric, expected A = A': pass (A + A') / 2, which gives the same inner loss"
+            )
 
     @classmethod
     def random(
@@ -70,8 +74,11 @@ class Quadratic:
         Raises:
             ProblemError: the dimension is too small.
         """
-        if dimension < (1 if definite else 2):
-            raise ProblemError(f"dimension is {dimension}; expected at least 1, and at least 2 if not definite")
+        check_generator("generator", generator, ProblemError)
+        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < (1 if definite else 2):
+            raise ProblemError(
+                f"dimension is {dimension!r}; expected an integer, at least 1, and at least 2 if not definite"
+            )
         device = generator.device
         uniform = torch.rand(dimension, generator=generator, dtype=dtype, device=device)
         if definite:
@@ -89,10 +96,12 @@ class Quadratic:
 
     def loss(self, params: Tensor, linear: Tensor) -> Tensor:
         """The inner loss ``1/2 phi' A phi - b' phi`` of ``params`` and ``linear``, both ``[dimension]``."""
+        self._check_shape(params=params, linear=linear)
         return 0.5 * params @ (self.hessian @ params) - linear @ params
 
     def outer_loss(self, params: Tensor) -> Tensor:
         """The outer loss ``1/2 ||phi - target||^2`` of ``params``, ``[dimension]``."""
+        self._check_shape(params=params)
         return 0.5 * (params - self.target).square().sum()
 
     def minimiser(self, linear: Tensor) -> Tensor:
@@ -104,9 +113,10 @@ class Quadratic:
         smallest = float(torch.linalg.eigvalsh(self.hessian.detach())[0])
         if smallest <= 0:
             raise ProblemError(
-                f"the smallest eigenvalue is {smallest:.3g}: the inner loss is not strictly convex and has "
-                "no unique minimiser; use Quadratic.random(..., definite=True)"
+                f"the smallest eigenvalue is {smallest:.3g}, expected one above 0: the inner loss has no unique "
+                "minimiser; use Quadratic.random(..., definite=True)"
             )
+        self._check_shape(linear=linear)
         minimiser: Tensor = torch.linalg.solve(self.hessian, linear)
         return minimiser
 
@@ -133,8 +143,8 @@ class Quadratic:
         Raises:
             ProblemError: ``steps`` is negative.
         """
-        if steps < 0:
-            raise ProblemError(f"steps is {steps}; expected 0 or more")
+        check_whole("steps", steps, 0, ProblemError)
+        self._check_shape(initial=initial, linear=linear)
         with torch.no_grad():
             eigenvalues, basis = torch.linalg.eigh(self.hessian)
             start, slope, target = basis.mT @ initial, basis.mT @ linear, basis.mT @ self.target
@@ -151,3 +161,10 @@ class Quadratic:
                 linear=basis @ (summed * residual),
                 lr=((slope - eigenvalues * start) * last * residual).sum(),
             )
+
+    def _check_shape(self, **vectors: Tensor) -> None:
+        """Refuse vectors that do not fit the hessian."""
+        for name, vector in vectors.items():
+            if vector.shape != self.target.shape:
+                shapes = f"{tuple(vector.shape)}; expected {tuple(self.target.shape)}"
+                raise ProblemError(f"{name} has shape {shapes}, one entry per dimension of the hessian")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from diffopt.arguments import check_floating, check_generator, check_whole
 from diffopt.tasks.errors import ProblemError
 
 
@@ -37,6 +39,13 @@ class Ridge:
 
     def __post_init__(self) -> None:
         """Refuse shapes that do not fit together."""
+        check_floating(
+            ProblemError,
+            inputs=self.inputs,
+            targets=self.targets,
+            validation_inputs=self.validation_inputs,
+            validation_targets=self.validation_targets,
+        )
         for inputs, targets in (
             (self.inputs, self.targets),
             (self.validation_inputs, self.validation_targets),
@@ -73,9 +82,11 @@ class Ridge:
             ProblemError: a size is below 1.
         """
         rows = samples if validation_samples is None else validation_samples
-        if min(samples, features, rows) < 1:
-            sizes = f"samples {samples}, validation_samples {rows}, features {features}"
-            raise ProblemError(f"{sizes}; expected 1 or more of each")
+        for name, size in (("samples", samples), ("features", features), ("validation_samples", rows)):
+            check_whole(name, size, 1, ProblemError)
+        check_generator("generator", generator, ProblemError)
+        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+            raise ProblemError(f"noise is {noise!r}; expected a number of 0 or more, a standard deviation")
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=dtype, device=generator.device)
@@ -92,6 +103,7 @@ class Ridge:
 
     def loss(self, params: Tensor, log_penalty: Tensor) -> Tensor:
         """The inner loss of the weights ``params`` under ``log_penalty``, both ``[features]``."""
+        self._check_penalty(log_penalty)
         error = (self.inputs @ params - self.targets).square().mean()
         penalty = (log_penalty.exp() * params.square()).sum()
         return error + penalty
@@ -133,8 +145,11 @@ class Ridge:
 
     def _matrix(self, log_penalty: Tensor) -> Tensor:
         """``X'X/n + diag(exp p)``, half the Hessian of the inner loss."""
+        self._check_penalty(log_penalty)
+        return self.inputs.mT @ self.inputs / len(self.targets) + torch.diag(log_penalty.exp())
+
+    def _check_penalty(self, log_penalty: Tensor) -> None:
         features = self.inputs.shape[1]
         if log_penalty.shape != (features,):
             shape = tuple(log_penalty.shape)
             raise ProblemError(f"log_penalty has shape {shape}; expected one entry per feature, ({features},)")
-        return self.inputs.mT @ self.inputs / len(self.targets) + torch.diag(log_penalty.exp())

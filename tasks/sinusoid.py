@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.episodes import Episodes
 from diffopt.tasks.errors import ProblemError
 
@@ -36,8 +37,8 @@ class Sinusoid:
 
     def __post_init__(self) -> None:
         """Refuse empty sides."""
-        if min(self.shots, self.queries) < 1:
-            raise ProblemError(f"shots is {self.shots} and queries is {self.queries}; expected 1 or more of each")
+        check_whole("shots", self.shots, 1, ProblemError)
+        check_whole("queries", self.queries, 1, ProblemError)
 
     def sample(self, tasks: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Episodes:
         """Draw ``tasks`` sine waves.
@@ -53,8 +54,10 @@ class Sinusoid:
         Raises:
             ProblemError: ``tasks`` is below 1.
         """
-        if tasks < 1:
-            raise ProblemError(f"tasks is {tasks}; expected 1 or more")
+        check_whole("tasks", tasks, 1, ProblemError)
+        check_generator("generator", generator, ProblemError)
+        if not dtype.is_floating_point:
+            raise ProblemError(f"dtype is {dtype}; expected a floating one, such as torch.float32")
 
         def uniform(low: float, high: float, points: int) -> Tensor:
             draw = torch.rand(tasks, points, 1, generator=generator, dtype=dtype, device=generator.device)

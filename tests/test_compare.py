@@ -180,13 +180,6 @@ def test_brief_names_what_is_not_default():
     assert brief(Implicit(GMRES(5, throw=False))) == "Implicit(solver=GMRES(max_iterations=5, throw=False))"
 
 
-def test_what_cannot_be_compared(problem):
-    with pytest.raises(diffopt.EstimatorError, match="estimators holds"):
-        diffopt.compare(problem, [Reverse])
-    with pytest.raises(diffopt.DisconnectedError, match="no tensor that requires grad"):
-        diffopt.compare(lambda estimator: torch.tensor(1.0), [Reverse()])
-
-
 def test_importing_the_library_loads_neither_matplotlib_nor_the_tasks():
     program = "import sys, diffopt; print([m for m in ('matplotlib', 'einops', 'PIL', 'sklearn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)

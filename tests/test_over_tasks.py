@@ -120,7 +120,7 @@ def test_random_numbers() -> None:
         ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
         ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
         ({"in_dims": (0, 0)}, diffopt.ShapeError, "one common length"),
-        ({"in_dims": (None, 3)}, diffopt.ShapeError, "no axis 3"),
+        ({"in_dims": (None, 3)}, diffopt.ShapeError, "expected an axis 3"),
     ],
 )
 def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:

@@ -12,6 +12,7 @@ from diffopt.linear_solve.base import (
     Tasks,
     check_options,
     leaves_like,
+    refuse_not_finite,
     refuse_unsolved,
     with_wide_vectors,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "largest_eigenvalue",
     "leaves_like",
     "minimal_residual",
+    "refuse_not_finite",
     "refuse_unsolved",
     "with_wide_vectors",
 ]

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from diffopt import transforms, tree
-from diffopt.errors import DtypeError, HyperparameterError, LeafError, LinearSolveError, ShapeError, StructureError
-from diffopt.leaves import Leaves
+from diffopt.arguments import check_flag
+from diffopt.errors import (
+    DeviceError,
+    DtypeError,
+    HyperparameterError,
+    LeafError,
+    LinearSolveError,
+    ShapeError,
+    StructureError,
+)
+from diffopt.leaves import Leaves, all_finite
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
 
@@ -154,15 +163,25 @@ class LinearSolver(ABC):
         if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() and x.numel() for x in leaves):
             raise LeafError(f"b is {tree.describe(b)}, expected a tree of floating tensors, none of them empty")
 
+        if not callable(matvec):
+            raise LinearSolveError(
+                f"matvec is {tree.describe(matvec)}, expected a function x -> A x; pass lambda x: A @ x"
+            )
+
         def product(x: Leaves) -> Leaves:
-            out, out_structure = tree.flatten(matvec(tree.unflatten(structure, x.tensors)))
-            if out_structure != structure or [y.shape for y in out] != [y.shape for y in leaves]:
-                raise ShapeError(f"matvec returned {Leaves(out)}, expected tensors shaped like b: {Leaves(leaves)}")
+            result = matvec(tree.unflatten(structure, x.tensors))
+            out, out_structure = tree.flatten(result)
+            tensors = all(isinstance(y, Tensor) for y in out)
+            if not tensors or out_structure != structure or [y.shape for y in out] != [y.shape for y in leaves]:
+                raise ShapeError(f"matvec returned {tree.describe(result)}, expected a tree like b: {Leaves(leaves)}")
             if [y.dtype for y in out] != [y.dtype for y in leaves]:
-                raise DtypeError(f"matvec returned {[y.dtype for y in out]}, b has {[y.dtype for y in leaves]}")
+                raise DtypeError(
+                    f"matvec returned {[y.dtype for y in out]}, expected the dtypes of b: {[y.dtype for y in leaves]}"
+                )
             return Leaves(out)
 
         initial = None if start is None else leaves_like(start, "start", "b", leaves, structure)
+        refuse_not_finite(self, b=b, start=start)
         found = self.run(product, Leaves(leaves), Tasks(0), initial)
         if self.throw and not transforms.transforms_active():
             refuse_unsolved(self, found)
@@ -173,13 +192,33 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
     """The leaves of a tree that must look like another one."""
     leaves, found = tree.flatten(value)
     if found != structure:
-        raise StructureError(f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}")
+        here, there = (dict.fromkeys(tree.paths(x)) for x in (found, structure))
+        odd = [f"{name}{path} is missing" for path in there if path not in here]
+        odd += [f"{name}{path} is too many" for path in here if path not in there]
+        raise StructureError(
+            f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}: "
+            f"{', '.join(odd[:2]) or 'other kinds of branches'}"
+        )
     for path, x, like in zip(tree.paths(structure), leaves, model, strict=True):
+        where = f"{name}{path}"
         if not isinstance(x, Tensor) or x.shape != like.shape:
-            raise ShapeError(
-                f"{name}{path} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}"
-            )
+            raise ShapeError(f"{where} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}")
+        if x.dtype != like.dtype:
+            raise DtypeError(f"{where} is {x.dtype}, expected {like.dtype} as in {model_name}; convert it with .to()")
+        if x.device != like.device:
+            raise DeviceError(f"{where} is on {x.device}, expected {like.device} as {model_name}; move it with .to()")
     return Leaves(leaves)
+
+
+def refuse_not_finite(solver: LinearSolver, **trees: Any) -> None:
+    """Refuse trees (named by their keywords; ``None``: not given) that hold NaN or infinite numbers."""
+    if not solver.throw or transforms.transforms_active():
+        return
+    for name, value in trees.items():
+        leaves, structure = tree.flatten(value)
+        for path, x in zip(tree.paths(structure), leaves, strict=True):
+            if x is not None and not all_finite([x]):
+                raise LinearSolveError(f"{name}{path} holds NaN or infinite numbers, expected finite ones; check it")
 
 
 def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
@@ -190,19 +229,20 @@ def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
     worst, used = float(found.residual.max()), int(found.iterations.max())
     if bool(found.breakdown.any()):
         raise LinearSolveError(
-            f"{name} broke down after {used} products (residual {worst:.1e}): the matrix is not of the kind it solves. "
-            f"{_NEEDS.get(name, '')}Is the inner problem at a minimum? GMRES or a damping may help"
+            f"{name} broke down after {used} products (residual {worst:.1e}), expected {_NEEDS.get(name, _OTHERS_NEED)}"
+            ". Is the inner problem at a minimum, and all finite? GMRES or a damping may help"
         )
     raise LinearSolveError(
-        f"{name} did not converge: residual {worst:.1e} after {used} products. Allow more iterations or a larger rtol, "
-        "add damping, or pass throw=False to take the solution as it is"
+        f"{name} did not converge: residual {worst:.1e} after {used} products, expected one within rtol. Allow more "
+        "iterations or a larger rtol, add damping, or pass throw=False to take the solution as it is"
     )
 
 
 _NEEDS = {
-    "ConjugateGradient": "Conjugate gradients need a positive definite matrix; it has a direction of curvature <= 0. ",
-    "Neumann": "The Neumann series needs step_size * A between 0 and 2; it diverged. ",
+    "ConjugateGradient": "a positive definite matrix; it has a direction of curvature <= 0",
+    "Neumann": "step_size * A between 0 and 2; the series diverged",
 }
+_OTHERS_NEED = "a matrix that is not singular"
 
 
 def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None:
@@ -219,6 +259,7 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
         if not low <= number < (1 if name == "rtol" else math.inf):
             kind = "an integer" if isinstance(low, int) else "a finite number"
             raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
+    check_flag(f"{type(solver).__name__}: throw", solver.throw)
 
 
 def with_wide_vectors(matvec: Matvec, like: Leaves) -> Matvec:

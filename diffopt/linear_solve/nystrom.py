@@ -40,7 +40,7 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, rank=1, damping=TINY)
+        check_options(self, rank=1, damping=TINY, seed=0)
 
     def iterate(
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float

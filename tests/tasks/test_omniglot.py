@@ -87,7 +87,7 @@ def test_archives_that_agree_are_joined_and_others_refused(drawn_archive, tmp_pa
     other = write_zip(
         tmp_path / "other.zip", {f"x/Greek/character01/0001_{drawer:02}.png": png() for drawer in range(1, 5)}
     )
-    with pytest.raises(DataError, match="Greek/character01, and so does an earlier zip, with other drawings"):
+    with pytest.raises(DataError, match="Greek/character01 with other drawings than an earlier zip"):
         Omniglot.from_archives([drawn_archive.path, other])
     added = write_zip(
         tmp_path / "added.zip", {f"x/Arcadian/character07/0001_{drawer:02}.png": png() for drawer in range(4)}
@@ -117,9 +117,9 @@ def test_archives_of_another_layout_are_refused(members, message, tmp_path):
 
 def test_files_that_are_no_archives_are_refused(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(DataError, match=r"cut\.zip cannot be read as a zip"):
+    with pytest.raises(DataError, match=r"cut\.zip cannot be read .*; expected a zip"):
         Omniglot.from_archives([tmp_path / "cut.zip"])
-    with pytest.raises(DataError, match=r"absent\.zip cannot be read as a zip"):
+    with pytest.raises(DataError, match=r"absent\.zip cannot be read .*No such file"):
         Omniglot.from_archives([tmp_path / "absent.zip"])
 
 
@@ -137,13 +137,13 @@ def test_a_wrong_size_and_a_wrong_checksum_are_refused(known_archive, tmp_path):
 
 
 def test_missing_data_says_what_to_do(tmp_path, known_archive):
-    with pytest.raises(DataError, match=r"there is no such folder.*images_background\.zip.*https://") as error:
+    with pytest.raises(DataError, match=r"there is no such folder.*images_background\.zip.*github") as error:
         Omniglot.load(tmp_path / "absent", split="background")
     for part in (str(tmp_path / "absent"), "omniglot_28.npz", "images_background_small1.zip", "--data-dir"):
         assert part in str(error.value)
-    with pytest.raises(DataError, match=r"none of the accepted files.* or images_evaluation\.zip;"):
+    with pytest.raises(DataError, match=r"none of the accepted files.* or images_evaluation\.zip; see"):
         Omniglot.load(tmp_path, split="evaluation")
-    with pytest.raises(DataError, match=r"Expected omniglot_28\.npz .the official zips do not name the char"):
+    with pytest.raises(DataError, match=r"expected omniglot_28\.npz .the official zips do not know the Vin"):
         Omniglot.load(known_archive.path.parent, split="vinyals-train")
     with pytest.raises(DataError, match="split is 'train'; expected one of background, evaluation, vinyals-"):
         Omniglot.load(tmp_path, split="train")
