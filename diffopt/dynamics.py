@@ -149,7 +149,7 @@ class Dynamics:
             1 + len(args) + self.has_batches,
             "one for params, one for each of *args and, with batches, one for the batch",
         )
-        if wrong is None and self.levels:
+        if wrong is None and (self.levels or transforms.transforms_active()):
             wrong = faults.vmap_error(error)
         if wrong is None:
             wrong = faults.device_error(error, params[0].device, dict(zip(self.names()[1], current, strict=True)))

@@ -216,6 +216,8 @@ class _Binder:
             return None
         if isinstance(inner, Tensor) and inner.ndim == int(scheduled):
             self._check_floating(name, inner)
+            if inner.device.type == "meta":
+                raise DeviceError(f"{name} is on meta, expected {self.params[0].device} as params; make it there")
             if scheduled:
                 self._check_length(name, len(inner))
             slot = self._slot(inner, scheduled)
@@ -270,8 +272,6 @@ class _Binder:
             raise StepsError(f"the schedule of {name} has {length} entries, expected one per step: {self.steps}")
 
     def _check_floating(self, name: str, value: Tensor) -> None:
-        if value.device.type == "meta" and self.params[0].device != value.device:
-            raise DeviceError(f"{name} is on meta, expected {self.params[0].device} as params; make it there")
         if not value.is_floating_point():
             raise DtypeError(f"{name} is a {value.dtype} tensor, expected a floating dtype")
 

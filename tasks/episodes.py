@@ -11,6 +11,7 @@ from torch import Tensor
 from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.ragged import RaggedImages
+from diffopt.tree import describe
 
 
 class Episodes(NamedTuple):

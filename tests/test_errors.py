@@ -130,7 +130,7 @@ LEARNING_RATES: dict[str, tuple[Any, type[Exception], str]] = {
         diffopt.DeviceError,
         r"lr\['b'\] is on meta, expected cpu as the parameter",
     ),
-    "string_leaf": ({"a": "x", "b": 0.1}, diffopt.HyperparameterError, r"lr\['a'\] is str 'x', expected a float"),
+    "string_leaf": ({"a": "x", "b": 0.1}, diffopt.HyperparameterError, r"SGD: lr\['a'\] is 'x', expected 0 <= lr"),
     "schedule_list": (Schedule([0.1, 0.2]), diffopt.StepsError, "schedule of lr has 2 entries, expected .* 3"),
     "schedule_tensor": (Schedule(tensor(1, 1, 1, 1)), diffopt.StepsError, "lr has 4 entries"),
     "schedule_tree": (Schedule({"a": tensor(1, 1), "b": 0.1}), diffopt.StepsError, r"lr\['a'\] has 2 entries"),
