@@ -47,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as stop:  # argparse: --help, --version, or an error that it has told
         return stop.code if isinstance(stop.code, int) else FAILED
-    except (DiffoptError, OSError) as error:
+    except DiffoptError as error:
         return _tell(str(error))
+    except OSError as error:
+        where = "a file" if error.filename is None else error.filename
+        return _tell(f"{where} cannot be used ({error.strerror or error}), expected a path to write to: check --out")
     except ModuleNotFoundError as error:
         package = OPTIONAL_PACKAGES.get((error.name or "").partition(".")[0])
         if package is None:

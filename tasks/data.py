@@ -15,7 +15,7 @@ from diffopt.tree import describe
 Split: TypeAlias = Literal["train", "validation", "test"]
 
 ENVIRONMENT_VARIABLE = "DIFFOPT_DATA"
-HOW_TO_SET = f"set --data-dir, the argument `folder` or the variable {ENVIRONMENT_VARIABLE} to where the data is"
+HOW_TO_SET = f"set --data-dir, `folder` or {ENVIRONMENT_VARIABLE} to where the data is"
 CHUNK = 1 << 20
 
 

@@ -135,15 +135,17 @@ def test_estimator_names():
 
 @pytest.mark.parametrize("name", ["nonsense", "", ":", "truncated 2", "Reverse"])
 def test_an_unknown_estimator_name_lists_the_known_ones(name):
-    with pytest.raises(EstimatorNameError, match=re.escape(f"there is no estimator {name!r}; known: {KNOWN_NAMES}")):
+    with pytest.raises(
+        EstimatorNameError, match=re.escape(f"there is no estimator {name!r}, expected one of {KNOWN_NAMES}")
+    ):
         estimator(name)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *((f"{rule}:", f"lacks its argument: write {rule}:") for rule in [*NUMBERED, "reverse"]),
-        *((rule, f"lacks its argument: write {rule}:K") for rule in NUMBERED),
+        *((f"{rule}:", f"lacks its argument, expected {rule}:") for rule in [*NUMBERED, "reverse"]),
+        *((rule, f"lacks its argument, expected {rule}:K") for rule in NUMBERED),
         *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
         *((f"{rule}:{x}", f"has an argument, expected none: write {rule}") for rule in BARE for x in ("", "2")),
         ("reverse:0", "cannot be: Reverse: checkpoint is 0, expected None, 'graph', 'sqrt' or an integer >= 1"),
@@ -196,7 +198,7 @@ def test_compare_prints_a_table_and_saves_a_picture(task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--estimator", "magic"], "there is no estimator 'magic'; known: reverse, "),
+        (["--estimator", "magic"], "there is no estimator 'magic', expected one of reverse, "),
         (["--estimator", "truncated:-1"], "'truncated:-1' cannot be: Truncated: steps is -1, expected an integer >= 0"),
         (["--shot", "0"], "--shot: got '0', expected a whole number, 1 or more"),
         (["--shot", "two"], "--shot: got 'two', expected a whole number"),

@@ -21,13 +21,9 @@ from typing import Any, BinaryIO, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import DiffoptError
+from diffopt.commands.checkpoint_content import CheckpointError, check_content
 
 FORMAT = 1
-
-
-class CheckpointError(DiffoptError, ValueError):
-    """A checkpoint or the log beside it is missing, damaged, or of another kind."""
 
 
 @final
@@ -67,16 +63,19 @@ class Checkpoint:
             CheckpointError: there is none, it is damaged, or another version or program wrote it.
         """
         if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint {path}: check --out, or start without --resume")
+            raise CheckpointError(
+                f"there is no checkpoint {path}, expected one: check --out, or start without --resume"
+            )
         content = load_tensors(path)
         names = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or "format" not in content:
-            raise CheckpointError(f"{path} was not written by diffopt train: check --out")
+            raise CheckpointError(f"{path} was not written by diffopt train, expected one that was: check --out")
         if content.pop("format") != FORMAT or set(content) != names:
             raise CheckpointError(
-                f"{path} was written by another version of diffopt (this one writes format {FORMAT}): "
+                f"{path} was written by another version of diffopt, expected format {FORMAT}: "
                 "resume with that version, or start without --resume in another --out"
             )
+        check_content(path, content)
         return cls(**content)
 
 
@@ -88,15 +87,21 @@ class MetricsLog:
         """Open the log, cut back to its first ``keep`` lines; 0 makes it anew.
 
         Raises:
-            CheckpointError: it has fewer lines.
+            CheckpointError: it has fewer lines, or other ones.
         """
         lines = path.read_bytes().splitlines(keepends=True)[:keep] if keep else []
         if len(lines) < keep or not all(line.endswith(b"\n") for line in lines):
             raise CheckpointError(
-                f"{path} has {len(lines)} lines, but {keep} when the checkpoint beside it was written: "
+                f"{path} has {len(lines)} lines, expected {keep} as when the checkpoint beside it was written: "
                 "restore it from a copy, or start again in another --out"
             )
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        try:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} has a line that is no JSON ({str(error)[:60]}), expected the log of this run: restore it from "
+                "a copy, or start again in another --out"
+            ) from error
         self._file = path.open("r+b" if keep else "wb")
         self._file.truncate(sum(len(line) for line in lines))
         self._file.seek(0, os.SEEK_END)

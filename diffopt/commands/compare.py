@@ -12,6 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.commands.estimators import KNOWN_NAMES, estimator
+from diffopt.commands.options import whole
 from diffopt.estimators import Estimator
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -22,26 +23,37 @@ DEFAULT = (
 )
 
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
 def add_command(commands: Commands) -> None:
     """Add ``compare``."""
     text = "Compare estimators on a problem: error, cosine, cost, depth, time and memory."
     parser = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
     parser.add_argument("task", choices=sorted(TASKS), help="the problem")
     parser.add_argument("--estimators", default=DEFAULT, help=f"comma-separated; known: {KNOWN_NAMES}")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: 3)")
+    parser.add_argument("--repeats", type=whole(1), default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--out", help="save a picture there: error against time and memory")
+    parser.add_argument("--out", type=picture, help="save a picture there: error against time and memory")
     parser.set_defaults(run=run)
+
+
+def picture(text: str) -> Path:
+    """For ``argparse``: the path of a picture in a format that can be drawn."""
+    path = Path(text).expanduser()
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a name that ends in {', '.join(PICTURES)}")
+    return path
 
 
 def run(given: argparse.Namespace) -> int:
     """Run the comparison."""
     rules = [estimator(name.strip()) for name in given.estimators.split(",")]
     torch.set_num_threads(1)
-    comparison = diffopt.compare(TASKS[given.task](), rules, repeats=max(1, given.repeats))
+    comparison = diffopt.compare(TASKS[given.task](), rules, repeats=given.repeats)
     print(comparison.to_markdown() if given.markdown else comparison)
     if given.out is not None:
-        print(f"Picture: {comparison.plot(Path(given.out).expanduser())}")
+        print(f"Picture: {comparison.plot(given.out)}")
     return 0
 
 

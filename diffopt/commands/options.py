@@ -29,8 +29,8 @@ def whole(low: int) -> Parse:
     """Parses an integer of at least ``low``."""
 
     def parse(text: str) -> int:
-        if not (text.removeprefix("-").isdecimal() and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, {low} or more")
+        if not (text.removeprefix("-").isdecimal() and len(text) < 19 and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a whole number, {low} or more")
         return int(text)
 
     return parse
@@ -46,7 +46,7 @@ def real(low: float, above: bool = True) -> Parse:
             value = math.nan
         if not (value > low or (value == low and not above)) or math.isinf(value):
             bound = f"above {low:g}" if above else f"of {low:g} or more"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number {bound}")
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number {bound}")
         return value
 
     return parse
@@ -120,10 +120,35 @@ def read(kind: type[Options], given: argparse.Namespace, stored: dict[str, Any] 
     for name, value in explicit.items():
         if name in stored and stored[name] != value:
             raise OptionError(
-                f"{flag(name)} is {_plain(value)}, but the run to resume was started with {_plain(stored[name])}: "
-                f"leave {flag(name)} out, or start a new run in another --out"
+                f"{flag(name)} is {_plain(value)}, expected {_plain(stored[name])}, with which the run to resume was "
+                f"started: leave {flag(name)} out, or start a new run in another --out"
             )
     return kind(**{**{name: stored[name] for name in names if name in stored}, **explicit})
+
+
+def check_stored(kind: type[Any], stored: dict[str, Any], free: Sequence[str]) -> None:
+    """Refuse stored options that are not those of ``kind``, or that its flags would refuse.
+
+    Raises:
+        OptionError: names the first one.
+    """
+    own = {item.name: item for item in fields(kind) if item.name not in free}
+    for name in [*own, *stored]:
+        if name not in own or name not in stored:
+            state = "missing" if name in own else "unknown"
+            raise OptionError(f"the stored option {name!r} is {state}, expected those of this version: start a new run")
+        item, value = own[name], stored[name]
+        choices = item.metadata["choices"]
+        try:
+            if isinstance(item.default, bool) != isinstance(value, bool) or (choices and value not in choices):
+                raise ValueError("of another kind")
+            if not isinstance(value, bool) and value is not None:
+                item.metadata["parse"](str(value))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise OptionError(
+                f"the stored option {name!r} is {_plain(value)[:40]} ({str(error)[:70]}), expected one that "
+                f"{flag(name)} takes: start a new run"
+            ) from error
 
 
 def to_store(options: Any, free: Sequence[str]) -> dict[str, Any]:

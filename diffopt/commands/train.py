@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, TypeAlias
 
-from diffopt.commands.options import add_flags, read
-from diffopt.commands.train_options import OmniglotOptions, SinusoidOptions
+from diffopt.commands.options import add_flags, check_stored, read
+from diffopt.commands.train_options import FREE, OmniglotOptions, SinusoidOptions
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -38,5 +38,6 @@ def run(given: argparse.Namespace) -> int:
         run_folder.check_unused()
         return train(given.problem, options, run_folder, None)
     checkpoint = run_folder.checkpoint(given.problem)
+    check_stored(given.kind, checkpoint.options, FREE)
     options = read(given.kind, given, checkpoint.options)
     return train(given.problem, options, run_folder, checkpoint)

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias, final
 import torch
 
 import diffopt
-from diffopt.commands.checkpoint import Checkpoint, CheckpointError, MetricsLog
+from diffopt.commands.checkpoint import Checkpoint, MetricsLog
+from diffopt.commands.checkpoint_content import CheckpointError, cannot_be_put_back, check_params
 from diffopt.commands.curve import draw_curve
 from diffopt.commands.estimators import estimator
 from diffopt.commands.few_shot import Adaptation, FewShot, evaluate, meta_gradient, omniglot, sinusoid
@@ -45,7 +46,8 @@ class RunFolder:
         """
         if self.checkpoint_path.exists():
             raise CheckpointError(
-                f"{self.folder} already holds a run: add --resume to continue it, or choose another --out"
+                f"{self.folder} already holds a run, expected an unused folder: add --resume to continue it, or choose "
+                "another --out"
             )
 
     def checkpoint(self, problem: str) -> Checkpoint:
@@ -57,7 +59,7 @@ class RunFolder:
         checkpoint = Checkpoint.load(self.checkpoint_path)
         if checkpoint.problem != problem:
             raise CheckpointError(
-                f"{self.checkpoint_path} is of diffopt train {checkpoint.problem}, not {problem}: check --out"
+                f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}, expected {problem}: check --out"
             )
         return checkpoint
 
@@ -216,14 +218,22 @@ class _Run:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where the checkpoint was written."""
+        path = self.folder.checkpoint_path
+        check_params(path, checkpoint.params, self.params)
+        try:
+            self.outer.load_state_dict(checkpoint.optimizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise cannot_be_put_back(path, "optimizer", error) from error
+        try:
+            self.generator.set_state(checkpoint.generators["episodes"])
+            torch.set_rng_state(checkpoint.generators["torch"])
+            if "cuda" in checkpoint.generators:
+                torch.cuda.set_rng_state(checkpoint.generators["cuda"], self.options.device)
+        except (RuntimeError, TypeError) as error:
+            raise cannot_be_put_back(path, "generators", error) from error
         with torch.no_grad():
             for name, value in self.params.items():
                 value.copy_(checkpoint.params[name])
-        self.outer.load_state_dict(checkpoint.optimizer)
-        self.generator.set_state(checkpoint.generators["episodes"])
-        torch.set_rng_state(checkpoint.generators["torch"])
-        if "cuda" in checkpoint.generators:
-            torch.cuda.set_rng_state(checkpoint.generators["cuda"], self.options.device)
         self.iteration, self.seconds_before = checkpoint.iteration, checkpoint.seconds
         self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
 
