@@ -195,40 +195,6 @@ def test_compare_prints_a_table_and_saves_a_picture(task, tmp_path, capsys):
     assert "| Reverse(checkpoint=1) | " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--estimator", "magic"], "there is no estimator 'magic', expected one of reverse, "),
-        (["--estimator", "truncated:-1"], "'truncated:-1' cannot be: Truncated: steps is -1, expected an integer >= 0"),
-        (["--shot", "0"], "--shot: got '0', expected a whole number, 1 or more"),
-        (["--shot", "two"], "--shot: got 'two', expected a whole number"),
-        (["--inner-lr", "-1"], "--inner-lr: got '-1', expected a number above 0"),
-        (["--meta-lr", "nan"], "--meta-lr: got 'nan', expected a number above 0"),
-        (["--inner-momentum", "inf"], "--inner-momentum: got 'inf', expected a number of 0 or more"),
-        (["--meta-lr-decay", "linear"], "--meta-lr-decay: invalid choice: 'linear'"),
-        (["--device", "toaster"], "'toaster' cannot be used here"),
-        (["--wibble", "1"], "unrecognized arguments: --wibble 1"),
-        (["--iterations", "1", "--estimator", "truncated:3"], "the inner problem has only 2 steps"),
-        (["--iterations", "9", "--inner-lr", "1e30"], "diverged"),
-    ],
-)
-def test_unusable_options(fails, tmp_path, more, message):
-    assert message in fails(sine(tmp_path, *more))
-
-
-def test_unknown_command_and_problem(fails):
-    assert "invalid choice: 'fly'" in fails(["fly"])
-    assert "PROBLEM" in fails(["train"])
-    assert "'es:0' cannot be: ESJacobian: directions is 0" in fails(["compare", "quadratic", "--estimators", "es:0"])
-
-
-def test_missing_data_folder(fails, tmp_path):
-    error = fails(["train", "omniglot", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    assert "there is no such folder" in error
-    assert "--data-dir" in error
-    assert not (tmp_path / "out").exists()
-
-
 def test_wrong_checksum(fails, tmp_path):
     (tmp_path / "omniglot_28.npz").write_bytes(b"\0" * 5_524_973)
     error = fails(["train", "omniglot", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")])

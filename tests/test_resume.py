@@ -130,45 +130,6 @@ def test_other_options_are_refused_by_name(copy, error_of, changed, message):
     assert re.search(message, error)
 
 
-def test_a_new_run_does_not_overwrite_another(copy, error_of):
-    assert "already holds a run, expected an unused folder: add --resume" in error_of(copy)
-
-
-def test_nothing_to_resume(tmp_path, error_of):
-    assert "there is no checkpoint" in error_of(tmp_path, "--resume")
-
-
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
-def test_a_damaged_checkpoint(copy, error_of, damage):
-    (copy / "checkpoint.pt").write_bytes(damage)
-    assert "is not a readable checkpoint" in error_of(copy, "--resume")
-
-
-def test_a_checkpoint_cut_short(copy, error_of):
-    path = copy / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert "is not a readable checkpoint" in error_of(copy, "--resume")
-
-
-def test_a_checkpoint_that_would_run_code(copy, error_of):
-    torch.save({"format": 1, "params": Path}, copy / "checkpoint.pt")
-    assert "is not a readable checkpoint" in error_of(copy, "--resume")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [({"weights": 1}, "was not written by diffopt train"), ({"format": 99}, "by another version of diffopt")],
-)
-def test_a_checkpoint_of_another_kind(copy, error_of, content, message):
-    torch.save(content, copy / "checkpoint.pt")
-    assert message in error_of(copy, "--resume")
-
-
-def test_a_checkpoint_of_another_problem(copy, capsys):
-    assert main(["train", "omniglot", "--out", str(copy), "--resume"]) == 2
-    assert "is of diffopt train sinusoid, expected omniglot" in capsys.readouterr().err
-
-
 def test_a_log_that_lost_lines(copy, error_of):
     (copy / "metrics.jsonl").write_text('{"kind": "training"}\n')
     assert "metrics.jsonl has 1 lines" in error_of(copy, "--resume")

@@ -78,8 +78,10 @@ def device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); try cpu") from error
+        reason = str(error).partition("\n")[0][:80]
+        raise argparse.ArgumentTypeError(
+            f"{name[:40]!r} cannot be used here ({reason}), expected one that can; try cpu"
+        ) from error
     return name
 
 

@@ -111,8 +111,8 @@ class _Run:
             self.log = MetricsLog(folder.metrics_path)
             self.save()
         else:
+            self.restore(checkpoint)  # before the log is cut back: what cannot be continued stays as it is
             self.log = MetricsLog(folder.metrics_path, keep=checkpoint.lines)
-            self.restore(checkpoint)
 
     @property
     def seconds(self) -> float:

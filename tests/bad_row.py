@@ -1,0 +1,89 @@
+"""What the tables of bad inputs are written with: a row, and calls in which everything not given is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt import SGD
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input.
+
+    ``says`` is what the message must match; ``path`` the place, in a tree or among the arguments, that it must name;
+    ``moves`` whether the call draws from torch's generator, as a plain loop would.
+    """
+
+    family: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    says: str
+    path: str = ""
+    moves: bool = False
+
+
+def tensor(*values: float, **options: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, **options)
+
+
+def elsewhere(*shape: int) -> Tensor:
+    """A tensor on another device."""
+    return torch.zeros(shape, dtype=torch.float64, device="meta")
+
+
+def square(w: Tensor, *args: Any) -> Tensor:
+    return w.square().sum()
+
+
+def both(p: dict[str, Tensor], *args: Any) -> Tensor:
+    return p["a"].square().sum() + p["b"].square().sum()
+
+
+def pair() -> dict[str, Tensor]:
+    return {"a": tensor(1.0), "b": torch.ones(2, 3, dtype=torch.float64)}
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a tree, as far as it is one."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [x for held in value.values() for x in tensors_of(held)]
+    if isinstance(value, list | tuple):
+        return [x for held in value for x in tensors_of(held)]
+    return tensors_of(vars(value)) if isinstance(value, diffopt.Optimizer | diffopt.Schedule) else []
+
+
+def solve(loss: Any = square, params: Any = None, *args: Any, **options: Any) -> Any:
+    """The final parameters; whatever becomes of the call, the tensors that it was given stay as they were."""
+    options = {"optimizer": SGD(0.1), "steps": STEPS, **options}
+    params = tensor(1, 2) if params is None else params
+    given = [x for x in tensors_of([params, args, options]) if x.device.type == "cpu" and x.layout == torch.strided]
+    given = [x for x in given if not (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_nested)]
+    before = [x.detach().clone() for x in given]
+    try:
+        return diffopt.solve(loss, params, *args, **options).params
+    finally:
+        for x, old in zip(given, before, strict=True):
+            assert x.grad is None
+            assert torch.equal(x.detach().nan_to_num(7.0) if x.is_floating_point() else x, _shown(old)), "was changed"
+
+
+def _shown(x: Tensor) -> Tensor:
+    return x.nan_to_num(7.0) if x.is_floating_point() else x
+
+
+def backward(end: Callable[[Tensor], Tensor] = square, loss: Any = square, start: Tensor | None = None, **options: Any):
+    """Backward through a solve."""
+    start = (tensor(1, 2) if start is None else start).requires_grad_()
+    args = options.pop("args", ())
+    end(solve(loss, start, *args, **options)).sum().backward()
