@@ -19,7 +19,8 @@ from typing import Any, final
 import torch
 
 import diffopt
-from diffopt.commands.checkpoint import CheckpointError, MetricsLog, replacing
+from diffopt.commands.checkpoint import MetricsLog, replacing
+from diffopt.commands.checkpoint_content import CheckpointError
 from diffopt.commands.experiments.contract import ExperimentError, Row
 from diffopt.commands.experiments.work import store_name
 

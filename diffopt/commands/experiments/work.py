@@ -11,7 +11,8 @@ from typing import Any, final
 
 import torch
 
-from diffopt.commands.checkpoint import CheckpointError, load_tensors, save_tensors
+from diffopt.commands.checkpoint import load_tensors, save_tensors
+from diffopt.commands.checkpoint_content import CheckpointError
 from diffopt.commands.interrupt import Interrupt
 
 
