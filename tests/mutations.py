@@ -279,7 +279,7 @@ FAULTS = [
             ("all leaves get the first one's option", "torch_rule", "learned_cell(x, part[0])", "learned_cell(x, 0)"),
             ("the count of steps is one ahead", "lift_memory", "(step - 2)", "(step - 1)"),
             ("state is given back at the first step too", "torch_rule", "if step > 1:", "if step > 0:"),
-            ("a changed attribute goes unnoticed", "torch_rule", "if changed:", "if changed is None:"),
+            ("a changed attribute goes unnoticed", "torch_rule", "before.get(name) != after.get(name)", "False"),
             ("values are not compared", "lift_check", "if not error <= allowed:", "if error > 9:"),
             ("dead coordinates are not looked at", "lift_check", "for dead in (False, True)", "for dead in (False,)"),
             ("derivatives are not compared", "lift_check", "if abs(got - expected) <=", "if 0 <="),
