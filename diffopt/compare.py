@@ -231,8 +231,8 @@ def _checked(
     problem: Any, estimators: Any, exact: Any, repeats: Any
 ) -> tuple[Callable[[Estimator], Tensor], Estimator]:
     """The problem as a function and the rule to compare with, once all arguments are found right."""
-    if not isinstance(estimators, list | tuple) or not estimators:
-        raise EstimatorError(f"estimators is {describe(estimators)}, expected a list of one or more; put it in [ ]")
+    if not isinstance(estimators, list | tuple):
+        raise EstimatorError(f"estimators is {describe(estimators)}, expected a list of them; put it in [ ]")
     for i, estimator in enumerate(estimators):
         if not isinstance(estimator, Estimator):
             raise EstimatorError(f"estimators[{i}] is {describe(estimator)}, expected a diffopt.estimators object")

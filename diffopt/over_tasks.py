@@ -91,7 +91,7 @@ class _Call:
     def total(self, tensors: Sequence[Tensor], count: int) -> Tensor:
         """The sum of the losses of ``count`` tasks."""
         if count > 1:
-            losses = torch.func.vmap(self._of_one, tuple(self.tensor_dims), randomness=self.randomness)(*tensors)
+            losses: Tensor = transforms.vmap(self._of_one, [self.tensor_dims], [count], [self.randomness])(*tensors)
             return losses.sum()
         pairs = zip(tensors, self.tensor_dims, strict=True)
         return self._of_one(*(x if dim is None else x.squeeze(dim) for x, dim in pairs))

@@ -35,13 +35,12 @@ class Implicit(Adjoint):
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object.
-        whole_state: solve for params and buffers together, as for any contractive step.
+        whole_state: solve for params and buffers together.
 
     Raises:
         LinearSolveError: in the backward pass, if the system is not solved and the solver throws.
 
-    References: Rajeswaran et al. (2019), "Meta-Learning with Implicit Gradients"; Grazzi et al. (2020), "On the
-    Iteration Complexity of Hypergradient Computation", section 3. Derivations (6.1).
+    References: Rajeswaran et al. (2019), Grazzi et al. (2020, section 3). Derivations (6.1).
     """
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)

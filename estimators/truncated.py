@@ -39,8 +39,7 @@ class Truncated(Adjoint):
     Raises:
         StepsError: ``steps`` is negative or more than the inner problem has.
 
-    Reference: Shaban et al. (2019), "Truncated Back-propagation for Bilevel Optimization", section 3. Derivations
-    (3.1).
+    Reference: Shaban et al. (2019), "Truncated Back-propagation for Bilevel Optimization". Derivations (3.1).
     """
 
     steps: int

@@ -8,6 +8,9 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
+from diffopt.arguments import check_whole
+from diffopt.tasks.errors import ProblemError
+
 Draw: TypeAlias = Literal["torch", "he"]
 
 
@@ -26,6 +29,7 @@ class BatchStatisticsNorm2d(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         """Start as the plain normalisation: weight 1, bias 0."""
         super().__init__()
+        check_whole("channels", channels, 1, ProblemError)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -35,6 +39,11 @@ class BatchStatisticsNorm2d(nn.Module):
         # NOTE [why scale and shift stand outside batch_norm]
         # With the affine form, vmap(func.grad(loss)) differentiated again from outside by autograd comes out
         # wrong without an error. The plain form followed by a plain scale and shift comes out right.
+        if inputs.ndim != 4 or inputs.shape[1] != len(self.weight) or inputs[:, :1].numel() < 2:
+            raise ProblemError(
+                f"inputs has shape {tuple(inputs.shape)}; expected [examples, {len(self.weight)}, height, width] with "
+                "two or more values per channel"
+            )
         normal = nn.functional.batch_norm(inputs, None, None, training=True, eps=self.eps)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
 

@@ -137,7 +137,7 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}): "
+            f"{path} is not a readable checkpoint ({type(error).__name__}), expected a whole one: "
             "restore it from a copy, or delete it and start without --resume"
         ) from error
 
