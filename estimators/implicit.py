@@ -28,7 +28,6 @@ class Implicit(Adjoint):
 
     Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``; over the
     average step: ``relative_stationarity``), ``residual``, ``iterations``. Cost: 2 gradients, ``iterations + 1`` HVPs.
-
     Not for: unfinished inner problems; initial parameters, step sizes and momentum (zero, for the fixed point does not
     depend on them, except through a proximal center); Adam and its like with conjugate gradients (not symmetric); half
     precision with ``lr`` times curvature not well above its ``eps``: ``I - J`` cancels (and is refused as unsolved).

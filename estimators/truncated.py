@@ -27,9 +27,8 @@ class Truncated(Adjoint):
     steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
     Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
-    one after the other. Memory: ``L`` steps, kept as :class:`Reverse` keeps them. Depth ``L``.
-
-    Not for: hyperparameters that act early: their early terms are dropped, not approximated.
+    one after the other. Memory: ``L`` steps, kept as :class:`Reverse` keeps them. Depth ``L``. Not for hyperparameters
+    that act early: their early terms are dropped, not approximated.
 
     Args:
         steps: ``L``, at most the number of inner steps.

@@ -125,7 +125,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.GradModeError,
         "under a torch.func transform, expected plain code; call it outside, or use diffopt.implicit",
     ),
-    "compare_no_estimators": (lambda: compared(rules=[]), diffopt.EstimatorError, r"list \[\], expected a list of one"),
     "compare_one_estimator": (
         lambda: compared(rules=Reverse()),
         diffopt.EstimatorError,
