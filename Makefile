@@ -3,6 +3,7 @@
 #   CPU-only torch on a Linux box:  make demo PIP_ARGS='--extra-index-url <PyTorch CPU index>'
 #   use the torch you already have: make test VENV=          (no venv, no installs, no network)
 #   some tests only:                make test ARGS='tests/test_layout.py -x'
+#   speed and memory:               make bench     make bench ARGS=--quick
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -18,12 +19,14 @@ RUN         := $(PYTHON)
 READY       := own-python
 READY_TEST  := own-test-modules
 READY_CHECK := own-check-modules
+READY_BENCH := own-bench-modules
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 RUN         := $(VENV)/bin/python
 READY       := $(VENV)/.ready
 READY_TEST  := $(VENV)/.ready
 READY_CHECK := $(VENV)/.ready-dev
+READY_BENCH := $(VENV)/.ready-bench
 PIP         := $(RUN) -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS)
 endif
 
@@ -33,7 +36,7 @@ OLD_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || 
 HAS = $(PYTHON) -c 'import importlib.util, sys; lacks = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]; \
 	sys.exit("VENV= installs nothing, and $(PYTHON) lacks: " + ", ".join(lacks) if lacks else 0)'
 
-.PHONY: demo test check clean own-python own-test-modules own-check-modules
+.PHONY: demo test check bench clean own-python own-test-modules own-check-modules own-bench-modules
 
 demo: $(READY)
 	$(RUN) -m diffopt demo
@@ -48,6 +51,10 @@ check: $(READY_CHECK)
 	$(RUN) -m mypy
 	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 
+bench: export OMP_NUM_THREADS := 1
+bench: $(READY_BENCH)
+	$(RUN) -m benchmarks $(ARGS)
+
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(OLD_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +63,10 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 own-python:
@@ -68,6 +79,9 @@ own-test-modules: own-python
 own-check-modules: own-python
 	@$(HAS) ruff mypy pyright
 
+own-bench-modules: own-python
+	@$(HAS) higher torchopt
+
 clean:
 	rm -rf $(if $(strip $(VENV)),$(VENV)) build dist torch_diffopt.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
-	find diffopt estimators tasks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find diffopt estimators tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The library, called as a user would call it: all tasks at once, in chunks, or one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from benchmarks.problem import Data, Gradients, MeanGradient, Params, Problem
+from diffopt.estimators import Estimator
+from diffopt.linear_solve import ConjugateGradient
+
+
+def adapt(problem: Problem, initial: Params, hyper: Params, support: Data, rule: Estimator) -> Params:
+    """The params of one task at the end of the inner loop."""
+    optimizer = diffopt.SGD(problem.lr, momentum=problem.momentum)
+    return diffopt.solve(
+        problem.inner, initial, hyper, support, optimizer=optimizer, steps=problem.steps, estimator=rule
+    ).params
+
+
+def vmapped(problem: Problem, rule: Estimator) -> Gradients:
+    """All tasks in one ``vmap``, inner loop and outer loss alike."""
+    initial, hyper, leaves = problem.fresh()
+
+    def task_loss(support: Data, query: Data) -> Tensor:
+        return problem.outer(adapt(problem, initial, hyper, support, rule), query)
+
+    return torch.autograd.grad(vmap(task_loss)(problem.support, problem.query).mean(), leaves)
+
+
+def looped(problem: Problem, rule: Estimator) -> Gradients:
+    """One task after the other."""
+    initial, hyper, leaves = problem.fresh()
+    mean = MeanGradient(leaves, problem.count)
+    for support, query in problem.tasks():
+        params = adapt(problem, initial if problem.hyper == {} else problem.initial, hyper, support, rule)
+        mean.add(problem.outer(params, query))
+    return mean.result()
+
+
+def chunked(problem: Problem, rule: Estimator, chunk: int) -> Gradients:
+    """The inner loops of ``chunk`` tasks at a time in one ``vmap``; the outer losses, on larger batches, one by one."""
+    initial, hyper, leaves = problem.fresh()
+    total = [torch.zeros_like(x) for x in leaves]
+    for start in range(0, problem.count, chunk):
+        part = dataclasses.replace(
+            problem,
+            support=tuple(x[start : start + chunk] for x in problem.support),
+            query=tuple(x[start : start + chunk] for x in problem.query),
+        )
+        adapted = vmap(lambda support: adapt(problem, initial, hyper, support, rule))(part.support)
+        cotangents = []
+        for i, (_, query) in enumerate(part.tasks()):
+            params = {name: p[i].detach().requires_grad_() for name, p in adapted.items()}
+            cotangents.append(torch.autograd.grad(problem.outer(params, query), list(params.values())))
+        stacked = [torch.stack(column) for column in zip(*cotangents, strict=True)]
+        gradients = torch.autograd.grad(list(adapted.values()), leaves, stacked)
+        torch._foreach_add_(total, gradients, alpha=1 / problem.count)
+    return tuple(total)
+
+
+def conjugate_gradient(problem: Problem, iterations: int) -> Gradients:
+    """Implicit differentiation at the given solution, ``problem.initial``."""
+    _, hyper, leaves = problem.fresh()
+    solver = ConjugateGradient(max_iterations=iterations, rtol=0.0, throw=False)
+    mean = MeanGradient(leaves, problem.count)
+    for support, query in problem.tasks():
+        params = diffopt.implicit(problem.inner, problem.initial, hyper, support, solver=solver, stationarity=None)
+        mean.add(problem.outer(params, query))
+    return mean.result()

@@ -1,0 +1,167 @@
+"""What one run found: kept as JSON, shown as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from rich.table import Table
+
+from benchmarks.goals import PEERS, Verdict, ratio
+from benchmarks.measure import Measurement, Result, Role
+
+LIBRARIES = ("torch", "higher", "torchopt", "numpy")
+
+
+@final
+@dataclass
+class Report:
+    """One run.
+
+    Attributes:
+        about: date, device, versions, command and commit.
+        results: one per cell.
+        errors: for each problem, one row per estimator; see :func:`benchmarks.sweeps.errors`.
+        accounts: for each cell profiled, operation, milliseconds and calls.
+    """
+
+    about: dict[str, str]
+    results: list[Result] = field(default_factory=list)
+    errors: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    accounts: dict[str, list[tuple[str, float, int]]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self), indent=1, default=lambda role: role.value)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what :meth:`save` wrote."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        results = [
+            Result(
+                **{**result, "measurements": tuple(_measurement(**m) for m in result["measurements"])},
+            )
+            for result in raw.pop("results")
+        ]
+        return cls(results=results, **raw)
+
+    def cells(self, workload: str) -> list[Result]:
+        """The results of one workload."""
+        return [result for result in self.results if result.workload == workload]
+
+
+def _measurement(role: str, **rest: Any) -> Measurement:
+    return Measurement(role=Role(role), **rest)
+
+
+def about(command: str) -> dict[str, str]:
+    """Date, device, versions, command and commit."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "processor": f"{_processor()}, one thread",
+        "GPU": gpu,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "command": command,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+CELL_COLUMNS = ("method", "error (float64)", "time, ms", "ratio", "quartiles", "peak, MB", "ratio")
+
+
+def cell_rows(result: Result) -> list[tuple[str, ...]]:
+    """One cell's lines; ratios are to the fastest peer, whose name gets a star."""
+    best = result.fastest(PEERS) or result.measurements[0]
+    return [_cell_row(m, best) for m in result.measurements]
+
+
+def _cell_row(m: Measurement, best: Measurement) -> tuple[str, ...]:
+    name = m.method + (" *" if m is best else "") + (" (WRONG)" if m.role is Role.WRONG_PEER else "")
+    error = "-" if m.error is None else f"{m.error:.1e}"
+    if not m.times or m.peak is None:
+        return (name, error, "out of memory", "", "", "", "")
+    middle, low, high = ratio(m, best)
+    weight = f"{m.peak / best.peak:.2f}" if best.peak else "-"
+    quartiles = "" if m is best else f"{low:.2f}-{high:.2f}"
+    return (name, error, f"{1e3 * m.seconds:.1f}", f"{middle:.2f}", quartiles, f"{m.peak / 1e6:.2f}", weight)
+
+
+def cell_table(result: Result) -> Table:
+    """One cell as a table for the terminal."""
+    table = Table(title=f"{result.workload}  {result.setting}", title_justify="left", title_style="bold")
+    for i, column in enumerate(CELL_COLUMNS):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for m, row in zip(result.measurements, cell_rows(result), strict=True):
+        table.add_row(*row, style="bold" if m.role in (Role.OURS, Role.BIASED) else None)
+    return table
+
+
+GOAL_COLUMNS = ("cell", "method", "compared with", "", "goal", "measured", "")
+
+
+def goal_rows(verdicts: list[Verdict]) -> list[tuple[str, ...]]:
+    """The goals' lines, as text."""
+    return [_goal_row(verdict) for verdict in verdicts]
+
+
+def _goal_row(verdict: Verdict) -> tuple[str, ...]:
+    goal = verdict.goal
+    unit = "" if verdict.against else " MB"
+    measured = "-" if verdict.measured is None else f"{verdict.measured:.3g}{unit}"
+    if verdict.low is not None and verdict.high is not None:
+        measured += f" ({verdict.low:.3g}-{verdict.high:.3g})"
+    word = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
+    return (goal.cell, goal.method, verdict.against or "-", goal.quantity, f"<= {goal.limit:g}{unit}", measured, word)
+
+
+def goal_table(verdicts: list[Verdict]) -> Table:
+    """The goals as a table for the terminal."""
+    met = sum(verdict.met is True for verdict in verdicts)
+    table = Table(title=f"Goals: {met} of {len(verdicts)} met", title_justify="left", title_style="bold")
+    for i, column in enumerate(GOAL_COLUMNS):
+        table.add_column(column, justify="right" if i in (4, 5) else "left", no_wrap=i > 2)
+    colours = {True: "green", False: "red", None: "yellow"}
+    for verdict, row in zip(verdicts, goal_rows(verdicts), strict=True):
+        table.add_row(*row, style=colours[verdict.met])
+    return table
+
+
+def account_table(title: str, rows: list[tuple[str, float, int]]) -> Table:
+    """A profiler's account as a table for the terminal."""
+    table = Table(title=f"Where the time goes: {title}", title_justify="left")
+    for i, column in enumerate(("operation", "own time, ms", "calls")):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for operation, milliseconds, calls in rows:
+        table.add_row(operation, f"{milliseconds:.2f}", str(calls))
+    return table

@@ -1,0 +1,29 @@
+"""Binomial of order 3 on W1 with 100 steps and 4 tasks, beside the exact rules: what a shallower rule saves.
+
+The step size is small, so that the series means something here; its cost does not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from benchmarks import methods, ours
+from benchmarks.measure import Cell, Method, Role, Size
+from benchmarks.workloads.sinusoid import problem
+from diffopt.estimators import Binomial, Estimator
+
+
+def biased(name: str, rule: Estimator) -> Method:
+    return Method(f"ours, {name}", Role.BIASED, lambda problem: ours.vmapped(problem, rule))
+
+
+def cells(size: Size) -> list[Cell]:
+    steps, tasks = (6, 2) if size is Size.SMOKE else (100, 4)
+    rules = (
+        methods.PLAIN_LOOP,
+        *methods.OURS_VMAPPED,
+        biased("Binomial(3)", Binomial(3)),
+        biased("Binomial(3), chunks of 10", Binomial(3, chunk_size=10)),
+    )
+    make = functools.partial(problem, steps=steps, lr=1e-5)
+    return [Cell("Binomial", f"T={steps} B={tasks}", make, rules, tasks, seconds=20 if size is Size.FULL else 0)]

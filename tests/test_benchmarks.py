@@ -1,0 +1,163 @@
+"""The benchmarks' answers at tiny sizes, in float64, and what is made of their numbers.
+
+The reference there, the plain loop, is itself compared with differences and with explicit matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torchopt")  # it calls functorch by its old name
+
+CPU = torch.device("cpu")
+WORKLOADS = ("sinusoid", "images", "penalties", "weights", "binomial", "long")
+
+
+@pytest.fixture(scope="module")
+def bench(checkout: Path) -> Iterator[ModuleType]:
+    """The package ``benchmarks``, which is not installed, with all its modules loaded."""
+    lacking = [name for name in ("higher", "torchopt", "matplotlib", "rich") if not importlib.util.find_spec(name)]
+    if lacking:
+        pytest.skip(f"needs {', '.join(lacking)}: pip install -e '.[bench]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(checkout))
+        importlib.import_module("benchmarks.__main__")
+        importlib.import_module("benchmarks.document")
+        yield importlib.import_module("benchmarks")
+
+
+def smoke_cells(bench, workload):
+    return importlib.import_module(f"benchmarks.workloads.{workload}").cells(bench.measure.Size.SMOKE)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_method_that_counts_gives_the_reference_answer(bench, workload):
+    role = bench.measure.Role
+    for cell in smoke_cells(bench, workload):
+        errors = bench.measure.relative_errors(cell, CPU)
+        by_role = {
+            kind: [e for e, m in zip(errors, cell.methods, strict=True) if m.role is kind]
+            for kind in bench.measure.Role
+        }
+        # round-off of a few steps in float64, amplified by max-pooling's and ReLU's choices at most a little
+        assert max(by_role[role.PEER] + by_role[role.LOOP_PEER] + by_role[role.OURS]) < 1e-11
+        # what is said to be wrong or biased is: if not, the label is out of date
+        assert all(error > 1e-6 for error in by_role[role.WRONG_PEER] + by_role[role.BIASED])
+
+
+@pytest.mark.parametrize("workload", ["sinusoid", "penalties", "weights", "long"])
+def test_the_reference_agrees_with_differences_of_the_outer_loss(bench, workload):
+    torch.manual_seed(0)
+    problem = smoke_cells(bench, workload)[0].make(torch.float64, CPU, 2)
+    name = "hyper" if problem.hyper else "initial"
+    at = getattr(problem, name)
+    direction = {key: torch.randn_like(x) for key, x in at.items()}
+
+    def moved(amount):
+        shifted = {key: x + amount * direction[key] for key, x in at.items()}
+        return outer_loss(dataclasses.replace(problem, **{name: shifted}))
+
+    gradient = bench.peers.loop.unroll(problem)
+    slope = sum((g * d).sum() for g, d in zip(gradient, direction.values(), strict=True))
+    step = 1e-6  # truncation 1e-12 and round-off 1e-10 of the loss; no kink of a ReLU lies between
+    assert float(slope) == pytest.approx((moved(step) - moved(-step)) / (2 * step), rel=1e-6)
+
+
+def outer_loss(problem):
+    """The mean outer loss, by torch's own SGD."""
+    total = 0.0
+    for support, query in problem.tasks():
+        params = {key: x.clone().requires_grad_() for key, x in problem.initial.items()}
+        optimizer = torch.optim.SGD(list(params.values()), lr=problem.lr, momentum=problem.momentum)
+        for _ in range(problem.steps):
+            optimizer.zero_grad()
+            problem.inner(params, problem.hyper, support).backward()
+            optimizer.step()
+        total += problem.outer(params, query).item() / problem.count
+    return total
+
+
+def test_conjugate_gradients_of_the_peer_solve_the_system(bench):
+    """Twenty products for twenty unknowns: the explicit Hessian's solution."""
+    cell = next(cell for cell in smoke_cells(bench, "penalties") if cell.setting == "CG(20)")
+    problem = cell.make(torch.float64, CPU, 1)
+    support, query = next(problem.tasks())
+    w, log_penalty = problem.initial["w"], problem.hyper["log_penalty"]
+
+    def inner(w):
+        return problem.inner({"w": w}, problem.hyper, support)
+
+    hessian = torch.autograd.functional.hessian(inner, w)
+    outer_gradient = torch.autograd.functional.jacobian(lambda w: problem.outer({"w": w}, query), w)
+    mixed = torch.diag(log_penalty.exp() * w)
+    expected = -mixed @ torch.linalg.solve(hessian, outer_gradient)
+    for method in cell.methods:
+        # conjugate gradients lose orthogonality: far above round-off, far below any fault
+        torch.testing.assert_close(method.run(problem)[0], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_goals_are_judged_by_ratios_within_rounds(bench):
+    role = bench.measure.Role
+
+    def took(name, kind, *times, peak=100):
+        return bench.measure.Measurement(name, kind, 0.0, list(times), peak)
+
+    measured = [
+        took("plain loop", role.LOOP_PEER, 20.0, 40.0, 20.0),
+        took("functorch, backward outside", role.PEER, 2.0, 4.0, 2.0),
+        took("cheat", role.WRONG_PEER, 0.1, 0.1, 0.1),
+        took("ours, graphs", role.OURS, 1.0, 2.0, 1.8, peak=400),
+    ]
+    verdicts = bench.goals.judge([bench.measure.Result("W1", "T=5 B=25", tuple(measured))])
+    time, memory, loops = verdicts
+    assert (time.against, time.measured, time.met) == ("functorch, backward outside", 0.5, True)
+    assert (time.low, time.high) == pytest.approx((0.5, 0.7))
+    assert (memory.measured, memory.met) == (4.0, False)
+    assert (loops.against, loops.measured) == ("plain loop", 0.05)
+
+
+def test_every_goal_names_a_cell_that_is_measured(bench):
+    size = bench.measure.Size.FULL
+    cells = {f"{c.workload} {c.setting}": c for make in bench.__main__.CELLS.values() for c in make(size)}
+    cells |= {f"{c.workload} {c.setting}": c for c in bench.gpu.cells(size)}
+    for goal in bench.goals.GOALS:
+        names = [method.name for method in cells[goal.cell].methods]
+        assert goal.method in names or goal.method == "ours, compiled"
+        assert not isinstance(goal.against, str) or goal.against in [*names, bench.goals.MEGABYTES]
+    for cell in cells.values():
+        assert len({method.name for method in cell.methods}) == len(cell.methods)
+
+
+def test_rounds_run_to_and_fro_after_one_to_warm_up(bench):
+    seen = []
+    jobs = [lambda: seen.append("a"), lambda: seen.append("b")]
+    times = bench.measure.interleaved(jobs, CPU, 0.0, (2, 5))
+    assert "".join(seen) == "ab" + "ab" + "ba"
+    assert [len(own) for own in times] == [2, 2]
+
+
+def test_a_report_survives_its_file_and_becomes_a_page(bench, tmp_path):
+    cells = [dataclasses.replace(cell, x=i + 1) for i, cell in enumerate(smoke_cells(bench, "sinusoid") * 2)]
+    cells.append(dataclasses.replace(cells[0], x=None, setting="T=5 B=4"))
+    limit = bench.measure.Limit(0.0, (1, 1))
+    results = [bench.measure.measure(cell, CPU, limit) for cell in cells]
+    for result in results[:2]:
+        object.__setattr__(result, "workload", "Steps")
+    report = bench.report.Report(bench.report.about("python -m benchmarks"), results)
+    report.save(tmp_path / "results.json")
+    assert bench.report.Report.load(tmp_path / "results.json") == report
+    assert json.loads((tmp_path / "results.json").read_text())["about"]["command"] == "python -m benchmarks"
+    bench.document.write(report, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "| W1 T=5 B=4 | ours, graphs | " in page
+    assert "performance/steps.png" in page
+    assert (tmp_path / "performance" / "steps.png").stat().st_size > 5000
