@@ -69,8 +69,8 @@ def gpu(report: Report, results: Sequence[Result]) -> str:
     if report.about["GPU"] == "none" or not results:
         return (
             "No GPU was at hand for this run, so nothing is claimed. With one, `python -m benchmarks` measures "
-            "Conv4-64 with 32 tasks, sine waves with 1,024 tasks, and memory against steps and params; tiny versions run on the "
-            "CPU in `--smoke`."
+            "Conv4-64 with 32 tasks, sine waves with 1,024 tasks, and memory against steps and params; tiny "
+            "versions run on the CPU in `--smoke`."
         )
     accounts = [
         f"Where the time goes: {title}\n\n"

@@ -1,7 +1,7 @@
 """W5: example weights learned by a weight network; the inner problem is an MLP 784-128-10, batch 128, momentum.
 
-Each example's weight is a small network's function of its loss, as in Shu et al. (2019), "Meta-Weight-Net"; the weight is
-part of the inner loss, so that the hypergradient is the derivative of what is run.
+Each example's weight is a small network's function of its loss, as in Shu et al. (2019), "Meta-Weight-Net"; the
+weight is part of the inner loss, so that the hypergradient is the derivative of what is run.
 """
 
 from __future__ import annotations
