@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,7 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.compare import peak_bytes
+from diffopt.allocations import peak_bytes
+from diffopt.errors import CompileWarning
 
 SLOW_ROUND = 8.0
 """Seconds from which a round needs no warming up."""
@@ -42,11 +44,19 @@ class Size(Enum):
 @final
 @dataclass(frozen=True)
 class Method:
-    """A way to compute the hypergradient of a problem."""
+    """A way to compute the hypergradient of a problem.
+
+    Attributes:
+        name: for tables.
+        role: what it is in the comparison.
+        run: ``run(problem)``, the gradients.
+        compiles: whether its first call compiles, which is then measured apart.
+    """
 
     name: str
     role: Role
     run: Callable[[Any], Sequence[Tensor]]
+    compiles: bool = False
 
 
 @final
@@ -84,8 +94,9 @@ class Measurement:
         method: its name.
         role: its :class:`Role`.
         error: relative error in float64 against the reference; ``None``: not verified at this size.
-        times: seconds of each round; none if the device's memory did not suffice.
+        times: seconds of each round; none if it could not be run: out of memory, or no compiler.
         peak: bytes above the start; ``None``: likewise.
+        compiling: elapsed seconds of a first call that compiles.
     """
 
     method: str
@@ -93,6 +104,7 @@ class Measurement:
     error: float | None
     times: list[float] = field(default_factory=list)
     peak: int | None = None
+    compiling: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -141,11 +153,14 @@ def measure(cell: Cell, device: torch.device, limit: Limit) -> Result:
         if exact and row.error is not None and not row.error < TOLERANCE:
             raise ArithmeticError(f"{cell.workload} {cell.setting}: {row.method} is off by {row.error:.1e} in float64")
     problem = cell.make(torch.float32, device, cell.tasks)
-    jobs = [lambda m=m: m.run(problem) for m in cell.methods]
-    times = interleaved(jobs, device, limit.share * cell.seconds, limit.rounds)
-    for row, job, own in zip(rows, jobs, times, strict=True):
-        row.times = own
-        row.peak = peak_bytes(job) if own else None
+    jobs: list[Callable[[], object]] = [lambda m=m: m.run(problem) for m in cell.methods]
+    for row, method, job in zip(rows, cell.methods, jobs, strict=True):
+        row.compiling = _compiling(job) if method.compiles else None
+    ready = [i for i, method in enumerate(cell.methods) if not method.compiles or rows[i].compiling is not None]
+    times = interleaved([jobs[i] for i in ready], device, limit.share * cell.seconds, limit.rounds)
+    for i, own in zip(ready, times, strict=True):
+        rows[i].times = own
+        rows[i].peak = peak_bytes(jobs[i]) if own else None
     return Result(cell.workload, cell.setting, tuple(rows), cell.x)
 
 
@@ -157,6 +172,18 @@ def relative_errors(cell: Cell, device: torch.device) -> list[float | None]:
     problem = cell.make(torch.float64, device, tasks)
     answers = [torch.cat([g.detach().flatten() for g in m.run(problem)]) for m in cell.methods]
     return [float((answer - answers[0]).norm() / answers[0].norm()) for answer in answers]
+
+
+def _compiling(job: Callable[[], object]) -> float | None:
+    """Elapsed seconds of a first call; ``None`` if it could not compile and ran as it was."""
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompileWarning)
+        try:
+            job()
+        except CompileWarning:
+            return None
+    return time.monotonic() - start
 
 
 def interleaved(

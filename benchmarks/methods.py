@@ -23,6 +23,9 @@ OURS_GRAPH = Method("ours, graphs", Role.OURS, lambda problem: ours.vmapped(prob
 OURS_STATES = Method("ours, states", Role.OURS, lambda problem: ours.vmapped(problem, STATES))
 OURS_SQRT = Method("ours, checkpoints", Role.OURS, lambda problem: ours.vmapped(problem, SQRT))
 OURS_VMAPPED = (OURS_GRAPH, OURS_STATES, OURS_SQRT)
+OURS_COMPILED = Method(
+    "ours, compiled", Role.OURS, lambda problem: ours.vmapped(problem, STATES, compiled=True), compiles=True
+)
 
 OURS_LOOP_GRAPH = Method("ours, loop, graphs", Role.OURS, lambda problem: ours.looped(problem, GRAPH))
 OURS_LOOP_STATES = Method("ours, loop, states", Role.OURS, lambda problem: ours.looped(problem, STATES))

@@ -14,20 +14,28 @@ from diffopt.estimators import Estimator
 from diffopt.linear_solve import ConjugateGradient
 
 
-def adapt(problem: Problem, initial: Params, hyper: Params, support: Data, rule: Estimator) -> Params:
+def adapt(
+    problem: Problem, initial: Params, hyper: Params, support: Data, rule: Estimator, *, compiled: bool = False
+) -> Params:
     """The params of one task at the end of the inner loop."""
-    optimizer = diffopt.SGD(problem.lr, momentum=problem.momentum)
     return diffopt.solve(
-        problem.inner, initial, hyper, support, optimizer=optimizer, steps=problem.steps, estimator=rule
+        problem.inner,
+        initial,
+        hyper,
+        support,
+        optimizer=diffopt.SGD(problem.lr, momentum=problem.momentum),
+        steps=problem.steps,
+        estimator=rule,
+        compile=compiled,
     ).params
 
 
-def vmapped(problem: Problem, rule: Estimator) -> Gradients:
+def vmapped(problem: Problem, rule: Estimator, *, compiled: bool = False) -> Gradients:
     """All tasks in one ``vmap``, inner loop and outer loss alike."""
     initial, hyper, leaves = problem.fresh()
 
     def task_loss(support: Data, query: Data) -> Tensor:
-        return problem.outer(adapt(problem, initial, hyper, support, rule), query)
+        return problem.outer(adapt(problem, initial, hyper, support, rule, compiled=compiled), query)
 
     return torch.autograd.grad(vmap(task_loss)(problem.support, problem.query).mean(), leaves)
 

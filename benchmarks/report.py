@@ -108,9 +108,10 @@ def cell_rows(result: Result) -> list[tuple[str, ...]]:
 
 def _cell_row(m: Measurement, best: Measurement) -> tuple[str, ...]:
     name = m.method + (" *" if m is best else "") + (" (WRONG)" if m.role is Role.WRONG_PEER else "")
+    name += "" if m.compiling is None else f" (in {m.compiling:.0f} s)"
     error = "-" if m.error is None else f"{m.error:.1e}"
     if not m.times or m.peak is None:
-        return (name, error, "out of memory", "", "", "", "")
+        return (name, error, "not run", "", "", "", "")
     middle, low, high = ratio(m, best)
     weight = f"{m.peak / best.peak:.2f}" if best.peak else "-"
     quartiles = "" if m is best else f"{low:.2f}-{high:.2f}"

@@ -50,8 +50,9 @@ def test_every_method_that_counts_gives_the_reference_answer(bench, workload):
         }
         # round-off of a few steps in float64, amplified by max-pooling's and ReLU's choices at most a little
         assert max(by_role[role.PEER] + by_role[role.LOOP_PEER] + by_role[role.OURS]) < 1e-11
-        # what is said to be wrong or biased is: if not, the label is out of date
-        assert all(error > 1e-6 for error in by_role[role.WRONG_PEER] + by_role[role.BIASED])
+        # what is said to be wrong or biased is, if not by much: else the label is out of date
+        assert all(error > 1e-6 for error in by_role[role.WRONG_PEER])
+        assert all(1e-12 < error < 0.1 for error in by_role[role.BIASED])
 
 
 @pytest.mark.parametrize("workload", ["sinusoid", "penalties", "weights", "long"])
@@ -131,7 +132,7 @@ def test_every_goal_names_a_cell_that_is_measured(bench):
     cells |= {f"{c.workload} {c.setting}": c for c in bench.gpu.cells(size)}
     for goal in bench.goals.GOALS:
         names = [method.name for method in cells[goal.cell].methods]
-        assert goal.method in names or goal.method == "ours, compiled"
+        assert goal.method in names
         assert not isinstance(goal.against, str) or goal.against in [*names, bench.goals.MEGABYTES]
     for cell in cells.values():
         assert len({method.name for method in cell.methods}) == len(cell.methods)

@@ -43,19 +43,24 @@ def problem(dtype: torch.dtype, device: torch.device, tasks: int, steps: int, lr
     return Problem(inner, outer, initial, {}, (waves[0], waves[1]), (waves[2], waves[3]), steps, lr)
 
 
-def cell(steps: int, tasks: int, rivals: Sequence[Method], seconds: float) -> Cell:
+def cell(steps: int, tasks: int, rivals: Sequence[Method], seconds: float, own: Sequence[Method] = ()) -> Cell:
     """One setting; the plain loop comes first, as the reference of every answer."""
     make = functools.partial(problem, steps=steps)
     everyone = (methods.PLAIN_LOOP, *(rival for rival in rivals if rival is not methods.PLAIN_LOOP))
-    return Cell("W1", f"T={steps} B={tasks}", make, (*everyone, *methods.OURS_VMAPPED), tasks, seconds=seconds)
+    return Cell("W1", f"T={steps} B={tasks}", make, (*everyone, *methods.OURS_VMAPPED, *own), tasks, seconds=seconds)
 
 
 def cells(size: Size) -> list[Cell]:
     vectorised = (methods.FUNCTORCH, methods.FUNCTORCH_INSIDE)
     everyone = (*methods.LOOP_PEERS, *vectorised)
+    compiled = (methods.OURS_COMPILED,)
     if size is Size.SMOKE:
         return [cell(3, 2, everyone, 0)]
     if size is Size.QUICK:
-        return [cell(20, 4, vectorised, 20), cell(20, 25, everyone, 40), cell(100, 25, vectorised, 20)]
-    settings = [(steps, tasks, everyone, 15 + tasks / 4) for steps in (5, 20) for tasks in (4, 25, 100)]
+        return [cell(20, 4, vectorised, 20), cell(20, 25, everyone, 40, compiled), cell(100, 25, vectorised, 20)]
+    settings = [
+        (steps, tasks, everyone, 15 + tasks / 4, compiled if steps == 20 else ())
+        for steps in (5, 20)
+        for tasks in (4, 25, 100)
+    ]
     return [cell(*setting) for setting in settings] + [cell(100, 25, vectorised, 20)]
