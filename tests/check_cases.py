@@ -1,0 +1,238 @@
+"""Losses for ``diffopt.check``: one row per fault, with the check that must find it; and losses that are fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812  (its usual name)
+from torch.nn import utils
+from torch.utils import checkpoint
+
+import diffopt
+from diffopt.tasks import MLP, Conv4, functional
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def w() -> Tensor:
+    return numbers(4).double()
+
+
+class OnceOnly(torch.autograd.Function):
+    """A square whose backward reads what it has saved as a constant: autograd then finds no curvature."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return 2 * cotangents[0] * ctx.saved_tensors[0]
+
+
+def of_module(module: nn.Module, inputs: Tensor, pick: Callable[[Any], Tensor] = lambda out: out) -> tuple[Any, ...]:
+    """A loss over a module's parameters, with what it is given."""
+    params = {name: value.detach().clone() for name, value in module.named_parameters()}
+    return lambda p, x: pick(functional_call(module, p, (x,))).pow(2).mean(), params, inputs
+
+
+def normed(kind: Callable[[nn.Module], Any]) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    return of_module(kind(nn.Linear(3, 2)), numbers(5, 3))
+
+
+def attention() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    return of_module(layer, numbers(2, 3, 4))
+
+
+def counted() -> tuple[Any, ...]:
+    calls: list[int] = []
+
+    def loss(w: Tensor) -> Tensor:
+        calls.append(1)
+        return w.square().sum() * len(calls)
+
+    return loss, w()
+
+
+def captured() -> tuple[Any, ...]:
+    target = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    return lambda w: (w - 2 * target).square().sum(), w()
+
+
+def own_generator() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda w: (w * torch.rand(4, generator=generator)).sum().square(), w()
+
+
+# what is checked -> the check that fails, the error's class, what it says
+FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, type[Exception], str]] = {
+    "vector": (lambda: (lambda w: w, w()), "scalar, finite", diffopt.LossError, r"shape \(4,\)"),
+    "raises": (
+        lambda: (lambda w, x: (w @ x).sum(), w(), torch.ones(3).double()),
+        "scalar, finite",
+        diffopt.LossError,
+        "raised RuntimeError .*check its arguments",
+    ),
+    "not_callable": (lambda: (3.0, w()), "scalar, finite", diffopt.LossError, "loss is float"),
+    "nan": (lambda: (lambda w: (w / 0).sum(), w()), "scalar, finite", diffopt.NonFiniteLossError, "is (inf|nan)"),
+    "params": (lambda: (lambda w: w, {"n": 3}), "scalar, finite", diffopt.LeafError, r"params\['n'\] is int 3"),
+    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "functional_call"),
+    "detached": (
+        lambda: (lambda w: w.detach().sum(), w()),
+        "depends on params",
+        diffopt.DisconnectedError,
+        "does not depend on params",
+    ),
+    "gradient": (
+        lambda: (lambda p: (p["a"].abs().sqrt() + p["b"]).sum(), {"a": torch.zeros(2), "b": torch.ones(2)}),
+        "depends on params",
+        diffopt.NonFiniteGradientError,
+        r"NaN or infinite in params\['a'\]",
+    ),
+    "captured": (captured, "nothing captured", diffopt.CapturedTensorError, "captured `target`"),
+    "captured_module": (
+        lambda: (lambda m: (lambda w: m(w).sum().square(), w()))(nn.Linear(4, 1).double()),
+        "nothing captured",
+        diffopt.CapturedTensorError,
+        r"captured `m\.bias`, `m\.weight`",
+    ),
+    "argument_changed": (
+        lambda: (lambda w, x: (w * x["n"].add_(0)).sum().square(), w(), {"n": torch.ones(4)}),
+        "changes nothing",
+        diffopt.InPlaceError,
+        r"changes args\[0\]\['n'\] in place",
+    ),
+    "running_statistics": (
+        lambda: of_module(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), numbers(5, 3), lambda x: x[0] ** 3),
+        "changes nothing",
+        diffopt.InPlaceError,
+        "changes module.1.num_batches_tracked.*track_running_stats=False",
+    ),
+    "counter": (counted, "deterministic", diffopt.RandomnessError, "the same params again"),
+    "own_generator": (own_generator, "deterministic", diffopt.RandomnessError, "torch's global generator"),
+    "weight_norm": (
+        lambda: normed(utils.parametrizations.weight_norm),
+        "second derivative",
+        diffopt.WrongDerivativeError,
+        r"off finite differences, most in params\['parametrizations.weight.*weight_norm",
+    ),
+    "attention": (
+        attention,
+        "second derivative",
+        diffopt.MissingDerivativeError,
+        r"flash_attention.*sdpa_kernel\(\[SDPBackend.MATH\]\)",
+    ),
+    "multi_margin": (
+        lambda: (lambda w: F.multi_margin_loss(w.view(2, 2), torch.tensor([0, 1])), w()),
+        "second derivative",
+        diffopt.MissingDerivativeError,
+        r"multi_margin.*FirstOrder\(\)",
+    ),
+    "half_detached": (
+        lambda: (lambda w: w.pow(3).sum() * w.detach().sum(), w()),
+        "second derivative",
+        diffopt.WrongDerivativeError,
+        "off finite differences, most in params",
+    ),
+    "once_only": (
+        lambda: (lambda w: OnceOnly.apply(w).sum(), w()),
+        "second derivative",
+        diffopt.WrongDerivativeError,
+        "100% off",
+    ),
+    "once_only_and_more": (
+        lambda: (lambda w: OnceOnly.apply(w).square().sum(), w()),
+        "second derivative",
+        diffopt.MissingDerivativeError,
+        "once_differentiable.*write the function's backward",
+    ),
+    "argument_cut_off": (
+        lambda: (lambda w, a: (w * a).sum() ** 2 + (w * a.detach()).sum() ** 3, w(), w().requires_grad_()),
+        "second derivative",
+        diffopt.WrongDerivativeError,
+        r"most in args\[0\]",
+    ),
+    "norm_at_zero": (
+        lambda: (lambda w: w.norm() + (w - 1).square().sum(), torch.zeros(3)),
+        "second derivative",
+        diffopt.NonFiniteGradientError,
+        "norms or logarithms at zero",
+    ),
+    "reentrant": (
+        lambda: (lambda w: checkpoint.checkpoint(torch.sin, w, use_reentrant=True).sum(), w()),
+        "depends on params",
+        diffopt.MissingDerivativeError,
+        "use_reentrant=False",
+    ),
+    "other_numbers_in_batches": (
+        lambda: (lambda w: w.square().sum() * (1.0 + torch._C._functorch.is_batchedtensor(w)), w()),
+        "safe under vmap",
+        diffopt.VmapError,
+        "under vmap the (loss|gradient of params) is .* off that of a loop, expected the same numbers",
+    ),
+    "branch": (
+        lambda: (lambda w: w.sum() ** 2 if w.sum() > 0 else w.sum() ** 4, w()),
+        "safe under vmap",
+        diffopt.VmapError,
+        "data-dependent.*torch.where",
+    ),
+    "mask": (
+        lambda: (lambda w: w[w > 0].sum() ** 2, w()),
+        "safe under vmap",
+        diffopt.VmapError,
+        "dynamic shape.*torch.where",
+    ),
+    "gru": (
+        lambda: of_module(nn.GRU(3, 2), numbers(4, 2, 3), lambda out: out[0]),
+        "safe under vmap",
+        diffopt.VmapError,
+        "Batching rule not implemented.*loop over the tasks",
+    ),
+}
+
+
+def weight_norm(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """By its formula, which autograd differentiates right."""
+    return (x @ (p["g"] * p["v"] / p["v"].norm(dim=1, keepdim=True)).T).square().mean()
+
+
+def of_network(module: nn.Module, distance: Any, inputs: Tensor, targets: Tensor) -> tuple[Any, ...]:
+    apply, params = functional(module)
+    return lambda p, x, y: distance(apply(p, x), y), params, inputs, targets
+
+
+FIT: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "square": lambda: (lambda w: w.square().sum(), w()),
+    "linear": lambda: (lambda w: w.sum(), w()),
+    "float32": lambda: (lambda w: w.square().sum(), numbers(4)),
+    "half": lambda: (lambda w: w.square().sum(), numbers(4).half()),
+    "mixed": lambda: (lambda p: p[0].square().sum() + p[1].square().sum(), [numbers(2), numbers(2).double()]),
+    "arguments_of_every_kind": lambda: (
+        lambda w, a, n: (w - a[n]).pow(4).sum(),
+        w(),
+        {"x": (2 * w() + 1).requires_grad_()},
+        "x",
+    ),
+    "relu": lambda: of_network(MLP((1, 9, 9, 1)), F.mse_loss, numbers(5, 1), numbers(5, 1).sin()),
+    "convolutions": lambda: of_network(Conv4(1, 3, 4, 16), F.cross_entropy, numbers(6, 1, 16, 16), torch.arange(6) % 3),
+    "weight_norm": lambda: (weight_norm, {"v": numbers(2, 3), "g": numbers(2, 1)}, numbers(5, 3)),
+    "constants_in_single": lambda: (lambda c: (lambda w: (c @ w).square().sum(), numbers(4)))(numbers(3, 4)),
+    "frozen_module": lambda: (lambda m: (lambda w: m(w).square().sum(), numbers(3)))(
+        nn.Linear(3, 2).requires_grad_(False)
+    ),
+    "layer_norm": lambda: of_module(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), numbers(5, 3), lambda x: x[0]),
+    "batch_norm": lambda: of_module(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)), numbers(5, 3), lambda x: x[0]
+    ),
+}
