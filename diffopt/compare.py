@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ def _checked(
         return problem.compare_loss, exact or Reverse()
     if not callable(problem):
         raise LossError(f"problem is {describe(problem)}, expected a function of an estimator; see the example")
-    return problem, exact or Reverse()
+    return cast("Callable[[Estimator], Tensor]", problem), exact or Reverse()
 
 
 def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:

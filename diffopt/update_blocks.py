@@ -25,12 +25,14 @@ class UpdateBlocks(Protocol):
 
     def turn(self, adjoints: Leaves, first: int) -> Leaves:
         """``E_t' x_t``, like the params, for the stack ``x_first, x_{first+1}, ...``."""
+        ...
 
     def scan(self, last: Leaves, first: int, end: int, pushes: Leaves | None) -> Leaves:
         """The stack ``x_{first-1}, ..., x_{end-1}`` of ``x_{t-1} = C_t' x_t + P' y_t``, from ``x_end = last``.
 
         ``pushes`` is the stack ``y_first, ..., y_end``, like the params; ``None``: zero.
         """
+        ...
 
 
 @final

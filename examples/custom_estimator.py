@@ -1,0 +1,100 @@
+"""A rule of one's own, in thirty lines: curvature at randomly chosen steps only, and still unbiased.
+
+    exact:   Lambda_{t-1} = C_t' Lambda_t +         P' H_t E_t' Lambda_t
+    here:    Lambda_{t-1} = C_t' Lambda_t + (b/p) * P' H_t E_t' Lambda_t,   b = 1 with probability p, else 0
+
+Each step's coin is independent of the steps after it, so the mean of the product is the product of the means: the
+exact hypergradient, for p times its Hessian-vector products. (Truncation spends as many and is biased.) The rule is
+written once, from the blocks C, E, D, H, M of a step; it then holds for every optimizer, meta-parameter and vmap.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import scale
+from torch import Tensor
+
+import diffopt
+from diffopt.estimators import (
+    Adjoint,
+    Claims,
+    Cotangents,
+    DirectTerms,
+    Keep,
+    ParallelCurvature,
+    Reverse,
+    Trajectory,
+    Truncated,
+)
+from diffopt.leaves import Leaves
+
+
+@dataclass(frozen=True)
+class CoinToss(Adjoint):
+    """Each step's curvature with probability ``chance``, divided by it."""
+
+    chance: float
+    generator: torch.Generator
+
+    def claims(self, steps: int) -> Claims:
+        return Claims(exact="always", random=True)  # of a random rule: its mean
+
+    def keep(self, steps: int) -> Keep:
+        return Keep(first=1, checkpoint=1, gradients=True)  # all states, and the gradient at each
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        updates, curvature = trajectory.updates.blocks(), ParallelCurvature(trajectory, 1, 1, again=False)
+        direct, adjoints = DirectTerms(trajectory), [cotangent]
+        for step in range(trajectory.steps, 0, -1):
+            push = None
+            if torch.rand((), generator=self.generator) < self.chance:
+                turned = updates.turn(adjoints[0].map(lambda leaf: leaf[None]), step)  # E_t' Lambda_t
+                push = curvature.product(turned * (1 / self.chance), step, direct)  # H_t of it; M_t' of it to direct
+            before = updates.scan(adjoints[0], step, step, push)  # C_t' Lambda_t, and the push added
+            adjoints.insert(0, before.map(lambda leaf: leaf[0]))
+        direct.add_updates(Leaves(torch.stack(leaf) for leaf in zip(*adjoints[1:], strict=True)))  # D_t' Lambda_t
+        return Cotangents(adjoints[0], direct.collect())
+
+
+def main(quick: bool = False) -> dict[str, float]:
+    x, y = (torch.from_numpy(array) for array in load_breast_cancer(return_X_y=True))
+    x, y = torch.from_numpy(scale(x)), y.double()
+    train, validation = (x[::2], y[::2]), (x[1::2], y[1::2])
+
+    def loss(w: Tensor, log_penalty: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
+        return F.binary_cross_entropy_with_logits(data[0] @ w, data[1]) + (log_penalty.exp() * w**2).sum()
+
+    log_penalty = torch.full((x.shape[1],), -3.0, dtype=torch.float64, requires_grad=True)
+
+    def hypergradient(estimator: Adjoint) -> tuple[Tensor, int]:
+        start, sgd = 0.1 * torch.ones(x.shape[1], dtype=torch.float64), diffopt.SGD(lr=0.2, momentum=0.8)
+        solution = diffopt.solve(loss, start, log_penalty, train, optimizer=sgd, steps=20, estimator=estimator)
+        outer_loss = F.binary_cross_entropy_with_logits(validation[0] @ solution.params, validation[1])
+        return torch.autograd.grad(outer_loss, log_penalty)[0], solution.counts.products
+
+    exact, products = hypergradient(Reverse())
+    results = {"exact, Reverse()": (0.0, products)}
+    for steps in (10, 5):
+        truncated, products = hypergradient(Truncated(steps))
+        results[f"Truncated({steps})"] = (float((truncated - exact).norm() / exact.norm()), products)
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 10, 100) if quick else (1, 10, 100, 1000):
+        found = [hypergradient(CoinToss(0.5, generator)) for _ in range(count)]
+        mean = torch.stack([gradient for gradient, _ in found]).mean(0)
+        products = sum(products for _, products in found) // count
+        results[f"CoinToss(0.5), mean of {count}"] = (float((mean - exact).norm() / exact.norm()), products)
+    print(f"{'rule':30} relative error    HVPs per hypergradient")
+    for name, (error, products) in results.items():
+        print(f"{name:30} {error:14.4f} {products:12}")
+    return {name: error for name, (error, _) in results.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A rule of one's own.")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    main(**vars(parser.parse_args()))
