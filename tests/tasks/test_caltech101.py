@@ -60,7 +60,7 @@ def test_a_size_and_episodes(made, write, generator):
     assert np.array_equal(loaded.images[1][0].permute(1, 2, 0).numpy(), np.asarray(picture))
     episodes = sample_episodes(loaded.images, way=2, shot=1, query=2, tasks=3, generator=generator)
     assert episodes.query_inputs.shape == (3, 4, 3, 20, 20)
-    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 2 but a class has only 3 images"):
+    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 2, expected at most 3: a class has only 3 images"):
         sample_episodes(loaded.images, way=2, shot=2, query=2, tasks=3, generator=generator)
 
 

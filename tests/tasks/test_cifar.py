@@ -117,9 +117,9 @@ def test_episodes(archive, generator):
     images = CIFARFS.from_archive(archive, split="validation").images
     episodes = sample_episodes(images, way=5, shot=1, query=3, tasks=2, generator=generator)
     assert episodes.support_inputs.shape == (2, 5, 3, 32, 32)
-    with pytest.raises(DataError, match=r"shot . query is 2 . 3 but a class has only 4 images"):
+    with pytest.raises(DataError, match=r"shot . query is 2 . 3, expected at most 4: a class has only 4 images"):
         sample_episodes(images, way=5, shot=2, query=3, tasks=2, generator=generator)
-    with pytest.raises(DataError, match="way is 17 but there are only 16 classes"):
+    with pytest.raises(DataError, match="way is 17, expected at most 16: there are only 16 classes"):
         sample_episodes(images, way=17, shot=1, query=3, tasks=2, generator=generator)
 
 

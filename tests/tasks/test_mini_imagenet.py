@@ -152,7 +152,7 @@ def test_pictures_of_other_kinds_become_rgb(tmp_path, generator):
     assert np.abs(loaded.images[0, 2].permute(1, 2, 0).numpy().astype(int) - smooth).max() < 12, "JPEG loses a little"
     episodes = sample_episodes(loaded.images, way=5, shot=1, query=2, tasks=2, generator=generator)
     assert episodes.query_inputs.shape == (2, 10, 3, 84, 84)
-    with pytest.raises(DataError, match="but a class has only 3 images"):
+    with pytest.raises(DataError, match="expected at most 3: a class has only 3 images"):
         sample_episodes(loaded.images, way=5, shot=1, query=15, tasks=2, generator=generator)
 
 

@@ -83,9 +83,9 @@ def test_a_class_is_a_view_of_its_images():
 def test_errors_name_the_fault(generator):
     images = numbered([4, 9], 3, 5, 5)
     sizes = {"way": 2, "tasks": 1, "generator": generator}
-    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 3 but a class has only 4 images"):
+    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 3, expected at most 4: a class has only 4 images"):
         sample_episodes(images, shot=2, query=3, **sizes)
-    with pytest.raises(DataError, match="way is 3 but there are only 2 classes"):
+    with pytest.raises(DataError, match="way is 3, expected at most 2: there are only 2 classes"):
         sample_episodes(images, shot=1, query=3, **sizes | {"way": 3})
     with pytest.raises(DataError, match=r"float32 of shape \(13, 3, 5, 5\); expected uint8 \[images, \(channels"):
         sample_episodes(RaggedImages(images.flat.float(), images.counts), shot=1, query=1, **sizes)

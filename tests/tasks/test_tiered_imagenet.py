@@ -87,9 +87,9 @@ def test_a_size_and_episodes(tmp_path, monkeypatch, generator):
     assert np.array_equal(loaded.images[7][0].permute(1, 2, 0).numpy(), np.asarray(picture))
     episodes = sample_episodes(loaded.images, way=5, shot=1, query=1, tasks=2, generator=generator)
     assert episodes.support_inputs.shape == (2, 5, 3, 5, 5)
-    with pytest.raises(DataError, match=r"shot \+ query is 1 \+ 2 but a class has only 2 images"):
+    with pytest.raises(DataError, match=r"shot \+ query is 1 \+ 2, expected at most 2: a class has only 2 images"):
         sample_episodes(loaded.images, way=5, shot=1, query=2, tasks=2, generator=generator)
-    with pytest.raises(DataError, match="way is 98 but there are only 97 classes"):
+    with pytest.raises(DataError, match="way is 98, expected at most 97: there are only 97 classes"):
         sample_episodes(loaded.images, way=98, shot=1, query=1, tasks=2, generator=generator)
     assert TieredImageNet.load(tmp_path, split="validation").images.flat.shape[1:] == (3, 84, 84)
 
