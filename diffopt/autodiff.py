@@ -150,6 +150,11 @@ def named_missing_derivatives() -> Iterator[None]:
         raise missing_derivative(said) from error
 
 
+def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors as they are, with zeros in place of ``None``."""
+    return tuple(torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True))
+
+
 def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, detached, with zeros in place of ``None``."""
     return tuple(torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tensors, like, strict=True))

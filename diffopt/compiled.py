@@ -1,4 +1,4 @@
-"""The inner gradient and its pullback as compiled functions, for losses so small that overhead is all they cost."""
+"""Steps and their pullbacks as compiled functions, for losses so small that overhead is all they cost."""
 
 from __future__ import annotations
 
@@ -7,66 +7,94 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, randomness
+from diffopt import autodiff, randomness, tree
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, CompileWarning
+from diffopt.leaves import Leaves
+from diffopt.optimizer import Schedule
 
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
-class Gradient(NamedTuple):
-    """What one evaluation of the compiled inner gradient gives: the losses, and the gradients of the params."""
+class Step(NamedTuple):
+    """What one step gives: the losses, the gradients of the params, and the state after it."""
 
     losses: Tensor
-    grads: tuple[Tensor, ...]
+    grads: Leaves
+    after: Leaves
 
 
-def gradient(dynamics: Dynamics, params: Sequence[Tensor], current: Sequence[Tensor]) -> Gradient | None:
-    """The inner losses and gradients, compiled; ``None`` if that cannot be done, of which a warning says why."""
-    count, read = dynamics.params_count, list(current[: dynamics.hyperparameters_start])
+@final
+class Steps:
+    """The steps of one rollout, each one call of a compiled function."""
 
-    def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def __init__(self, dynamics: Dynamics) -> None:
+        """Compile nothing yet: shapes are known once there is a state."""
+        self._dynamics, self._function = dynamics, _Lookup(dynamics, ("step",), self._evaluate)
+
+    def take(self, state: Leaves, current: Sequence[Tensor], number: int) -> Step | None:
+        """Step ``number`` from ``state``; ``None`` if it cannot be compiled, of which a warning says why."""
+        done = self._function(number, *state, *current)
+        if done is None:
+            return None
+        split = 1 + self._dynamics.params_count
+        return Step(done[0], Leaves(done[1:split]), Leaves(done[split:]))
+
+    def _evaluate(self, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count, params = self._dynamics.state_count, self._dynamics.params_count
         with torch.enable_grad():
-            roots = [x.detach().requires_grad_() for x in tensors[:count]]
-            losses = dynamics.losses(roots, tensors[count:])
-            found = autodiff.gradient(losses.sum(), roots, differentiable=False)
-        return (losses.detach(), *autodiff.or_zeros(found, roots))
-
-    function = _compiled(dynamics, ("gradient",), evaluate, [*params, *read])
-    if function is None:
-        return None
-    losses, *grads = function(*params, *read)
-    return Gradient(losses, tuple(grads))
+            roots = [x.detach().requires_grad_() for x in tensors[:params]]
+            losses = self._dynamics.losses(roots, tensors[count:])
+            grads = autodiff.or_zeros(autodiff.gradient(losses.sum(), roots, differentiable=False), roots)
+        return (losses.detach(), *grads, *_update(self._dynamics, tensors[:count], grads, tensors[count:], number))
 
 
-def product(
-    dynamics: Dynamics,
-    params: Sequence[Tensor],
-    current: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    wanted: Sequence[int],
-) -> tuple[Tensor, ...] | None:
-    """``H u``, then ``M' u`` for the extras ``wanted``, compiled; ``None`` as for :func:`gradient`."""
-    count, read = dynamics.params_count, list(current[: dynamics.hyperparameters_start])
+@final
+class Pullbacks:
+    """The pullbacks ``J_t' x`` and ``B_t' x`` of steps, each one call of a compiled function."""
 
-    def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def __init__(self, dynamics: Dynamics, wanted: Sequence[int]) -> None:
+        """``wanted`` are the extras whose direct term is asked for."""
+        self._dynamics, self._wanted = dynamics, wanted
+        self._function = _Lookup(dynamics, ("pullback", *wanted), self._evaluate)
+
+    def pull(
+        self, state: Leaves, current: Sequence[Tensor], number: int, adjoint: Leaves
+    ) -> tuple[Leaves, dict[int, Tensor]] | None:
+        """The adjoint of ``state`` and the direct terms by number of the extra, given the adjoint of the state after.
+
+        ``None`` as for :meth:`Steps.take`.
+        """
+        done = self._function(number, *state, *current, *adjoint)
+        if done is None:
+            return None
+        return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
+
+    def _evaluate(self, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, count = self._dynamics, self._dynamics.state_count
+        end = len(tensors) - count
+        current = list(tensors[count:end])
         with torch.enable_grad():
-            now = list(tensors[count : count + len(read)])
-            for number in wanted:
-                now[number] = now[number].detach().requires_grad_()
+            for i in self._wanted:
+                current[i] = current[i].detach().requires_grad_()
             roots = [x.detach().requires_grad_() for x in tensors[:count]]
-            grads = autodiff.gradient(dynamics.losses(roots, now).sum(), roots, differentiable=True)
-            inputs = [*roots, *(now[number] for number in wanted)]
-            return autodiff.pullback(grads, inputs, tensors[count + len(read) :])
+            params = roots[: dynamics.params_count]
+            found = autodiff.gradient(dynamics.losses(params, current).sum(), params, differentiable=True)
+            after = _update(dynamics, roots, autodiff.filled(found, params), current, number)
+            inputs = [*roots, *(current[i] for i in self._wanted)]
+            return autodiff.or_zeros(autodiff.pullback(after.tensors, inputs, tensors[end:]), inputs)
 
-    arguments = [*params, *read, *vectors]
-    function = _compiled(dynamics, ("product", *wanted), evaluate, arguments)
-    return None if function is None else function(*arguments)
+
+def _update(dynamics: Dynamics, *arguments: Any) -> Leaves:
+    if dynamics.window > 1:
+        raise NotImplementedError("windows of several updates are not compiled")
+    return dynamics.update_once(*arguments)
 
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
@@ -83,17 +111,32 @@ _functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]
 """By loss (or the object whose method it is): a compiled function lives as long as what it was made from."""
 
 
+class _Lookup:
+    """A function of a step's number and tensors, compiled for these shapes the first time that any rollout calls it."""
+
+    def __init__(self, dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction) -> None:
+        self._dynamics, self._what, self._function = dynamics, what, function
+        self._found: list[TensorFunction | None] = []
+
+    def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
+        arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous() for x in tensors)]
+        if not self._found:  # the shapes of all steps of a rollout are the same
+            self._found.append(_compiled(self._dynamics, self._what, self._function, arguments))
+        return None if self._found[0] is None else self._found[0](*arguments)
+
+
 def _compiled(
     dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction, arguments: Sequence[Tensor]
 ) -> TensorFunction | None:
-    """``function``, compiled for these shapes the first time that it is asked for."""
-    device = arguments[0].device.type
-    shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in arguments)
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    place = arguments[-1].device
+    shapes = tuple((x.shape, x.dtype, x.device) for x in arguments)
+    autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
     structures = dynamics.params_structure, dynamics.args_structure, dynamics.args_leaves
     loss = dynamics.loss
-    key = (*what, getattr(loss, "__func__", None), shapes, dynamics.levels, structures, autocast)
     try:
+        optimizer = _without_tensors(dynamics.optimizer.template)
+        key = (*what, getattr(loss, "__func__", None), shapes, dynamics.levels, structures, autocast, optimizer)
         known = _functions.setdefault(_owner(loss), {})
         if key in known:
             return known[key]
@@ -102,7 +145,6 @@ def _compiled(
         return None
     _warn_of_new_functions(dynamics.loss)
     try:
-        place = arguments[0].device
         with warnings.catch_warnings(), randomness.replayed(randomness.snapshot(place), place):
             warnings.simplefilter("ignore")  # the compiler's own, of what it calls itself
             known[key] = _compile(function, arguments)
@@ -110,6 +152,17 @@ def _compiled(
         _warn(error)
         known[key] = None
     return known[key]
+
+
+def _without_tensors(optimizer: Any) -> Hashable:
+    """What tells two optimizers apart besides their tensors, which the compiled functions are given."""
+    parts: list[Hashable] = [type(optimizer)]
+    for field in fields(optimizer):
+        value = getattr(optimizer, field.name)
+        scheduled = isinstance(value, Schedule)
+        leaves, structure = tree.flatten(value.values if scheduled else value)
+        parts.append((scheduled, structure, *(None if isinstance(x, Tensor) else x for x in leaves)))
+    return tuple(parts)
 
 
 def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
@@ -158,7 +211,7 @@ def _warn_of_new_functions(loss: Any) -> None:
 def _warn(error: Exception) -> None:
     reason = " ".join(str(error).split())[:200]
     warnings.warn(
-        f"compile=True has no effect: the inner gradient could not be compiled ({type(error).__name__}: {reason}); "
+        f"compile=True has no effect: a step could not be compiled ({type(error).__name__}: {reason}); "
         "the solve runs without",
         CompileWarning,
         stacklevel=2,

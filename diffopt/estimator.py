@@ -106,7 +106,7 @@ class Adjoint(Estimator):
         """Roll out without a graph and attach this rule as the derivative."""
         keep = self.keep(problem.dynamics.steps)
         if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
-            keep = replace(keep, checkpoint=1, gradients=True)
+            keep = replace(keep, checkpoint=1)
         watch = Watch(
             problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0)
         )

@@ -18,15 +18,15 @@ from diffopt import transforms
 
 _foreach: Any = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in ("add", "sub", "mul", "div")})
 
-Operand: TypeAlias = "Leaves | float"
+Operand: TypeAlias = "Leaves | float | Tensor"
 
 
 @final
 class Leaves(Sequence[Tensor]):
     """An immutable list of tensors with elementwise arithmetic.
 
-    The other operand is a float (the same for every leaf) or another ``Leaves`` of equal length whose tensors
-    broadcast against these. Nothing is done in place, and every operation is differentiable.
+    The other operand is a number (the same for every leaf), also one held in a tensor without axes, or another
+    ``Leaves`` of equal length whose tensors broadcast against these. Nothing is done in place, and every operation is differentiable.
 
     Example:
         >>> import torch
@@ -143,9 +143,10 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def _apply(
     single: Callable[..., Tensor], every: Callable[..., Iterable[Tensor]], leaves: Leaves, other: Operand
 ) -> Leaves:
-    if not isinstance(other, Leaves | float | int):
+    number = isinstance(other, Tensor) and other.ndim == 0
+    if not (number or isinstance(other, Leaves | float | int)):
         return NotImplemented
-    if _leaf_by_leaf(leaves):
+    if number or _leaf_by_leaf(leaves):
         operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
         return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
     return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))

@@ -71,7 +71,7 @@ def roll_out_recorded(
                     graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))
         if step == 1 and watch.values:
             refuse_bad_start(dynamics, loss, grads, now, current)
-        flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, now, strict=False)]
+        flat = autodiff.filled(grads, now[: dynamics.params_count])
         now = dynamics.update(now, flat, current, step)
         losses.append(loss.detach())
     table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)

@@ -27,6 +27,7 @@ class Stepper:
     def __init__(self, dynamics: Dynamics, extras: Sequence[Tensor], record: Record, watch: Watch) -> None:
         self.dynamics, self.record, self.watch = dynamics, record, watch
         self.extras = tuple(extra.detach() for extra in extras)
+        self._compiled = compiled.Steps(dynamics)
         self._drawn: randomness.GeneratorStates | None = None
         self._growing: Block | None = None
         self._check_graph = True
@@ -72,7 +73,7 @@ class Stepper:
             versions = [leaf._version for leaf in block.now]
             losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
             after = apart_from(
-                self._levels_at(step), dynamics.update, block.now, _or_zeros(grads, before), current, step
+                self._levels_at(step), dynamics.update, block.now, autodiff.filled(grads, before), current, step
             )
             if versions != [leaf._version for leaf in block.now]:
                 raise autodiff.changed_in_place()
@@ -123,12 +124,12 @@ class Stepper:
         """One step without its graph."""
         dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
         before = state[: dynamics.params_count]
-        fast = compiled.gradient(dynamics, before, current) if dynamics.compile else None
+        fast = self._compiled.take(state, current, step) if dynamics.compile else None
         if fast is not None and not (step == 1 and self._watches):
             self.record.counts.gradients += 1
             if keep_gradients:
-                self.record.gradients[step] = Leaves(fast.grads)
-            return dynamics.update(state, fast.grads, current, step), fast.losses
+                self.record.gradients[step] = fast.grads
+            return fast.after, fast.losses
         with torch.enable_grad():
             if step == 1:
                 params = autodiff.make_roots(before)
@@ -138,7 +139,7 @@ class Stepper:
             behind = list(graph.nodes([losses.grad_fn])) if step == 1 and self.watch.captures else []
             if behind:
                 self._refuse_captures(graph.captured_nodes(behind, params))
-        grads = _or_zeros(found, before)
+        grads = autodiff.filled(found, before)
         if fast is not None:
             compiled.refuse_stale(fast.losses, losses)
         if keep_gradients:
@@ -177,10 +178,6 @@ class Stepper:
         if step == 1 and self.watch.values:
             refuse_bad_start(self.dynamics, losses, grads, params, current)
         return losses, grads
-
-
-def _or_zeros(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))
 
 
 def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:

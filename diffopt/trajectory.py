@@ -89,7 +89,7 @@ class Trajectory:
                 f"sweep(first={first}): the rule keeps steps from {self.record.first} on, expected the same number; "
                 f"return Keep(first={first}) from keep()"
             )
-        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and self.record.gradients else None
+        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and self.record.checkpoint == 1 else None
         return self._sweep_of_blocks(cotangent, first) if done is None else done
 
     def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
@@ -104,21 +104,15 @@ class Trajectory:
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
-        """The same from stored states, by compiled curvature products; ``None`` if they could not be compiled."""
-        updates, direct, adjoint = Updates(self.dynamics, self.extras, self.record, first), DirectTerms(self), cotangent
-        blocks, read = updates.blocks(), [i for i in self.wanted if i < self.dynamics.hyperparameters_start]
-        count = self.dynamics.params_count
+        """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
+        pullbacks, direct, adjoint = compiled.Pullbacks(self.dynamics, self.wanted), DirectTerms(self), cotangent
         for step in range(self.steps, first - 1, -1):
-            turned = blocks.turn(adjoint.map(lambda leaf: leaf[None]), step)
-            current, params = self.dynamics.at_step(self.extras, step), self.record.states[step][:count]
-            terms = compiled.product(self.dynamics, params, current, [leaf[0] for leaf in turned], read)
+            current = self.dynamics.at_step(self.extras, step)
+            terms = pullbacks.pull(self.record.states[step], current, step, adjoint)
             if terms is None:
                 return None  # at the first of these steps, or at none
-            direct.add(step, dict(zip(read, terms[count:], strict=True)))
-            if self.wanted_hypers:
-                direct.add(step, updates.terms(step, self.wanted_hypers, adjoint))
-            pushes = Leaves(leaf[None] for leaf in terms[:count])
-            adjoint = blocks.scan(adjoint, step, step, pushes).map(lambda leaf: leaf[0])
+            adjoint = terms[0]
+            direct.add(step, terms[1])
             self.record.counts.add_products(1)
         self.record.usable = False
         self.record.states.clear()
