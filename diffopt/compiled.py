@@ -156,7 +156,7 @@ def _compiled(
 
 def _without_tensors(optimizer: Any) -> Hashable:
     """What tells two optimizers apart besides their tensors, which the compiled functions are given."""
-    parts: list[Hashable] = [type(optimizer)]
+    parts: list[Any] = [type(optimizer)]
     for field in fields(optimizer):
         value = getattr(optimizer, field.name)
         scheduled = isinstance(value, Schedule)

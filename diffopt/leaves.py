@@ -26,7 +26,8 @@ class Leaves(Sequence[Tensor]):
     """An immutable list of tensors with elementwise arithmetic.
 
     The other operand is a number (the same for every leaf), also one held in a tensor without axes, or another
-    ``Leaves`` of equal length whose tensors broadcast against these. Nothing is done in place, and every operation is differentiable.
+    ``Leaves`` of equal length whose tensors broadcast against these. Nothing is done in place, and every operation is
+    differentiable.
 
     Example:
         >>> import torch
@@ -104,7 +105,7 @@ class Leaves(Sequence[Tensor]):
 
     def minus(self, scale: Operand, other: Leaves) -> Leaves:
         """``self - scale * other``, in one operation where ``scale`` is a number (and rounded once, as torch.optim)."""
-        if isinstance(scale, Leaves):
+        if not isinstance(scale, float | int):
             return self - scale * other
         if _leaf_by_leaf(self):
             return Leaves(torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True))
@@ -143,10 +144,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def _apply(
     single: Callable[..., Tensor], every: Callable[..., Iterable[Tensor]], leaves: Leaves, other: Operand
 ) -> Leaves:
-    number = isinstance(other, Tensor) and other.ndim == 0
-    if not (number or isinstance(other, Leaves | float | int)):
+    if not isinstance(other, Leaves | float | int | Tensor):
         return NotImplemented
-    if number or _leaf_by_leaf(leaves):
+    if isinstance(other, Tensor) and other.ndim > 0:
+        return NotImplemented  # type: ignore[no-any-return]
+    if isinstance(other, Tensor) or _leaf_by_leaf(leaves):
         operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
         return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
     return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))
