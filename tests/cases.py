@@ -215,7 +215,9 @@ def hypergradient(problem: InnerProblem, case: OptimizerCase, steps: int, estima
         batches=(meta.inputs, meta.targets),
         estimator=estimator,
     )
-    return list(torch.autograd.grad(problem.outer_loss(solution.params), meta.leaves()))
+    # Autograd through a loop does not reach what no step has used, such as the dampening of a single step.
+    outer = problem.outer_loss(solution.params)
+    return list(torch.autograd.grad(outer, meta.leaves(), allow_unused=True, materialize_grads=True))
 
 
 def expected_hypergradient(
