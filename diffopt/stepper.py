@@ -69,7 +69,9 @@ class Stepper:
         dynamics = self.dynamics
         with torch.enable_grad():
             current = block.inputs(step)
-            before = block.now[: dynamics.params_count]
+            # Views: a leaf that the last update computed from another one must not carry that one's gradient too.
+            params = block.now[: dynamics.params_count]
+            before = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]
             versions = [leaf._version for leaf in block.now]
             losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
             after = apart_from(

@@ -120,6 +120,42 @@ def test_any_update_is_taken_apart_rightly(kind: str, tasks: int | None) -> None
         assert relative_error(found, hypergradient(whole, rule, tasks)) < 1e-11, rule
 
 
+@dataclass(frozen=True)
+class Linked(diffopt.Optimizer):
+    """Gradient descent that computes one new leaf from another, or cuts it off."""
+
+    lr: float
+    cut_off: bool
+
+    def init(self, params: Leaves) -> dict[str, Leaves]:
+        return {}
+
+    def update(
+        self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int
+    ) -> tuple[Leaves, dict[str, Leaves]]:
+        first, second = params - self.lr * grads
+        return Leaves([first, second.detach() if self.cut_off else second - first.mean()]), buffers
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_the_gradient_of_a_leaf_is_not_that_of_another_computed_from_it(cut_off: bool) -> None:
+    def loss(params: tuple[Tensor, Tensor], a: Tensor) -> Tensor:
+        return ((params[0] * a).sum() - 1) ** 2 + (params[1] ** 4).sum() + (params[0][:2] * params[1]).sum()
+
+    def hypergradients(rule: Any) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        first, second, a = (torch.randn(n, generator=g, dtype=torch.float64).requires_grad_() for n in (3, 2, 3))
+        solution = diffopt.solve(
+            loss, (first, second), a, optimizer=Linked(0.05, cut_off), steps=STEPS, estimator=rule
+        )
+        end = sum((leaf**2).sum() for leaf in solution.params)
+        return list(torch.autograd.grad(end, [first, second, a]))
+
+    expected = hypergradients(Unrolled())
+    for rule in (Reverse("graph"), Reverse(1), Reverse(4), Binomial(STEPS), MultiStep(1)):
+        assert relative_error(hypergradients(rule), expected) < 1e-11, rule
+
+
 def test_a_loss_that_changes_its_params_in_place_at_a_later_step_is_refused() -> None:
     def loss(w: Tensor, late: Tensor) -> Tensor:
         if bool(late):
