@@ -156,6 +156,14 @@ def test_nystrom_is_exact_where_its_rank_suffices(rank):
     assert error(found.value, torch.linalg.solve(matrix + 1e-3 * identity(), b)) < 1e-9
 
 
+@pytest.mark.parametrize("dead", [1, SIZE - 1, SIZE])
+def test_nystrom_is_exact_where_coordinates_are_dead(dead):
+    matrix, b = definite(18), normal(19, SIZE)
+    matrix[:dead], matrix[:, :dead] = 0.0, 0.0
+    found = Nystrom(SIZE, damping=1e-1).solve(Product(matrix), b)
+    assert error(found.value, torch.linalg.solve(matrix + 1e-1 * identity(), b)) < 1e-11
+
+
 @pytest.mark.parametrize("solver", ITERATIVE, ids=name)
 def test_a_start_saves_products(solver):
     solver = changed(solver, rtol=1e-6, step_size=1.0, max_iterations=300)

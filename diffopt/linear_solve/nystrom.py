@@ -51,7 +51,9 @@ class Nystrom(LinearSolver):
         # not torch's generator, which vmap forbids: the choice is the same for every task
         chosen = random.Random(self.seed).sample(range(size), min(self.rank, size))
         c = matrix_columns(matvec, b, tasks, chosen)
-        inner = c[..., chosen, :] + c.mT @ c / rho
+        # A coordinate that nothing depends on, such as a dead unit's, has a column of zeros, which decides nothing.
+        unread = (c == 0).all(-2).to(c.dtype)
+        inner = c[..., chosen, :] + c.mT @ c / rho + torch.diag_embed(unread)
         small, info = torch.linalg.solve_ex(inner, c.mT @ flat[..., None])
         x = flat / rho - (c @ small)[..., 0] / rho**2
         value = tasks.unflatten(x, b)
