@@ -88,7 +88,8 @@ class Binomial(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Order by order, each from the one before."""
         curved = trajectory.steps if self.window is None else self.window
-        if self.order >= curved == trajectory.steps and self.scale == 1.0:
+        exact = self.order >= curved == trajectory.steps and self.scale == 1.0
+        if exact or trajectory.steps == 0:
             return trajectory.sweep(cotangent)
         direct = DirectTerms(trajectory)
         levels = _Levels(trajectory, curved, min(self.order, curved), self.scale, self.chunk_size)

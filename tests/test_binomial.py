@@ -122,3 +122,10 @@ def test_a_window_longer_than_the_problem():
         diffopt.solve(
             lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=2, estimator=Binomial(1, window=3)
         )
+
+
+@pytest.mark.parametrize("rule", [Binomial(0), Binomial(1, scale=0.5), Binomial(2, window=0, scale=0.5)], ids=str)
+def test_without_a_step_the_outer_gradient_is_the_hypergradient(rule):
+    w = torch.tensor(3.0, requires_grad=True)
+    diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=rule).params.square().backward()
+    assert float(w.grad) == 6.0
