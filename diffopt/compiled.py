@@ -8,7 +8,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
+from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, final
+
 
 import torch
 from torch import Tensor
@@ -132,7 +134,7 @@ def _compiled(
     place = arguments[-1].device
     shapes = tuple((x.shape, x.dtype, x.device) for x in arguments)
     autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
-    structures = dynamics.params_structure, dynamics.args_structure, dynamics.args_leaves
+    structures = dynamics.params_structure, dynamics.args_structure, _typed(dynamics.args_leaves)
     loss = dynamics.loss
     try:
         optimizer = _without_tensors(dynamics.optimizer.template)
@@ -161,8 +163,13 @@ def _without_tensors(optimizer: Any) -> Hashable:
         value = getattr(optimizer, field.name)
         scheduled = isinstance(value, Schedule)
         leaves, structure = tree.flatten(value.values if scheduled else value)
-        parts.append((scheduled, structure, *(None if isinstance(x, Tensor) else x for x in leaves)))
+        parts.append((scheduled, structure, _typed(leaves)))
     return tuple(parts)
+
+
+def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What is not a tensor, with its type (``True`` equals 1), in a form that can be compared."""
+    return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
 
 
 def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
@@ -192,7 +199,7 @@ _compilations: Counter[Any] = Counter()
 
 def _owner(loss: Any) -> Any:
     """What lives as long as the loss: a method is made anew whenever it is asked for, its object is not."""
-    return getattr(loss, "__self__", loss)
+    return loss.__self__ if isinstance(loss, MethodType) else loss
 
 
 def _warn_of_new_functions(loss: Any) -> None:

@@ -126,6 +126,25 @@ def test_what_the_loss_reads_by_closure_may_not_change() -> None:
         solve(loss)
 
 
+def test_arguments_that_are_equal_but_of_another_type_are_told_apart() -> None:
+    def loss(w: Tensor, a: Tensor, flag: Any) -> Tensor:
+        return quadratic(w, a) * (2.0 if flag is True else 1.0)
+
+    ends = {}
+    for flag in (1, True):
+        for compile in (True, False):
+            _, solution = solve(loss, torch.ones(2, dtype=torch.float64), flag, compile=compile, check=False)
+            ends[flag is True, compile] = solution.params.detach()
+        torch.testing.assert_close(ends[flag is True, True], ends[flag is True, False], rtol=1e-14, atol=0)
+    assert not torch.equal(ends[True, True], ends[False, True])
+
+
+def test_functions_that_are_built_in_are_compiled_each_on_its_own() -> None:
+    for loss in (torch.dot, torch.dist):
+        ends = [solve(loss, compile=compile)[1].params for compile in (True, False)]
+        torch.testing.assert_close(*ends, rtol=1e-14, atol=0)
+
+
 def test_a_loss_made_anew_at_every_call_is_warned_of() -> None:
     def fresh() -> Any:
         def loss(w: Tensor, a: Tensor) -> Tensor:
