@@ -11,7 +11,6 @@ from dataclasses import fields
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, final
 
-
 import torch
 from torch import Tensor
 

@@ -108,7 +108,8 @@ class Trajectory:
         pullbacks, direct, adjoint = compiled.Pullbacks(self.dynamics, self.wanted), DirectTerms(self), cotangent
         for step in range(self.steps, first - 1, -1):
             current = self.dynamics.at_step(self.extras, step)
-            terms = pullbacks.pull(self.record.states[step], current, step, adjoint)
+            with self.record.replay(None, self.final[0].device):
+                terms = pullbacks.pull(self.record.states[step], current, step, adjoint)
             if terms is None:
                 return None  # at the first of these steps, or at none
             adjoint = terms[0]
