@@ -191,7 +191,7 @@ class _Solve(torch.autograd.Function):
         call.record.wanted = call.wanted_extras
         final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
         taken = {x.data_ptr() for x in inputs}
-        return (*(x.clone() if x.data_ptr() in taken else x for x in final), losses)
+        return (*(x.clone() if x.data_ptr() in taken else x for x in final), losses.clone())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

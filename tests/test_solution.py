@@ -7,7 +7,7 @@ import torch
 from oracles import relative_error
 
 import diffopt
-from diffopt.estimators import ForwardMode, Reverse, Unrolled
+from diffopt.estimators import Binomial, ForwardMode, Reverse, Unrolled
 
 
 @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
@@ -24,6 +24,14 @@ def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule)
     assert relative_error([solution.params], [now]) < 1e-14
     got = torch.autograd.grad(solution.params.square().sum(), w)
     assert relative_error(got, torch.autograd.grad(now.square().sum(), w)) < 1e-13
+
+
+@pytest.mark.parametrize("rule", [Reverse(1), Binomial(1)], ids=str)
+def test_the_losses_are_the_callers_to_change(rule):
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    solution = diffopt.solve(lambda p: p.pow(4).sum(), w, optimizer=diffopt.SGD(0.01), steps=3, estimator=rule)
+    solution.losses.zero_()
+    solution.params.sum().backward()
 
 
 @pytest.mark.parametrize("rule", [Reverse(1), Reverse("sqrt")], ids=str)
