@@ -9,7 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph, transforms, tree
+from diffopt import autodiff, graph, randomness, transforms, tree
+from diffopt.arguments import check_flag
 from diffopt.errors import GradModeError, HyperparameterError, LossError, SecondDerivativeError, ShapeError
 from diffopt.stepper import refuse_captures
 
@@ -38,14 +39,15 @@ def mean_over_tasks(
         args: trees of tensors (and other values, which all tasks share).
         in_dims: for all arguments or each: the axis of its tensors that runs over tasks; ``None``: shared by all.
         task_chunk: how many tasks at a time; ``None``: all at once.
-        randomness: what ``vmap`` says of random numbers: ``"error"``, ``"same"`` or ``"different"``.
+        randomness: what ``vmap`` says of random numbers: ``"error"``, ``"same"`` (for all tasks, whatever their chunk)
+            or ``"different"``.
         check: refuse tensors that require grad and are captured by closure.
 
     Returns:
         The mean, a scalar that can be differentiated once.
 
     Raises:
-        HyperparameterError: ``task_chunk`` or ``in_dims`` is not what was expected.
+        HyperparameterError: ``task_chunk``, ``in_dims`` or ``randomness`` is not what was expected.
         ShapeError: the tasks' axes have different lengths, or there is none.
         LossError: ``task_loss`` did not return one floating scalar.
         CapturedTensorError: it reads a tensor that requires grad and that it was not given.
@@ -64,10 +66,16 @@ def mean_over_tasks(
         )
     if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
         raise HyperparameterError(f"task_chunk is {task_chunk!r}, expected None or an integer >= 1")
+    if randomness not in ("error", "same", "different"):
+        raise HyperparameterError(f"randomness is {randomness!r}, expected 'error', 'same' or 'different'")
+    check_flag("mean_over_tasks: check", check)
     leaves, structure = tree.flatten(args)
     dims = _dims_of_leaves(args, leaves, in_dims)
     size = _tasks(leaves, structure, dims)
-    call = _Call(task_loss, structure, tuple(leaves), tuple(dims), size, task_chunk or size, randomness, check)
+    # without grad nothing is differentiated, whatever the tensors require
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in leaves if isinstance(x, Tensor))
+    chunk, watched = task_chunk or size, check and torch.is_grad_enabled()
+    call = _Call(task_loss, structure, tuple(leaves), tuple(dims), size, chunk, randomness, wanted, watched)
     mean: Tensor = transforms.apply(_Mean, call, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
     return mean
 
@@ -82,7 +90,9 @@ class _Call:
     size: int
     chunk: int
     randomness: str
-    check: bool
+    wanted: tuple[bool, ...]
+    watched: bool
+    """Whether to look for captured tensors: also where nothing given is wanted, since what is captured may be."""
 
     @property
     def tensor_dims(self) -> list[int | None]:
@@ -108,23 +118,28 @@ class _Call:
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        wanted = [i for i, need in enumerate(call.wanted) if need]
         grads = [torch.zeros_like(tensors[i]) for i in wanted]
+        device = tensors[0].device
         mean: Tensor | None = None
+        before = randomness.snapshot(device) if call.randomness == "same" else None
         for start in range(0, call.size, call.chunk):
             count = min(call.chunk, call.size - start)
             parts = [
                 x.detach() if dim is None else x.detach().narrow(dim, start, count)
                 for x, dim in zip(tensors, call.tensor_dims, strict=True)
             ]
-            with torch.set_grad_enabled(bool(wanted)):
-                roots = autodiff.make_roots([parts[i] for i in wanted])
-                for i, root in zip(wanted, roots, strict=True):
+            watched = call.watched and start == 0
+            numbers = randomness.replayed(before if start else None, device)
+            with numbers, torch.set_grad_enabled(bool(wanted) or watched):
+                # one root more than is wanted: what is captured is older than a root
+                roots = autodiff.make_roots([*(parts[i] for i in wanted), torch.empty(0, device=device)])
+                for i, root in zip(wanted, roots, strict=False):
                     parts[i] = root
                 total = call.total(parts, count) / call.size
-                if start == 0 and call.check and roots and total.requires_grad:
+                if watched and total.requires_grad:
                     _refuse_captures(call, total, roots)
-                found = autodiff.gradient(total, roots, differentiable=False)
+                found = autodiff.gradient(total, roots[:-1], differentiable=False) if wanted else ()
             for i, held, term in zip(wanted, grads, found, strict=True):
                 dim = call.tensor_dims[i]
                 if term is not None:

@@ -87,9 +87,47 @@ def test_without_grad_only_the_value_is_computed() -> None:
     with torch.no_grad():
         mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, Reverse(), in_dims=DIMS, task_chunk=2)
     assert not mean.requires_grad
+    pulled: list[int] = []
+    with torch.no_grad():
+        diffopt.mean_over_tasks(
+            lambda y, w: (Pulled.apply(w, pulled) * y).sum(), y, params["weight"][:1], in_dims=(0, None), task_chunk=1
+        )
+    assert not pulled
     torch.testing.assert_close(
         mean, vmap(lambda x, y: task_loss(params, x, y, lr, Reverse()), (1, 0))(x, y).mean(), rtol=1e-13, atol=0
     )
+
+
+class Pulled(torch.autograd.Function):
+    """The identity, which notes that it has been differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pulled: list[int]) -> Tensor:
+        ctx.pulled = pulled
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        ctx.pulled.append(1)
+        return cotangents[0], None
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3])
+def test_the_same_random_numbers_for_all_tasks_whatever_the_chunk(chunk: int | None) -> None:
+    w = torch.ones(3, requires_grad=True)
+    torch.manual_seed(0)
+    expected, after = torch.rand(3), torch.rand(())
+    torch.manual_seed(0)
+    mean = diffopt.mean_over_tasks(
+        lambda w, _: (w * torch.rand(3)).sum(),
+        w,
+        torch.zeros(5),
+        in_dims=(None, 0),
+        task_chunk=chunk,
+        randomness="same",
+    )
+    torch.testing.assert_close(torch.autograd.grad(mean, w)[0], expected)
+    assert torch.equal(torch.rand(()), after)  # and the generator has moved on as under one vmap
 
 
 def test_random_numbers() -> None:
@@ -116,6 +154,8 @@ def test_random_numbers() -> None:
     [
         ({"task_chunk": 0}, diffopt.HyperparameterError, "task_chunk is 0"),
         ({"task_chunk": True}, diffopt.HyperparameterError, "task_chunk is True"),
+        ({"randomness": "some"}, diffopt.HyperparameterError, "randomness is 'some'"),
+        ({"check": 1}, diffopt.HyperparameterError, "check is"),
         ({"in_dims": (None,)}, diffopt.HyperparameterError, "one of these for each of 2 arguments"),
         ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
         ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
@@ -138,6 +178,17 @@ def test_losses_that_are_no_scalar_or_capture_are_refused() -> None:
     for chunk in (1, 2):
         with pytest.raises(diffopt.CapturedTensorError, match="captured"):
             diffopt.mean_over_tasks(lambda w, x: (other * w * x).sum(), w, x, in_dims=(None, 0), task_chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_capture_is_refused_although_nothing_given_requires_grad(chunk: int | None) -> None:
+    """Else the mean would have no gradient, and only ``backward()`` would say so."""
+    model, x = torch.nn.Linear(3, 1), torch.ones(4, 3)
+    with pytest.raises(diffopt.CapturedTensorError, match="captured"):
+        diffopt.mean_over_tasks(lambda x: model(x).sum(), x, task_chunk=chunk)
+    with torch.no_grad():
+        diffopt.mean_over_tasks(lambda x: model(x).sum(), x, task_chunk=chunk)
+    assert not diffopt.mean_over_tasks(lambda x: model(x).sum(), x, task_chunk=chunk, check=False).requires_grad
 
 
 def test_transforms_and_second_derivatives_are_refused() -> None:
