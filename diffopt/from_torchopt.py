@@ -179,7 +179,7 @@ def _updated(
     with AsPureFunction():
         updates, state = update(tuple(map(cell, grads)), tree.unflatten(structure, leaves), params=cells)
         moved = [p + u for p, u in zip(cells, updates, strict=True)]
-    return Leaves(p.value for p in moved), lift_memory.collected([_store(state)], (layout,), params[0].device)
+    return Leaves(p.value for p in moved), lift_memory.collected([_store(state)], (layout,), step, params[0].device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
+from diffopt import transforms
 from diffopt.errors import LiftError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Buffers
@@ -113,20 +114,21 @@ def restore(store: Store, kept: Sequence[Memory], waiting: dict[str, Iterator[Te
         if memory.kind == "buffer":
             store[memory.key] = cell(next(waiting[memory.buffer]))
         else:
-            value = memory.like + (step - 2) if memory.kind == "count" else memory.like
+            value = _expected(memory, step - 1)
             store[memory.key] = cell(value, constant=True) if isinstance(value, Tensor) else value
 
 
-def collected(stores: Sequence[Store], layout: Layout, device: torch.device) -> Buffers:
-    """The buffers out of the stores.
+def collected(stores: Sequence[Store], layout: Layout, step: int, device: torch.device) -> Buffers:
+    """The buffers out of the stores after a step.
 
     Raises:
-        LiftError: a store holds something that was not there after the first steps, or holds something no longer.
+        LiftError: a store holds something that was not there after the first steps, or holds something no longer; or
+            what was the same after each of them, or counted them, does so no longer.
     """
     buffers: dict[str, list[Tensor]] = {}
     for store, kept in zip(stores, layout, strict=True):
         late = [key for key in store if key not in {memory.key for memory in kept}]
-        late += [memory.key for memory in kept if memory.key not in store or _has_changed(memory, store[memory.key])]
+        late += [m.key for m in kept if m.key not in store or _has_changed(m, store[m.key], step)]
         if late:
             raise LiftError(f"it makes, drops or changes {late[0]!r} only some steps after its first")
         for memory in kept:
@@ -138,8 +140,18 @@ def collected(stores: Sequence[Store], layout: Layout, device: torch.device) -> 
     return {name: Leaves(tensors) for name, tensors in buffers.items()}
 
 
-def _has_changed(memory: Memory, value: Any) -> bool:
-    return memory.kind == "constant" and not isinstance(value, Tensor) and value != memory.like
+def _expected(memory: Memory, step: int) -> Any:
+    """A count or a constant after a step."""
+    return memory.like + (step - 1) if memory.kind == "count" else memory.like
+
+
+def _has_changed(memory: Memory, value: Any, step: int) -> bool:
+    if memory.kind == "buffer":
+        return False
+    expected = _expected(memory, step)
+    if isinstance(value, Cell) and isinstance(expected, Tensor):
+        return not bool((transforms.plain(value.value).cpu() == expected.cpu()).all())
+    return not isinstance(value, Tensor) and bool(value != expected)
 
 
 def empty(layout: Layout, device: torch.device) -> Buffers:

@@ -150,7 +150,7 @@ def _updated(
         stores += [
             {m.key: g[m.key] for m in kept} for g, kept in zip(instance.param_groups, memories[len(own) :], strict=True)
         ]
-    return Leaves(made.value for made in cells), lift_memory.collected(stores, layout, params[0].device)
+    return Leaves(made.value for made in cells), lift_memory.collected(stores, layout, step, params[0].device)
 
 
 def _refuse_late_changes(

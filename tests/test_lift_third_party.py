@@ -111,6 +111,36 @@ def test_what_changes_only_after_the_check_is_refused_when_it_does(where, what):
         run(12)
 
 
+class CountsToTen(Doing):
+    """Its count of the steps starts anew after ten of them, when the check is over."""
+
+    def one(self, p, g, state, group):
+        if "n" not in state or state["n"] == 10:
+            state["n"] = torch.zeros((), dtype=p.dtype)
+        state["n"] += 1
+        p.sub_(group["lr"] * g / state["n"])
+
+
+class DoublesAnInteger(Doing):
+    """It keeps an integer tensor, the same in all steps of the check."""
+
+    def one(self, p, g, state, group):
+        state["n"] = state.get("n", 0) + 1
+        state.setdefault("slower", torch.tensor(1))
+        if state["n"] == 11:
+            state["slower"].mul_(2)
+        p.sub_(group["lr"] * g / state["slower"])
+
+
+@pytest.mark.parametrize(("kind", "what"), [(CountsToTen, "n"), (DoublesAnInteger, "slower")])
+def test_a_count_or_a_constant_that_is_none_later_is_refused_when_it_shows(kind, what):
+    start, target = tensors(SHAPES, 0), torch.tensor(0.7, dtype=torch.float64)
+    run = lambda steps: diffopt.solve(wavy, start, target, optimizer=from_torch(kind), steps=steps)  # noqa: E731
+    assert relative_error(run(10).params, trained(kind, {}, start, target, 10)) < 1e-12
+    with pytest.raises(LiftError, match=f"changes '{what}' only some steps after its first"):
+        run(11)
+
+
 class NoGradInside(Doing):
     def one(self, p, g, state, group):
         with torch.no_grad():
