@@ -75,6 +75,19 @@ def without_last_batch(trajectory, result):
     return Cotangents(result.initial, extras)
 
 
+def without_buffers(trajectory, cotangent):
+    count = trajectory.dynamics.params_count
+    return Leaves([*cotangent[:count], *cotangent[count:].zeros()])
+
+
+def schedules_reversed(trajectory, result):
+    dynamics, extras = trajectory.dynamics, dict(result.extras)
+    for i in extras:
+        if i >= dynamics.hyperparameters_start and dynamics.stepped[i]:
+            extras[i] = extras[i].flip(dynamics.step_axis(i))
+    return Cotangents(result.initial, extras)
+
+
 def in_half(trajectory, result):
     if trajectory.final[0].dtype != torch.float32:
         return result

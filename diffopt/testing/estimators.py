@@ -17,6 +17,7 @@ _CHECKS = (
     numbers.derivatives,
     numbers.steps,
     numbers.exactness,
+    numbers.whole_state,
     numbers.inputs,
     numbers.forms,
     numbers.linearity,
@@ -40,7 +41,8 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
     is plain autograd through a plain loop that shares no code with the library; for a rule with steps of its own,
     central differences of its own outer loss. Tested are
 
-    * ``exact``: equal to that answer, or (``"never"``) different from it by more than ``tolerance``;
+    * ``exact``: equal to that answer, for schedules and an outer loss of the final buffers too; or (``"never"``)
+      different from it by more than ``tolerance``;
     * ``inputs``: those claimed get a hypergradient, the same alone as with all others and as a schedule or a batch per
       step; the others get exact zeros;
     * ``vmap``: the numbers of a loop in ``vmap`` then ``backward``, ``vmap(grad)`` and ``vmap(vmap(grad))``, with some

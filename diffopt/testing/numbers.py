@@ -13,9 +13,9 @@ from torch import Tensor
 from diffopt.claims import KINDS, Kind
 from diffopt.errors import DiffoptError
 from diffopt.solve import Solution
-from diffopt.testing.problem import Point, Setting, distance, flat, gradient, leaves
+from diffopt.testing.problem import Point, Setting, differences, distance, flat, gradient, leaves, state_loss
 from diffopt.testing.report import Finding, above, at_most, holds
-from diffopt.testing.rule import Rule
+from diffopt.testing.rule import Rule, Sample
 from diffopt.testing.watched import spied
 from diffopt.trajectory import Cotangents, Trajectory
 
@@ -90,6 +90,24 @@ def exactness(rule: Rule) -> Iterator[Finding]:
         setting = replace(rule.setting, steps=CONVERGED, stepped=False)
         look = "the system solved at the fixed point, its solver's tolerance, the terms of the last step"
         yield _exact(rule, "exact at the fixed point", setting, look)
+
+
+def whole_state(rule: Rule) -> Iterator[Finding]:
+    """An exact rule is so for an outer loss of the final buffers too, and for each entry of a schedule."""
+    if rule.claims.exact != "always" or rule.claims.random:
+        return
+    setting, claims = rule.setting, rule.claims
+    course = torch.linspace(0.8, 1.2, setting.steps, dtype=torch.float64)
+    point: Point = {**rule.point, "hyperparameters": tuple(x * course for x in rule.point["hyperparameters"])}
+    value = partial(setting.state_value, rule.estimator)
+    if claims.own_steps:
+        expected = differences(value, point)
+    else:
+        expected = gradient(lambda point: state_loss(*setting.state_by_hand(point)), point)
+    found = Sample(gradient(value, point, claims.inputs), 0.0)
+    look = "the cotangent of buffers; to which step the term of a schedule goes (dynamics.stepped, slice_at)"
+    claim = "exact in the final buffers, and for schedules"
+    yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), look)
 
 
 def _exact(rule: Rule, claim: str, setting: Setting, look: str) -> Finding:

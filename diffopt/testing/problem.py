@@ -119,6 +119,10 @@ class Setting:
 
     def by_hand(self, point: Point) -> list[Tensor]:
         """The final params, by a plain loop that autograd records."""
+        return self.state_by_hand(point)[0]
+
+    def state_by_hand(self, point: Point) -> tuple[list[Tensor], list[Tensor]]:
+        """The same and the final buffers, the first of every param before the second."""
         step = _momentum_step if self.optimizer == "momentum" else _adam_step
         (weights, idle), (inputs,) = point["args"], point["batches"]
         now = [p if p.requires_grad else p.detach().requires_grad_() for p in point["init"]]
@@ -126,9 +130,16 @@ class Setting:
         for t in range(1, self.steps + 1):
             loss = self.loss(now, weights, idle, FIXED, inputs[t - 1] if self.stepped else inputs)
             found = zip(now, torch.autograd.grad(loss, now, create_graph=True), buffers, strict=True)
-            rows = [step(p, g, b, t, *point["hyperparameters"]) for p, g, b in found]
+            numbers = [x[t - 1] if x.ndim else x for x in point["hyperparameters"]]
+            rows = [step(p, g, b, t, *numbers) for p, g, b in found]
             now, buffers = [row[0] for row in rows], [row[1:] for row in rows]
-        return now
+        return now, [x for kind in zip(*buffers, strict=True) for x in kind]
+
+    def state_value(self, estimator: Estimator, point: Point) -> Tensor:
+        """An outer loss of the whole final state, by the library."""
+        state = self.solve(estimator, point).state
+        params, *buffers = ([kind[name] for name in self.names] for kind in (state.params, *state.buffers.values()))
+        return state_loss(params, [x for kind in buffers for x in kind])
 
 
 def outer_loss(params: Sequence[Tensor]) -> Tensor:
@@ -136,6 +147,12 @@ def outer_loss(params: Sequence[Tensor]) -> Tensor:
     bias, shift, matrix = params
     query = torch.linspace(-1, 1, 8, dtype=matrix.dtype).reshape(4, 2)
     return (query @ matrix + bias + shift).square().mean() + matrix.sum().sin() + bias.sum().cos()
+
+
+def state_loss(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
+    """The same of the final params and buffers."""
+    parts = [(1 + i) * x.sin().sum() for i, x in enumerate(buffers)]
+    return outer_loss(params) + torch.stack(parts).sum()
 
 
 def _momentum_step(
