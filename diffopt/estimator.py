@@ -190,7 +190,7 @@ class _Solve(torch.autograd.Function):
         count, keep = call.state_count, call.keep if call.wanted else None
         call.record.wanted = call.wanted_extras
         final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
-        taken = {x.data_ptr() for x in inputs}
+        taken = {x.data_ptr() for x in inputs if x.layout == torch.strided}
         return (*(x.clone() if x.data_ptr() in taken else x for x in final), losses.clone())
 
     @staticmethod

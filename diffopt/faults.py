@@ -29,6 +29,7 @@ _VMAP = {
     "data-dependent": "write torch.where for an if that asks a tensor",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
+    "is unsupported for Sparse": "pass it dense, or loop over the tasks",
     "Batching rule not implemented": "write the operation in elementary ones, or loop over the tasks",
     "vmap:": "write the operation in elementary ones, or loop over the tasks",
 }

@@ -84,12 +84,12 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     ``torch.func.grad`` itself refuses to run under them.
     """
     storages: dict[int, int] = {}
-    others = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    others = {tensor.untyped_storage().data_ptr() for tensor in ignored if tensor.layout == torch.strided}
     for node in graph:
         for name in _saved_names(cast("Any", type(node))):
             value = getattr(node, name, None)
             for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
     return sum(size for pointer, size in storages.items() if pointer not in others)

@@ -161,3 +161,32 @@ def oracle_params(problem, params, case, steps):
         case.options(case.learned),
         batch=lambda t: (problem.batches[0][t - 1], problem.batches[1][t - 1]),
     )
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(3), FirstOrder(), Unrolled()], ids=str)
+def test_a_sparse_constant_is_read_like_a_dense_one(rule):
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(4, 3, generator=generator, dtype=torch.float64).clamp(min=0)
+    w, target = torch.ones(3, dtype=torch.float64), torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def loss(w, matrix, target):
+        return ((matrix @ w[:, None])[:, 0] - target).square().mean() + (w**4).sum()
+
+    def gradients(matrix):
+        leaves = [x.clone().requires_grad_() for x in (w, target)]
+        final = diffopt.solve(
+            loss, leaves[0], matrix, leaves[1], optimizer=diffopt.SGD(0.05), steps=3, estimator=rule
+        ).params
+        return torch.autograd.grad(final.sum(), leaves, materialize_grads=True)
+
+    assert relative_error(gradients(dense.to_sparse()), gradients(dense)) < ROUND_OFF
+    with pytest.raises(diffopt.NonFiniteLossError, match=r"args\[1\] is not finite itself"):
+        diffopt.solve(
+            loss,
+            w,
+            dense.to_sparse(),
+            target / 0,
+            optimizer=diffopt.SGD(0.05),
+            steps=3,
+            estimator=rule,
+        )
