@@ -151,9 +151,8 @@ class Dynamics:
         )
         if wrong is None and (self.levels or transforms.transforms_active()):
             wrong = faults.vmap_error(error)
-        if wrong is None:
-            wrong = faults.device_error(error, params[0].device, dict(zip(self.names()[1], current, strict=True)))
-        return wrong
+        given = dict(zip(self.names()[1], current, strict=True))
+        return wrong or faults.device_error(error, params[0].device, given) or faults.inference_error(error, given)
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What a caller would call the params' leaves, and the extras."""

@@ -101,7 +101,7 @@ class InPlaceError(DiffoptError, RuntimeError):
 
 
 class GradModeError(DiffoptError, RuntimeError):
-    """``solve`` was called in a mode of autograd that it cannot run in."""
+    """A call was made in a mode of autograd that it cannot run in, or given a tensor that was made in one."""
 
 
 class MissingDerivativeError(DiffoptError, RuntimeError):

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import DeviceError, DiffoptError, LossError, MissingDerivativeError, RandomnessError, VmapError
+from diffopt.errors import (
+    DeviceError,
+    DiffoptError,
+    GradModeError,
+    LossError,
+    MissingDerivativeError,
+    RandomnessError,
+    VmapError,
+)
 
 # a part of the operation's name, or of torch's message -> what to do about it
 _SECOND_DERIVATIVES = {
@@ -89,6 +97,17 @@ def device_error(error: Exception, device: torch.device, given: Mapping[str, Ten
         return None
     name = elsewhere[0]
     return DeviceError(f"{name} is on {given[name].device}, expected {device} as params; move it with .to()")
+
+
+def inference_error(error: Exception, given: Mapping[str, Tensor]) -> GradModeError | None:
+    """The error for a loss that autograd cannot record; ``None`` if what it was given is not why."""
+    made = [name for name, x in given.items() if x.is_inference()]
+    if not made or "nference tensor" not in str(error):
+        return None
+    return GradModeError(
+        f"{made[0]} was made in torch.inference_mode, and the inner loss needs it for its gradient, expected an "
+        "ordinary tensor: clone() it, or make it under torch.no_grad()"
+    )
 
 
 def vmap_error(error: Exception) -> DiffoptError | None:

@@ -13,6 +13,7 @@ from diffopt.errors import (
     BatchesError,
     DeviceError,
     EstimatorError,
+    GradModeError,
     InPlaceError,
     LeafError,
     StepsError,
@@ -50,6 +51,11 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
             raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor")
         if leaf.is_nested:
             raise LeafError(f"params{path} is a nested tensor, expected a dense floating one; pass a list of tensors")
+        if leaf.is_inference():
+            raise GradModeError(
+                f"params{path} was made in torch.inference_mode, expected a tensor that can be differentiated: clone() "
+                "it, or make it under torch.no_grad()"
+            )
         if leaf.numel() == 0:
             raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty, expected at least one number")
         if leaf.device != leaves[0].device:

@@ -71,6 +71,16 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.GradModeError,
         "inference_mode, expected .*no_grad",
     ),
+    "inference_params": (
+        lambda: solve(square, torch.inference_mode()(tensor)(1, 2)),
+        diffopt.GradModeError,
+        r"params was made in torch\.inference_mode, expected .*clone\(\) it",
+    ),
+    "inference_argument": (
+        lambda: solve(lambda w, x: (w * x).sum(), tensor(1, 2), torch.inference_mode()(tensor)(1, 2)),
+        diffopt.GradModeError,
+        r"args\[0\] was made in torch\.inference_mode, .*clone\(\) it",
+    ),
     "implicit_far": (
         lambda: implicit(tensor(1, 5)),
         diffopt.StationarityError,
