@@ -70,6 +70,8 @@ class ForwardMode(Adjoint):
         batched = [level.dims[number] is not None for level in reversed(trajectory.dynamics.levels)]
         own = like.shape[sum(batched) :]
         size = math.prod(own)
+        if size == 0:
+            return torch.zeros_like(like)
         chunk = self.chunk_size or size
         parts = []
         for start in range(0, size, chunk):
