@@ -21,7 +21,7 @@ from diffopt.estimator import Estimator
 from diffopt.faults import signature_error
 from diffopt.graph import leaves_behind
 from diffopt.reverse import Reverse
-from diffopt.tree import describe
+from diffopt.tree import describe, flatten
 
 
 @runtime_checkable
@@ -156,9 +156,14 @@ def brief(value: Any) -> str:
     shown = [
         f"{field.name}={brief(option)}"
         for field, option in options
-        if option != (field.default_factory() if field.default_factory is not MISSING else field.default)
+        if _differs(option, field.default_factory() if field.default_factory is not MISSING else field.default)
     ]
     return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _differs(option: Any, default: Any) -> bool:
+    """Whether an option is not at its default; no default is a tensor, and a tensor has no one truth to its ``!=``."""
+    return any(isinstance(x, Tensor) for x in flatten(option)[0]) or bool(option != default)
 
 
 def compare(

@@ -51,6 +51,7 @@ TREES: dict[str, tuple[diffopt.Optimizer, Any]] = {
         {"w": leaf(2, 3)},
     ),
     "center": (diffopt.ProximalGD(0.1, 0.5, center={"a": leaf(2)}), {"a": 2 * leaf(2)}),
+    "vectors": (diffopt.Adam(leaf(3).abs() / 9, betas=(leaf(3).abs() / 9, 0.9)), leaf(3)),
     "schedules": (diffopt.SGD(diffopt.Schedule([0.1, 0.2, 0.3, 0.4]), diffopt.Schedule(leaf(4).abs() / 9)), None),
     "learned": (diffopt.Adam(leaf().abs() / 9, betas=(diffopt.Schedule(leaf(4).abs() / 9), 0.9)), None),
 }
