@@ -21,6 +21,7 @@ from diffopt import autodiff, transforms
 from diffopt.claims import Claims
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
+from diffopt.faults import forward_mode_error
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import refuse_other_losses, roll_out, roll_out_recorded
@@ -107,16 +108,11 @@ class Adjoint(Estimator):
         keep = self.keep(problem.dynamics.steps)
         if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)
-        watch = Watch(
-            problem.check, problem.check and torch.is_grad_enabled(), _levels() if problem.check else range(0)
-        )
+        levels = range(1, transforms.transform_level() + 1) if problem.check else range(0)
+        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), levels)
         call = _Call(problem.dynamics, self, keep, Record(), watch)
         *state, losses = _launch(call, (*problem.state, *problem.extras))
         return Outcome(tuple(state), losses, call.record)
-
-
-def _levels() -> range:
-    return range(1, transforms.transform_level() + 1)
 
 
 def unroll(problem: Problem) -> Outcome:
@@ -208,6 +204,10 @@ class _Solve(torch.autograd.Function):
         return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise forward_mode_error()
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         call, *inputs = args
         own = call.wanted | set(range(call.state_count))
@@ -223,11 +223,7 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = call.state_count
-        inputs, final, cotangent = (
-            tensors[: -2 * count],
-            Leaves(tensors[-2 * count : -count]),
-            tensors[-count:],
-        )
+        inputs, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
         trajectory = Trajectory(
             call.dynamics,
             Leaves(inputs[:count]),

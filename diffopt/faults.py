@@ -52,6 +52,14 @@ def missing_derivative(what: str) -> MissingDerivativeError:
     )
 
 
+def forward_mode_error() -> MissingDerivativeError:
+    """The error for a solve that is differentiated in forward mode."""
+    return MissingDerivativeError(
+        "an input of solve carries a tangent of forward-mode differentiation, expected none: no adjoint rule passes it "
+        "on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
+    )
+
+
 def name_of_broken(node: Any) -> str:
     """What autograd says when it reaches this node, whose derivative was declared missing."""
     for inputs in range(1, 9):  # a node says how many it takes by refusing any other number

@@ -12,8 +12,9 @@ from torch import Tensor
 from diffopt import transforms, tree
 from diffopt.arguments import check_flag
 from diffopt.dynamics import Dynamics, ExtraSlot
-from diffopt.errors import GradModeError, LossError, MissingDerivativeError, OptimizerError
+from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.faults import forward_mode_error
 from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, run
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
@@ -206,10 +207,7 @@ def _problem(
         hyperparameters_start=len(extras),
     )
     if transforms.has_tangent([*leaves, *extras, *bound.tensors]):
-        raise MissingDerivativeError(
-            "an input of solve carries a tangent of forward-mode differentiation, expected none: no estimator passes "
-            "it on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
-        )
+        raise forward_mode_error()
     state = (*leaves, *(leaf for buffer in buffers.values() for leaf in buffer))
     return Problem(dynamics, state, (*extras, *bound.tensors), check)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bad_row import Row, backward, solve, square, tensor
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +146,12 @@ ROWS: dict[str, Row] = {
     "forward_mode_outside": Row(
         "second derivative",
         with_tangent,
+        diffopt.MissingDerivativeError,
+        "carries a tangent of forward-mode differentiation, expected none: .*Use backward",
+    ),
+    "forward_mode_of_functions": Row(
+        "second derivative",
+        lambda: jvp(partial(solve, square), (tensor(1, 2),), (tensor(1, 1),)),
         diffopt.MissingDerivativeError,
         "carries a tangent of forward-mode differentiation, expected none: .*Use backward",
     ),
