@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.func import vmap
 
 import diffopt
 from diffopt import compiled
-from diffopt.estimators import Binomial, FirstOrder, Reverse, Truncated
+from diffopt.estimators import Binomial, FirstOrder, MultiStep, Reverse, Truncated
 
 STEPS = 4
 
@@ -177,3 +178,34 @@ def test_a_loss_made_anew_at_every_call_is_warned_of() -> None:
         solve(loss)
     with pytest.warns(diffopt.CompileWarning, match="new function at every call"):
         solve(kept[2])
+
+
+def test_optimizers_that_differ_are_compiled_each_on_its_own() -> None:
+    """By class, by float and by which fields are tensors; a tensor's value is an argument."""
+    number = torch.tensor(0.07, dtype=torch.float64)
+    optimizers = [
+        diffopt.SGD(0.05),
+        diffopt.SGD(0.06),
+        diffopt.SGD(number),
+        diffopt.SGD(2 * number),
+        diffopt.SGD(0.05, momentum=0.5),
+        diffopt.SGD(diffopt.Schedule(torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))),
+        diffopt.RMSprop(0.05),
+    ]
+    for optimizer in optimizers:
+        ends = [solve(optimizer=optimizer, compile=compile, check=False)[1].params for compile in (True, False)]
+        torch.testing.assert_close(*ends, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [(diffopt.SGD(0.05, momentum=0.5, dampening=0.3), Reverse()), (diffopt.SGD(0.05), MultiStep(2))],
+)
+def test_an_update_that_looks_at_the_number_of_its_step_runs_without(optimizer: Any, rule: Any) -> None:
+    ends = []
+    for compile in (True, False):
+        with pytest.warns(diffopt.CompileWarning, match="could not be compiled") if compile else nullcontext():
+            w, solution = solve(optimizer=optimizer, estimator=rule, compile=compile)
+            solution.params.sum().backward()
+        ends += [solution.params.detach(), w.grad]
+    assert torch.equal(torch.stack(ends[:2]), torch.stack(ends[2:]))

@@ -145,9 +145,7 @@ def test_the_gradient_of_a_leaf_is_not_that_of_another_computed_from_it(cut_off:
     def hypergradients(rule: Any) -> list[Tensor]:
         g = torch.Generator().manual_seed(0)
         first, second, a = (torch.randn(n, generator=g, dtype=torch.float64).requires_grad_() for n in (3, 2, 3))
-        solution = diffopt.solve(
-            loss, (first, second), a, optimizer=Linked(0.05, cut_off), steps=STEPS, estimator=rule
-        )
+        solution = diffopt.solve(loss, (first, second), a, optimizer=Linked(0.05, cut_off), steps=STEPS, estimator=rule)
         end = sum((leaf**2).sum() for leaf in solution.params)
         return list(torch.autograd.grad(end, [first, second, a]))
 
