@@ -61,7 +61,7 @@ class Dynamics:
         hyperparameters_start: the number of the first extra that belongs to the optimizer.
         levels: the vmaps around the problem, innermost first.
         window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
-        compile: whether the inner gradient and its pullback are compiled where steps are taken one by one.
+        compile: whether a step and its pullback are compiled where steps are taken one by one.
     """
 
     loss: Callable[..., Tensor]

@@ -100,10 +100,11 @@ def solve(
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, and arguments changed in place. Costs a few
             synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
-        compile: compile the inner gradient and its pullback (seconds, once for a loss and shapes), for small models
+        compile: compile a step and its pullback (seconds, once for a loss, optimizer and shapes), for small models
             whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
-            arguments is frozen. Used by steps that are taken without their graph and, where the estimator is exact or
-            truncated, in the backward pass, which then keeps every state. What cannot be compiled runs without, with a
+            arguments is frozen; an update may calculate with the number of its step, but not branch on it. Used by
+            steps that are taken without their graph and, where the estimator is exact or truncated, in the backward
+            pass, which then keeps every state. What cannot be compiled runs without, with a
             :class:`diffopt.CompileWarning`.
 
     Returns:
