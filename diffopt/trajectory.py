@@ -130,7 +130,7 @@ class Trajectory:
             return
         again = self.losses_to_replay()
         while end >= first:
-            start = max(step for step in self.record.states if step <= end)
+            start = next(reversed(self.record.states))  # stored in the order of the steps; later ones are used up
             state = self.record.take_state(start, self.final[0].device)
             block, _ = stepper.block(state, start, end, again)
             yield block, start, end
