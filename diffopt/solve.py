@@ -169,6 +169,13 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, L
     name = type(bound.template).__name__
     if not isinstance(buffers, dict) or not all(isinstance(buffer, Leaves) for buffer in buffers.values()):
         raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}, expected a dict from name to Leaves")
+    for key, buffer in buffers.items():
+        for leaf in buffer:
+            if not leaf.is_floating_point():
+                raise OptimizerError(
+                    f"{name}.init returned {tree.describe(leaf)} in {key!r}, expected floating tensors; make a flag or "
+                    "a count a floating one (update is given the number of its step)"
+                )
     return buffers
 
 

@@ -165,6 +165,15 @@ ROWS: dict[str, Row] = {
         )
     },
     **{
+        f"init_{dtype}": Row(
+            "optimizer",
+            partial(broken, lambda p, dtype=dtype: {"count": Leaves([torch.zeros((), dtype=dtype)])}),
+            diffopt.OptimizerError,
+            "Broken.init returned a .* tensor .* in 'count', expected floating tensors",
+        )
+        for dtype in (torch.int64, torch.bool)
+    },
+    **{
         f"update_{name}_vmap_{vmapped}": Row(
             "optimizer",
             partial(broken, velocity, later, vmapped),
