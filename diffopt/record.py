@@ -73,7 +73,7 @@ class Record:
         diagnostics: what the rule reports of its own quality.
         autocast: its state during the rollout.
         first: the earliest step that was kept; ``None``: nothing was.
-        checkpoint: how steps were kept, once chosen.
+        checkpoint: how steps were kept, once chosen; ``None``: none was.
         states_stored: how many states were stored in the rollout.
         bytes_stored: their bytes, or an estimate of the graph's bytes from its first step.
     """
@@ -88,7 +88,7 @@ class Record:
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     autocast: autodiff.Autocast | None = None
     first: int | None = None
-    checkpoint: Checkpoint = 1
+    checkpoint: Checkpoint = None
     states_stored: int = 0
     bytes_stored: int = 0
     usable: bool = False

@@ -37,7 +37,7 @@ class Kept:
     """What the rollout kept for the backward pass.
 
     Attributes:
-        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state.
+        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
         states: how many states were stored.
         bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
     """

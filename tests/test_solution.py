@@ -7,7 +7,7 @@ import torch
 from oracles import relative_error
 
 import diffopt
-from diffopt.estimators import Binomial, ForwardMode, Reverse, Unrolled
+from diffopt.estimators import Binomial, FirstOrder, ForwardMode, Reverse, Unrolled
 
 
 @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
@@ -24,6 +24,17 @@ def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule)
     assert relative_error([solution.params], [now]) < 1e-14
     got = torch.autograd.grad(solution.params.square().sum(), w)
     assert relative_error(got, torch.autograd.grad(now.square().sum(), w)) < 1e-13
+
+
+@pytest.mark.parametrize("rule", [Reverse(), FirstOrder(), Unrolled()], ids=str)
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_was_not_kept_is_not_reported(rule, learned):
+    w = torch.tensor([1.0, -2.0], requires_grad=learned)
+    kept = diffopt.solve(lambda p: p.pow(4).sum(), w, optimizer=diffopt.SGD(0.01), steps=3, estimator=rule).kept
+    if learned and rule == Reverse():
+        assert kept.checkpoint == "graph"
+    else:
+        assert (kept.checkpoint, kept.states, kept.bytes) == (None, 0, 0)
 
 
 @pytest.mark.parametrize("rule", [Reverse(1), Binomial(1)], ids=str)
