@@ -178,3 +178,20 @@ def test_a_start_saves_products(solver):
     for bad in (torch.zeros(1), torch.zeros(SIZE - 1), [solution], {"a": solution, "b": solution}):
         with pytest.raises((diffopt.ShapeError, diffopt.StructureError)):
             solver.solve(Product(matrix), b, bad)
+
+
+@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-8])
+def test_conjugate_gradients_in_single_precision_claim_no_more_than_is_so(small):
+    """With a few small eigenvalues the recurrence's residual falls on where the true one stays."""
+    eigenvalues = [small, 2 * small, 3 * small, *torch.linspace(0.5, 1, 27).tolist()]
+    allowed = torch.finfo(torch.float32).eps ** 0.5
+    claims = []
+    for seed in range(10):
+        matrix, b = with_eigenvalues(seed, eigenvalues).float(), normal(100 + seed, 30).float()
+        found = ConjugateGradient(max_iterations=200, throw=False).solve(lambda x, matrix=matrix: matrix @ x, b)
+        true = float((b.double() - matrix.double() @ found.value.double()).norm() / b.norm())
+        claims.append(bool(found.converged))
+        assert not claims[-1] or true < 2 * allowed
+        # the product that finds the residual is rounded as well
+        assert abs(float(found.residual / b.norm()) - true) < 0.3 * max(true, allowed)
+    assert any(claims) or small < 1e-4

@@ -27,6 +27,9 @@ class ConjugateGradient(LinearSolver):
     The error after ``k`` products is at most ``2 sqrt(kappa) ((sqrt(kappa)-1)/(sqrt(kappa)+1))**k`` of the first, with
     ``kappa`` the condition number. A direction of curvature ``<= 0`` stops its task and is reported as a breakdown.
 
+    Below double precision, and where ``kappa`` is large, the recurrence shrinks its residual further than the true one
+    can go. One more product then finds the true one, which has to be below ``rtol`` or the root of the dtype's ``eps``.
+
     Args:
         max_iterations: products at most.
         rtol: converged when the residual's norm is below ``rtol`` times that of ``b``.
@@ -69,7 +72,11 @@ class ConjugateGradient(LinearSolver):
             # this differs from the textbook only in that a task that has stopped keeps its numbers
             p = r + tasks.times(torch.where(active, new / torch.where(active, rr, 1), 0), p)
             rr, active = new, active & (new > bound)
-        if precision:  # what the products rounded off is in x, but not in the recurrence's residual
+        converged = rr <= bound
+        if precision or (rr.dtype != torch.float64 and not all_stopped(converged)):
+            # what was rounded off is in x, but not in the recurrence's residual
             r, iterations = b - matvec(x), iterations + 1
-            rr, bound = tasks.dot(r, r), relative_bound(self.rtol, precision) ** 2 * tasks.dot(b, b)
-        return LinearSolution(x, rr.sqrt(), iterations, (rr <= bound) & ~breakdown, breakdown)
+            rr, slack = tasks.dot(r, r), max(relative_bound(self.rtol, precision), torch.finfo(rr.dtype).eps ** 0.5)
+            accepted = rr <= slack**2 * tasks.dot(b, b)
+            converged = accepted if precision else converged & accepted
+        return LinearSolution(x, rr.sqrt(), iterations, converged & ~breakdown, breakdown)
