@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -174,6 +175,19 @@ def own_leaf(w: Tensor) -> Tensor:
     return torch.autograd.grad((z - w).pow(3).sum(), z, create_graph=True)[0].square().sum()
 
 
+def own_leaf_in_a_cycle(w: Tensor) -> Tensor:
+    """The same where the leaf is held by an object that holds itself, until garbage is collected."""
+    holder: dict[str, Any] = {"leaf": torch.zeros(2, dtype=w.dtype, requires_grad=True)}
+    holder["itself"] = holder
+    return distance(w, holder["leaf"])
+
+
+def in_another_thread(w: Tensor) -> Tensor:
+    """A loss whose nodes autograd numbers from the start, as those of a GPU's backward thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: w.pow(3).sum()).result() + w.square().sum()
+
+
 def nested(rule: Any, constant_start: bool) -> Callable[..., Tensor]:
     """A loss that solves an inner problem of its own, given ``w`` through its args."""
 
@@ -217,6 +231,8 @@ ALLOWED: dict[str, Callable[[Run], Any]] = {
     "vmap_of_grad_inside_vmap": lambda run: vmap(lambda w: run(lambda w: vmap(grad(torch.square))(w).sum(), w))(
         rows(3)
     ),
+    "own_leaf_in_a_cycle": lambda run: run(own_leaf_in_a_cycle, leaf()),
+    "in_another_thread": lambda run: run(in_another_thread, leaf()),
     "autograd_inside": lambda run: run(own_leaf, leaf()),
     **{
         f"solve_inside{'_from_constant' * constant}{style}": partial(
