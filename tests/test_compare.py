@@ -186,6 +186,17 @@ def test_importing_the_library_loads_neither_matplotlib_nor_the_tasks():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("curvatures", [[1.0, 3.0, 2.0], [2.0, 3.0, 1.0]])
+def test_the_curvature_number_is_the_larger_of_the_first_steps_and_the_lasts(curvatures):
+    batches = torch.tensor(curvatures, dtype=torch.float64)
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = diffopt.SGD(0.1)
+    final = diffopt.solve(lambda w, h: h * w.square().sum() / 2, w, optimizer=optimizer, steps=3, batches=batches)
+    (node,) = solves_behind(final.params.sum())
+    inputs = node.saved_tensors[: len(node.saved_tensors) - node.call.state_count]
+    assert curvature_number(node.call.dynamics, inputs) == pytest.approx(3 * 0.1 * 2.0, rel=1e-12)
+
+
 def test_a_comparison_goes_on_where_the_curvature_cannot_be_computed():
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
 
