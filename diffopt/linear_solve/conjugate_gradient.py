@@ -28,7 +28,8 @@ class ConjugateGradient(LinearSolver):
     ``kappa`` the condition number. A direction of curvature ``<= 0`` stops its task and is reported as a breakdown.
 
     Below double precision, and where ``kappa`` is large, the recurrence shrinks its residual further than the true one
-    can go. One more product then finds the true one, which has to be below ``rtol`` or the root of the dtype's ``eps``.
+    can go. Where it says that it has converged, one more product finds the true one, which has to be below ``rtol`` or
+    the root of the dtype's ``eps``.
 
     Args:
         max_iterations: products at most.
