@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 import weakref
 from collections import Counter
@@ -100,12 +101,20 @@ def _update(dynamics: Dynamics, *arguments: Any) -> Leaves:
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
     """Refuse a compiled loss that is no longer the loss: something that it read by closure has changed."""
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    tolerance = _tolerance(expected)
     if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise CapturedTensorError(
             "compile=True: the inner loss has changed since it was compiled: what it reads by closure, from a global "
             "or an attribute was frozen then. Pass it in *args (or batches)"
         )
+
+
+def _tolerance(expected: Tensor) -> float:
+    """How far numbers may be off that were computed in another order: the root of the ``eps`` that they may have."""
+    place, kinds = expected.device.type, [expected.dtype]
+    if torch.is_autocast_enabled(place):
+        kinds.append(torch.get_autocast_dtype(place))
+    return math.sqrt(max(torch.finfo(kind).eps for kind in kinds))
 
 
 _functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]] = weakref.WeakKeyDictionary()
@@ -186,7 +195,7 @@ def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFun
 def _checked(compiled: TensorFunction, function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
     """The compiled function, once its answer has been seen to be that of the function itself."""
     for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
-        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+        tolerance = _tolerance(expected) * float(expected.abs().max())
         if not torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True):
             raise ArithmeticError(f"compiled, it is off by {float((got - expected).abs().max()):.1e}")
     return compiled

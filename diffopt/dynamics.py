@@ -156,15 +156,22 @@ class Dynamics:
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What a caller would call the params' leaves, and the extras."""
-        # the structure of what the loss reads is that of (args, batches)
-        paths = [
-            f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
-            for leaf, path in zip(self.args_leaves, tree.paths(self.args_structure), strict=True)
-            if isinstance(leaf, ExtraSlot)
-        ]
+        paths = [path for path, leaf in self._read() if isinstance(leaf, ExtraSlot)]
         hypers = len(self.stepped) - self.hyperparameters_start
         own = f"a hyperparameter of {type(self.optimizer.template).__name__}"
         return tuple(f"params{path}" for path in tree.paths(self.params_structure)), (*paths, *[own] * hypers)
+
+    def constants(self) -> dict[str, Any]:
+        """What the loss is given that is no tensor, by the name that a caller would use."""
+        return {path: leaf for path, leaf in self._read() if not isinstance(leaf, ExtraSlot)}
+
+    def _read(self) -> list[tuple[str, Any]]:
+        """The leaves that the loss is given besides the params, by name; their structure is that of (args, batches)."""
+        paths = [
+            f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
+            for path in tree.paths(self.args_structure)
+        ]
+        return list(zip(paths, self.args_leaves, strict=True))
 
     def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
         """The next state of all tasks, given their gradients."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffopt import autodiff, randomness
 from diffopt.block import Block
+from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
 
 Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
@@ -34,6 +35,25 @@ class Keep:
     checkpoint: Checkpoint = 1
     gradients: bool = False
     offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a rule asks for."""
+        check_checkpoint("Keep", self.checkpoint, self.offload)
+
+
+def check_checkpoint(rule: str, checkpoint: Checkpoint, offload: bool) -> None:
+    """Refuse options of storage that are none of the allowed ones."""
+    is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
+    if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
+        raise HyperparameterError(
+            f"{rule}: checkpoint is {checkpoint!r}, expected None, 'graph', 'sqrt' or an integer >= 1"
+        )
+    if not isinstance(offload, bool):
+        raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
+    if offload and checkpoint == "graph":
+        raise HyperparameterError(
+            f"{rule}: offload=True with checkpoint='graph', expected one that stores states: 1, k or 'sqrt'"
+        )
 
 
 @final

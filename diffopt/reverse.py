@@ -5,26 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.record import Checkpoint, Keep
+from diffopt.record import Checkpoint, Keep, check_checkpoint
 from diffopt.trajectory import Cotangents, Trajectory
-
-
-def check_checkpoint(rule: str, checkpoint: Checkpoint, offload: bool) -> None:
-    """Refuse options of storage that are none of the allowed ones."""
-    is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
-    if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
-        raise HyperparameterError(
-            f"{rule}: checkpoint is {checkpoint!r}, expected None, 'graph', 'sqrt' or an integer >= 1"
-        )
-    if not isinstance(offload, bool):
-        raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
-    if offload and checkpoint == "graph":
-        raise HyperparameterError(
-            f"{rule}: offload=True with checkpoint='graph', expected one that stores states: 1, k or 'sqrt'"
-        )
 
 
 @final

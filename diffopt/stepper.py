@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -165,7 +166,8 @@ class Stepper:
         return self.watch.values or self.watch.captures or bool(self.watch.levels)
 
     def _refuse_captures(self, nodes: Sequence[Any]) -> None:
-        functions = (self.dynamics.loss, self.dynamics.optimizer.template)
+        others = SimpleNamespace(**self.dynamics.constants())  # a module among them has parameters of its own
+        functions = (self.dynamics.loss, self.dynamics.optimizer.template, others)
         refuse_captures("the inner loss (or the optimizer)", functions, nodes)
 
     def _levels_at(self, step: int) -> range:
@@ -198,9 +200,9 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     """Refuse the captured tensors that require grad at these nodes of a graph; ``functions`` may know their names."""
     if nodes:
         raise CapturedTensorError(
-            f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and would give it no "
-            "hypergradient; expected among the arguments. Pass it in *args (or batches); a constant: .detach() it or "
-            "set requires_grad_(False)"
+            f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
+            "hypergradient; expected among the arguments. Pass it in *args (of a module: named_parameters()) or batches; "
+            "a constant: .detach() or requires_grad_(False)"
         )
 
 

@@ -9,8 +9,7 @@ from diffopt.claims import ALL_INPUTS, Claims
 from diffopt.errors import StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.record import Checkpoint, Keep
-from diffopt.reverse import check_checkpoint
+from diffopt.record import Checkpoint, Keep, check_checkpoint
 from diffopt.trajectory import Cotangents, Trajectory
 
 

@@ -19,6 +19,7 @@ from diffopt.estimators import (
     ESJacobian,
     ForwardMode,
     Implicit,
+    Keep,
     Krylov,
     MultiStep,
     Reverse,
@@ -49,6 +50,7 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
         for x in (0, -1, 1.5, True, "x")
     ),
     *((Reverse, {"offload": x}, "offload", "expected True or False") for x in (None, 1, "yes")),
+    *((Keep, {"first": 1, "checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt' or an i") for x in (0, "x")),
     *((ForwardMode, {"chunk_size": x}, "chunk_size", "expected None or an integer >= 1") for x in (0, True, 2.0)),
     *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
     (Truncated, {"steps": 1, "checkpoint": 0}, "checkpoint", "expected None, 'graph', 'sqrt' or an integer"),

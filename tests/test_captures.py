@@ -265,3 +265,17 @@ def test_an_inner_solve_that_captures_the_outer_params_is_refused(rule: Any) -> 
 
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
         solve(rule, loss, leaf())
+
+
+def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
+    module = torch.nn.Linear(2, 1)
+    with pytest.raises(
+        diffopt.CapturedTensorError, match=r"reads `args\[0\]\['net'\]\.bias`, .*of a module: named_par"
+    ):
+        diffopt.solve(
+            lambda w, held: held["net"](w).square().sum(),
+            torch.ones(2),
+            {"net": module},
+            optimizer=diffopt.SGD(0.1),
+            steps=1,
+        )
