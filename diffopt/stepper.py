@@ -201,8 +201,8 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     if nodes:
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            "hypergradient; expected among the arguments. Pass it in *args (of a module: named_parameters()) or batches; "
-            "a constant: .detach() or requires_grad_(False)"
+            "hypergradient; expected among the arguments. Pass it in *args (of a module: named_parameters()) or "
+            "batches; a constant: .detach() or requires_grad_(False)"
         )
 
 
