@@ -5,7 +5,12 @@
 
 Each step's coin is independent of the steps after it, so the mean of the product is the product of the means: the
 exact hypergradient, for p times its Hessian-vector products. (Truncation spends as many and is biased.) The rule is
-written once, from the blocks C, E, D, H, M of a step; it then holds for every optimizer, meta-parameter and vmap.
+written once, from the blocks C, E, D, H, M of a step; it then holds for every optimizer, meta-parameter and vmap, and
+``check_estimator`` holds it to that. (Under vmap a product is left out where no task wants it.)
+
+What to see: the claims hold, and the mean of many draws goes to the exact hypergradient, which truncation misses.
+
+    python examples/custom_estimator.py
 """
 
 from __future__ import annotations
@@ -32,6 +37,12 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.leaves import Leaves
+from diffopt.testing import check_estimator
+
+
+def over_tasks(number: Tensor, leaf: Tensor) -> Tensor:
+    """One number per task, shaped to broadcast against a stack of steps of one leaf."""
+    return number.to(leaf.dtype).reshape((*number.shape, *[1] * (leaf.ndim - number.ndim - 1)))
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,14 @@ class CoinToss(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         updates, curvature = trajectory.updates.blocks(), ParallelCurvature(trajectory, 1, 1, again=False)
         direct, adjoints = DirectTerms(trajectory), [cotangent]
-        for step in range(trajectory.steps, 0, -1):
+        tasks = [level.size for level in reversed(trajectory.dynamics.levels)]  # each task tosses for itself
+        coins = torch.rand(trajectory.steps, *tasks, generator=self.generator) < self.chance
+        for step, coin in zip(range(trajectory.steps, 0, -1), coins, strict=True):
             push = None
-            if torch.rand((), generator=self.generator) < self.chance:
+            if coin.any():
                 turned = updates.turn(adjoints[0].map(lambda leaf: leaf[None]), step)  # E_t' Lambda_t
-                push = curvature.product(turned * (1 / self.chance), step, direct)  # H_t of it; M_t' of it to direct
+                weight = turned.map(lambda leaf, coin=coin: over_tasks(coin / self.chance, leaf))
+                push = curvature.product(weight * turned, step, direct)  # H_t' of it; M_t' of it goes to direct
             before = updates.scan(adjoints[0], step, step, push)  # C_t' Lambda_t, and the push added
             adjoints.insert(0, before.map(lambda leaf: leaf[0]))
         direct.add_updates(Leaves(torch.stack(leaf) for leaf in zip(*adjoints[1:], strict=True)))  # D_t' Lambda_t
@@ -77,18 +91,20 @@ def main(quick: bool = False) -> dict[str, float]:
         outer_loss = F.binary_cross_entropy_with_logits(validation[0] @ solution.params, validation[1])
         return torch.autograd.grad(outer_loss, log_penalty)[0], solution.counts.products
 
+    generator = torch.Generator().manual_seed(0)
+    report = check_estimator(CoinToss(0.5, generator))  # raises if a claim is broken
+    print(f"all {len(report.findings)} claims of CoinToss(0.5) hold: exact in the mean, linear, right under vmap ...")
     exact, products = hypergradient(Reverse())
     results = {"exact, Reverse()": (0.0, products)}
     for steps in (10, 5):
         truncated, products = hypergradient(Truncated(steps))
         results[f"Truncated({steps})"] = (float((truncated - exact).norm() / exact.norm()), products)
-    generator = torch.Generator().manual_seed(0)
-    for count in (1, 10, 100) if quick else (1, 10, 100, 1000):
+    for count in (1, 4, 16, 64) if quick else (1, 4, 16, 64, 256):
         found = [hypergradient(CoinToss(0.5, generator)) for _ in range(count)]
         mean = torch.stack([gradient for gradient, _ in found]).mean(0)
         products = sum(products for _, products in found) // count
         results[f"CoinToss(0.5), mean of {count}"] = (float((mean - exact).norm() / exact.norm()), products)
-    print(f"{'rule':30} relative error    HVPs per hypergradient")
+    print(f"{'rule':30} relative error   HVPs each")
     for name, (error, products) in results.items():
         print(f"{name:30} {error:14.4f} {products:12}")
     return {name: error for name, (error, _) in results.items()}

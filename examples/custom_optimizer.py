@@ -3,12 +3,12 @@
     s_{t+1} = U(s_t, g_t; eta),    eta = (lr, beta1, beta2, sharpness) by dF(w_T)/d eta
 
 The rule is a smooth Lion: the sign of an averaged gradient, with tanh for the sign. Only the update is written; the
-adjoint, checkpoints, vmap and every estimator come with it. The script first holds its hypergradients against a plain
-loop under plain autograd, then trains a small network on scikit-learn's digits for 30 steps, again and again, each
-time moving the optimizer's own hyperparameters down the gradient of the validation loss.
+adjoint, checkpoints, vmap and every estimator come with it. ``check_optimizer`` holds it to the contract, a plain loop
+under plain autograd to its hypergradients. Then a small network is trained on scikit-learn's digits for 30 steps, again
+and again, each time moving the optimizer's hyperparameters down the gradient of the validation loss.
 
-What to see: both hypergradients agree to round-off, and the tuned optimizer reaches in 30 steps what the first guess
-does not.
+What to see: the hypergradients agree to round-off, and with all four learned the 30 steps get further than with the
+step size alone.
 
     python examples/custom_optimizer.py
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.optimizer import Buffers, Hyperparameter, Leaves
+from diffopt.testing import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def main(quick: bool = False) -> dict[str, float]:
     raw = guess.clone().requires_grad_()
     ours, plain = (torch.autograd.grad(outer_loss(raw, 5), raw)[0] for outer_loss in (by_diffopt, by_plain_loop))
     results = {"error": float((ours - plain).norm() / plain.norm())}
+    print(f"all {len(check_optimizer(SmoothLion(0.01, 0.9, 0.95, 10.0)).findings)} claims of SmoothLion hold")
     print(f"relative difference to a plain unrolled loop, 5 steps: {results['error']:.1e}")
 
     print("learned    loss after 30 steps        lr  beta1  beta2  sharpness")

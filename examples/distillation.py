@@ -57,11 +57,11 @@ def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
     images, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
     images = images.float() / 16
     real, real_labels, test, test_labels = images[:900], labels[:900], images[900:], labels[900:]
-    digits, iterations = torch.arange(10), 30 if quick else 600
+    digits, iterations = torch.arange(10), 20 if quick else 300
     few = torch.stack([real[real_labels == digit][:50] for digit in digits], dim=1)  # 50 sets of ten real images
 
     distilled, log_lr = few[0].clone().requires_grad_(), torch.tensor(0.5).log().requires_grad_()
-    outer = torch.optim.Adam([distilled, log_lr], lr=0.004)
+    outer = torch.optim.Adam([distilled, log_lr], lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(outer, iterations)
     history = []
     for iteration in range(iterations):
