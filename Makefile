@@ -4,12 +4,14 @@
 #   use the torch you already have: make test VENV=          (no venv, no installs, no network)
 #   some tests only:                make test ARGS='tests/test_layout.py -x'
 #   speed and memory:               make bench     make bench ARGS=--quick
+#   the site, in docs/_build/html:  make docs      with links into the docs of Python and torch: make docs INTERSPHINX=1
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP_ARGS    ?=
 WORKERS     ?= 2
 ARGS        ?=
+INTERSPHINX ?=
 
 SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,6 +22,7 @@ READY       := own-python
 READY_TEST  := own-test-modules
 READY_CHECK := own-check-modules
 READY_BENCH := own-bench-modules
+READY_DOCS  := own-docs-modules
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 RUN         := $(VENV)/bin/python
@@ -27,6 +30,7 @@ READY       := $(VENV)/.ready
 READY_TEST  := $(VENV)/.ready
 READY_CHECK := $(VENV)/.ready-dev
 READY_BENCH := $(VENV)/.ready-bench
+READY_DOCS  := $(VENV)/.ready-docs
 PIP         := $(RUN) -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS)
 endif
 
@@ -36,7 +40,7 @@ OLD_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || 
 HAS = $(PYTHON) -c 'import importlib.util, sys; lacks = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]; \
 	sys.exit("VENV= installs nothing, and $(PYTHON) lacks: " + ", ".join(lacks) if lacks else 0)'
 
-.PHONY: demo test check bench clean own-python own-test-modules own-check-modules own-bench-modules
+.PHONY: demo test check bench docs clean own-python own-test-modules own-check-modules own-bench-modules own-docs-modules
 
 demo: $(READY)
 	$(RUN) -m diffopt demo
@@ -55,6 +59,14 @@ bench: export OMP_NUM_THREADS := 1
 bench: $(READY_BENCH)
 	$(RUN) -m benchmarks $(ARGS)
 
+# Every cell runs anew; DIFFOPT_DOCS_CACHE=1 runs only pages that changed, while writing. No network without INTERSPHINX.
+docs: export OMP_NUM_THREADS := 1
+docs: export DIFFOPT_INTERSPHINX := $(INTERSPHINX)
+docs: $(READY_DOCS)
+	rm -rf docs/generated docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -q -j auto -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	$(RUN) docs/check_links.py docs/_build/html
+
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(OLD_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +79,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 $(VENV)/.ready-bench: $(VENV)/.ready
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 own-python:
@@ -82,6 +98,9 @@ own-check-modules: own-python
 own-bench-modules: own-python
 	@$(HAS) higher torchopt
 
+own-docs-modules: own-python
+	@$(HAS) sphinx furo myst_nb sphinx_copybutton pybtex sphinx-mathjax-offline higher torchopt
+
 clean:
-	rm -rf $(if $(strip $(VENV)),$(VENV)) build dist torch_diffopt.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(if $(strip $(VENV)),$(VENV)) build dist docs/_build docs/generated torch_diffopt.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find diffopt estimators tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

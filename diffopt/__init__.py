@@ -1,6 +1,7 @@
 """Bilevel optimisation and gradient-based meta-learning: exact and approximate hypergradients for PyTorch."""
 
 from diffopt.check import check
+from diffopt.citing import cite
 from diffopt.compare import Comparison, compare
 from diffopt.errors import (
     BatchesError,
@@ -95,6 +96,7 @@ __all__ = [
     "VmapError",
     "WrongDerivativeError",
     "check",
+    "cite",
     "compare",
     "from_torch",
     "from_torchopt",

@@ -145,7 +145,7 @@ class Trajectory:
     def losses_to_replay(self) -> Tensor:
         """A copy of the rollout's losses ``[..., T]``, in which a replay writes those that it recomputes.
 
-        (One tensor for all: see :func:`diffopt.rollout.roll_out` for what small ones per step do to memory.)
+        (One tensor for all: see ``diffopt.rollout.roll_out`` for what small ones per step do to memory.)
         """
         return self.final[0].new_empty(0) if self.record.losses is None else self.record.losses.clone()
 
