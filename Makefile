@@ -64,7 +64,7 @@ docs: export OMP_NUM_THREADS := 1
 docs: export DIFFOPT_INTERSPHINX := $(INTERSPHINX)
 docs: $(READY_DOCS)
 	rm -rf docs/generated docs/_build/html
-	$(RUN) -m sphinx -W --keep-going -q -j auto -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	$(RUN) -m sphinx -W --keep-going -q -E -j auto -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 	$(RUN) docs/check_links.py docs/_build/html
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
