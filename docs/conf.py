@@ -34,7 +34,8 @@ html_title = f"diffopt {version}"
 
 # MathJax comes from a package that carries it (and whose own extension would keep Sphinx from reading in parallel).
 mathjax_package = find_spec("sphinx-mathjax-offline")
-assert mathjax_package is not None and mathjax_package.origin is not None, "pip install sphinx-mathjax-offline"
+if mathjax_package is None or mathjax_package.origin is None:
+    raise SystemExit("the site needs: pip install sphinx-mathjax-offline")
 mathjax_path = "mathjax/tex-chtml.js"
 html_static_path = ["_static", str(Path(mathjax_package.origin).parent / "static")]
 html_css_files = ["wide.css"]
@@ -46,6 +47,7 @@ nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove-warn"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]

@@ -62,9 +62,7 @@ def terms(estimator: Estimator, steps: int = STEPS) -> dict[tuple[int, ...], flo
             estimator=estimator,
         )
         values[s] = float(torch.autograd.grad(solution.params, start)[0])
-    return {
-        s: sum((-1) ** len(r) * value for r, value in values.items() if set(r) <= set(s)) for s in subsets(steps)
-    }
+    return {s: sum((-1) ** len(r) * value for r, value in values.items() if set(r) <= set(s)) for s in subsets(steps)}
 
 
 def draw_terms(axes: Axes, found: dict[tuple[int, ...], float], title: str, text: str) -> None:
@@ -76,7 +74,7 @@ def draw_terms(axes: Axes, found: dict[tuple[int, ...], float], title: str, text
             order = 0
             for t in range(STEPS, 0, -1):
                 up = order + (t in s)
-                width = 1.0 + 1.2 * (abs(amount) > 1.5 and t in s)
+                width = 0.9 + 0.9 * kept + 1.6 * (abs(amount) > 1.5 and t in s)
                 axes.plot([t, t - 1], [order, up], color=BACKWARD if kept else DROPPED, linewidth=width, zorder=kept)
                 order = up
     axes.scatter([STEPS], [0], color=FORWARD, s=22, zorder=3)

@@ -30,6 +30,7 @@ from diffopt.linear_solve import GMRES, ConjugateGradient
 from diffopt.testing import Finding, check_estimator, check_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS, RESULTS = ROOT / "tests", ROOT / "docs" / "_build" / "tests.xml"
 RULES = {
     'Reverse("graph")': Reverse("graph"),
     "Reverse(1)": Reverse(1),
@@ -74,7 +75,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(findings: Sequence[Finding], claim: str) -> str:
     found = [f for f in findings if f.claim.startswith(claim)]
-    return f"{found[0].measured} ({found[0].expected})" if found else "not claimed"
+    limit = found[0].expected.replace("<= ", "\u2264\u00a0").replace(".0e", "e") if found else ""
+    return f"{found[0].measured} ({limit})" if found else "not claimed"
 
 
 def rules() -> str:
@@ -110,7 +112,7 @@ def tolerances(tree: ast.Module) -> list[float]:
     return sorted(x for x in found if isinstance(x, float) and 0 < x < 0.05)
 
 
-def tests(folder: Path = ROOT / "tests", results: Path = ROOT / "docs" / "_build" / "tests.xml") -> str:
+def files_of_tests(folder: Path = TESTS, results: Path = RESULTS) -> str:
     """Every test file: what it holds, how many tests, within which tolerances, and how the last recorded run went."""
     outcome = last_run(results)
     header = ("tests", "what they hold", "functions", "tolerances", *(["passed", "skipped"] if outcome else []))

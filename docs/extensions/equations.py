@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 BLOCK = re.compile(r"^\$\$\n.*?^\$\$$", re.DOTALL | re.MULTILINE)
 TAG = re.compile(r"\\tag\{([\w.]+)\}")
 CITED = re.compile(
-    r"(?P<word>[Dd]erivations),?\s+(?P<numbers>(?:sections?\s+)?\(?\d[\w.()]*(?:(?:-|,\s+|\s+and\s+)\(?\d[\w.()]*)*)"
+    r"(?P<word>[Dd]erivations)(?P<comma>,?\s+)(?P<numbers>(?:sections?\s+)?\(?\d[\w.()]*(?:(?:-|,\s+|\s+and\s+)\(?\d[\w.()]*)*)"
 )
 NUMBER = re.compile(r"\((?P<equation>\d+(?:\.\d+|[a-c]))\)|(?P<section>\d+(?:\.\d+)?)")
 
@@ -48,7 +48,7 @@ def link_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, 
 
 
 def _with_links(cited: re.Match[str]) -> str:
-    return f":ref:`{cited['word']} <derivations>` {NUMBER.sub(_link, cited['numbers'])}"
+    return f":ref:`{cited['word']} <derivations>`{cited['comma']}{NUMBER.sub(_link, cited['numbers'])}"
 
 
 def _link(number: re.Match[str]) -> str:

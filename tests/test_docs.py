@@ -1,0 +1,199 @@
+"""The pages of the site without building it: their programs, their tables and pictures, and what they point at."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffopt
+from diffopt.compare import brief
+from diffopt.estimators import Binomial, Estimator, FirstOrder, Krylov, MultiStep, Reverse, Truncated
+
+CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def module(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Modules beside the pages, by name."""
+    monkeypatch.syspath_prepend(str(checkout / "docs"))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def pages(checkout: Path) -> dict[str, str]:
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted((checkout / "docs").glob("*.md"))}
+
+
+def run(page: str) -> dict[str, Any]:
+    """Run the programs of a page, without the options and magics that only a notebook knows, and return its names."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in CELL.findall(page):
+        plain = re.sub(r"^(:tags:|%).*$", "", cell, flags=re.MULTILINE)
+        exec(compile(plain, "page", "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.mark.usefixtures("float64_by_default")
+def test_the_programs_of_other_libraries_agree(pages):
+    pytest.importorskip("higher")
+    pytest.importorskip("torchopt")
+    names = run(pages["coming_from"])
+    other = [names[name] for name in ("by_higher", "by_torchopt")]
+    for theirs in other:
+        for a, b in zip(names["by_diffopt"], theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+    assert names["by_diffopt"][0].norm() > 1e-3
+
+
+def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
+    names = run(pages["write_your_own"])
+    assert names["report"].broken == ()
+    assert names["found"].converged
+
+
+def test_every_page_has_its_place_in_the_contents(pages):
+    listed = re.findall(r"^(\w+)$", "\n".join(re.findall(r"```\{toctree\}(.*?)```", pages["index"], re.DOTALL)), re.M)
+    assert sorted(listed) == sorted(set(pages) - {"index"})
+
+
+def test_what_pages_and_docstrings_cite_exists(checkout: Path, pages):
+    tags = set(re.findall(r"\\tag\{([\w.]+)\}", pages["derivations"]))
+    anchors = {f"equation-{tag.replace('.', '-')}" for tag in tags}
+    anchors |= set(re.findall(r"^\(([\w-]+)\)=$", pages["derivations"], re.MULTILINE))
+    links = {link for page in pages.values() for link in re.findall(r"\]\(#((?:equation|derivations)-[\w-]+)\)", page)}
+    assert len(links) > 15
+    assert links <= anchors
+    bib = (checkout / "docs" / "references.bib").read_text(encoding="utf-8")
+    papers = {
+        key for page in pages.values() for part in re.findall(r"\{cite:\w\}`(.*?)`", page) for key in part.split(",")
+    }
+    assert len(papers) > 10
+    assert papers <= set(re.findall(r"^@\w+\{(\w+),$", bib, re.MULTILINE))
+
+
+def test_what_docstrings_cite_of_the_derivations_exists(checkout: Path, pages):
+    pytest.importorskip("sphinx")
+    path = checkout / "docs" / "extensions" / "equations.py"
+    specification = importlib.util.spec_from_file_location("equations", path)
+    assert specification is not None
+    assert specification.loader is not None
+    equations = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(equations)
+    source = [pages["derivations"]]
+    equations.add_anchors(None, "derivations", source)
+    anchors = set(re.findall(r"^\(([\w-]+)\)=$", source[0], re.MULTILINE)) | {"derivations"}
+    cited: set[str] = set()
+    for folder in ("diffopt", "estimators", "tasks"):
+        for file in (checkout / folder).rglob("*.py"):
+            lines = file.read_text(encoding="utf-8").split("\n")
+            equations.link_docstring(None, "", "", None, None, lines)
+            cited |= set(re.findall(r":ref:`[^`]*<((?:equation|derivations)[\w-]*)>`", "\n".join(lines)))
+    assert {"equation-3-1", "equation-11c", "derivations-6-6", "derivations-2-1", "equation-1-3"} <= cited
+    assert cited <= anchors
+
+
+@pytest.mark.parametrize(
+    ("rule", "amount"),
+    [
+        (Reverse("sqrt"), lambda s: 1),
+        (Truncated(2), lambda s: set(s) <= {3, 4}),
+        (Binomial(2), lambda s: len(s) <= 2),
+        (Binomial(1, window=2), lambda s: len(s) <= 1 and set(s) <= {3, 4}),
+        (FirstOrder(), lambda s: not s),
+        (MultiStep(2), lambda s: 2 ** len(s) * (set(s) <= {1, 3})),
+    ],
+    ids=lambda x: brief(x) if isinstance(x, Estimator) else "",
+)
+def test_the_pictures_show_the_terms_of_the_definitions(module, rule, amount):
+    idea = module("draw_idea")
+    found = idea.terms(rule, steps=4)
+    assert set(found) == {s for size in range(5) for s in combinations(range(1, 5), size)}
+    for s, value in found.items():
+        assert value == pytest.approx(float(amount(s)), abs=1e-12)
+
+
+def test_the_terms_of_a_rule_that_weighs_them_are_not_zero_and_one(module):
+    found = module("draw_idea").terms(Krylov(2), steps=4)
+    assert any(abs(value - round(value)) > 1e-3 for value in found.values())
+
+
+def test_the_front_is_what_nothing_beats(module):
+    points = [(float(x), float(y)) for x, y in torch.rand(40, 2, generator=torch.Generator().manual_seed(0))]
+    kept = {p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)}
+    front = module("draw_pareto").front(points)
+    assert set(front) == kept
+    assert 1 < len(front) < 40
+
+
+EXPECTED = {
+    "Linear, Tanh": ("ok", "ok", "ok"),
+    "LayerNorm": ("ok", "ok", "ok"),
+    "BatchNorm2d, running statistics, training": ("ok", "`VmapError`", "`VmapError`"),
+    "Dropout": ("ok", "`RandomnessError`", "`RandomnessError`"),
+    "scaled_dot_product_attention": ("`MissingDerivativeError`",) * 3,
+    "weight_norm": ("**wrong**",) * 3,
+    "weight norm, written out": ("ok", "ok", "ok"),
+    "LSTM": ("ok", "`VmapError`", "`VmapError`"),
+    "linalg.norm of zero": ("`NonFiniteGradientError`",) * 3,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, on what it does not batch well
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_table_of_layers(module, name):
+    table = module("layer_table")
+    (case,) = [case for case in table.CASES if case.name == name]
+    row = table.measure(case)
+    assert (row.twice, row.tasks, row.steps) == EXPECTED[name]
+    assert bool(row.mend) == (EXPECTED[name] != ("ok", "ok", "ok"))
+
+
+def test_the_verification_page_names_tests_that_exist(checkout: Path, pages):
+    named = set(re.findall(r"`(test_\w+)`", pages["verification"]))
+    assert len(named) > 15
+    assert named <= {path.stem for path in (checkout / "tests").rglob("test_*.py")}
+
+
+def test_a_recorded_run_is_counted_by_file_and_a_failed_one_is_refused(module, tmp_path: Path):
+    tables = module("verification_tables")
+    tests, results = tmp_path / "tests", tmp_path / "tests.xml"
+    tests.mkdir()
+    code = '"""What | it holds."""\n\ndef test_one():\n    assert error < 1e-9\n    assert close(rtol=1e-3)\n'
+    (tests / "test_a.py").write_text(code)
+    assert tables.last_run(results) == {}
+    assert (
+        tables.files_of_tests(tests, results).split("\n")[-1]
+        == "| `test_a` | What \\| it holds. | 1 | 1e-09 to 1e-03 |"
+    )
+    case = '<testcase classname="tests.test_a" name="{}">{}</testcase>'
+    passed, skipped = case.format("test_one", ""), case.format("test_two", "<skipped/>")
+    results.write_text(f"<testsuites><testsuite>{passed}{passed}{skipped}</testsuite></testsuites>")
+    assert tables.files_of_tests(tests, results).split("\n")[-1].endswith("| 1 | 1e-09 to 1e-03 | 2 | 1 |")
+    results.write_text(f"<testsuites>{case.format('test_one', '<failure/>')}</testsuites>")
+    with pytest.raises(ValueError, match="test_one failed"):
+        tables.files_of_tests(tests, results)
+
+
+def test_broken_links_are_found(module, tmp_path: Path):
+    links = module("check_links")
+    (tmp_path / "a.html").write_text('<p id="here"><a href="b.html#there">b</a> <a href="#here">a</a>')
+    (tmp_path / "b.html").write_text('<p id="there"><a href="https://example.org/x#y">elsewhere</a>')
+    assert links.broken(tmp_path) == []
+    (tmp_path / "b.html").write_text('<p id="other"><img src="none.png"><a href="a.html#gone">a</a>')
+    assert links.broken(tmp_path) == [
+        "a.html: b.html#there: no such anchor",
+        "b.html: none.png: no such file",
+        "b.html: a.html#gone: no such anchor",
+    ]
+
+
+def test_everything_public_has_a_docstring():
+    for name in diffopt.__all__:
+        assert (getattr(diffopt, name).__doc__ or "").strip(), name
