@@ -178,13 +178,13 @@ CASES = [
         'tasks: `vmap(..., randomness="different")`; steps: draw masks outside and pass them in `batches`',
     ),
     Case("scaled_dot_product_attention", lambda: Attention(False), SEQUENCES, KERNEL),
-    Case("the same, `SDPBackend.MATH`", lambda: Attention(False), SEQUENCES, context=MATH),
+    Case("scaled_dot_product_attention, `SDPBackend.MATH`", lambda: Attention(False), SEQUENCES, context=MATH),
     Case("MultiheadAttention, `need_weights=True`", lambda: Attention(True), SEQUENCES),
     Case(
         "TransformerEncoderLayer", lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True), SEQUENCES, KERNEL
     ),
     Case(
-        "the same, `SDPBackend.MATH`",
+        "TransformerEncoderLayer, `SDPBackend.MATH`",
         lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True),
         SEQUENCES,
         context=MATH,

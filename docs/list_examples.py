@@ -17,5 +17,5 @@ def _entry(path: Path) -> str:
     source = path.read_text(encoding="utf-8")
     said = ast.get_docstring(ast.parse(source)) or ""
     first = " ".join(said.split("\n\n")[0].split())
-    program = f"````{{admonition}} {path.name}\n:class: dropdown\n\n```python\n{source.rstrip()}\n```\n````"
+    program = f"<details><summary>{path.name}</summary>\n\n```python\n{source.rstrip()}\n```\n\n</details>"
     return f"**{path.stem.replace('_', ' ')}**: {first.replace('``', '`')}\n\n{program}"

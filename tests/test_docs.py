@@ -55,6 +55,9 @@ def test_the_programs_of_other_libraries_agree(pages):
 def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
     names = run(pages["write_your_own"])
     assert names["report"].broken == ()
+    lion = names["Lion"](lr=0.3, momentum=0.8)
+    w = diffopt.solve(lambda w: w.sin().sum(), torch.ones(2).double(), optimizer=lion, steps=1).params
+    assert torch.allclose(w, 1 - 0.3 * torch.tanh(10 * 0.2 * torch.ones(2).double().cos()), rtol=1e-14)
     assert names["found"].converged
 
 
