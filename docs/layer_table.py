@@ -123,9 +123,19 @@ def markdown() -> str:
     """What is safe in every column, in one line, and a table of the rest."""
     found = list(rows())
     safe = [row for row in found if _columns(row)[1:] == ("ok",) * 3]
-    lines = ["| layer | second derivative | many tasks | many steps at once | mend |", "|---|---|---|---|---|"]
-    lines += [f"| {' | '.join((*_columns(row), row.mend))} |" for row in found if row not in safe]
-    return "\n".join([f"**Safe in every way:** {'; '.join(row.name for row in safe)}.\n\n**Not, or not in every way:**\n", *lines])
+    lines = ["| layer | second derivative | many tasks | many steps | refused by | mend |", "|---|---|---|---|---|---|"]
+    lines += [_line(row) for row in found if row not in safe]
+    return "\n".join(
+        [f"**Safe in every way:** {'; '.join(row.name for row in safe)}.\n\n**Not, or not in every way:**\n", *lines]
+    )
+
+
+def _line(row: Row) -> str:
+    """A line of the table: "no" where the layer is refused, and by which errors, once."""
+    cells = _columns(row)[1:]
+    errors = list(dict.fromkeys(cell for cell in cells if cell.startswith("`")))
+    shown = ["no" if cell in errors else cell for cell in cells]
+    return f"| {' | '.join((row.name, *shown, ', '.join(errors), row.mend))} |"
 
 
 if __name__ == "__main__":
