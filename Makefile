@@ -59,7 +59,8 @@ bench: export OMP_NUM_THREADS := 1
 bench: $(READY_BENCH)
 	$(RUN) -m benchmarks $(ARGS)
 
-# Every cell runs anew; DIFFOPT_DOCS_CACHE=1 runs only pages that changed, while writing. No network without INTERSPHINX.
+# Every cell runs anew. While writing, DIFFOPT_DOCS_CACHE=1 runs only pages whose own cells changed (it does not see the
+# modules beside them). No network without INTERSPHINX.
 docs: export OMP_NUM_THREADS := 1
 docs: export DIFFOPT_INTERSPHINX := $(INTERSPHINX)
 docs: $(READY_DOCS)
