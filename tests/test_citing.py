@@ -34,7 +34,7 @@ def keys(text: str) -> list[str]:
         (diffopt.implicit, ["pedregosa2016"]),
         (diffopt.SGD(0.1), []),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_subject_brings_its_papers_and_the_library(subject, expected):
     assert keys(cite(subject)) == ["diffopt", *expected]
