@@ -9,7 +9,7 @@ What changes is marked below:
 (3) each process looks ahead on batches of its own; the hypergradients are averaged before the outer step;
 (4) the outer loss goes through plain ``backward``: ``accelerator.backward`` scales for the training optimizer.
 
-What to see: the shifts are the same in every process, and those of the rare classes are below the others.
+What to see: the shifts are the same in every process, and below zero for the five rarer classes.
 
     pip install accelerate
     torchrun --standalone --nproc_per_node 2 examples/accelerate_recipe.py      # or plain python

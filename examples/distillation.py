@@ -7,7 +7,7 @@
 random networks at once under ``torch.func.vmap``: the images have to work for any of them.
 
 What to see: networks that have never been met learn more from the ten distilled images than from ten real ones. The
-distilled ones look like sharpened averages of their digit.
+distilled ones look like averages of their digit under noise.
 
     python examples/distillation.py
 """
@@ -87,12 +87,14 @@ def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
     print(f"test accuracy of new networks, {STEPS} steps on 10 distilled images: {100 * from_distilled:.1f} %")
     print(f"{STEPS} steps on 10 real ones: {100 * from_few:.1f} %; 200 steps on all 900: {100 * from_all:.1f} %")
 
-    figure, axes = plt.subplots(2, 10, figsize=(10, 2.5), layout="constrained")
+    figure, axes = plt.subplots(2, 10, figsize=(10, 2.7), layout="constrained")
     for row, pictures, name in zip(axes, (few[0], distilled.detach()), ("real", "distilled"), strict=True):
         row[0].set_ylabel(name)
         for ax, picture in zip(row, pictures, strict=True):
             ax.imshow(picture.reshape(8, 8).numpy(), cmap="gray")
             ax.set(xticks=[], yticks=[])
+    few_and_distilled = f"{100 * from_few:.1f} % from ten real images, {100 * from_distilled:.1f} % from ten distilled"
+    figure.suptitle(f"Test accuracy of new networks: {few_and_distilled}")
     figure.savefig(out / "distillation.png", dpi=120)
     plt.close(figure)
     return {"first": history[0], "last": history[-1], "distilled": from_distilled, "few": from_few, "all": from_all}

@@ -96,7 +96,8 @@ def main(quick: bool = False, out: Path = Path(), data_dir: Path | None = None) 
     for place, row in enumerate(weight.argsort()[:10].tolist()):
         axes[str(place)].imshow(x[row].reshape(int(x.shape[1] ** 0.5), -1).numpy(), cmap="gray")
         axes[str(place)].set(xticks=[], yticks=[], title=f"labelled {y[row]}")
-    figure.suptitle("The ten images of least weight are on the right")
+    noisy, ours, oracle = (f"{100 * results[name]:.1f} %" for name in ("noisy", "ours", "oracle"))
+    figure.suptitle(f"Test accuracy {noisy} as they are, {ours} weighted, {oracle} by the oracle. Right: least weights")
     figure.savefig(out / "hyper_cleaning.png", dpi=120)
     plt.close(figure)
     return results

@@ -87,7 +87,7 @@ def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
     left.plot(curves, label=("validation (minimised)", "test"))
     left.axhline(before, color="black", linestyle=":", label="test, best C, no scales")
     left.set(xlabel="outer step", ylabel="loss of scikit-learn's solution", title="64 scales learned by gradient")
-    left.legend(loc="lower left")
+    left.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
     picture = right.imshow(log_scale.detach().reshape(8, 8).numpy(), cmap="coolwarm", vmin=-3, vmax=3)
     right.set(xticks=[], yticks=[], title="logarithm of each pixel's scale")
     figure.colorbar(picture)

@@ -68,7 +68,7 @@ def clean_error(loss: Callable[..., Tensor], tasks: tuple[Tensor, ...], *theta: 
 
 
 def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
-    generator, iterations = torch.Generator().manual_seed(0), 30 if quick else 400
+    generator, iterations = torch.Generator().manual_seed(0), 20 if quick else 400
     theta = {name: torch.randn(UNITS, generator=generator) for name in ("slope", "shift", "height")}
     theta = {name: value.div(10 if name == "height" else 1).requires_grad_() for name, value in theta.items()}
     outer = torch.optim.Adam(theta.values(), lr=0.03)

@@ -110,7 +110,7 @@ def evaluate(problem: Problem, params: Params, only: str, steps: int, episodes: 
 def main(quick: bool = False, out: Path = Path(), data_dir: Path | None = None) -> dict[str, float]:
     problem = waves() if data_dir is None else omniglot(data_dir)
     episodes = problem.evaluation(20 if quick else 200, torch.Generator().manual_seed(1))
-    iterations = 40 if quick else (1000 if data_dir is None else 200)
+    iterations = 32 if quick else (1000 if data_dir is None else 200)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     results = {}
     for name, only in (("MAML", ""), ("ANIL", problem.last), ("random", "")):

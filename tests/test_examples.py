@@ -112,6 +112,7 @@ def test_the_loop_runs_under_accelerate(run):
     assert run("accelerate_recipe", picture=False)["rare shift"] < -0.1
 
 
+@pytest.mark.slow
 def test_accelerate_averages_hypergradients_over_processes(folder, checkout):
     pytest.importorskip("accelerate")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
