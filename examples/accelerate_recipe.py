@@ -11,6 +11,9 @@ What changes is marked below:
 
 What to see: the shifts are the same in every process, and below zero for the five rarer classes.
 
+Measured (21 November 2026, 2 cores, CPU; 9 s of processor time on one thread): one process: 82.5 % of the test images
+recognised, shifts from -0.38 to -1.38 for the five rarer classes.
+
     pip install accelerate
     torchrun --standalone --nproc_per_node 2 examples/accelerate_recipe.py      # or plain python
 """

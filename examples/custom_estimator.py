@@ -11,6 +11,10 @@ written once, from the blocks C, E, D, H, M of a step; it then holds for every o
 What to see: one draw costs what Truncated(10) costs and is about as far off, but the mean of n draws comes nearer,
 by about the root of n.
 
+Measured (21 November 2026, 2 cores, CPU; 15 s of processor time on one thread): relative error 0.286 for
+Truncated(10), 0.226 for one draw (root mean square of 256), 0.118 for means of 4, 0.059 of 16, 0.040 of 64 and 0.024
+of all 256; all 35 claims held.
+
     python examples/custom_estimator.py
 """
 

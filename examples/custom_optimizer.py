@@ -10,6 +10,10 @@ and again, each time moving the optimizer's hyperparameters down the gradient of
 What to see: the hypergradients agree to round-off, and with all four learned the 30 steps get further than with the
 step size alone.
 
+Measured (21 November 2026, 2 cores, CPU; 11 s of processor time on one thread): hypergradient equal to the plain
+loop's (difference 0.0e+00); validation loss after 30 steps 1.126 with the first guess, 0.255 with the step size
+learned, 0.206 with all four.
+
     python examples/custom_optimizer.py
 """
 

@@ -11,6 +11,10 @@ implicit function theorem (``Implicit`` keeps nothing).
 
 What to see: high penalties on nearly all decoys, and a better test accuracy than any common penalty gives.
 
+Measured (21 November 2026, 2 cores, CPU; 38 s of processor time on one thread): test accuracy 89.0 % with the best
+common penalty, 92.7 % with 128; at a million penalties Reverse kept 160 MB and Implicit nothing, with a cosine of
+1.000000 between their hypergradients.
+
     python examples/feature_penalties.py
 """
 

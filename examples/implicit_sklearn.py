@@ -10,6 +10,9 @@ from even digits by 300 images; 64 scales (one per pixel) are learned on 750 oth
 What to see: the hypergradient agrees with finite differences of scikit-learn's own solutions; 64 scales go well
 beyond the best C of a grid, and no grid could search them.
 
+Measured (21 November 2026, 2 cores, CPU; 7 s of processor time on one thread): relative error against differences
+9e-08; test loss 0.2634 with the best C (1) and no scales, 0.2312 with scales.
+
     python examples/implicit_sklearn.py
 """
 

@@ -6,8 +6,11 @@ Few-shot regression of sine waves from ten points in five inner steps. The ``lr`
 tensor, a ``Schedule`` over steps or a tree shaped like the parameters; what requires grad is learned, here beside the
 initial weights.
 
-What to see: the more freely the step sizes may differ, the better the adaptation. The schedule is not monotone, and
-some weights learn to step the wrong way.
+What to see: one step size per weight adapts far better than one for all; one per step is a small gain. The schedule is
+not monotone, and some weights learn to step the wrong way.
+
+Measured (21 November 2026, 2 cores, CPU; 58 s of processor time on one thread): squared error 0.586 +- 0.060 (one,
+fixed), 0.521 +- 0.058 (one, learned), 0.496 +- 0.059 (one per step), 0.196 +- 0.022 (one per weight).
 
     python examples/learned_learning_rates.py
 """

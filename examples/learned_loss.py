@@ -9,6 +9,9 @@ at all; ``diffopt`` gives the derivative of the fit by the network's weights, fo
 What to see: the learned curve is steep for small residuals and nearly flat where the spoilt targets lie, on their side
 only. It beats the robust losses of the textbooks, which are symmetric, each at the best of five scales.
 
+Measured (21 November 2026, 2 cores, CPU; 22 s of processor time on one thread): error on clean data of new tasks 2.666
+(squared), 0.122 (absolute), 0.121 (Huber), 0.034 (Cauchy), 0.024 (learned).
+
     python examples/learned_loss.py
 """
 

@@ -10,6 +10,9 @@ episodes of its characters, evaluated on alphabets that were not trained on.
 
 What to see: a few steps on a few points help the meta-trained networks and hardly the random one.
 
+Measured (21 November 2026, 2 cores, CPU; 27 s of processor time on one thread): squared error on new waves before and
+after five steps 3.121 and 0.550 (MAML), 3.006 and 0.332 (ANIL), 4.388 and 4.185 (random).
+
     python examples/maml_anil.py [--data-dir DIR]
 """
 
