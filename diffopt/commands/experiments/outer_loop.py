@@ -18,6 +18,9 @@ def train(
     generators: Mapping[str, torch.Generator],
     iterations: int,
     iterate: Callable[[int], float],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    curves: Mapping[str, list[float]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Run ``iterate`` so many times, each followed by a step of the outer optimizer; resumable.
 
@@ -29,6 +32,8 @@ def train(
         iterations: how often.
         iterate: given the number of the iteration, from 0, puts the hypergradient into the ``grad`` of ``params``
             (which has been set to ``None``) and returns the outer loss.
+        tensors: whatever else ``iterate`` changes in place, such as warm starts.
+        curves: lists that ``iterate`` appends to, such as accuracies.
 
     Returns:
         The outer losses, and the processor seconds that had passed when each was known; ``iterations`` of both. The
@@ -36,13 +41,17 @@ def train(
     """
     losses: list[float] = []
     seconds: list[float] = []
+    tensors, curves = tensors or {}, curves or {}
     if saved := work.saved():
         with torch.no_grad():
-            for name, value in params.items():
-                value.copy_(saved["params"][name])
+            for kind, held in (("params", params), ("tensors", tensors)):
+                for name, value in held.items():
+                    value.copy_(saved[kind][name])
         outer.load_state_dict(saved["outer"])
         for name, generator in generators.items():
             generator.set_state(saved["generators"][name])
+        for name, curve in curves.items():
+            curve[:] = saved["curves"][name]
         losses, seconds = saved["losses"], saved["seconds"]
 
     def state() -> dict[str, object]:
@@ -50,6 +59,8 @@ def train(
             "params": {name: value.detach() for name, value in params.items()},
             "outer": outer.state_dict(),
             "generators": {name: generator.get_state() for name, generator in generators.items()},
+            "tensors": {name: value.detach() for name, value in tensors.items()},
+            "curves": dict(curves),
             "losses": losses,
             "seconds": seconds,
         }

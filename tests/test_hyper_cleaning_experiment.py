@@ -1,0 +1,129 @@
+"""What the experiment on wrong labels computes, against plain loops; its answers follow the numbers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from diffopt.commands.experiments import catalogue, hyper_cleaning
+from diffopt.commands.experiments.hyper_cleaning_report import summarise, won_back
+from diffopt.commands.experiments.run_folder import json_row
+from diffopt.commands.experiments.work import OutOfTime, Work
+
+SETTINGS = replace(catalogue.experiment("hyper-cleaning").quick, iterations=3)
+
+
+def plain_fit(problem, weights, steps):
+    """SGD with momentum from zero, written out."""
+    w = [torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    velocity = [torch.zeros(6, 3), torch.zeros(3)]
+    for _ in range(steps):
+        each = cross_entropy(problem.inputs @ w[0] + w[1], problem.labels, reduction="none")
+        slopes = torch.autograd.grad((weights * each).mean(), w)
+        velocity = [SETTINGS.momentum * v + g for v, g in zip(velocity, slopes, strict=True)]
+        w = [(a - SETTINGS.lr * v).detach().requires_grad_() for a, v in zip(w, velocity, strict=True)]
+    return w
+
+
+def fit_with_history(problem, logits, kept):
+    """All inner steps; the weights are constants before the last ``kept``, and so is what they led to."""
+    w = [torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    velocity = [torch.zeros(6, 3), torch.zeros(3)]
+    for step in range(SETTINGS.steps):
+        each = cross_entropy(problem.inputs @ w[0] + w[1], problem.labels, reduction="none")
+        slopes = torch.autograd.grad((logits.sigmoid() * each).mean(), w, create_graph=True)
+        velocity = [SETTINGS.momentum * v + g for v, g in zip(velocity, slopes, strict=True)]
+        w = [a - SETTINGS.lr * v for a, v in zip(w, velocity, strict=True)]
+        if step < SETTINGS.steps - kept:
+            w, velocity = [a.detach().requires_grad_() for a in w], [v.detach() for v in velocity]
+    return w
+
+
+def right(w, inputs, labels):
+    return 100 * float(((inputs @ w[0] + w[1]).argmax(1) == labels).float().mean())
+
+
+@pytest.fixture(scope="module")
+def rows():
+    units = catalogue.experiment("hyper-cleaning").units(SETTINGS)
+    return {unit.name: json_row(unit.name, unit.run(Work(0))) for unit in units}
+
+
+@pytest.mark.parametrize("name", ["exact", "truncated 2"])
+def test_it_learns_as_a_plain_loop_does(rows, name):
+    problem = hyper_cleaning.load(SETTINGS, Work(0))
+    logits = torch.zeros(60, requires_grad=True)
+    outer = torch.optim.Adam([logits], lr=SETTINGS.outer_lr)
+    losses, accuracy, f1 = [], [], []
+    wrong = problem.labels != problem.true_labels
+    for _ in range(3):
+        kept = SETTINGS.steps if name == "exact" else 2
+        w = fit_with_history(problem, logits, kept)
+        loss = cross_entropy(problem.validation_inputs @ w[0] + w[1], problem.validation_labels)
+        losses.append(loss.item())
+        accuracy.append(right(w, problem.test_inputs, problem.test_labels))
+        found = logits.detach() < 0
+        f1.append(2 * int((found & wrong).sum()) / (int(found.sum()) + int(wrong.sum())))
+        outer.zero_grad()
+        loss.backward()
+        outer.step()
+    row = rows[f"learn, {name}"]
+    assert row["losses"] == pytest.approx(losses, rel=1e-4)  # float32 and three Adam steps
+    assert row["accuracy"] == pytest.approx(accuracy)
+    assert row["f1"] == pytest.approx(f1)
+    w = plain_fit(problem, logits.detach().sigmoid(), SETTINGS.fit_steps)
+    assert row["final"]["accuracy"] == pytest.approx(right(w, problem.test_inputs, problem.test_labels))
+    assert row["final"]["told"] == pytest.approx(float(((logits.detach() < 0) == wrong).float().mean()))
+
+
+def test_the_baselines_are_plain_fits(rows):
+    problem = hyper_cleaning.load(SETTINGS, Work(0))
+    true = (problem.labels == problem.true_labels).float()
+    for key, weights in (("noisy", torch.ones(60)), ("oracle", true)):
+        w = plain_fit(problem, weights, SETTINGS.fit_steps)
+        assert rows["baselines"][key] == pytest.approx(right(w, problem.test_inputs, problem.test_labels))
+    assert rows["baselines"]["wrong"] == pytest.approx(1 - float(true.mean()))
+    only = replace(problem, inputs=problem.validation_inputs, labels=problem.validation_labels)
+    w = plain_fit(only, torch.ones(60), SETTINGS.fit_steps)
+    assert rows["baselines"]["validation images only"] == right(w, problem.test_inputs, problem.test_labels)
+
+
+def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
+    name = "ES Jacobian, Q=2"
+    stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
+    for _ in range(2):
+        with pytest.raises(OutOfTime):
+            hyper_cleaning.learn(SETTINGS, name, stopped)
+    again, whole = hyper_cleaning.learn(SETTINGS, name, stopped), rows[f"learn, {name}"]
+    assert [again[key] for key in ("losses", "accuracy", "f1", "final")] == [
+        whole[key] for key in ("losses", "accuracy", "f1", "final")
+    ]
+
+
+def test_answers_follow_the_numbers(rows):
+    rows = copy.deepcopy(rows)
+    goal, truncated, error = (
+        "the exact rule wins back at least 6 of 7.8 points (77 %)",
+        "truncated back-propagation loses little and takes less time",
+        "the ES Jacobian's error is sqrt((p + 1) / Q)",
+    )
+    rows["baselines"] |= {"noisy": 80.0, "oracle": 90.0}
+    exact, other = rows["learn, exact"], rows["learn, truncated 2"]
+    exact["final"]["accuracy"], other["final"]["accuracy"] = 88.0, 87.5
+    exact["seconds"][-1], other["seconds"][-1] = 2.0, 1.0
+    rows["errors"]["rules"]["ES Jacobian, Q=2"]["relative_error"] = (61 / 2) ** 0.5
+
+    def answers():
+        return {claim.text: claim.answer for claim in summarise(SETTINGS, rows).claims}
+
+    assert won_back(exact, rows["baselines"]) == pytest.approx(0.8)
+    assert [answers()[claim] for claim in (goal, truncated, error)] == ["yes", "yes", "yes"]
+    exact["final"]["accuracy"], other["seconds"][-1] = 87.6, 3.0
+    rows["errors"]["rules"]["ES Jacobian, Q=2"]["relative_error"] = 1.0
+    assert [answers()[claim] for claim in (goal, truncated, error)] == ["no", "no", "no"]
+    rows["learn, truncated 2"] = {"diverged": "DivergenceError"}
+    assert answers()[truncated] == "no"
