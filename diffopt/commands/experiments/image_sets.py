@@ -1,0 +1,70 @@
+"""Few-shot image sets by name, each with its splits and sizes; the files' formats are the loaders' matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt.commands.experiments.work import Work
+from diffopt.tasks import CIFARFS, FC100, Caltech101, MiniImageNet, Omniglot, RaggedImages, TieredImageNet
+from diffopt.tasks.data import Split
+
+Images: TypeAlias = "Tensor | RaggedImages"
+
+
+@final
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images in classes.
+
+    Attributes:
+        title: in words.
+        channels: 1 or 3.
+        size: height and width.
+        load: ``load(folder, split, rotations)``; ``rotations`` makes further classes of turned training images, where
+            that is the custom.
+    """
+
+    title: str
+    channels: int
+    size: int
+    load: Callable[[str | None, Split, bool], Images]
+
+
+def _omniglot(folder: str | None, split: Split, rotations: bool) -> Images:
+    names = {"train": "vinyals-train", "validation": "vinyals-validation", "test": "vinyals-test"}
+    return Omniglot.load(folder, split=names[split], rotations=rotations and split == "train").images  # type: ignore[arg-type]
+
+
+def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
+    """Random images, each blurred by noise 20 times over: 30 classes, other ones for every split; needs no file."""
+    generator = torch.Generator().manual_seed(("train", "validation", "test").index(split))
+    centres = torch.rand(30, 1, 16, 16, generator=generator)
+    noise = torch.randn(30, 20, 16, 16, generator=generator)
+    return (255 * (centres + 0.3 * noise).clamp(0, 1)).round().to(torch.uint8)
+
+
+SETS: dict[str, ImageSet] = {
+    "omniglot": ImageSet("Omniglot", 1, 28, _omniglot),
+    "caltech101": ImageSet(
+        "Caltech-101 at 32x32, a stand-in for CIFAR-FS", 3, 32, lambda f, s, r: Caltech101.load(f, split=s).images
+    ),
+    "cifar-fs": ImageSet("CIFAR-FS", 3, 32, lambda f, s, r: CIFARFS.load(f, split=s).images),
+    "fc100": ImageSet("FC100", 3, 32, lambda f, s, r: FC100.load(f, split=s).images),
+    "mini-imagenet": ImageSet("miniImageNet", 3, 84, lambda f, s, r: MiniImageNet.load(f, split=s).images),
+    "tiered-imagenet": ImageSet("tieredImageNet", 3, 84, lambda f, s, r: TieredImageNet.load(f, split=s).images),
+    "clusters": ImageSet("noisy clusters", 1, 16, _clusters),
+}
+
+
+def load(name: str, split: Split, work: Work, *, rotations: bool = False) -> Images:
+    """One split of a set, uint8, on the unit's device.
+
+    Raises:
+        DataError: the files are not there.
+    """
+    return SETS[name].load(work.data_dir, split, rotations).to(work.device)
