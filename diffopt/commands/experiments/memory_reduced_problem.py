@@ -76,7 +76,7 @@ class Shared:
 
         def penalty(head: Params) -> Tensor:
             squares: Tensor = head["weight"].square().sum() + head["bias"].square().sum()
-            return self.settings.decay / 2 * squares
+            return squares * (self.settings.decay / 2)
 
         def of_features(head: Params, features: Tensor, labels: Tensor) -> Tensor:
             return cross_entropy(self.logits(head, features), labels) + penalty(head)
