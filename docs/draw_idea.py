@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, combinations
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -140,3 +141,14 @@ def step() -> Figure:
     gathered = "gathered on the way:  $M_t^\\top E_t^\\top\\Lambda_t$ for $\\theta$,  $D_t^\\top\\Lambda_t$ for $\\eta$"
     _label(axes, 5.1, -1.5, gathered)
     return figure
+
+
+def main() -> None:
+    """Save the pictures that the README shows."""
+    folder = Path(__file__).parent / "_static"
+    for name, figure in (("step", step()), ("rules", rules())):
+        figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
