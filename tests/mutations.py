@@ -40,6 +40,8 @@ NAMES = [
     "compare",
     "costs",
     "every_rule",
+    "over_tasks",
+    "compiled",
 ]
 
 
@@ -277,7 +279,12 @@ FAULTS = [
             ("an option's derivative is lost in alpha", "pure", "else x + alpha * y", "else x + alpha.detach() * y"),
             ("tasks take the first one's branch", "pure", "!= bool(plain.any())", "!= bool(plain.all())"),
             ("all leaves get the first one's option", "torch_rule", "learned_cell(x, part[0])", "learned_cell(x, 0)"),
-            ("the count of steps is one ahead", "lift_memory", "(step - 2)", "(step - 1)"),
+            (
+                "the count of steps is one ahead",
+                "lift_memory",
+                "value = _expected(memory, step - 1)",
+                "value = _expected(memory, step)",
+            ),
             ("state is given back at the first step too", "torch_rule", "if step > 1:", "if step > 0:"),
             ("a changed attribute goes unnoticed", "torch_rule", "before.get(name) != after.get(name)", "False"),
             ("values are not compared", "lift_check", "if not error <= allowed:", "if error > 9:"),
@@ -357,9 +364,51 @@ FAULTS = [
     Fault(
         "in half precision the recurrence's residual stands for the true one",
         "diffopt/linear_solve/conjugate_gradient.py",
-        "if precision:",
-        "if False:",
+        "if precision or (rr.dtype",
+        "if (rr.dtype",
         "half_precision",
+    ),
+    Fault(
+        "in single precision the recurrence's residual stands for the true one",
+        "diffopt/linear_solve/conjugate_gradient.py",
+        "(rr.dtype != torch.float64 and not all_stopped(converged))",
+        "False",
+        "linear_solve",
+    ),
+    Fault(
+        "compiled pullbacks leave the curvature out",
+        "diffopt/compiled.py",
+        "after = _update(dynamics, roots, autodiff.filled(found, params), current, number)",
+        "after = _update(dynamics, roots, autodiff.or_zeros(found, params), current, number)",
+        "compiled",
+    ),
+    Fault(
+        "compiled steps of one optimizer serve another",
+        "diffopt/compiled.py",
+        "structures, autocast, optimizer)",
+        "structures, autocast)",
+        "compiled",
+    ),
+    Fault(
+        "compiled pullbacks forget the rollout's autocast",
+        "diffopt/trajectory.py",
+        "with self.record.replay(None, self.final[0].device):",
+        "if True:",
+        "compiled",
+    ),
+    Fault(
+        "chunks of tasks draw their own numbers where all should draw the same",
+        "diffopt/over_tasks.py",
+        'randomness.snapshot(device) if call.randomness == "same" else None',
+        "None",
+        "over_tasks",
+    ),
+    Fault(
+        "a linked step's gradient runs through the update before it",
+        "diffopt/stepper.py",
+        "[p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]",
+        "list(params)",
+        "estimators",
     ),
     Fault(
         "squares are summed in half precision",
