@@ -41,6 +41,7 @@ NAMES = [
     "costs",
     "every_rule",
     "over_tasks",
+    "update_blocks",
     "compiled",
 ]
 
@@ -408,7 +409,7 @@ FAULTS = [
         "diffopt/stepper.py",
         "[p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]",
         "list(params)",
-        "estimators",
+        "update_blocks",
     ),
     Fault(
         "squares are summed in half precision",
