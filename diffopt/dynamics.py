@@ -89,6 +89,11 @@ class Dynamics:
         """The number of state leaves, params and buffers."""
         return self.params_count + sum(count for _, count in self.buffers_layout)
 
+    @property
+    def tasks_shape(self) -> tuple[int, ...]:
+        """The sizes of the leading axes that all state tensors have: one per vmap, the outermost first."""
+        return tuple(level.size for level in reversed(self.levels))
+
     def batched(self, level: Level) -> Dynamics:
         """The same problem with one more vmap around it."""
         return replace(self, levels=(*self.levels, level))

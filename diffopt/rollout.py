@@ -31,7 +31,7 @@ def roll_out(
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
     now, stepper = Leaves(state), Stepper(dynamics, extras, record, watch)
-    losses = state[0].new_empty([level.size for level in reversed(dynamics.levels)] + [0])
+    losses = state[0].new_empty(*dynamics.tasks_shape, 0)
     record.autocast = autodiff.Autocast(state[0].device)
     with torch.no_grad():
         for step in range(1, dynamics.steps + 1):

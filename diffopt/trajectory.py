@@ -65,6 +65,11 @@ class Trajectory:
         return self.dynamics.steps
 
     @property
+    def tasks_shape(self) -> tuple[int, ...]:
+        """The sizes of the leading axes of all tensors: one per vmap around the solve, ``()`` if there is none."""
+        return self.dynamics.tasks_shape
+
+    @property
     def updates(self) -> Updates:
         """The updates of all steps, if their states and gradients were kept."""
         return Updates(self.dynamics, self.extras, self.record)

@@ -1,7 +1,7 @@
 """Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`.
 
 ``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what a rule of your own is written with, and
-``DirectTerms`` and ``ParallelCurvature`` one that goes step by step; :func:`diffopt.testing.check_estimator` tests it.
+``StepByStep`` one that goes from step to step; :func:`diffopt.testing.check_estimator` tests it.
 """
 
 from diffopt.claims import Claims
@@ -16,17 +16,16 @@ from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
 from diffopt.estimators.unrolled import Unrolled
-from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.reverse import Reverse
-from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.step_by_step import StepByStep
+from diffopt.trajectory import Cotangents, Trajectory
 
 __all__ = [
     "Adjoint",
     "Binomial",
     "Claims",
     "Cotangents",
-    "DirectTerms",
     "ESJacobian",
     "Estimator",
     "FirstOrder",
@@ -35,9 +34,9 @@ __all__ = [
     "Keep",
     "Krylov",
     "MultiStep",
-    "ParallelCurvature",
     "Reptile",
     "Reverse",
+    "StepByStep",
     "Trajectory",
     "Truncated",
     "Unrolled",

@@ -34,20 +34,14 @@ from diffopt.estimators import (
     Adjoint,
     Claims,
     Cotangents,
-    DirectTerms,
     Keep,
-    ParallelCurvature,
     Reverse,
+    StepByStep,
     Trajectory,
     Truncated,
 )
 from diffopt.leaves import Leaves
 from diffopt.testing import check_estimator
-
-
-def over_tasks(number: Tensor, leaf: Tensor) -> Tensor:
-    """One number per task, shaped to broadcast against a stack of steps of one leaf."""
-    return number.to(leaf.dtype).reshape((*number.shape, *[1] * (leaf.ndim - number.ndim - 1)))
 
 
 @dataclass(frozen=True)
@@ -64,20 +58,16 @@ class CoinToss(Adjoint):
         return Keep(first=1, checkpoint=1, gradients=True)  # all states, and the gradient at each
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        updates, curvature = trajectory.updates.blocks(), ParallelCurvature(trajectory, 1, 1, again=False)
-        direct, adjoints = DirectTerms(trajectory), [cotangent]
-        tasks = [level.size for level in reversed(trajectory.dynamics.levels)]  # each task tosses for itself
-        coins = torch.rand(trajectory.steps, *tasks, generator=self.generator) < self.chance
+        steps, adjoint = StepByStep(trajectory), cotangent
+        sizes = (trajectory.steps, *trajectory.tasks_shape)  # each task tosses for itself
+        coins = torch.rand(sizes, generator=self.generator) < self.chance
         for step, coin in zip(range(trajectory.steps, 0, -1), coins, strict=True):
             push = None
             if coin.any():
-                turned = updates.turn(adjoints[0].map(lambda leaf: leaf[None]), step)  # E_t' Lambda_t
-                weight = turned.map(lambda leaf, coin=coin: over_tasks(coin / self.chance, leaf))
-                push = curvature.product(weight * turned, step, direct)  # H_t' of it; M_t' of it goes to direct
-            before = updates.scan(adjoints[0], step, step, push)  # C_t' Lambda_t, and the push added
-            adjoints.insert(0, before.map(lambda leaf: leaf[0]))
-        direct.add_updates(Leaves(torch.stack(leaf) for leaf in zip(*adjoints[1:], strict=True)))  # D_t' Lambda_t
-        return Cotangents(adjoints[0], direct.collect())
+                turned = steps.turn(step, adjoint)  # E_t' Lambda_t
+                push = steps.curvature(step, steps.weighted(coin / self.chance, turned))  # H_t' of it
+            adjoint = steps.through(step, adjoint, push)  # C_t' Lambda_t, and the push added
+        return steps.cotangents(adjoint)  # with D_t' Lambda_t and M_t' of what H_t' was taken of
 
 
 def main(quick: bool = False) -> dict[str, float]:
