@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
 from diffopt.estimators import Estimator
-from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, Sinusoid, functional, sample_episodes
+from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, RaggedImages, Sinusoid, functional, sample_episodes
 
 Params: TypeAlias = dict[str, Tensor]
 EVALUATION_SEED = 20_000
@@ -52,11 +52,15 @@ class FewShot:
 @final
 @dataclass(frozen=True)
 class Adaptation:
-    """How parameters are adapted to a support set: inner optimizer, steps, and the rule of the hypergradient."""
+    """How parameters are adapted to a support set: inner optimizer, steps, and the rule of the hypergradient.
+
+    ``adapted`` names the parameters that are adapted, the others being shared by all tasks (ANIL); ``None``: all.
+    """
 
     optimizer: diffopt.Optimizer
     steps: int
     estimator: Estimator | None = None
+    adapted: frozenset[str] | None = None
 
 
 @final
@@ -95,8 +99,34 @@ def omniglot(
     }[split]
     train = Omniglot.load(folder, split=train_split, rotations=rotations).images.to(device)  # type: ignore[arg-type]
     test = Omniglot.load(folder, split=test_split).images.to(device)  # type: ignore[arg-type]
-    apply, params = functional(Conv4(1, way, filters, generator=generator))
-    eval_queries = min(15, test.shape[1] - shot)
+    return classification(
+        f"Omniglot {way}-way {shot}-shot, "
+        + ("unseen evaluation alphabets" if split == "official" else "characters of the Vinyals test split"),
+        Conv4(1, way, filters, generator=generator),
+        train,
+        test,
+        way=way,
+        shot=shot,
+        queries=queries,
+        device=device,
+    )
+
+
+def classification(
+    title: str,
+    network: torch.nn.Module,
+    train: Tensor | RaggedImages,
+    test: Tensor | RaggedImages,
+    *,
+    way: int,
+    shot: int,
+    queries: int,
+    device: str,
+) -> FewShot:
+    """Episodes of image classes, ``queries`` per class in training and up to 15 in evaluation."""
+    apply, params = functional(network)
+    smallest = int(test.counts.min()) if isinstance(test, RaggedImages) else test.shape[1]
+    eval_queries = min(15, smallest - shot)
 
     def measure(params: Params, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = apply(params, inputs)
@@ -104,8 +134,7 @@ def omniglot(
         return F.cross_entropy(logits, targets), accuracy
 
     return FewShot(
-        title=f"Omniglot {way}-way {shot}-shot, "
-        + ("unseen evaluation alphabets" if split == "official" else "characters of the Vinyals test split"),
+        title=title,
         metric="accuracy",
         params=_leaves(params, device),
         predict=apply,
@@ -175,15 +204,23 @@ def adapt(
     problem: FewShot, params: Params, adaptation: Adaptation, support_inputs: Tensor, support_targets: Tensor
 ) -> Params:
     """The parameters adapted to one support set, differentiable in ``params``."""
-    return diffopt.solve(
-        problem.loss,
-        params,
+    names = params.keys() if adaptation.adapted is None else adaptation.adapted
+    shared = {name: value for name, value in params.items() if name not in names}
+
+    def loss(adapted: Params, shared: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+        return problem.loss({**shared, **adapted}, inputs, targets)
+
+    found = diffopt.solve(
+        loss,
+        {name: value for name, value in params.items() if name in names},
+        shared,
         support_inputs,
         support_targets,
         optimizer=adaptation.optimizer,
         steps=adaptation.steps,
         estimator=adaptation.estimator,
-    ).params
+    )
+    return {**shared, **found.params}
 
 
 def evaluate(

@@ -42,6 +42,15 @@ def add_command(commands: Commands) -> None:
         dest="changes",
         help="change one setting of the experiment; may be given several times",
     )
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        type=lambda name: f"dataset={name}",
+        metavar="NAME",
+        dest="changes",
+        help="short for --set dataset=NAME, where the experiment has that setting",
+    )
     parser.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffopt.commands.experiments.contract import Experiment, ExperimentError
 
-NAMES = ("bounds", "sinusoid", "cost", "anil", "esj", "hyper-cleaning", "memory-reduced")
+NAMES = ("bounds", "sinusoid", "cost", "anil", "esj", "hyper-cleaning", "memory-reduced", "few-shot")
 
 
 def experiment(name: str) -> Experiment[Any]:

@@ -36,8 +36,13 @@ class ImageSet:
 
 
 def _omniglot(folder: str | None, split: Split, rotations: bool) -> Images:
-    names = {"train": "vinyals-train", "validation": "vinyals-validation", "test": "vinyals-test"}
-    return Omniglot.load(folder, split=names[split], rotations=rotations and split == "train").images  # type: ignore[arg-type]
+    """The background alphabets for training; of the evaluation alphabets every fourth for validation."""
+    if split == "train":
+        return Omniglot.load(folder, split="background", rotations=rotations).images
+    loaded = Omniglot.load(folder, split="evaluation")
+    chosen = sorted(set(loaded.alphabets))[::4]
+    rows = [i for i, name in enumerate(loaded.alphabets) if (name in chosen) == (split == "validation")]
+    return loaded.images[rows]
 
 
 def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:

@@ -75,8 +75,8 @@ class Shared:
         """The loss of the head and its arguments."""
 
         def penalty(head: Params) -> Tensor:
-            term: Tensor = self.settings.decay / 2 * (head["weight"].square().sum() + head["bias"].square().sum())
-            return term
+            squares = head["weight"].square().sum() + head["bias"].square().sum()
+            return squares * float(self.settings.decay / 2)
 
         def of_features(head: Params, features: Tensor, labels: Tensor) -> Tensor:
             return cross_entropy(self.logits(head, features), labels) + penalty(head)
