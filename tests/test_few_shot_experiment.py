@@ -14,7 +14,7 @@ from diffopt.commands.experiments.few_shot_report import in_order, summarise
 from diffopt.commands.experiments.work import OutOfTime, Work
 from diffopt.commands.few_shot import EVALUATION_SEED
 from diffopt.errors import DiffoptError
-from diffopt.tasks import DataError
+from diffopt.tasks import DataError, Omniglot
 
 SETTINGS = catalogue.experiment("few-shot").quick
 
@@ -159,6 +159,18 @@ def test_every_set_says_what_it_lacks(name, tmp_path):
         return
     with pytest.raises(DataError, match="--data-dir"):
         image_sets.load(name, "validation", Work(0, data_dir=str(tmp_path)))
+
+
+def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
+    alphabets = tuple(name for name in "badcfeih" for _ in range(2))  # two characters each; h is the eighth by name
+    images = torch.arange(16, dtype=torch.uint8).reshape(16, 1, 1, 1).expand(16, 20, 28, 28)
+    loaded = Omniglot(images, alphabets, tuple(map(str, range(16))), ("file",))
+    monkeypatch.setattr(Omniglot, "load", lambda folder, *, split, rotations=False: loaded)
+    found = {
+        split: image_sets.load("omniglot", split, Work(0))[:, 0, 0, 0].tolist() for split in ("validation", "test")
+    }
+    assert found["validation"] == [2, 3, 10, 11]  # a and e, the first and the fifth
+    assert sorted(found["validation"] + found["test"]) == list(range(16))
 
 
 def test_the_data_set_is_an_option(tmp_path, capsys):

@@ -23,12 +23,13 @@ NOTES = (
     "Two accuracies count as different if they differ by more than the 95 % interval of a difference of independent "
     "means; our methods are tested on the same episodes, so that this is on the safe side.",
     "Equal budget: every method has the same number of outer iterations, the same start and the same episodes. It is "
-    "a fraction of the papers' (20,000 and 60,000), with fewer channels; `--full` is their scale.",
+    "a fraction of the papers' (20,000 and 60,000), with fewer channels; `--full` takes 20,000.",
     "The best of some checkpoints by validation episodes is tested. Normalisation is by the statistics of the batch at "
-    "hand, queries included (transductive), as in the papers' code.",
-    "Binomial and hybrid have scale 1, as in the theorems; the paper's tables are of the scale L/K. iMAML here "
-    "descends on the proximal objective, from which its L iterations of conjugate gradients take the gradient. "
-    "Multi-step estimation changes the forward pass and is tested with its windows.",
+    "hand, queries included (transductive), as in the binomial paper's code.",
+    "Krylov of level 1 is binomial of level 1: their runs are one and the same. Binomial and hybrid have scale 1, as "
+    "in the theorems; the paper's tables are of the scale L/K. iMAML here descends on the proximal objective, from "
+    "which its L iterations of conjugate gradients take the gradient. Multi-step estimation changes the forward pass "
+    "and is tested with its windows.",
 )
 
 
@@ -42,7 +43,8 @@ def summarise(settings: Any, results: Results) -> Summary:
         columns = ("method", "accuracy [%]", "+- (95 %)", "minus exact", "seconds", "of exact's", "printed")
         rows = tuple(_line(settings, way, shot, name, runs) for name in runs)
         what = "head only (ANIL)" if settings.anil else "all layers adapted"
-        words = f"{title}, {what}: {settings.iterations} outer iterations; printed: {spread(settings.dataset)}"
+        words = f"{title}, {what}: {settings.iterations} outer iterations"
+        words += f"; printed: {spread(settings.dataset)}" if any(row[-1] for row in rows) else ""
         tables.append(Table(words, columns, rows))
     return Summary(tuple(tables), tuple(_claims(settings, groups)), NOTES)
 
