@@ -3,7 +3,8 @@
 Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`); few-shot learning
 (:class:`Sinusoid`, :class:`Omniglot`, :class:`CIFARFS`, :class:`FC100`, :class:`MiniImageNet`,
 :class:`TieredImageNet`, :class:`Caltech101`, :func:`sample_episodes`); wrong labels (:class:`HyperCleaning` on
-:class:`MNIST`); networks (:class:`MLP`, :class:`Conv4`, :class:`ResNet12`).
+:class:`MNIST`); learning what and where to transfer (:class:`MetaTransfer`); networks (:class:`MLP`, :class:`Conv4`,
+:class:`ResNet12`, and in stages :class:`ResidualStages`, :class:`PlainStages`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.fc100 import FC100
 from diffopt.tasks.hyper_cleaning import HyperCleaning
 from diffopt.tasks.layers import BatchStatisticsNorm2d
+from diffopt.tasks.meta_transfer import MetaTransfer
 from diffopt.tasks.mini_imagenet import MiniImageNet
 from diffopt.tasks.mnist import MNIST
 from diffopt.tasks.models import MLP, Conv4, functional
@@ -25,6 +27,7 @@ from diffopt.tasks.ragged import RaggedImages
 from diffopt.tasks.resnet import ResNet12
 from diffopt.tasks.ridge import Ridge
 from diffopt.tasks.sinusoid import Sinusoid
+from diffopt.tasks.staged import PlainStages, ResidualStages, Staged
 from diffopt.tasks.tiered_imagenet import TieredImageNet
 
 __all__ = [
@@ -38,15 +41,19 @@ __all__ = [
     "DataError",
     "Episodes",
     "HyperCleaning",
+    "MetaTransfer",
     "MiniImageNet",
     "Omniglot",
+    "PlainStages",
     "ProblemError",
     "Quadratic",
     "QuadraticHypergradient",
     "RaggedImages",
     "ResNet12",
+    "ResidualStages",
     "Ridge",
     "Sinusoid",
+    "Staged",
     "TieredImageNet",
     "data_folder",
     "functional",
