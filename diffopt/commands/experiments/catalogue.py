@@ -7,7 +7,17 @@ from typing import Any
 
 from diffopt.commands.experiments.contract import Experiment, ExperimentError
 
-NAMES = ("bounds", "sinusoid", "cost", "anil", "esj", "hyper-cleaning", "memory-reduced", "few-shot")
+NAMES = (
+    "bounds",
+    "sinusoid",
+    "cost",
+    "anil",
+    "esj",
+    "hyper-cleaning",
+    "memory-reduced",
+    "few-shot",
+    "meta-transfer",
+)
 
 
 def experiment(name: str) -> Experiment[Any]:

@@ -1,0 +1,231 @@
+"""Meta-transfer's algorithm against a plain unrolled loop; its answers follow the numbers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import adam_step, relative_error, sgd_step
+
+from diffopt import SGD, solve, tree
+from diffopt.commands.experiments import catalogue, meta_transfer
+from diffopt.commands.experiments.continued import Continued
+from diffopt.commands.experiments.meta_transfer_problem import KINDS, Batch, Transfer, methods
+from diffopt.commands.experiments.meta_transfer_report import summarise
+from diffopt.commands.experiments.run_folder import json_row
+from diffopt.commands.experiments.work import OutOfTime, Work
+
+SETTINGS = catalogue.experiment("meta-transfer").quick
+STEPS = 4
+STEP = {"sgd": (sgd_step, {"momentum": 0.9, "weight_decay": 1e-4}), "adam": (adam_step, {"weight_decay": 1e-4})}
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+@pytest.fixture(scope="module")
+def transfer():
+    """In float64, the meta-networks away from their start."""
+    found = Transfer(SETTINGS, Work(0))
+    generator = torch.Generator().manual_seed(0)
+    found.params = tree.map_leaves(double, found.params)
+    found.meta = tree.map_leaves(
+        lambda x: (x.double() + 0.3 * torch.randn(x.shape, generator=generator)).requires_grad_(), found.meta
+    )
+    return found
+
+
+def batches(transfer, count):
+    generator = torch.Generator().manual_seed(1)
+    return [Batch(*tree.map_leaves(double, tuple(transfer.batch(generator)))) for _ in range(count)]
+
+
+class Plain:
+    """The target and its optimizer, one leaf after the other, with the whole history."""
+
+    def __init__(self, transfer, kind):
+        self.leaves, self.structure = tree.flatten(transfer.params)
+        self.leaves = [x.clone().requires_grad_() for x in self.leaves]
+        self.buffers, self.count, self.kind = [{} for _ in self.leaves], 0, kind
+
+    def params(self):
+        return tree.unflatten(self.structure, self.leaves)
+
+    def slopes(self, loss):
+        return torch.autograd.grad(loss, self.leaves, create_graph=True, materialize_grads=True)
+
+    def move(self, slopes, rate):
+        step, options = STEP[self.kind]
+        self.count += 1
+        pairs = zip(self.leaves, slopes, self.buffers, strict=True)
+        self.leaves = [step(x, g, b, self.count, rate, **options) for x, g, b in pairs]
+
+    def cut(self):
+        """What comes is not differentiated through what was."""
+        self.leaves = [x.detach().requires_grad_() for x in self.leaves]
+        self.buffers = [{name: x.detach() for name, x in buffer.items()} for buffer in self.buffers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["baseline", "multi-step 2", "multi-step 4", "first-order", "one step, 4 lr"])
+def test_algorithm_1_is_a_plain_loop(transfer, kind, name):
+    """Two iterations: velocity and moments come in from the first, and pass between the two kinds of steps."""
+    task, meta, method = transfer.task, transfer.meta, methods(STEPS)[name]
+    plain, state, leaves = Plain(transfer, kind), transfer.start(kind), tree.flatten(meta)[0]
+    for number, batch in enumerate(batches(transfer, 2)):
+        state, loss = meta_transfer.iterate(transfer, kind, method, state, number, batch)
+        rate = (SETTINGS.sgd_lr if kind == "sgd" else SETTINGS.adam_lr) * (1 if number == 0 else (2 + 2**0.5) / 4)
+        inputs, labels, source = batch
+        plain.move(plain.slopes(task.total_loss(plain.params(), meta, inputs, labels, source)), rate)
+        plain.cut()
+        torch.testing.assert_close(tree.flatten(state.params)[0], plain.leaves, rtol=1e-10, atol=1e-12)
+        inner = copy.copy(plain)
+        inner.buffers = [dict(buffer) for buffer in plain.buffers]
+        window = int(name[-1]) if name.startswith("multi") else 1
+        for step in range(1 if name.startswith("one") else STEPS):
+            if step % window == 0:
+                slopes = inner.slopes(task.transfer_loss(inner.params(), meta, inputs, source))
+            inner.move(slopes, rate * (STEPS if name.startswith("one") else 1))
+        inner.move(inner.slopes(task.task_loss(inner.params(), inputs, labels)), rate)
+        if name == "first-order":
+            inner.cut()
+            expected = task.total_loss(inner.params(), meta, inputs, labels, source)
+        else:
+            expected = task.task_loss(inner.params(), inputs, labels)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
+        found, wanted = (torch.autograd.grad(x, leaves, materialize_grads=True) for x in (loss, expected))
+        assert max(x.norm() for x in wanted) > 1e-8
+        assert relative_error(found, wanted) < 1e-7  # Adam divides by roots of small numbers
+
+
+def test_the_step_on_the_total_loss_without_transfer_is_on_the_tasks(transfer):
+    (batch,), start = batches(transfer, 1), transfer.start("sgd")
+    state, loss = meta_transfer.iterate(transfer, "sgd", methods(2)["scratch"], start, 0, batch)
+    plain = Plain(transfer, "sgd")
+    plain.move(plain.slopes(transfer.task.task_loss(plain.params(), *batch[:2])), SETTINGS.sgd_lr)
+    torch.testing.assert_close(tree.flatten(state.params)[0], plain.leaves, rtol=1e-12, atol=1e-14)
+    assert loss is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solves_in_a_chain_are_one(transfer, kind):
+    """Seven steps, and three and then four: solutions and hypergradients."""
+    loss, (batch,) = transfer.task.total_loss, batches(transfer, 1)
+    optimizer, start, leaves = transfer.optimizer(kind, 0.01), transfer.params, tree.flatten(transfer.meta)[0]
+    whole = solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=7)
+    first = solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=3)
+    going_on = Continued(optimizer, first.state.buffers, 3)
+    second = solve(loss, first.params, transfer.meta, *batch, optimizer=going_on, steps=4)
+    torch.testing.assert_close(second.params, whole.params, rtol=1e-11, atol=1e-12)
+    outer = [loss(found.params, transfer.meta, *batch) for found in (second, whole)]
+    assert relative_error(*(torch.autograd.grad(x, leaves) for x in outer)) < 1e-8  # as above
+
+
+def test_the_gradient_difference_is_that_of_one_step(transfer):
+    (batch,), state = batches(transfer, 1), transfer.start("sgd")
+    leaves, structure = tree.flatten(transfer.params)
+
+    def gradient(now):
+        now = [x.clone().requires_grad_() for x in now]
+        loss = transfer.task.transfer_loss(tree.unflatten(structure, now), transfer.meta, batch.inputs, batch.source)
+        return torch.autograd.grad(loss, now, materialize_grads=True)
+
+    first = gradient(leaves)
+    after = gradient([x - SETTINGS.sgd_lr * (g + 1e-4 * x) for x, g in zip(leaves, first, strict=True)])
+    change = sum((a - b).square().sum() for a, b in zip(after, first, strict=True)) ** 0.5
+    norm = sum(g.square().sum() for g in first) ** 0.5
+    found = meta_transfer.difference(transfer, "sgd", state, 0, batch)
+    assert found == pytest.approx((change.item(), (change / norm).item()), rel=1e-9)
+
+
+def test_classes_are_disjoint_and_images_too():
+    transfer = Transfer(SETTINGS, Work(0))
+    assert transfer.train.labels.bincount().tolist() == [SETTINGS.per_class] * 30
+    assert transfer.test.labels.bincount().tolist() == [20 - SETTINGS.per_class] * 30
+    together = torch.cat([transfer.train.inputs, transfer.test.inputs]).flatten(1)
+    assert len(together.unique(dim=0)) == 600
+
+
+def test_it_learns_and_goes_on_to_the_last_bit(tmp_path):
+    settings = replace(SETTINGS, iterations=3)
+    for name, kind in (("multi-step 2", "sgd"), ("baseline", "adam")):
+        whole = meta_transfer.learn(settings, name, kind, 0, Work(0))
+        stopped = Work(0, unit="x", store=tmp_path / f"{kind}.pt", deadline=0.0)  # out of time after every iteration
+        for _ in range(2):
+            with pytest.raises(OutOfTime):
+                meta_transfer.learn(settings, name, kind, 0, stopped)
+        assert meta_transfer.learn(settings, name, kind, 0, stopped) == whole
+        assert all(value != 1 for value in whole["pairs"].values()), "no weight moved"
+    fixed = meta_transfer.learn(settings, "fixed weights (T=0)", "sgd", 0, Work(0))
+    assert all(value == 1 for value in fixed["pairs"].values())
+
+
+@pytest.fixture(scope="module")
+def rows():
+    settings = replace(SETTINGS, cost_steps=(2, 4, 8))
+    units = catalogue.experiment("meta-transfer").units(settings)
+    return settings, {unit.name: json_row(unit.name, unit.run(Work(0))) for unit in units}
+
+
+def test_costs_are_beside_the_exact_hypergradient(rows):
+    _, found = rows
+    for steps in (2, 4, 8):
+        for kind in KINDS:
+            costs = found[f"cost T={steps} {kind}"]["methods"]
+            assert (costs["baseline"]["ratio"], costs["baseline"]["error"]) == (1, 0)
+            assert costs[f"multi-step {steps}"]["megabytes"] < costs["baseline"]["megabytes"]
+            assert costs[f"multi-step {steps}"]["error"] > 0
+
+
+def test_answers_follow_the_numbers(rows):
+    settings, found = rows
+    found = copy.deepcopy(found)
+
+    def answers():
+        return {claim.text: claim.answer for claim in summarise(settings, found).claims}
+
+    def put(name, accuracy, cost):
+        for kind in KINDS:
+            found[f"{name}, {kind}, seed 0"]["accuracy"][-1] = accuracy
+            found[f"cost T=2 {kind}"]["methods"][name]["ratio"] = cost
+
+    texts = {
+        "scratch": "learned transfer beats training from scratch",
+        "multi-step 2": "the multi-step estimate is competitive with the baseline (no more than 1 point below)",
+        "fixed weights (T=0)": "without meta-learning (T=0) accuracy falls",
+        "first-order": "first order falls far behind",
+        "one step, 2 lr": "one step of so many times the rate is worse than the estimate",
+    }
+    put("baseline", 50.0, 1.0)
+    for name in texts:
+        put(name, 49.5 if name == "multi-step 2" else 40.0, 0.6)
+    assert all(answers()[text] == "yes" for text in texts.values())
+    assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "yes"
+    for name in texts:
+        put(name, 48.5 if name == "multi-step 2" else 60.0, 0.8)
+    assert all(answers()[text] == "no" for text in texts.values())
+    assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "no"
+    for kind, ratio in zip(KINDS, (0.5, 0.9), strict=True):
+        found[f"cost T=8 {kind}"]["methods"]["multi-step 4"]["ratio"] = ratio
+        for steps in (2, 4, 8):
+            found[f"cost T={steps} {kind}"]["methods"]["baseline"]["seconds"] = 1.0 + 3 * steps
+        found[f"baseline, {kind}, seed 0"]["difference"] = [4.0, 3.0, 1.9 if kind == "sgd" else 2.1]
+    assert answers()["at 8 steps, multi-step(4) takes half the time"] == "partly"
+    assert answers()["the baseline's time grows linearly with T"] == "yes"
+    goes = "the difference of consecutive inner gradients goes to zero in training (its two-norm)"
+    assert answers()[goes] == "partly"
+    for kind in KINDS:
+        found[f"cost T=8 {kind}"]["methods"]["baseline"]["seconds"] = 60.0
+    assert answers()["the baseline's time grows linearly with T"] == "no"
+
+
+def test_continued_counts_the_updates_before(transfer):
+    kept = {"velocity": tree.map_leaves(torch.ones_like, transfer.params)}
+    going_on = Continued(SGD(0.5, momentum=0.9), kept, 4)
+    (batch,) = batches(transfer, 1)
+    moved = solve(transfer.task.task_loss, transfer.params, *batch[:2], optimizer=going_on, steps=1)
+    unread = transfer.params["match"]["0.0.weight"]  # no gradient: the velocity alone moves it
+    torch.testing.assert_close(moved.params["match"]["0.0.weight"], unread - 0.45, rtol=1e-12, atol=0)
