@@ -136,7 +136,7 @@ def _memory_claims(memory: Mapping[int, Row]) -> Iterator[Claim]:
             if row[form][rival]["megabytes"]
         }
         told = "; ".join(
-            f"{rival}: " + ", ".join(f"{100 * saved:.0f} % at K={k}" for (r, k), saved in savings.items() if r == rival)
+            f"{rival}: " + ", ".join(f"{round(100 * saved)} % at K={k}" for (r, k), saved in savings.items() if r == rival)
             for rival in RIVALS
         )
         yield Claim(
