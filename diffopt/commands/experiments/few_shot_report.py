@@ -195,7 +195,7 @@ def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
                 )
                 grid[1].plot(row["after"], row["validation"], **style)
                 grid[2].plot(smoothed(row["losses"], 31), color=style["color"], linestyle=style["linestyle"])
-            grid[0].set(xlabel="processor time of training [s]", ylabel="test accuracy [%], 95 % interval")
+            grid[0].set(xlabel="processor time of training [s]", ylabel="test accuracy [%]")
             grid[1].set(xlabel="outer iteration", ylabel="validation accuracy [%]")
             grid[2].set(xlabel="outer iteration", ylabel="outer training loss", yscale="log")
             for axes in grid:

@@ -224,8 +224,8 @@ def _draw_training(settings: Any, results: Results, folder: Path) -> Path | None
         grid[0].errorbar(after, accuracy, yerr=half, capsize=2, **style)
         grid[1].errorbar([[0.0, *seconds][int(i)] for i in after], accuracy, yerr=half, capsize=2, **style)
         grid[2].plot(range(1, len(losses) + 1), smoothed(losses, 15), **style)
-    grid[0].set(xlabel="outer iteration", ylabel="accuracy on unseen classes [%]")
-    grid[1].set(xlabel="processor time [s]", ylabel="accuracy on unseen classes [%]", xscale="symlog")
+    grid[0].set(xlabel="outer iteration", ylabel="test accuracy [%]")
+    grid[1].set(xlabel="processor time [s]", ylabel="test accuracy [%]", xscale="symlog")
     grid[2].set(xlabel="outer iteration", ylabel="outer training loss")
     for axes in grid:
         axes.grid(alpha=0.3)
