@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from oracles import adam_step, relative_error, sgd_step
 from diffopt import SGD, solve, tree
 from diffopt.commands.experiments import catalogue, meta_transfer
 from diffopt.commands.experiments.continued import Continued
+from diffopt.commands.experiments.meta_transfer_curves import difference_curve
 from diffopt.commands.experiments.meta_transfer_problem import KINDS, Batch, Transfer, methods
 from diffopt.commands.experiments.meta_transfer_report import summarise
 from diffopt.commands.experiments.run_folder import json_row
@@ -220,6 +222,31 @@ def test_answers_follow_the_numbers(rows):
     for kind in KINDS:
         found[f"cost T=8 {kind}"]["methods"]["baseline"]["seconds"] = 60.0
     assert answers()["the baseline's time grows linearly with T"] == "no"
+
+
+def test_the_difference_is_divided_by_the_annealed_step_size():
+    row = {"after": [0, 10, 20], "difference": [2.0, 1.0], "relative difference": [0.5, 0.1]}
+    assert difference_curve(row, "difference", 20) == [2, 1]
+    expected = [2 * 0.5 / (1 + math.cos(math.pi / 20)), 2 * 0.1 / (1 + math.cos(math.pi * 11 / 20))]
+    assert difference_curve(row, "per step size", 20) == pytest.approx(expected)
+
+
+def test_the_worth_of_the_source_is_that_of_a_linear_layer():
+    transfer = Transfer(SETTINGS, Work(0))
+    features = [transfer.source(transfer.source_params, x.inputs).features for x in (transfer.train, transfer.test)]
+    train, test = (torch.cat([f.flatten(2).mean(2) for f in side], 1).double() for side in features)
+    scale = train.std(0) + 1e-3
+    layer = torch.nn.Linear(train.shape[1], 30).double()
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    adam = torch.optim.Adam(layer.parameters(), lr=0.02, weight_decay=0.01)
+    for _ in range(200):
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(layer((train - train.mean(0)) / scale), transfer.train.labels).backward()
+        adam.step()
+    right = layer((test - train.mean(0)) / scale).argmax(1) == transfer.test.labels
+    # 480 images: in float32 two of them may fall on the other side
+    assert transfer.linear_accuracy() == pytest.approx(100 * right.double().mean().item(), abs=0.45)
 
 
 def test_continued_counts_the_updates_before(transfer):

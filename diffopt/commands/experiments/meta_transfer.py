@@ -8,7 +8,6 @@ iteration, and by the hypergradient.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.allocations import peak_bytes
 from diffopt.commands.experiments.contract import Experiment, Needs, Row, Unit
+from diffopt.commands.experiments.meta_transfer_curves import annealing
 from diffopt.commands.experiments.meta_transfer_problem import (
     BASELINE,
     FIXED,
@@ -47,19 +47,19 @@ class Settings:
 
     problem: str = option("caltech101", "caltech101, or clusters (no data)", one_of(*PROBLEMS))
     size: int = option(16, "height and width of the images", whole(8))
-    source_channels: tuple[int, ...] = option((16, 32, 64), "stages of the residual source", listed(whole(1)))
-    source_blocks: int = option(2, "residual blocks per stage", whole(1))
-    source_iterations: int = option(1000, "batches the source is trained on", whole(1))
+    source_channels: tuple[int, ...] = option((8, 16, 32), "stages of the residual source", listed(whole(1)))
+    source_blocks: int = option(1, "residual blocks per stage", whole(1))
+    source_iterations: int = option(800, "batches the source is trained on", whole(1))
     target_channels: tuple[int, ...] = option((16, 32, 64), "stages of the VGG-like target", listed(whole(1)))
     target_layers: int = option(1, "convolutions per stage", whole(1))
-    per_class: int = option(20, "training images per class of the target; the others are for testing", whole(1))
-    batch: int = option(64, "images of a batch", whole(2))
+    per_class: int = option(5, "training images per class of the target; the others are for testing", whole(1))
+    batch: int = option(48, "images of a batch", whole(2))
     steps: int = option(2, "steps T on the transfer loss", whole(1))
     sgd_lr: float = option(0.05, "inner step size of momentum SGD, before annealing", real(0))
     adam_lr: float = option(0.002, "and of Adam", real(0))
     meta_lr: float = option(0.003, "step size of the outer Adam", real(0))
     beta: float = option(0.5, "weight of the transfer loss", real(0, above=False))
-    iterations: int = option(300, "outer iterations", whole(2))
+    iterations: int = option(150, "outer iterations", whole(2))
     evaluations: int = option(10, "how often accuracy and gradient difference are measured", whole(1))
     seeds: int = option(3, "runs of each, from different starts on different images", whole(1))
     cost_steps: tuple[int, ...] = option((2, 4, 8), "T of the iterations that are timed", listed(whole(1)))
@@ -89,6 +89,7 @@ def source(settings: Settings, work: Work) -> Row:
     meta = sum(value.numel() for value in tree.flatten(transfer.meta)[0])
     return {
         "accuracy": transfer.source_accuracy,
+        "linear layer": transfer.linear_accuracy(),
         "training images": len(transfer.train.labels),
         "test images": len(transfer.test.labels),
         "classes": transfer.train.classes,
@@ -99,7 +100,7 @@ def source(settings: Settings, work: Work) -> Row:
 def rates(settings: Settings, kind: str, method: Method, iteration: int) -> tuple[float, float]:
     """The annealed step sizes, of steps on the task's loss and of those on the transfer loss."""
     whole_rate = settings.sgd_lr if kind == "sgd" else settings.adam_lr
-    rate = whole_rate * (1 + math.cos(math.pi * iteration / settings.iterations)) / 2
+    rate = whole_rate * annealing(iteration, settings.iterations)
     return rate, method.factor * rate
 
 

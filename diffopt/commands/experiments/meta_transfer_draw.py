@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from diffopt.commands.experiments.contract import Results, Row
+from diffopt.commands.experiments.meta_transfer_curves import difference_curve
 from diffopt.commands.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH, methods
 from diffopt.commands.experiments.pictures import SEQUENCE, STYLES, legend_below, panels, save
 
@@ -25,7 +26,7 @@ def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
     }
     runs = {key: rows for key, rows in runs.items() if rows}
     if runs:
-        paths.append(_draw_training(runs, len(settings.source_channels), len(settings.target_channels), folder))
+        paths.append(_draw_training(settings, runs, folder / "training.png"))
     costs = {
         kind: {
             steps: results[f"cost T={steps} {kind}"]["methods"]
@@ -57,7 +58,8 @@ def _mean(rows: list[Row], key: str) -> list[float]:
     return [fmean(values) for values in zip(*(row[key] for row in rows), strict=True)]
 
 
-def _draw_training(runs: dict[tuple[str, str], list[Row]], sources: int, targets: int, folder: Path) -> Path:
+def _draw_training(settings: Any, runs: dict[tuple[str, str], list[Row]], path: Path) -> Path:
+    sources, targets = len(settings.source_channels), len(settings.target_channels)
     figure, grid = panels(len(KINDS), 3, 4.2, 3.2)
     for (left, middle, right), kind in zip(grid, KINDS, strict=True):
         for (name, k), rows in runs.items():
@@ -67,8 +69,10 @@ def _draw_training(runs: dict[tuple[str, str], list[Row]], sources: int, targets
         baseline = runs.get((BASELINE, kind), [])
         if baseline:
             at = baseline[0]["after"][: len(baseline[0]["difference"])]
-            for key, colour in (("difference", SEQUENCE[0]), ("relative difference", SEQUENCE[2])):
-                middle.plot(at, _mean(baseline, key), color=colour, marker=".", label=key)
+            for key, colour in (("difference", 0), ("relative difference", 2), ("per step size", 3)):
+                curves = [difference_curve(row, key, settings.iterations) for row in baseline]
+                mean = [fmean(values) for values in zip(*curves, strict=True)]
+                middle.plot(at, mean, color=SEQUENCE[colour], marker=".", label=key)
             middle.legend(fontsize="small")
             pairs = {place: fmean(row["pairs"][place] for row in baseline) for place in baseline[0]["pairs"]}
             matrix = [[pairs.get(f"{m}-{n}", 0.0) for n in range(targets)] for m in range(sources)]
@@ -80,7 +84,7 @@ def _draw_training(runs: dict[tuple[str, str], list[Row]], sources: int, targets
         left.grid(alpha=0.3)
         middle.grid(alpha=0.3)
     legend_below(figure, grid[0][0], 6)
-    return save(figure, folder / "training.png")
+    return save(figure, path)
 
 
 def _draw_costs(costs: dict[str, dict[int, Row]], path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import diffopt
 from diffopt import tree
@@ -183,6 +184,27 @@ class Transfer:
         leaves = [x.detach().requires_grad_() for x in leaves]
         loss = self.task.transfer_loss(tree.unflatten(structure, leaves), self.meta, batch.inputs, batch.source)
         return torch.cat([x.flatten() for x in torch.autograd.grad(loss, leaves, materialize_grads=True)])
+
+    def linear_accuracy(self) -> float:
+        """What the source is worth: test accuracy in per cent of a linear layer fitted to its features' means.
+
+        Of all stages, standardised; 200 steps of Adam with a little weight decay.
+        """
+        with torch.no_grad():
+            found = [self.source(self.source_params, side.inputs).features for side in (self.train, self.test)]
+            train, test = (torch.cat([x.mean(dim=(2, 3)) for x in features], dim=1) for features in found)
+            mean, deviation = train.mean(0), train.std(0) + 1e-3
+            train, test = (train - mean) / deviation, (test - mean) / deviation
+
+            def loss(layer: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+                return cross_entropy(inputs @ layer["weight"] + layer["bias"], labels)
+
+            classes = self.train.classes
+            start = {"weight": train.new_zeros(train.shape[1], classes), "bias": train.new_zeros(classes)}
+            adam = diffopt.Adam(0.02, weight_decay=0.01)
+            layer = diffopt.solve(loss, start, train, self.train.labels, optimizer=adam, steps=200).params
+            right = (test @ layer["weight"] + layer["bias"]).argmax(1) == self.test.labels
+        return 100 * float(right.float().mean())
 
     def accuracy(self, params: Params) -> float:
         """Of the target network on the test images in per cent; they share their batch statistics."""
