@@ -42,7 +42,9 @@ NOTES = (
     "The step size is annealed to zero, and with it the difference of Fig. 1; divided by the step size, it says how "
     "fast the gradient turns.",
     "The windowed solve and the step on the task's loss are two calls of diffopt.solve, the second started from the "
-    "first's parameters and buffers; errors of hypergradients are beside the exact one of T steps at the same point.",
+    "first's parameters and buffers; errors of hypergradients are beside the exact one of T steps at the same point."
+    " First order's is that of the total loss, as in the paper: the task's loss after the steps does not read the "
+    "meta-networks.",
 )
 
 Runs: TypeAlias = Mapping[tuple[str, str], Mapping[int, Row]]
