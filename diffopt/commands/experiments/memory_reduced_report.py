@@ -135,8 +135,11 @@ def _memory_claims(memory: Mapping[int, Row]) -> Iterator[Claim]:
             for steps, row in memory.items()
             if row[form][rival]["megabytes"]
         }
-        said = {key: f"{round(100 * saved)} % at K={key[1]}" for key, saved in savings.items()}
-        told = "; ".join(f"{rival}: " + ", ".join(x for key, x in said.items() if key[0] == rival) for rival in RIVALS)
+        told = "; ".join(
+            f"{rival}: "
+            + ", ".join(f"{round(100 * saved)} % at K={k}" for (r, k), saved in savings.items() if r == rival)
+            for rival in RIVALS
+        )
         yield Claim(
             f"it saves more than half of the memory of MAML, ANIL and ITD-BiO ({form})",
             f"{PAPER}, abstract and Fig. 2",
