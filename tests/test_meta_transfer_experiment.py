@@ -207,9 +207,11 @@ def test_answers_follow_the_numbers(rows):
     assert all(answers()[text] == "yes" for text in texts.values())
     assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "yes"
     for name in texts:
-        put(name, 48.5 if name == "multi-step 2" else 60.0, 0.8)
-    assert all(answers()[text] == "no" for text in texts.values())
+        put(name, 48.5 if name == "multi-step 2" else 40.0 if name == "scratch" else 60.0, 0.8)
+    assert all(answers()[text] == ("yes" if name == "scratch" else "no") for name, text in texts.items())
     assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "no"
+    put("scratch", 50.0, 0.1)  # nothing is gained, and nothing can be lost
+    assert all(answers()[text] == ("no" if name == "scratch" else "not measured") for name, text in texts.items())
     for kind, ratio in zip(KINDS, (0.5, 0.9), strict=True):
         found[f"cost T=8 {kind}"]["methods"]["multi-step 4"]["ratio"] = ratio
         for steps in (2, 4, 8):

@@ -106,6 +106,8 @@ def _draw_costs(costs: dict[str, dict[int, Row]], path: Path) -> Path:
             axes.set_yscale("log" if key == "error" else "linear")
             axes.grid(alpha=0.3)
         row[1].axhline(0.65, color="0.5", linewidth=0.8, linestyle=":")
-        row[1].annotate("the paper, T=2", (0.02, 0.65), xycoords=("axes fraction", "data"), fontsize="small")
+        row[1].annotate(
+            "the paper, T=2", (0.98, 0.66), xycoords=("axes fraction", "data"), ha="right", fontsize="small"
+        )
     legend_below(figure, grid[0][0], 4)
     return save(figure, path)
