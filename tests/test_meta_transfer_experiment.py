@@ -92,11 +92,10 @@ def test_algorithm_1_is_a_plain_loop(transfer, kind, name):
                 slopes = inner.slopes(task.transfer_loss(inner.params(), meta, inputs, source))
             inner.move(slopes, rate * (STEPS if name.startswith("one") else 1))
         inner.move(inner.slopes(task.task_loss(inner.params(), inputs, labels)), rate)
+        expected = task.task_loss(inner.params(), inputs, labels)
         if name == "first-order":
             inner.cut()
             expected = task.total_loss(inner.params(), meta, inputs, labels, source)
-        else:
-            expected = task.task_loss(inner.params(), inputs, labels)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
         found, wanted = (torch.autograd.grad(x, leaves, materialize_grads=True) for x in (loss, expected))
         assert max(x.norm() for x in wanted) > 1e-8
@@ -117,8 +116,7 @@ def test_solves_in_a_chain_are_one(transfer, kind):
     """Seven steps, and three and then four: solutions and hypergradients."""
     loss, (batch,) = transfer.task.total_loss, batches(transfer, 1)
     optimizer, start, leaves = transfer.optimizer(kind, 0.01), transfer.params, tree.flatten(transfer.meta)[0]
-    whole = solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=7)
-    first = solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=3)
+    whole, first = (solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=steps) for steps in (7, 3))
     going_on = Continued(optimizer, first.state.buffers, 3)
     second = solve(loss, first.params, transfer.meta, *batch, optimizer=going_on, steps=4)
     torch.testing.assert_close(second.params, whole.params, rtol=1e-11, atol=1e-12)
@@ -127,28 +125,23 @@ def test_solves_in_a_chain_are_one(transfer, kind):
 
 
 def test_the_gradient_difference_is_that_of_one_step(transfer):
-    (batch,), state = batches(transfer, 1), transfer.start("sgd")
-    leaves, structure = tree.flatten(transfer.params)
-
-    def gradient(now):
-        now = [x.clone().requires_grad_() for x in now]
-        loss = transfer.task.transfer_loss(tree.unflatten(structure, now), transfer.meta, batch.inputs, batch.source)
-        return torch.autograd.grad(loss, now, materialize_grads=True)
-
-    first = gradient(leaves)
-    after = gradient([x - SETTINGS.sgd_lr * (g + 1e-4 * x) for x, g in zip(leaves, first, strict=True)])
+    (batch,), state, plain = batches(transfer, 1), transfer.start("sgd"), Plain(transfer, "sgd")
+    first, after = (), ()
+    for _ in range(2):
+        first = after
+        after = plain.slopes(transfer.task.transfer_loss(plain.params(), transfer.meta, batch.inputs, batch.source))
+        plain.move(after, SETTINGS.sgd_lr)
     change = sum((a - b).square().sum() for a, b in zip(after, first, strict=True)) ** 0.5
     norm = sum(g.square().sum() for g in first) ** 0.5
     found = meta_transfer.difference(transfer, "sgd", state, 0, batch)
     assert found == pytest.approx((change.item(), (change / norm).item()), rel=1e-9)
 
 
-def test_classes_are_disjoint_and_images_too():
+def test_each_image_of_the_target_is_for_training_or_for_testing():
     transfer = Transfer(SETTINGS, Work(0))
     assert transfer.train.labels.bincount().tolist() == [SETTINGS.per_class] * 30
     assert transfer.test.labels.bincount().tolist() == [20 - SETTINGS.per_class] * 30
-    together = torch.cat([transfer.train.inputs, transfer.test.inputs]).flatten(1)
-    assert len(together.unique(dim=0)) == 600
+    assert len(torch.cat([transfer.train.inputs, transfer.test.inputs]).flatten(1).unique(dim=0)) == 600
 
 
 def test_it_learns_and_goes_on_to_the_last_bit(tmp_path):
@@ -162,7 +155,7 @@ def test_it_learns_and_goes_on_to_the_last_bit(tmp_path):
         assert meta_transfer.learn(settings, name, kind, 0, stopped) == whole
         assert all(value != 1 for value in whole["pairs"].values()), "no weight moved"
     fixed = meta_transfer.learn(settings, "fixed weights (T=0)", "sgd", 0, Work(0))
-    assert all(value == 1 for value in fixed["pairs"].values())
+    assert set(fixed["pairs"].values()) == {1}
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +166,19 @@ def rows():
 
 
 def test_costs_are_beside_the_exact_hypergradient(rows):
-    _, found = rows
     for steps in (2, 4, 8):
         for kind in KINDS:
-            costs = found[f"cost T={steps} {kind}"]["methods"]
+            costs = rows[1][f"cost T={steps} {kind}"]["methods"]
+            window = costs[f"multi-step {steps}"]
             assert (costs["baseline"]["ratio"], costs["baseline"]["error"]) == (1, 0)
-            assert costs[f"multi-step {steps}"]["megabytes"] < costs["baseline"]["megabytes"]
-            assert costs[f"multi-step {steps}"]["error"] > 0
+            assert window["megabytes"] < costs["baseline"]["megabytes"]
+            assert window["error"] > 0
 
 
 def test_answers_follow_the_numbers(rows):
     settings, found = rows
     found = copy.deepcopy(found)
+    time = "at T=2 the estimate takes 0.65 of the baseline's time"
 
     def answers():
         return {claim.text: claim.answer for claim in summarise(settings, found).claims}
@@ -205,11 +199,11 @@ def test_answers_follow_the_numbers(rows):
     for name in texts:
         put(name, 49.5 if name == "multi-step 2" else 40.0, 0.6)
     assert all(answers()[text] == "yes" for text in texts.values())
-    assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "yes"
+    assert answers()[time] == "yes"
     for name in texts:
         put(name, 48.5 if name == "multi-step 2" else 40.0 if name == "scratch" else 60.0, 0.8)
     assert all(answers()[text] == ("yes" if name == "scratch" else "no") for name, text in texts.items())
-    assert answers()["at T=2 the estimate takes 0.65 of the baseline's time"] == "no"
+    assert answers()[time] == "no"
     put("scratch", 50.0, 0.1)  # nothing is gained, and nothing can be lost
     assert all(answers()[text] == ("no" if name == "scratch" else "not measured") for name, text in texts.items())
     for kind, ratio in zip(KINDS, (0.5, 0.9), strict=True):
@@ -219,8 +213,9 @@ def test_answers_follow_the_numbers(rows):
         found[f"baseline, {kind}, seed 0"]["difference"] = [4.0, 3.0, 1.9 if kind == "sgd" else 2.1]
     assert answers()["at 8 steps, multi-step(4) takes half the time"] == "partly"
     assert answers()["the baseline's time grows linearly with T"] == "yes"
-    goes = "the difference of consecutive inner gradients goes to zero in training (its two-norm)"
-    assert answers()[goes] == "partly"
+    assert (
+        answers()["the difference of consecutive inner gradients goes to zero in training (its two-norm)"] == "partly"
+    )
     for kind in KINDS:
         found[f"cost T=8 {kind}"]["methods"]["baseline"]["seconds"] = 60.0
     assert answers()["the baseline's time grows linearly with T"] == "no"
@@ -238,15 +233,14 @@ def test_the_worth_of_the_source_is_that_of_a_linear_layer():
     features = [transfer.source(transfer.source_params, x.inputs).features for x in (transfer.train, transfer.test)]
     train, test = (torch.cat([f.flatten(2).mean(2) for f in side], 1).double() for side in features)
     scale = train.std(0) + 1e-3
-    layer = torch.nn.Linear(train.shape[1], 30).double()
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    adam = torch.optim.Adam(layer.parameters(), lr=0.02, weight_decay=0.01)
+    layer = [torch.zeros(n, 30, dtype=torch.float64, requires_grad=True) for n in (train.shape[1], 1)]
+    adam = torch.optim.Adam(layer, lr=0.02, weight_decay=0.01)
     for _ in range(200):
+        logits = (train - train.mean(0)) / scale @ layer[0] + layer[1]
         adam.zero_grad()
-        torch.nn.functional.cross_entropy(layer((train - train.mean(0)) / scale), transfer.train.labels).backward()
+        torch.nn.functional.cross_entropy(logits, transfer.train.labels).backward()
         adam.step()
-    right = layer((test - train.mean(0)) / scale).argmax(1) == transfer.test.labels
+    right = ((test - train.mean(0)) / scale @ layer[0] + layer[1]).argmax(1) == transfer.test.labels
     # 480 images: in float32 two of them may fall on the other side
     assert transfer.linear_accuracy() == pytest.approx(100 * right.double().mean().item(), abs=0.45)
 
