@@ -10,9 +10,8 @@ import pytest
 import torch
 from oracles import adam_step, relative_error, sgd_step
 
-from diffopt import SGD, solve, tree
+from diffopt import tree
 from diffopt.commands.experiments import catalogue, meta_transfer
-from diffopt.commands.experiments.continued import Continued
 from diffopt.commands.experiments.meta_transfer_curves import difference_curve
 from diffopt.commands.experiments.meta_transfer_problem import KINDS, Batch, Transfer, methods
 from diffopt.commands.experiments.meta_transfer_report import summarise
@@ -25,7 +24,7 @@ STEP = {"sgd": (sgd_step, {"momentum": 0.9, "weight_decay": 1e-4}), "adam": (ada
 
 
 def double(x):
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    return x.double() if x.is_floating_point() else x
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +59,8 @@ class Plain:
         return torch.autograd.grad(loss, self.leaves, create_graph=True, materialize_grads=True)
 
     def move(self, slopes, rate):
-        step, options = STEP[self.kind]
+        (step, options), pairs = STEP[self.kind], zip(self.leaves, slopes, self.buffers, strict=True)
         self.count += 1
-        pairs = zip(self.leaves, slopes, self.buffers, strict=True)
         self.leaves = [step(x, g, b, self.count, rate, **options) for x, g, b in pairs]
 
     def cut(self):
@@ -111,30 +109,20 @@ def test_the_step_on_the_total_loss_without_transfer_is_on_the_tasks(transfer):
     assert loss is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_solves_in_a_chain_are_one(transfer, kind):
-    """Seven steps, and three and then four: solutions and hypergradients."""
-    loss, (batch,) = transfer.task.total_loss, batches(transfer, 1)
-    optimizer, start, leaves = transfer.optimizer(kind, 0.01), transfer.params, tree.flatten(transfer.meta)[0]
-    whole, first = (solve(loss, start, transfer.meta, *batch, optimizer=optimizer, steps=steps) for steps in (7, 3))
-    going_on = Continued(optimizer, first.state.buffers, 3)
-    second = solve(loss, first.params, transfer.meta, *batch, optimizer=going_on, steps=4)
-    torch.testing.assert_close(second.params, whole.params, rtol=1e-11, atol=1e-12)
-    outer = [loss(found.params, transfer.meta, *batch) for found in (second, whole)]
-    assert relative_error(*(torch.autograd.grad(x, leaves) for x in outer)) < 1e-8  # as above
-
-
 def test_the_gradient_difference_is_that_of_one_step(transfer):
     (batch,), state, plain = batches(transfer, 1), transfer.start("sgd"), Plain(transfer, "sgd")
-    first, after = (), ()
+    first = after = ()
     for _ in range(2):
-        first = after
-        after = plain.slopes(transfer.task.transfer_loss(plain.params(), transfer.meta, batch.inputs, batch.source))
+        first, after = (
+            after,
+            plain.slopes(transfer.task.transfer_loss(plain.params(), transfer.meta, batch.inputs, batch.source)),
+        )
         plain.move(after, SETTINGS.sgd_lr)
     change = sum((a - b).square().sum() for a, b in zip(after, first, strict=True)) ** 0.5
     norm = sum(g.square().sum() for g in first) ** 0.5
-    found = meta_transfer.difference(transfer, "sgd", state, 0, batch)
-    assert found == pytest.approx((change.item(), (change / norm).item()), rel=1e-9)
+    assert meta_transfer.difference(transfer, "sgd", state, 0, batch) == pytest.approx(
+        (change.item(), (change / norm).item()), rel=1e-9
+    )
 
 
 def test_each_image_of_the_target_is_for_training_or_for_testing():
@@ -169,10 +157,9 @@ def test_costs_are_beside_the_exact_hypergradient(rows):
     for steps in (2, 4, 8):
         for kind in KINDS:
             costs = rows[1][f"cost T={steps} {kind}"]["methods"]
-            window = costs[f"multi-step {steps}"]
             assert (costs["baseline"]["ratio"], costs["baseline"]["error"]) == (1, 0)
-            assert window["megabytes"] < costs["baseline"]["megabytes"]
-            assert window["error"] > 0
+            assert costs[f"multi-step {steps}"]["megabytes"] < costs["baseline"]["megabytes"]
+            assert costs[f"multi-step {steps}"]["error"] > 0
 
 
 def test_answers_follow_the_numbers(rows):
@@ -224,8 +211,8 @@ def test_answers_follow_the_numbers(rows):
 def test_the_difference_is_divided_by_the_annealed_step_size():
     row = {"after": [0, 10, 20], "difference": [2.0, 1.0], "relative difference": [0.5, 0.1]}
     assert difference_curve(row, "difference", 20) == [2, 1]
-    expected = [2 * 0.5 / (1 + math.cos(math.pi / 20)), 2 * 0.1 / (1 + math.cos(math.pi * 11 / 20))]
-    assert difference_curve(row, "per step size", 20) == pytest.approx(expected)
+    sizes = [(1 + math.cos(math.pi * after / 20)) / 2 for after in (1, 11)]
+    assert difference_curve(row, "per step size", 20) == pytest.approx([0.5 / sizes[0], 0.1 / sizes[1]])
 
 
 def test_the_worth_of_the_source_is_that_of_a_linear_layer():
@@ -243,12 +230,3 @@ def test_the_worth_of_the_source_is_that_of_a_linear_layer():
     right = ((test - train.mean(0)) / scale @ layer[0] + layer[1]).argmax(1) == transfer.test.labels
     # 480 images: in float32 two of them may fall on the other side
     assert transfer.linear_accuracy() == pytest.approx(100 * right.double().mean().item(), abs=0.45)
-
-
-def test_continued_counts_the_updates_before(transfer):
-    kept = {"velocity": tree.map_leaves(torch.ones_like, transfer.params)}
-    going_on = Continued(SGD(0.5, momentum=0.9), kept, 4)
-    (batch,) = batches(transfer, 1)
-    moved = solve(transfer.task.task_loss, transfer.params, *batch[:2], optimizer=going_on, steps=1)
-    unread = transfer.params["match"]["0.0.weight"]  # no gradient: the velocity alone moves it
-    torch.testing.assert_close(moved.params["match"]["0.0.weight"], unread - 0.45, rtol=1e-12, atol=0)

@@ -48,8 +48,8 @@ NOTES = (
     "fast the gradient turns.",
     "The windowed solve and the step on the task's loss are two calls of diffopt.solve, the second started from the "
     "first's parameters and buffers; errors of hypergradients are beside the exact one of T steps, at one point and "
-    "on one batch. First order's is that of the total loss, as in the paper: the task's loss after the steps does not read the "
-    "meta-networks.",
+    "on one batch. First order's is that of the total loss, as in the paper: the task's loss after the steps does "
+    "not read the meta-networks.",
 )
 
 Runs: TypeAlias = Mapping[tuple[str, str], Mapping[int, Row]]
