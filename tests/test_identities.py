@@ -56,19 +56,20 @@ def test_the_papers_scale_at_order_one_takes_the_mean_hessian():
     assert relative_error([got], [g - 0.1 * hessians.mean(0) @ g]) < 1e-13
 
 
-@given(seed=st.integers(0, 2**31), order=st.integers(0, 8), strength=st.floats(0.5, 1.5))
+@given(seed=st.integers(0, 2**31), order=st.integers(0, 8), strength=st.floats(1.0, 1.8))
 def test_orders_of_a_long_proximal_run_are_the_neumann_series_of_implicit_maml(seed, order, strength):
     """``sum over l <= L of (-H / lambda)**l v`` for the center; the start itself is forgotten."""
     quadratic = Quadratic.random(4, definite=False, generator=torch.Generator().manual_seed(seed))
     start = normal(seed, 4).requires_grad_()
-    optimizer = diffopt.ProximalGD(0.5, strength)  # lr * strength is at least a quarter: 0.75**120 is 1e-15
+    # lr * strength is at least a half: what is left of the start at order 8 is below 0.5**72 times 80 choose 8, 1e-11
+    optimizer = diffopt.ProximalGD(0.5, strength)
     solution = diffopt.solve(
-        lambda w: w @ quadratic.hessian @ w / 2, start, optimizer=optimizer, steps=120, estimator=Binomial(order)
+        lambda w: w @ quadratic.hessian @ w / 2, start, optimizer=optimizer, steps=80, estimator=Binomial(order)
     )
     v = normal(seed + 1, 4)
     (got,) = torch.autograd.grad(solution.params @ v, start)
     terms = [torch.linalg.matrix_power(-quadratic.hessian / strength, power) @ v for power in range(order + 1)]
-    # powers that cancel: the largest of them, times the round-off of 120 steps
+    # powers that cancel: the largest of them, times the round-off of 80 steps
     size = max(float(term.norm()) for term in terms)
     assert float((got - sum(terms)).norm()) < 1e-9 * size
 
