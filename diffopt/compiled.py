@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, final
 
@@ -48,13 +49,14 @@ class Steps:
         split = 1 + self._dynamics.params_count
         return Step(done[0], Leaves(done[1:split]), Leaves(done[split:]))
 
-    def _evaluate(self, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count, params = self._dynamics.state_count, self._dynamics.params_count
+    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, count, params = self._dynamics, self._dynamics.state_count, self._dynamics.params_count
         with torch.enable_grad():
             roots = [x.detach().requires_grad_() for x in tensors[:params]]
-            losses = self._dynamics.losses(roots, tensors[count:])
+            losses = dynamics.losses(roots, tensors[count:])
             grads = autodiff.or_zeros(autodiff.gradient(losses.sum(), roots, differentiable=False), roots)
-        return (losses.detach(), *grads, *_update(self._dynamics, tensors[:count], grads, tensors[count:], number))
+        after = dynamics.updates(tensors[:count], grads, tensors[count:], number, updates)
+        return (losses.detach(), *grads, *after)
 
 
 @final
@@ -78,7 +80,7 @@ class Pullbacks:
             return None
         return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
 
-    def _evaluate(self, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         dynamics, count = self._dynamics, self._dynamics.state_count
         end = len(tensors) - count
         current = list(tensors[count:end])
@@ -88,15 +90,9 @@ class Pullbacks:
             roots = [x.detach().requires_grad_() for x in tensors[:count]]
             params = roots[: dynamics.params_count]
             found = autodiff.gradient(dynamics.losses(params, current).sum(), params, differentiable=True)
-            after = _update(dynamics, roots, autodiff.filled(found, params), current, number)
+            after = dynamics.updates(roots, autodiff.filled(found, params), current, number, updates)
             inputs = [*roots, *(current[i] for i in self._wanted)]
             return autodiff.or_zeros(autodiff.pullback(after.tensors, inputs, tensors[end:]), inputs)
-
-
-def _update(dynamics: Dynamics, *arguments: Any) -> Leaves:
-    if dynamics.window > 1:
-        raise NotImplementedError("windows of several updates are not compiled")
-    return dynamics.update_once(*arguments)
 
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
@@ -122,18 +118,26 @@ _functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]
 
 
 class _Lookup:
-    """A function of a step's number and tensors, compiled for these shapes the first time that any rollout calls it."""
+    """A function of a step's number and tensors, compiled for these shapes the first time that any rollout calls it.
+
+    ``function`` takes first how many updates the step makes (the last window may be short), for each of which it is
+    compiled.
+    """
 
     def __init__(self, dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction) -> None:
         self._dynamics, self._what, self._function = dynamics, what, function
-        self._found: list[TensorFunction | None] = []
+        self._found: dict[int, TensorFunction | None] = {}
 
     def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
         arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous() for x in tensors)]
-        if not self._found:  # the shapes of all steps of a rollout are the same
-            self._found.append(_compiled(self._dynamics, self._what, self._function, arguments))
-        return None if self._found[0] is None else self._found[0](*arguments)
+        updates = self._dynamics.length(number)
+        if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
+            # the window too: it says which updates a step's number stands for
+            what, function = (*self._what, self._dynamics.window, updates), partial(self._function, updates)
+            self._found[updates] = _compiled(self._dynamics, what, function, arguments)
+        found = self._found[updates]
+        return None if found is None else found(*arguments)
 
 
 def _compiled(
@@ -180,13 +184,17 @@ def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
 
 
+class _RandomLossError(Exception):
+    """A compiled function draws other random numbers than the loss itself, so none is made."""
+
+
 def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
     make_fx: Any = importlib.import_module("torch.fx.experimental.proxy_tensor").make_fx
     inductor: Any = importlib.import_module("torch._inductor")
     graph = make_fx(function)(*arguments)
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise NotImplementedError(f"the loss draws random numbers ({node.target})")
+            raise _RandomLossError(f"the loss draws random numbers ({node.target})")
     with torch.no_grad():
         compiled: TensorFunction = inductor.compile(graph, list(arguments))
         return _checked(compiled, function, arguments)

@@ -118,9 +118,9 @@ class Dynamics:
         axis, first = self.step_axis(number), (step - 1) * self.window
         if self.window == 1 or number < self.hyperparameters_start:
             return extra.select(axis, first)
-        return extra.narrow(axis, first, self._length(step))
+        return extra.narrow(axis, first, self.length(step))
 
-    def _length(self, step: int) -> int:
+    def length(self, step: int) -> int:
         """How many updates step ``step`` makes: the last window may be short."""
         return min(self.window, self.inner_steps - (step - 1) * self.window)
 
@@ -180,8 +180,14 @@ class Dynamics:
 
     def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
         """The next state of all tasks, given their gradients."""
+        return self.updates(state, grads, current, step, self.length(step))
+
+    def updates(
+        self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: Any, count: int
+    ) -> Leaves:
+        """The ``count`` updates of a step, whose number may be a tensor."""
         now = Leaves(state)
-        for i in range(self._length(step)):
+        for i in range(count):
             now = self._update_once(now, grads, self._hypers_of(current, i), (step - 1) * self.window + i + 1)
         return now
 

@@ -379,8 +379,8 @@ FAULTS = [
     Fault(
         "compiled pullbacks leave the curvature out",
         "diffopt/compiled.py",
-        "after = _update(dynamics, roots, autodiff.filled(found, params), current, number)",
-        "after = _update(dynamics, roots, autodiff.or_zeros(found, params), current, number)",
+        "autodiff.filled(found, params), current",
+        "autodiff.or_zeros(found, params), current",
         "compiled",
     ),
     Fault(
