@@ -2,7 +2,8 @@
 
 from diffopt.check import check
 from diffopt.citing import cite
-from diffopt.compare import Comparison, compare
+from diffopt.compare import compare
+from diffopt.comparison import Comparison
 from diffopt.errors import (
     BatchesError,
     CapturedTensorError,

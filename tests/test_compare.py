@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import diffopt
-from diffopt.compare import brief, peak_bytes
+from diffopt.allocations import peak_bytes
+from diffopt.comparison import brief
 from diffopt.diagnostics import curvature_number, solves_behind
 from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import diffopt
-from diffopt.compare import brief
+from diffopt.comparison import brief
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Krylov, MultiStep, Reverse, Truncated
 
 CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.DOTALL | re.MULTILINE)

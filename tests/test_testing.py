@@ -16,7 +16,7 @@ from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
 
 import diffopt
 import diffopt.estimators
-from diffopt.compare import brief
+from diffopt.comparison import brief
 from diffopt.estimators import (
     Adjoint,
     Claims,

@@ -1,0 +1,182 @@
+"""What a comparison of estimators found: its rows, as a table, as Markdown, as a picture, and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from diffopt.diagnostics import Stationarity
+from diffopt.tree import flatten
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One estimator's line.
+
+    Attributes:
+        estimator: the call that makes it, defaults left out.
+        relative_error: ``|g - exact| / |exact|`` over all meta-parameters together.
+        cosine: of the angle between ``g`` and the exact hypergradient.
+        gradients: inner gradients evaluated, per task (``None``: not counted).
+        products: curvature products (HVPs), per task.
+        depth: batches of products that waited for one another.
+        states: states stored in the rollout.
+        seconds: processor time of forward and backward, median.
+        megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
+        stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
+    """
+
+    estimator: str
+    relative_error: float
+    cosine: float
+    gradients: int | None
+    products: int | None
+    depth: int | None
+    states: int | None
+    seconds: float
+    megabytes: float | None
+    stationarity: Stationarity | None = None
+
+
+_HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` returns; ``print`` it, :meth:`to_markdown` it or :meth:`plot` it.
+
+    Attributes:
+        rows: one per estimator, in the order given.
+        curvature: ``T`` times the spectral radius of one step's curvature term (``T * lr * lambda_max`` for gradient
+            descent), the larger over the solves; ``None`` if it cannot be computed.
+        notes: what to beware of on this problem.
+    """
+
+    rows: tuple[Row, ...]
+    curvature: float | None
+    notes: tuple[str, ...]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's cells as text, header first."""
+        return [_HEADERS, *(_cells(row) for row in self.rows)]
+
+    def __str__(self) -> str:
+        """A table for the terminal."""
+        cells = self.cells()
+        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADERS))]
+        lines = []
+        for name, *numbers in cells:
+            columns = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+            lines.append("  ".join([f"{name:{widths[0]}}", *columns]))
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes])
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        header, *rows = (f"| {' | '.join(row)} |" for row in self.cells())
+        return "\n".join(
+            [header, "|---" + "|--:" * (len(_HEADERS) - 1) + "|", *rows, *(f"\n{note}" for note in self.notes)]
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        """Save a picture of error against time and against memory; needs matplotlib."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        colors: Any = mpl.colormaps["tab10"]
+        exact = min([row.relative_error for row in self.rows if row.relative_error > 0], default=1.0) / 10
+        columns = [("seconds", "processor time [s]"), ("megabytes", "peak memory above start [MB]")]
+        for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
+            for i, row in enumerate(self.rows):
+                marker = {"color": colors(i % 10), "marker": "os^vDP*"[i // 10 % 7], "linestyle": ""}
+                value = getattr(row, name)
+                axes.plot(
+                    math.nan if value is None else value,
+                    row.relative_error or exact,
+                    markersize=9,
+                    label=row.estimator,
+                    **marker,
+                )
+            axes.axhline(exact, color="0.7", linewidth=1, zorder=0)
+            axes.set(xscale="log", yscale="log", xlabel=label)
+            axes.xaxis.set_major_formatter(LogFormatterSciNotation())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("relative error of the hypergradient (line: exactly 0)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        return Path(path)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    counts = ("-" if value is None else str(value) for value in (row.gradients, row.products, row.depth, row.states))
+    return (
+        row.estimator,
+        f"{row.relative_error:.1e}",
+        f"{row.cosine:+.4f}",
+        *counts,
+        f"{1e3 * row.seconds:.1f}",
+        "-" if row.megabytes is None else f"{row.megabytes:.2f}",
+    )
+
+
+def brief(value: Any) -> str:
+    """The call that makes an estimator or a solver, options at their default left out."""
+    if not is_dataclass(value):
+        return repr(value)
+    options = [(field, getattr(value, field.name)) for field in fields(value)]
+    shown = [
+        f"{field.name}={brief(option)}"
+        for field, option in options
+        if _differs(option, field.default_factory() if field.default_factory is not MISSING else field.default)
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _differs(option: Any, default: Any) -> bool:
+    """Whether an option is not at its default; no default is a tensor, and a tensor has no one truth to its ``!=``."""
+    return any(isinstance(x, Tensor) for x in flatten(option)[0]) or bool(option != default)
+
+
+def notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
+    """What the numbers say about the problem, in words."""
+    notes = []
+    if curvature is not None:
+        notes.append(f"curvature over the rollout, T * lr * lambda_max or its like: {curvature:.2g}")
+        if curvature > 1 and any(row.estimator.startswith("Binomial") for row in rows):
+            notes.append(
+                f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
+                "Krylov has no such limit"
+            )
+    notes += [
+        f"{row.estimator}: drops terms that matter here (error {row.relative_error:.0%}, cosine {row.cosine:+.2f})"
+        for row in rows
+        if row.estimator.startswith(("Truncated", "FirstOrder")) and row.relative_error > 0.5
+    ]
+    notes += [_fixed_point_note(row, row.stationarity) for row in rows if row.stationarity is not None]
+    return tuple(notes)
+
+
+def _fixed_point_note(row: Row, at: Stationarity) -> str:
+    """Whether an implicit rule's condition holds: judged by the inner problem, not by the error."""
+    left = f"one more step would move the params by {at.distance:.1e}, {at.share:.1%} of the average step"
+    if at.share > 0.1:
+        return (
+            f"{row.estimator}: the inner problem is far from its fixed point: {left} (error {row.relative_error:.0%})"
+        )
+    note = f"{row.estimator}: the inner problem is at its fixed point: {left}"
+    if row.relative_error <= 0.1:
+        return note
+    return (
+        f"{note}; but the error is {row.relative_error:.0%}: a fixed point does not depend on the start or on step "
+        "sizes, or the linear system was not solved"
+    )
