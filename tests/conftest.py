@@ -37,3 +37,15 @@ def float64_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with the real data: ``DIFFOPT_DATA``, or a ``data`` folder next to the checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    named = os.environ.get("DIFFOPT_DATA")
+    candidates = [Path(named)] if named else sorted(checkout.parent.glob("*/data"))
+    for folder in candidates:
+        if (folder / "omniglot_28.npz").is_file():
+            return folder
+    pytest.skip("the real data is not here; say where it is with the environment variable DIFFOPT_DATA")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -85,10 +84,20 @@ def test_minutes_stop_in_time_and_still_evaluate(tmp_path):
 
 
 @pytest.mark.data
-def test_omniglot_from_real_drawings(tmp_path):
-    if not os.environ.get("DIFFOPT_DATA"):
-        pytest.skip("needs DIFFOPT_DATA")
-    argv = ["train", "omniglot", "--out", str(tmp_path), *SMALL, "--filters", "4", "--iterations", "2"]
+def test_omniglot_from_real_drawings(tmp_path, data_folder):
+    argv = [
+        "train",
+        "omniglot",
+        "--data-dir",
+        str(data_folder),
+        "--out",
+        str(tmp_path),
+        *SMALL,
+        "--filters",
+        "4",
+        "--iterations",
+        "2",
+    ]
     assert main([*argv, "--no-rotations"]) == 0
     last = rows(tmp_path)[-1]
     assert last["kind"] == "evaluation"

@@ -125,12 +125,9 @@ def test_accelerate_averages_hypergradients_over_processes(folder, checkout):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_hyper_cleaning_of_mnist_wins_back_six_points(folder, monkeypatch, tmp_path):
-    named = os.environ.get("DIFFOPT_DATA")
-    if not named or not (Path(named) / "mnist.npz").is_file():
-        pytest.skip("needs mnist.npz in the folder DIFFOPT_DATA")
+def test_hyper_cleaning_of_mnist_wins_back_six_points(folder, data_folder, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(folder)
-    accuracy = importlib.import_module("hyper_cleaning").main(out=tmp_path)
+    accuracy = importlib.import_module("hyper_cleaning").main(out=tmp_path, data_dir=data_folder)
     assert accuracy["ours"] - accuracy["noisy"] >= 0.06
     assert accuracy["ours"] > accuracy["validation"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -25,18 +24,6 @@ class DrawnArchive(NamedTuple):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
-
-
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    """The folder with the real data: ``DIFFOPT_DATA``, or a ``data`` folder next to the checkout."""
-    checkout = Path(__file__).resolve().parents[2]
-    named = os.environ.get("DIFFOPT_DATA")
-    candidates = [Path(named)] if named else sorted(checkout.parent.glob("*/data"))
-    for folder in candidates:
-        if (folder / "omniglot_28.npz").is_file():
-            return folder
-    pytest.skip("the real data is not here; say where it is with the environment variable DIFFOPT_DATA")
 
 
 @pytest.fixture(scope="session")
