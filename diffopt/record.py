@@ -121,7 +121,13 @@ class Record:
 
     def take_state(self, step: int, device: torch.device) -> Leaves:
         """Hand out ``s_step`` on ``device``, and let go of it."""
-        return self.states.pop(step).map(lambda leaf: leaf.to(device, non_blocking=True))
+        state = self.state(step, device)
+        del self.states[step]
+        return state
+
+    def state(self, step: int, device: torch.device) -> Leaves:
+        """The stored ``s_step`` on ``device``."""
+        return self.states[step].map(lambda leaf: leaf.to(device, non_blocking=True))
 
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:

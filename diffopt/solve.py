@@ -104,8 +104,8 @@ def solve(
             whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
             arguments is frozen; an update may calculate with the number of its step, but not branch on it. Used by
             steps that are taken without their graph and, where the estimator is exact or truncated, in the backward
-            pass, which then keeps every state. What cannot be compiled runs without, with a
-            :class:`diffopt.CompileWarning`.
+            pass, which then keeps every state, or every k-th where the estimator says so (``Reverse("sqrt")``). What
+            cannot be compiled runs without, with a :class:`diffopt.CompileWarning`.
 
     Returns:
         A :class:`Solution`.

@@ -60,6 +60,18 @@ class Stepper:
         block.close()
         return block, after
 
+    def states(self, state: Leaves, first: int, last: int, losses: Tensor) -> list[Leaves]:
+        """The states before steps ``first, ..., last``, as the rollout had them, the first of which is ``state``.
+
+        The losses on the way are written to their places in ``losses`` ``[..., T]``.
+        """
+        states = [state]
+        for step in range(first, last):
+            with self.record.replay(step, state[0].device):
+                after, losses[..., step - 1] = self._plain(states[-1], step)
+            states.append(after)
+        return states
+
     def new_block(self, state: Leaves) -> Block:
         """A block that starts at ``state``."""
         with torch.enable_grad():

@@ -94,7 +94,8 @@ class Trajectory:
                 f"sweep(first={first}): the rule keeps steps from {self.record.first} on, expected the same number; "
                 f"return Keep(first={first}) from keep()"
             )
-        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and self.record.checkpoint == 1 else None
+        stored = isinstance(self.record.checkpoint, int)
+        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and stored else None
         return self._sweep_of_blocks(cotangent, first) if done is None else done
 
     def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
@@ -111,17 +112,23 @@ class Trajectory:
     def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
         """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
         pullbacks, direct, adjoint = compiled.Pullbacks(self.dynamics, self.wanted), DirectTerms(self), cotangent
-        for step in range(self.steps, first - 1, -1):
-            current = self.dynamics.at_step(self.extras, step)
-            with self.record.replay(None, self.final[0].device):
-                terms = pullbacks.pull(self.record.states[step], current, step, adjoint)
-            if terms is None:
-                return None  # at the first of these steps, or at none
-            adjoint = terms[0]
-            direct.add(step, terms[1])
-            self.record.counts.add_products(1)
+        stepper, again = Stepper(self.dynamics, self.extras, self.record, Watch()), self.losses_to_replay()
+        device, end = self.final[0].device, self.steps
+        for start in reversed(self.record.states):
+            states = stepper.states(self.record.state(start, device), start, end, again)
+            for step in range(end, start - 1, -1):
+                with self.record.replay(None, device):
+                    terms = pullbacks.pull(states.pop(), self.dynamics.at_step(self.extras, step), step, adjoint)
+                if terms is None:
+                    return None  # what is stored is still there
+                adjoint = terms[0]
+                direct.add(step, terms[1])
+            end = start - 1
+        self.record.counts.products += self.steps - first + 1
+        self.record.counts.depth += self.steps - first + 1
         self.record.usable = False
         self.record.states.clear()
+        self.refuse_other_losses(again)
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:

@@ -14,6 +14,7 @@ from torch.func import vmap
 
 import diffopt
 from diffopt import compiled
+from diffopt.block import Block
 from diffopt.estimators import Binomial, FirstOrder, MultiStep, Reverse, Truncated
 
 STEPS = 4
@@ -52,7 +53,7 @@ CASES = {case.name: case for case in OPTIMIZERS}
 @pytest.mark.parametrize(("name", "tasks"), [("momentum", None), ("adam", 3)])
 def test_the_numbers_are_those_of_the_plain_way(name: str, tasks: int | None) -> None:
     """In float64, where kernels differ by round-off only."""
-    for rule in (Reverse(), Reverse(2), Truncated(2), Binomial(2), FirstOrder(), MultiStep(3)):
+    for rule in (Reverse(), Reverse(2), Reverse(3), Truncated(2), Binomial(2), FirstOrder(), MultiStep(3)):
         found = hypergradient(CASES[name], rule, compile=True, tasks=tasks)
         assert relative_error(found, hypergradient(CASES[name], rule, compile=False, tasks=tasks)) < 1e-11
 
@@ -87,6 +88,34 @@ def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPat
     assert before is None
     _, again = solve(loss)
     torch.testing.assert_close(again.params, plain.params, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("checkpoint", "again"), [(1, 0), (2, 2), (3, 3), (5, 4), ("sqrt", 3)])
+def test_checkpoints_take_the_steps_between_them_again_compiled(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Any, again: int
+) -> None:
+    """Of five steps; no graph of a step is made, and each block's last step is not taken again."""
+    w, plain = solve(steps=5, compile=False)
+    plain.params.sum().backward()
+    monkeypatch.setattr(Block, "__init__", None)
+    v, solution = solve(steps=5, estimator=Reverse(checkpoint))
+    solution.params.sum().backward()
+    torch.testing.assert_close(v.grad, w.grad, rtol=1e-14, atol=0)
+    counts = solution.counts
+    assert (counts.gradients, counts.products, counts.depth) == (5 + again, 5, 5)
+
+
+def test_losses_that_come_out_differently_between_checkpoints_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, solution = solve(steps=4, estimator=Reverse(2))
+    original = compiled.Steps.take
+
+    def drifted(*given: Any) -> Any:
+        step = original(*given)
+        return step._replace(losses=2 * step.losses)
+
+    monkeypatch.setattr(compiled.Steps, "take", drifted)
+    with pytest.raises(diffopt.RandomnessError, match="step 1 came out differently"):
+        solution.params.sum().backward()
 
 
 def test_a_loss_that_draws_random_numbers_runs_without() -> None:
