@@ -79,6 +79,7 @@ GOALS: tuple[Goal, ...] = (
     *_both("W1 T=20 B=25", "ours, compiled", 0.35, 0.8),
     *_both("W1 T=20 B=100", "ours, compiled", 0.45, 0.8),
     *_both("W1 T=100 B=25", "ours, checkpoints", 1.0, 0.25),
+    *_both("W1 T=100 B=25", "ours, compiled checkpoints", 1.0, 0.25),
     *_both("W2 T=5 B=8", W2_GRAPHS, 0.95, 2.0),
     *_both("W2 T=16 B=8", W2_GRAPHS, 0.90, 2.0),
     *_both("W2 T=5 B=8", "ours, loop, states", 1.20, 0.65),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import ours
+from benchmarks import limit, ours
 from benchmarks.measure import Method, Role
 from benchmarks.peers import functorch, higher, learn2learn, loop, torchopt
 from diffopt.estimators import Reverse
@@ -17,6 +17,8 @@ LOOP_PEERS = (PLAIN_LOOP, HIGHER, LEARN2LEARN, TORCHOPT_META, TORCHOPT_FUNCTIONA
 FUNCTORCH = Method("functorch, backward outside", Role.PEER, functorch.backward_outside)
 FUNCTORCH_INSIDE = Method("functorch, vmap(grad)", Role.PEER, functorch.gradient_inside)
 
+STACKED = Method("by hand (a limit)", Role.LIMIT, limit.stacked)
+
 GRAPH, STATES, SQRT = Reverse("graph"), Reverse(1), Reverse("sqrt")
 
 OURS_GRAPH = Method("ours, graphs", Role.OURS, lambda problem: ours.vmapped(problem, GRAPH))
@@ -25,6 +27,9 @@ OURS_SQRT = Method("ours, checkpoints", Role.OURS, lambda problem: ours.vmapped(
 OURS_VMAPPED = (OURS_GRAPH, OURS_STATES, OURS_SQRT)
 OURS_COMPILED = Method(
     "ours, compiled", Role.OURS, lambda problem: ours.vmapped(problem, STATES, compiled=True), compiles=True
+)
+OURS_COMPILED_SQRT = Method(
+    "ours, compiled checkpoints", Role.OURS, lambda problem: ours.vmapped(problem, SQRT, compiled=True), compiles=True
 )
 
 OURS_LOOP_GRAPH = Method("ours, loop, graphs", Role.OURS, lambda problem: ours.looped(problem, GRAPH))

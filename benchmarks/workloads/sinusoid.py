@@ -47,20 +47,21 @@ def cell(steps: int, tasks: int, rivals: Sequence[Method], seconds: float, own: 
     """One setting; the plain loop comes first, as the reference of every answer."""
     make = functools.partial(problem, steps=steps)
     everyone = (methods.PLAIN_LOOP, *(rival for rival in rivals if rival is not methods.PLAIN_LOOP))
-    return Cell("W1", f"T={steps} B={tasks}", make, (*everyone, *methods.OURS_VMAPPED, *own), tasks, seconds=seconds)
+    everything = (*everyone, methods.STACKED, *methods.OURS_VMAPPED, *own)
+    return Cell("W1", f"T={steps} B={tasks}", make, everything, tasks, seconds=seconds)
 
 
 def cells(size: Size) -> list[Cell]:
     vectorised = (methods.FUNCTORCH, methods.FUNCTORCH_INSIDE)
     everyone = (*methods.LOOP_PEERS, *vectorised)
-    compiled = (methods.OURS_COMPILED,)
+    compiled, both = (methods.OURS_COMPILED,), (methods.OURS_COMPILED, methods.OURS_COMPILED_SQRT)
     if size is Size.SMOKE:
         return [cell(3, 2, everyone, 0)]
     if size is Size.QUICK:
-        return [cell(20, 4, vectorised, 20), cell(20, 25, everyone, 40, compiled), cell(100, 25, vectorised, 20)]
+        return [cell(20, 4, vectorised, 20), cell(20, 25, everyone, 40, compiled), cell(100, 25, vectorised, 20, both)]
     settings = [
         (steps, tasks, everyone, 15 + tasks / 4, compiled if steps == 20 else ())
         for steps in (5, 20)
         for tasks in (4, 25, 100)
     ]
-    return [cell(*setting) for setting in settings] + [cell(100, 25, vectorised, 20)]
+    return [cell(*setting) for setting in settings] + [cell(100, 25, vectorised, 20, both)]
