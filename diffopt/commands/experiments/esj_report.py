@@ -34,6 +34,9 @@ NOTES = (
     "directions for each tensor without the factor that makes them unbiased; we divide by the p of all tensors.)",
     "Ours takes central differences and one more rollout, which checks that the loss repeats itself: 2 Q + 1 rollouts "
     "beside the forward pass, where the authors' code takes Q.",
+    "With two layers AID reaches the loss and then diverges: it takes the inner solution for exact, so nothing tells it "
+    "that its features grow beyond what the inner step size can follow (the inner loop itself diverges from about "
+    "iteration 80 on). ITD differentiates that loop, and its features stay small.",
 )
 
 
@@ -246,6 +249,10 @@ def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
             grid[1][column].plot(seconds, smoothed(losses, WINDOW), **style)
         grid[0][column].set(title=f"embedding: {size}", xlabel="outer iteration")
         grid[1][column].set(xlabel="processor time [s]")
+        for row in grid:  # a curve that leaves by the top diverged
+            lines = [[float(y) for y in line.get_ydata()] for line in row[column].get_lines()]
+            start, low = max(values[0] for values in lines), min(min(values) for values in lines)
+            row[column].set_ylim(low - 0.05 * (start - low), start + 0.2 * (start - low))
     for axes in (axes for row in grid for axes in row):
         axes.set(ylabel="outer training loss")
         axes.axhline(settings.target, color="0.6", linewidth=0.8, linestyle=":")

@@ -62,7 +62,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
         grid = RichTable(title=table["title"], box=box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(table["columns"]):
             numbers = any(isinstance(row[i], int | float) for row in table["rows"])
-            grid.add_column(column, justify="right" if numbers else "left")
+            grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in table["rows"]:
             grid.add_row(*(shown(cell) for cell in row))
         console.print(grid)
