@@ -17,10 +17,12 @@ import torch
 import diffopt
 import diffopt.estimators
 from diffopt.cli import main
+from diffopt.commands import image_sets
 from diffopt.commands.estimators import KNOWN_NAMES, EstimatorNameError, estimator
 from diffopt.commands.few_shot import Adaptation, evaluate, interval, meta_gradient, sinusoid
 from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.penalties import LR, MOMENTUM, STEPS, Penalties
+from diffopt.commands.train_options import IMAGE_SETS
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 
 NUMBERED = ["truncated", "binomial", "krylov", "multi-step", "es"]
@@ -102,6 +104,21 @@ def test_omniglot_from_real_drawings(tmp_path, data_folder):
     last = rows(tmp_path)[-1]
     assert last["kind"] == "evaluation"
     assert 0 <= last["accuracy"] <= 1
+
+
+def test_images_by_name_of_their_set(tmp_path, fails):
+    """Every set of the experiments can be trained on; without its files it says which are missing."""
+    argv = ["train", "images", *SMALL, "--filters", "4", "--iterations", "2", "--queries", "2"]
+    assert main([*argv, "--dataset", "clusters", "--out", str(tmp_path / "run")]) == 0
+    last = rows(tmp_path / "run")[-1]
+    assert last["kind"] == "evaluation"
+    assert 0 <= last["accuracy"] <= 1
+    assert set(IMAGE_SETS) == set(image_sets.SETS) - {"omniglot"}
+    for name in set(IMAGE_SETS) - {"clusters"}:
+        error = fails([*argv, "--dataset", name, "--out", str(tmp_path / name), "--data-dir", str(tmp_path)])
+        assert str(tmp_path) in error
+        assert not (tmp_path / name).exists()
+    assert "expected one of" in fails([*argv, "--dataset", "imagenet", "--out", str(tmp_path / "other")])
 
 
 @pytest.mark.parametrize(

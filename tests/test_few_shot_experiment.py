@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from diffopt.commands.experiments import catalogue, few_shot, image_sets
+from diffopt.commands import image_sets
+from diffopt.commands.experiments import catalogue, few_shot
 from diffopt.commands.experiments.few_shot_papers import printed
 from diffopt.commands.experiments.few_shot_report import in_order, summarise
 from diffopt.commands.experiments.work import OutOfTime, Work
@@ -153,12 +154,12 @@ def test_answers_follow_the_numbers():
 @pytest.mark.parametrize("name", sorted(image_sets.SETS))
 def test_every_set_says_what_it_lacks(name, tmp_path):
     if name == "clusters":
-        splits = [image_sets.load(name, split, Work(0)) for split in ("train", "validation", "test")]
+        splits = [image_sets.load(name, split, None) for split in ("train", "validation", "test")]
         assert not torch.equal(splits[0], splits[1])
         assert not torch.equal(splits[1], splits[2])
         return
     with pytest.raises(DataError, match="--data-dir"):
-        image_sets.load(name, "validation", Work(0, data_dir=str(tmp_path)))
+        image_sets.load(name, "validation", str(tmp_path))
 
 
 def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
@@ -166,9 +167,7 @@ def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
     images = torch.arange(16, dtype=torch.uint8).reshape(16, 1, 1, 1).expand(16, 20, 28, 28)
     loaded = Omniglot(images, alphabets, tuple(map(str, range(16))), ("file",))
     monkeypatch.setattr(Omniglot, "load", lambda folder, *, split, rotations=False: loaded)
-    found = {
-        split: image_sets.load("omniglot", split, Work(0))[:, 0, 0, 0].tolist() for split in ("validation", "test")
-    }
+    found = {split: image_sets.load("omniglot", split, None)[:, 0, 0, 0].tolist() for split in ("validation", "test")}
     assert found["validation"] == [2, 3, 10, 11]  # a and e, the first and the fifth
     assert sorted(found["validation"] + found["test"]) == list(range(16))
 

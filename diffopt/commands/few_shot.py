@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
+from diffopt.commands import image_sets
 from diffopt.estimators import Estimator
 from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, RaggedImages, Sinusoid, functional, sample_episodes
 
@@ -103,6 +104,32 @@ def omniglot(
         f"Omniglot {way}-way {shot}-shot, "
         + ("unseen evaluation alphabets" if split == "official" else "characters of the Vinyals test split"),
         Conv4(1, way, filters, generator=generator),
+        train,
+        test,
+        way=way,
+        shot=shot,
+        queries=queries,
+        device=device,
+    )
+
+
+def image_set(
+    name: str,
+    *,
+    folder: str | None,
+    way: int,
+    shot: int,
+    queries: int,
+    filters: int,
+    generator: torch.Generator,
+    device: str,
+) -> FewShot:
+    """A set of :mod:`diffopt.commands.image_sets` with Conv4: trained and evaluated on its own two splits."""
+    kind = image_sets.SETS[name]
+    train, test = (image_sets.load(name, split, folder, device) for split in ("train", "test"))
+    return classification(
+        f"{kind.title} {way}-way {shot}-shot, unseen classes",
+        Conv4(kind.channels, way, filters, kind.size, generator=generator),
         train,
         test,
         way=way,

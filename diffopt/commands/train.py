@@ -6,7 +6,7 @@ import argparse
 from typing import Any, TypeAlias
 
 from diffopt.commands.options import add_flags, check_stored, read
-from diffopt.commands.train_options import FREE, OmniglotOptions, SinusoidOptions
+from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -16,7 +16,7 @@ def add_command(commands: Commands) -> None:
     text = "Meta-train an initialisation (MAML) and evaluate it on unseen tasks."
     train = commands.add_parser("train", help=text, description=text)
     problems = train.add_subparsers(title="problems", metavar="PROBLEM", required=True)
-    for name, kind in (("omniglot", OmniglotOptions), ("sinusoid", SinusoidOptions)):
+    for name, kind in (("omniglot", OmniglotOptions), ("images", ImagesOptions), ("sinusoid", SinusoidOptions)):
         problem = problems.add_parser(name, help=kind.__doc__, description=kind.__doc__, allow_abbrev=False)
         add_flags(problem, kind)
         problem.add_argument(

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from diffopt.commands.estimators import KNOWN_NAMES, estimator_name
-from diffopt.commands.options import device, option, real, whole
+from diffopt.commands.image_sets import SETS
+from diffopt.commands.options import device, one_of, option, real, whole
 
 FREE = ("out", "data_dir", "minutes", "save_every")
 """Options that a resumed run may change: they say where, until when and how safely it runs, not what it computes."""
+
+IMAGE_SETS = tuple(name for name in SETS if name != "omniglot")
+"""Those that have no command of their own."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class OmniglotOptions(TrainOptions):
     out: str = option("runs/omniglot", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     inner_lr: float = option(0.4, "step size of the inner SGD", real(0))
     meta_lr: float = option(0.005, "step size of the outer Adam", real(0))
+    iterations: int = option(2500, "outer iterations", whole(1))
+    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
+
+
+@final
+@dataclass(frozen=True)
+class ImagesOptions(TrainOptions):
+    """Few-shot image classification on other sets; the defaults are for 5-way 1-shot."""
+
+    dataset: str = option("caltech101", f"one of {', '.join(IMAGE_SETS)}", one_of(*IMAGE_SETS))
+    way: int = option(5, "classes per task", whole(2))
+    shot: int = option(1, "support images per class", whole(1))
+    queries: int = option(15, "query images per class in training", whole(1))
+    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1))
+    filters: int = option(32, "channels of the four convolutions", whole(1))
+    data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
+    out: str = option("runs/images", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     iterations: int = option(2500, "outer iterations", whole(1))
     eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
 

@@ -16,13 +16,13 @@ from diffopt.commands.checkpoint import Checkpoint, MetricsLog
 from diffopt.commands.checkpoint_content import CheckpointError, cannot_be_put_back, check_params
 from diffopt.commands.curve import draw_curve
 from diffopt.commands.estimators import estimator
-from diffopt.commands.few_shot import Adaptation, FewShot, evaluate, meta_gradient, omniglot, sinusoid
+from diffopt.commands.few_shot import Adaptation, FewShot, evaluate, image_set, meta_gradient, omniglot, sinusoid
 from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.options import to_store
 from diffopt.commands.progress import Reporter, reporter
-from diffopt.commands.train_options import FREE, OmniglotOptions, SinusoidOptions
+from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
 
-Options: TypeAlias = OmniglotOptions | SinusoidOptions
+Options: TypeAlias = OmniglotOptions | ImagesOptions | SinusoidOptions
 SECONDS_TO_FINISH = 3.0
 """Kept free at the end of ``--minutes`` for the picture and the last save."""
 
@@ -250,6 +250,17 @@ class _Run:
 def _problem(options: Options, generator: torch.Generator) -> FewShot:
     if isinstance(options, SinusoidOptions):
         return sinusoid(shot=options.shot, queries=options.queries, generator=generator, device=options.device)
+    if isinstance(options, ImagesOptions):
+        return image_set(
+            options.dataset,
+            folder=options.data_dir,
+            way=options.way,
+            shot=options.shot,
+            queries=options.queries,
+            filters=options.filters,
+            generator=generator,
+            device=options.device,
+        )
     return omniglot(
         folder=options.data_dir,
         split=options.split,

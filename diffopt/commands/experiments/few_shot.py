@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.contract import Experiment, Needs, Row, Unit
 from diffopt.commands.experiments.few_shot_report import draw, summarise
 from diffopt.commands.experiments.outer_loop import train
@@ -117,7 +117,10 @@ def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewSho
         DataError: the files are not there.
     """
     kind = image_sets.SETS[settings.dataset]
-    images = [image_sets.load(settings.dataset, side, work, rotations=True) for side in ("train", "validation", "test")]
+    images = [
+        image_sets.load(settings.dataset, side, work.data_dir, work.device, rotations=True)
+        for side in ("train", "validation", "test")
+    ]
     generator = work.generator(f"start {way} {shot}")
     network = Conv4(kind.channels, way, settings.filters, kind.size, generator=generator)
     sizes = {"way": way, "shot": shot, "queries": settings.queries}

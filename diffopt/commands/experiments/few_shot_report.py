@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.contract import Cell, Claim, Results, Row, Summary, Table, verdict
 from diffopt.commands.experiments.few_shot_papers import printed, spread
 from diffopt.commands.experiments.outer_loop import smoothed

@@ -16,7 +16,7 @@ from typing import final
 import torch
 
 from diffopt.allocations import peak_bytes
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.contract import Experiment, Needs, Row, Unit
 from diffopt.commands.experiments.memory_reduced_deterministic import descend
 from diffopt.commands.experiments.memory_reduced_problem import FORMS, METHODS, Shared, Warm

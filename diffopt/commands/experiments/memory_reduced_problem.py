@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import diffopt
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.work import Work
 from diffopt.estimators import Reverse
 from diffopt.linear_solve import ConjugateGradient
@@ -58,7 +58,7 @@ class Shared:
 
     def draw(self, split: Any, count: int, generator: torch.Generator, work: Work) -> Episodes:
         """Tasks of one split."""
-        s, images = self.settings, image_sets.load(self.settings.dataset, split, work)
+        s, images = self.settings, image_sets.load(self.settings.dataset, split, work.data_dir, work.device)
         return sample_episodes(images, way=s.way, shot=s.shot, query=s.queries, tasks=count, generator=generator)
 
     def params(self, method: str) -> Params:

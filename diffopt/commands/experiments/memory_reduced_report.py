@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.contract import Cell, Claim, Results, Row, Summary, Table, verdict
 from diffopt.commands.experiments.memory_reduced_problem import FORMS, METHODS
 from diffopt.commands.experiments.outer_loop import smoothed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffopt.commands.experiments import image_sets
+from diffopt.commands import image_sets
 from diffopt.commands.experiments.work import Work
 from diffopt.tasks import Caltech101, ResidualStages, Staged, functional
 
@@ -40,7 +40,7 @@ def domains(problem: str, size: int, data_dir: str | None) -> tuple[Domain, Doma
     if problem == "caltech101":
         images = [Caltech101.load(data_dir, split=split, size=size).images for split in ("train", "test")]
         return _domain(images[0].flat, images[0].counts), _domain(images[1].flat, images[1].counts)
-    made = [image_sets.load("clusters", split, Work(0)) for split in ("train", "test")]
+    made = [image_sets.load("clusters", split, None) for split in ("train", "test")]
     found = [_domain(x.flatten(0, 1)[:, None], _counts(x)) for x in made if isinstance(x, Tensor)]
     return found[0], found[1]
 

@@ -9,7 +9,6 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt.commands.experiments.work import Work
 from diffopt.tasks import CIFARFS, FC100, Caltech101, MiniImageNet, Omniglot, RaggedImages, TieredImageNet
 from diffopt.tasks.data import Split
 
@@ -66,10 +65,10 @@ SETS: dict[str, ImageSet] = {
 }
 
 
-def load(name: str, split: Split, work: Work, *, rotations: bool = False) -> Images:
-    """One split of a set, uint8, on the unit's device.
+def load(name: str, split: Split, folder: str | None, device: str = "cpu", *, rotations: bool = False) -> Images:
+    """One split of a set, uint8, on ``device``.
 
     Raises:
         DataError: the files are not there.
     """
-    return SETS[name].load(work.data_dir, split, rotations).to(work.device)
+    return SETS[name].load(folder, split, rotations).to(device)
