@@ -79,6 +79,13 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
             yield from _global_names(constant)
 
 
+def mend_for(nodes: Iterable[Any]) -> str:
+    """What to do about captured tensors at these nodes of a graph; a parameter may be that of a module called as it is."""
+    if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
+        return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
+    return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
+
+
 def names_of(nodes: Iterable[Any], functions: Sequence[object]) -> str:
     """What to call the tensors at these nodes of a graph: the names under which ``functions`` hold them."""
     held = {name: x for function in functions for name, x in named_tensors(function).items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, graph, randomness
-from diffopt.captured import named_tensors, names_of
+from diffopt.captured import mend_for, named_tensors, names_of
 from diffopt.errors import (
     CapturedTensorError,
     DiffoptError,
@@ -100,7 +100,7 @@ def probe_captures(subject: Subject) -> Finding:
             CapturedTensorError,
             f"the inner loss captured {names_of(nodes, [subject.dynamics.loss])}, which requires grad",
             "every such tensor among its arguments",
-            "pass it in *args; a constant: .detach() it or set requires_grad_(False)",
+            mend_for(nodes),
         )
     return Finding("nothing captured", "ok", "no tensor that requires grad comes from outside the arguments")
 

@@ -15,7 +15,7 @@ from diffopt.dynamics import Dynamics, ExtraSlot
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import forward_mode_error
-from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, run
+from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, refuse_frozen, run
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.record import Counts
@@ -157,6 +157,8 @@ def checked_problem(
     if not callable(loss):
         raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
     leaves, structure = params_leaves(params)
+    if check:
+        refuse_frozen(leaves, structure)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
     return _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import autodiff, compiled, graph, randomness, transforms
 from diffopt.block import Block
-from diffopt.captured import names_of
+from diffopt.captured import mend_for, names_of
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
 from diffopt.leaves import Leaves, all_finite
@@ -93,15 +93,16 @@ class Stepper:
             if versions != [leaf._version for leaf in block.now]:
                 raise autodiff.changed_in_place()
             if self._check_graph:
-                self._check_nodes(after, block.now if step == 1 and self.watch.captures else None)
+                self._check_nodes(losses, after, block.now if step == 1 and self.watch.captures else None)
             block.advance(after, shallow=any(grad is None for grad in grads))
         return losses.detach()
 
-    def _check_nodes(self, after: Leaves, roots: Leaves | None) -> None:
+    def _check_nodes(self, losses: Tensor, after: Leaves, roots: Leaves | None) -> None:
         """Look once at the graph of a first step, and, if it grew from ``roots``, for what was captured in it."""
         nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
         graph.refuse_broken_graph(nodes)
-        if roots is not None:
+        if roots is not None:  # of what does not meet the params in the losses, nothing is left in their gradient
+            nodes += graph.nodes([losses.grad_fn])
             self._refuse_captures(graph.captured_nodes(nodes, roots))
         self._check_graph = False
 
@@ -213,8 +214,7 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     if nodes:
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            "hypergradient; expected among the arguments. Pass it in *args (of a module: named_parameters()) or "
-            "batches; a constant: .detach() or requires_grad_(False)"
+            f"hypergradient; expected among the arguments. {mend_for(nodes)}"
         )
 
 

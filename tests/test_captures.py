@@ -66,6 +66,13 @@ def linear() -> nn.Module:
 # Each gets run(loss, params, *args) -> final params.
 REFUSED: dict[str, Callable[[Run], Any]] = {
     "leaf": lambda run: run(to(leaf()), start()),
+    "apart_from_params": lambda run: (lambda c: run(lambda w: w.square().sum() + c.square().sum(), start()))(leaf()),
+    "module_called_as_it_is": lambda run: (
+        lambda net: run(
+            lambda p: net(rows(3)).square().mean() + sum(x.square().sum() for x in p.values()),
+            {name: x.detach() for name, x in net.named_parameters()},
+        )
+    )(linear()),
     "leaf_beside_args": lambda run: (lambda c: run(lambda w, x: distance(w * x, c), start(), leaf()))(leaf()),
     "non_leaf": lambda run: run(to(2 * leaf()), start()),
     "module": lambda run: (lambda module: run(lambda w: module(w).square().sum(), start()))(linear()),
@@ -258,6 +265,30 @@ def test_no_false_alarm(run: Run, name: str) -> None:
     assert all(leaf.isfinite().all() for leaf in leaves)
 
 
+def test_frozen_parameters_among_others_are_refused() -> None:
+    """``torch.optim`` would leave them alone; all frozen, detached or passed as arguments they are what they seem."""
+    net = nn.Sequential(linear(), linear())
+    net[0].requires_grad_(False)
+    params, given = dict(net.named_parameters()), {"optimizer": diffopt.SGD(0.1), "steps": 2}
+
+    def loss(p: Any, frozen: Any) -> Tensor:
+        return functional_call(net, {**frozen, **p}, (rows(3),)).square().mean()
+
+    with pytest.raises(diffopt.LeafError, match=r"params\['0.bias'\] is a frozen parameter .* in \*args"):
+        diffopt.solve(loss, params, {}, **given)
+    split: tuple[dict[str, Tensor], ...] = tuple(
+        {name: x for name, x in params.items() if name.startswith(layer)} for layer in "10"
+    )
+    ends = [
+        diffopt.solve(loss, *split, **given).params,
+        diffopt.solve(loss, {name: x.detach() for name, x in params.items()}, {}, **given).params,
+        diffopt.solve(loss, params, {}, check=False, **given).params,
+    ]
+    assert [set(end) for end in ends] == [set(split[0]), set(params), set(params)]
+    net.requires_grad_(False)
+    assert torch.equal(diffopt.solve(loss, params, {}, **given).params["0.weight"], ends[1]["0.weight"])
+
+
 @pytest.mark.parametrize("rule", [FirstOrder(), Reverse()])
 def test_an_inner_solve_that_captures_the_outer_params_is_refused(rule: Any) -> None:
     def loss(w: Tensor) -> Tensor:
@@ -270,7 +301,7 @@ def test_an_inner_solve_that_captures_the_outer_params_is_refused(rule: Any) -> 
 def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
     module = torch.nn.Linear(2, 1)
     with pytest.raises(
-        diffopt.CapturedTensorError, match=r"reads `args\[0\]\['net'\]\.bias`, .*of a module: named_par"
+        diffopt.CapturedTensorError, match=r"reads `args\[0\]\['net'\]\.bias`, .*functional_call"
     ):
         diffopt.solve(
             lambda w, held: held["net"](w).square().sum(),
