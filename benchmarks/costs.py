@@ -118,11 +118,11 @@ ROWS = (
     Row("Krylov(L)", Costs("T", "T + (L - 1) * (T - 1)", "L", "T", "T"), penalties=False),
     Row("MultiStep(n)", Costs(W, W, W, graphs=W)),
     Row("MultiStep(n, Binomial(2))", Costs(W, f"2 * ({W} - 1)", "2", W, W)),
-    Row("Implicit(ConjugateGradient(k, rtol=0, throw=False))", Costs("T + 2", "k + 1", "k + 1"), start=False),
-    Row("Implicit(Neumann(k, step_size=1, rtol=0, throw=False))", Costs("T + 2", "k + 1", "k + 1"), start=False),
-    Row("Implicit(GMRES(k, rtol=0, throw=False))", Costs("T + 2", "k + 2", "k + 2"), start=False),
-    Row("Implicit(Nystrom(k, damping=0.1))", Costs("T + 2", "k + 2", "k + 2"), start=False),
-    Row("Implicit(Dense())", Costs("T + 2", "m + 1", "m + 1"), start=False),
+    Row("Implicit(ConjugateGradient(k, rtol=0, throw=False))", Costs("T + 1", "k + 1", "k + 1"), start=False),
+    Row("Implicit(Neumann(k, step_size=1, rtol=0, throw=False))", Costs("T + 1", "k + 1", "k + 1"), start=False),
+    Row("Implicit(GMRES(k, rtol=0, throw=False))", Costs("T + 1", "k + 2", "k + 2"), start=False),
+    Row("Implicit(Nystrom(k, damping=0.1))", Costs("T + 1", "k + 2", "k + 2"), start=False),
+    Row("Implicit(Dense())", Costs("T + 1", "m + 1", "m + 1"), start=False),
     Row("ESJacobian(Q, 1e-3)", Costs("2 * T + 2 * Q * T", "0", "0"), start=False),
     Row("ESJacobian(Q, 1e-3, antithetic=False)", Costs("2 * T + Q * T", "0", "0"), start=False),
 )
@@ -242,8 +242,8 @@ What the numbers do not show:
   tensor; it holds `p` states then.
 - `ESJacobian` runs it `2 Q` times (`Q` if not antithetic), all at once, and once more to see whether the loss repeats
   itself; it holds as many states then.
-- `Implicit` evaluates the last step's gradient twice: to differentiate it, and to see whether it repeats itself. The
-  last HVP gives the mixed term. `GMRES` and `Nystrom` spend one on the residual. The columns that `Nystrom` and `Dense`
+- `Implicit` takes one gradient more, at the end of the rollout, to differentiate it, and evaluates the loss there once
+  more, to see whether it repeats itself. The last HVP gives the mixed term. `GMRES` and `Nystrom` spend one on the residual. The columns that `Nystrom` and `Dense`
   take do not depend on one another, but are taken one after the other, from one graph: they count as depth.
 
 """

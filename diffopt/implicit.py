@@ -62,16 +62,20 @@ def implicit_pullback(
     losses = trajectory.losses_to_replay()
     block, after = stepper.block(trajectory.final, last, last, losses)
     if trajectory.check:
-        stepper.block(trajectory.final, last, last, again := losses.clone())
+        again = losses.clone()
+        again[..., last - 1] = stepper.losses(trajectory.final, last)
         refuse_other_losses(again, losses)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
 
+    zeros = list(trajectory.final.zeros())
+
     def through_step(v: Leaves, inputs: Sequence[int], *, direct: bool = False) -> BlockTerms:
-        weights = dict(zip(moving, v, strict=True))
         record.counts.add_products(1)
-        cotangents = Leaves(weights[i] if i in weights else torch.zeros_like(x) for i, x in enumerate(trajectory.final))
-        return block.pullback(cotangents, state=inputs, direct=direct, retain=True)
+        cotangents = zeros.copy()
+        for i, weight in zip(moving, v, strict=True):
+            cotangents[i] = weight
+        return block.pullback(Leaves(cotangents), state=inputs, direct=direct, retain=True)
 
     def system(v: Leaves) -> Leaves:
         return v - through_step(v, moving).state

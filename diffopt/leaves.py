@@ -18,6 +18,8 @@ from diffopt import transforms
 
 _foreach: Any = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in ("add", "sub", "mul", "div")})
 
+_WIDE = (torch.float32, torch.float64)
+
 Operand: TypeAlias = "Leaves | float | Tensor"
 
 
@@ -113,6 +115,8 @@ class Leaves(Sequence[Tensor]):
 
     def widened(self) -> Leaves:
         """Half-precision tensors in single precision; the others as they are."""
+        if all(x.dtype in _WIDE for x in self.tensors):
+            return self
         return self.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def cast(self, like: Leaves) -> Leaves:

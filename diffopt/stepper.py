@@ -72,6 +72,12 @@ class Stepper:
             states.append(after)
         return states
 
+    def losses(self, state: Leaves, step: int) -> Tensor:
+        """The losses of step ``step`` at a state, and nothing else."""
+        with self.record.replay(step, state[0].device), torch.enable_grad():  # a loss may differentiate by itself
+            params = [leaf.detach().requires_grad_() for leaf in state[: self.dynamics.params_count]]
+            return self.dynamics.losses(params, self.dynamics.at_step(self.extras, step)).detach()
+
     def new_block(self, state: Leaves) -> Block:
         """A block that starts at ``state``."""
         with torch.enable_grad():

@@ -60,8 +60,11 @@ class Tasks:
     def dot(self, a: Leaves, b: Leaves) -> Tensor:
         """The inner product, one per task."""
         pairs = zip(a.widened(), b.widened(), strict=True)
-        parts = [(x * y).reshape(*x.shape[: self.axes], -1).sum(-1) for x, y in pairs]
-        return torch.stack(parts).sum(0)
+        parts = [self._sum(x * y) for x, y in pairs]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: self.axes], -1).sum(-1) if self.axes else x.sum()
 
     def norm(self, a: Leaves) -> Tensor:
         """The Euclidean norm, one per task."""
@@ -73,7 +76,8 @@ class Tasks:
 
     def times(self, factor: Tensor, a: Leaves) -> Leaves:
         """A multiple, each task with its own factor."""
-        return self.like(factor, a) * a
+        alike = factor.ndim == 0 and all(x.dtype == factor.dtype for x in a)
+        return a * factor if alike else self.like(factor, a) * a
 
     def start(self, a: Leaves) -> Leaves:
         """A fixed vector, the same for every task, that no symmetry of a problem is likely to annihilate."""
@@ -264,6 +268,8 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
 
 def with_wide_vectors(matvec: Matvec, like: Leaves) -> Matvec:
     """``matvec`` for vectors in single precision at least, its products taken in the dtypes of ``like``."""
+    if like.widened() is like:
+        return matvec
     return lambda x: matvec(x.cast(like)).widened()
 
 

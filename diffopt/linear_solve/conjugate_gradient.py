@@ -64,9 +64,8 @@ class ConjugateGradient(LinearSolver):
             ap = matvec(p)
             curvature = tasks.dot(p, ap)
             iterations = iterations + active
-            # "not above" so that NaN counts as a breakdown too
-            breakdown = breakdown | (active & ~(curvature > 0))
-            active = active & (curvature > 0)
+            convex = curvature > 0  # which NaN is not
+            breakdown, active = breakdown | (active & ~convex), active & convex
             alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0)
             x, r = x + tasks.times(alpha, p), r - tasks.times(alpha, ap)
             new = tasks.dot(r, r)
