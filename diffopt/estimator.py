@@ -193,13 +193,16 @@ class _Solve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call = inputs[0]
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output[:-1])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        call = replace(ctx.call, wanted=frozenset(needed))
-        terms = transforms.apply(_Pullback, call, *ctx.saved_tensors, *cotangents[:-1])
+        call, final = replace(ctx.call, wanted=frozenset(needed)), ctx.saved_tensors[-ctx.call.state_count :]
+        zeros = Leaves(final).virtual_zeros()
+        given = (zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True))
+        terms = transforms.apply(_Pullback, call, *ctx.saved_tensors, *given)
         results = dict(zip(needed, terms, strict=True))
         return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
 

@@ -69,6 +69,10 @@ class Leaves(Sequence[Tensor]):
         """Zeros of the same shapes, dtypes and devices."""
         return Leaves(torch.zeros_like(tensor) for tensor in self.tensors)
 
+    def virtual_zeros(self) -> Leaves:
+        """The same, each a single number that stands for all: they take no memory, and cannot be written to."""
+        return Leaves(tensor.new_zeros(()).expand(tensor.shape) for tensor in self.tensors)
+
     def __add__(self, other: Operand) -> Leaves:
         """Elementwise sum."""
         return _apply(torch.add, _foreach.add, self, other)

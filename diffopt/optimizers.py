@@ -60,7 +60,7 @@ class SGD(Optimizer):
 
     def init(self, params: Leaves) -> Buffers:
         """A zero velocity, if there is momentum."""
-        return {} if is_zero(self.momentum) else {"velocity": params.zeros()}
+        return {} if is_zero(self.momentum) else {"velocity": params.virtual_zeros()}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
@@ -153,7 +153,7 @@ def _check_adam(optimizer: Adam | AdamW) -> None:
 
 def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
     names = ("mean", "square", "largest_square") if amsgrad else ("mean", "square")
-    return {name: params.zeros() for name in names}
+    return {name: params.virtual_zeros() for name in names}
 
 
 def _adam_move(
@@ -204,7 +204,7 @@ class RMSprop(Optimizer):
     def init(self, params: Leaves) -> Buffers:
         """Zero averages."""
         names = ["square"] + ["mean"] * self.centered + ["velocity"] * (not is_zero(self.momentum))
-        return {name: params.zeros() for name in names}
+        return {name: params.virtual_zeros() for name in names}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
