@@ -243,8 +243,9 @@ What the numbers do not show:
 - `ESJacobian` runs it `2 Q` times (`Q` if not antithetic), all at once, and once more to see whether the loss repeats
   itself; it holds as many states then.
 - `Implicit` takes one gradient more, at the end of the rollout, to differentiate it, and evaluates the loss there once
-  more, to see whether it repeats itself. The last HVP gives the mixed term. `GMRES` and `Nystrom` spend one on the residual. The columns that `Nystrom` and `Dense`
-  take do not depend on one another, but are taken one after the other, from one graph: they count as depth.
+  more, to see whether it repeats itself. The last HVP gives the mixed term. `GMRES` and `Nystrom` spend one on the
+  residual. The columns that `Nystrom` and `Dense` take do not depend on one another, but are taken one after the other,
+  from one graph: they count as depth.
 
 """
 

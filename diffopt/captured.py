@@ -80,7 +80,7 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
 
 
 def mend_for(nodes: Iterable[Any]) -> str:
-    """What to do about captured tensors at these nodes of a graph; a parameter may be that of a module called as it is."""
+    """What to do about captured tensors at these nodes of a graph; a parameter may be a module's, called as it is."""
     if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
         return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
     return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"

@@ -68,14 +68,14 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
 
 
 def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
-    """Refuse frozen parameters of a module among others: ``torch.optim`` leaves them alone, the inner loop would not."""
+    """Refuse frozen parameters of a module among others: ``torch.optim`` leaves them alone, ``solve`` would not."""
     parameters = [isinstance(leaf, torch.nn.Parameter) for leaf in leaves]
     if any(own and leaf.requires_grad for own, leaf in zip(parameters, leaves, strict=True)):
         for path, own, leaf in zip(tree.paths(structure), parameters, leaves, strict=True):
             if own and not leaf.requires_grad:
                 raise LeafError(
-                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected what "
-                    "is to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it to "
+                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected what is "
+                    "to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it to "
                     "train it from a constant start"
                 )
 

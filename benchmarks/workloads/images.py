@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import methods, ours
+from benchmarks import limit, methods, ours
 from benchmarks.measure import Cell, Method, Role, Size
-from benchmarks.problem import Data, Gradients, Params, Problem
+from benchmarks.problem import Data, Params, Problem
 from diffopt.estimators import Estimator
 
 WAYS, QUERIES = 5, 15
@@ -85,12 +85,8 @@ def plain(problem: Problem) -> Problem:
 
 
 def chunks(name: str, rule: Estimator, chunk: int) -> Method:
-    """Ours: the inner loops of ``chunk`` tasks at a time, the outer losses in a loop, each with the norm that suits."""
-
-    def run(problem: Problem) -> Gradients:
-        return ours.chunked(dataclasses.replace(problem, inner=Losses(plain_norm).inner), rule, chunk)
-
-    return Method(f"ours, {name}, chunks of {chunk}", Role.OURS, run)
+    """Ours: the inner loops of ``chunk`` tasks at a time, the outer losses in a loop."""
+    return Method(f"ours, {name}, chunks of {chunk}", Role.OURS, lambda problem: ours.chunked(problem, rule, chunk))
 
 
 WRONG = dataclasses.replace(methods.FUNCTORCH, role=Role.WRONG_PEER)
@@ -98,8 +94,9 @@ RIGHT = dataclasses.replace(methods.FUNCTORCH_INSIDE, run=lambda problem: method
 FAST_LOOPS = (methods.PLAIN_LOOP, methods.HIGHER, methods.LEARN2LEARN)
 GRAPH, STATES = methods.GRAPH, methods.STATES
 LOOP_GRAPH, LOOP_STATES, LOOP_SQRT = methods.OURS_LOOPED
-OURS_SHORT = (chunks("graphs", GRAPH, 4), chunks("graphs", GRAPH, 2), LOOP_GRAPH, LOOP_STATES)
-OURS_LONG = (chunks("graphs", GRAPH, 2), LOOP_GRAPH, LOOP_SQRT)
+LIMIT = Method("by hand, chunks of 2 (a limit)", Role.LIMIT, lambda problem: limit.chunked(problem, 2))
+OURS_SHORT = (LIMIT, chunks("graphs", GRAPH, 4), chunks("graphs", GRAPH, 2), LOOP_GRAPH, LOOP_STATES)
+OURS_LONG = (LIMIT, chunks("graphs", GRAPH, 2), LOOP_GRAPH, LOOP_SQRT)
 
 
 def cells(size: Size) -> list[Cell]:
@@ -110,7 +107,7 @@ def cells(size: Size) -> list[Cell]:
     omniglot = functools.partial(problem, filters=64, channels=1, side=28)
     imagenet = functools.partial(problem, filters=32, channels=3, side=84)
     if size is Size.QUICK:
-        few = (methods.PLAIN_LOOP, methods.HIGHER, *OURS_SHORT[1:])
+        few = (methods.PLAIN_LOOP, methods.HIGHER, LIMIT, *OURS_SHORT[2:])
         return [
             Cell("W2", "T=5 B=8", functools.partial(omniglot, steps=5), few, 8, verified_tasks=2, seconds=0),
             Cell(
