@@ -74,9 +74,9 @@ def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
         for path, own, leaf in zip(tree.paths(structure), parameters, leaves, strict=True):
             if own and not leaf.requires_grad:
                 raise LeafError(
-                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected what is "
-                    "to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it to "
-                    "train it from a constant start"
+                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected "
+                    "what is to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it "
+                    "to train it from a constant start"
                 )
 
 

@@ -21,6 +21,7 @@ from diffopt.linear_solve import (
     ConjugateGradient,
     LinearSolution,
     LinearSolver,
+    Matvec,
     Tasks,
     leaves_like,
     refuse_not_finite,
@@ -37,7 +38,13 @@ Params = TypeVar("Params")
 
 
 def implicit_pullback(
-    trajectory: Trajectory, cotangent: Leaves, solver: LinearSolver, *, whole_state: bool, start: Leaves | None = None
+    trajectory: Trajectory,
+    cotangent: Leaves,
+    solver: LinearSolver,
+    *,
+    whole_state: bool,
+    start: Leaves | None = None,
+    look: Callable[[Matvec], None] = lambda system: None,
 ) -> tuple[Cotangents, LinearSolution]:
     r"""The implicit hypergradient at the end of a trajectory, taken to be a fixed point of its last step.
 
@@ -45,6 +52,7 @@ def implicit_pullback(
 
     The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
     returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
+    ``look`` is shown the system before it is solved.
     """
     if trajectory.record.draws:
         raise RandomnessError(
@@ -80,6 +88,7 @@ def implicit_pullback(
     def system(v: Leaves) -> Leaves:
         return v - through_step(v, moving).state
 
+    look(system)
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
     terms = through_step(found.value, still, direct=True)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
@@ -138,8 +147,14 @@ class _AtSolution(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         params = trajectory.dynamics.params_count
         axes = len(trajectory.dynamics.levels)
-        _refuse_far_from_stationary(trajectory.final[params:], trajectory.final[:params], axes, self.stationarity)
-        result, found = implicit_pullback(_descending(trajectory), cotangent, self.solver, whole_state=False)
+        gradient, solution = trajectory.final[params:], trajectory.final[:params]
+        _refuse_far_from_stationary(gradient, solution, axes, self.stationarity)
+
+        def look(system: Matvec) -> None:
+            if self.stationarity is not None:
+                _refuse_long_step(system, gradient, solution, Tasks(axes), self.stationarity)
+
+        result, found = implicit_pullback(_descending(trajectory), cotangent, self.solver, whole_state=False, look=look)
         if self.solver.throw:
             refuse_unsolved(self.solver, found)
         return Cotangents(None, result.extras)
@@ -174,15 +189,16 @@ def implicit(
         params: the minimiser, a tree of floating tensors; their own history is cut off.
         args: what the loss reads; the tensors in it get the hypergradient.
         solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`.
-        stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm; ``None``:
-            do not look.
+        stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm, whatever
+            the units of the loss; and, in the backward pass, if Newton's step is longer than ten times that by the
+            curvature along the gradient (one HVP more), which no units change. ``None``: do not look.
         check: as in :func:`diffopt.solve`.
 
     Returns:
         A tree like ``params`` with the same values.
 
     Raises:
-        StationarityError: the gradient at ``params`` is not small.
+        StationarityError: the gradient at ``params`` is not small, or the stationary point is far from them.
         LinearSolveError: in the backward pass, if the linear system was not solved.
 
     Example:
@@ -293,4 +309,22 @@ def _refuse_far_from_stationary(
             f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
             "(1 + |params|): implicit gradients need a stationary point. Minimise further, check that the loss is the "
             "one that was minimised, or set stationarity"
+        )
+
+
+def _refuse_long_step(system: Matvec, gradient: Leaves, params: Leaves, tasks: Tasks, allowed: float) -> None:
+    r"""Refuse a point that is far from its stationary point, however small the loss's units make the gradient ``g``.
+
+    .. math:: \lVert H^{-1}g\rVert \ge \frac{\lVert g\rVert}{u^\top H u},\quad u = \frac{g}{\lVert g\rVert}\quad
+              \text{for positive definite } H
+    """
+    size = tasks.norm(gradient)
+    direction = tasks.times(torch.where(size > 0, 1 / size, 0), gradient.widened()).cast(gradient)
+    curvature = tasks.dot(direction, system(direction))
+    step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
+    if not bool((step <= 10 * allowed * (1 + tasks.norm(params))).all()):
+        raise StationarityError(
+            f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step), expected at most "
+            f"{10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. Minimise further, "
+            "check that the loss is the one that was minimised, or set stationarity"
         )

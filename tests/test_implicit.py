@@ -86,6 +86,28 @@ def test_trees_and_arguments_of_every_kind():
     assert constant.grad is None
 
 
+@pytest.mark.parametrize("unit", [1e-2, 1e-3, 1e-9])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_units_of_the_loss_do_not_hide_that_it_was_not_minimised(unit: float, axis: int) -> None:
+    """Of a quadratic, off along an eigenvector, the Newton step is the distance; 0.1 * (1 + |w|) of it are allowed."""
+    scales, minimum = torch.tensor([0.5, 4.0], dtype=torch.float64), torch.tensor([2.0, 3.0], dtype=torch.float64)
+
+    def gradient(distance: float) -> torch.Tensor:
+        w, a = minimum.clone(), leaf(minimum)
+        w[axis] -= distance
+
+        def loss(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            return unit * (scales * (w - a).square()).sum()
+
+        torch.func.vmap(lambda w: diffopt.implicit(loss, w, a, solver=EXACT))(w[None]).sum().backward()
+        assert a.grad is not None
+        return a.grad
+
+    torch.testing.assert_close(gradient(0.4), torch.ones(2, dtype=torch.float64))  # |w| is 3.3 to 3.4
+    with pytest.raises(diffopt.StationarityError, match=r"5\.0e-01 or more from the stationary point"):
+        gradient(0.5)
+
+
 def test_a_solution_of_scikit_learn_against_refitting():
     linear_model = pytest.importorskip("sklearn.linear_model")
     inputs, labels = normal(9, 40, 3), (normal(9, 40, 3)[:, 0] + normal(10, 40) > 0).double()
