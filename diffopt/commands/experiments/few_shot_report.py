@@ -28,9 +28,9 @@ NOTES = (
     "hand, queries included (transductive), as in the binomial paper's code.",
     "The first group is trained with 5 inner steps and tested with 10, as in the binomial paper's code. That costs our "
     "iMAML accuracy, on the training classes too: `--set test_steps=5` tests as it was trained.",
-    "Binomial and hybrid have scale 1, as in the theorems; the paper's tables are of the scale L/K. iMAML here descends "
-    "on the proximal objective, from which its L iterations of conjugate gradients take the gradient. Multi-step "
-    "estimation changes the forward pass and is tested with its windows.",
+    "Binomial and hybrid have scale 1, as in the theorems; the paper's tables are of the scale L/K. iMAML here "
+    "descends on the proximal objective, from which its L iterations of conjugate gradients take the gradient. "
+    "Multi-step estimation changes the forward pass and is tested with its windows.",
 )
 SAME_RULE = (
     "Krylov of level 1 is binomial of level 1 in exact arithmetic. In float32 the two runs part by rounding alone, and "
