@@ -325,6 +325,6 @@ def _refuse_long_step(system: Matvec, gradient: Leaves, params: Leaves, tasks: T
     if not bool((step <= 10 * allowed * (1 + tasks.norm(params))).all()):
         raise StationarityError(
             f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step), expected at "
-            f"most {10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. Minimise further, "
-            "check that the loss is the one that was minimised, or set stationarity"
+            f"most {10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. Minimise "
+            "further, check that the loss is the one that was minimised, or set stationarity"
         )
