@@ -131,11 +131,12 @@ def join(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
-    """The gradient of a scalar; ``None`` for inputs it does not depend on."""
+    """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
     with named_missing_derivatives():
-        return torch.autograd.grad(output, inputs, create_graph=differentiable, allow_unused=True)
+        total = output.sum() if output.ndim else output
+        return torch.autograd.grad(total, inputs, create_graph=differentiable, allow_unused=True)
 
 
 @contextmanager

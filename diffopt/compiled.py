@@ -54,7 +54,7 @@ class Steps:
         with torch.enable_grad():
             roots = [x.detach().requires_grad_() for x in tensors[:params]]
             losses = dynamics.losses(roots, tensors[count:])
-            grads = autodiff.or_zeros(autodiff.gradient(losses.sum(), roots, differentiable=False), roots)
+            grads = autodiff.or_zeros(autodiff.gradient(losses, roots, differentiable=False), roots)
         after = dynamics.updates(tensors[:count], grads, tensors[count:], number, updates)
         return (losses.detach(), *grads, *after)
 

@@ -33,7 +33,7 @@ def roll_out(
     now, stepper = Leaves(state), Stepper(dynamics, extras, record, watch)
     losses = state[0].new_empty(*dynamics.tasks_shape, 0)
     record.autocast = autodiff.Autocast(state[0].device)
-    with torch.no_grad():
+    with torch.no_grad(), autodiff.named_in_place_changes():
         for step in range(1, dynamics.steps + 1):
             now, loss = stepper.take(now, step, keep)
             # One tensor for all losses: a small one per step, kept between the large ones that come and go, leaves
@@ -66,7 +66,7 @@ def roll_out_recorded(
                 before = now[: dynamics.params_count]
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
                 loss = apart_from(levels, dynamics.losses, params, current)
-                grads = autodiff.gradient(loss.sum(), params, differentiable=True)
+                grads = autodiff.gradient(loss, params, differentiable=True)
                 if step == 1 and watch.values:
                     graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))
         if step == 1 and watch.values:

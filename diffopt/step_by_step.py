@@ -74,7 +74,7 @@ class StepByStep:
                 current[number] = root
             losses = dynamics.losses(roots[:count], current)
             self._losses[..., step - 1] = losses.detach()
-            return autodiff.filled(autodiff.gradient(losses.sum(), roots[:count], differentiable=True), roots[:count])
+            return autodiff.filled(autodiff.gradient(losses, roots[:count], differentiable=True), roots[:count])
 
         inputs = [*trajectory.record.states[step][:count], *(current[i] for i in read)]
         with trajectory.record.replay(step, inputs[0].device):

@@ -37,7 +37,7 @@ class Stepper:
         """Step number ``step`` from ``state``: the next state and the losses."""
         device = state[0].device
         before = randomness.snapshot(device) if self._drawn is None else self._drawn
-        with randomness.replayed(self.record.draws.get(step), device), autodiff.named_in_place_changes():
+        with randomness.replayed(self.record.draws.get(step), device):
             if keep is None or step < keep.first:
                 after, losses = self._plain(state, step)
             else:
@@ -196,7 +196,7 @@ class Stepper:
         self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         losses = apart_from(self._levels_at(step), self.dynamics.losses, params, current)
-        grads = autodiff.gradient(losses.sum(), params, differentiable=differentiable)
+        grads = autodiff.gradient(losses, params, differentiable=differentiable)
         self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
             refuse_bad_start(self.dynamics, losses, grads, params, current)

@@ -119,7 +119,7 @@ class Subject:
             warnings.simplefilter("ignore")  # vmap says which operations it loops over
             roots = autodiff.make_roots(stacked)
             losses = dynamics.losses(roots, self.args)
-            return losses.detach(), autodiff.gradient(losses.sum(), roots, differentiable=False)
+            return losses.detach(), autodiff.gradient(losses, roots, differentiable=False)
 
 
 class _Upcast(TorchFunctionMode):
