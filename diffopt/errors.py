@@ -20,7 +20,7 @@ class NonFiniteLossError(DiffoptError, ValueError):
 
 
 class DivergenceError(DiffoptError, ArithmeticError):
-    """The inner optimizer left the finite numbers; ``step`` is the first bad step, counted from 1."""
+    """The inner optimizer left the finite numbers; ``step`` (from 1) is the first whose loss, or result, is not."""
 
     def __init__(self, message: str, step: int) -> None:
         """Keep the message and the first bad step."""

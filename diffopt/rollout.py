@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -41,7 +41,7 @@ def roll_out(
             losses = loss.new_empty(*loss.shape, dynamics.steps) if step == 1 else losses
             losses[..., step - 1] = loss
         if watch.values:
-            _refuse_divergence(dynamics, losses, now, state, extras)
+            _refuse_divergence(dynamics, losses, now, state, extras, _finite_again(dynamics, state, extras, record))
     record.usable, record.losses = keep is not None, losses
     record.first = None if keep is None else keep.first
     return now, losses
@@ -51,7 +51,7 @@ def roll_out_recorded(
     dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], watch: Watch
 ) -> tuple[Leaves, Tensor]:
     """Run all steps as plain code that whatever surrounds the caller records; returns as :func:`roll_out`."""
-    now, losses = Leaves(state), []
+    now, losses, finite = Leaves(state), [], []
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
         levels = watch.levels if step == 1 else range(0)
@@ -74,9 +74,11 @@ def roll_out_recorded(
         flat = autodiff.filled(grads, now[: dynamics.params_count])
         now = dynamics.update(now, flat, current, step)
         losses.append(loss.detach())
+        if watch.values:
+            finite.append(torch.stack([transforms.plain(x).isfinite().all() for x in now]).all())
     table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
     if watch.values:
-        _refuse_divergence(dynamics, table, now, state, extras)
+        _refuse_divergence(dynamics, table, now, state, extras, map(bool, finite))
     return now, table
 
 
@@ -100,18 +102,39 @@ def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
 
 
 def _refuse_divergence(
-    dynamics: Dynamics, losses: Tensor, final: Leaves, initial: Sequence[Tensor], extras: Sequence[Tensor]
+    dynamics: Dynamics,
+    losses: Tensor,
+    final: Leaves,
+    initial: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    finite: Iterable[bool],
 ) -> None:
-    """Refuse losses ``[..., T]`` or a final state that are not finite, naming the step that led there."""
-    if not all_finite([losses, *final]):
-        flags = [all_finite([loss]) for loss in losses.unbind(-1)]
-        # the loss of step t is that of the state before it: step t - 1 led there
-        step, steps = [*flags, False].index(False), len(flags)
-        raise DivergenceError(
-            f"the inner optimizer diverged: step {step} of {steps} led to a loss or state that is not finite, expected "
-            f"finite numbers; {not_finite(dynamics, initial, extras) or _DIVERGED}",
-            step,
-        )
+    """Refuse losses ``[..., T]`` or a final state that are not finite, naming the first step with such a one.
+
+    ``finite`` says of every step whether the state after it is.
+    """
+    if all_finite([losses, *final]):
+        return
+    steps = losses.shape[-1]
+    sound = (after and all_finite([losses[..., t]]) for t, after in enumerate(finite))
+    step = next((t for t, good in enumerate(sound, 1) if not good), steps)
+    what = "the state after" if all_finite([losses[..., step - 1 : step]]) else "the loss of"
+    current = dynamics.at_step(extras, step) if step else extras
+    raise DivergenceError(
+        f"the inner optimizer diverged: {what} step {step} of {steps} is not finite, expected finite numbers; "
+        f"{not_finite(dynamics, initial, current, step) or _DIVERGED}",
+        step,
+    )
+
+
+def _finite_again(
+    dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], record: Record
+) -> Iterator[bool]:
+    """Take the steps of a rollout that kept no state once more; yields whether the state after each is finite."""
+    now, stepper = Leaves(state), Stepper(dynamics, extras, record, Watch())
+    for step in range(1, dynamics.steps + 1):
+        now, _ = stepper.take(now, step, None)
+        yield all_finite(now)
 
 
 _DIVERGED = "check the learning rate, or clip or rescale the gradients"

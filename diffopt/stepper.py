@@ -241,14 +241,15 @@ def refuse_bad_start(
     if not bool(values.isfinite().all()):
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
-            f"finite number; {not_finite(dynamics, params, current) or 'check the data and the initialisation'}"
+            f"finite number; {not_finite(dynamics, params, current, 1) or 'check the data and the initialisation'}"
         )
 
 
-def not_finite(dynamics: Dynamics, params: Sequence[Tensor], extras: Sequence[Tensor]) -> str:
-    """Which of the tensors that an inner problem was given is not finite itself, in words; empty if all are."""
+def not_finite(dynamics: Dynamics, params: Sequence[Tensor], current: Sequence[Tensor], step: int) -> str:
+    """Which of the tensors that a step was given is not finite itself, in words; empty if all are."""
     names, others = dynamics.names()
-    for name, x in (*zip(names, params, strict=False), *zip(others, extras, strict=True)):
+    others = tuple(f"{x} at step {step}" if stepped else x for x, stepped in zip(others, dynamics.stepped, strict=True))
+    for name, x in (*zip(names, params, strict=False), *zip(others, current, strict=True)):
         if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
             return f"{name} is not finite itself"
     return ""

@@ -44,14 +44,51 @@ DIVERGING: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
 @pytest.mark.parametrize("style", DIVERGING)
 @pytest.mark.parametrize("rule", [*RULES.values(), Unrolled()], ids=[*RULES, "unrolled"])
 def test_divergence_names_the_first_bad_step(rule: Any, style: str, lr: float) -> None:
-    """A plain loop finds the step that led to the first loss that is not finite."""
-    w, steps, bad = tensor(1, 2), 12, 0
-    while bad < steps and (w**4).sum().isfinite():
-        w, bad = w - lr * 4 * w**3, bad + 1
+    """A plain loop finds the first step whose loss, or the state after it, is not finite."""
+    w, steps, bad = tensor(1, 2), 12, 1
+    while (finite := bool((w**4).sum().isfinite())) and (w := w - lr * 4 * w**3).isfinite().all():
+        bad += 1
+    what = "the state after" if finite else "the loss of"
     run = partial(solve, lambda w: (w**4).sum(), optimizer=diffopt.SGD(lr), steps=steps, estimator=rule)
-    with pytest.raises(diffopt.DivergenceError, match=f"step {bad} of {steps} led to .*check the learning ") as caught:
+    with pytest.raises(diffopt.DivergenceError, match=f"{what} step {bad} of {steps} is .*check the learni") as caught:
         DIVERGING[style](run)
     assert caught.value.step == bad < steps
+
+
+def batch_is_bad(w: Tensor, b: Tensor) -> Tensor:
+    return (w * b).square().sum()
+
+
+def gradient_is_bad(w: Tensor, b: Tensor) -> Tensor:
+    return (w * (w + 1)).sum() + torch.where(b > 1, 0 * w, 1).sqrt().sum()
+
+
+@pytest.mark.parametrize("entry", [1, 3, 5])
+@pytest.mark.parametrize("style", DIVERGING)
+@pytest.mark.parametrize("rule", [*RULES.values(), Unrolled()], ids=[*RULES, "unrolled"])
+def test_a_step_with_bad_data_is_named_and_so_is_its_batch(rule: Any, style: str, entry: int) -> None:
+    """Step ``t`` sees entry ``t - 1``, whether its loss is NaN or only its gradient."""
+    for loss, bad, says in (
+        (batch_is_bad, float("nan"), rf"the loss of step {entry + 1} of 6 is .*batches at step {entry + 1} is not fin"),
+        (gradient_is_bad, 2.0, f"the state after step {entry + 1} of 6 is .*check the learning rate"),
+    ):
+        batches = torch.ones(6, 2, dtype=torch.float64)
+        batches[entry, 0] = bad
+        with pytest.raises(diffopt.DivergenceError, match=says) as caught:
+            DIVERGING[style](lambda w, loss=loss, b=batches: solve(loss, w, steps=6, batches=b, estimator=rule))
+        assert caught.value.step == entry + 1
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Unrolled()])
+def test_a_random_loss_is_looked_at_again_with_its_own_numbers(rule: Any) -> None:
+    """The loss is infinite where its draw is above 0.9; the plain loop draws one number a step, too."""
+    torch.manual_seed(1)
+    bad = next(t for t in range(1, 100) if torch.rand(()) > 0.9)
+    assert bad > 2
+    torch.manual_seed(1)
+    with pytest.raises(diffopt.DivergenceError) as caught:
+        solve(lambda w: (w / (torch.rand(()) < 0.9)).sum(), tensor(1, 2), steps=50, estimator=rule)
+    assert caught.value.step == bad
 
 
 @pytest.mark.parametrize("style", DIVERGING)
