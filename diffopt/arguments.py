@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import tree
 from diffopt.errors import DiffoptError, HyperparameterError
+from diffopt.optimizer import Hyperparameter, Optimizer, Schedule
 from diffopt.tree import describe
 
 
@@ -39,3 +41,21 @@ def check_floating(kind: type[DiffoptError], **tensors: Any) -> None:
             raise kind(f"{name} is {describe(x)}, expected {first.dtype} on {first.device} as {first_name}; use .to()")
         if not bool(x.isfinite().all()):
             raise kind(f"{name} holds NaN or infinite numbers, expected finite ones; check the data")
+
+
+def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
+    """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(optimizer, name)
+        leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
+        for path, item in zip(tree.paths(structure), leaves, strict=True):
+            outside = isinstance(item, int | float) and not low <= item < high
+            if outside or isinstance(item, str | bool) or item is None:
+                raise HyperparameterError(
+                    f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
+                )
+
+
+def is_zero(value: Hyperparameter) -> bool:
+    """Whether a hyperparameter is the number 0, so that its term can be left out (a tensor never counts as 0)."""
+    return isinstance(value, int | float) and value == 0

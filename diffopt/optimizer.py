@@ -222,7 +222,7 @@ class _Binder:
                 self._check_length(name, len(inner))
             slot = self._slot(inner, scheduled)
             return lambda step, params, now: Leaves(_fit(now[slot.index].to(x), x) for x in params)
-        entries = self._like_params(name, inner)
+        entries = self._like_params(name, inner, self._meant(inner, scheduled))
         slots = [
             self._entry(name, path, x, leaf, scheduled)
             for path, x, leaf in zip(tree.paths(self.structure), entries, self.params, strict=True)
@@ -237,7 +237,9 @@ class _Binder:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, Tensor):
-            raise HyperparameterError(f"{where} is {tree.describe(value)}, expected a float or a tensor")
+            raise HyperparameterError(
+                f"{where} is {tree.describe(value)}, expected a float or a tensor{self._meant(value, scheduled)}"
+            )
         self._check_floating(where, value)
         shape = tuple(value.shape)
         if scheduled:
@@ -246,6 +248,7 @@ class _Binder:
         if shape not in ((), tuple(leaf.shape)):
             raise ShapeError(
                 f"{where} has shape {shape}, expected () or the shape {tuple(leaf.shape)} of the parameter there"
+                f"{self._meant(value, scheduled)}"
             )
         if value.dtype != leaf.dtype:
             raise DtypeError(
@@ -257,15 +260,26 @@ class _Binder:
             )
         return self._slot(value, scheduled)
 
-    def _like_params(self, name: str, value: Any) -> list[Any]:
+    def _like_params(self, name: str, value: Any, meant: str = "") -> list[Any]:
         try:
             return tree.flatten_up_to(self.structure, value)
         except (ValueError, TypeError) as error:
-            leaves = ", ".join("params" + path for path in tree.paths(self.structure)[:4])
+            odd = ""
+            if tree.paths(tree.flatten(value)[1]) != [""]:
+                named = tree.differences(name, value, self.structure, deeper=True)
+                odd = f"; {(named or ['it has other kinds of branches'])[0]}"
             raise StructureError(
                 f"{name} is {tree.describe(value)}: expected a float, a scalar tensor, a Schedule, or a tree with the "
-                f"structure of params: {leaves} (a list of tensors is a tree: torch.stack the entries of a Schedule)"
+                f"structure of params{odd}{meant}"
             ) from error
+
+    def _meant(self, value: Any, scheduled: bool) -> str:
+        """What to write for several values where one is expected; empty if there are not several."""
+        listed = isinstance(value, list | tuple)
+        if scheduled:
+            return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
+        one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == self.steps
+        return "; one value for each step: diffopt.Schedule(values)" if listed or one_each else ""
 
     def _check_length(self, name: str, length: int) -> None:
         if length != self.steps:
@@ -288,24 +302,6 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _is_list_of_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value)
-
-
-def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
-    """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
-    for name, (low, high) in ranges.items():
-        value = getattr(optimizer, name)
-        leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
-        for path, item in zip(tree.paths(structure), leaves, strict=True):
-            outside = isinstance(item, int | float) and not low <= item < high
-            if outside or isinstance(item, str | bool) or item is None:
-                raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
-                )
-
-
-def is_zero(value: Hyperparameter) -> bool:
-    """Whether a hyperparameter is the number 0, so that its term can be left out (a tensor never counts as 0)."""
-    return isinstance(value, int | float) and value == 0
 
 
 __all__ = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-from diffopt.arguments import check_flag
+from diffopt.arguments import check_flag, check_range, is_zero
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
-from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer, check_range, is_zero
+from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer
 
 _INFINITY = float("inf")
 

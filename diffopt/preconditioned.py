@@ -8,9 +8,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from diffopt.arguments import check_range
 from diffopt.errors import HyperparameterError, ShapeError
 from diffopt.leaves import Leaves
-from diffopt.optimizer import PREFIX, Buffers, Hyperparameter, Optimizer, check_range
+from diffopt.optimizer import PREFIX, Buffers, Hyperparameter, Optimizer
 from diffopt.tree import describe
 
 

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from diffopt.arguments import check_range
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
-from diffopt.optimizer import Buffers, Hyperparameter, Optimizer, check_range
+from diffopt.optimizer import Buffers, Hyperparameter, Optimizer
 
 
 @final

@@ -36,6 +36,18 @@ def paths(structure: Structure) -> list[str]:
     return ["".join(f"[{key!r}]" for key in path) for path in structure.paths()]
 
 
+def differences(name: str, value: Tree, structure: Structure, *, deeper: bool = False) -> list[str]:
+    """The leaves that a tree called ``name`` lacks or has too many, in words; ``deeper``: it may go on below a leaf."""
+    here, there = paths(flatten(value)[1]), dict.fromkeys(paths(structure))
+    if deeper:
+        here = [next((leaf for leaf in there if path.startswith(leaf)), path) for path in here]
+    found = dict.fromkeys(here)
+    return [
+        *(f"{name}{path} is missing" for path in there if path not in found),
+        *(f"{name}{path} is too many" for path in found if path not in there),
+    ]
+
+
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """``function`` applied to corresponding leaves of trees with one structure."""
     return optree.tree_map(function, tree, *others, none_is_leaf=True)

@@ -52,17 +52,40 @@ PARAMS: dict[str, tuple[Any, type[Exception], str, str]] = {
     ),
     "meta": ({"a": elsewhere(2)}, diffopt.DeviceError, "is on meta, expected a device that holds", "params['a']"),
 }
+FOR_EACH_STEP = r"one value for each step: diffopt\.Schedule\("
 # name -> lr for params {"a": [1], "b": [2, 3]}, error, what it says, the path
 RATES: dict[str, tuple[Any, type[Exception], str, str]] = {
-    "too_few_branches": ({"a": 0.1}, diffopt.StructureError, "is dict .*expected a float,.* structure of params", "lr"),
+    "too_few_branches": (
+        {"a": 0.1},
+        diffopt.StructureError,
+        "is dict .*expected a float,.* structure .*is missing",
+        "lr['b']",
+    ),
     "too_many_branches": (
         {"a": 0.1, "b": 0.1, "c": 1.0},
         diffopt.StructureError,
-        "expected .*structure of params",
+        "expected .*structure of params.*is too many$",
+        "lr['c']",
+    ),
+    "list": (
+        [0.1, 0.2],
+        diffopt.StructureError,
+        rf"is list .*expected a float, a scalar tensor.*is missing; {FOR_EACH_STEP}",
+        "lr['a']",
+    ),
+    "list_of_tensors": ([tensor(1)], diffopt.StructureError, rf"is list .*; {FOR_EACH_STEP}", "lr['a']"),
+    "vector": (
+        tensor(1, 1, 1),
+        diffopt.StructureError,
+        rf"tensor of shape \(3,\).*expected a float, a scalar .*of params; {FOR_EACH_STEP}",
         "lr",
     ),
-    "list": ([0.1, 0.2], diffopt.StructureError, "is list .*expected a float, a scalar tensor", "lr"),
-    "vector": (tensor(1, 1, 1), diffopt.StructureError, r"tensor of shape \(3,\).*expected a float, a scalar", "lr"),
+    "schedule_tensors": (
+        Schedule([tensor(1)] * 3),
+        diffopt.StructureError,
+        r"is list .*is missing; torch\.stack the entries of a Schedule",
+        "lr['a']",
+    ),
     "shape": ({"a": 0.1, "b": tensor(1, 1, 1)}, diffopt.ShapeError, r"\(3,\), expected .*\(2, 3\)", "lr['b']"),
     "dtype": (
         {"a": 0.1, "b": torch.ones(2, 3)},
@@ -99,6 +122,7 @@ RATES: dict[str, tuple[Any, type[Exception], str, str]] = {
     "schedule_negative": (Schedule([0.1, -0.1, 0.1]), diffopt.HyperparameterError, "-0.1, expected 0 <= lr", "lr[1]"),
     "schedule_none": (Schedule(None), diffopt.HyperparameterError, "is None, expected 0 <= lr", "lr"),
 }
+EIGHT = {f"{i}.{name}": tensor(1) for i in range(8) for name in ("weight", "bias")}
 EYES = {n: torch.eye(n, dtype=torch.float64) for n in (1, 2, 3)}
 
 
@@ -220,9 +244,37 @@ ROWS: dict[str, Row] = {
         "hyperparameter",
         lambda: solve(both, pair(), optimizer=Preconditioned(0.1, factors={"a": (None,)})),
         diffopt.StructureError,
-        "is dict .*expected .*structure of params",
-        "factors",
+        "is dict .*expected .*structure of params; .*is missing$",
+        "factors['b']",
     ),
+    "lr_kind": Row(
+        "hyperparameter",
+        lambda: solve(lambda p: p[0].sum(), [tensor(1)], optimizer=SGD({0: 0.1})),
+        diffopt.StructureError,
+        "structure of params; it has other kinds of branches$",
+        "lr",
+    ),
+    "lr_one_of_sixteen": Row(
+        "hyperparameter",
+        lambda: solve(square, EIGHT, optimizer=SGD({name: 0.1 for name in EIGHT if name != "3.bias"})),
+        diffopt.StructureError,
+        r"is dict .*expected .*structure of params; .*is missing$",
+        "lr['3.bias']",
+    ),
+    **{
+        f"lr_for_each_step_{name}": Row(
+            "hyperparameter",
+            lambda lr=lr: solve(optimizer=SGD(lr)),
+            kind,
+            rf"expected .*; {says}",
+            "lr",
+        )
+        for name, lr, kind, says in (
+            ("list", [0.1] * 3, diffopt.HyperparameterError, FOR_EACH_STEP),
+            ("tensor", tensor(1, 1, 1), diffopt.ShapeError, FOR_EACH_STEP),
+            ("tensors", Schedule([tensor(1)] * 3), diffopt.HyperparameterError, "torch.stack the entries of a Sch"),
+        )
+    },
     "center_shape": Row(
         "hyperparameter",
         lambda: solve(both, pair(), optimizer=ProximalGD(0.1, 0.1, center=with_b(tensor(1, 2)))),

@@ -196,9 +196,7 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
     """The leaves of a tree that must look like another one."""
     leaves, found = tree.flatten(value)
     if found != structure:
-        here, there = (dict.fromkeys(tree.paths(x)) for x in (found, structure))
-        odd = [f"{name}{path} is missing" for path in there if path not in here]
-        odd += [f"{name}{path} is too many" for path in here if path not in there]
+        odd = tree.differences(name, value, structure)
         raise StructureError(
             f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}: "
             f"{', '.join(odd[:2]) or 'other kinds of branches'}"
