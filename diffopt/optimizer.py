@@ -264,8 +264,8 @@ class _Binder:
         try:
             return tree.flatten_up_to(self.structure, value)
         except (ValueError, TypeError) as error:
-            odd = ""
-            if tree.paths(tree.flatten(value)[1]) != [""]:
+            found, odd = tree.flatten(value)[1], ""
+            if found.type is not None and (not meant or found.type is self.structure.type):
                 named = tree.differences(name, value, self.structure, deeper=True)
                 odd = f"; {(named or ['it has other kinds of branches'])[0]}"
             raise StructureError(
@@ -279,7 +279,8 @@ class _Binder:
         if scheduled:
             return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
         one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == self.steps
-        return "; one value for each step: diffopt.Schedule(values)" if listed or one_each else ""
+        own = "; a field of several numbers: metadata=diffopt.optimizer.EACH" if listed else ""
+        return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
 
     def _check_length(self, name: str, length: int) -> None:
         if length != self.steps:

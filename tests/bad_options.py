@@ -26,6 +26,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.linear_solve import ConjugateGradient
+from diffopt.testing import check_optimizer
 
 # the optimizer's class -> options, each of which is out of range alone; the message names the first one
 OPTIONS: list[tuple[Any, dict[str, Any]]] = [
@@ -88,6 +89,20 @@ class NoDataclass(diffopt.Optimizer):
         return params, buffers
 
 
+@dataclass(frozen=True)
+class Averaging(diffopt.Optimizer):
+    """Two numbers in one field that does not say so."""
+
+    betas: Any = (0.9, 0.99)
+
+    def init(self, params: Leaves) -> dict[str, Leaves]:
+        return {"mean": params.zeros()}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Any, step: int) -> Any:
+        mean = self.betas[0] * buffers["mean"] + grads
+        return params - self.betas[1] * mean, {"mean": mean}
+
+
 def broken(first: Callable[[Leaves], Any], later: Any = None, vmapped: bool = False) -> Any:
     """Solve by an optimizer whose two functions return this."""
 
@@ -127,6 +142,16 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: solve(optimizer=NoDataclass()),
         diffopt.OptimizerError,
         "is not a dataclass, expected .*; decorate the class",
+    ),
+    "several_numbers": (
+        lambda: solve(optimizer=Averaging()),
+        diffopt.HyperparameterError,
+        r"betas is tuple .*expected a float or a tensor; .*field of several numbers: metadata=diffopt\.optimizer\.EACH",
+    ),
+    "several_numbers_for_a_tree": (
+        lambda: check_optimizer(Averaging()),
+        diffopt.StructureError,
+        r"betas is tuple \(0\.9, 0\.99\): expected a float, .*: metadata=diffopt\.optimizer\.EACH",
     ),
     "offload_graph": (
         lambda: Truncated(1, "graph", offload=True),

@@ -70,10 +70,10 @@ RATES: dict[str, tuple[Any, type[Exception], str, str]] = {
     "list": (
         [0.1, 0.2],
         diffopt.StructureError,
-        rf"is list .*expected a float, a scalar tensor.*is missing; {FOR_EACH_STEP}",
-        "lr['a']",
+        rf"is list .*expected a float, a scalar tensor.* of params; {FOR_EACH_STEP}",
+        "lr",
     ),
-    "list_of_tensors": ([tensor(1)], diffopt.StructureError, rf"is list .*; {FOR_EACH_STEP}", "lr['a']"),
+    "list_of_tensors": ([tensor(1)], diffopt.StructureError, rf"is list .* of params; {FOR_EACH_STEP}", "lr"),
     "vector": (
         tensor(1, 1, 1),
         diffopt.StructureError,
@@ -83,8 +83,8 @@ RATES: dict[str, tuple[Any, type[Exception], str, str]] = {
     "schedule_tensors": (
         Schedule([tensor(1)] * 3),
         diffopt.StructureError,
-        r"is list .*is missing; torch\.stack the entries of a Schedule",
-        "lr['a']",
+        r"is list .* of params; torch\.stack the entries of a Schedule",
+        "lr",
     ),
     "shape": ({"a": 0.1, "b": tensor(1, 1, 1)}, diffopt.ShapeError, r"\(3,\), expected .*\(2, 3\)", "lr['b']"),
     "dtype": (
@@ -253,6 +253,13 @@ ROWS: dict[str, Row] = {
         diffopt.StructureError,
         "structure of params; it has other kinds of branches$",
         "lr",
+    ),
+    "lr_list_too_short": Row(
+        "hyperparameter",
+        lambda: solve(lambda p: p[0].sum(), [tensor(1)] * 3, optimizer=SGD([0.1] * 2)),
+        diffopt.StructureError,
+        rf"structure of params; .* is missing; {FOR_EACH_STEP}",
+        "lr[2]",
     ),
     "lr_one_of_sixteen": Row(
         "hyperparameter",

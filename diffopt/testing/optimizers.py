@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import tree
 from diffopt.errors import OptimizerError, StepsError
-from diffopt.optimizer import Optimizer
+from diffopt.optimizer import Optimizer, bind
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
 from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
 from diffopt.testing.trial import Inputs, Trial, wavy
@@ -51,6 +51,7 @@ def check_optimizer(
     Raises:
         ConformanceError: as for :func:`check_estimator`.
         OptimizerError, StepsError: ``optimizer`` is not one, or no dataclass, or ``steps`` less than 2.
+        StructureError, HyperparameterError, ShapeError: a field does not hold a hyperparameter for such params.
 
     Example:
         >>> from dataclasses import dataclass
@@ -81,6 +82,7 @@ def check_optimizer(
             name: torch.randn(shape, generator=generator) for name, shape in [("a", (2, 3)), ("b", (3,)), ("c", ())]
         }
     trial = _cast(Trial(optimizer, params, steps, reference), torch.float64)
+    bind(trial.optimizer, *tree.flatten(trial.params), steps)  # else every check would end in the same error
     checks = (contract, purity, derivatives, tasks, equal_forms, zero_gradients, dtypes, torch_optim)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         return run(title(optimizer), trial, checks)
