@@ -114,7 +114,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implicit_indefinite": (
         lambda: implicit(0 * W.detach(), loss=lambda w, a: w[0] ** 2 - w[1] ** 2 + (0 * a).sum()),
         diffopt.LinearSolveError,
-        "broke down .*expected a positive definite matrix; .*Is the inner problem at a minimum",
+        "broke down .*expected a symmetric positive definite matrix; .*Is the inner problem at a minimum",
     ),
     "implicit_unconverged": (
         lambda: implicit(
@@ -123,7 +123,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             solver=ConjugateGradient(max_iterations=1),
         ),
         diffopt.LinearSolveError,
-        "did not converge: .*expected one within rtol. Allow more iterations",
+        "did not converge: .*expected one within its tolerance. Allow a larger max_iterations",
     ),
     "implicit_diverging_series": (
         lambda: implicit(solver=Neumann(step_size=10.0)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from linear_systems import (
@@ -14,6 +17,7 @@ from linear_systems import (
     damped,
     definite,
     error,
+    identity,
     low_rank,
     name,
     normal,
@@ -21,7 +25,7 @@ from linear_systems import (
 )
 
 import diffopt
-from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
+from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, LinearSolver, Neumann, Nystrom
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -88,6 +92,30 @@ def test_unconverged_is_an_error_unless_asked_for(solver):
     assert (bool(found.converged), bool(found.breakdown)) == (False, False)
     assert int(found.iterations) == len(product.given) == (3 if isinstance(solver, GMRES) else 2)
     assert float(found.residual) == pytest.approx(float((b - matrix @ found.value).norm()), rel=1e-9)
+
+
+UNSOLVED = [ConjugateGradient(1), Neumann(1), GMRES(1)]
+BROKEN = [ConjugateGradient(), Neumann(step_size=9.0), GMRES(), Dense(), Nystrom(2, damping=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "matrix"),
+    [(s, definite(19)) for s in UNSOLVED] + [(s, float("nan") * identity()) for s in BROKEN],
+    ids=lambda x: name(x) if isinstance(x, LinearSolver) else "",
+)
+def test_a_refusal_names_only_options_that_there_are(solver, matrix):
+    """Those of the solver itself, or of another that it names."""
+    with pytest.raises(diffopt.LinearSolveError) as caught:
+        solver.solve(Product(matrix), normal(20, SIZE))
+    message = str(caught.value)
+    classes = (ConjugateGradient, Neumann, GMRES, Dense, Nystrom)
+    options = {kind: {field.name for field in dataclasses.fields(kind)} for kind in classes}
+    there = set().union(*(options[kind] for kind in classes if re.search(rf"\b{kind.__name__}\b", message)))
+    every = set().union(*options.values()) | {"iterations"}
+    mentioned = {word for word in every if re.search(rf"\b{word}\b", message)}
+    assert mentioned <= there
+    assert mentioned - {"throw"}
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)

@@ -230,21 +230,35 @@ def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
     name = type(solver).__name__
     worst, used = float(found.residual.max()), int(found.iterations.max())
     if bool(found.breakdown.any()):
+        needs, mend = _BROKEN.get(name, ("a matrix that is not singular", "Another solver may be"))
         raise LinearSolveError(
-            f"{name} broke down after {used} products (residual {worst:.1e}), expected {_NEEDS.get(name, _OTHERS_NEED)}"
-            ". Is the inner problem at a minimum, and all finite? GMRES or a damping may help"
+            f"{name} broke down after {used} products (residual {worst:.1e}), expected {needs}. Is the inner problem "
+            f"at a minimum, and all finite? {mend}"
         )
     raise LinearSolveError(
-        f"{name} did not converge: residual {worst:.1e} after {used} products, expected one within rtol. Allow more "
-        "iterations or a larger rtol, add damping, or pass throw=False to take the solution as it is"
+        f"{name} did not converge: residual {worst:.1e} after {used} products, expected one within its tolerance. "
+        f"{_UNSOLVED.get(name, 'Allow it more products')}, or pass throw=False to take the solution as it is"
     )
 
 
-_NEEDS = {
-    "ConjugateGradient": "a positive definite matrix; it has a direction of curvature <= 0",
-    "Neumann": "step_size * A between 0 and 2; the series diverged",
+# by the solver's name: what it needs of a matrix, and what to do where it has not got that
+_BROKEN = {
+    "ConjugateGradient": (
+        "a symmetric positive definite matrix; it has a direction of curvature <= 0",
+        "GMRES needs neither (under Adam it is not symmetric), Dense(damping=...) damps",
+    ),
+    "Neumann": ("step_size * A between 0 and 2; the series diverged", "Take a smaller step_size, or GMRES"),
+    "GMRES": ("a matrix that is not singular", "Dense(damping=...) damps"),
+    "Dense": ("a matrix that is not singular", "A larger damping makes it so"),
+    "Nystrom": ("a positive semidefinite matrix", "A larger damping may help"),
 }
-_OTHERS_NEED = "a matrix that is not singular"
+# and what to do where its residual is too large
+_UNSOLVED = {
+    "ConjugateGradient": "Allow a larger max_iterations or rtol, take GMRES if A is not symmetric (under Adam)",
+    "Neumann": "Allow more terms or a larger rtol, take ConjugateGradient or GMRES",
+    "GMRES": "Allow a larger max_iterations or rtol, take Dense(damping=...) if A is singular",
+    "Dense": "Solve in single precision",
+}
 
 
 def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None:
