@@ -51,6 +51,11 @@ SOLVERS: dict[str, Bad] = {
         diffopt.LinearSolveError,
         r"expected step_size \* A between 0 and 2; .* Take a smaller step_size, or GMRES",
     ),
+    "nystrom_rank": (
+        lambda: solved(tensor(2, 1, 1, 2).view(2, 2), solver=Nystrom(1, damping=1e-3)),
+        diffopt.LinearSolveError,
+        "Nystrom did not converge: .*expected .*The residual is larger than b itself: take a larger rank or damping",
+    ),
     "nan": (
         lambda: solved(EYE, {"x": tensor(float("nan"))}),
         diffopt.LinearSolveError,

@@ -139,7 +139,7 @@ def test_gmres_reports_the_residual_it_has_in_float32():
 def test_nystrom_is_its_formula(seed, rank, damping):
     matrix, b = definite(seed), normal(seed + 1, SIZE)
     product = Product(matrix)
-    found = Nystrom(rank, damping, seed=seed).solve(product, b)
+    found = Nystrom(rank, damping, seed=seed, throw=False).solve(product, b)
     chosen = [int(x.argmax()) for x in product.given[:rank]]
     assert len(set(chosen)) == rank
     assert int(found.iterations) == len(product.given)

@@ -81,6 +81,26 @@ def test_neumann_reports_divergence(rtol):
     assert bool(Neumann(terms=5, step_size=1.9, rtol=None).solve(Product(matrix), b).converged)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize("rank", range(1, SIZE + 1))
+def test_nystrom_is_refused_where_it_is_worse_than_zero(rank, damping):
+    """The residual is that of the damped system, and known from the product that was spent on it anyway."""
+    matrix, b = definite(8), normal(9, SIZE)
+    solver, product = Nystrom(rank, damping, throw=False), Product(matrix)
+    found = solver.solve(product, b)
+    true = float((b - damped(solver, matrix) @ found.value).norm() / b.norm())
+    assert bool(found.converged) == (true <= 1)
+    assert int(found.iterations) == len(product.given) == rank + 1
+    if true > 1:
+        with pytest.raises(diffopt.LinearSolveError, match=r"Nystrom did not .* larger rank or damping"):
+            changed(solver, throw=True).solve(product, b)
+    else:
+        assert torch.equal(changed(solver, throw=True).solve(product, b).value, found.value)
+    assert rank < SIZE or true < 1e-8
+    assert damping < 1 or true < 1  # nothing that a column misses is larger
+    assert (rank, damping) != (3, 1e-3) or true > 10
+
+
 @pytest.mark.parametrize("solver", ITERATIVE, ids=name)
 def test_unconverged_is_an_error_unless_asked_for(solver):
     solver = changed(solver, max_iterations=2, step_size=1.0)
@@ -94,7 +114,7 @@ def test_unconverged_is_an_error_unless_asked_for(solver):
     assert float(found.residual) == pytest.approx(float((b - matrix @ found.value).norm()), rel=1e-9)
 
 
-UNSOLVED = [ConjugateGradient(1), Neumann(1), GMRES(1)]
+UNSOLVED = [ConjugateGradient(1), Neumann(1), GMRES(1), Nystrom(2, damping=1e-3)]
 BROKEN = [ConjugateGradient(), Neumann(step_size=9.0), GMRES(), Dense(), Nystrom(2, damping=0.1)]
 
 

@@ -258,6 +258,7 @@ _UNSOLVED = {
     "Neumann": "Allow more terms or a larger rtol, take ConjugateGradient or GMRES",
     "GMRES": "Allow a larger max_iterations or rtol, take Dense(damping=...) if A is singular",
     "Dense": "Solve in single precision",
+    "Nystrom": "The residual is larger than b itself: take a larger rank or damping",
 }
 
 

@@ -21,13 +21,15 @@ class Nystrom(LinearSolver):
               c = A_{[:, K]}
 
     for ``rank`` randomly chosen coordinates ``K``: as many products, none of which waits for another. Exact for the
-    damped system when ``A`` has rank at most ``rank`` (and the columns span it).
+    damped system when ``A`` has rank at most ``rank`` (and the columns span it); else off by up to
+    ``|A - A_k| / rho``, relatively. Costs one product more, for the residual.
 
     Args:
         rank: number of coordinates, capped at the number there are.
         damping: ``rho > 0``.
         seed: of the choice of coordinates.
-        throw: raise if the small system is singular.
+        throw: raise if the small system is singular, or if the residual of ``(A + rho I) x = b`` is larger than that of
+            the answer zero. How good an ``x`` that is not refused is, its residual says.
 
     Reference: Hataya and Yamada (2023), "Nystrom Method for Accurate and Scalable Implicit Differentiation",
     equation (6). Derivations (6.4).
@@ -60,4 +62,5 @@ class Nystrom(LinearSolver):
         residual = tasks.norm(b - (matvec(value) + rho * value))
         iterations = torch.full_like(residual, len(chosen) + 1, dtype=torch.int64)
         breakdown = (info > 0) | ~residual.isfinite()
-        return LinearSolution(value, residual, iterations, ~breakdown, breakdown)
+        converged = ~breakdown & (residual <= tasks.norm(b))
+        return LinearSolution(value, residual, iterations, converged, breakdown)
