@@ -95,9 +95,9 @@ def refuse_other_losses(again: Tensor, losses: Tensor) -> None:
     if not bool(same.all()):
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(
-            f"the inner loss of step {step} came out differently when the backward pass recomputed it, expected the "
-            "same number: it draws from numpy or a generator of its own, or keeps a state. Draw from torch's global "
-            "generator, pass the numbers in batches, or use Reverse('graph')"
+            f"the inner loss of step {step} came out differently in the backward pass, expected the same number: it "
+            "draws from numpy or its own generator, keeps a state, or reads what changed since the solve (data, "
+            "module.eval()). Draw from torch's global generator, pass data in batches, or use Reverse('graph')"
         )
 
 

@@ -38,6 +38,19 @@ def embedding_bag(w: Tensor) -> Tensor:
     return F.embedding_bag(torch.tensor([[0, 1]]), w.view(2, 1)).square().sum()
 
 
+CHANGED = r"step 1 came out differently .*expected the same number: .*reads what changed since the solve"
+
+
+def changed_since(name: str, value: Any) -> None:
+    """Rebind something that the loss reads between the solve and the backward pass."""
+    held = {"scale": 1.0, "net": nn.Dropout(0.5) if name == "net" else nn.Identity()}
+
+    def loss(w: Tensor) -> Tensor:
+        return (held["net"](w) * held["scale"]).square().sum()
+
+    backward(lambda w: held.update({name: value}) or square(w), loss, estimator=Reverse(3))
+
+
 GENERATOR = torch.Generator().manual_seed(0)
 SECOND = "has no second derivative .*expected operations that can be differentiated twice: "
 
@@ -195,6 +208,19 @@ ROWS: dict[str, Row] = {
         lambda: vmap(partial(solve, lambda w: F.dropout(w).sum()))(torch.ones(2, 3)),
         diffopt.RandomnessError,
         "random numbers under vmap, which expected none: say vmap.*randomness='different'",
+    ),
+    "changed_since": Row(
+        "random numbers",
+        lambda: changed_since("scale", 2.0),
+        diffopt.RandomnessError,
+        CHANGED,
+    ),
+    "evaluated_since": Row(
+        "random numbers",
+        lambda: changed_since("net", nn.Dropout(0.5).eval()),
+        diffopt.RandomnessError,
+        CHANGED,
+        moves=True,
     ),
     "own_generator": Row(
         "random numbers",
