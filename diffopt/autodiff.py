@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from diffopt import graph, transforms
-from diffopt.errors import DiffoptError, InPlaceError
-from diffopt.faults import missing_derivative
+from diffopt.errors import DiffoptError
+from diffopt.faults import changed_in_place, is_in_place, missing_derivative
 
 
 class Autocast:
@@ -36,21 +36,13 @@ class Autocast:
         return torch.autocast(self._device, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
 
 
-def changed_in_place() -> InPlaceError:
-    """The error for a loss or an update that changes what it was given."""
-    return InPlaceError(
-        "the inner loss or the optimizer's update changes a tensor it was given in place, expected functions "
-        "without side effects: write x = x + y for x += y, and x.add(y) for x.add_(y)"
-    )
-
-
 @contextmanager
 def named_in_place_changes() -> Iterator[None]:
     """Say what is wrong where a loss or an update changes its inputs in place."""
     try:
         yield
     except RuntimeError as error:
-        if not any(part in str(error) for part in ("_Roots", "leaf Variable", "modified by an inplace operation")):
+        if isinstance(error, DiffoptError) or not is_in_place(error):
             raise
         raise changed_in_place() from error
 

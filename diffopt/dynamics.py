@@ -146,6 +146,8 @@ class Dynamics:
         """What was wrong with a loss that raised ``error``; ``None`` if only the loss itself can know."""
         if isinstance(error, DiffoptError):
             return None
+        if faults.is_in_place(error):
+            return faults.changed_in_place()
         args, _ = tree.unflatten(self.args_structure, list(self.args_leaves))
         wrong: DiffoptError | None = faults.signature_error(
             error,
@@ -186,9 +188,12 @@ class Dynamics:
         self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: Any, count: int
     ) -> Leaves:
         """The ``count`` updates of a step, whose number may be a tensor."""
-        now = Leaves(state)
+        now, reused = Leaves(state), grads if count > 1 else ()
+        versions = [transforms.version(x) for x in reused]
         for i in range(count):
             now = self._update_once(now, grads, self._hypers_of(current, i), (step - 1) * self.window + i + 1)
+        if versions != [transforms.version(x) for x in reused]:
+            raise faults.changed_in_place()
         return now
 
     def update_once(

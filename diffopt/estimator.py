@@ -128,8 +128,7 @@ def unroll(problem: Problem) -> Outcome:
         *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check, levels=problem.popped)
-    with autodiff.named_in_place_changes():
-        final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
+    final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
     return Outcome(final.tensors, losses, Record())
 
 
@@ -237,7 +236,7 @@ class _Pullback(torch.autograd.Function):
             call.wanted_extras,
             call.watch.values,
         )
-        with torch.no_grad():
+        with torch.no_grad(), autodiff.named_in_place_changes():
             result = call.rule.pullback(trajectory, Leaves(cotangent))
         terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
         if call.watch.values and terms and not all_finite(terms):

@@ -14,6 +14,7 @@ from diffopt.errors import (
     DeviceError,
     DiffoptError,
     GradModeError,
+    InPlaceError,
     LossError,
     MissingDerivativeError,
     RandomnessError,
@@ -41,6 +42,31 @@ _VMAP = {
     "Batching rule not implemented": "write the operation in elementary ones, or loop over the tasks",
     "vmap:": "write the operation in elementary ones, or loop over the tasks",
 }
+
+
+# parts of what torch says where a tensor that autograd or a transform looks after is written to
+_IN_PLACE = (
+    "leaf Variable",
+    "being modified inplace",
+    "been modified inplace",
+    "modified by an inplace operation",
+    "attempted to call in-place operation",
+    "functions with out=",
+    "doesn't work on out=",
+)
+
+
+def is_in_place(error: Exception) -> bool:
+    """Whether torch raised ``error`` because something was changed in place."""
+    return any(part in str(error) for part in _IN_PLACE)
+
+
+def changed_in_place() -> InPlaceError:
+    """The error for a loss or an update that changes what it was given."""
+    return InPlaceError(
+        "the inner loss or the optimizer's update changes a tensor it was given, or one that its gradient needs, in "
+        "place, expected functions without side effects: write x = x + y for x += y, x.add(y) for x.add_(y); no out="
+    )
 
 
 def missing_derivative(what: str) -> MissingDerivativeError:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
+from diffopt import autodiff, transforms, tree
 from diffopt.errors import (
     BatchesError,
     DeviceError,
@@ -95,13 +95,12 @@ def check_batches(batches: Any, steps: int) -> None:
 
 def run(rule: Estimator, problem: Problem) -> Outcome:
     """Run a rule on a problem; where checks are on, refuse a loss that has changed in place what it was given."""
-    if not problem.check:
-        return rule.run(problem)
     params = problem.state[: problem.dynamics.params_count]
-    given = (*params, *problem.extras)
-    before = _versions(given)
-    outcome = rule.run(problem)
-    after = _versions(given)
+    given = (*params, *problem.extras) if problem.check else ()
+    before = [transforms.version(x) for x in given]
+    with autodiff.named_in_place_changes():
+        outcome = rule.run(problem)
+    after = [transforms.version(x) for x in given]
     if after != before:
         names = [name for part in problem.dynamics.names() for name in part]
         changed = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
@@ -110,9 +109,3 @@ def run(rule: Estimator, problem: Problem) -> Outcome:
             "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"
         )
     return outcome
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor has been written to."""
-    plain = [transforms.plain(x) for x in tensors] if transforms.transforms_active() else tensors
-    return [-1 if x.is_inference() else x._version for x in plain]

@@ -15,6 +15,7 @@ from diffopt.block import Block
 from diffopt.captured import mend_for, names_of
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
+from diffopt.faults import changed_in_place
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 
@@ -97,7 +98,7 @@ class Stepper:
                 self._levels_at(step), dynamics.update, block.now, autodiff.filled(grads, before), current, step
             )
             if versions != [leaf._version for leaf in block.now]:
-                raise autodiff.changed_in_place()
+                raise changed_in_place()
             if self._check_graph:
                 self._check_nodes(losses, after, block.now if step == 1 and self.watch.captures else None)
             block.advance(after, shallow=any(grad is None for grad in grads))

@@ -147,6 +147,12 @@ def storage(tensor: Tensor) -> int:
     return _unwrapped(tensor).untyped_storage().data_ptr()
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
+    inner = _unwrapped(tensor)
+    return -1 if inner.is_inference() else inner._version
+
+
 def _unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
