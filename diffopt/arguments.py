@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
                 raise HyperparameterError(
                     f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
                 )
+
+
+def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Refuse an ``eps`` that is 0 in the dtype of a parameter, where a gradient of 0 would be divided by 0."""
+    eps = optimizer.eps
+    for dtype in dict.fromkeys(x.dtype for x in params):
+        if isinstance(eps, int | float) and eps > 0 and not bool(torch.tensor(eps, dtype=dtype)):
+            raise HyperparameterError(
+                f"{type(optimizer).__name__}: eps is {eps!r}, which is 0 in {dtype}, expected a number above "
+                f"{torch.finfo(dtype).tiny * torch.finfo(dtype).eps:.0e}: a coordinate without gradient would become "
+                "NaN. Give a larger eps, or params in another dtype"
+            )
 
 
 def is_zero(value: Hyperparameter) -> bool:

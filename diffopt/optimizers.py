@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-from diffopt.arguments import check_flag, check_range, is_zero
+from diffopt.arguments import check_eps, check_flag, check_range, is_zero
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer
@@ -102,7 +102,7 @@ class Adam(Optimizer):
 
     def init(self, params: Leaves) -> Buffers:
         """Zero moments."""
-        return _zero_moments(params, self.amsgrad)
+        return _zero_moments(self, params)
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
@@ -133,7 +133,7 @@ class AdamW(Optimizer):
 
     def init(self, params: Leaves) -> Buffers:
         """Zero moments."""
-        return _zero_moments(params, self.amsgrad)
+        return _zero_moments(self, params)
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
@@ -151,8 +151,9 @@ def _check_adam(optimizer: Adam | AdamW) -> None:
     check_flag(f"{type(optimizer).__name__}: maximize", optimizer.maximize)
 
 
-def _zero_moments(params: Leaves, amsgrad: bool) -> Buffers:
-    names = ("mean", "square", "largest_square") if amsgrad else ("mean", "square")
+def _zero_moments(optimizer: Adam | AdamW, params: Leaves) -> Buffers:
+    check_eps(optimizer, params)
+    names = ("mean", "square", "largest_square") if optimizer.amsgrad else ("mean", "square")
     return {name: params.virtual_zeros() for name in names}
 
 
@@ -203,6 +204,7 @@ class RMSprop(Optimizer):
 
     def init(self, params: Leaves) -> Buffers:
         """Zero averages."""
+        check_eps(self, params)
         names = ["square"] + ["mean"] * self.centered + ["velocity"] * (not is_zero(self.momentum))
         return {name: params.virtual_zeros() for name in names}
 
@@ -245,6 +247,7 @@ class Adagrad(Optimizer):
 
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""
+        check_eps(self, params)
         return {"square": params.zeros() + self.initial_accumulator_value}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:

@@ -201,6 +201,15 @@ ROWS: dict[str, Row] = {
         for dtype in (torch.int64, torch.bool)
     },
     **{
+        f"eps_in_half_precision_{kind.__name__}": Row(
+            "optimizer",
+            lambda kind=kind: solve(square, torch.ones(2).half(), optimizer=kind(0.1)),
+            diffopt.HyperparameterError,
+            f"{kind.__name__}: eps is 1e-.*, which is 0 in torch.float16, expected a number above 6e-08",
+        )
+        for kind in (Adam, AdamW, RMSprop, Adagrad)
+    },
+    **{
         f"update_{name}_vmap_{vmapped}": Row(
             "optimizer",
             partial(broken, velocity, later, vmapped),

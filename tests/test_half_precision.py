@@ -11,6 +11,7 @@ from implicit_problems import INPUTS, START, THETA, expected, leaf, logistic, ne
 from linear_systems import SIZE, SOLVERS, Product, changed, damped, definite, error, name, normal
 
 import diffopt
+from diffopt import Adagrad, Adam, AdamW, RMSprop
 from diffopt.estimators import Binomial, ESJacobian, Implicit, Krylov, Reverse
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
 
@@ -176,3 +177,14 @@ def test_gradients_whose_squares_are_not_in_float16_are_seen():
     theta = torch.tensor(1.0, dtype=torch.float16, requires_grad=True)
     with pytest.raises(diffopt.StationarityError, match=r"norm 2\.0e-04"):
         diffopt.implicit(lambda w, theta: theta * (1000 * w.square()).sum() / 2000, point, theta, stationarity=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop, Adagrad])
+def test_a_coordinate_without_gradient_stays_finite_where_eps_is_no_zero(kind):
+    """float16 holds no 1e-8, the default of most; it holds 1e-7, and bfloat16 both."""
+    for eps, dtype in ((1e-7, torch.float16), (1e-8, torch.bfloat16)):
+        end = diffopt.solve(
+            lambda w: w[0] ** 2, torch.ones(2, dtype=dtype), optimizer=kind(0.1, eps=eps, weight_decay=0.0), steps=3
+        ).params
+        assert bool(end.isfinite().all())
+        assert float(end[0]) < float(end[1]) == 1.0
