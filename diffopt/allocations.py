@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,11 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
     # NOTE [which profiler]
     The public ``torch.profiler`` starts Kineto, which writes lines to stderr unless an environment variable told it not
     to before its first use in the process. The older one below it logs the same allocations and touches nothing else.
+
+    # NOTE [garbage first]
+    Torch warns on stderr of a block that is freed under its profiler and was allocated before. Reference cycles of
+    earlier calls hold such blocks, and the collector might come upon them while ``work`` runs; so it runs before. Work
+    that lets go of what an earlier call of it has kept still makes torch warn, once.
     """
     if torch.cuda.is_available() and torch.cuda.memory_allocated() > 0:
         torch.cuda.synchronize()
@@ -34,6 +40,7 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
         _profiler.ProfilerState.CPU, False, True, False, False, False, _profiler._ExperimentalConfig()
     )
     log: Any = ()
+    gc.collect()
     _autograd._enable_profiler_legacy(options)
     try:
         work()

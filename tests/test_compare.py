@@ -177,6 +177,27 @@ def test_a_comparison_says_nothing_and_leaves_the_process_as_it_was():
     assert (done.stdout, done.stderr) == ("", "")
 
 
+CYCLE = """
+import gc, torch
+from diffopt.allocations import peak_bytes
+class Cycle:
+    def __init__(self):
+        self.itself, self.held = self, torch.ones(1000)
+def work():
+    kept = torch.empty(1_000_000)
+    print(gc.collect() > 0)
+gc.disable()
+Cycle()
+assert peak_bytes(work) == 4_000_000
+"""
+
+
+def test_garbage_of_earlier_calls_is_collected_before_torch_watches_what_is_freed():
+    """Or torch warns on stderr of blocks that it has not seen allocated."""
+    done = subprocess.run([sys.executable, "-c", CYCLE], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 def test_brief_names_what_is_not_default():
     assert brief(Implicit(GMRES(5, throw=False))) == "Implicit(solver=GMRES(max_iterations=5, throw=False))"
 
