@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from diffopt.arguments import check_whole
 from diffopt.comparison import Comparison, Row, brief, notes
 from diffopt.diagnostics import curvature_number, solves_behind, stationarity
 from diffopt.errors import DisconnectedError, EstimatorError, LossError
-from diffopt.estimator import Estimator
+from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import signature_error
 from diffopt.graph import leaves_behind
 from diffopt.reverse import Reverse
@@ -46,8 +47,8 @@ def compare(
     over all leaf tensors that require grad and that the outer loss depends on, together.
 
     Args:
-        problem: ``problem(estimator)`` returns the outer loss; it must be the same problem at every call. Or a problem
-            of ``diffopt.tasks``.
+        problem: ``problem(estimator)`` returns the outer loss, of solves that are given this estimator as it is (or
+            within another one); it must be the same problem at every call. Or a problem of ``diffopt.tasks``.
         estimators: what to compare.
         exact: what to compare with; default :class:`diffopt.estimators.Reverse`.
         repeats: runs per estimator, of which the median time counts; a run before them is not timed.
@@ -57,7 +58,8 @@ def compare(
         allocator above the start of the call, tensors of the problem itself not counted.
 
     Raises:
-        EstimatorError: ``exact`` or an entry of ``estimators`` is not one.
+        EstimatorError: ``exact`` or an entry of ``estimators`` is not one, or ``problem`` runs no solve with the one
+            that it is given.
         LossError: ``problem`` is not a function of an estimator, or does not return a scalar.
         HyperparameterError: ``repeats`` is not an integer >= 1.
         DisconnectedError: the outer loss depends on no tensor that requires grad, or its exact gradient is zero.
@@ -76,7 +78,8 @@ def compare(
         (0.9531, 0.0)
     """
     run, reference_rule = _checked(problem, estimators, exact, repeats)
-    loss = _outer_loss(run, reference_rule)
+    watched, solves = _watched(reference_rule)
+    loss = _outer_loss(run, watched)
     # what is made anew in every call is no meta-parameter
     lasting = {id(leaf) for leaf in leaves_behind(run(reference_rule))}
     leaves = [leaf for leaf in leaves_behind(loss) if id(leaf) in lasting]
@@ -84,6 +87,11 @@ def compare(
         raise DisconnectedError(
             "the outer loss depends on no tensor that requires grad and outlives a call, expected one: nothing to "
             "compare. Make the meta-parameters once, outside the function"
+        )
+    if not solves:
+        raise EstimatorError(
+            f"the problem ran no solve with the estimator that it was given ({brief(reference_rule)}), expected it to "
+            "pass the estimator on: write diffopt.solve(..., estimator=estimator)"
         )
     nodes = solves_behind(loss)
     known = [number for number in map(_curvature, nodes) if number is not None]
@@ -130,6 +138,23 @@ def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
     return loss
 
 
+def _watched(rule: Estimator) -> tuple[Estimator, list[int]]:
+    """A copy of a rule, and the list in which it notes how many steps each solve has that is run with it.
+
+    # NOTE [a copy, not a wrapper]
+    A problem may look at what it is given: at its class, at its fields. So this is an object of the same class, whose
+    own ``run`` stands before that of the class; the solve is then run with the rule itself.
+    """
+    watched, steps = copy.copy(rule), list[int]()
+
+    def run(problem: Problem) -> Outcome:
+        steps.append(problem.dynamics.steps)
+        return rule.run(problem)
+
+    object.__setattr__(watched, "run", run)
+    return watched, steps
+
+
 def _curvature(node: Any) -> float | None:
     """The curvature number of one solve; ``None`` where its loss cannot be evaluated for many steps at once."""
     call, saved = node.call, node.saved_tensors
@@ -146,7 +171,8 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _row(
     run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: list[Tensor], reference: Tensor, repeats: int
 ) -> Row:
-    loss = run(estimator)
+    watched, solves = _watched(estimator)
+    loss = run(watched)
     nodes = solves_behind(loss)
     found = _flat(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
     records = [node.call.record for node in nodes]
@@ -173,6 +199,7 @@ def _row(
         seconds=statistics.median(times),
         megabytes=None if peak is None else peak / 1e6,
         stationarity=stationarity(records),
+        used=bool(solves),
     )
 
 

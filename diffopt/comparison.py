@@ -30,6 +30,7 @@ class Row:
         seconds: processor time of forward and backward, median.
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
         stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
+        used: whether the problem ran a solve with this estimator.
     """
 
     estimator: str
@@ -42,6 +43,7 @@ class Row:
     seconds: float
     megabytes: float | None
     stationarity: Stationarity | None = None
+    used: bool = True
 
 
 _HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
@@ -157,6 +159,11 @@ def notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
                 f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
                 "Krylov has no such limit"
             )
+    notes += [
+        f"{row.estimator}: the problem ran no solve with it, so these are numbers of another rule"
+        for row in rows
+        if not row.used
+    ]
     notes += [
         f"{row.estimator}: drops terms that matter here (error {row.relative_error:.0%}, cosine {row.cosine:+.2f})"
         for row in rows

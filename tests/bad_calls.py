@@ -168,6 +168,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.DisconnectedError,
         "expected one: nothing to compare. Make",
     ),
+    "compare_forgets": (
+        lambda: compared(lambda r: problem(None), [Reptile()], exact=Truncated(2)),
+        diffopt.EstimatorError,
+        r"given \(Truncated\(steps=2\)\), expected .* write diffopt.solve\(..., estimator=estimator\)",
+    ),
     "compare_zero": (
         lambda: compared(lambda r: 0 * problem(r)),
         diffopt.DisconnectedError,

@@ -412,6 +412,18 @@ FAULTS = [
         "compare",
     ),
     Fault(
+        "a copy that watches hides from the problem what rule it is given",
+        "diffopt/compare.py",
+        "steps = copy.copy(rule), list[int]()",
+        "steps = Reverse(1), list[int]()",
+    ),
+    Fault(
+        "every rule counts as used",
+        "diffopt/compare.py",
+        "used=bool(solves)",
+        "used=True",
+    ),
+    Fault(
         "tasks share their random directions",
         "estimators/es_jacobian.py",
         "frame = q * r.diagonal",

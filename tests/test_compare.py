@@ -72,6 +72,70 @@ def test_several_solves_and_leaves_made_inside_them():
     assert (table.rows[0].products, table.rows[0].states) == (5, 5)
 
 
+@pytest.mark.parametrize("exact", [None, Unrolled(), MultiStep(1)])
+def test_a_problem_that_forgets_the_estimator_is_refused(problem, exact):
+    """Whatever it runs instead: all its rows would be the same."""
+    with pytest.raises(diffopt.EstimatorError, match=r"expected it to pass the estimator on: write diffopt\.solve"):
+        diffopt.compare(lambda rule: problem(Unrolled()), [FirstOrder()], exact=exact)
+    with pytest.raises(diffopt.EstimatorError, match="pass the estimator on"):
+        diffopt.compare(lambda rule: problem(None), [FirstOrder()], exact=exact)
+
+
+WEIGHTS = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+
+def chunked(rule):
+    """An outer loss whose graph holds no solve: each chunk of tasks is differentiated at once."""
+
+    def task(w, x):
+        return diffopt.solve(
+            lambda w, x: (w * x).square().sum(), w, x, optimizer=diffopt.SGD(0.1), **options
+        ).params.sum()
+
+    options = {"steps": 2, "estimator": rule}
+    return diffopt.mean_over_tasks(task, WEIGHTS, torch.ones(2).double(), in_dims=(None, 0), task_chunk=1)
+
+
+class Delegating(diffopt.estimators.Estimator):
+    """Not a dataclass, and run by another rule, which is the one that the graph knows."""
+
+    def run(self, problem):
+        return Reverse(1).run(problem)
+
+
+@pytest.mark.parametrize(
+    ("rule", "within"),
+    [
+        (Unrolled(), lambda problem, rule: problem(rule)),
+        (Truncated(2), lambda problem, rule: problem(MultiStep(1, rule))),
+        (Delegating(), lambda problem, rule: problem(rule)),
+        (Reverse(1), lambda problem, rule: chunked(rule)),
+    ],
+    ids=["unrolled", "within another", "of ones own", "chunk by chunk"],
+)
+def test_a_rule_that_the_problem_does_run_is_never_taken_for_forgotten(problem, rule, within):
+    given = []
+
+    def run(estimator):
+        given.append(estimator)
+        return within(problem, estimator)
+
+    table = diffopt.compare(run, [rule], exact=rule, repeats=1)
+    assert all(type(estimator) is type(rule) for estimator in given)
+    assert "ran no solve" not in str(table)
+
+
+def test_a_rule_that_the_problem_leaves_out_alone_is_marked(problem):
+    table = diffopt.compare(
+        lambda rule: problem(Reverse(1) if isinstance(rule, FirstOrder) else rule),
+        [FirstOrder(), Truncated(1)],
+        repeats=1,
+    )
+    assert [row.used for row in table.rows] == [False, True]
+    assert "FirstOrder(): the problem ran no solve with it, so these are numbers of another rule" in table.notes
+    assert str(table).count("ran no solve") == 1
+
+
 def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):
     (node,) = solves_behind(problem(Reverse()))
     saved = node.saved_tensors
