@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ def implicit(params: Tensor | None = None, **options: Any) -> Tensor:
 
 
 W = tensor(1, 2).requires_grad_()
+COUNT = itertools.count(1)
 
 
 def problem(rule: Any) -> Tensor:
@@ -172,6 +174,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: compared(lambda r: problem(None), [Reptile()], exact=Truncated(2)),
         diffopt.EstimatorError,
         r"given \(Truncated\(steps=2\)\), expected .* write diffopt.solve\(..., estimator=estimator\)",
+    ),
+    "compare_changes": (
+        lambda: compared(lambda r: problem(r) * next(COUNT)),
+        diffopt.RandomnessError,
+        r"outer loss was .*, and \+1\.5e\+00 from there.* expected the same problem at every call: draw",
     ),
     "compare_zero": (
         lambda: compared(lambda r: 0 * problem(r)),

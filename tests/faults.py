@@ -418,6 +418,12 @@ FAULTS = [
         "steps = Reverse(1), list[int]()",
     ),
     Fault(
+        "a comparison looks once whether the problem repeats itself",
+        "diffopt/compare.py",
+        "_refuse_change(expected, loss)",
+        "pass",
+    ),
+    Fault(
         "every rule counts as used",
         "diffopt/compare.py",
         "used=bool(solves)",

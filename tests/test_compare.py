@@ -136,6 +136,35 @@ def test_a_rule_that_the_problem_leaves_out_alone_is_marked(problem):
     assert str(table).count("ran no solve") == 1
 
 
+def test_a_problem_that_draws_other_numbers_at_every_call_is_refused(problem):
+    with pytest.raises(diffopt.RandomnessError, match="expected the same problem at every call"):
+        diffopt.compare(lambda rule: problem(rule) * torch.rand(()), [Reverse()], repeats=1)
+
+    def seeded(rule):
+        torch.manual_seed(0)
+        return problem(rule) * torch.rand(())
+
+    assert diffopt.compare(seeded, [Reverse()], repeats=1).rows[0].relative_error == 0
+
+
+@pytest.mark.parametrize(("change", "refused"), [(1e-8, False), (1e-3, True)])
+def test_a_problem_that_changes_only_later_is_refused_too(problem, change, refused):
+    """Within what round-off can do (a GPU adds in any order) it may change."""
+    calls = []
+
+    def drifting(rule):
+        calls.append(rule)
+        return problem(rule) * (1 + change * (len(calls) == 4))  # two for the reference, one, and the first timed one
+
+    try:
+        diffopt.compare(drifting, [Reverse()], repeats=1)
+    except diffopt.RandomnessError:
+        assert refused
+    else:
+        assert not refused
+    assert len(calls) >= 4
+
+
 def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):
     (node,) = solves_behind(problem(Reverse()))
     saved = node.saved_tensors
