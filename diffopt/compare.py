@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffopt.allocations import peak_bytes
 from diffopt.arguments import check_whole
-from diffopt.comparison import Comparison, Row, brief, notes
+from diffopt.comparison import Comparison, Row, brief, failed_row, notes
 from diffopt.diagnostics import curvature_number, solves_behind, stationarity
-from diffopt.errors import DisconnectedError, EstimatorError, LossError, RandomnessError
+from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import signature_error
 from diffopt.graph import leaves_behind
@@ -56,15 +56,17 @@ def compare(
 
     Returns:
         A :class:`Comparison`. Time is processor time and includes the outer loss; memory is the peak of torch's
-        allocator above the start of the call, tensors of the problem itself not counted.
+        allocator above the start of the call, tensors of the problem itself not counted. An estimator that meets one of
+        this library's errors, or a ``RuntimeError`` of torch's (out of memory), costs its own row only: that says
+        ``failed``, and a note has the message.
 
     Raises:
         EstimatorError: ``exact`` or an entry of ``estimators`` is not one, or ``problem`` runs no solve with the one
-            that it is given.
+            that it is given; or every one of them failed.
         LossError: ``problem`` is not a function of an estimator, or does not return a scalar.
         HyperparameterError: ``repeats`` is not an integer >= 1.
-        RandomnessError: the outer loss is another at the next call with the same estimator, by more than the third root
-            of its precision (6e-6 of it in float64, 5e-3 in float32).
+        RandomnessError: the outer loss is another at the next call with ``exact``, by more than the third root of its
+            precision (6e-6 of it in float64, 5e-3 in float32). At later calls, that costs the row.
         DisconnectedError: the outer loss depends on no tensor that requires grad, or its exact gradient is zero.
 
     Example:
@@ -107,7 +109,12 @@ def compare(
         raise DisconnectedError(
             "the exact hypergradient is zero, expected one to compare with: choose another start or outer loss"
         )
-    rows = tuple(_row(run, estimator, leaves, reference, repeats) for estimator in estimators)
+    rows = tuple(_tried(run, estimator, leaves, reference, repeats) for estimator in estimators)
+    if rows and all(row.failure for row in rows):
+        raise EstimatorError(
+            f"every estimator failed, expected one that this problem can be differentiated by; {rows[0].estimator}: "
+            f"{rows[0].failure}"
+        )
     return Comparison(rows, curvature, notes(rows, curvature))
 
 
@@ -184,6 +191,16 @@ def _curvature(node: Any) -> float | None:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def _tried(
+    run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: list[Tensor], reference: Tensor, repeats: int
+) -> Row:
+    """A rule's row, whatever becomes of it: those of the others have taken their time."""
+    try:
+        return _row(run, estimator, leaves, reference, repeats)
+    except (DiffoptError, RuntimeError) as error:
+        return failed_row(estimator, error)
 
 
 def _row(

@@ -11,13 +11,14 @@ from typing import Any, final
 from torch import Tensor
 
 from diffopt.diagnostics import Stationarity
+from diffopt.errors import EstimatorError
 from diffopt.tree import flatten
 
 
 @final
 @dataclass(frozen=True)
 class Row:
-    """One estimator's line.
+    """One estimator's line; where it failed, its counts are ``None`` and its other numbers NaN.
 
     Attributes:
         estimator: the call that makes it, defaults left out.
@@ -31,6 +32,7 @@ class Row:
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
         stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
         used: whether the problem ran a solve with this estimator.
+        failure: the error that stopped it, such as ``"VmapError: ..."``; ``None``: none did.
     """
 
     estimator: str
@@ -44,6 +46,7 @@ class Row:
     megabytes: float | None
     stationarity: Stationarity | None = None
     used: bool = True
+    failure: str | None = None
 
 
 _HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
@@ -71,12 +74,16 @@ class Comparison:
 
     def __str__(self) -> str:
         """A table for the terminal."""
-        cells = self.cells()
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADERS))]
-        lines = []
-        for name, *numbers in cells:
-            columns = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
-            lines.append("  ".join([f"{name:{widths[0]}}", *columns]))
+        header, *body = self.cells()
+        measured = [header, *(cells for cells, row in zip(body, self.rows, strict=True) if row.failure is None)]
+        widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
+        first = max(len(name) for name, *_ in (header, *body))
+
+        def line(cells: tuple[str, ...]) -> str:
+            numbers = [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
+            return "  ".join([f"{cells[0]:{first}}", *(numbers if cells in measured else cells[1:2])])
+
+        lines = [line(cells) for cells in (header, *body)]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes])
 
     def to_markdown(self) -> str:
@@ -86,18 +93,30 @@ class Comparison:
             [header, "|---" + "|--:" * (len(_HEADERS) - 1) + "|", *rows, *(f"\n{note}" for note in self.notes)]
         )
 
+    def complete(self) -> tuple[Row, ...]:
+        """The rows, once no estimator is found to have failed.
+
+        Raises:
+            EstimatorError: one has.
+        """
+        for row in self.rows:
+            if row.failure is not None:
+                raise EstimatorError(f"{row.estimator} failed, expected a row of numbers: {row.failure}")
+        return self.rows
+
     def plot(self, path: str | Path) -> Path:
-        """Save a picture of error against time and against memory; needs matplotlib."""
+        """Save a picture of error against time and against memory, without what failed; needs matplotlib."""
         import matplotlib as mpl
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
 
         figure = Figure(figsize=(10, 6), layout="constrained")
         colors: Any = mpl.colormaps["tab10"]
-        exact = min([row.relative_error for row in self.rows if row.relative_error > 0], default=1.0) / 10
+        rows = [row for row in self.rows if row.failure is None]
+        exact = min([row.relative_error for row in rows if row.relative_error > 0], default=1.0) / 10
         columns = [("seconds", "processor time [s]"), ("megabytes", "peak memory above start [MB]")]
         for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
-            for i, row in enumerate(self.rows):
+            for i, row in enumerate(rows):
                 marker = {"color": colors(i % 10), "marker": "os^vDP*"[i // 10 % 7], "linestyle": ""}
                 value = getattr(row, name)
                 axes.plot(
@@ -119,7 +138,16 @@ class Comparison:
         return Path(path)
 
 
+def failed_row(estimator: Any, error: Exception) -> Row:
+    """The line of an estimator that an error has stopped."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    nothing = math.nan
+    return Row(brief(estimator), nothing, nothing, None, None, None, None, nothing, None, failure=text)
+
+
 def _cells(row: Row) -> tuple[str, ...]:
+    if row.failure is not None:
+        return (row.estimator, f"failed: {row.failure.partition(':')[0]}", *["-"] * (len(_HEADERS) - 2))
     counts = ("-" if value is None else str(value) for value in (row.gradients, row.products, row.depth, row.states))
     return (
         row.estimator,
@@ -159,6 +187,7 @@ def notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
                 f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
                 "Krylov has no such limit"
             )
+    notes += [f"{row.estimator}: failed with {row.failure}" for row in rows if row.failure is not None]
     notes += [
         f"{row.estimator}: the problem ran no solve with it, so these are numbers of another rule"
         for row in rows

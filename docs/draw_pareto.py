@@ -49,7 +49,7 @@ def _panel(axes: Axes, rows: list[Row], name: str, label: str, factor: float) ->
 def pareto(comparison: diffopt.Comparison) -> Figure:
     """Both panels, with one legend."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True, layout="constrained")
-    rows = list(comparison.rows)
+    rows = list(comparison.complete())
     _panel(left, rows, "seconds", "processor time [ms]", 1e3)
     _panel(right, rows, "megabytes", "peak memory above the start [MB]", 1.0)
     left.set_ylabel("relative error (bottom: round-off)")

@@ -424,6 +424,19 @@ FAULTS = [
         "pass",
     ),
     Fault(
+        "a picture draws what failed",
+        "diffopt/comparison.py",
+        "rows = [row for row in self.rows if row.failure is None]",
+        "rows = list(self.rows)",
+        "compare",
+    ),
+    Fault(
+        "a comparison in which everything failed is a table",
+        "diffopt/compare.py",
+        "if rows and all(row.failure for row in rows):",
+        "if False:",
+    ),
+    Fault(
         "every rule counts as used",
         "diffopt/compare.py",
         "used=bool(solves)",

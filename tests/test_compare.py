@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import diffopt
 from diffopt.allocations import peak_bytes
@@ -147,8 +149,8 @@ def test_a_problem_that_draws_other_numbers_at_every_call_is_refused(problem):
     assert diffopt.compare(seeded, [Reverse()], repeats=1).rows[0].relative_error == 0
 
 
-@pytest.mark.parametrize(("change", "refused"), [(1e-8, False), (1e-3, True)])
-def test_a_problem_that_changes_only_later_is_refused_too(problem, change, refused):
+@pytest.mark.parametrize(("change", "failure"), [(1e-8, "None"), (1e-3, "RandomnessError: the problem's outer loss")])
+def test_a_problem_that_changes_only_later_costs_the_row_in_which_it_does(problem, change, failure):
     """Within what round-off can do (a GPU adds in any order) it may change."""
     calls = []
 
@@ -156,13 +158,60 @@ def test_a_problem_that_changes_only_later_is_refused_too(problem, change, refus
         calls.append(rule)
         return problem(rule) * (1 + change * (len(calls) == 4))  # two for the reference, one, and the first timed one
 
-    try:
-        diffopt.compare(drifting, [Reverse()], repeats=1)
-    except diffopt.RandomnessError:
-        assert refused
-    else:
-        assert not refused
-    assert len(calls) >= 4
+    found = [row.failure for row in diffopt.compare(drifting, [Reverse(), Reverse(1)], repeats=1).rows]
+    assert str(found[0]).startswith(failure)
+    assert found[1] is None
+
+
+def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
+    rules = [Truncated(STEPS + 1), Reverse(1), FirstOrder()]
+    table = diffopt.compare(problem, rules, repeats=1)
+    text = str(table).splitlines()
+    message = (
+        f"StepsError: Truncated(steps={STEPS + 1}): expected at most {STEPS}, the inner problem has only {STEPS} steps"
+    )
+    assert table.rows[0].failure == message
+    assert math.isnan(table.rows[0].relative_error)
+    assert text[2] == f"Truncated(steps={STEPS + 1})     failed: StepsError"
+    assert f"Truncated(steps={STEPS + 1}): failed with {message}" in text
+    whole = diffopt.compare(problem, rules[1:], repeats=1)
+    assert [row.relative_error for row in table.rows[1:]] == [row.relative_error for row in whole.rows]
+    assert text[3].startswith("Reverse(checkpoint=1)     0.0e+00  +1.0000")
+    assert text[0].split() == str(whole).splitlines()[0].split()
+    assert table.to_markdown().splitlines()[2].endswith("| failed: StepsError |" + " - |" * 7)
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: drawn.extend(self.axes[0].get_legend_handles_labels()[1])
+    )
+    table.plot("plot.png")
+    assert drawn == [row.estimator for row in whole.rows]
+    assert whole.complete() == whole.rows
+    with pytest.raises(
+        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers: StepsErr"
+    ):
+        table.complete()
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_rule_for_which_memory_does_not_suffice_costs_its_own_row_only(problem, kind):
+    def run(rule):
+        if rule == Reverse("graph"):
+            raise kind("out of\nmemory")
+        return problem(rule)
+
+    table = diffopt.compare(run, [Reverse("graph"), Reverse(1)], repeats=1)
+    assert [row.failure for row in table.rows] == [f"{kind.__name__}: out of memory", None]
+
+
+def test_what_fails_for_every_rule_or_is_a_mistake_of_the_callers_is_an_error(problem):
+    with pytest.raises(
+        diffopt.EstimatorError, match=r"every estimator failed, .*; Truncated\(steps=9\): StepsError: Tr"
+    ):
+        diffopt.compare(problem, [Truncated(9), Truncated(8)], repeats=1)
+    with pytest.raises(diffopt.StepsError):
+        diffopt.compare(problem, [Reverse(1)], exact=Truncated(9), repeats=1)
+    with pytest.raises(KeyError):
+        diffopt.compare(lambda rule: {Reverse(): problem}[rule](rule), [Reverse(), Reverse(1)], repeats=1)
 
 
 def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):

@@ -120,7 +120,7 @@ def measure(settings: Settings, momentum: float, steps: int, rules: dict[str, Es
         return loss(adapted.params, query)
 
     began = time.process_time()
-    rows = diffopt.compare(problem, list(rules.values()), repeats=settings.repeats).rows
+    rows = diffopt.compare(problem, list(rules.values()), repeats=settings.repeats).complete()
     measured = {}
     for name, row in zip(rules, rows, strict=True):
         kept = asdict(row)

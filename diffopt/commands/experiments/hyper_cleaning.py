@@ -167,7 +167,8 @@ def measure(settings: Settings, work: Work) -> Row:
         lambda rule: outer_loss(settings, problem, problem.logits, rule)[0], list(chosen.values()), repeats=1
     )
     kept = ("relative_error", "cosine", "gradients", "products", "depth", "megabytes")
-    table = {name: {key: getattr(row, key) for key in kept} for name, row in zip(chosen, compared.rows, strict=True)}
+    rows = zip(chosen, compared.complete(), strict=True)
+    table = {name: {key: getattr(row, key) for key in kept} for name, row in rows}
     return {"rules": table, "curvature": compared.curvature, "hyperparameters": problem.logits.numel()}
 
 
