@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffopt.allocations import peak_bytes
 from diffopt.arguments import check_whole
-from diffopt.comparison import Comparison, Row, brief, failed_row, notes
-from diffopt.diagnostics import curvature_number, solves_behind, stationarity
+from diffopt.comparison import Comparison, Row, brief, failed_row
+from diffopt.comparison_notes import notes
+from diffopt.diagnostics import curvature_number, krylov_residual, solves_behind, stationarity
 from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import signature_error
@@ -231,6 +232,7 @@ def _row(
         seconds=statistics.median(times),
         megabytes=None if peak is None else peak / 1e6,
         stationarity=stationarity(records),
+        residual=krylov_residual(records),
         used=bool(solves),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, final
@@ -31,6 +30,7 @@ class Row:
         seconds: processor time of forward and backward, median.
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
         stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
+        residual: what a Krylov rule reports of its own system, worst task (``None``: it is another rule).
         used: whether the problem ran a solve with this estimator.
         failure: the error that stopped it, such as ``"VmapError: ..."``; ``None``: none did.
     """
@@ -45,6 +45,7 @@ class Row:
     seconds: float
     megabytes: float | None
     stationarity: Stationarity | None = None
+    residual: float | None = None
     used: bool = True
     failure: str | None = None
 
@@ -175,44 +176,3 @@ def brief(value: Any) -> str:
 def _differs(option: Any, default: Any) -> bool:
     """Whether an option is not at its default; no default is a tensor, and a tensor has no one truth to its ``!=``."""
     return any(isinstance(x, Tensor) for x in flatten(option)[0]) or bool(option != default)
-
-
-def notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
-    """What the numbers say about the problem, in words."""
-    notes = []
-    if curvature is not None:
-        notes.append(f"curvature over the rollout, T * lr * lambda_max or its like: {curvature:.2g}")
-        if curvature > 1 and any(row.estimator.startswith("Binomial") for row in rows):
-            notes.append(
-                f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
-                "Krylov has no such limit"
-            )
-    notes += [f"{row.estimator}: failed with {row.failure}" for row in rows if row.failure is not None]
-    notes += [
-        f"{row.estimator}: the problem ran no solve with it, so these are numbers of another rule"
-        for row in rows
-        if not row.used
-    ]
-    notes += [
-        f"{row.estimator}: drops terms that matter here (error {row.relative_error:.0%}, cosine {row.cosine:+.2f})"
-        for row in rows
-        if row.estimator.startswith(("Truncated", "FirstOrder")) and row.relative_error > 0.5
-    ]
-    notes += [_fixed_point_note(row, row.stationarity) for row in rows if row.stationarity is not None]
-    return tuple(notes)
-
-
-def _fixed_point_note(row: Row, at: Stationarity) -> str:
-    """Whether an implicit rule's condition holds: judged by the inner problem, not by the error."""
-    left = f"one more step would move the params by {at.distance:.1e}, {at.share:.1%} of the average step"
-    if at.share > 0.1:
-        return (
-            f"{row.estimator}: the inner problem is far from its fixed point: {left} (error {row.relative_error:.0%})"
-        )
-    note = f"{row.estimator}: the inner problem is at its fixed point: {left}"
-    if row.relative_error <= 0.1:
-        return note
-    return (
-        f"{note}; but the error is {row.relative_error:.0%}: a fixed point does not depend on the start or on step "
-        "sizes, or the linear system was not solved"
-    )

@@ -65,6 +65,13 @@ def stationarity(records: Sequence[Record]) -> Stationarity | None:
     return max(both, key=lambda x: x.share, default=None)
 
 
+def krylov_residual(records: Sequence[Record]) -> float | None:
+    """The worst relative residual of these solves, of the worst task; ``None`` if none is of a Krylov rule's system."""
+    # an implicit rule's residual, which stands beside its stationarity, has the scale of the outer gradient
+    own = [record.diagnostics for record in records if "stationarity" not in record.diagnostics]
+    return max((float(found["residual"].max()) for found in own if "residual" in found), default=None)
+
+
 def solves_behind(outer_loss: Tensor) -> list[Any]:
     """The autograd nodes of the solves that a loss depends on; each has ``call`` and ``saved_tensors``."""
     return [node for node in graph.nodes([outer_loss.grad_fn]) if type(node).__name__ == "_SolveBackward"]

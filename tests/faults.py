@@ -437,6 +437,20 @@ FAULTS = [
         "if False:",
     ),
     Fault(
+        "an implicit rule's residual is taken for Krylov's",
+        "diffopt/diagnostics.py",
+        'if "stationarity" not in record.diagnostics]',
+        "]",
+        "compare",
+    ),
+    Fault(
+        "what is no better than zero is said of some rules only",
+        "diffopt/comparison_notes.py",
+        "elif row.relative_error >= 1:",
+        'elif row.relative_error >= 1 and row.estimator.startswith("MultiStep"):',
+        "compare",
+    ),
+    Fault(
         "every rule counts as used",
         "diffopt/compare.py",
         "used=bool(solves)",

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 import diffopt
 from diffopt.allocations import peak_bytes
 from diffopt.comparison import brief
-from diffopt.diagnostics import curvature_number, solves_behind
-from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reverse, Truncated, Unrolled
+from diffopt.diagnostics import curvature_number, krylov_residual, solves_behind
+from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES
+from diffopt.record import Record
 from diffopt.tasks import Quadratic
 
 STEPS = 4
@@ -28,11 +29,14 @@ def problem():
     initial = torch.ones(5, dtype=torch.float64, requires_grad=True)
     linear = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
 
-    def run(estimator):
-        optimizer = diffopt.SGD(0.5)
-        solution = diffopt.solve(quadratic.loss, initial, linear, optimizer=optimizer, steps=STEPS, estimator=estimator)
-        return quadratic.outer_loss(solution.params)
+    def solve(estimator, start=initial, lr=0.5):
+        optimizer = diffopt.SGD(lr)
+        return diffopt.solve(quadratic.loss, start, linear, optimizer=optimizer, steps=STEPS, estimator=estimator)
 
+    def run(estimator):
+        return quadratic.outer_loss(solve(estimator).params)
+
+    run.solve = solve
     run.quadratic, run.closed = quadratic, quadratic.hypergradient(initial.detach(), linear.detach(), 0.5, STEPS)
     return run
 
@@ -227,6 +231,48 @@ def test_what_to_beware_of_is_said(problem):
     assert "Binomial: the terms of its series grow" in text
     assert "Truncated(steps=0): drops terms that matter" in text
     assert "Implicit(solver=GMRES()): the inner problem is far from its fixed point" in text
+
+
+def test_what_is_no_better_than_zero_is_said_of_every_rule(problem):
+    """Judged by the measured error, whatever the rule; zero itself has an error of one."""
+
+    def linear_term_only(rule):
+        return problem.quadratic.outer_loss(problem.solve(rule, torch.ones(5).double(), lr=2.0).params)
+
+    rules = [Binomial(1), Krylov(1), MultiStep(STEPS), FirstOrder(), Reptile(), Reverse(), Implicit(GMRES())]
+    table = diffopt.compare(linear_term_only, rules, repeats=1)
+    zero, text = "no nearer to the exact hypergradient than zero is (error", "\n".join(table.notes)
+    errors = [row.relative_error for row in table.rows]
+    assert errors[3] == errors[4] == 1
+    assert min(errors[:3]) > 1 > errors[5]
+    assert f"Binomial(order=1): {zero} {errors[0]:.0%}, cosine {table.rows[0].cosine:+.2f})" in text
+    assert f"Krylov(order=1): {zero}" in text
+    assert f"MultiStep(window=4): takes other steps: {zero}" in text
+    assert f"FirstOrder(): drops terms that matter here: {zero} 100%, cosine +0.00)" in text
+    assert f"Reptile(): {zero} 100%, cosine +0.00)" in text
+    assert "Reverse()" not in text
+    assert text.count(zero) == sum(error >= 1 for error in errors)
+
+
+def test_a_row_of_krylov_says_what_a_solve_would_say_of_it(problem):
+    rows = diffopt.compare(problem, [Krylov(1), Krylov(3), Krylov(STEPS), Implicit(GMRES())], repeats=1).rows
+    found = []
+    for order in (1, 3):
+        solution = problem.solve(Krylov(order))
+        problem.quadratic.outer_loss(solution.params).backward()
+        found.append(float(solution.diagnostics["residual"]))
+    assert [row.residual for row in rows] == [*found, 0.0, None]
+    notes = diffopt.compare(problem, [Krylov(1), Krylov(STEPS)], repeats=1).notes
+    own = [note for note in notes if "residual" in note]
+    assert own == [f"Krylov(order=1): its own residual is {found[0]:.2g}; trust it below 0.01, or take more orders"]
+    assert found[0] > 0.01
+
+
+def test_the_residual_of_a_row_is_that_of_the_worst_task_of_any_solve():
+    found = [{"residual": torch.tensor([0.25, 0.5])}, {"residual": torch.tensor(0.125)}, {}]
+    implicit = {"residual": torch.tensor(9.0), "stationarity": torch.tensor(1.0)}
+    assert krylov_residual([Record(diagnostics=x) for x in [*found, implicit]]) == 0.5
+    assert krylov_residual([Record(diagnostics=implicit)]) is None
 
 
 @pytest.mark.parametrize("tasks", [0, 3])
