@@ -233,6 +233,7 @@ def _row(
         megabytes=None if peak is None else peak / 1e6,
         stationarity=stationarity(records),
         residual=krylov_residual(records),
+        random=estimator.claims(max(solves, default=1)).random,
         used=bool(solves),
     )
 

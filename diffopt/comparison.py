@@ -31,6 +31,7 @@ class Row:
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
         stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
         residual: what a Krylov rule reports of its own system, worst task (``None``: it is another rule).
+        random: whether the rule draws random numbers of its own, so that another call has another error.
         used: whether the problem ran a solve with this estimator.
         failure: the error that stopped it, such as ``"VmapError: ..."``; ``None``: none did.
     """
@@ -46,6 +47,7 @@ class Row:
     megabytes: float | None
     stationarity: Stationarity | None = None
     residual: float | None = None
+    random: bool = False
     used: bool = True
     failure: str | None = None
 

@@ -33,6 +33,8 @@ def _row_notes(row: Row) -> Iterator[str]:
         return
     if not row.used:
         yield "the problem ran no solve with it, so these are numbers of another rule"
+    if row.random:
+        yield "one random draw, of which another has another error"
     if row.stationarity is not None:
         yield _fixed_point_note(row, row.stationarity)
     elif row.estimator.startswith(FORGETFUL) and row.relative_error > 0.5:

@@ -42,6 +42,13 @@ class ESJacobian(Adjoint):
     ``radius**2``. Cost: ``2 Q`` rollouts (``Q`` if not antithetic), run as two batches (one), and one more that checks
     that the loss repeats itself. Memory: ``2 Q`` states, independent of the number of steps.
 
+    ``p`` counts the numbers that the solve is given, of all inputs that want their hypergradient together, and the
+    error is relative to the hypergradient of them all. So mixed scales cost far more than the formulas say: the noise
+    of a number with a large derivative (a step size) lands on all others, and weighs more still where those were scaled
+    up on their way from what is learned. ``radius`` is absolute as well, the same for a step size of 1e-3 and a penalty
+    of 10. Give the solve numbers of like size and effect (scaling, or the ``exp`` of a logarithm, belongs in the loss),
+    or take ``Q = p``.
+
     Inputs that tasks share and inputs of each task's own are perturbed in runs of their own, the latter with
     independent directions per task.
 

@@ -451,6 +451,12 @@ FAULTS = [
         "compare",
     ),
     Fault(
+        "no rule counts as random",
+        "diffopt/compare.py",
+        "random=estimator.claims(max(solves, default=1)).random",
+        "random=False",
+    ),
+    Fault(
         "every rule counts as used",
         "diffopt/compare.py",
         "used=bool(solves)",

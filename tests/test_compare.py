@@ -15,7 +15,18 @@ import diffopt
 from diffopt.allocations import peak_bytes
 from diffopt.comparison import brief
 from diffopt.diagnostics import curvature_number, krylov_residual, solves_behind
-from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated, Unrolled
+from diffopt.estimators import (
+    Binomial,
+    ESJacobian,
+    FirstOrder,
+    Implicit,
+    Krylov,
+    MultiStep,
+    Reptile,
+    Reverse,
+    Truncated,
+    Unrolled,
+)
 from diffopt.linear_solve import GMRES
 from diffopt.record import Record
 from diffopt.tasks import Quadratic
@@ -252,6 +263,14 @@ def test_what_is_no_better_than_zero_is_said_of_every_rule(problem):
     assert f"Reptile(): {zero} 100%, cosine +0.00)" in text
     assert "Reverse()" not in text
     assert text.count(zero) == sum(error >= 1 for error in errors)
+
+
+def test_the_row_of_a_random_rule_says_that_it_is_one_draw(problem):
+    rules = [ESJacobian(4, 1e-3), MultiStep(1, ESJacobian(4, 1e-3)), Truncated(1)]
+    table = diffopt.compare(problem, rules, repeats=1)
+    assert [row.random for row in table.rows] == [True, True, False]
+    marked = [note for note in table.notes if "one random draw" in note]
+    assert [note.partition(": ")[0] for note in marked] == [brief(rule) for rule in rules[:2]]
 
 
 def test_a_row_of_krylov_says_what_a_solve_would_say_of_it(problem):

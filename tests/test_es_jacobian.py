@@ -40,10 +40,13 @@ class Linear:
     def loss(self, w, b):
         return w @ self.hessian @ w / 2 - w @ self.mix @ b
 
-    def gradient(self, rule, momentum=0.0):
+    def gradient(self, rule, momentum=0.0, scale=1.0):
+        """The hypergradient in ``w`` and ``b``, where the solve is given ``b / scale``."""
         w, b = self.w.clone().requires_grad_(), self.b.clone().requires_grad_()
         optimizer = diffopt.SGD(0.2, momentum=momentum)
-        solution = diffopt.solve(self.loss, w, b, optimizer=optimizer, steps=4, estimator=rule)
+        solution = diffopt.solve(
+            lambda w, b: self.loss(w, scale * b), w, b / scale, optimizer=optimizer, steps=4, estimator=rule
+        )
         return torch.cat(torch.autograd.grad(solution.params @ self.target, [w, b]))
 
 
@@ -82,6 +85,23 @@ def test_mean_and_variance(sampling):
     # the seed is fixed; five standard errors of the mean, and a quarter of the variance, whose own error is a tenth
     assert float((found.mean(0) - exact).norm()) < 5 * math.sqrt(variance / samples)
     assert float((found - exact).square().sum(-1).mean()) == pytest.approx(variance, rel=0.25)
+
+
+def test_mixed_scales_cost_more_than_the_formula():
+    """What the solve is given counts: the second moment of a Haar frame's projection, seen through the scaling."""
+    linear, directions, samples, scale = Linear(), 2, 400, 30.0
+    p, exact = linear.p, linear.gradient(Reverse())
+    rule = ESJacobian(directions, 0.1, generator=generator(4))
+    found = torch.stack([linear.gradient(rule, scale=scale) for _ in range(samples)])
+    before = torch.tensor([1.0] * 3 + [1 / scale] * 3, dtype=torch.float64)  # the solve is given b / scale
+    given = exact / before
+    shared = directions * (p - directions) / (p * (p - 1) * (p + 2))
+    along = directions * (p * directions + p - 2) / (p * (p - 1) * (p + 2))
+    moment = shared * given.square().sum() * before.square().sum() + along * exact.square().sum()
+    expected = float((p / directions) ** 2 * moment / exact.square().sum() - 1)
+    assert float((found - exact).square().sum(-1).mean() / exact.square().sum()) == pytest.approx(expected, rel=0.25)
+    assert expected > 20 * (p / directions - 1)
+    assert float((linear.gradient(Reverse(), scale=scale) - exact).norm()) < 1e-12
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
