@@ -176,6 +176,31 @@ class DropsMomentum(diffopt.Optimizer):
         return params - self.lr * velocity - 0.001 * self.betas[1] * params, {"velocity": velocity}
 
 
+@dataclass(frozen=True)
+class AdaBelief(diffopt.Optimizer):
+    """Not broken: a rule that is smooth in ``eps`` only above zero, so that a small one cannot be moved far."""
+
+    lr: Any
+    eps: Any
+    elementwise: ClassVar[bool] = True
+
+    def init(self, params):
+        return {"mean": params.zeros(), "square": params.zeros()}
+
+    def update(self, params, grads, buffers, step):
+        mean = 0.9 * buffers["mean"] + 0.1 * grads
+        apart = grads - mean
+        square = 0.999 * buffers["square"] + 0.001 * apart * apart + self.eps
+        root = (square / (1 - 0.999**step)).sqrt() + self.eps
+        return params - self.lr * (mean / (1 - 0.9**step) / root), {"mean": mean, "square": square}
+
+
+class DetachedEps(AdaBelief):
+    def update(self, params, grads, buffers, step):
+        eps = self.eps.map(torch.Tensor.detach) if isinstance(self.eps, Leaves) else self.eps
+        return AdaBelief(self.lr, eps).update(params, grads, buffers, step)
+
+
 def torch_sgd(params):
     return torch.optim.SGD(params, lr=0.1)
 
@@ -190,6 +215,7 @@ BROKEN: dict[str, tuple[diffopt.Optimizer, Any, str]] = {
     "detached gradient": (Detached(), None, "target: derivative: got 1.0e+00"),
     "detached params": (DetachedParams(), None, "init0: derivative"),
     "detached step size": (DetachedLr(), None, "lr: derivative: got 1.0e+00"),
+    "detached small number": (DetachedEps(0.05, 1e-8), None, "eps: derivative: got 1.0e+00"),
     "detached buffer": (DropsMomentum(), None, "betas[0]: derivative"),
     "in place on gradients": (InPlace(), None, "changes nothing that it is given: got no"),
     "in place on buffers": (Impure(), None, "changes nothing that it is given: got no"),

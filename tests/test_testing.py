@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_optimizers import AdaBelief
 from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
 
 import diffopt
@@ -157,6 +158,13 @@ class HeavyBall(diffopt.Optimizer):
 
 def test_a_users_own_optimizer_gets_the_same_battery():
     check_optimizer(HeavyBall(0.1, torch.tensor(0.5)))
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-8, 1e-10])
+def test_a_small_hyperparameter_is_moved_by_less_than_itself(size):
+    """An ``eps`` under a root; a step size."""
+    check_optimizer(AdaBelief(0.05, eps=size))
+    check_optimizer(diffopt.SGD(size, momentum=0.9, weight_decay=size))
 
 
 def test_claims_may_be_sharper_than_the_rules_own():

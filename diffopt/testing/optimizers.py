@@ -129,24 +129,32 @@ def purity(trial: Trial) -> Iterator[Finding]:
 def derivatives(trial: Trial) -> Iterator[Finding]:
     """The hypergradient of every input is that of central differences along one direction."""
     found, inputs = trial.gradient(trial.inputs), trial.inputs
-    floor = 1e-4 * (1 + abs(float(trial.value(inputs).detach())))
+    size = 1 + abs(float(trial.value(inputs).detach()))
     generator = torch.Generator().manual_seed(1)
     for name, x in inputs.items():
         direction = torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.ndim else torch.ones_like(x)
-        slope, expected = float((found[name] * direction).sum()), _slope(trial, inputs, name, direction)
-        error = abs(slope - expected) / max(abs(slope), abs(expected), floor)
+        width = _width(x) if name in trial.hyperparameters else 1e-5
+        slope, expected = float((found[name] * direction).sum()), _slope(trial, inputs, name, direction, width)
+        # the values' round-off, some 1e-14, in the differences: 1e-5 of that is what the claim below allows for
+        error = abs(slope - expected) / max(abs(slope), abs(expected), 1e-9 / width * size)
         look = f"how {name} enters the update: .detach(), .item(), float(), torch.no_grad()"
         yield at_most(f"{name}: derivative", error, 1e-5, look)
 
 
-def _slope(trial: Trial, inputs: Inputs, name: str, direction: Tensor) -> float:
+def _width(x: Tensor) -> float:
+    """How far a hyperparameter is moved: not to where it has another sign, so less than 1e-5 if it is small itself."""
+    positive = x[x > 0]
+    return min(1e-5, 0.03 * float(positive.min())) if positive.numel() and not bool((x < 0).any()) else 1e-5
+
+
+def _slope(trial: Trial, inputs: Inputs, name: str, direction: Tensor, width: float) -> float:
     """Central differences of two widths, combined so that the error is of fourth order."""
 
     def central(width: float) -> float:
         high, low = (trial.value({**inputs, name: inputs[name] + w * direction}) for w in (width, -width))
         return float((high - low).detach()) / (2 * width)
 
-    return (4 * central(0.5e-5) - central(1e-5)) / 3
+    return (4 * central(width / 2) - central(width)) / 3
 
 
 def tasks(trial: Trial) -> Iterator[Finding]:
