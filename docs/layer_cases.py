@@ -79,6 +79,21 @@ class Recurrent(nn.Module):
         return self.inner(x)[0]
 
 
+class Looped(nn.Module):
+    """A recurrent cell run over a sequence by a loop."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.inner = kind(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last output."""
+        state: Any = None
+        for entry in x.unbind(1):
+            state = self.inner(entry, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
 class Tied(nn.Module):
     """One weight used twice."""
 
@@ -191,7 +206,9 @@ CASES = [
     ),
     Case("RNN", lambda: Recurrent(nn.RNN), (2, 3, 4), RECURRENT),
     Case("LSTM", lambda: Recurrent(nn.LSTM), (2, 3, 4), RECURRENT),
-    Case("GRU", lambda: Recurrent(nn.GRU), (2, 3, 4), RECURRENT),
+    Case("GRU", lambda: Recurrent(nn.GRU), (2, 3, 4), f"`GRUCell`; or {RECURRENT}"),
+    Case("LSTMCell, in a loop", lambda: Looped(nn.LSTMCell), (2, 3, 4), "write its gates; or loop over the tasks"),
+    Case("GRUCell, in a loop", lambda: Looped(nn.GRUCell), (2, 3, 4)),
     Case("tied weights", Tied, (5, 4)),
     Case(
         "weight_norm",
