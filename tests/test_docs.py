@@ -61,6 +61,21 @@ def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
     assert names["found"].converged
 
 
+def test_pages_import_what_the_reference_lists(pages):
+    listed = set(re.findall(r"^   (diffopt[\w.]*)$", pages["reference"], re.MULTILINE))
+    modules = [name for name in listed if re.fullmatch(r"diffopt(\.[a-z_]+)?", name)]
+    listed |= {f"{name}.{x}" for name in modules for x in importlib.import_module(name).__all__}
+    used = [
+        f"{module}.{name}"
+        for page in pages.values()
+        for module, names in re.findall(r"^from (diffopt[\w.]*) import (\([^)]*\)|.*)$", page, re.MULTILINE)
+        for name in re.findall(r"\w+", names)
+    ]
+    used += re.findall(r"\b(diffopt\.optimizer\.[A-Z]+)\b", "".join(pages.values()))
+    assert len(used) > 20
+    assert set(used) <= listed
+
+
 def test_every_page_has_its_place_in_the_contents(pages):
     listed = re.findall(r"^(\w+)$", "\n".join(re.findall(r"```\{toctree\}(.*?)```", pages["index"], re.DOTALL)), re.M)
     assert sorted(listed) == sorted(set(pages) - {"index"})
@@ -144,6 +159,8 @@ EXPECTED = {
     "weight_norm": ("**wrong**",) * 3,
     "weight norm, written out": ("ok", "ok", "ok"),
     "LSTM": ("ok", "`VmapError`", "`VmapError`"),
+    "LSTMCell, in a loop": ("ok", "`VmapError`", "`VmapError`"),
+    "GRUCell, in a loop": ("ok", "ok", "ok"),
     "linalg.norm of zero": ("`NonFiniteGradientError`",) * 3,
 }
 
