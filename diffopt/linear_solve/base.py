@@ -250,7 +250,7 @@ _BROKEN = {
     "Neumann": ("step_size * A between 0 and 2; the series diverged", "Take a smaller step_size, or GMRES"),
     "GMRES": ("a matrix that is not singular", "Dense(damping=...) damps"),
     "Dense": ("a matrix that is not singular", "A larger damping makes it so"),
-    "Nystrom": ("a positive semidefinite matrix", "A larger damping may help"),
+    "Nystrom": ("a positive semidefinite matrix of that rank at least", "Take a smaller rank or a larger damping"),
 }
 # and what to do where its residual is too large
 _UNSOLVED = {
