@@ -88,7 +88,7 @@ COMMANDS: dict[str, Command] = {
     "abbreviated_flag": Command(train("--inner", "1"), "unrecognized arguments: --inner 1"),
     "flag_without_value": Command(plain("train", "sinusoid", "--steps"), "--steps: expected one argument"),
     "no_problem": Command(plain("train"), "arguments are required: PROBLEM"),
-    "unknown_problem": Command(plain("train", "mnist"), "'mnist' .choose from 'omniglot', 'sinusoid'"),
+    "unknown_problem": Command(plain("train", "mnist"), "'mnist' .choose from 'omniglot', 'images', 'sinusoid'"),
     "steps_zero": Command(train("--steps", "0"), f"--steps: got '0', {WHOLE}"),
     "steps_fraction": Command(train("--steps", "1.5"), f"--steps: got '1.5', {WHOLE}"),
     "steps_endless": Command(train("--steps", "9" * 5000), f"--steps: got '9{{40}}', {WHOLE}"),

@@ -56,6 +56,10 @@ def in_place(w: Tensor, *args: Any) -> Tensor:
     return w.mul_(2).sum()
 
 
+CAPTURED_MODULE = (
+    r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args; if it is a module's, "
+    r"call that by torch.func.functional_call\("
+)
 CAPTURED = (
     r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args.*requires_grad_\(False"
 )
@@ -121,7 +125,7 @@ OTHERS = {
         "captured",
         lambda: (lambda net: solve(lambda w: net(w).square().sum()))(nn.Linear(2, 1).double()),
         diffopt.CapturedTensorError,
-        CAPTURED,
+        CAPTURED_MODULE,
         "`net.bias`, `net.weight`",
         moves=True,
     ),
