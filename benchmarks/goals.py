@@ -45,6 +45,7 @@ class Verdict:
         measured: the ratio (of a time: the median over rounds), or the megabytes; ``None``: not measured.
         low: the lower quartile of the ratio over rounds; ``None`` for memory, which repeats to a per cent.
         high: the upper quartile.
+        by_hand: the same ratio, for the method that writes out the arithmetic only, where the cell has one.
     """
 
     goal: Goal
@@ -52,6 +53,7 @@ class Verdict:
     measured: float | None = None
     low: float | None = None
     high: float | None = None
+    by_hand: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -115,11 +117,13 @@ def _verdict(goal: Goal, result: Result) -> Verdict:
     other = result.of(goal.against) if isinstance(goal.against, str) else result.fastest(goal.against)
     if own is None or other is None or not own.times or not other.times:
         return Verdict(goal, "" if other is None else other.method)
+    bare = result.fastest([Role.LIMIT])
     if goal.quantity == "time":
         middle, low, high = ratio(own, other)
-        return Verdict(goal, other.method, middle, low, high)
+        return Verdict(goal, other.method, middle, low, high, ratio(bare, other)[0] if bare else None)
     measured = own.peak / other.peak if own.peak and other.peak else None
-    return Verdict(goal, other.method, measured)
+    by_hand = bare.peak / other.peak if bare and bare.peak and other.peak else None
+    return Verdict(goal, other.method, measured, by_hand=by_hand)
 
 
 def ratio(one: Measurement, other: Measurement) -> tuple[float, float, float]:

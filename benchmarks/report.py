@@ -128,7 +128,7 @@ def cell_table(result: Result) -> Table:
     return table
 
 
-GOAL_COLUMNS = ("cell", "method", "compared with", "", "goal", "measured", "")
+GOAL_COLUMNS = ("cell", "method", "compared with", "", "goal", "measured", "", "by hand")
 
 
 def goal_rows(verdicts: list[Verdict]) -> list[tuple[str, ...]]:
@@ -143,7 +143,9 @@ def _goal_row(verdict: Verdict) -> tuple[str, ...]:
     if verdict.low is not None and verdict.high is not None:
         measured += f" ({verdict.low:.3g}-{verdict.high:.3g})"
     word = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
-    return (goal.cell, goal.method, verdict.against or "-", goal.quantity, f"<= {goal.limit:g}{unit}", measured, word)
+    by_hand = "" if verdict.by_hand is None else f"{verdict.by_hand:.3g}"
+    against, limit = verdict.against or "-", f"<= {goal.limit:g}{unit}"
+    return (goal.cell, goal.method, against, goal.quantity, limit, measured, word, by_hand)
 
 
 def goal_table(verdicts: list[Verdict]) -> Table:
@@ -151,7 +153,7 @@ def goal_table(verdicts: list[Verdict]) -> Table:
     met = sum(verdict.met is True for verdict in verdicts)
     table = Table(title=f"Goals: {met} of {len(verdicts)} met", title_justify="left", title_style="bold")
     for i, column in enumerate(GOAL_COLUMNS):
-        table.add_column(column, justify="right" if i in (4, 5) else "left", no_wrap=i > 2)
+        table.add_column(column, justify="right" if i in (4, 5, 7) else "left", no_wrap=i > 2)
     colours = {True: "green", False: "red", None: "yellow"}
     for verdict, row in zip(verdicts, goal_rows(verdicts), strict=True):
         table.add_row(*row, style=colours[verdict.met])
