@@ -39,6 +39,8 @@ NAMES = [
     "bounds",
     "identities",
     "compare",
+    "compare_notes",
+    "compare_problems",
     "costs",
     "every_rule",
     "over_tasks",
