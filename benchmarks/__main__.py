@@ -55,7 +55,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     given = options()
     size = Size.SMOKE if given.smoke else Size.QUICK if given.quick else Size.FULL
-    console = Console(width=None if os.isatty(1) else 140)
+    console = Console(width=None if os.isatty(1) else 140, markup=False, emoji=False)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchopt")  # it calls functorch by its old name
     torch.set_num_threads(1)
     start = time.monotonic()

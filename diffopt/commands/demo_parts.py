@@ -10,11 +10,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import diffopt
+from diffopt.commands.console import plain_console
 from diffopt.commands.few_shot import (
     Adaptation,
     Evaluation,
@@ -61,7 +61,7 @@ def show(folder: Path) -> None:
     """Compute, print and draw both parts."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    console, began = Console(highlight=False), time.perf_counter()
+    console, began = plain_console(), time.perf_counter()
     console.print(f"1. MAML on sine waves: {ITERATIONS} outer iterations of 25 tasks, 5 inner steps each")
     problem, adaptation = _sine_waves()
     untrained = {name: value.detach().clone() for name, value in problem.params.items()}

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from diffopt.commands.console import plain_console
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -29,11 +30,11 @@ class Reporter(ABC):
 @contextmanager
 def reporter(total: int, done: int, counted: str = "iteration") -> Iterator[Reporter]:
     """A reporter on standard output for a run of ``total`` iterations (or ``counted``), of which ``done`` are done."""
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
         yield _Lines(total, counted)
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console) as progress:
         yield _Bar(progress, total, done)
 
@@ -48,7 +49,7 @@ class _Bar(Reporter):
         self._progress.update(self._task, completed=done, description=text)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._progress.console.print(text)
 
 
 @final

@@ -6,9 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from diffopt.commands.console import plain_console
 from diffopt.commands.experiments import catalogue
 from diffopt.commands.experiments.contract import Experiment
 
@@ -22,7 +22,7 @@ def list_all() -> int:
         found = catalogue.experiment(name)
         gpu = "no gain" if found.needs.minutes_gpu is None else _minutes(found.needs.minutes_gpu)
         grid.add_row(name, found.title, found.paper, found.needs.data, _minutes(found.needs.minutes_cpu), gpu)
-    Console(highlight=False).print(grid)
+    plain_console().print(grid)
     return 0
 
 
@@ -34,7 +34,7 @@ def list_one(experiment: Experiment[Any]) -> int:
     for item in fields(experiment.standard):
         scales = (experiment.quick, experiment.standard, experiment.full)
         grid.add_row(item.name, *(_plain(getattr(scale, item.name)) for scale in scales), item.metadata["help"])
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(grid)
     console.print("Units: " + ", ".join(unit.name for unit in experiment.units(experiment.standard)))
     return 0

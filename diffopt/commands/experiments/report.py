@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from diffopt.commands.console import plain_console
 from diffopt.commands.experiments.contract import Cell, Experiment, Summary
 from diffopt.commands.experiments.run_folder import Header
 
@@ -57,7 +57,7 @@ def shown(cell: Cell) -> str:
 
 def show(results: dict[str, Any], folder: Path) -> None:
     """Print tables, claims, what was left out, and where the files are."""
-    console = Console(highlight=False)
+    console = plain_console()
     for table in results["tables"]:
         grid = RichTable(title=table["title"], box=box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(table["columns"]):
