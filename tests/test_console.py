@@ -1,15 +1,16 @@
-"""What the commands print is what was written: no bracket is taken for markup."""
+"""What the commands print is what was written: no bracket is taken for markup, and names can be copied."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 from toy_experiment import TOY
 
+from diffopt.cli import main
 from diffopt.commands import demo_parts
-from diffopt.commands.experiments import listing, report
+from diffopt.commands.experiments import catalogue, listing, report
 from diffopt.commands.options import option
 from diffopt.commands.progress import reporter
 from diffopt.comparison import _HEADERS
@@ -77,3 +78,14 @@ def test_a_bar_prints_brackets(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "loss [nats]" in told
     assert "saved [here]" in told
+
+
+def test_names_in_a_list_that_is_piped_can_be_copied(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")  # what is taken where there is no terminal
+    assert main(["reproduce", "--list"]) == 0
+    words = capsys.readouterr().out.split()
+    assert [name for name in catalogue.NAMES if name not in words] == []
+    name = catalogue.NAMES[-1]
+    assert main(["reproduce", name, "--list"]) == 0
+    words = capsys.readouterr().out.split()
+    assert [item.name for item in fields(catalogue.experiment(name).standard) if item.name not in words] == []

@@ -16,7 +16,8 @@ from diffopt.commands.experiments.contract import Experiment
 def list_all() -> int:
     """Print every experiment with what it needs."""
     grid = Table(box=box.SIMPLE_HEAD)
-    for column in ("name", "what", "paper", "data", "two cores", "a GPU"):
+    grid.add_column("name", no_wrap=True)  # to be copied
+    for column in ("what", "paper", "data", "two cores", "a GPU"):
         grid.add_column(column, overflow="fold")
     for name in catalogue.NAMES:
         found = catalogue.experiment(name)
@@ -29,7 +30,8 @@ def list_all() -> int:
 def list_one(experiment: Experiment[Any]) -> int:
     """Print the settings of an experiment at each scale, and its units."""
     grid = Table(title=f"diffopt reproduce {experiment.name}: {experiment.title}", box=box.SIMPLE_HEAD)
-    for column in ("setting", "--quick", "standard", "--full", "what it is"):
+    grid.add_column("setting", no_wrap=True)  # to be copied
+    for column in ("--quick", "standard", "--full", "what it is"):
         grid.add_column(column, overflow="fold")
     for item in fields(experiment.standard):
         scales = (experiment.quick, experiment.standard, experiment.full)
