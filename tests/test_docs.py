@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import re
+import shlex
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ import pytest
 import torch
 
 import diffopt
+from diffopt import cli
+from diffopt.commands.experiments import catalogue
+from diffopt.commands.reproduce import changed
 from diffopt.comparison import brief
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Krylov, MultiStep, Reverse, Truncated
 
@@ -74,6 +79,32 @@ def test_pages_import_what_the_reference_lists(pages):
     used += re.findall(r"\b(diffopt\.optimizer\.[A-Z]+)\b", "".join(pages.values()))
     assert len(used) > 20
     assert set(used) <= listed
+
+
+def test_the_page_of_the_commands_names_what_they_know(pages):
+    """Every command has its section, every flag on the page exists, and what the page runs can be parsed."""
+    page, parser = pages["commands"], cli.build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    sections = dict(re.findall(r"^## `diffopt (\w+)`$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert sorted(sections) == sorted(commands.choices)
+    for name, section in sections.items():
+        known, pending = {"--help"}, [commands.choices[name]]
+        for action in (action for each in pending for action in each._actions):
+            known |= set(action.option_strings)
+            pending += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", section)) <= known, name
+    flags = {flag for action in commands.choices["reproduce"]._actions for flag in action.option_strings}
+    for flag in ("--list", "--quick", "--full", "--resume", "--minutes", "--set", "--dataset", "--out", "--data-dir"):
+        assert flag in flags
+        assert flag in sections["reproduce"], flag
+    lines = re.findall(r'^(?:show\("|diffopt )(.*?)(?:"\)| +#.*|)$', page, re.MULTILINE)
+    assert len(lines) == 9
+    for line in lines[1:]:
+        given = parser.parse_args(shlex.split(line))
+        if line.startswith("reproduce") and given.name:
+            changed(catalogue.experiment(given.name).standard, tuple(given.changes))
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert codes == [0, cli.FAILED, cli.INTERRUPTED]
 
 
 def test_every_page_has_its_place_in_the_contents(pages):
