@@ -239,7 +239,8 @@ What the numbers do not show:
 - `Krylov` takes one more batch of HVPs where arguments of the loss are learned, for the mixed terms of the adjoints
   that it has put together from its levels.
 - `ForwardMode` runs the inner problem again with `p` tangents beside it, and once more for every further learned
-  tensor; it holds `p` states then.
+  tensor, one after the other; it holds `p` states then. So twelve tensors of one number have a depth of `12 * T`, one
+  tensor of twelve has `T`: put them in one tensor, and let the loss take it apart.
 - `ESJacobian` runs it `2 Q` times (`Q` if not antithetic), all at once, and once more to see whether the loss repeats
   itself; it holds as many states then.
 - `Implicit` takes one gradient more, at the end of the rollout, to differentiate it, and evaluates the loss there once

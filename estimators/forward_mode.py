@@ -28,7 +28,8 @@ class ForwardMode(Adjoint):
               \nabla = Z_{T+1}^\top\,\frac{\partial F}{\partial s_{T+1}}
 
     Exact. Cost: one more rollout and ``T * p`` HVPs for ``p`` hyperparameters (per task), batched over ``p``. Memory:
-    ``p`` states, independent of ``T``. Depth ``T``.
+    ``p`` states, independent of ``T``. Depth ``T``. All that for each tensor that is learned, one after the other:
+    twelve tensors of one number have the depth ``12 * T``, so put them in one and let the loss take it apart.
 
     Args:
         chunk_size: how many tangents are carried at once; ``None``: all of one tensor. Bounds the memory, and each

@@ -234,6 +234,19 @@ def test_a_column_of_nystrom_and_a_direction_of_gmres_are_one_tree():
         assert fewer < 50
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_forward_mode_runs_once_for_each_tensor_that_is_learned(count):
+    penalties = [torch.full((6 // count,), -1.0, requires_grad=True) for _ in range(count)]
+
+    def loss(w, penalties):
+        return (torch.cat(penalties).exp() * (w - 1).square()).sum()
+
+    sgd = diffopt.SGD(0.1)
+    solution = diffopt.solve(loss, torch.zeros(6), penalties, optimizer=sgd, steps=5, estimator=ForwardMode())
+    solution.params.sum().backward()
+    assert counted(solution) == (5 * (1 + count), 5 * 6, 5 * count)
+
+
 def test_the_page_is_what_is_measured(checkout):
     specification = importlib.util.spec_from_file_location("costs", checkout / "benchmarks" / "costs.py")
     assert specification is not None
