@@ -107,6 +107,22 @@ def test_the_page_of_the_commands_names_what_they_know(pages):
     assert codes == [0, cli.FAILED, cli.INTERRUPTED]
 
 
+def test_the_page_that_says_how_to_install_knows_the_wheel_and_its_extras(pages, checkout: Path):
+    text = (checkout / "pyproject.toml").read_text(encoding="utf-8")
+    (extras,) = re.findall(r"^\[project.optional-dependencies\]$(.*?)^\[", text, re.MULTILINE | re.DOTALL)
+    declared = dict(re.findall(r"^(\w+) = \[(.*?)\]", extras.replace("[tasks,plot]", ""), re.MULTILINE | re.DOTALL))
+    shown = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", pages["start"], re.MULTILINE))
+    assert set(shown) == {"tasks", "plot", "cli"} < set(declared)
+    for extra, packages in shown.items():
+        named = set(re.findall(r"[\w-]+", packages)) - {"both"}
+        assert named == set(re.findall(r'"([\w-]+)', declared[extra])) - {"torch-diffopt"}
+    assert set(re.findall(r"\S*\.whl", pages["start"])) == {
+        f"./torch_diffopt-{diffopt.__version__}-py3-none-any.whl",
+        f"'./torch_diffopt-{diffopt.__version__}-py3-none-any.whl",
+    }
+    assert not re.search(r"(?<!Never `)pip install diffopt", "".join(pages.values()))
+
+
 def test_every_page_has_its_place_in_the_contents(pages):
     listed = re.findall(r"^(\w+)$", "\n".join(re.findall(r"```\{toctree\}(.*?)```", pages["index"], re.DOTALL)), re.M)
     assert sorted(listed) == sorted(set(pages) - {"index"})
