@@ -121,7 +121,7 @@ ROWS = (
     Row("Implicit(ConjugateGradient(k, rtol=0, throw=False))", Costs("T + 1", "k + 1", "k + 1"), start=False),
     Row("Implicit(Neumann(k, step_size=1, rtol=0, throw=False))", Costs("T + 1", "k + 1", "k + 1"), start=False),
     Row("Implicit(GMRES(k, rtol=0, throw=False))", Costs("T + 1", "k + 2", "k + 2"), start=False),
-    Row("Implicit(Nystrom(k, damping=0.1))", Costs("T + 1", "k + 2", "k + 2"), start=False),
+    Row("Implicit(Nystrom(k, damping=0.1, throw=False))", Costs("T + 1", "k + 2", "k + 2"), start=False),
     Row("Implicit(Dense())", Costs("T + 1", "m + 1", "m + 1"), start=False),
     Row("ESJacobian(Q, 1e-3)", Costs("2 * T + 2 * Q * T", "0", "0"), start=False),
     Row("ESJacobian(Q, 1e-3, antithetic=False)", Costs("2 * T + Q * T", "0", "0"), start=False),

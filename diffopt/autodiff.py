@@ -80,10 +80,15 @@ class Graph:
         return [edge.node for edge in self._outputs if edge is not None]
 
     def pullback(
-        self, cotangents: Sequence[Tensor], wanted: Sequence[int], *, retain: bool = False
+        self, cotangents: Sequence[Tensor | None], wanted: Sequence[int], *, retain: bool = False
     ) -> list[Tensor | None]:
-        """The vector-Jacobian product for the inputs numbered ``wanted``; ``None`` where nothing depends on one."""
-        pairs = [(edge, c) for edge, c in zip(self._outputs, cotangents, strict=True) if edge is not None]
+        """The vector-Jacobian product for the inputs numbered ``wanted``; ``None`` where nothing depends on one.
+
+        A cotangent that is ``None`` is zero.
+        """
+        pairs = [
+            (edge, c) for edge, c in zip(self._outputs, cotangents, strict=True) if edge is not None and c is not None
+        ]
         if not pairs or not wanted:
             return [None] * len(wanted)
         edges, weights = zip(*pairs, strict=True)

@@ -77,6 +77,14 @@ class Block:
         self._slices_at = list(self._slices)
         self._roots, self._shared_roots, self._slices, self.now = (), (), {}, Leaves(())
 
+    def pullback_among(self, leaves: Sequence[int], adjoint: Leaves) -> Leaves:
+        """Pull the adjoint of some leaves of the state, the others' being zero, back to the same leaves; as often as needed."""
+        assert self._graph is not None, "the block is still growing"
+        cotangents: list[Tensor | None] = [None] * self._dynamics.state_count
+        for i, x in zip(leaves, adjoint, strict=True):
+            cotangents[i] = x
+        return Leaves(autodiff.or_zeros(self._graph.pullback(cotangents, leaves, retain=True), adjoint))
+
     def pullback(
         self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False
     ) -> BlockTerms:

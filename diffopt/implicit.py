@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from diffopt import transforms, tree
-from diffopt.block import BlockTerms
 from diffopt.dynamics import ExtraSlot
 from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, RandomnessError, StationarityError
 from diffopt.estimator import Adjoint
@@ -45,6 +44,7 @@ def implicit_pullback(
     whole_state: bool,
     start: Leaves | None = None,
     look: Callable[[Matvec], None] = lambda system: None,
+    losses_there: Tensor | None = None,
 ) -> tuple[Cotangents, LinearSolution]:
     r"""The implicit hypergradient at the end of a trajectory, taken to be a fixed point of its last step.
 
@@ -52,7 +52,7 @@ def implicit_pullback(
 
     The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
     returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
-    ``look`` is shown the system before it is solved.
+    ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
     """
     if trajectory.record.draws:
         raise RandomnessError(
@@ -70,28 +70,25 @@ def implicit_pullback(
     losses = trajectory.losses_to_replay()
     block, after = stepper.block(trajectory.final, last, last, losses)
     if trajectory.check:
-        again = losses.clone()
-        again[..., last - 1] = stepper.losses(trajectory.final, last)
-        refuse_other_losses(again, losses)
+        if losses_there is None:
+            losses_there = losses.clone()
+            losses_there[..., last - 1] = stepper.losses(trajectory.final, last)
+        refuse_other_losses(losses_there, losses)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
 
-    zeros = list(trajectory.final.zeros())
-
-    def through_step(v: Leaves, inputs: Sequence[int], *, direct: bool = False) -> BlockTerms:
-        record.counts.add_products(1)
-        cotangents = zeros.copy()
-        for i, weight in zip(moving, v, strict=True):
-            cotangents[i] = weight
-        return block.pullback(Leaves(cotangents), state=inputs, direct=direct, retain=True)
-
     def system(v: Leaves) -> Leaves:
-        return v - through_step(v, moving).state
+        record.counts.add_products(1)
+        return v - block.pullback_among(moving, v)
 
     look(system)
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
-    terms = through_step(found.value, still, direct=True)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
+    solution = initial.copy()
+    for i, x in zip(moving, found.value, strict=True):
+        solution[i] = x
+    record.counts.add_products(1)
+    terms = block.pullback(Leaves(solution), state=still)
     for i, term in zip(still, terms.state, strict=True):
         initial[i] = cotangent[i] + term
     direct.add_block(terms)
@@ -154,7 +151,14 @@ class _AtSolution(Adjoint):
             if self.stationarity is not None:
                 _refuse_long_step(system, gradient, solution, Tasks(axes), self.stationarity)
 
-        result, found = implicit_pullback(_descending(trajectory), cotangent, self.solver, whole_state=False, look=look)
+        result, found = implicit_pullback(
+            _descending(trajectory),
+            cotangent,
+            self.solver,
+            whole_state=False,
+            look=look,
+            losses_there=trajectory.record.losses,  # the only step went nowhere
+        )
         if self.solver.throw:
             refuse_unsolved(self.solver, found)
         return Cotangents(None, result.extras)

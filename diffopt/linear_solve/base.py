@@ -72,12 +72,18 @@ class Tasks:
 
     def like(self, scalars: Tensor, a: Leaves) -> Leaves:
         """One scalar per task, shaped to broadcast against each leaf."""
+        if not self.axes:
+            return a.map(lambda x: scalars.to(x.dtype))
         return a.map(lambda x: scalars.reshape(scalars.shape + (1,) * (x.ndim - self.axes)).to(x.dtype))
 
     def times(self, factor: Tensor, a: Leaves) -> Leaves:
         """A multiple, each task with its own factor."""
         alike = factor.ndim == 0 and all(x.dtype == factor.dtype for x in a)
         return a * factor if alike else self.like(factor, a) * a
+
+    def plus(self, x: Leaves, factor: Tensor, a: Leaves) -> Leaves:
+        """``x`` and a multiple of ``a``, each task with its own factor."""
+        return x.map(torch.addcmul, self.like(factor, a), a)
 
     def start(self, a: Leaves) -> Leaves:
         """A fixed vector, the same for every task, that no symmetry of a problem is likely to annihilate."""

@@ -67,10 +67,10 @@ class ConjugateGradient(LinearSolver):
             convex = curvature > 0  # which NaN is not
             breakdown, active = breakdown | (active & ~convex), active & convex
             alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0)
-            x, r = x + tasks.times(alpha, p), r - tasks.times(alpha, ap)
+            x, r = tasks.plus(x, alpha, p), tasks.plus(r, -alpha, ap)
             new = tasks.dot(r, r)
             # this differs from the textbook only in that a task that has stopped keeps its numbers
-            p = r + tasks.times(torch.where(active, new / torch.where(active, rr, 1), 0), p)
+            p = tasks.plus(r, torch.where(active, new / torch.where(active, rr, 1), 0), p)
             rr, active = new, active & (new > bound)
         converged = rr <= bound
         if precision or (rr.dtype != torch.float64 and not all_stopped(converged)):

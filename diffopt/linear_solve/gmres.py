@@ -80,7 +80,7 @@ def minimal_residual(
         before, column = tasks.norm(w), []
         for q in basis:
             column.append(tasks.dot(w, q))
-            w = w - tasks.times(column[-1], q)
+            w = tasks.plus(w, -column[-1], q)
         after = tasks.norm(w)
         # a vector that was in the space already leaves round-off behind, which must not become a direction
         after = torch.where(after > 1e3 * torch.finfo(after.dtype).eps * before, after, 0)
@@ -112,5 +112,5 @@ def _least_squares(columns: Sequence[Sequence[Tensor]], size: Tensor) -> tuple[T
 def _combine(tasks: Tasks, weights: Tensor, basis: Sequence[Leaves], like: Leaves) -> Leaves:
     total = like.zeros()
     for weight, q in zip(weights.unbind(-1), basis, strict=False):
-        total = total + tasks.times(weight, q)
+        total = tasks.plus(total, weight, q)
     return total
