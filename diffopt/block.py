@@ -78,7 +78,7 @@ class Block:
         self._roots, self._shared_roots, self._slices, self.now = (), (), {}, Leaves(())
 
     def pullback_among(self, leaves: Sequence[int], adjoint: Leaves) -> Leaves:
-        """Pull the adjoint of some leaves of the state, the others' being zero, back to the same leaves; as often as needed."""
+        """Pull the adjoint of some leaves of the state, the others' being zero, back to these; as often as needed."""
         assert self._graph is not None, "the block is still growing"
         cotangents: list[Tensor | None] = [None] * self._dynamics.state_count
         for i, x in zip(leaves, adjoint, strict=True):
