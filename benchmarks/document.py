@@ -35,6 +35,7 @@ def write(report: Report, docs: Path) -> None:
         "goals": table([column or " " for column in GOAL_COLUMNS], goal_rows(verdicts)),
         "losses": losses([result for result in cells if result.workload != "GPU"]),
         "pictures": "\n\n".join(f"![{path.stem}](performance/{path.name})" for path in drawn),
+        "accounts": accounts(report),
         "cells": sections([result for result in cells if result.workload != "GPU"]),
         "gpu": gpu(report, on_gpu),
     }
@@ -62,6 +63,16 @@ def losses(results: Sequence[Result]) -> str:
         return "In no cell was the fastest of ours slower, or larger, than the fastest peer."
     columns = ("cell", "our fastest", "fastest peer", "time", "memory")
     return f"Our fastest method against the fastest peer, wherever it is slower or larger:\n\n{table(columns, rows)}"
+
+
+def accounts(report: Report) -> str:
+    """Where the time of our first method in each cell goes: the operations with the most time of their own."""
+    rows = [
+        (title, ", ".join(f"`{operation}` {milliseconds:.1f}" for operation, milliseconds, _ in found[:4]))
+        for title, found in report.accounts.items()
+        if not title.startswith("GPU")
+    ]
+    return table(("cell and method", "own time of the largest operations, ms"), rows) if rows else "Not looked into."
 
 
 def gpu(report: Report, results: Sequence[Result]) -> str:
