@@ -52,7 +52,7 @@ _IN_PLACE = (
     "modified by an inplace operation",
     "attempted to call in-place operation",
     "functions with out=",
-    "doesn't work on out=",
+    "out; the fallback path doesn't",  # mul.out, sum.IntList_out; torch says the same of views, such as _neg_view
 )
 
 

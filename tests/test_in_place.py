@@ -122,6 +122,19 @@ def test_a_loss_may_change_what_it_made_itself(rule: Any, change: str) -> None:
     assert bool(plain(solved(loss, diffopt.SGD(0.01), rule), *given())[0].isfinite().all())
 
 
+def test_a_view_that_vmap_does_not_know_is_no_change_in_place() -> None:
+    """Torch says of both that a fallback "doesn't work on out= or view ops"."""
+
+    def loss(w: Tensor) -> Tensor:
+        return torch.fft.fft(w).conj().imag.square().sum()
+
+    def solved(w: Tensor) -> Tensor:
+        return diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=2).params
+
+    with pytest.raises(diffopt.VmapError, match=r"_neg_view; .*write the operation in elementary ones"):
+        vmap(solved)(torch.ones(3, 4))
+
+
 @pytest.mark.parametrize("style", ["plain", "no_grad", "vmap of grad"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("what", ["params", "grads", "buffers"])
