@@ -77,13 +77,16 @@ class Block:
         self._slices_at = list(self._slices)
         self._roots, self._shared_roots, self._slices, self.now = (), (), {}, Leaves(())
 
-    def pullback_among(self, leaves: Sequence[int], adjoint: Leaves) -> Leaves:
-        """Pull the adjoint of some leaves of the state, the others' being zero, back to these; as often as needed."""
+    def pullback_among(self, after: Sequence[int], adjoint: Leaves, before: Sequence[int]) -> Leaves:
+        """Pull the adjoint of some leaves of the state after the block, the others' being zero, back to as many before.
+
+        As often as needed.
+        """
         assert self._graph is not None, "the block is still growing"
         cotangents: list[Tensor | None] = [None] * self._dynamics.state_count
-        for i, x in zip(leaves, adjoint, strict=True):
+        for i, x in zip(after, adjoint, strict=True):
             cotangents[i] = x
-        return Leaves(autodiff.or_zeros(self._graph.pullback(cotangents, leaves, retain=True), adjoint))
+        return Leaves(autodiff.or_zeros(self._graph.pullback(cotangents, before, retain=True), adjoint))
 
     def pullback(
         self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False

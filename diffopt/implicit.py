@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -41,7 +41,8 @@ def implicit_pullback(
     cotangent: Leaves,
     solver: LinearSolver,
     *,
-    whole_state: bool,
+    whole_state: bool = False,
+    root: bool = False,
     start: Leaves | None = None,
     look: Callable[[Matvec], None] = lambda system: None,
     losses_there: Tensor | None = None,
@@ -53,6 +54,8 @@ def implicit_pullback(
     The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
     returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
     ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
+    ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
+    takes the place of ``I - J``.
     """
     if trajectory.record.draws:
         raise RandomnessError(
@@ -76,17 +79,19 @@ def implicit_pullback(
         refuse_other_losses(losses_there, losses)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
+    residuals = [i + dynamics.params_count for i in moving] if root else moving
 
     def system(v: Leaves) -> Leaves:
         record.counts.add_products(1)
-        return v - block.pullback_among(moving, v)
+        product = block.pullback_among(residuals, v, moving)
+        return product if root else v - product
 
     look(system)
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
     solution = initial.copy()
-    for i, x in zip(moving, found.value, strict=True):
-        solution[i] = x
+    for i, x in zip(residuals, found.value, strict=True):
+        solution[i] = -x if root else x
     record.counts.add_products(1)
     terms = block.pullback(Leaves(solution), state=still)
     for i, term in zip(still, terms.state, strict=True):
@@ -125,9 +130,9 @@ class ImplicitGradients(NamedTuple):
 
 # NOTE [a step that goes nowhere]
 # ``implicit`` is a solve of one step that leaves params where they are and puts the gradient into a buffer: so every
-# check of ``solve`` is made, under every transform, and the gradient is at hand. Its rule then looks at the same step
-# with step size 1, for which ``I - J`` is the Hessian and ``B`` minus the mixed derivative.
-_STAY, _DESCEND = SGD(0.0, momentum=1.0), SGD(1.0, momentum=1.0)
+# check of ``solve`` is made, under every transform, and the gradient is at hand. Its rule differentiates that buffer.
+# (For a step of gradient descent ``I - J`` is the Hessian too, but the identity swallows what is below its round-off.)
+_STAY = SGD(0.0, momentum=1.0)
 
 
 @final
@@ -152,21 +157,16 @@ class _AtSolution(Adjoint):
                 _refuse_long_step(system, gradient, solution, Tasks(axes), self.stationarity)
 
         result, found = implicit_pullback(
-            _descending(trajectory),
+            trajectory,
             cotangent,
             self.solver,
-            whole_state=False,
+            root=True,
             look=look,
             losses_there=trajectory.record.losses,  # the only step went nowhere
         )
         if self.solver.throw:
             refuse_unsolved(self.solver, found)
         return Cotangents(None, result.extras)
-
-
-def _descending(trajectory: Trajectory) -> Trajectory:
-    bound = replace(trajectory.dynamics.optimizer, template=_DESCEND)
-    return replace(trajectory, dynamics=replace(trajectory.dynamics, optimizer=bound))
 
 
 def implicit(
@@ -183,8 +183,8 @@ def implicit(
               \frac{\partial^2\ell}{\partial\phi\,\partial\theta}\quad\text{where}\quad
               \frac{\partial\ell}{\partial\phi}(\phi^\star, \theta) = 0
 
-    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, one HVP per
-    iteration of the solver and one more. Memory: the graph of one gradient.
+    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, one more, and
+    one HVP per iteration of the solver and two more. Memory: the graph of one gradient.
 
     Not for: points that are not stationary, or a singular Hessian (add a penalty, or damp the solver).
 
@@ -276,10 +276,10 @@ def implicit_gradients(
     refuse_not_finite(rule.solver, cotangent=cotangent, start=start)
     record = run(rule, problem).record  # for its checks
     state = Leaves(x.detach() for x in problem.state)
-    trajectory = _descending(Trajectory(problem.dynamics, state, extras, state, record, (), wanted, check))
+    trajectory = Trajectory(problem.dynamics, state, extras, state, record, (), wanted, check)
     weights = Leaves([*weights, *state[count:].zeros()])
     with torch.no_grad():
-        result, found = implicit_pullback(trajectory, weights, rule.solver, whole_state=False, start=initial)
+        result, found = implicit_pullback(trajectory, weights, rule.solver, root=True, start=initial)
     if rule.solver.throw:
         refuse_unsolved(rule.solver, found)
     terms = {i: result.extras.get(i, torch.zeros_like(extras[i])) for i in wanted}

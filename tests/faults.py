@@ -188,8 +188,8 @@ FAULTS = [
     Fault(
         "the implicit system lacks the identity",
         "diffopt/implicit.py",
-        "return v - through_step(v, moving).state",
-        "return through_step(v, moving).state",
+        "return product if root else v - product",
+        "return product",
     ),
     Fault(
         "the implicit rule gives the proximal center no hypergradient",

@@ -108,6 +108,22 @@ def test_the_units_of_the_loss_do_not_hide_that_it_was_not_minimised(unit: float
         gradient(0.5)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-8, 1e-16])
+@pytest.mark.parametrize("least", [1.0, 1e-6])
+def test_small_curvature_is_not_lost_beside_the_identity(unit: float, least: float) -> None:
+    """The Hessian is diagonal, so each product has the relative precision of float32, whatever its size."""
+    a, minimum = torch.ones(2, requires_grad=True), torch.ones(2)
+    scales = unit * torch.tensor([1.0, least])
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return (scales * (w - a).square()).sum()
+
+    diffopt.implicit(loss, minimum, a).sum().backward()
+    torch.testing.assert_close(a.grad, torch.ones(2), rtol=1e-5, atol=0)
+    found = diffopt.implicit_gradients(loss, minimum, a, cotangent=torch.ones(2)).args[0]
+    torch.testing.assert_close(found, torch.ones(2), rtol=1e-5, atol=0)
+
+
 def test_a_solution_of_scikit_learn_against_refitting():
     linear_model = pytest.importorskip("sklearn.linear_model")
     inputs, labels = normal(9, 40, 3), (normal(9, 40, 3)[:, 0] + normal(10, 40) > 0).double()
