@@ -64,8 +64,9 @@ def is_in_place(error: Exception) -> bool:
 def changed_in_place() -> InPlaceError:
     """The error for a loss or an update that changes what it was given."""
     return InPlaceError(
-        "the inner loss or the optimizer's update changes a tensor it was given, or one that its gradient needs, in "
-        "place, expected functions without side effects: write x = x + y for x += y, x.add(y) for x.add_(y); no out="
+        "the inner loss or the optimizer's update (or code between solve and backward) changes a tensor it was given, "
+        "or one that its gradient needs, in place, expected functions without side effects: write x = x + y for x += "
+        "y, x.add(y) for x.add_(y); no out="
     )
 
 

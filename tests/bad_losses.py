@@ -56,6 +56,11 @@ def in_place(w: Tensor, *args: Any) -> Tensor:
     return w.mul_(2).sum()
 
 
+def written_since(constant: Tensor) -> None:
+    """Write into what the graph of the steps has saved."""
+    backward(lambda w: square(w) + 0 * constant.add_(1), lambda w: (w * constant).square().sum())
+
+
 CAPTURED_MODULE = (
     r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args; if it is a module's, "
     r"call that by torch.func.functional_call\("
@@ -156,6 +161,12 @@ OTHERS = {
     ),
     "params_in_place_unrolled": Row(
         "in place", lambda: backward(loss=in_place, estimator=Unrolled()), diffopt.InPlaceError, "write x = x"
+    ),
+    "constant_in_place_before_backward": Row(
+        "in place",
+        lambda: written_since(tensor(1, 2)),
+        diffopt.InPlaceError,
+        "update .or code between solve and backward. changes a tensor .* in place, expected .* write x = x",
     ),
     "argument_in_place": Row(
         "in place",
