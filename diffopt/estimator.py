@@ -306,7 +306,7 @@ def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
         term = result.extras.get(number - count)
     else:
         term = None if result.initial is None else result.initial[number]
-    return torch.zeros_like(like) if term is None else term
+    return torch.zeros_like(like) if term is None else term.contiguous()  # a zero of one number becomes an ordinary one
 
 
 def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from oracles import relative_error
 
 import diffopt
-from diffopt.estimators import Binomial, FirstOrder, ForwardMode, Reverse, Unrolled
+from diffopt.estimators import Adjoint, Binomial, FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
 
 
 @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
@@ -102,3 +102,37 @@ def test_the_inputs_are_left_alone():
     assert torch.equal(w, before[0])
     assert torch.equal(x, before[1])
     assert w.grad is None
+
+
+@pytest.mark.parametrize("tasks", [None, 3])
+@pytest.mark.parametrize("rule", [FirstOrder(), Truncated(0), Reverse()], ids=str)
+def test_zeros_take_no_memory_inside_and_are_the_callers_to_change(rule, tasks):
+    """Initial buffers, and the adjoint of what the outer loss does not read: one number each, until handed out."""
+    sizes = []
+
+    class Looking(Adjoint):
+        def keep(self, steps):
+            return rule.keep(steps)
+
+        def pullback(self, trajectory, cotangent):
+            zeros = (*trajectory.initial[2:], *cotangent[1:])
+            sizes.extend(x.untyped_storage().nbytes() // x.element_size() for x in zeros)
+            return rule.pullback(trajectory, cotangent)
+
+    def run(read, other):
+        optimizer, steps = diffopt.SGD(0.1, momentum=0.9), 2 * (rule != Reverse())
+        solution = diffopt.solve(
+            lambda p: p[0].square().sum() + p[1].square().sum(),
+            (read, other),
+            optimizer=optimizer,
+            steps=steps,
+            estimator=Looking(),
+        )
+        return solution.params[0].square().sum()
+
+    leaves = [torch.ones(*([] if tasks is None else [tasks]), 1000).requires_grad_() for _ in range(2)]
+    value = run(*leaves) if tasks is None else torch.func.vmap(run)(*leaves).sum()
+    for found in torch.autograd.grad(value, leaves):
+        found.mul_(2)
+    assert len(sizes) == 5
+    assert max(sizes) <= (tasks or 1)
