@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -51,7 +52,7 @@ def roll_out_recorded(
     dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], watch: Watch
 ) -> tuple[Leaves, Tensor]:
     """Run all steps as plain code that whatever surrounds the caller records; returns as :func:`roll_out`."""
-    now, losses, finite = Leaves(state), [], []
+    now, losses, largest = Leaves(state), [], []
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
         levels = watch.levels if step == 1 else range(0)
@@ -75,10 +76,11 @@ def roll_out_recorded(
         now = dynamics.update(now, flat, current, step)
         losses.append(loss.detach())
         if watch.values:
-            finite.append(torch.stack([transforms.plain(x).isfinite().all() for x in now]).all())
+            # the largest number of each leaf, in one call: it is looked at only if the end is not finite
+            largest.append(torch.stack(torch._foreach_norm([transforms.plain(x) for x in now if x.numel()], math.inf)))
     table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
     if watch.values:
-        _refuse_divergence(dynamics, table, now, state, extras, map(bool, finite))
+        _refuse_divergence(dynamics, table, now, state, extras, (all_finite([x]) for x in largest))
     return now, table
 
 
