@@ -97,14 +97,15 @@ def implicit_pullback(
     for i, term in zip(still, terms.state, strict=True):
         initial[i] = cotangent[i] + term
     direct.add_block(terms)
-    params = slice(dynamics.params_count)
-    distance, way = (tasks.norm(x[params] - trajectory.final[params]) for x in (after, trajectory.initial))
-    trajectory.record.diagnostics.update(
-        residual=found.residual,
-        iterations=found.iterations,
-        stationarity=distance,
-        relative_stationarity=torch.where(distance > 0, dynamics.steps * distance / way, 0),
-    )
+    if not root:  # whose step goes nowhere, and of whose record nobody hears
+        params = slice(dynamics.params_count)
+        distance, way = (tasks.norm(x[params] - trajectory.final[params]) for x in (after, trajectory.initial))
+        trajectory.record.diagnostics.update(
+            residual=found.residual,
+            iterations=found.iterations,
+            stationarity=distance,
+            relative_stationarity=torch.where(distance > 0, dynamics.steps * distance / way, 0),
+        )
     return Cotangents(Leaves(initial), direct.collect()), found
 
 

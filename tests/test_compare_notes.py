@@ -86,6 +86,19 @@ def test_the_residual_of_a_row_is_that_of_the_worst_task_of_any_solve():
     assert krylov_residual([Record(diagnostics=implicit)]) is None
 
 
+def test_a_minimiser_that_the_problem_differentiates_itself_is_no_rows_fixed_point(problem):
+    """Whatever found it: ``implicit`` takes no steps, so it is neither near nor far, and its system is not Krylov's."""
+    a = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def with_minimiser(rule):
+        found = diffopt.implicit(lambda v, a: (v - a).square().sum() + v.square().sum(), a.detach() / 2, a)
+        return problem(rule) + found.square().sum()
+
+    rows = diffopt.compare(with_minimiser, [Reverse(1), Krylov(STEPS)], repeats=1).rows
+    assert [(row.stationarity, row.residual) for row in rows] == [(None, None), (None, 0.0)]
+    assert diffopt.compare(with_minimiser, [Implicit()], repeats=1).rows[0].stationarity.share > 0.1
+
+
 @pytest.mark.parametrize("tasks", [0, 3])
 def test_stationarity_is_judged_by_the_next_step(problem, tasks):
     """Not by the error: a start has none of the fixed point's hypergradient, however near that is."""
