@@ -110,8 +110,8 @@ FAULTS = [
     Fault(
         "random numbers are drawn anew in the backward pass",
         "diffopt/stepper.py",
-        "self.record.replay(step, state",
-        "self.record.replay(None, state",
+        "self.record.replay(step, state[0].device):\n                losses[..., step - 1] = self.ext",
+        "self.record.replay(None, state[0].device):\n                losses[..., step - 1] = self.ext",
     ),
     Fault(
         "a used-up record is used again",
@@ -192,6 +192,18 @@ FAULTS = [
         "return product",
     ),
     Fault(
+        "a minimiser may be far away if the loss's units are small",
+        "diffopt/implicit.py",
+        "if not bool((step <= 10 * allowed",
+        "if False and not bool((step <= 10 * allowed",
+    ),
+    Fault(
+        "the gradient of implicit is differentiated with the wrong sign",
+        "diffopt/implicit.py",
+        "solution[i] = -x if root else x",
+        "solution[i] = x",
+    ),
+    Fault(
         "the implicit rule gives the proximal center no hypergradient",
         "diffopt/implicit.py",
         "initial[i] = cotangent[i] + term",
@@ -200,14 +212,14 @@ FAULTS = [
     Fault(
         "conjugate gradients take the old residual for the direction",
         "diffopt/linear_solve/conjugate_gradient.py",
-        "p = r + tasks.times(",
-        "p = r + tasks.times(alpha, ap) + tasks.times(",
+        "p = tasks.plus(r, ",
+        "p = tasks.plus(r + tasks.times(alpha, ap), ",
     ),
     Fault(
         "negative curvature goes unnoticed",
         "diffopt/linear_solve/conjugate_gradient.py",
-        "breakdown = breakdown | (active & ~(curvature > 0))",
-        "breakdown = breakdown",
+        "breakdown, active = breakdown | (active & ~convex), ",
+        "breakdown, active = breakdown, ",
     ),
     Fault(
         "the Neumann series adds what it should subtract",
@@ -288,8 +300,8 @@ FAULTS = [
     Fault(
         "GMRES does not orthogonalise",
         "diffopt/linear_solve/gmres.py",
-        "w = w - tasks.times(column[-1], q)",
-        "w = w + 0 * tasks.times(column[-1], q)",
+        "w = tasks.plus(w, -column[-1], q)",
+        "w = tasks.plus(w, 0 * column[-1], q)",
     ),
     Fault(
         "GMRES believes its recurrence instead of the residual",
@@ -373,7 +385,7 @@ FAULTS = [
     Fault(
         "compiled pullbacks forget the rollout's autocast",
         "diffopt/trajectory.py",
-        "with self.record.replay(None, self.final[0].device):",
+        "with self.record.replay(None, device):",
         "if True:",
         "compiled",
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import FAULTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -162,6 +163,12 @@ def test_every_folder_of_modules_is_named_in_pyproject(checkout, files, pyprojec
 def test_a_rule_is_short(files, rule):
     """Docstrings and checks of options included; Neumann's is ``Implicit(Neumann())``."""
     assert len(files[f"diffopt.estimators.{rule}"].read_text(encoding="utf-8").splitlines()) < 70
+
+
+def test_every_deliberate_fault_has_one_line_to_stand_in(checkout):
+    """``tests/mutations.py``, which is run by hand, stops at the first that has not."""
+    texts = {fault.file: (checkout / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
+    assert [fault.what for fault in FAULTS if texts[fault.file].count(fault.old) != 1] == []
 
 
 @pytest.mark.parametrize(("link", "target"), LINKS.items())
