@@ -61,10 +61,11 @@ def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:
     """Refuse an ``eps`` that is 0 in the dtype of a parameter, where a gradient of 0 would be divided by 0."""
     eps = optimizer.eps
     for dtype in dict.fromkeys(x.dtype for x in params):
-        if isinstance(eps, int | float) and eps > 0 and not bool(torch.tensor(eps, dtype=dtype)):
+        least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # half of which rounds to 0
+        if isinstance(eps, int | float) and 0 < eps <= least / 2:
             raise HyperparameterError(
                 f"{type(optimizer).__name__}: eps is {eps!r}, which is 0 in {dtype}, expected a number above "
-                f"{torch.finfo(dtype).tiny * torch.finfo(dtype).eps:.0e}: a coordinate without gradient would become "
+                f"{least:.0e}: a coordinate without gradient would become "
                 "NaN. Give a larger eps, or params in another dtype"
             )
 

@@ -41,8 +41,20 @@ class Block:
     step still takes its inner gradient from the state before it and looks no further back.
     """
 
-    def __init__(self, dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], wanted: Sequence[int]):
-        """Start a block at ``state``, to be differentiated in it and in the extras ``wanted``."""
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        state: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        wanted: Sequence[int],
+        *,
+        apart: bool = False,
+    ):
+        """Start a block at ``state``, to be differentiated in it and in the extras ``wanted``.
+
+        ``apart``: of one step, in which the loss reads the params :attr:`read`, the update those of the state: see
+        :meth:`pullback_apart`.
+        """
         self._dynamics, self._extras = dynamics, extras
         self._stepped = [i for i in wanted if dynamics.stepped[i]]
         self._shared = [i for i in wanted if not dynamics.stepped[i]]
@@ -53,6 +65,7 @@ class Block:
         self._slices_at: list[tuple[int, int]] = []
         self._graph: autodiff.Graph | None = None
         self.now = Leaves(roots[:count])
+        self.read = autodiff.make_roots(state[: dynamics.params_count]) if apart else None
 
     def inputs(self, step: int) -> list[Tensor]:
         """The extras as step ``step`` sees them, joined to the graph where they are wanted."""
@@ -73,20 +86,27 @@ class Block:
 
     def close(self) -> None:
         """Let go of all tensors."""
-        self._graph = autodiff.Graph([*self._roots, *self._slices.values()], self.now)
+        self._graph = autodiff.Graph([*self._roots, *self._slices.values(), *(self.read or ())], self.now)
         self._slices_at = list(self._slices)
-        self._roots, self._shared_roots, self._slices, self.now = (), (), {}, Leaves(())
+        self._roots, self._shared_roots, self._slices, self.now, self.read = (), (), {}, Leaves(()), None
 
-    def pullback_among(self, after: Sequence[int], adjoint: Leaves, before: Sequence[int]) -> Leaves:
-        """Pull the adjoint of some leaves of the state after the block, the others' being zero, back to as many before.
+    def pullback_apart(self, after: Sequence[int], adjoint: Leaves, before: Sequence[int]) -> tuple[Leaves, Leaves]:
+        """Pull the adjoint of some leaves of the state after, the others' being zero, back to as many before the step.
 
-        As often as needed.
+        As often as needed. Returns what comes past the inner gradient, and what comes through it: their sum would
+        swallow a small curvature in the round-off of what the update hands on.
         """
         assert self._graph is not None, "the block is still growing"
-        cotangents: list[Tensor | None] = [None] * self._dynamics.state_count
+        count, params = self._dynamics.state_count, self._dynamics.params_count
+        cotangents: list[Tensor | None] = [None] * count
         for i, x in zip(after, adjoint, strict=True):
             cotangents[i] = x
-        return Leaves(autodiff.or_zeros(self._graph.pullback(cotangents, before, retain=True), adjoint))
+        read = [i for i in before if i < params]
+        first = count + len(self._shared) + len(self._slices_at)
+        terms = self._graph.pullback(cotangents, [*before, *(first + i for i in read)], retain=True)
+        through = dict(zip(read, terms[len(before) :], strict=True))
+        past = Leaves(autodiff.or_zeros(terms[: len(before)], adjoint))
+        return past, Leaves(autodiff.or_zeros([through.get(i) for i in before], adjoint))
 
     def pullback(
         self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False

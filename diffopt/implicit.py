@@ -71,7 +71,7 @@ def implicit_pullback(
     record = Record(wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast)
     stepper = Stepper(dynamics, trajectory.extras, record, Watch())
     losses = trajectory.losses_to_replay()
-    block, after = stepper.block(trajectory.final, last, last, losses)
+    block, after = stepper.block(trajectory.final, last, last, losses, apart=True)
     if trajectory.check:
         if losses_there is None:
             losses_there = losses.clone()
@@ -83,8 +83,8 @@ def implicit_pullback(
 
     def system(v: Leaves) -> Leaves:
         record.counts.add_products(1)
-        product = block.pullback_among(residuals, v, moving)
-        return product if root else v - product
+        past, through = block.pullback_apart(residuals, v, moving)
+        return through if root else (v - past) - through
 
     look(system)
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)

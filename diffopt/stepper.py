@@ -48,12 +48,14 @@ class Stepper:
             self.record.draws[step] = before
         return after, losses
 
-    def block(self, state: Leaves, first: int, last: int, losses: Tensor) -> tuple[Block, Leaves]:
+    def block(
+        self, state: Leaves, first: int, last: int, losses: Tensor, *, apart: bool = False
+    ) -> tuple[Block, Leaves]:
         """Steps ``first, ..., last`` from ``state`` with their graph, as the rollout took them, and the state after.
 
-        Their losses are written to their places in ``losses`` ``[..., T]``.
+        Their losses are written to their places in ``losses`` ``[..., T]``. ``apart``: see :class:`Block`.
         """
-        block = self.new_block(state)
+        block = self.new_block(state, apart=apart)
         for step in range(first, last + 1):
             with self.record.replay(step, state[0].device):
                 losses[..., step - 1] = self.extend(block, step)
@@ -79,10 +81,10 @@ class Stepper:
             params = [leaf.detach().requires_grad_() for leaf in state[: self.dynamics.params_count]]
             return self.dynamics.losses(params, self.dynamics.at_step(self.extras, step)).detach()
 
-    def new_block(self, state: Leaves) -> Block:
+    def new_block(self, state: Leaves, *, apart: bool = False) -> Block:
         """A block that starts at ``state``."""
         with torch.enable_grad():
-            return Block(self.dynamics, state, self.extras, self.record.wanted)
+            return Block(self.dynamics, state, self.extras, self.record.wanted, apart=apart)
 
     def extend(self, block: Block, step: int) -> Tensor:
         """Take one more step in a block; returns its losses."""
@@ -91,7 +93,7 @@ class Stepper:
             current = block.inputs(step)
             # Views: a leaf that the last update computed from another one must not carry that one's gradient too.
             params = block.now[: dynamics.params_count]
-            before = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]
+            before = block.read or [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]
             versions = [leaf._version for leaf in block.now]
             losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
             after = apart_from(

@@ -188,8 +188,14 @@ FAULTS = [
     Fault(
         "the implicit system lacks the identity",
         "diffopt/implicit.py",
-        "return product if root else v - product",
-        "return product",
+        "return through if root else (v - past) - through",
+        "return through",
+    ),
+    Fault(
+        "the implicit system forgets what its update hands on",
+        "diffopt/implicit.py",
+        "return through if root else (v - past) - through",
+        "return through if root else v - through",
     ),
     Fault(
         "a minimiser may be far away if the loss's units are small",

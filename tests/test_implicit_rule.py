@@ -175,3 +175,21 @@ def test_costs_and_diagnostics(tasks):
         last = found[0].params.detach()
         assert float(far) == pytest.approx(0.6 * float(jacobian(lambda w: logistic(w, THETA), last).norm()), rel=1e-12)
     assert float(near) < 1e-13
+
+
+@pytest.mark.parametrize("optimizer", [diffopt.SGD(1e-3), diffopt.SGD(1e-3, momentum=0.9)], ids=["sgd", "momentum"])
+def test_small_curvature_is_not_lost_beside_the_identity(optimizer):
+    """In float32, where ``1 - lr * 1e-4`` keeps one digit of the curvature; the minimiser is ``a``: the slope is 1."""
+    a = torch.tensor([2.0, -1.0], requires_grad=True)
+    scales = torch.tensor([1.0, 1e-4])
+    end = diffopt.solve(
+        lambda w, a: 0.5 * (scales * (w - a).square()).sum(),
+        a.detach(),
+        a,
+        optimizer=optimizer,
+        steps=2,
+        estimator=Implicit(),
+    ).params
+    end.sum().backward()
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, torch.ones(2), rtol=1e-4, atol=0)
