@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks import pictures
-from benchmarks.goals import PEERS, judge, ratio
+from benchmarks.goals import PEERS, Verdict, judge, ratio
 from benchmarks.measure import Result, Role
 from benchmarks.report import CELL_COLUMNS, GOAL_COLUMNS, Report, cell_rows, goal_rows
 
@@ -21,8 +21,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(report: Report, docs: Path) -> None:
-    """Write the page and the pictures."""
+def write(report: Report, docs: Path, again: Report | None = None) -> None:
+    """Write the page and the pictures; ``again`` is the same run once more, which shows the noise."""
     cells = [result for result in report.results if result.x is None]
     on_gpu = [result for result in cells if result.workload == "GPU"]
     verdicts = judge(report.results)
@@ -32,7 +32,7 @@ def write(report: Report, docs: Path) -> None:
     parts = {
         "about": table(("", ""), list(report.about.items())),
         "summary": f"{met} of {len(verdicts)} goals were met; {missing} were not measured.",
-        "goals": table([column or " " for column in GOAL_COLUMNS], goal_rows(verdicts)),
+        "goals": goals(verdicts, [] if again is None else judge(again.results)),
         "losses": losses([result for result in cells if result.workload != "GPU"]),
         "pictures": "\n\n".join(f"![{path.stem}](performance/{path.name})" for path in drawn),
         "accounts": accounts(report),
@@ -41,6 +41,18 @@ def write(report: Report, docs: Path) -> None:
     }
     page = Template((Path(__file__).parent / "page.md").read_text(encoding="utf-8")).substitute(parts)
     (docs / "performance.md").write_text(page, encoding="utf-8")
+
+
+def goals(verdicts: Sequence[Verdict], again: Sequence[Verdict]) -> str:
+    """The table of goals, with what another run measured."""
+    columns, rows = [column or " " for column in GOAL_COLUMNS], goal_rows(verdicts)
+    if again:
+        others = {(v.goal.cell, v.goal.method, v.goal.quantity, v.goal.limit): v.measured for v in again}
+        columns.append("once more")
+        for i, v in enumerate(verdicts):
+            other = others.get((v.goal.cell, v.goal.method, v.goal.quantity, v.goal.limit))
+            rows[i] = (*rows[i], "" if other is None else f"{other:.3g}")
+    return table(columns, rows)
 
 
 def sections(results: Sequence[Result]) -> str:
@@ -96,9 +108,10 @@ def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.document", description=__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/benchmarks/results.json"))
+    parser.add_argument("--again", type=Path, help="results of the same run once more, to show the noise")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md")
     given = parser.parse_args()
-    write(Report.load(given.results), given.docs)
+    write(Report.load(given.results), given.docs, Report.load(given.again) if given.again else None)
     print(given.docs / "performance.md")
 
 

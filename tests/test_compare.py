@@ -70,7 +70,8 @@ def test_several_solves_and_leaves_made_inside_them():
 
 
 def test_the_curvature_number_is_steps_times_lr_times_the_largest_eigenvalue(problem):
-    (node,) = solves_behind(problem(Reverse()))
+    loss = problem(Reverse())  # kept: an old torch frees what its graph saved along with it
+    (node,) = solves_behind(loss)
     saved = node.saved_tensors
     got = curvature_number(node.call.dynamics, saved[: len(saved) - node.call.state_count], iterations=200)
     largest = float(torch.linalg.eigvalsh(problem.quadratic.hessian).max())
