@@ -14,9 +14,12 @@ from torch import Tensor
 from diffopt.faults import missing_derivative, name_of_broken
 
 
-def nodes(starts: Iterable[Any]) -> Iterator[Any]:
-    """Every node that can be reached from ``starts``, once; ``None`` among them is passed over."""
-    pending, seen = list(starts), set()
+def nodes(starts: Iterable[Any], seen: set[Any] | None = None) -> Iterator[Any]:
+    """Every node that can be reached from ``starts``, once; ``None`` among them is passed over.
+
+    Those in ``seen``, and what only they lead to, are passed over too; the others are added to it.
+    """
+    pending, seen = list(starts), set() if seen is None else seen
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -108,10 +108,11 @@ class Stepper:
 
     def _check_nodes(self, losses: Tensor, after: Leaves, roots: Leaves | None) -> None:
         """Look once at the graph of a first step, and, if it grew from ``roots``, for what was captured in it."""
-        nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
+        seen: set[Any] = set()
+        nodes = list(graph.nodes((leaf.grad_fn for leaf in after), seen))
         graph.refuse_broken_graph(nodes)
         if roots is not None:  # of what does not meet the params in the losses, nothing is left in their gradient
-            nodes += graph.nodes([losses.grad_fn])
+            nodes += graph.nodes([losses.grad_fn], seen)
             self._refuse_captures(graph.captured_nodes(nodes, roots))
         self._check_graph = False
 
