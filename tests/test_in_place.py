@@ -110,12 +110,9 @@ def test_a_loss_that_changes_what_it_is_given_is_refused(rule: Any, what: str, c
         STYLES[style](solved(loss, diffopt.SGD(0.01), rule), *given())
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "out="])  # torch refuses it under any gradient
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_loss_may_change_what_it_made_itself(rule: Any, change: str) -> None:
-    if change == "out=":
-        pytest.skip("torch refuses it wherever a gradient is recorded")
-
     def loss(w: Any, x: Tensor, b: Tensor) -> Tensor:
         return square({"a": changed(CHANGES[change], 1.5 * w["a"]), "b": w["b"]}, changed(CHANGES[change], 1 * x), b)
 

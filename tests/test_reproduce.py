@@ -1,15 +1,14 @@
-"""``diffopt reproduce``: the frame on a toy experiment, and every experiment in its quick form."""
+"""``diffopt reproduce``: the frame, on a toy experiment."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
 import signal
 import subprocess
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,8 @@ from toy_experiment import TOY
 from diffopt.cli import main
 from diffopt.commands.experiments import catalogue, runner
 from diffopt.commands.experiments import work as work_module
-from diffopt.commands.experiments.contract import ExperimentError, Unit, verdict
-from diffopt.commands.experiments.run_folder import json_row
+from diffopt.commands.experiments.contract import Unit
 from diffopt.commands.experiments.work import Work
-from diffopt.commands.options import listed, one_of, whole, yes_or_no
 
 
 @pytest.fixture
@@ -275,41 +272,10 @@ def test_the_state_of_another_unit_or_a_damaged_one(tmp_path):
         work.saved()
 
 
-@pytest.mark.parametrize("row", [{"x": float("nan")}, {"x": float("inf")}, {"x": object()}, [1], None])
-def test_rows_must_be_json(row):
-    with pytest.raises(ExperimentError, match="JSON"):
-        json_row("unit", row)
-
-
-def test_rows_are_what_json_makes_of_them():
-    assert json_row("unit", {"x": (1, 2.5)}) == {"x": [1, 2.5]}
-
-
 def test_units_of_one_name_are_refused(toy, tmp_path, monkeypatch, fails):
     twice = replace(TOY, units=lambda settings: 2 * [Unit("same", lambda work: {})])
     monkeypatch.setattr(catalogue, "experiment", lambda name: twice)
     assert "or two of one name" in fails("toy", "--out", str(tmp_path))
-
-
-def test_verdicts():
-    assert verdict([True, True], "e") == ("yes", "e")
-    assert verdict([True, False], "e") == ("partly", "e")
-    assert verdict([False], "e") == ("no", "e")
-    assert verdict([], "e")[0] == "not measured"
-
-
-def test_settings_of_words():
-    assert one_of("a", "b")("b") == "b"
-    assert (yes_or_no("yes"), yes_or_no("no")) == (True, False)
-    assert listed(whole(1))("3, 4") == (3, 4)
-    for parse, text in (
-        (one_of("a", "b"), "c"),
-        (yes_or_no, "true"),
-        (listed(whole(1)), "3,,4"),
-        (listed(whole(1)), ""),
-    ):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected"):
-            parse(text)
 
 
 def test_a_device_is_refused_where_only_the_processor_is_used(toy, tmp_path, fails):
@@ -330,39 +296,3 @@ def test_the_list(monkeypatch, capsys):
     told = capsys.readouterr().out
     for name in catalogue.NAMES:
         assert re.search(rf"^ *{name} ", told, flags=re.MULTILINE), name
-
-
-@pytest.mark.parametrize("name", catalogue.NAMES)
-class TestEveryExperiment:
-    def test_quickly(self, name, tmp_path, capsys):
-        """It runs at its quick settings, from nothing to pictures, and answers every claim."""
-        assert main(["reproduce", name, "--quick", "--out", str(tmp_path)]) == 0
-        results = json.loads((tmp_path / "results.json").read_text())
-        assert results["left_out"] == []
-        assert results["pictures"]
-        for picture in results["pictures"]:
-            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-        for table in results["tables"]:
-            assert table["rows"]
-            assert all(len(row) == len(table["columns"]) for row in table["rows"])
-        assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not measured"}
-        assert all(claim["evidence"] for claim in results["claims"])
-        assert str(Path.home()) not in json.dumps(results)
-
-    def test_what_it_says_when_nothing_is_finished(self, name, tmp_path):
-        experiment = catalogue.experiment(name)
-        summary = experiment.summarise(experiment.standard, {})
-        assert {claim.answer for claim in summary.claims} <= {"not measured"}
-        assert list(experiment.draw(experiment.standard, {}, tmp_path)) == []
-
-    def test_its_declaration(self, name, monkeypatch, capsys):
-        monkeypatch.setenv("COLUMNS", "200")
-        assert main(["reproduce", name, "--list"]) == 0
-        told, experiment = capsys.readouterr().out, catalogue.experiment(name)
-        assert experiment.name == name
-        for item in fields(experiment.standard):
-            assert item.name in told
-        for scale in (experiment.quick, experiment.standard, experiment.full):
-            units = experiment.units(scale)
-            assert len({unit.name for unit in units}) == len(units) > 0
-            assert all(unit.cost > 0 for unit in units)
