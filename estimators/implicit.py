@@ -9,7 +9,7 @@ from diffopt.arguments import check_flag
 from diffopt.claims import Claims
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.estimator import Adjoint
-from diffopt.implicit import implicit_pullback
+from diffopt.fixed_point import implicit_pullback
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
 from diffopt.record import Keep

@@ -187,15 +187,17 @@ FAULTS = [
     ),
     Fault(
         "the implicit system lacks the identity",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "return through if root else (v - past) - through",
         "return through",
+        "implicit",
     ),
     Fault(
         "the implicit system forgets what its update hands on",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "return through if root else (v - past) - through",
         "return through if root else v - through",
+        "implicit",
     ),
     Fault(
         "a minimiser may be far away if the loss's units are small",
@@ -205,15 +207,17 @@ FAULTS = [
     ),
     Fault(
         "the gradient of implicit is differentiated with the wrong sign",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "solution[i] = -x if root else x",
         "solution[i] = x",
+        "implicit",
     ),
     Fault(
         "the implicit rule gives the proximal center no hypergradient",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "initial[i] = cotangent[i] + term",
         "initial[i] = cotangent[i]",
+        "implicit",
     ),
     Fault(
         "conjugate gradients take the old residual for the direction",
@@ -418,13 +422,14 @@ FAULTS = [
     ),
     Fault(
         "the fixed point is never that of the whole state",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "if not whole_state or _same(after[i], trajectory.final[i])]",
         "]",
+        "implicit",
     ),
     Fault(
         "stationarity is measured against the whole way, not the average step",
-        "diffopt/implicit.py",
+        "diffopt/fixed_point.py",
         "dynamics.steps * distance / way",
         "distance / way",
         "compare",
