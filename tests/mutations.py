@@ -21,6 +21,7 @@ NAMES = [
     "multi_step",
     "krylov",
     "optimizers",
+    "own_optimizers",
     "implicit",
     "implicit_rule",
     "implicit_gradients",

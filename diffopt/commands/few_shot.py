@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, final
 
 import torch
@@ -14,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
 from diffopt.commands import image_sets
+from diffopt.commands.image_sets import Images
 from diffopt.estimators import Estimator
-from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, RaggedImages, Sinusoid, functional, sample_episodes
+from diffopt.tasks import MLP, Episodes, Omniglot, RaggedImages, Sinusoid, functional, sample_episodes
 
 Params: TypeAlias = dict[str, Tensor]
 EVALUATION_SEED = 20_000
@@ -81,69 +81,41 @@ class Evaluation(NamedTuple):
     episodes: int
 
 
-def omniglot(
-    *,
-    folder: str | Path | None,
-    split: Literal["official", "vinyals"],
-    rotations: bool,
-    way: int,
-    shot: int,
-    queries: int,
-    filters: int,
-    generator: torch.Generator,
-    device: str,
-) -> FewShot:
-    """Omniglot with Conv4: trained on the background alphabets, evaluated on the evaluation alphabets, unrotated."""
-    train_split, test_split = {
-        "official": ("background", "evaluation"),
-        "vinyals": ("vinyals-train", "vinyals-test"),
+@final
+class Pictures(NamedTuple):
+    """Images to train and to evaluate on, in classes; ``unseen`` says in words what the second are."""
+
+    title: str
+    unseen: str
+    channels: int
+    size: int
+    train: Images
+    test: Images
+
+
+def omniglot(folder: str | None, split: Literal["official", "vinyals"], rotations: bool, device: str) -> Pictures:
+    """Omniglot: the background alphabets and the evaluation alphabets (or Vinyals' characters), these unrotated."""
+    train_split, test_split, unseen = {
+        "official": ("background", "evaluation", "unseen evaluation alphabets"),
+        "vinyals": ("vinyals-train", "vinyals-test", "characters of the Vinyals test split"),
     }[split]
     train = Omniglot.load(folder, split=train_split, rotations=rotations).images.to(device)  # type: ignore[arg-type]
     test = Omniglot.load(folder, split=test_split).images.to(device)  # type: ignore[arg-type]
-    return classification(
-        f"Omniglot {way}-way {shot}-shot, "
-        + ("unseen evaluation alphabets" if split == "official" else "characters of the Vinyals test split"),
-        Conv4(1, way, filters, generator=generator),
-        train,
-        test,
-        way=way,
-        shot=shot,
-        queries=queries,
-        device=device,
-    )
+    return Pictures("Omniglot", unseen, 1, 28, train, test)
 
 
-def image_set(
-    name: str,
-    *,
-    folder: str | None,
-    way: int,
-    shot: int,
-    queries: int,
-    filters: int,
-    generator: torch.Generator,
-    device: str,
-) -> FewShot:
-    """A set of :mod:`diffopt.commands.image_sets` with Conv4: trained and evaluated on its own two splits."""
+def image_set(name: str, folder: str | None, device: str) -> Pictures:
+    """A set of :mod:`diffopt.commands.image_sets`, its own two splits."""
     kind = image_sets.SETS[name]
     train, test = (image_sets.load(name, split, folder, device) for split in ("train", "test"))
-    return classification(
-        f"{kind.title} {way}-way {shot}-shot, unseen classes",
-        Conv4(kind.channels, way, filters, kind.size, generator=generator),
-        train,
-        test,
-        way=way,
-        shot=shot,
-        queries=queries,
-        device=device,
-    )
+    return Pictures(kind.title, "unseen classes", kind.channels, kind.size, train, test)
 
 
 def classification(
     title: str,
     network: torch.nn.Module,
-    train: Tensor | RaggedImages,
-    test: Tensor | RaggedImages,
+    train: Images,
+    test: Images,
     *,
     way: int,
     shot: int,

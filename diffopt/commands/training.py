@@ -16,11 +16,21 @@ from diffopt.commands.checkpoint import Checkpoint, MetricsLog
 from diffopt.commands.checkpoint_content import CheckpointError, cannot_be_put_back, check_params
 from diffopt.commands.curve import draw_curve
 from diffopt.commands.estimators import estimator
-from diffopt.commands.few_shot import Adaptation, FewShot, evaluate, image_set, meta_gradient, omniglot, sinusoid
+from diffopt.commands.few_shot import (
+    Adaptation,
+    FewShot,
+    classification,
+    evaluate,
+    image_set,
+    meta_gradient,
+    omniglot,
+    sinusoid,
+)
 from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.options import to_store
 from diffopt.commands.progress import Reporter, reporter
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.tasks import Conv4
 
 Options: TypeAlias = OmniglotOptions | ImagesOptions | SinusoidOptions
 SECONDS_TO_FINISH = 3.0
@@ -251,25 +261,17 @@ def _problem(options: Options, generator: torch.Generator) -> FewShot:
     if isinstance(options, SinusoidOptions):
         return sinusoid(shot=options.shot, queries=options.queries, generator=generator, device=options.device)
     if isinstance(options, ImagesOptions):
-        return image_set(
-            options.dataset,
-            folder=options.data_dir,
-            way=options.way,
-            shot=options.shot,
-            queries=options.queries,
-            filters=options.filters,
-            generator=generator,
-            device=options.device,
-        )
-    return omniglot(
-        folder=options.data_dir,
-        split=options.split,
-        rotations=options.rotations,
+        pictures = image_set(options.dataset, options.data_dir, options.device)
+    else:
+        pictures = omniglot(options.data_dir, options.split, options.rotations, options.device)
+    return classification(
+        f"{pictures.title} {options.way}-way {options.shot}-shot, {pictures.unseen}",
+        Conv4(pictures.channels, options.way, options.filters, pictures.size, generator=generator),
+        pictures.train,
+        pictures.test,
         way=options.way,
         shot=options.shot,
         queries=options.queries,
-        filters=options.filters,
-        generator=generator,
         device=options.device,
     )
 
