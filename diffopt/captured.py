@@ -30,17 +30,52 @@ def named_tensors(function: object) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[name or "tensor"] = value
         else:
-            pending += ((inner, held, depth + 1) for inner, held in _held(name, value))
+            deeper = depth + (not isinstance(value, torch.nn.Module))  # modules within modules are one object
+            pending += ((inner, held, deeper) for inner, held in _held(name, value))
     return found
+
+
+def tensors_of(functions: Iterable[object]) -> list[Tensor]:
+    """The same tensors of several functions without their names, which are most of the work."""
+    return _found(functions)[0]
+
+
+def modules_of(functions: Iterable[object]) -> list[torch.nn.Module]:
+    """The modules that can be reached from functions in the same way, those inside others included."""
+    return _found(functions)[1]
+
+
+def _found(functions: Iterable[object]) -> tuple[list[Tensor], list[torch.nn.Module]]:
+    tensors: list[Tensor] = []
+    modules: list[torch.nn.Module] = []
+    seen: set[int] = set()
+    pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
+    while pending:
+        value, depth = pending.pop()
+        if type(value) in _HOLD_NOTHING or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, torch.nn.Module):
+            modules.append(value)
+            pending += ((held, depth) for _, held in _held_by_module("", value))
+        elif depth < _DEPTH:
+            pending += ((held, depth + 1) for _, held in _held("", value))
+    return tensors, modules
+
+
+_HOLD_NOTHING = {type(None), bool, int, float, str, type, types.ModuleType, types.BuiltinFunctionType}
 
 
 def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, by name."""
     dot = f"{name}." if name else ""
     if isinstance(value, torch.nn.Module):
-        yield from ((dot + path, x) for path, x in (*value.named_parameters(), *value.named_buffers()))
+        yield from _held_by_module(dot, value)
     elif isinstance(value, types.FunctionType):
-        yield from _held_by_function(value)
+        if not (value.__module__ or "").startswith("torch."):
+            yield from _held_by_function(value)
     elif isinstance(value, types.MethodType):
         yield from ((name or "self", value.__self__), (name, value.__func__))
     elif isinstance(value, functools.partial):
@@ -55,6 +90,13 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((dot + key, held) for key, held in getattr(value, "__dict__", {}).items())
 
 
+def _held_by_module(dot: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for own in (module._parameters, module._buffers, module._modules):
+        yield from ((dot + key, held) for key, held in own.items() if held is not None)
+    if not type(module).__module__.startswith("torch."):  # torch's own keep all of their tensors in these
+        yield from ((dot + key, held) for key, held in module.__dict__.items() if isinstance(held, Tensor))
+
+
 def enumerate_named(name: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """The entries of a sequence, each under its place."""
     return ((f"{name}[{i}]", held) for i, held in enumerate(values))
@@ -67,16 +109,16 @@ def _held_by_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]
     for name in _global_names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]
-    yield from enumerate_named("default", function.__defaults__ or ())
+    if function.__defaults__:
+        yield from enumerate_named("default", function.__defaults__)
     yield from (function.__kwdefaults__ or {}).items()
 
 
-def _global_names(code: types.CodeType) -> Iterator[str]:
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals and attributes that some code mentions, that of functions inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return (*code.co_names, *(name for names in inner for name in names))
 
 
 def mend_for(nodes: Iterable[Any]) -> str:

@@ -10,7 +10,9 @@ the outermost vmap's first. Only the loss runs under vmap; all else is plain ari
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, TypeAlias, final
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from diffopt import faults, transforms, tree
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
+from diffopt.saved_hooks import HookUse, RecomputingAsBefore
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 """All tensors of a problem: the state's leaves (params, then buffers), then the extras."""
@@ -62,6 +65,7 @@ class Dynamics:
         levels: the vmaps around the problem, innermost first.
         window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
         compile: whether a step and its pullback are compiled where steps are taken one by one.
+        hooks: whether the loss has been seen to set saved-tensor hooks.
     """
 
     loss: Callable[..., Tensor]
@@ -78,6 +82,7 @@ class Dynamics:
     levels: tuple[Level, ...] = ()
     window: int = 1
     compile: bool = False
+    hooks: HookUse = field(default_factory=HookUse, compare=False)
 
     @property
     def steps(self) -> int:
@@ -129,12 +134,20 @@ class Dynamics:
         return sum(level.dims[self.state_count + number] is not None for level in self.levels)
 
     def losses(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
-        """The inner losses of all tasks, one axis per level; ``current`` is :meth:`at_step` of the extras."""
+        """The inner losses of all tasks, one axis per level; ``current`` is :meth:`at_step` of the extras.
+
+        # NOTE [a loss is given its own alias of what it reads]
+        One that differentiates in an argument by itself (a gradient penalty) may call ``requires_grad_()`` on it, and
+        means the partial derivative: not what reaches its params through the same tensor at earlier steps.
+        """
         read = self.hyperparameters_start
+        seen = [x.view_as(x) if x.requires_grad else x.detach() for x in current[:read]]
         dims = [(*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels]
         vmapped = self._vmap(self._loss_of_leaves, dims)
+        hooks = RecomputingAsBefore(self.functions()) if self.hooks.used else nullcontext()
         try:
-            losses: Tensor = vmapped(*params, *current[:read])
+            with hooks:
+                losses: Tensor = vmapped(*params, *seen)
         except (RuntimeError, TypeError) as error:
             named = self._named(error, params, current)
             if named is None:
@@ -167,6 +180,10 @@ class Dynamics:
         hypers = len(self.stepped) - self.hyperparameters_start
         own = f"a hyperparameter of {type(self.optimizer.template).__name__}"
         return tuple(f"params{path}" for path in tree.paths(self.params_structure)), (*paths, *[own] * hypers)
+
+    def functions(self) -> tuple[object, ...]:
+        """What may hold tensors besides those that are given: the loss, the update, arguments that are no tensors."""
+        return self.loss, self.optimizer.template, SimpleNamespace(**self.constants())
 
     def constants(self) -> dict[str, Any]:
         """What the loss is given that is no tensor, by the name that a caller would use."""

@@ -88,6 +88,14 @@ class RandomnessError(DiffoptError, RuntimeError):
     """A loss draws random numbers that the backward pass cannot draw again."""
 
 
+class HiddenStateError(DiffoptError, RuntimeError):
+    """The inner loss keeps a state that its evaluations change, and a step of it is to be computed again."""
+
+
+class RecomputationError(DiffoptError, RuntimeError):
+    """A part of the inner loss that is computed again in the backward pass reads other tensors than the first time."""
+
+
 class LinearSolveError(DiffoptError, ArithmeticError):
     """A linear system was not solved to the tolerance asked for, or is of a kind its solver cannot solve."""
 
@@ -122,6 +130,14 @@ class SecondDerivativeError(DiffoptError, RuntimeError):
 
 class CompileWarning(UserWarning):
     """``compile=True`` has had no effect, or not the one that was hoped for."""
+
+
+class EstimateWarning(UserWarning):
+    """An estimator has measured that its estimate is bad: far outside the range in which it converges."""
+
+
+class PrecisionWarning(UserWarning):
+    """A hypergradient is computed in a precision in which it is known to be inaccurate."""
 
 
 class ConformanceError(DiffoptError, AssertionError):

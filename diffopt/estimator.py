@@ -109,7 +109,7 @@ class Adjoint(Estimator):
         if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)
         levels = range(1, transforms.transform_level() + 1) if problem.check else range(0)
-        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), levels)
+        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), levels, hooks=True)
         call = _Call(problem.dynamics, self, keep, Record(), watch)
         *state, losses = _launch(call, (*problem.state, *problem.extras))
         return Outcome(tuple(state), losses, call.record)
@@ -127,7 +127,7 @@ def unroll(problem: Problem) -> Outcome:
         lower = partial(_unroll_below, problem, transforms.transform_level())
         *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
-    watch = Watch(values=problem.check, levels=problem.popped)
+    watch = Watch(values=problem.check, levels=problem.popped, hooks=True)
     final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
     return Outcome(final.tensors, losses, Record())
 

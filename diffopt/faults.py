@@ -36,6 +36,7 @@ _VMAP = {
     "inplace": "write x = x + y for x += y",
     ".item()": "keep the value a tensor",
     "data-dependent": "write torch.where for an if that asks a tensor",
+    "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
     "is unsupported for Sparse": "pass it dense, or loop over the tasks",
@@ -79,10 +80,10 @@ def missing_derivative(what: str) -> MissingDerivativeError:
     )
 
 
-def forward_mode_error() -> MissingDerivativeError:
+def forward_mode_error(what: str = "an input of solve") -> MissingDerivativeError:
     """The error for a solve that is differentiated in forward mode."""
     return MissingDerivativeError(
-        "an input of solve carries a tangent of forward-mode differentiation, expected none: no adjoint rule passes it "
+        f"{what} carries a tangent of forward-mode differentiation, expected none: no adjoint rule passes it "
         "on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
     )
 

@@ -6,11 +6,13 @@ import functools
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from diffopt import transforms
 from diffopt.faults import missing_derivative, name_of_broken
 
 
@@ -41,28 +43,50 @@ def refuse_broken_graph(graph: Iterable[Any]) -> None:
             raise missing_derivative(name_of_broken(node))
 
 
-def captured_nodes(graph: Sequence[Any], roots: Sequence[Tensor]) -> list[Any]:
-    """The nodes, of a graph given by its nodes and grown from ``roots``, of tensors that were there before them.
+def number(node: Any) -> int:
+    """The number of a node in the order in which its thread made nodes; -1 of none, and of a leaf's."""
+    return -1 if node is None or hasattr(node, "variable") else int(node._sequence_nr())
 
-    An older node is recognised by its number. A leaf has none: it was there before if something besides the graph
-    still holds it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
+
+def captured_nodes(starts: Iterable[Any], given: Sequence[Tensor], born: int = -1) -> list[Any]:
+    """The nodes of tensors that were there before the graph behind ``starts``, besides those of the tensors ``given``.
+
+    The graph grows from ``given``, behind which nothing is looked at. An older node is recognised by its number: it is
+    below that of the first of them, or below ``born`` where that is a leaf. A leaf has no number: it was there before
+    if something besides the graph still holds it, for what a function makes for itself is let go when it returns (or,
+    in a cycle, when collected).
     """
-    if not _captured_nodes(graph, roots):
+    own, leaves = {x.grad_fn for x in given if x.grad_fn is not None}, {id(x) for x in given}
+    if given[0].grad_fn is not None:
+        born = number(given[0].grad_fn)
+    seen, pending, suspects = set(own), [node for node in starts if node is not None], []
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        parents = node.next_functions
+        if not parents and hasattr(node, "variable"):
+            if id(node.variable) not in leaves:
+                suspects.append(node)
+        elif node._sequence_nr() < born:
+            suspects.append(node)
+        pending.extend(parent for parent, _ in parents if parent is not None)
+    if not suspects or not _captured(suspects, own, leaves):
         return []
     gc.collect()
-    return _captured_nodes(graph, roots)
+    return _captured(suspects, own, leaves)
 
 
-def _captured_nodes(graph: Sequence[Any], roots: Sequence[Tensor]) -> list[Any]:
-    own, found = {root.grad_fn for root in roots}, []
-    born = cast("Any", roots[0].grad_fn)._sequence_nr()
-    for node in graph:
+def _captured(suspects: Sequence[Any], own: set[Any], leaves: set[int]) -> list[Any]:
+    found = []
+    for node in suspects:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 found.append(node)
-        # (another thread numbers its nodes from the start, but only a new node can lead to a root)
-        elif node._sequence_nr() < born and own.isdisjoint(nodes([node])):
+        # (another thread numbers its nodes from the start, but only a new node can lead to a given tensor)
+        elif not any(behind in own or id(getattr(behind, "variable", None)) in leaves for behind in nodes([node])):
             found.append(node)
     return found
 
@@ -87,14 +111,17 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     ``torch.func.grad`` itself refuses to run under them.
     """
     storages: dict[int, int] = {}
-    others = {tensor.untyped_storage().data_ptr() for tensor in ignored if tensor.layout == torch.strided}
+    others = {transforms.storage(tensor) for tensor in ignored if tensor.layout == torch.strided}
     for node in graph:
         for name in _saved_names(cast("Any", type(node))):
             value = getattr(node, name, None)
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+                    with suppress(
+                        RuntimeError, NotImplementedError
+                    ):  # zeros of forward mode, and subclasses, have none
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
     return sum(size for pointer, size in storages.items() if pointer not in others)
 
 

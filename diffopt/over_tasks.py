@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffopt import autodiff, graph, randomness, transforms, tree
 from diffopt.arguments import check_flag
+from diffopt.checks import refuse_captures
 from diffopt.errors import GradModeError, HyperparameterError, LossError, SecondDerivativeError, ShapeError
-from diffopt.stepper import refuse_captures
 
 
 def mean_over_tasks(
@@ -161,7 +161,7 @@ class _Mean(torch.autograd.Function):
 
 
 def _refuse_captures(call: _Call, total: Tensor, roots: Sequence[Tensor]) -> None:
-    nodes = graph.captured_nodes(list(graph.nodes([total.grad_fn])), roots)
+    nodes = graph.captured_nodes([total.grad_fn], roots)
     refuse_captures("task_loss", [call.task_loss], nodes)
 
 

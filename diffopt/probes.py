@@ -93,7 +93,7 @@ def probe_captures(subject: Subject) -> Finding:
     with torch.enable_grad():
         roots, args = subject.roots()
         loss = subject.loss(roots[: len(subject.params)], args)
-    nodes = graph.captured_nodes(list(graph.nodes([loss.grad_fn])), roots) if loss.requires_grad else []
+    nodes = graph.captured_nodes([loss.grad_fn], roots) if loss.requires_grad else []
     if nodes:
         return failed(
             "nothing captured",

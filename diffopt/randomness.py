@@ -36,14 +36,15 @@ def replayed(states: GeneratorStates | None, device: torch.device) -> Iterator[N
         yield
         return
     now = snapshot(device)
-    _restore(states, device)
+    restore(states, device)
     try:
         yield
     finally:
-        _restore(now, device)
+        restore(now, device)
 
 
-def _restore(states: GeneratorStates, device: torch.device) -> None:
+def restore(states: GeneratorStates, device: torch.device) -> None:
+    """Let the generators stand where they stood."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

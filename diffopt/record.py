@@ -13,6 +13,7 @@ from torch import Tensor
 from diffopt import autodiff, randomness
 from diffopt.block import Block
 from diffopt.errors import HyperparameterError
+from diffopt.hidden_state import hidden_state_error
 from diffopt.leaves import Leaves
 
 Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
@@ -92,6 +93,7 @@ class Record:
         counts: what has been computed so far.
         diagnostics: what the rule reports of its own quality.
         autocast: its state during the rollout.
+        hidden_state: names of tensors by which the loss differs from one evaluation to the next; empty: none.
         first: the earliest step that was kept; ``None``: nothing was.
         checkpoint: how steps were kept, once chosen; ``None``: none was.
         states_stored: how many states were stored in the rollout.
@@ -107,6 +109,7 @@ class Record:
     counts: Counts = field(default_factory=Counts)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     autocast: autodiff.Autocast | None = None
+    hidden_state: str = ""
     first: int | None = None
     checkpoint: Checkpoint = None
     states_stored: int = 0
@@ -131,7 +134,13 @@ class Record:
 
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:
-        """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast."""
+        """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast.
+
+        Raises:
+            HiddenStateError: it would give another number.
+        """
+        if self.hidden_state:
+            raise hidden_state_error(self.hidden_state)
         autocast = nullcontext() if self.autocast is None else self.autocast.entered()
         with autocast, randomness.replayed(None if step is None else self.draws.get(step), device):
             yield
@@ -146,11 +155,13 @@ class Watch:
         values: refuse losses and states that are not finite, and a loss that does not depend on params.
         captures: refuse captured tensors that require grad.
         levels: refuse captured tensors of these ``torch.func`` transforms.
+        hooks: see that a loss that recomputes parts of itself reads the same tensors again.
     """
 
     values: bool = False
     captures: bool = False
     levels: range = range(0)
+    hooks: bool = False
 
 
 def _on_cpu(leaf: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph, transforms
+from diffopt import autodiff, graph, randomness, saved_hooks, transforms
+from diffopt.checks import Checks, apart_from, not_finite, refuse_bad_start
 from diffopt.dynamics import Dynamics
 from diffopt.errors import DivergenceError, RandomnessError
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
-from diffopt.stepper import Stepper, apart_from, not_finite, refuse_bad_start
+from diffopt.stepper import Stepper
 
 
 def roll_out(
@@ -34,7 +35,7 @@ def roll_out(
     now, stepper = Leaves(state), Stepper(dynamics, extras, record, watch)
     losses = state[0].new_empty(*dynamics.tasks_shape, 0)
     record.autocast = autodiff.Autocast(state[0].device)
-    with torch.no_grad(), autodiff.named_in_place_changes():
+    with torch.no_grad(), autodiff.named_in_place_changes(), saved_hooks.kept_out():
         for step in range(1, dynamics.steps + 1):
             now, loss = stepper.take(now, step, keep)
             # One tensor for all losses: a small one per step, kept between the large ones that come and go, leaves
@@ -52,21 +53,22 @@ def roll_out_recorded(
     dynamics: Dynamics, state: Sequence[Tensor], extras: Sequence[Tensor], watch: Watch
 ) -> tuple[Leaves, Tensor]:
     """Run all steps as plain code that whatever surrounds the caller records; returns as :func:`roll_out`."""
-    now, losses, largest = Leaves(state), [], []
+    now, losses, largest, checks = Leaves(state), [], [], Checks(dynamics, watch, passes_tangents=True)
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
-        levels = watch.levels if step == 1 else range(0)
+        if not dynamics.hooks.used:
+            checks.draws_from = randomness.snapshot(now[0].device)
         grads: Sequence[Tensor | None]
         if transforms.transforms_active():
             now_params = now.tensors[: dynamics.params_count]
             function = partial(_losses, dynamics, current)
-            grads, loss = apart_from(levels, transforms.functional_gradient, function, now_params)
+            grads, loss = apart_from(checks.levels_at(step), transforms.functional_gradient, function, now_params)
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only
                 before = now[: dynamics.params_count]
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
-                loss = apart_from(levels, dynamics.losses, params, current)
+                loss = checks.losses(params, current, step)
                 grads = autodiff.gradient(loss, params, differentiable=True)
                 if step == 1 and watch.values:
                     graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))

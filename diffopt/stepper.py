@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, compiled, graph, randomness, transforms
+from diffopt import autodiff, compiled, graph, randomness
 from diffopt.block import Block
-from diffopt.captured import mend_for, names_of
+from diffopt.checks import Checks, refuse_bad_start
 from diffopt.dynamics import Dynamics
-from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
 from diffopt.faults import changed_in_place
-from diffopt.leaves import Leaves, all_finite
+from diffopt.hidden_state import HiddenState, hidden_state_error, matters
+from diffopt.leaves import Leaves
 from diffopt.record import Keep, Record, Watch
 
 GRAPH_BUDGET = 2**30
@@ -29,8 +27,10 @@ class Stepper:
     def __init__(self, dynamics: Dynamics, extras: Sequence[Tensor], record: Record, watch: Watch) -> None:
         self.dynamics, self.record, self.watch = dynamics, record, watch
         self.extras = tuple(extra.detach() for extra in extras)
+        self._checks = Checks(dynamics, watch)
         self._compiled = compiled.Steps(dynamics)
         self._drawn: randomness.GeneratorStates | None = None
+        self._keep: Keep | None = None
         self._growing: Block | None = None
         self._check_graph = True
 
@@ -38,6 +38,7 @@ class Stepper:
         """Step number ``step`` from ``state``: the next state and the losses."""
         device = state[0].device
         before = randomness.snapshot(device) if self._drawn is None else self._drawn
+        self._keep, self._checks.draws_from = keep, before
         with randomness.replayed(self.record.draws.get(step), device):
             if keep is None or step < keep.first:
                 after, losses = self._plain(state, step)
@@ -96,25 +97,16 @@ class Stepper:
             before = block.read or [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in params]
             versions = [leaf._version for leaf in block.now]
             losses, grads = self._losses_and_grads(before, current, step, differentiable=True)
-            after = apart_from(
-                self._levels_at(step), dynamics.update, block.now, autodiff.filled(grads, before), current, step
-            )
+            after = self._checks.update(block.now, autodiff.filled(grads, before), current, step)
             if versions != [leaf._version for leaf in block.now]:
                 raise changed_in_place()
             if self._check_graph:
-                self._check_nodes(losses, after, block.now if step == 1 and self.watch.captures else None)
+                graph.refuse_broken_graph(graph.nodes(leaf.grad_fn for leaf in after))
+                self._check_graph = False
+            known = [*before, *block.now, *current, *(g for g in grads if g is not None)]
+            self._checks.refuse_captured([losses, *after], known)
             block.advance(after, shallow=any(grad is None for grad in grads))
         return losses.detach()
-
-    def _check_nodes(self, losses: Tensor, after: Leaves, roots: Leaves | None) -> None:
-        """Look once at the graph of a first step, and, if it grew from ``roots``, for what was captured in it."""
-        seen: set[Any] = set()
-        nodes = list(graph.nodes((leaf.grad_fn for leaf in after), seen))
-        graph.refuse_broken_graph(nodes)
-        if roots is not None:  # of what does not meet the params in the losses, nothing is left in their gradient
-            nodes += graph.nodes([losses.grad_fn], seen)
-            self._refuse_captures(graph.captured_nodes(nodes, roots))
-        self._check_graph = False
 
     def _kept(self, state: Leaves, step: int, keep: Keep) -> tuple[Leaves, Tensor]:
         record, count = self.record, self.dynamics.steps - keep.first + 1
@@ -136,7 +128,7 @@ class Stepper:
         after = Leaves(leaf.detach() for leaf in block.now)
         if step == keep.first:
             expected = graph.saved_bytes(graph.nodes(leaf.grad_fn for leaf in block.now), self.extras) * count
-            if record.checkpoint is None and expected > GRAPH_BUDGET:
+            if record.checkpoint is None and expected > GRAPH_BUDGET and not record.hidden_state:
                 record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
                 record.store(step, state, offload=keep.offload)
                 return after, losses
@@ -151,7 +143,7 @@ class Stepper:
         dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
         before = state[: dynamics.params_count]
         fast = self._compiled.take(state, current, step) if dynamics.compile else None
-        if fast is not None and not (step == 1 and self._watches):
+        if fast is not None and not (step == 1 and self._checks.on):
             self.record.counts.gradients += 1
             if keep_gradients:
                 self.record.gradients[step] = fast.grads
@@ -162,98 +154,61 @@ class Stepper:
             else:  # cheaper; and nothing is left of this graph that could keep them alive
                 params = tuple(leaf.detach().requires_grad_() for leaf in before)
             losses, found = self._losses_and_grads(params, current, step, differentiable=False)
-            behind = list(graph.nodes([losses.grad_fn])) if step == 1 and self.watch.captures else []
-            if behind:
-                self._refuse_captures(graph.captured_nodes(behind, params))
+            self._checks.refuse_captured([losses], [*params, *current])
         grads = autodiff.filled(found, before)
         if fast is not None:
             compiled.refuse_stale(fast.losses, losses)
         if keep_gradients:
             self.record.gradients[step] = Leaves(grads)
-        if step == 1 and (self.watch.captures or self.watch.levels):
+        if step == 1 and self._checks.on:
             return self._watched_update(state, grads, current), losses.detach()
         return dynamics.update(state, grads, current, step), losses.detach()
 
     def _watched_update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor]) -> Leaves:
         """The first update, once it is seen not to read a tensor that it was not given."""
         with torch.enable_grad():
-            roots = autodiff.make_roots(state)
-            after = apart_from(self.watch.levels, self.dynamics.update, roots, grads, current, 1)
-        nodes = list(graph.nodes(leaf.grad_fn for leaf in after))
-        if self.watch.captures:
-            self._refuse_captures(graph.captured_nodes(nodes, roots))
+            roots = Leaves(autodiff.make_roots(state))
+            after = self._checks.update(roots, grads, current, 1)
+        self._checks.refuse_captured(after.tensors, roots.tensors)
         return Leaves(leaf.detach() for leaf in after)
-
-    @property
-    def _watches(self) -> bool:
-        return self.watch.values or self.watch.captures or bool(self.watch.levels)
-
-    def _refuse_captures(self, nodes: Sequence[Any]) -> None:
-        others = SimpleNamespace(**self.dynamics.constants())  # a module among them has parameters of its own
-        functions = (self.dynamics.loss, self.dynamics.optimizer.template, others)
-        refuse_captures("the inner loss (or the optimizer)", functions, nodes)
-
-    def _levels_at(self, step: int) -> range:
-        return self.watch.levels if step == 1 else range(0)
 
     def _losses_and_grads(
         self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        losses = apart_from(self._levels_at(step), self.dynamics.losses, params, current)
+        may_come_again = step == 1 and self.watch.values and self._keep is not None and self._keep.checkpoint != "graph"
+        held = HiddenState(self.dynamics.loss) if may_come_again else None
+        losses = self._checks.losses(params, current, step)
         grads = autodiff.gradient(losses, params, differentiable=differentiable)
         self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
             refuse_bad_start(self.dynamics, losses, grads, params, current)
+        if held is not None:
+            self._note_hidden_state(held, losses, params, current)
         return losses, grads
 
+    def _note_hidden_state(
+        self, held: HiddenState, losses: Tensor, params: Sequence[Tensor], current: Sequence[Tensor]
+    ) -> None:
+        """Note state of the loss that its first evaluation has changed and its value depends on; refuse what cannot be.
 
-def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function`` and refuse a captured tensor that a transform has wrapped at one of ``levels``."""
-    try:
-        return transforms.apart_from(levels, function, *arguments)
-    except transforms.WrappedTensorError as error:
-        raise CapturedTensorError(
-            "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without being "
-            "given it: it captured it, expected among the arguments. Pass it in *args (or batches), also if it is a "
-            "constant; or make it inside the loss"
-        ) from error
+        What has the graphs of all steps needs none again, and takes them whatever their size: what is right for a small
+        model must not be wrong, or refused, for a large one.
+        """
+        changed = held.changed()
+        if not changed:
+            return
 
+        def again() -> list[Tensor]:
+            with torch.enable_grad(), randomness.replayed(self._checks.draws_from, params[0].device):
+                roots = [leaf.detach().requires_grad_() for leaf in params]
+                value = self.dynamics.losses(roots, current)
+                return [
+                    value.detach(),
+                    *autodiff.or_zeros(autodiff.gradient(value, roots, differentiable=False), roots),
+                ]
 
-def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]) -> None:
-    """Refuse the captured tensors that require grad at these nodes of a graph; ``functions`` may know their names."""
-    if nodes:
-        raise CapturedTensorError(
-            f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            f"hypergradient; expected among the arguments. {mend_for(nodes)}"
-        )
-
-
-def refuse_bad_start(
-    dynamics: Dynamics,
-    losses: Tensor,
-    grads: Sequence[Tensor | None],
-    params: Sequence[Tensor],
-    current: Sequence[Tensor],
-) -> None:
-    """Refuse a first loss that does not depend on params or is not finite."""
-    if all(grad is None for grad in grads):
-        raise DisconnectedError(
-            "the inner loss does not depend on params, expected a gradient: check that the loss uses the params it is "
-            "given, and does not detach them or leave torch (.item(), .numpy())"
-        )
-    values = transforms.plain(losses)
-    if not bool(values.isfinite().all()):
-        raise NonFiniteLossError(
-            f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
-            f"finite number; {not_finite(dynamics, params, current, 1) or 'check the data and the initialisation'}"
-        )
-
-
-def not_finite(dynamics: Dynamics, params: Sequence[Tensor], current: Sequence[Tensor], step: int) -> str:
-    """Which of the tensors that a step was given is not finite itself, in words; empty if all are."""
-    names, others = dynamics.names()
-    others = tuple(f"{x} at step {step}" if stepped else x for x, stepped in zip(others, dynamics.stepped, strict=True))
-    for name, x in (*zip(names, params, strict=False), *zip(others, current, strict=True)):
-        if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
-            return f"{name} is not finite itself"
-    return ""
+        if matters(changed, again, losses):
+            self.record.hidden_state = held.names(changed)
+            keep = self._keep
+            if keep is not None and isinstance(keep.checkpoint, int | str) and keep.first <= self.dynamics.steps:
+                raise hidden_state_error(self.record.hidden_state)

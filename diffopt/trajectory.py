@@ -112,7 +112,10 @@ class Trajectory:
     def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
         """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
         pullbacks, direct, adjoint = compiled.Pullbacks(self.dynamics, self.wanted), DirectTerms(self), cotangent
-        stepper, again = Stepper(self.dynamics, self.extras, self.record, Watch()), self.losses_to_replay()
+        stepper, again = (
+            Stepper(self.dynamics, self.extras, self.record, Watch(captures=self.check)),
+            self.losses_to_replay(),
+        )
         device, end = self.final[0].device, self.steps
         for start in reversed(self.record.states):
             states = stepper.states(self.record.state(start, device), start, end, again)
@@ -133,7 +136,7 @@ class Trajectory:
 
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
         """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one."""
-        end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch())
+        end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch(captures=self.check))
         if end >= first:
             self.record.usable = False
         if self.record.block is not None:

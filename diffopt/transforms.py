@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_forward_ad: Any = torch.autograd.forward_ad
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 
 
@@ -28,10 +30,19 @@ def transform_level() -> int:
 
 def has_tangent(tensors: Sequence[Tensor]) -> bool:
     """Whether any tensor carries a tangent of plain forward-mode differentiation."""
-    forward_ad: Any = torch.autograd.forward_ad
-    if forward_ad._current_level < 0 or transforms_active():
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return in_dual_level() and any(_forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def in_dual_level() -> bool:
+    """Whether the caller runs in plain forward-mode differentiation."""
+    return bool(_forward_ad._current_level >= 0) and not transforms_active()
+
+
+@contextmanager
+def tangents_seen() -> Iterator[None]:
+    """Let operations pass tangents on, which they do not inside a custom autograd function."""
+    with _forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -142,9 +153,17 @@ def plain(tensor: Tensor) -> Tensor:
     return _unwrapped(tensor).detach()
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a ``torch.func`` transform."""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def storage(tensor: Tensor) -> int:
     """The address of the numbers of a tensor, under all wrappers of ``torch.func``; 0 if there are none."""
-    return _unwrapped(tensor).untyped_storage().data_ptr()
+    try:
+        return _unwrapped(tensor).untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a sparse tensor, a zero of forward mode, a subclass that holds others
+        return 0
 
 
 def version(tensor: Tensor) -> int:
