@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from diffopt import graph, transforms
 from diffopt.errors import DiffoptError
-from diffopt.faults import changed_in_place, is_in_place, missing_derivative
+from diffopt.faults import changed_in_place, is_in_place, is_missing_derivative, missing_derivative
 
 
 class Autocast:
@@ -142,10 +142,9 @@ def named_missing_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        if isinstance(error, DiffoptError) or not ("is not implemented" in said or "use_reentrant=True" in said):
+        if isinstance(error, DiffoptError) or not is_missing_derivative(error):
             raise
-        raise missing_derivative(said) from error
+        raise missing_derivative(str(error).partition("\n")[0]) from error
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:

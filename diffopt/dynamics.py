@@ -148,6 +148,8 @@ class Dynamics:
         try:
             with hooks:
                 losses: Tensor = vmapped(*params, *seen)
+        except StopIteration as error:
+            raise faults.ended_iterator() from error
         except (RuntimeError, TypeError) as error:
             named = self._named(error, params, current)
             if named is None:
@@ -161,6 +163,8 @@ class Dynamics:
             return None
         if faults.is_in_place(error):
             return faults.changed_in_place()
+        if faults.is_missing_derivative(error):
+            return faults.missing_derivative(str(error).partition("\n")[0])
         args, _ = tree.unflatten(self.args_structure, list(self.args_leaves))
         wrong: DiffoptError | None = faults.signature_error(
             error,

@@ -20,8 +20,8 @@ from torch import Tensor
 from diffopt import autodiff, transforms
 from diffopt.claims import Claims
 from diffopt.dynamics import Dynamics, Level
-from diffopt.errors import NonFiniteGradientError, RandomnessError, SecondDerivativeError
-from diffopt.faults import forward_mode_error
+from diffopt.errors import InPlaceError, NonFiniteGradientError, RandomnessError, SecondDerivativeError
+from diffopt.faults import forward_mode_error, is_in_place
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import refuse_other_losses, roll_out, roll_out_recorded
@@ -128,7 +128,10 @@ def unroll(problem: Problem) -> Outcome:
         *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
     watch = Watch(values=problem.check, levels=problem.popped, hooks=True)
-    final, losses = roll_out_recorded(problem.dynamics, problem.state, problem.extras, watch)
+    if problem.check and not transforms.transforms_active():
+        tensors = tuple(_refusing_non_finite(x) for x in tensors)
+    count = problem.dynamics.state_count
+    final, losses = roll_out_recorded(problem.dynamics, tensors[:count], tensors[count:], watch)
     return Outcome(final.tensors, losses, Record())
 
 
@@ -185,8 +188,8 @@ class _Solve(torch.autograd.Function):
         count, keep = call.state_count, call.keep if call.wanted else None
         call.record.wanted = call.wanted_extras
         final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
-        taken = {x.data_ptr() for x in inputs if x.layout == torch.strided}
-        return (*(x.clone() if x.data_ptr() in taken else x for x in final), losses.clone())
+        taken = {transforms.storage(x) for x in inputs}
+        return (*(x.clone() if transforms.storage(x) in taken else x for x in final), losses.clone())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,10 +201,13 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        call, final = replace(ctx.call, wanted=frozenset(needed)), ctx.saved_tensors[-ctx.call.state_count :]
-        zeros = Leaves(final).virtual_zeros()
+        call, saved = replace(ctx.call, wanted=frozenset(needed)), _saved_tensors(ctx)
+        zeros = Leaves(saved[-call.state_count :]).virtual_zeros()
         given = (zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True))
-        terms = transforms.apply(_Pullback, call, *ctx.saved_tensors, *given)
+        with torch.inference_mode(False):  # in which no gradient is taken; what was made in it cannot be recorded
+            ordinary = [c.clone() if c.is_inference() else c for c in given]
+            pullback, level = partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()
+            terms = transforms.over_batched_grads(pullback, ordinary, level) if level else pullback(*ordinary)
         results = dict(zip(needed, terms, strict=True))
         return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
 
@@ -281,6 +287,25 @@ def _stack(
     return stacked, tuple(new_dims)
 
 
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    """What a solve saved for its backward pass; read once, for hooks may hand it out once only (checkpoint's do).
+
+    Raises:
+        InPlaceError: something has been written to since.
+    """
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        return saved
+    except RuntimeError as error:
+        if not is_in_place(error):
+            raise
+        raise InPlaceError(
+            "a tensor that was given to solve, or that it returned, has been changed in place before the backward pass "
+            "that needs it, expected it to stay as it was until then. The usual cause is an outer optimizer's step() "
+            "before backward(): take the hypergradient first, or pass a clone()"
+        ) from error
+
+
 def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
     """What the rollout kept; or, if it has been used up or does not fit this pullback, what another rollout keeps."""
     old = call.record
@@ -309,10 +334,26 @@ def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if term is None else term.contiguous()  # a zero of one number becomes an ordinary one
 
 
+def _refusing_non_finite(tensor: Tensor) -> Tensor:
+    """An alias whose gradient is refused if it is not finite, as an adjoint rule's result is."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    alias = tensor.view_as(tensor)
+    alias.register_hook(_refuse_non_finite_gradient)  # type: ignore[no-untyped-call]
+    return alias
+
+
+def _refuse_non_finite_gradient(gradient: Tensor) -> None:
+    if not (transforms.transforms_active() or transforms.grads_batched()) and not all_finite([gradient]):
+        _refuse_non_finite(())
+
+
 def _refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
-    outer = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
+    outer = ""
+    if cotangent:
+        finite = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
+        outer = f"The gradient of the outer loss at the solution {finite}. "
     raise NonFiniteGradientError(
-        f"the hypergradient is NaN or infinite, expected finite numbers. The gradient of the outer loss at the "
-        f"solution {outer}. Check for roots, norms or logarithms at zero in the inner loss, or take fewer or smaller "
-        "steps"
+        f"the hypergradient is NaN or infinite, expected finite numbers. {outer}Check for roots, norms or logarithms "
+        "at zero in the inner loss, or take fewer or smaller steps"
     )

@@ -14,6 +14,7 @@ from diffopt.errors import (
     DeviceError,
     DiffoptError,
     GradModeError,
+    HiddenStateError,
     InPlaceError,
     LossError,
     MissingDerivativeError,
@@ -26,8 +27,20 @@ _SECOND_DERIVATIVES = {
     "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
     "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
     "once_differentiable": "write the function's backward in differentiable operations",
-    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint; or leave it out and use Reverse('sqrt'), "
+    "which stores less around the loss",
+    "aot_autograd": "call the module or function that was given to torch.compile (module._orig_mod), and say "
+    "compile=True to solve",
+    "with respect to argument 'weight'": "weigh the examples' losses instead: loss = cross_entropy(..., "
+    "reduction='none'), then (w[y] * loss).sum() / w[y].sum()",
 }
+_MISSING = (
+    "is not implemented",
+    "use_reentrant=True",
+    "aot_autograd does not",
+    "is not differentiable with respect to",
+)
+"""Parts of what torch says where a derivative is missing."""
 _OTHERWISE = "write it in elementary operations, or use FirstOrder() or ESJacobian(...)"
 _VMAP = {
     "running_mean": "batch norm cannot keep running statistics there: track_running_stats=False, module.eval() or "
@@ -71,12 +84,26 @@ def changed_in_place() -> InPlaceError:
     )
 
 
+def is_missing_derivative(error: Exception) -> bool:
+    """Whether torch raised ``error`` because an operation has no (second) derivative."""
+    return any(part in str(error).partition("\n")[0] for part in _MISSING)
+
+
 def missing_derivative(what: str) -> MissingDerivativeError:
     """The error for an operation of which torch has no second derivative; ``what`` holds its name."""
     mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
     return MissingDerivativeError(
-        f"an operation in the inner loss has no second derivative ({what[:110]}), expected operations that can be "
-        f"differentiated twice: {mend}"
+        f"an operation in the inner loss has no second derivative, or none in what is to be learned ({what[:110]}), "
+        f"expected operations that can be differentiated twice: {mend}"
+    )
+
+
+def ended_iterator() -> HiddenStateError:
+    """The error for a loss that asks an ended iterator for more."""
+    return HiddenStateError(
+        "the inner loss asks an iterator for more (next(...)), and it has ended: evaluations move it on, and "
+        "estimators may compute a step again; expected a loss that reads its arguments only. Pass the data of all "
+        "steps in batches, stacked"
     )
 
 

@@ -70,6 +70,7 @@ class Solution(Generic[Params]):
     diagnostics: dict[str, Tensor]
 
 
+@transforms.outside_compile
 def solve(
     loss: Callable[..., Tensor],
     params: Params,

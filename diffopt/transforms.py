@@ -7,9 +7,10 @@ of second derivative]); and, where the caller runs under a transform that record
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +44,26 @@ def tangents_seen() -> Iterator[None]:
     """Let operations pass tangents on, which they do not inside a custom autograd function."""
     with _forward_ad._set_fwd_grad_enabled(True):
         yield
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_compile(function: Function) -> Function:
+    """``function``, which ``torch.compile`` breaks its graph at and runs as it is; nothing changes where none traces.
+
+    (``torch.compiler.disable`` at once would import the compiler, which takes seconds.)
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        disable: Any = torch.compiler.disable
+        return disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast("Function", called)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -126,6 +147,25 @@ class _BelowVmap(torch.autograd.Function):
         outputs = function(info, in_dims[2:], tensors)
         shared = all(dim is None for dim in in_dims[2:])
         return outputs, (None if shared else 0,) * len(outputs)
+
+
+def grads_batched() -> int:
+    """How many of torch's old vmaps are running, of which ``autograd.grad(is_grads_batched=True)`` makes one."""
+    level = int(torch._C._vmapmode_increment_nesting())  # type: ignore[attr-defined, unused-ignore]
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined, unused-ignore]
+    return level - 1
+
+
+def over_batched_grads(
+    function: Callable[..., tuple[Tensor, ...]], cotangents: Sequence[Tensor], level: int
+) -> tuple[Tensor, ...]:
+    """``function(*cotangents)`` of cotangents that the old vmap number ``level`` has batched, by the new one."""
+    old: Any = torch
+    rows = [old._remove_batch_dim(c, level, 1, 0) for c in cotangents]
+    size = max(len(row) for row in rows)
+    stacked = [row if len(row) == size else row.expand(size, *row.shape[1:]) for row in rows]
+    results = torch.func.vmap(function)(*stacked)
+    return tuple(old._add_batch_dim(result, 0, level) for result in results)
 
 
 def batched_in_innermost(tensors: Sequence[Tensor]) -> bool:

@@ -79,7 +79,10 @@ class ForwardMode(Adjoint):
             indices = torch.arange(start, min(start + chunk, size), device=like.device)
             basis = torch.nn.functional.one_hot(indices, size).to(like.dtype)
             tangent = basis.reshape(-1, *(1,) * sum(batched), *own).expand(-1, *like.shape)
-            parts.append(_contract(_carry(trajectory, number, tangent), cotangent, batched))
+            part = _contract(_carry(trajectory, number, tangent), cotangent, batched)
+            if like.is_complex():  # torch's gradient: the real part's derivative plus i times the imaginary part's
+                part = torch.complex(part, _contract(_carry(trajectory, number, 1j * tangent), cotangent, batched))
+            parts.append(part)
         return torch.cat(parts).movedim(0, -1).reshape(like.shape)
 
 
