@@ -36,11 +36,6 @@ class Checks:
         self._wrapped_are_held: bool | None = None
         self._born = -1
 
-    @property
-    def on(self) -> bool:
-        """Whether anything is watched."""
-        return self.watch.values or self.watch.captures or bool(self.watch.levels)
-
     def losses(self, params: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
         losses: Tensor = apart_from(self.levels_at(step), self._evaluated, params, current)

@@ -130,7 +130,8 @@ class _Lookup:
 
     def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
-        arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous() for x in tensors)]
+        # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
+        arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous().view_as(x) for x in tensors)]
         updates = self._dynamics.length(number)
         if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
             # the window too: it says which updates a step's number stands for
@@ -201,12 +202,25 @@ def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFun
 
 
 def _checked(compiled: TensorFunction, function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
-    """The compiled function, once its answer has been seen to be that of the function itself."""
-    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
+    """The compiled function, once its answer has been seen to be that of the function itself.
+
+    The arguments are others than those it was traced with: what it took for equal, or for zero, is so no longer.
+    """
+    others = [_moved(x, i) for i, x in enumerate(arguments)]
+    for got, expected in zip(compiled(*others), function(*others), strict=True):
         tolerance = _tolerance(expected) * float(expected.abs().max())
         if not torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True):
             raise ArithmeticError(f"compiled, it is off by {float((got - expected).abs().max()):.1e}")
     return compiled
+
+
+def _moved(x: Tensor, number: int) -> Tensor:
+    """A tensor with slightly larger numbers, by a pattern that is its own."""
+    if not x.is_floating_point():
+        return x.clone()
+    pattern = (12.9898 * torch.arange(1, x.numel() + 1, device=x.device) + number).sin().square()
+    scale = float(x.abs().double().mean()) if x.numel() else 0.0
+    return x + (1e-2 * (scale or 1.0) * pattern).to(x.dtype).reshape(x.shape)
 
 
 _compilations: Counter[Any] = Counter()

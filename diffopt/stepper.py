@@ -143,7 +143,7 @@ class Stepper:
         dynamics, current = self.dynamics, self.dynamics.at_step(self.extras, step)
         before = state[: dynamics.params_count]
         fast = self._compiled.take(state, current, step) if dynamics.compile else None
-        if fast is not None and not (step == 1 and self._checks.on):
+        if fast is not None and not (step == 1 and self.watch.values):
             self.record.counts.gradients += 1
             if keep_gradients:
                 self.record.gradients[step] = fast.grads
@@ -160,7 +160,7 @@ class Stepper:
             compiled.refuse_stale(fast.losses, losses)
         if keep_gradients:
             self.record.gradients[step] = Leaves(grads)
-        if step == 1 and self._checks.on:
+        if step == 1 and self.watch.values:
             return self._watched_update(state, grads, current), losses.detach()
         return dynamics.update(state, grads, current, step), losses.detach()
 
