@@ -160,7 +160,7 @@ def _compiled(
         return None
     _warn_of_new_functions(dynamics.loss)
     try:
-        with warnings.catch_warnings(), randomness.replayed(randomness.snapshot(place), place):
+        with warnings.catch_warnings(), randomness.preserved(place):
             warnings.simplefilter("ignore")  # the compiler's own, of what it calls itself
             known[key] = _compile(function, arguments)
     except Exception as error:  # whatever the compiler stumbles over: the plain way is always there

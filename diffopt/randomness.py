@@ -1,17 +1,24 @@
 """Random numbers drawn by a loss: noticed in the rollout, drawn again in the backward pass.
 
 The rollout uses torch's global generators as a plain loop would. The generators' state is taken before every step and
-kept where the step changed it; a replay puts it back for the length of one step, so that the same numbers are drawn.
+kept where the step changed it; a replay draws the numbers that followed it once more.
+
+# NOTE [a replay while other threads draw]
+The simple way to draw numbers again is to set the global generators back for a while. Another thread that draws
+meanwhile (one that prepares data) would get numbers that were drawn before. So, while the process has other threads, a
+replay leaves the global generators alone: a mode gives every operation that draws a generator of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GeneratorStates: TypeAlias = tuple[Tensor, ...]
 
@@ -24,9 +31,26 @@ def snapshot(device: torch.device) -> GeneratorStates:
     return tuple(states)
 
 
+def restore(states: GeneratorStates, device: torch.device) -> None:
+    """Let the generators stand where they stood."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
     """Whether random numbers were drawn between the two."""
     return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Leave the generators as they are now, whatever is drawn inside."""
+    now = snapshot(device)
+    try:
+        yield
+    finally:
+        restore(now, device)
 
 
 @contextmanager
@@ -34,17 +58,73 @@ def replayed(states: GeneratorStates | None, device: torch.device) -> Iterator[N
     """Draw the numbers that followed ``states`` again, and leave the generators as they were; ``None``: do nothing."""
     if states is None:
         yield
-        return
-    now = snapshot(device)
-    restore(states, device)
-    try:
-        yield
-    finally:
-        restore(now, device)
+    elif threading.active_count() > 1:
+        with _OwnGenerators(states, device):
+            yield
+    else:
+        with preserved(device):
+            restore(states, device)
+            yield
 
 
-def restore(states: GeneratorStates, device: torch.device) -> None:
-    """Let the generators stand where they stood."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+@final
+class _OwnGenerators(TorchDispatchMode):
+    """Operations draw from generators that start at given states, not from the global ones."""
+
+    def __init__(self, states: GeneratorStates, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generators = {}
+        for place, state in zip(("cpu", device.type), states, strict=False):
+            self._generators[place] = torch.Generator("cpu" if place == "cpu" else device)
+            self._generators[place].set_state(state)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or given.get("generator") is not None:
+            return func(*args, **given)
+        generator = self._generators.get(_place(args, given))
+        if generator is None:
+            return func(*args, **given)
+        like = _LIKE.get(func.overloadpacket.__name__)
+        if like is not None:
+            return like(torch.empty_like(args[0], **given), args, generator)
+        own = _with_generator(func)
+        if own is not None:
+            return own(*args, **given, generator=generator)
+        return _drawing_globally(func, args, given, generator)
+
+
+def _place(args: Any, kwargs: Any) -> str:
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"]).type
+    return next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+
+
+# what fills a new tensor with the numbers that torch's operation of this name draws
+_LIKE: dict[str, Callable[[Tensor, Any, torch.Generator], Tensor]] = {
+    "rand_like": lambda new, args, generator: new.uniform_(generator=generator),
+    "randn_like": lambda new, args, generator: new.normal_(generator=generator),
+    "randint_like": lambda new, args, generator: new.random_(*_bounds(args), generator=generator),
+}
+
+
+def _bounds(args: Any) -> tuple[int, int]:
+    return (0, args[1]) if len(args) == 2 else (args[1], args[2])
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of an operation that takes a generator; ``None``: there is none."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
+    return getattr(func.overloadpacket, name, None) if name in func.overloadpacket.overloads() else None
+
+
+def _drawing_globally(func: Any, args: Any, kwargs: Any, generator: torch.Generator) -> Any:
+    """Let one operation that takes no generator (dropout on a GPU) draw from the global one, set for its length."""
+    device, states = generator.device, [torch.get_rng_state()]
+    with preserved(device):
+        restore((states[0], generator.get_state()) if device.type == "cuda" else (generator.get_state(),), device)
+        result = func(*args, **kwargs)
+        generator.set_state(snapshot(device)[-1])
+    return result
