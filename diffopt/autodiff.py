@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from diffopt import graph, transforms
 from diffopt.errors import DiffoptError
-from diffopt.faults import changed_in_place, is_in_place, is_missing_derivative, missing_derivative
+from diffopt.faults import changed_in_place, is_in_place, is_missing_derivative, missing_derivative, vmap_error
 
 
 class Autocast:
@@ -30,6 +30,11 @@ class Autocast:
         self._device = device.type
         self._enabled = torch.is_autocast_enabled(self._device)
         self._dtype = torch.get_autocast_dtype(self._device)
+
+    @property
+    def eps(self) -> float:
+        """The precision that it lowers a computation to; 0: it does not."""
+        return torch.finfo(self._dtype).eps if self._enabled else 0.0
 
     def entered(self) -> torch.autocast:
         """A context in which autocast is as it was."""
@@ -142,7 +147,11 @@ def named_missing_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, DiffoptError) or not is_missing_derivative(error):
+        if isinstance(error, DiffoptError):
+            raise
+        if "escaped from inside a function being vmapped" in str(error):
+            raise cast("DiffoptError", vmap_error(error)) from error
+        if not is_missing_derivative(error):
             raise
         raise missing_derivative(str(error).partition("\n")[0]) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, final
@@ -12,7 +13,7 @@ from torch import Tensor
 from diffopt import graph, randomness, saved_hooks, transforms
 from diffopt.captured import mend_for, named_tensors, names_of, tensors_of
 from diffopt.dynamics import Dynamics
-from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
+from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError, PrecisionWarning
 from diffopt.faults import forward_mode_error
 from diffopt.leaves import Leaves, all_finite
 from diffopt.record import Watch
@@ -123,6 +124,22 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
             f"hypergradient; expected among the arguments. {mend_for(nodes)}"
+        )
+
+
+def warn_of_precision(dynamics: Dynamics, params: Sequence[Tensor]) -> None:
+    """Warn of a hypergradient in half precision: it is known to be several percent off, and more the more steps."""
+    place, dtype = params[0].device.type, params[0].dtype
+    where = "params"
+    if torch.is_autocast_enabled(place):
+        dtype, where = torch.get_autocast_dtype(place), "torch.autocast"
+    if dynamics.steps and torch.finfo(dtype).eps > 1e-4:
+        warnings.warn(
+            f"the hypergradient of {dynamics.inner_steps} steps is computed in {str(dtype).removeprefix('torch.')} "
+            f"({where}), in which it is inaccurate: a few percent to a third off for one step, more for more, measured "
+            "beside float64 (docs/precision.md). Use float32 where it matters, or silence diffopt.PrecisionWarning",
+            PrecisionWarning,
+            stacklevel=2,
         )
 
 

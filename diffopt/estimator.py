@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, transforms
+from diffopt.checks import warn_of_precision
 from diffopt.claims import Claims
 from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import InPlaceError, NonFiniteGradientError, RandomnessError, SecondDerivativeError
@@ -131,6 +132,8 @@ def unroll(problem: Problem) -> Outcome:
     if problem.check and not transforms.transforms_active():
         tensors = tuple(_refusing_non_finite(x) for x in tensors)
     count = problem.dynamics.state_count
+    if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        warn_of_precision(problem.dynamics, tensors)
     final, losses = roll_out_recorded(problem.dynamics, tensors[:count], tensors[count:], watch)
     return Outcome(final.tensors, losses, Record())
 
@@ -187,6 +190,8 @@ class _Solve(torch.autograd.Function):
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         count, keep = call.state_count, call.keep if call.wanted else None
         call.record.wanted = call.wanted_extras
+        if call.wanted and call.watch.values and call.rule.claims(call.dynamics.inner_steps).second_derivatives:
+            warn_of_precision(call.dynamics, inputs)
         final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
         taken = {transforms.storage(x) for x in inputs}
         return (*(x.clone() if transforms.storage(x) in taken else x for x in final), losses.clone())
@@ -322,7 +327,7 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
         roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
-        refuse_other_losses(again.losses, old.losses)
+        refuse_other_losses(again.losses, old.losses, old.autocast)
     return again
 
 

@@ -49,6 +49,8 @@ _VMAP = {
     "inplace": "write x = x + y for x += y",
     ".item()": "keep the value a tensor",
     "data-dependent": "write torch.where for an if that asks a tensor",
+    "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
+    "Reverse('sqrt')",
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",

@@ -48,7 +48,9 @@ def implicit_pullback(
         trajectory.dynamics.state_count,
     )
     kept, last = trajectory.record, dynamics.steps
-    record = Record(wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast)
+    record = Record(
+        wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast, hidden_state=kept.hidden_state
+    )
     stepper = Stepper(dynamics, trajectory.extras, record, Watch())
     losses = trajectory.losses_to_replay()
     block, after = stepper.block(trajectory.final, last, last, losses, apart=True)
@@ -56,7 +58,7 @@ def implicit_pullback(
         if losses_there is None:
             losses_there = losses.clone()
             losses_there[..., last - 1] = stepper.losses(trajectory.final, last)
-        refuse_other_losses(losses_there, losses)
+        refuse_other_losses(losses_there, losses, kept.autocast)
     still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
     residuals = [i + dynamics.params_count for i in moving] if root else moving

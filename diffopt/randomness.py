@@ -122,9 +122,9 @@ def _with_generator(func: Any) -> Any:
 
 def _drawing_globally(func: Any, args: Any, kwargs: Any, generator: torch.Generator) -> Any:
     """Let one operation that takes no generator (dropout on a GPU) draw from the global one, set for its length."""
-    device, states = generator.device, [torch.get_rng_state()]
+    device = generator.device
     with preserved(device):
-        restore((states[0], generator.get_state()) if device.type == "cuda" else (generator.get_state(),), device)
+        restore((torch.get_rng_state(), generator.get_state())[-1 if device.type == "cpu" else 0 :], device)
         result = func(*args, **kwargs)
         generator.set_state(snapshot(device)[-1])
     return result

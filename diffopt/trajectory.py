@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -12,7 +13,7 @@ from torch import Tensor
 from diffopt import compiled
 from diffopt.block import Block, BlockTerms
 from diffopt.dynamics import Dynamics
-from diffopt.errors import EstimatorError
+from diffopt.errors import EstimateWarning, EstimatorError
 from diffopt.leaves import Leaves
 from diffopt.record import Record, Watch
 from diffopt.rollout import refuse_other_losses
@@ -152,6 +153,17 @@ class Trajectory:
             end = start - 1
         self.refuse_other_losses(again)
 
+    def warn_if_bad(self, measured: Tensor, limit: float, what: str) -> None:
+        """Warn, where checks are on, of an estimate whose measure ``[...]`` is above ``limit`` for some task."""
+        if self.check and bool((measured > limit).any()):
+            warnings.warn(
+                f"{what} is {float(measured.max()):.2g}, expected at most {limit:g}: the inner problem is outside the "
+                "range in which this estimate converges, and the hypergradient may be wrong in size and sign. Use a "
+                "higher order, fewer or smaller steps, or Reverse()",
+                EstimateWarning,
+                stacklevel=2,
+            )
+
     @property
     def wants_initial(self) -> bool:
         """Whether the adjoint of any leaf of ``s_1`` is asked for."""
@@ -167,7 +179,7 @@ class Trajectory:
     def refuse_other_losses(self, again: Tensor) -> None:
         """Refuse, where checks are on, recomputed losses that are not those of the rollout."""
         if self.check and self.record.losses is not None:
-            refuse_other_losses(again, self.record.losses)
+            refuse_other_losses(again, self.record.losses, self.record.autocast)
 
 
 class DirectTerms:

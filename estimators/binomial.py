@@ -12,6 +12,7 @@ from diffopt.claims import ALL_INPUTS, Claims
 from diffopt.errors import HyperparameterError, StepsError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
+from diffopt.linear_solve.base import Tasks
 from diffopt.parallel import ParallelCurvature
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
@@ -35,6 +36,10 @@ class Binomial(Adjoint):
     ``L``: the HVPs of one order are independent and run as one batch. Memory: ``T`` states and gradients, and the
     graph of ``T`` gradients, which is recorded once and pulled back through once per order, zeros where an order needs
     no product (with ``chunk_size``: the graph of so many, recorded for every order and chunk).
+
+    What the last order adds to the adjoint, relative to the orders before it, is left in
+    ``Solution.diagnostics["last_order"]`` after the backward pass; above 1 there is a warning,
+    :class:`diffopt.EstimateWarning`.
 
     Not for: large ``T * lr * H`` (use :class:`Krylov`), or losses that draw random numbers.
 
@@ -122,6 +127,7 @@ class _Levels:
         adjoints = cotangent.map(lambda leaf: leaf.expand(steps + 1, *leaf.shape).clone())
         # what the products are taken of: at a step that later levels do not reach, what the mixed product is taken of
         weights = adjoints[: self.trajectory.dynamics.params_count].map(torch.zeros_like)
+        before = None
         for level in range(self.order + 1):
             low, high = first_curved + self.order - level, steps - level + 1
             pushes: Leaves | None = None
@@ -134,11 +140,25 @@ class _Levels:
                 pushes = curvature.product(vectors, low, direct if mixed else None, counted=count)
                 pushes = _rows(pushes, 0, count - 1)
             end = min(high, steps)
+            if level == self.order > 0:
+                before = _row(adjoints, low).map(torch.clone)
             if low <= end:
                 self._write(adjoints, low - 1, updates.scan(_row(adjoints, end), low, end, pushes))
             if level == self.order and low > 1:
                 self._write(adjoints, 0, updates.scan(_row(adjoints, low - 1), 1, low - 1, None))
+        if before is not None:
+            self._measure(before, _row(adjoints, first_curved))
         return adjoints
+
+    def _measure(self, before: Leaves, after: Leaves) -> None:
+        """Leave behind what the last order adds to the adjoint, relative to the orders before it."""
+        tasks = Tasks(len(self.trajectory.tasks_shape))
+        size, added = tasks.norm(before), tasks.norm(after - before)
+        relative = torch.where(size > 0, added / size, 0)
+        self.trajectory.record.diagnostics["last_order"] = relative
+        self.trajectory.warn_if_bad(
+            relative, 1.0, f"Binomial(order={self.order}): what the last order adds, relative to those before it,"
+        )
 
     def _write(self, stack: Leaves, first: int, rows: Leaves) -> None:
         for leaf, row in zip(stack, rows, strict=True):

@@ -32,9 +32,9 @@ class Krylov(Adjoint):
     agree for ``order`` 0 and 1. Exact for ``order >= T``.
 
     Biased below that; the relative residual of the system is left in ``Solution.diagnostics["residual"]`` after the
-    backward pass (one per task), an error indicator that no other rule here has. Cost: ``order`` batches of at most
-    ``T`` HVPs, one more if the loss's arguments want their hypergradient and ``order > 1``. Depth: as many. Memory:
-    ``T`` states and gradients, and ``order`` times ``T`` adjoints.
+    backward pass (one per task); above 0.5 there is a warning, :class:`diffopt.EstimateWarning`. Cost: ``order``
+    batches of at most ``T`` HVPs, one more if the loss's arguments want their hypergradient and ``order > 1``. Depth:
+    as many. Memory: ``T`` states and gradients, and ``order`` times ``T`` adjoints.
 
     Not for: inner problems so long that ``order * T`` adjoints do not fit, or losses that draw random numbers.
 
@@ -103,7 +103,11 @@ class Krylov(Adjoint):
                 if system.curvature.reads_wanted:
                     system.curvature.product(system.turned(stack, cotangent), 1, direct)
             left_over = tasks.norm(system.apart(residual))
-            trajectory.record.diagnostics["residual"] = torch.where(size > 0, left_over / size, 0)
+            relative = torch.where(size > 0, left_over / size, 0)
+            trajectory.record.diagnostics["residual"] = relative
+            trajectory.warn_if_bad(
+                relative, 0.5, f"Krylov(order={self.order}): the relative residual of the adjoints' system"
+            )
             stack = stack + residual
         direct.add_updates(_appended(stack.map(lambda leaf: leaf[1:]), cotangent))
         return Cotangents(stack.map(lambda leaf: leaf[0]), direct.collect())
