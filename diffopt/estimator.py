@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
@@ -209,7 +210,8 @@ class _Solve(torch.autograd.Function):
         call, saved = replace(ctx.call, wanted=frozenset(needed)), _saved_tensors(ctx)
         zeros = Leaves(saved[-call.state_count :]).virtual_zeros()
         given = (zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True))
-        with torch.inference_mode(False):  # in which no gradient is taken; what was made in it cannot be recorded
+        # in inference mode no gradient is taken, and what was made in it cannot be recorded
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             ordinary = [c.clone() if c.is_inference() else c for c in given]
             pullback, level = partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()
             terms = transforms.over_batched_grads(pullback, ordinary, level) if level else pullback(*ordinary)

@@ -56,7 +56,7 @@ def roll_out_recorded(
     now, losses, largest, checks = Leaves(state), [], [], Checks(dynamics, watch, passes_tangents=True)
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
-        if not dynamics.hooks.used:
+        if not dynamics.hooks.used:  # its evaluation may be given up, and begun again
             checks.draws_from = randomness.snapshot(now[0].device)
         grads: Sequence[Tensor | None]
         if transforms.transforms_active():

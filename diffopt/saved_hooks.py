@@ -51,11 +51,13 @@ def kept_out() -> Iterator[None]:
 
 
 def without(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that sets no hooks.
+    """Call a function that sets no hooks, where none are set.
 
     Raises:
-        HooksUsedError: it does.
+        HooksUsedError: it does, or there are.
     """
+    if _top() is not None:
+        raise HooksUsedError
     before = _autograd._saved_tensors_hooks_get_disabled_error_message()
     _autograd._saved_tensors_hooks_disable(_USED)
     try:
@@ -96,11 +98,12 @@ class RecomputingAsBefore(TorchFunctionMode):
             for members in _members(module)
             for name, tensor in members.items()
         ]
+        self._outer = _top()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the hooks that are set, and go on."""
         pair = _top()
-        if pair is not None and not isinstance(pair[1], _Unpack):
+        if pair is not None and not isinstance(pair[1], _Unpack) and pair != self._outer:
             _autograd._pop_saved_tensors_default_hooks()
             _autograd._push_saved_tensors_default_hooks(pair[0], _Unpack(pair[1], self._stand_ins()))
         return func(*args, **(kwargs or {}))

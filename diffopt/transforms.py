@@ -164,7 +164,13 @@ def over_batched_grads(
     rows = [old._remove_batch_dim(c, level, 1, 0) for c in cotangents]
     size = max(len(row) for row in rows)
     stacked = [row if len(row) == size else row.expand(size, *row.shape[1:]) for row in rows]
-    results = torch.func.vmap(function)(*stacked)
+    for _ in range(level):  # the old vmap, which allows no random numbers, has no part in what follows
+        torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined, unused-ignore]
+    try:
+        results = torch.func.vmap(function, randomness="different")(*stacked)
+    finally:
+        for _ in range(level):
+            torch._C._vmapmode_increment_nesting()  # type: ignore[attr-defined, unused-ignore]
     return tuple(old._add_batch_dim(result, 0, level) for result in results)
 
 

@@ -269,6 +269,19 @@ class AfterUnrolling(Estimator):
         return replace(outcome, state=tuple(self.change(x) for x in outcome.state))
 
 
+@dataclass(frozen=True)
+class BeforeUnrolling(Estimator):
+    """Unrolled, with something done to its initial state, where no check of the library looks."""
+
+    change: Callable
+
+    def claims(self, steps):
+        return Claims(twice=True, reports=False)
+
+    def run(self, problem):
+        return Unrolled().run(replace(problem, state=tuple(self.change(x) for x in problem.state)))
+
+
 def with_infinite_slope(x):
     return x + (x - x).abs().sqrt()
 

@@ -8,6 +8,7 @@ from broken_rules import (
     BIASED,
     EXACT,
     AfterUnrolling,
+    BeforeUnrolling,
     Changed,
     Eager,
     FallsBack,
@@ -98,7 +99,7 @@ INPUTS = {
     "returns double precision": (Changed(in_double), "float32: returns tensors like the inputs: got no"),
     "loses precision": (Changed(in_half), "float32: the numbers of float64"),
     "NaN": (
-        AfterUnrolling(with_infinite_slope),
+        BeforeUnrolling(with_infinite_slope),
         "float64: derivatives are finite: got no",
         "float32: derivatives are finite: got no",
         "uses nothing or one leaf: got no",
