@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.commands.estimators import KNOWN_NAMES, estimator
-from diffopt.commands.options import whole
+from diffopt.commands.options import MOST, whole
 from diffopt.estimators import Estimator
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -32,7 +32,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
     parser.add_argument("task", choices=sorted(TASKS), help="the problem")
     parser.add_argument("--estimators", default=DEFAULT, help=f"comma-separated; known: {KNOWN_NAMES}")
-    parser.add_argument("--repeats", type=whole(1), default=3, help="timed runs of each (default: 3)")
+    parser.add_argument("--repeats", type=whole(1, MOST), default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--out", type=picture, help="save a picture there: error against time and memory")
     parser.set_defaults(run=run)

@@ -15,6 +15,13 @@ from diffopt.errors import DiffoptError
 Options = TypeVar("Options")
 Parse = Callable[[str], Any]
 
+MOST_THREADS = 1024
+"""More than any processor has; torch ends the process where the system refuses it a thread."""
+MOST = 100_000
+"""Of what one iteration keeps in memory at a time: more tasks, images or channels are a slip of the hand."""
+LARGEST = 1e30
+"""Of real numbers: single precision ends at 3.4e38, and what computes with one must have room above it."""
+
 
 class OptionError(DiffoptError, ValueError):
     """An option of the command line cannot be used as it was given."""
@@ -25,28 +32,32 @@ def option(default: Any, text: str, parse: Parse = str, choices: Sequence[str] |
     return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
 
 
-def whole(low: int) -> Parse:
-    """Parses an integer of at least ``low``."""
+def whole(low: int, high: int | None = None) -> Parse:
+    """Parses an integer of at least ``low`` and at most ``high``."""
 
     def parse(text: str) -> int:
         if not (text.removeprefix("-").isdecimal() and len(text) < 19 and int(text) >= low):
             raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a whole number, {low} or more")
+        if high is not None and int(text) > high:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {low} to {high}")
         return int(text)
 
     return parse
 
 
 def real(low: float, above: bool = True) -> Parse:
-    """Parses a finite number above ``low``, or, with ``above=False``, of at least ``low``."""
+    """Parses a number above ``low``, or, with ``above=False``, of at least ``low``, that single precision has."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
+        bound = f"above {low:g}" if above else f"of {low:g} or more"
         if not (value > low or (value == low and not above)) or math.isinf(value):
-            bound = f"above {low:g}" if above else f"of {low:g} or more"
             raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number {bound}")
+        if value > LARGEST:
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number {bound}, {LARGEST:g} at most")
         return value
 
     return parse
