@@ -186,6 +186,8 @@ def open_file(path: Path) -> tuple[BinaryIO, int]:
         plain_size(path)
         file = path.open("rb")
         return file, os.fstat(file.fileno()).st_size
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.commands.estimators import KNOWN_NAMES, estimator
-from diffopt.commands.options import MOST, whole
+from diffopt.commands.options import MOST, OptionError, expanded, whole
 from diffopt.estimators import Estimator
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -40,9 +40,14 @@ def add_command(commands: Commands) -> None:
 
 def picture(text: str) -> Path:
     """For ``argparse``: the path of a picture in a format that can be drawn."""
-    path = Path(text).expanduser()
+    try:
+        path = expanded(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if path.suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a name that ends in {', '.join(PICTURES)}")
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is there and is no file, expected a path to write to")
     return path
 
 

@@ -99,11 +99,16 @@ def check_seal(archive: bytes) -> None:
             raise ValueError("its checksum does not fit")
         return
     with zipfile.ZipFile(io.BytesIO(archive)) as members:  # diffopt 0.1 wrote no seal
-        entries = members.infolist()
-        if members.comment or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        entries, stored = members.infolist(), zipfile.ZIP_STORED
+        if not _ends_without_comment(archive) or any(entry.compress_type != stored for entry in entries):
             raise ValueError("torch did not write this zip")
         if sum(entry.file_size for entry in entries) > len(archive) or members.testzip() is not None:
             raise ValueError("the checksum of a member does not fit")
+
+
+def _ends_without_comment(archive: bytes) -> bool:
+    end = archive[-22:]  # the length of a zip's last record, and of its comment in the last two bytes
+    return end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ Parse = Callable[[str], Any]
 
 MOST_THREADS = 1024
 """More than any processor has; torch ends the process where the system refuses it a thread."""
-MOST = 100_000
+MOST = 10_000
 """Of what one iteration keeps in memory at a time: more tasks, images or channels are a slip of the hand."""
 LARGEST = 1e30
 """Of real numbers: single precision ends at 3.4e38, and what computes with one must have room above it."""
@@ -79,6 +80,18 @@ def one_of(*known: str) -> Parse:
     return parse
 
 
+def expanded(path: str) -> Path:
+    """A path to write to, with its leading ``~`` replaced.
+
+    Raises:
+        OptionError: the system knows no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"--out is {path[:80]} ({error}), expected a path: write it without ~") from error
+
+
 def yes_or_no(text: str) -> bool:
     """Parses ``yes`` or ``no``."""
     return bool(one_of("no", "yes")(text) == "yes")
@@ -88,7 +101,7 @@ def device(name: str) -> str:
     """Parses the name of a torch device, such as ``cpu`` or ``cuda:1``, and tries it."""
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # some devices are packages of their own
         reason = str(error).partition("\n")[0][:80]
         raise argparse.ArgumentTypeError(
             f"{name[:40]!r} cannot be used here ({reason}), expected one that can; try cpu"

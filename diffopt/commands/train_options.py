@@ -49,7 +49,7 @@ class OmniglotOptions(TrainOptions):
     shot: int = option(1, "support images per class", whole(1, MOST))
     queries: int = option(5, "query images per class in training", whole(1, MOST))
     tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
-    filters: int = option(32, "channels of the four convolutions", whole(1, MOST))
+    filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
     rotations: bool = option(True, "also train on classes turned by 90, 180 and 270 degrees")
     split: Literal["official", "vinyals"] = option(
         "official", "what is trained and evaluated on", choices=("official", "vinyals")
@@ -72,7 +72,7 @@ class ImagesOptions(TrainOptions):
     shot: int = option(1, "support images per class", whole(1, MOST))
     queries: int = option(15, "query images per class in training", whole(1, MOST))
     tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
-    filters: int = option(32, "channels of the four convolutions", whole(1, MOST))
+    filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
     data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
     out: str = option("runs/images", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     iterations: int = option(2500, "outer iterations", whole(1))

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
@@ -27,7 +26,7 @@ from diffopt.commands.few_shot import (
     sinusoid,
 )
 from diffopt.commands.interrupt import Interrupt
-from diffopt.commands.options import to_store
+from diffopt.commands.options import expanded, to_store
 from diffopt.commands.progress import Reporter, reporter
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
 from diffopt.tasks import Conv4
@@ -43,7 +42,7 @@ class RunFolder:
 
     def __init__(self, out: str) -> None:
         """Name the files; nothing is touched."""
-        self.folder = Path(out).expanduser()
+        self.folder = expanded(out)
         self.metrics_path = self.folder / "metrics.jsonl"
         self.curve_path = self.folder / "curve.png"
         self.checkpoint_path = self.folder / "checkpoint.pt"

@@ -25,7 +25,7 @@ from diffopt.commands.checkpoint_content import CheckpointError
 from diffopt.commands.experiments.contract import ExperimentError, Row
 from diffopt.commands.experiments.work import store_name
 from diffopt.commands.files import checksum, write_json
-from diffopt.commands.options import MOST_THREADS, device, whole
+from diffopt.commands.options import MOST_THREADS, device, expanded, whole
 
 FORMAT = 1
 SCALES = ("quick", "standard", "full")
@@ -108,7 +108,7 @@ class RunFolder:
 
     def __init__(self, out: str) -> None:
         """Name the files; nothing is touched."""
-        self.folder = Path(out).expanduser()
+        self.folder = expanded(out)
         self.header_path = self.folder / "run.json"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.results_path = self.folder / "results.json"
