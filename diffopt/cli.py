@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         print(end="", flush=True)  # a full disk, or a reader that has ended, is told now and not by Python at its end
         return code
-    except SystemExit as stop:  # argparse: --help, --version, or an error that it has told
-        return stop.code if isinstance(stop.code, int) else FAILED
+    except SystemExit as stop:  # argparse: --help, --version, or an error that it has told; rich: nobody reads
+        return FAILED if stop.code else 0
     except KeyboardInterrupt:
         print("diffopt: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -338,7 +338,7 @@ for number, limit in enumerate(map(int, sys.argv[2].split(","))):
 
 
 def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(trained, tmp_path):
-    """A file cannot grow beyond a limit: none holds a checkpoint, one without moments, any checkpoint but no picture."""
+    """No file can grow beyond a limit: it holds no checkpoint, one without moments, any checkpoint but no picture."""
     checkpoint, picture = ((trained / name).stat().st_size for name in ("checkpoint.pt", "curve.png"))
     assert picture > checkpoint + 1000
     limits = {"checkpoint.pt": 100, "checkpoint.pt ": checkpoint - 1, "curve.png": checkpoint + 1000}
@@ -355,3 +355,40 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
     for out in tmp_path.iterdir():
         params = torch.load(out / "checkpoint.pt", weights_only=True)["params"]
         assert all(torch.equal(params[name], value) for name, value in expected.items())
+
+
+FULL_TOY = """
+import resource, signal, sys
+import toy_experiment
+from diffopt.cli import main
+from diffopt.commands.experiments import catalogue
+catalogue.experiment = lambda name: toy_experiment.TOY
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(["reproduce", "toy", *sys.argv[2:]]))
+"""
+
+
+def test_a_full_disk_stops_a_reproduction_within_a_line_and_it_goes_on(toy, tmp_path):
+    assert toy(tmp_path / "whole") == 0
+    log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    header = (tmp_path / "whole" / "run.json").stat().st_size
+    limit = len(log) - 100
+    assert limit > header
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    for name, size in (("none", header - 1), ("part", limit)):
+        argv = [sys.executable, "-c", FULL_TOY, str(size), "--out", str(tmp_path / name)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 2
+        assert re.fullmatch(r"diffopt: error: \S+ cannot be written [^\n]+\n", done.stderr), done.stderr
+    assert not (tmp_path / "none" / "run.json").exists()
+    assert toy(tmp_path / "none") == 0
+    cut = (tmp_path / "part" / "metrics.jsonl").read_bytes()
+    assert cut
+    assert not cut.endswith(b"\n")
+    assert toy(tmp_path / "part", "--resume") == 0
+    values = [
+        [json.loads(line)["values"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "part", "none")
+    ]
+    assert values[0] == values[1] == values[2]
