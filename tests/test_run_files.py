@@ -182,6 +182,17 @@ def test_a_changed_header_is_not_resumed(toy, refused, tmp_path, change):
     assert "run.json" in refused(tmp_path, "reproduce", "toy", "--resume")
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"threads": 2}, {"seed": 7, "threads": 3}], ids=str)
+def test_a_changed_header_is_not_resumed_before_any_unit_is_finished(toy, refused, tmp_path, change):
+    assert toy(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text("")
+    header = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**header, **change}))
+    assert "run.json has been changed since the run was started" in refused(tmp_path, "reproduce", "toy", "--resume")
+    (tmp_path / "run.json").write_text(json.dumps(dict(reversed(header.items())), indent=3))  # laid out anew: the same
+    assert toy(tmp_path, "--resume") == 0
+
+
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_files_of_two_runs_are_not_mixed(toy, refused, tmp_path, name):
     assert toy(tmp_path / "a") == toy(tmp_path / "b", "--seed", "1") == 0
