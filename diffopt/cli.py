@@ -7,9 +7,14 @@ Such a module imports at its top only what is always installed; what needs optio
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
+
+import torch
 
 import diffopt
 from diffopt.commands.compare import add_command as add_compare
@@ -26,6 +31,9 @@ OPTIONAL_PACKAGES = {
     "sklearn": "scikit-learn",
 }
 FAILED, INTERRUPTED = 2, 130
+TRACEBACK = "DIFFOPT_TRACEBACK"
+"""The environment variable that lets errors through as they are."""
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,25 +52,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         code: int = options.run(options)
+        print(end="", flush=True)  # a full disk, or a reader that has ended, is told now and not by Python at its end
         return code
-    except SystemExit as stop:  # argparse: --help, --version, or an error that it has told
-        return stop.code if isinstance(stop.code, int) else FAILED
-    except DiffoptError as error:
-        return _tell(str(error))
-    except OSError as error:
-        where = "a file" if error.filename is None else error.filename
-        return _tell(f"{where} cannot be used ({error.strerror or error}), expected a path to write to: check --out")
-    except ModuleNotFoundError as error:
-        package = OPTIONAL_PACKAGES.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
-        return _tell(
-            f"this command needs the package {package}, which is not installed: pip install {package}, "
-            "or install the library with its extra [cli]"
-        )
+    except SystemExit as stop:  # argparse: --help, --version, or an error that it has told; rich: nobody reads
+        return FAILED if stop.code else 0
     except KeyboardInterrupt:
         print("diffopt: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        if isinstance(error, BrokenPipeError):
+            _leave_standard_output()
+        print(f"diffopt: error: {_one_line(_explained(error))}", file=sys.stderr)
+        return FAILED
+
+
+def _explained(error: Exception) -> str:
+    """What was got, what was expected and what to do, for any error."""
+    package = OPTIONAL_PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
+    reason = f"{type(error).__name__}: {_one_line(str(error))[:200]}"
+    if isinstance(error, DiffoptError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and package is not None:
+        return (
+            f"this command needs the package {package}, which is not installed: pip install {package}, "
+            "or install the library with its extra [cli]"
+        )
+    if isinstance(error, BrokenPipeError):
+        return "what reads standard output has ended, expected it to read on: send the output to a file"
+    if isinstance(error, OSError):
+        where = "a file" if error.filename is None else error.filename
+        why = error.strerror or str(error)
+        if error.errno in FULL:
+            return f"{where} cannot be written ({why}), expected room for it: make room, then continue with --resume"
+        return f"{where} cannot be used ({why}), expected a path to write to: check --out"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"there is not enough memory ({reason}), expected a smaller problem: fewer tasks, images or steps"
+    return f"{reason}; expected no such error: set {TRACEBACK}=1 to see where it comes from, and report it"
+
+
+def _leave_standard_output() -> None:
+    """Keep Python from writing what is left to a pipe that nobody reads, when it ends."""
+    with suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,11 +118,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{self.prog}: error: {_one_line(message)}; see {self.prog} --help\n")
-
-
-def _tell(message: str) -> int:
-    print(f"diffopt: error: {_one_line(message)}", file=sys.stderr)
-    return FAILED
 
 
 def _one_line(message: str) -> str:

@@ -19,6 +19,8 @@ from diffopt.tasks.errors import DataError
 from diffopt.tasks.pickled_arrays import Array
 
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
+BROKEN_ZIP = (*_BROKEN, zipfile.BadZipFile, KeyError, MemoryError, NotImplementedError, RuntimeError)
+"""What the standard library raises on a zip that is damaged, encrypted, or packed in a way it does not know."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -136,7 +138,7 @@ def npz_arrays(content: bytes, name: str, expected: Mapping[str, tuple[str, int]
             arrays = {key: file[key] for key in expected}
     except DataError:
         raise
-    except (*_BROKEN, zipfile.BadZipFile, KeyError, MemoryError, NotImplementedError, RuntimeError) as error:
+    except BROKEN_ZIP as error:
         raise DataError(f"{name} cannot be read as .npz ({error}): the download was cut short or damaged") from error
     for key, (kind, axes) in expected.items():
         found = arrays[key]

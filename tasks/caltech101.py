@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diffopt.tasks.archives import npz_arrays
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first
 from diffopt.tasks.ragged import RaggedImages
@@ -69,7 +69,7 @@ class Caltech101:
         check_split(split)
         check_size(size)
         place = data_folder(folder)
-        if not (place / SINGLE_FILE.name).exists():
+        if not is_there(place / SINGLE_FILE.name):
             raise missing(f"Caltech-101 data for split {split!r}", [place], SINGLE_FILE.name, ORIGIN)
         arrays = npz_arrays(SINGLE_FILE.read(place), SINGLE_FILE.name, EXPECTED, LARGEST)
         images, labels, codes = arrays["images"], arrays["labels"], arrays["class_split"]

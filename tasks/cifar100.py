@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt.tasks.archives import Member, tar_members
 from diffopt.tasks.class_lists import superclasses
-from diffopt.tasks.data import KnownFile, check_size, data_folder, missing
+from diffopt.tasks.data import KnownFile, check_size, data_folder, is_there, missing
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first
 from diffopt.tasks.pickled_arrays import Array, text
@@ -55,11 +55,11 @@ def load_classes(folder: str | Path | None, names: tuple[str, ...], size: int, w
     """
     check_size(size)
     place = data_folder(folder)
-    if (place / ARCHIVE.name).exists():
+    if is_there(place / ARCHIVE.name):
         ARCHIVE.check(place)
         return archive_classes(place / ARCHIVE.name, names, size)
-    if all((place / one.name).exists() for one in EXTRACTED):
-        contents = [(one.name, one.read(place)) for one in EXTRACTED]
+    if all(is_there(place / one.name) for one in EXTRACTED):
+        contents = [(one.name, one.read(place, LARGEST_MEMBER)) for one in EXTRACTED]
         members = (Member(name, io.BytesIO(content), len(content)) for name, content in contents)
         return ClassImages(_chosen(members, names, size, place), tuple(one.name for one in EXTRACTED))
     accepted = f"{ARCHIVE.name}, or the folder cifar-100-python extracted from it"

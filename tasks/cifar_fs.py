@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.tasks.cifar100 import archive_classes, load_classes
 from diffopt.tasks.class_lists import class_list
-from diffopt.tasks.data import Split, check_split
+from diffopt.tasks.data import Split, check_split, expanded
 
 
 @final
@@ -68,5 +68,5 @@ class CIFARFS:
         """
         check_split(split)
         names = class_list("cifar-fs", split)
-        images, sources = archive_classes(Path(path).expanduser(), names, size)
+        images, sources = archive_classes(expanded(path), names, size)
         return cls(images, names, sources)

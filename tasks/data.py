@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,22 @@ def data_folder(folder: str | Path | None = None) -> Path:
     if folder is not None:
         if not isinstance(folder, str | Path):
             raise DataError(f"folder is {describe(folder)}; expected a path, a str or a Path")
-        return Path(folder).expanduser()
+        return expanded(folder)
     if chosen := os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffopt"
+        return expanded(chosen)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffopt"
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with its leading ``~`` replaced.
+
+    Raises:
+        DataError: the system knows no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path} cannot be read ({error}); expected a path: write it without ~") from error
 
 
 def check_split(split: str) -> None:
@@ -64,7 +77,7 @@ def missing(what: str, places: Sequence[Path], accepted: str, origin: str) -> Da
         accepted: the names of the files, in words.
         origin: how to obtain them, in words.
     """
-    there = [place for place in places if place.is_dir()]
+    there = [place for place in places if is_there(place) and place.is_dir()]
     state = "it has none of the accepted files" if there else "there is no such folder"
     return DataError(
         f"no {what} in {' or '.join(map(str, places))}: {state}. Put there {accepted}; {origin}. Or {HOW_TO_SET}"
@@ -88,15 +101,20 @@ class KnownFile:
     sha256: str = ""
     md5: str = ""
 
-    def read(self, folder: Path) -> bytes:
+    def read(self, folder: Path, limit: int | None = None) -> bytes:
         """The content of this file in ``folder``, once its size and checksum are found right.
+
+        Args:
+            folder: where it lies.
+            limit: the largest size in bytes, where the size is not known.
 
         Raises:
             DataError: the file is not there or cannot be read, or its size or checksum is wrong.
         """
-        path = self._sized(folder)
+        path, file = self._opened(folder, limit)
         try:
-            content = path.read_bytes()
+            with file:
+                content = file.read()
         except OSError as error:
             raise unreadable(path, error) from error
         digest = self._hash()
@@ -110,10 +128,10 @@ class KnownFile:
         Raises:
             DataError: as :meth:`read`.
         """
-        path = self._sized(folder)
+        path, file = self._opened(folder, None)
         digest = self._hash()
         try:
-            with path.open("rb") as file:
+            with file:
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)
         except OSError as error:
@@ -121,15 +139,16 @@ class KnownFile:
         self._compare(path, digest.hexdigest())
         return path
 
-    def _sized(self, folder: Path) -> Path:
+    def _opened(self, folder: Path, limit: int | None) -> tuple[Path, BinaryIO]:
         path = folder / self.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise unreadable(path, error) from error
+        file, size = open_file(path)
         if self.size is not None and size != self.size:
+            file.close()
             raise DataError(f"{path} has {size:,} bytes; expected {self.size:,}. {_DAMAGED}")
-        return path
+        if limit is not None and size > limit:
+            file.close()
+            raise DataError(f"{path} has {size:,} bytes; expected {limit:,} at most. {_DAMAGED}")
+        return path, file
 
     def _hash(self) -> hashlib._Hash:
         return hashlib.sha256() if self.sha256 else hashlib.md5(usedforsecurity=False)
@@ -147,10 +166,8 @@ def read_one_of(alternatives: Sequence[KnownFile], folder: Path) -> bytes:
         DataError: as :meth:`KnownFile.read`; the size is that of none of them.
     """
     path = folder / alternatives[0].name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise unreadable(path, error) from error
+    file, size = open_file(path)
+    file.close()
     for known in alternatives:
         if known.size == size:
             return known.read(folder)
@@ -162,18 +179,48 @@ def open_file(path: Path) -> tuple[BinaryIO, int]:
     """A file opened for reading, and its size in bytes.
 
     Raises:
-        DataError: it is not there, or cannot be read.
+        DataError: it is not there, cannot be read, or is no plain file: to open a pipe would wait for ever, and a
+            device may have no end.
     """
     try:
+        plain_size(path)
         file = path.open("rb")
         return file, os.fstat(file.fileno()).st_size
-    except OSError as error:
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def plain_size(path: Path) -> int:
+    """The size of a file in bytes, looked at before it is opened.
+
+    Raises:
+        DataError: it is a pipe or a device; of a folder the system says so itself, when it is opened.
+        OSError: it is not there.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise DataError(f"{path} cannot be read: it is a pipe or a device; expected a file: {HOW_TO_SET}")
+    return found.st_size
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at ``path``.
+
+    Raises:
+        DataError: the system will not say, such as of a name that is too long or a folder that is closed.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error to raise where the system will not let a file be read."""
-    return DataError(f"{path} cannot be read: {error.strerror}; expected a file: {HOW_TO_SET}")
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return DataError(f"{str(path)[:200]} cannot be read: {reason}; expected a file: {HOW_TO_SET}")
 
 
 _DAMAGED = "The download was cut short or this is another file: delete it and download it again"

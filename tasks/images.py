@@ -19,7 +19,7 @@ from diffopt.tasks.pickled_arrays import Array
 _MOST_PIXELS = 64_000_000
 """More than the largest photograph of ImageNet; a small file that claims more is refused before it is decoded."""
 
-_BROKEN = (
+BROKEN_IMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -52,7 +52,7 @@ def decoded(content: bytes | memoryview, name: str, *, size: int, formats: tuple
                 return np.asarray(_brought(image.convert("RGB"), size))
     except DataError:
         raise
-    except (*_BROKEN, Image.DecompressionBombWarning) as error:
+    except (*BROKEN_IMAGE, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is not a readable {' or '.join(formats)} ({error}); obtain it again") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.tasks.archives import tar_members
 from diffopt.tasks.class_lists import class_list
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing
 from diffopt.tasks.mini_imagenet_files import LARGEST_PICKLE, SHORT, listed_images, pickled_images
 from diffopt.tasks.pickles import load_pickle, read_pickle
 
@@ -79,13 +79,13 @@ class MiniImageNet:
         pickles = [f"mini-imagenet-cache-{one}.pkl" for one in dict.fromkeys((SHORT[split], split))]
         for place in places:
             for name in pickles:
-                if (place / name).exists():
+                if is_there(place / name):
                     table = load_pickle(place / name, LARGEST_PICKLE)
                     return cls(pickled_images(table, str(place / name), split, size), names, (name,))
             csv = place / f"{SHORT[split]}.csv"
-            if csv.exists():
+            if is_there(csv):
                 return cls(listed_images(csv, split, size), names, (csv.name,))
-            if (place / ARCHIVE.name).exists():
+            if is_there(place / ARCHIVE.name):
                 path = ARCHIVE.check(place)
                 (table,) = (
                     read_pickle(member.stream, member.size, f"{path}: {member.name}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopt.tasks.archives import npz_arrays
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing, read_one_of
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing, read_one_of
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import resized
 from diffopt.tasks.pickled_arrays import Array
@@ -84,14 +84,14 @@ class MNIST:
         check_size(size)
         place = data_folder(folder)
         official = OFFICIAL_TEST if split == "test" else OFFICIAL_TRAIN
-        if (place / SINGLE_FILES[0].name).exists():
+        if is_there(place / SINGLE_FILES[0].name):
             half = "test" if split == "test" else "train"
             names = [f"x_{half}", f"y_{half}"]
             expected = {names[0]: ("u1", 3), names[1]: ("u1", 1)}
             name = SINGLE_FILES[0].name
             arrays = npz_arrays(read_one_of(SINGLE_FILES, place), name, expected, LARGEST)
             return cls._chosen(arrays[names[0]], arrays[names[1]], split, size, (name,))
-        if all((place / one.name).exists() for one in official):
+        if all(is_there(place / one.name) for one in official):
             images, labels = (
                 idx_array(one.read(place), one.name, axes) for one, axes in zip(official, (3, 1), strict=True)
             )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt.tasks.data import HOW_TO_SET, KnownFile, data_folder
+from diffopt.tasks.data import HOW_TO_SET, KnownFile, data_folder, expanded, is_there
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.omniglot_archive import Drawings, read_archives
 
@@ -91,7 +91,7 @@ class Omniglot:
         if split not in get_args(Split):
             raise DataError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
         place = data_folder(folder)
-        if (place / SINGLE_FILE.name).exists():
+        if is_there(place / SINGLE_FILE.name):
             loaded = cls._from_single_file(place, split)
         else:
             known = _archives(place, split)
@@ -110,7 +110,7 @@ class Omniglot:
         """
         if isinstance(paths, str | Path):
             raise DataError(f"paths is {str(paths)!r}; expected a list of paths; put it in [ ]")
-        named = [(str(path), Path(path).expanduser()) for path in paths]
+        named = [(str(path), expanded(path)) for path in paths]
         return cls._from_drawings(read_archives(named), [path.name for _, path in named])
 
     def rotated(self) -> Omniglot:
@@ -143,7 +143,7 @@ def _archives(folder: Path, split: Split) -> list[KnownFile]:
     groups = {"background": [[BACKGROUND], list(SMALL_BACKGROUND)], "evaluation": [[EVALUATION]]}
     accepted = groups.get(split, [])
     for group in accepted:
-        if there := [one for one in group if (folder / one.name).exists()]:
+        if there := [one for one in group if is_there(folder / one.name)]:
             return there
     names = " or ".join([SINGLE_FILE.name, *(group[0].name for group in accepted)])
     limit = "" if accepted else " (the official zips do not know the Vinyals splits)"

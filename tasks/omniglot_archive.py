@@ -12,12 +12,19 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from diffopt.tasks.archives import BROKEN_ZIP
+from diffopt.tasks.data import plain_size
 from diffopt.tasks.errors import DataError
+from diffopt.tasks.images import BROKEN_IMAGE
 
 OFFICIAL_SIZE = (105, 105)
 SIZE = (28, 28)
+LARGEST_DRAWING = 100_000
+"""Bytes; the official drawings have some 300 each, and 11,025 pixels."""
+LARGEST_ZIP = 200_000_000
+"""Bytes; the largest of the official zips has 9,464,212."""
 _MEMBER = re.compile(r"[^/]+/(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_\d+\.png")
 
 
@@ -52,11 +59,7 @@ def read_archives(archives: Sequence[tuple[str, Path | BinaryIO]]) -> Drawings:
     """
     drawn: dict[tuple[str, str], list[npt.NDArray[np.uint8]]] = {}
     for name, file in archives:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                found = _read_one(name, archive)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{name} cannot be read ({str(error)[:80]}); expected a zip: download it again") from error
+        found = _read_one(name, file)
         for key in found.keys() & drawn.keys():
             if not np.array_equal(found[key], drawn[key]):
                 raise DataError(
@@ -75,14 +78,32 @@ def read_archives(archives: Sequence[tuple[str, Path | BinaryIO]]) -> Drawings:
     return Drawings(images, tuple(alphabet for alphabet, _ in keys), tuple(character for _, character in keys))
 
 
-def _read_one(name: str, archive: zipfile.ZipFile) -> dict[tuple[str, str], list[npt.NDArray[np.uint8]]]:
+def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[npt.NDArray[np.uint8]]]:
     """The drawings of each (alphabet, character) of one zip, in the order of their names."""
     drawn: defaultdict[tuple[str, str], list[npt.NDArray[np.uint8]]] = defaultdict(list)
-    for member in sorted(archive.namelist()):
-        if match := _MEMBER.fullmatch(member):
-            content = archive.read(member)
-            drawn[match["alphabet"], match["character"]].append(_decode(f"{name}: {member}", content))
+    try:
+        if isinstance(file, Path) and (size := plain_size(file)) > LARGEST_ZIP:
+            raise DataError(f"{name} has {size:,} bytes; expected {LARGEST_ZIP:,} at most: this is another file")
+        with zipfile.ZipFile(file) as archive:
+            for member in sorted(archive.infolist(), key=lambda one: one.filename):
+                if match := _MEMBER.fullmatch(member.filename):
+                    drawing = _decode(f"{name}: {member.filename}", _content(name, archive, member))
+                    drawn[match["alphabet"], match["character"]].append(drawing)
+    except DataError:
+        raise
+    except BROKEN_ZIP as error:
+        raise DataError(f"{name} cannot be read ({str(error)[:80]}); expected a zip: download it again") from error
     return dict(drawn)
+
+
+def _content(name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """One member, whose size is looked at before anything is unpacked; no more than it claims comes out of it."""
+    if member.file_size > LARGEST_DRAWING:
+        raise DataError(
+            f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes; expected a drawing of "
+            f"{LARGEST_DRAWING:,} at most: this is another file"
+        )
+    return archive.read(member)
 
 
 def _decode(name: str, content: bytes) -> npt.NDArray[np.uint8]:
@@ -92,11 +113,13 @@ def _decode(name: str, content: bytes) -> npt.NDArray[np.uint8]:
     The filter rounds, so inverting after it instead of before differs by one grey level in some pixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             if image.size != OFFICIAL_SIZE:
                 raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels; expected 105x105")
             ink = 255 - np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, OSError) as error:
+    except DataError:
+        raise
+    except BROKEN_IMAGE as error:
         raise DataError(
             f"{name} is not a readable image ({str(error)[:80]}); expected a PNG: download the zip again"
         ) from error

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffopt.tasks.archives import tar_members
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, missing
+from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first, decoded
 from diffopt.tasks.pickled_arrays import Array, PickledArray, text
@@ -81,13 +81,13 @@ class TieredImageNet:
         for place in places:
             for prefix in ("", "tiered-imagenet-"):
                 images, labels = (prefix + name for name in pair)
-                if (place / images).exists() and (place / labels).exists():
+                if is_there(place / images) and is_there(place / labels):
                     # The labels first: they are small, and tell a wrong file at once.
                     table = load_pickle(place / labels, LARGEST_LABELS)
                     marked = _labels(table, str(place / labels), split)
                     encoded = load_pickle(place / images, LARGEST_IMAGES)
                     return cls(*_decoded(encoded, *marked, str(place / images), size), (images, labels))
-            if (place / ARCHIVE.name).exists():
+            if is_there(place / ARCHIVE.name):
                 path = ARCHIVE.check(place)
                 wanted = dict(zip(pair, (LARGEST_IMAGES, LARGEST_LABELS), strict=True))
                 tables = {

@@ -80,6 +80,19 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def device(path: Path) -> Path:
+    """A path at which there is something that is no file."""
+    path.symlink_to("/dev/null")
+    return path
+
+
+def flip(folder: Path) -> None:
+    """Turn one bit over, in the middle of the checkpoint."""
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / "checkpoint.pt").write_bytes(content)
+
+
 WHOLE = r"expected a whole number, \d or more; see diffopt .* --help"
 COPY = "restore it from a copy, or start without --resume in another --out"
 COMMANDS: dict[str, Command] = {
@@ -95,14 +108,39 @@ COMMANDS: dict[str, Command] = {
     "seed_negative": Command(train("--seed", "-1"), f"--seed: got '-1', {WHOLE}"),
     "seed_endless": Command(train("--seed", "1" + 30 * "0"), f"--seed: got '10+', {WHOLE}"),
     "threads_zero": Command(train("--threads", "0"), f"--threads: got '0', {WHOLE}"),
+    "threads_countless": Command(
+        train("--threads", "1000000"), "got '1000000', expected a whole number from 1 to 1024"
+    ),
+    "tasks_countless": Command(
+        train("--tasks", "1000000000000"), "--tasks: got '10+', expected a whole number from 1 to"
+    ),
+    "filters_countless": Command(
+        plain("train", "images", "--filters", "100000"), "expected a whole number from 1 to 1024"
+    ),
+    "reproduce_threads": Command(
+        plain("reproduce", "bounds", "--threads", "9999"), "expected a whole number from 1 to"
+    ),
     "one_episode": Command(train("--eval-episodes", "1"), f"--eval-episodes: got '1', {WHOLE}"),
     "rate_negative": Command(train("--inner-lr", "-1"), "--inner-lr: got '-1', expected a number above 0"),
     "rate_nan": Command(train("--meta-lr", "nan"), "--meta-lr: got 'nan', expected a number above 0"),
+    "rate_beyond_single_precision": Command(
+        train("--inner-lr", "1e308"), "got '1e308', expected a number above 0, 1e.30 at most"
+    ),
+    "meta_rate_beyond_single_precision": Command(
+        train("--meta-lr", "1e300"), "expected a number above 0, 1e.30 at most"
+    ),
+    "momentum_beyond_single_precision": Command(
+        train("--inner-momentum", "1e39"), "a number of 0 or more, 1e.30 at most"
+    ),
+    "minutes_nan": Command(train("--minutes", "nan"), "got 'nan', expected a number above 0"),
     "momentum_infinite": Command(train("--inner-momentum", "inf"), "got 'inf', expected a number of 0 or more"),
     "no_minutes": Command(train("--minutes", "0"), "--minutes: got '0', expected a number above 0"),
     "unknown_decay": Command(train("--meta-lr-decay", "linear"), "invalid choice: 'linear' .choose from"),
     "unknown_device": Command(
         train("--device", "toaster"), "'toaster' cannot be used here .*expected one that can; try cpu"
+    ),
+    "device_of_a_package": Command(
+        train("--device", "hpu"), "'hpu' cannot be used here .*expected one that can; try cpu"
     ),
     "empty_device": Command(train("--device", ""), "'' cannot be used here .*expected one that can; try cpu"),
     "unknown_estimator": Command(train("--estimator", "magic"), "no estimator 'magic', expected one of reverse, "),
@@ -116,6 +154,17 @@ COMMANDS: dict[str, Command] = {
     ),
     "folder_is_a_file": Command(
         lambda folder: train(out="run/curve.png/x")(folder), "curve.png/x cannot be used .Not a dir.*, expected a path"
+    ),
+    "out_of_nobody": Command(
+        lambda folder: ["train", "sinusoid", *SMALL, "--out", "~no such user/x"],
+        "--out is ~no such .*write it without ~",
+    ),
+    "out_is_a_file": Command(
+        lambda folder: ["train", "sinusoid", *SMALL, "--out", str(folder / "run" / "curve.png")],
+        "curve.png cannot be used .File exists.*, expected a path",
+    ),
+    "demo_out_is_a_file": Command(
+        lambda folder: ["demo", "--out", str(folder / "run" / "curve.png")], "cannot be used .*, expected a path"
     ),
     "run_in_the_way": Command(train(out="run"), "already holds a run, expected an unused folder: add --resume"),
     "omniglot_no_folder": Command(
@@ -138,6 +187,11 @@ COMMANDS: dict[str, Command] = {
     "compare_picture": Command(
         plain("compare", "quadratic", "--out", "x.foo"), "'x.foo', expected a name that ends in .png"
     ),
+    "compare_picture_is_a_device": Command(
+        lambda folder: ["compare", "quadratic", "--out", str(device(folder / "x.png"))],
+        "x.png' is there and is no file, expected a path to write to",
+    ),
+    "compare_picture_of_nobody": Command(plain("compare", "quadratic", "--out", "~no such user/x.png"), "without ~"),
     "demo_flag": Command(plain("demo", "--wibble"), "unrecognized arguments: --wibble"),
     "nothing_to_resume": Command(
         train("--resume"), "there is no checkpoint .*expected one: check --out, or start without"
@@ -158,6 +212,16 @@ CHECKPOINTS: dict[str, Command] = {
     "cut_short": Command(
         resume_files(lambda p: (p / "checkpoint.pt").write_bytes((p / "checkpoint.pt").read_bytes()[:-1000])),
         "is not a readable checkpoint .*expected a whole one",
+    ),
+    "a_text": Command(
+        resume_files(lambda p: (p / "checkpoint.pt").write_bytes(b"hello")), "not a readable .*a whole one"
+    ),
+    "flipped_bit": Command(
+        resume_files(flip), rf"not a readable checkpoint .*its checksum does not fit.*, expected a whole one: {COPY}"
+    ),
+    "another_log": Command(
+        resume_files(lambda p: (p / "metrics.jsonl").write_bytes(b"{}\n" * 9)),
+        "metrics.jsonl has been changed since .*expected the same lines: restore it from a copy, or start again",
     ),
     "runs_code": Command(
         resume_files(lambda p: torch.save({"format": 1, "params": Path}, p / "checkpoint.pt")),

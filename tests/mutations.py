@@ -48,6 +48,8 @@ NAMES = [
     "update_blocks",
     "step_by_step",
     "compiled",
+    "run_files",
+    "damaged_data",
 ]
 
 

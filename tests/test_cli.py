@@ -17,9 +17,10 @@ import torch
 import diffopt
 import diffopt.estimators
 from diffopt.cli import main
-from diffopt.commands import image_sets
+from diffopt.commands import checkpoint, demo, image_sets
 from diffopt.commands.estimators import KNOWN_NAMES, EstimatorNameError, estimator
 from diffopt.commands.few_shot import Adaptation, evaluate, interval, meta_gradient, sinusoid
+from diffopt.commands.files import save_tensors
 from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.penalties import LR, MOMENTUM, STEPS, Penalties
 from diffopt.commands.train_options import IMAGE_SETS
@@ -70,11 +71,11 @@ def test_training_writes_its_three_files(tmp_path, capsys):
     written = [(row["kind"], row["iteration"]) for row in rows(tmp_path)]
     assert written == [("training", 2), ("evaluation", 3), ("training", 4), ("training", 6), ("evaluation", 6)]
     assert set(rows(tmp_path)[0]) == {"kind", "iteration", "outer_loss", "mse", "seconds"}
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["iteration"] == 6
-    assert checkpoint["lines"] == 5
-    assert checkpoint["options"]["inner_lr"] == 0.01
-    last_rate = checkpoint["optimizer"]["param_groups"][0]["lr"]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == 6
+    assert saved["lines"] == 5
+    assert saved["options"]["inner_lr"] == 0.01
+    last_rate = saved["optimizer"]["param_groups"][0]["lr"]
     assert last_rate == pytest.approx(0.001 * (1 + math.cos(math.pi * 5 / 6)) / 2)  # the sixth of six, along a cosine
 
 
@@ -239,6 +240,71 @@ def test_missing_optional_package(fails, tmp_path, monkeypatch, command, package
     monkeypatch.setitem(sys.modules, package, None)
     argv = ["demo", "--out", str(tmp_path)] if command == "demo" else sine(tmp_path)
     assert f"pip install {shown}" in fails(argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ZeroDivisionError("one\ntwo"), "ZeroDivisionError: one two; expected no such error: set DIFFOPT_TRACEBACK=1"),
+        (KeyError("x"), "KeyError: 'x'; expected no such error"),
+        (MemoryError(), "there is not enough memory .*expected a smaller problem"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: x"), "there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "there is not enough memory"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "ModuleNotFoundError: No module named 'x'; expected"),
+        (RecursionError(), "RecursionError: ; expected no such error"),
+        (OSError(28, "No space left on device"), "a file cannot be written .No space left on device., expected room"),
+        (OSError(13, "Permission denied", "x"), "x cannot be used .Permission denied., expected a path to write to"),
+    ],
+)
+def test_any_error_is_one_line_unless_a_traceback_is_asked_for(fails, monkeypatch, error, says):
+    def run(given: object) -> int:
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    assert re.search(says, fails(["demo"]))
+    monkeypatch.setenv("DIFFOPT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["demo"])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_reader_that_has_ended_is_no_traceback(tmp_path, told):
+    """Rich, which prints tables, ends without a word."""
+    argv = sine(tmp_path, "--iterations", "1") if told else ["reproduce", "--list"]
+    command = [sys.executable, "-m", "diffopt", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=300) == 2
+    assert re.fullmatch(r"diffopt: error: what reads standard output has ended[^\n]+\n" if told else "", error), error
+
+
+def test_a_second_ctrl_c_within_the_first_save_names_no_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", interrupted)
+        assert main(sine(tmp_path, "--iterations", "1")) == 130
+    assert capsys.readouterr().err == "diffopt: interrupted\n"
+    assert main(sine(tmp_path, "--iterations", "1")) == 0
+
+
+def test_a_second_ctrl_c_within_a_later_save_names_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    saves = iter(range(10))
+
+    def interrupted(content: dict[str, object], path: Path) -> None:
+        if next(saves) == 2:
+            raise KeyboardInterrupt
+        save_tensors(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", interrupted)
+        assert main(sine(tmp_path, "--iterations", "9", "--save-every", "0")) == 130
+    assert "the checkpoint of iteration 1 is" in capsys.readouterr().err
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 1
+    assert main(["train", "sinusoid", "--out", str(tmp_path), "--resume"]) == 0
 
 
 def test_ctrl_c_says_where_the_checkpoint_is(tmp_path):

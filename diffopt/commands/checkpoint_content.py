@@ -32,9 +32,10 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         "params": dict,
         "optimizer": dict,
         "generators": dict,
+        "log": str,
     }
     for name, kind in kinds.items():
-        if not isinstance(content[name], kind):
+        if not isinstance(content.get(name, ""), kind):
             raise _wrong(path, name, describe(content[name]), f"a {getattr(kind, '__name__', 'number')}")
     for name in ("iteration", "lines"):
         if isinstance(content[name], bool) or not isinstance(content[name], int) or content[name] < 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.commands.estimators import KNOWN_NAMES, estimator
-from diffopt.commands.options import whole
+from diffopt.commands.options import MOST, OptionError, expanded, whole
 from diffopt.estimators import Estimator
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -32,7 +32,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
     parser.add_argument("task", choices=sorted(TASKS), help="the problem")
     parser.add_argument("--estimators", default=DEFAULT, help=f"comma-separated; known: {KNOWN_NAMES}")
-    parser.add_argument("--repeats", type=whole(1), default=3, help="timed runs of each (default: 3)")
+    parser.add_argument("--repeats", type=whole(1, MOST), default=3, help="timed runs of each (default: 3)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--out", type=picture, help="save a picture there: error against time and memory")
     parser.set_defaults(run=run)
@@ -40,9 +40,14 @@ def add_command(commands: Commands) -> None:
 
 def picture(text: str) -> Path:
     """For ``argparse``: the path of a picture in a format that can be drawn."""
-    path = Path(text).expanduser()
+    try:
+        path = expanded(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if path.suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a name that ends in {', '.join(PICTURES)}")
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is there and is no file, expected a path to write to")
     return path
 
 

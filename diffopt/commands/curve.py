@@ -11,6 +11,8 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffopt.commands.files import replacing
+
 LABELS = {"accuracy": "query accuracy", "mse": "query mean squared error"}
 
 
@@ -47,7 +49,8 @@ def draw_curve(rows: Sequence[dict[str, Any]], metric: str, title: str, path: Pa
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _smoothed(values: Sequence[float], window: int) -> npt.NDArray[np.float64]:

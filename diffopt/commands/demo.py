@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, TypeAlias
+
+from diffopt.commands.options import expanded
 
 OUT = "runs/demo"
 
@@ -23,5 +24,5 @@ def run(given: argparse.Namespace) -> int:
     """Run the demo."""
     from diffopt.commands.demo_parts import show  # needs optional packages
 
-    show(Path(given.out).expanduser())
+    show(expanded(given.out))
     return 0

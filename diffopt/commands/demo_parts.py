@@ -25,6 +25,7 @@ from diffopt.commands.few_shot import (
     meta_gradient,
     sinusoid,
 )
+from diffopt.commands.files import replacing
 from diffopt.commands.penalties import STEPS, Penalties
 from diffopt.estimators import (
     Binomial,
@@ -112,7 +113,8 @@ def _draw(problem: FewShot, untrained: Params, adaptation: Adaptation, path: Pat
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     _draw_wave(figure.subplots(), problem, untrained, adaptation)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _draw_wave(axes: Axes, problem: FewShot, untrained: Params, adaptation: Adaptation) -> None:

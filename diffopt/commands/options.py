@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,13 @@ from diffopt.errors import DiffoptError
 
 Options = TypeVar("Options")
 Parse = Callable[[str], Any]
+
+MOST_THREADS = 1024
+"""More than any processor has; torch ends the process where the system refuses it a thread."""
+MOST = 10_000
+"""Of what one iteration keeps in memory at a time: more tasks, images or channels are a slip of the hand."""
+LARGEST = 1e30
+"""Of real numbers: single precision ends at 3.4e38, and what computes with one must have room above it."""
 
 
 class OptionError(DiffoptError, ValueError):
@@ -25,28 +33,32 @@ def option(default: Any, text: str, parse: Parse = str, choices: Sequence[str] |
     return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
 
 
-def whole(low: int) -> Parse:
-    """Parses an integer of at least ``low``."""
+def whole(low: int, high: int | None = None) -> Parse:
+    """Parses an integer of at least ``low`` and at most ``high``."""
 
     def parse(text: str) -> int:
         if not (text.removeprefix("-").isdecimal() and len(text) < 19 and int(text) >= low):
             raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a whole number, {low} or more")
+        if high is not None and int(text) > high:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {low} to {high}")
         return int(text)
 
     return parse
 
 
 def real(low: float, above: bool = True) -> Parse:
-    """Parses a finite number above ``low``, or, with ``above=False``, of at least ``low``."""
+    """Parses a number above ``low``, or, with ``above=False``, of at least ``low``, that single precision has."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
+        bound = f"above {low:g}" if above else f"of {low:g} or more"
         if not (value > low or (value == low and not above)) or math.isinf(value):
-            bound = f"above {low:g}" if above else f"of {low:g} or more"
             raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number {bound}")
+        if value > LARGEST:
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a number {bound}, {LARGEST:g} at most")
         return value
 
     return parse
@@ -68,6 +80,18 @@ def one_of(*known: str) -> Parse:
     return parse
 
 
+def expanded(path: str) -> Path:
+    """A path to write to, with its leading ``~`` replaced.
+
+    Raises:
+        OptionError: the system knows no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"--out is {path[:80]} ({error}), expected a path: write it without ~") from error
+
+
 def yes_or_no(text: str) -> bool:
     """Parses ``yes`` or ``no``."""
     return bool(one_of("no", "yes")(text) == "yes")
@@ -77,7 +101,7 @@ def device(name: str) -> str:
     """Parses the name of a torch device, such as ``cpu`` or ``cuda:1``, and tries it."""
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # some devices are packages of their own
         reason = str(error).partition("\n")[0][:80]
         raise argparse.ArgumentTypeError(
             f"{name[:40]!r} cannot be used here ({reason}), expected one that can; try cpu"

@@ -6,10 +6,9 @@ import argparse
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
-from diffopt.commands.options import OptionError, device, real, whole
+from diffopt.commands.options import MOST_THREADS, OptionError, device, real, whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
-SCALES = ("quick", "standard", "full")
 
 
 def add_command(commands: Commands) -> None:
@@ -27,7 +26,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--seed", type=whole(0), help="of all random numbers (default: 0)")
     parser.add_argument("--data-dir", help="where the data is; default: $DIFFOPT_DATA, else the user's cache")
     parser.add_argument("--device", type=device, help="where to compute, such as cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=whole(1), help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=whole(1, MOST_THREADS), help="CPU threads (default: 1)")
     parser.add_argument(
         "--save-every",
         type=real(0, above=False),
@@ -60,6 +59,7 @@ def run(given: argparse.Namespace) -> int:
     from diffopt.commands.experiments.listing import list_all, list_one
     from diffopt.commands.experiments.run_folder import Header, RunFolder
     from diffopt.commands.experiments.runner import Runner
+    from diffopt.commands.files import check_alone
 
     if given.name is None:
         if given.list:
@@ -68,6 +68,7 @@ def run(given: argparse.Namespace) -> int:
     experiment = catalogue.experiment(given.name)
     if given.list:
         return list_one(experiment)
+    check_alone()
     folder = RunFolder(given.out or f"runs/reproduce/{given.name}")
     if given.resume:
         stored = folder.header()

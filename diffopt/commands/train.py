@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from typing import Any, TypeAlias
 
 from diffopt.commands.options import add_flags, check_stored, read
@@ -30,14 +31,17 @@ def add_command(commands: Commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Start a run, or continue the one in ``--out``."""
+    from diffopt.commands.files import check_alone
     from diffopt.commands.training import RunFolder, train  # needs optional packages
 
+    check_alone()
     options = read(given.kind, given, None)
     run_folder = RunFolder(options.out)
     if not given.resume:
         run_folder.check_unused()
         return train(given.problem, options, run_folder, None)
-    checkpoint = run_folder.checkpoint(given.problem)
-    check_stored(given.kind, checkpoint.options, FREE)
-    options = read(given.kind, given, checkpoint.options)
-    return train(given.problem, options, run_folder, checkpoint)
+    stopped = run_folder.stopped(given.problem)
+    with closing(stopped.log):
+        check_stored(given.kind, stopped.checkpoint.options, FREE)
+        options = read(given.kind, given, stopped.checkpoint.options)
+        return train(given.problem, options, run_folder, stopped)

@@ -7,7 +7,7 @@ from typing import Literal, final
 
 from diffopt.commands.estimators import KNOWN_NAMES, estimator_name
 from diffopt.commands.image_sets import SETS
-from diffopt.commands.options import device, one_of, option, real, whole
+from diffopt.commands.options import MOST, MOST_THREADS, device, one_of, option, real, whole
 
 FREE = ("out", "data_dir", "minutes", "save_every")
 """Options that a resumed run may change: they say where, until when and how safely it runs, not what it computes."""
@@ -21,8 +21,8 @@ class TrainOptions:
     """What every problem shares."""
 
     estimator: str = option("reverse", f"rule of the hypergradient: {KNOWN_NAMES}", estimator_name)
-    steps: int = option(5, "inner steps in training", whole(1))
-    eval_steps: int = option(10, "inner steps in evaluation", whole(1))
+    steps: int = option(5, "inner steps in training", whole(1, MOST))
+    eval_steps: int = option(10, "inner steps in evaluation", whole(1, MOST))
     inner_lr: float = option(0.1, "step size of the inner SGD", real(0))
     inner_momentum: float = option(0.0, "its momentum", real(0, above=False))
     meta_lr: float = option(0.001, "step size of the outer Adam", real(0))
@@ -36,7 +36,7 @@ class TrainOptions:
     log_every: int = option(1, "iterations between two lines of metrics.jsonl", whole(1))
     save_every: float = option(10.0, "seconds between two checkpoints", real(0, above=False))
     seed: int = option(0, "of the initial parameters and the training episodes", whole(0))
-    threads: int | None = option(None, "CPU threads; default: torch's choice", whole(1))
+    threads: int | None = option(None, "CPU threads; default: torch's choice", whole(1, MOST_THREADS))
     device: str = option("cpu", "where to compute, such as cpu or cuda", device)
 
 
@@ -45,11 +45,11 @@ class TrainOptions:
 class OmniglotOptions(TrainOptions):
     """Omniglot; the defaults are for 5-way 1-shot."""
 
-    way: int = option(5, "classes per task", whole(2))
-    shot: int = option(1, "support images per class", whole(1))
-    queries: int = option(5, "query images per class in training", whole(1))
-    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1))
-    filters: int = option(32, "channels of the four convolutions", whole(1))
+    way: int = option(5, "classes per task", whole(2, MOST))
+    shot: int = option(1, "support images per class", whole(1, MOST))
+    queries: int = option(5, "query images per class in training", whole(1, MOST))
+    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
+    filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
     rotations: bool = option(True, "also train on classes turned by 90, 180 and 270 degrees")
     split: Literal["official", "vinyals"] = option(
         "official", "what is trained and evaluated on", choices=("official", "vinyals")
@@ -68,11 +68,11 @@ class ImagesOptions(TrainOptions):
     """Few-shot image classification on other sets; the defaults are for 5-way 1-shot."""
 
     dataset: str = option("caltech101", f"one of {', '.join(IMAGE_SETS)}", one_of(*IMAGE_SETS))
-    way: int = option(5, "classes per task", whole(2))
-    shot: int = option(1, "support images per class", whole(1))
-    queries: int = option(15, "query images per class in training", whole(1))
-    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1))
-    filters: int = option(32, "channels of the four convolutions", whole(1))
+    way: int = option(5, "classes per task", whole(2, MOST))
+    shot: int = option(1, "support images per class", whole(1, MOST))
+    queries: int = option(15, "query images per class in training", whole(1, MOST))
+    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
+    filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
     data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
     out: str = option("runs/images", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     iterations: int = option(2500, "outer iterations", whole(1))
@@ -84,9 +84,9 @@ class ImagesOptions(TrainOptions):
 class SinusoidOptions(TrainOptions):
     """Regression on sine waves; needs no data."""
 
-    shot: int = option(10, "support points", whole(1))
-    queries: int = option(10, "query points in training", whole(1))
-    tasks: int = option(25, "tasks per iteration (meta-batch)", whole(1))
+    shot: int = option(10, "support points", whole(1, MOST))
+    queries: int = option(10, "query points in training", whole(1, MOST))
+    tasks: int = option(25, "tasks per iteration (meta-batch)", whole(1, MOST))
     out: str = option("runs/sinusoid", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     inner_lr: float = option(0.01, "step size of the inner SGD", real(0))
     iterations: int = option(5000, "outer iterations", whole(1))

@@ -6,13 +6,12 @@ import math
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 
 import diffopt
-from diffopt.commands.checkpoint import Checkpoint, MetricsLog
+from diffopt.commands.checkpoint import Checkpoint, MetricsLog, left_over
 from diffopt.commands.checkpoint_content import CheckpointError, cannot_be_put_back, check_params
 from diffopt.commands.curve import draw_curve
 from diffopt.commands.estimators import estimator
@@ -27,7 +26,7 @@ from diffopt.commands.few_shot import (
     sinusoid,
 )
 from diffopt.commands.interrupt import Interrupt
-from diffopt.commands.options import to_store
+from diffopt.commands.options import expanded, to_store
 from diffopt.commands.progress import Reporter, reporter
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
 from diffopt.tasks import Conv4
@@ -43,38 +42,71 @@ class RunFolder:
 
     def __init__(self, out: str) -> None:
         """Name the files; nothing is touched."""
-        self.folder = Path(out).expanduser()
+        self.folder = expanded(out)
         self.metrics_path = self.folder / "metrics.jsonl"
         self.curve_path = self.folder / "curve.png"
         self.checkpoint_path = self.folder / "checkpoint.pt"
 
     def check_unused(self) -> None:
-        """Refuse to start a new run over another.
+        """Refuse to start a new run over another, or over what is left of one.
 
         Raises:
-            CheckpointError: there is a run in it.
+            CheckpointError: there is a run in it, or a log without a checkpoint.
         """
         if self.checkpoint_path.exists():
             raise CheckpointError(
                 f"{self.folder} already holds a run, expected an unused folder: add --resume to continue it, or choose "
                 "another --out"
             )
+        if self.metrics_path.is_file() and self.metrics_path.stat().st_size:
+            raise left_over(self.metrics_path)
 
-    def checkpoint(self, problem: str) -> Checkpoint:
-        """The checkpoint of the run to continue.
+    def start(self) -> MetricsLog:
+        """Make the folder and the log of a new run.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, or it is of another problem.
+            CheckpointError: the folder holds a run, or another process has begun one.
         """
-        checkpoint = Checkpoint.load(self.checkpoint_path)
-        if checkpoint.problem != problem:
-            raise CheckpointError(
-                f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}, expected {problem}: check --out"
-            )
-        return checkpoint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(self.metrics_path, new=True)
+        try:
+            self.check_unused()  # once more, now that no other process can write
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    def stopped(self, problem: str) -> Stopped:
+        """The run to continue; its log is locked, and nothing is changed yet.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, it is of another problem, or another process writes it.
+        """
+        if not self.checkpoint_path.is_file():
+            Checkpoint.load(self.checkpoint_path)  # says what is missing
+        log = MetricsLog(self.metrics_path, new=False)
+        try:
+            checkpoint = Checkpoint.load(self.checkpoint_path)
+            if checkpoint.problem != problem:
+                raise CheckpointError(
+                    f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}, expected {problem}: check "
+                    "--out"
+                )
+            log.read(checkpoint.lines, checkpoint.log)
+        except BaseException:
+            log.close()
+            raise
+        return Stopped(checkpoint, log)
 
 
-def train(name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint | None) -> int:
+class Stopped(NamedTuple):
+    """A run to go on with: its checkpoint, and its log, which :func:`train` closes."""
+
+    checkpoint: Checkpoint
+    log: MetricsLog
+
+
+def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | None) -> int:
     """Run until the iterations are done or the time is up.
 
     Returns:
@@ -83,12 +115,17 @@ def train(name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     options = replace(options, threads=threads)  # resumed elsewhere, the same number: sums keep their order
-    run = _Run(name, options, folder, checkpoint)
+    run = _Run(name, options, folder)
+    log = stopped.log if stopped else folder.start()
     try:
-        with run.interrupt, reporter(options.iterations, run.iteration) as report:
-            run.loop(report)
+        with run.interrupt:
+            run.begin(log, stopped.checkpoint if stopped else None)
+            with reporter(options.iterations, run.iteration) as report:
+                run.loop(report)
         return 0
     except KeyboardInterrupt:
+        if run.saved_iteration is None:
+            raise
         again = f"diffopt train {name} --out {folder.folder} --resume"
         print(
             f"diffopt: interrupted; the checkpoint of iteration {run.saved_iteration} is "
@@ -97,14 +134,16 @@ def train(name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint
         )
         return 130
     finally:
-        run.log.close()
+        log.close()
 
 
 @final
 class _Run:
     """One run: all that changes while it goes on."""
 
-    def __init__(self, name: str, options: Options, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    log: MetricsLog
+
+    def __init__(self, name: str, options: Options, folder: RunFolder) -> None:
         self.name, self.options, self.folder = name, options, folder
         self.interrupt = Interrupt()
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -115,14 +154,17 @@ class _Run:
         self.training = Adaptation(inner, options.steps, estimator(options.estimator))
         self.evaluation = Adaptation(inner, options.eval_steps)
         self.iteration, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
-        self.saved_iteration, self.saved_seconds = 0, 0.0
+        self.saved_iteration: int | None = None
+        self.saved_seconds = 0.0
+
+    def begin(self, log: MetricsLog, checkpoint: Checkpoint | None) -> None:
+        """Save the start, or go back to where ``checkpoint`` was written."""
+        self.log = log
         if checkpoint is None:
-            folder.folder.mkdir(parents=True, exist_ok=True)
-            self.log = MetricsLog(folder.metrics_path)
             self.save()
         else:
             self.restore(checkpoint)  # before the log is cut back: what cannot be continued stays as it is
-            self.log = MetricsLog(folder.metrics_path, keep=checkpoint.lines)
+            log.cut()
 
     @property
     def seconds(self) -> float:
@@ -214,7 +256,6 @@ class _Run:
         if torch.device(self.options.device).type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.options.device)
         self.log.sync()
-        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
         Checkpoint(
             problem=self.name,
             options=to_store(self.options, FREE),
@@ -224,7 +265,9 @@ class _Run:
             params={name: value.detach() for name, value in self.params.items()},
             optimizer=self.outer.state_dict(),
             generators=generators,
+            log=self.log.digest,
         ).save(self.folder.checkpoint_path)
+        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where the checkpoint was written."""

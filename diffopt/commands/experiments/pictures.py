@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffopt.commands.files import replacing
+
 STYLES: dict[str, dict[str, Any]] = {
     "exact": {"color": "#000000", "marker": "x", "linestyle": "-"},
     "first-order": {"color": "#7F7F7F", "marker": "v", "linestyle": ":"},
@@ -42,5 +44,6 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the picture."""
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     return path

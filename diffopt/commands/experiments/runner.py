@@ -12,8 +12,9 @@ import torch
 from diffopt.commands.checkpoint import MetricsLog
 from diffopt.commands.experiments.contract import Experiment, ExperimentError, Row, Unit
 from diffopt.commands.experiments.report import results_file, show
-from diffopt.commands.experiments.run_folder import Header, RunFolder, json_row, write_json
+from diffopt.commands.experiments.run_folder import Header, RunFolder, json_row, log_row
 from diffopt.commands.experiments.work import OutOfTime, Work
+from diffopt.commands.files import write_json
 from diffopt.commands.interrupt import Interrupt
 from diffopt.commands.progress import Reporter, reporter
 
@@ -49,7 +50,7 @@ class Runner:
         if not self.units or len(names) < len(self.units):
             raise ExperimentError(f"the experiment {experiment.name} has no units, or two of one name")
         self.interrupt, self.started = Interrupt(), time.monotonic()
-        self.log: MetricsLog = folder.log(names) if resume else folder.start(header)
+        self.log: MetricsLog = folder.log(header, names) if resume else folder.start(header)
 
     def run(self) -> int:
         """Run what is not finished, as far as the budget goes; then tell the results.
@@ -57,10 +58,10 @@ class Runner:
         Returns:
             The exit code: 0, or 130 after Ctrl-C.
         """
-        torch.set_num_threads(self.header.threads)
-        for name in self.finished():
-            self.folder.store(name).unlink(missing_ok=True)  # of a unit that was killed after its line was written
         try:
+            torch.set_num_threads(self.header.threads)
+            for name in self.finished():
+                self.folder.store(name).unlink(missing_ok=True)  # of a unit that was killed after its line was written
             with self.interrupt, reporter(len(self.units), len(self.log.rows), "unit") as report:
                 for unit in self.units:
                     if unit.name not in self.finished() and self.fits(unit):
@@ -96,6 +97,7 @@ class Runner:
             save_every=self.save_every,
             tell=lambda share, text: report.update(done + share, f"{unit.name}: {text}"),
             interrupt=self.interrupt,
+            run=self.header.fingerprint(),
         )
         try:
             values = json_row(unit.name, unit.run(work))
@@ -103,7 +105,7 @@ class Runner:
             return
         seconds, processor_seconds = (round(number, 3) for number in work.seconds)
         times = {"seconds": seconds, "processor_seconds": processor_seconds}
-        self.log.append({"unit": unit.name, **times, "values": values})
+        self.log.append(log_row(unit.name, times, values, self.header))
         self.log.sync()
         store.unlink(missing_ok=True)  # after the line: see the note of run_folder
         report.update(done + 1, unit.name)

@@ -11,8 +11,8 @@ from typing import Any, final
 
 import torch
 
-from diffopt.commands.checkpoint import load_tensors, save_tensors
 from diffopt.commands.checkpoint_content import CheckpointError
+from diffopt.commands.files import load_tensors, save_tensors
 from diffopt.commands.interrupt import Interrupt
 
 
@@ -42,6 +42,7 @@ class Work:
         save_every: float = 10.0,
         tell: Callable[[float, str], None] = lambda share, text: None,
         interrupt: Interrupt | None = None,
+        run: str = "",
     ) -> None:
         """Describe the work.
 
@@ -55,10 +56,11 @@ class Work:
             save_every: seconds between two saves.
             tell: is told the share that is done, 0 to 1, and how it goes.
             interrupt: hears Ctrl-C.
+            run: the fingerprint of the run that the unit belongs to.
         """
         self.seed, self.device, self.data_dir = seed, device, data_dir
         self._unit, self._store, self._deadline, self._save_every = unit, store, deadline, save_every
-        self._tell, self._interrupt = tell, interrupt
+        self._tell, self._interrupt, self._run = tell, interrupt, run
         self._before, self._began = (0.0, 0.0), (time.monotonic(), time.process_time())
         self._saved_at = time.monotonic()
 
@@ -78,22 +80,28 @@ class Work:
         """What this unit saved before it was stopped; ``None`` if it starts anew. Tensors lie on the CPU.
 
         Raises:
-            CheckpointError: the file is damaged or another unit's.
+            CheckpointError: the file is damaged, another unit's or another run's.
         """
         if self._store is None or not self._store.is_file():
             return None
-        content = load_tensors(self._store)
+        mend = "delete it: the unit is then computed from its start"
+        content = load_tensors(self._store, mend)
         if not isinstance(content, dict) or content.get("unit") != self._unit:
-            raise CheckpointError(f"{self._store} was not written by the unit {self._unit}: delete it")
-        self._before = tuple(content["seconds"])
-        state: dict[str, Any] = content["state"]
+            raise CheckpointError(f"{self._store} was not written by the unit {self._unit}: {mend}")
+        if self._run and content.get("run", self._run) != self._run:  # diffopt 0.1 did not write it
+            raise CheckpointError(f"{self._store} was written by a run with another run.json: {mend}")
+        seconds, state = content.get("seconds"), content.get("state")
+        if not isinstance(seconds, list) or len(seconds) != 2 or not isinstance(state, dict):
+            raise CheckpointError(f"{self._store} does not hold the state of a unit: {mend}")
+        self._before = (float(seconds[0]), float(seconds[1]))
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Save tensors, numbers, texts, and lists and dictionaries of them, in one step."""
         self._saved_at = time.monotonic()
         if self._store is not None:
-            save_tensors({"unit": self._unit, "seconds": list(self.seconds), "state": state}, self._store)
+            content = {"unit": self._unit, "run": self._run, "seconds": list(self.seconds), "state": state}
+            save_tensors(content, self._store)
 
     def step(self, done: int, total: int, text: str, state: Callable[[], dict[str, Any]]) -> None:
         """Say that ``done`` of ``total`` iterations are done; save, and stop, if it is time to.
