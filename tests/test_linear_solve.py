@@ -104,8 +104,8 @@ def test_conjugate_gradients_keep_their_bound(seed, condition, count):
     solver = ConjugateGradient(max_iterations=count, rtol=0.0, throw=False)
     root = condition**0.5
     bound = 2 * root * ((root - 1) / (root + 1)) ** count
-    # besides the bound, the round-off of solution itself
-    assert error(solver.solve(Product(matrix), b).value, solution) <= bound + 1e-15 * condition
+    # besides the bound, the round-off of twenty numbers in the solution and in the iterate: a hundred eps
+    assert error(solver.solve(Product(matrix), b).value, solution) <= bound + 2e-14 * condition
 
 
 @pytest.mark.parametrize("start", [None, normal(13, SIZE)], ids=["cold", "warm"])
@@ -180,18 +180,23 @@ def test_a_start_saves_products(solver):
             solver.solve(Product(matrix), b, bad)
 
 
-@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("small", [1e-3, 1e-4, 1e-6, 1e-8])
 def test_conjugate_gradients_in_single_precision_claim_no_more_than_is_so(small):
-    """With a few small eigenvalues the recurrence's residual falls on where the true one stays."""
+    """With a few small eigenvalues the recurrence's residual falls on where the true one stays, some ``eps / small``.
+
+    Products are rounded once, so what can be known of the true residual has a bound under every rounding: half an
+    ``eps`` of ``A x``, and of the residual itself what the subtraction and a norm of thirty numbers round.
+    """
     eigenvalues = [small, 2 * small, 3 * small, *torch.linspace(0.5, 1, 27).tolist()]
-    allowed = torch.finfo(torch.float32).eps ** 0.5
-    claims = []
+    eps = torch.finfo(torch.float32).eps
     for seed in range(10):
         matrix, b = with_eigenvalues(seed, eigenvalues).float(), normal(100 + seed, 30).float()
-        found = ConjugateGradient(max_iterations=200, throw=False).solve(lambda x, matrix=matrix: matrix @ x, b)
-        true = float((b.double() - matrix.double() @ found.value.double()).norm() / b.norm())
-        claims.append(bool(found.converged))
-        assert not claims[-1] or true < 2 * allowed
-        # the product that finds the residual is rounded as well; where nothing claims to have converged it is saved
-        assert small < 1e-6 or abs(float(found.residual / b.norm()) - true) < 0.3 * max(true, allowed)
-    assert any(claims) or small < 1e-4
+        found = ConjugateGradient(max_iterations=200, throw=False).solve(Product(matrix), b)
+        found_b = matrix.double() @ found.value.double()
+        true, size = float((b.double() - found_b).norm()), float(b.norm())
+        rounded = eps / 2 * (float(found_b.norm()) + 40 * true)
+        assert not bool(found.converged) or true <= eps**0.5 * size * (1 + 40 * eps) + rounded
+        # where nothing says that it has converged, that product is saved
+        assert small < 1e-6 or abs(float(found.residual) - true) <= rounded
+        # where eps / small is a third of what is allowed, and up to four times rtol, nothing is refused either
+        assert small < 1e-3 or bool(found.converged)

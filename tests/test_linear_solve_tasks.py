@@ -14,8 +14,12 @@ BATCH_SOLVERS = [changed(s, throw=False, rtol=1e-10, max_iterations=12) for s in
 
 
 def four_tasks() -> tuple[Tensor, Tensor]:
-    """A system that every solver solves, one that is solved at the start, an indefinite one, and a slow one."""
-    matrices = torch.stack([definite(20, 1.05), definite(21), definite(22) - 0.5 * identity(), definite(23, 1e3)])
+    """A system that every solver solves, one that is solved at the start, an indefinite one, and a slow one.
+
+    Of no condition number at which round-off, and so the processor, would decide after how many products a residual is
+    below 1e-6 of b: of seven numbers, the seventh product of conjugate gradients takes the slow one from 1e-2 to 1e-12.
+    """
+    matrices = torch.stack([definite(20, 1.05), definite(21), definite(22) - 0.5 * identity(), definite(23, 30.0)])
     b = normal(24, 4, SIZE)
     b[1] = 0
     return matrices, b
@@ -24,7 +28,7 @@ def four_tasks() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("how", ["vmap", "nested vmap", "stacked"])
 @pytest.mark.parametrize("solver", BATCH_SOLVERS, ids=name)
 def test_every_task_is_as_if_alone(solver, how):
-    matrices, b = four_tasks()
+    solver, (matrices, b) = changed(solver, rtol=1e-6), four_tasks()
     if how == "stacked":
         got = solver.run(lambda x: Leaves([(matrices @ x[0][..., None])[..., 0]]), Leaves([b]), Tasks(1), None)
         got = got._replace(value=got.value[0])
@@ -37,12 +41,12 @@ def test_every_task_is_as_if_alone(solver, how):
         got = type(solver.solve(Product(matrices[0]), b[0]))(*out)
     for i in range(4):
         alone = solver.solve(Product(matrices[i]), b[i])
-        # the condition number of the slow task is 1e3 and its residual 1e-10
+        # after as many products, of systems with condition numbers up to 30, only round-off is left
         assert float((got.value[i] - alone.value).norm()) <= 1e-6 * float(alone.value.norm())
         if not isinstance(solver, GMRES):  # whose products are taken for all tasks together
             assert int(got.iterations[i]) == int(alone.iterations)
-            # round-off of the slow task: its condition number 1e3 times 1e-15
-            assert float(got.residual[i]) == pytest.approx(float(alone.residual), rel=1e-3, abs=2e-12)
+            # what is far below the residual asked for is round-off, and may differ as a whole
+            assert float(got.residual[i]) == pytest.approx(float(alone.residual), rel=1e-3, abs=1e-8)
         assert bool(got.converged[i]) == bool(alone.converged)
         assert bool(got.breakdown[i]) == bool(alone.breakdown)
 
