@@ -19,14 +19,18 @@ from diffopt.errors import (
     StepsError,
 )
 from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.plain_numbers import plain
 
 MOST_STEPS = 2**31 - 1
 
 
-def check_steps(steps: Any) -> None:
-    """Refuse what is not a number of steps."""
+def checked_steps(steps: Any) -> int:
+    """The number of steps; what is not one is refused."""
+    steps = plain(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_STEPS:
-        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0 (and below 2**31)")
+        hint = "; write int(steps)" if isinstance(steps, float | Tensor) else ""
+        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0 (and below 2**31){hint}")
+    return steps
 
 
 def check_estimator(estimator: Any) -> None:

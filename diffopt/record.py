@@ -14,6 +14,7 @@ from diffopt import autodiff, randomness
 from diffopt.block import Block
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
+from diffopt.plain_numbers import make_plain
 
 Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
 
@@ -38,6 +39,7 @@ class Keep:
 
     def __post_init__(self) -> None:
         """Check what a rule asks for."""
+        make_plain(self)
         check_checkpoint("Keep", self.checkpoint, self.offload)
 
 

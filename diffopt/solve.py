@@ -15,7 +15,7 @@ from diffopt.dynamics import Dynamics, ExtraSlot
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import forward_mode_error
-from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, refuse_frozen, run
+from diffopt.given import check_batches, check_estimator, checked_steps, params_leaves, refuse_frozen, run
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.record import Counts
@@ -132,6 +132,7 @@ def solve(
     """
     rule = Reverse() if estimator is None else estimator
     check_estimator(rule)
+    check_flag("compile", compile)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
     if compile:
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
@@ -148,7 +149,7 @@ def checked_problem(
     check: bool,
 ) -> Problem:
     """Flatten what :func:`solve` is given and check all that can be checked without running the loss."""
-    check_steps(steps)
+    steps = checked_steps(steps)
     check_flag("check", check)
     if torch.is_inference_mode_enabled():
         raise GradModeError(

@@ -74,7 +74,7 @@ FAULTS = [
     Fault(
         "the root has an infinite slope at zero",
         "diffopt/leaves.py",
-        "torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))",
+        "torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())",
         "x.sqrt()",
     ),
     Fault(

@@ -23,6 +23,7 @@ from diffopt.errors import (
     StructureError,
 )
 from diffopt.leaves import Leaves, all_finite
+from diffopt.plain_numbers import make_plain
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
 
@@ -273,6 +274,7 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
 
     An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
     """
+    make_plain(solver)
     for name, low in lowest.items():
         value: Any = getattr(solver, name)
         if value is None and name in optional:
