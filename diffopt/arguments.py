@@ -62,7 +62,7 @@ def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
             outside = isinstance(item, int | float) and not low <= _as_float(item) < high
             if outside or isinstance(item, str | bool) or item is None:
                 raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
+                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}, expected {low} <= {name} < {high}"
                 )
 
 

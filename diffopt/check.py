@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import transforms
+from diffopt import hints, transforms
 from diffopt.arguments import check_flag, integer
 from diffopt.errors import DiffoptError, GradModeError
 from diffopt.probes import (
@@ -87,7 +87,7 @@ def check(
     if transforms.transforms_active() or torch.is_inference_mode_enabled():
         raise GradModeError(
             "check was called under a torch.func transform or in inference mode, expected plain code: call it once, "
-            "outside, on one task"
+            f"outside, on one task{hints.in_inference_mode()}"
         )
     probes: dict[str, Callable[[Subject], Finding] | None] = {
         "depends on params": probe_dependence,

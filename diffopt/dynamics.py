@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import faults, transforms, tree
+from diffopt import faults, hints, transforms, tree
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
@@ -284,7 +284,7 @@ class Dynamics:
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
                 f"the inner loss returned {tree.describe(loss)}, expected one floating scalar tensor; "
-                "reduce it with .mean() or .sum()"
+                f"{hints.for_loss(loss)}"
             )
         if loss.device != leaves[0].device:
             raise DeviceError(

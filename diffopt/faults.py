@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import hints
 from diffopt.errors import (
     DeviceError,
     DiffoptError,
@@ -141,7 +142,7 @@ def inference_error(error: Exception, given: Mapping[str, Tensor]) -> GradModeEr
         return None
     return GradModeError(
         f"{made[0]} was made in torch.inference_mode, and the inner loss needs it for its gradient, expected an "
-        "ordinary tensor: clone() it, or make it under torch.no_grad()"
+        f"ordinary tensor: clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}"
     )
 
 

@@ -121,7 +121,8 @@ class Leaves(Sequence[Tensor]):
 
     def _cannot_hold(self, scale: float) -> bool:
         """Whether a number is infinite in the dtype of a leaf: torch takes it as a factor, but not as ``alpha``."""
-        return abs(scale) > _LEAST_MAXIMUM and any(abs(scale) > torch.finfo(x.dtype).max for x in self)
+        large = abs(scale) > _LEAST_MAXIMUM
+        return large and (abs(scale) > _MOST_INTEGER or any(abs(scale) > torch.finfo(x.dtype).max for x in self))
 
     def widened(self) -> Leaves:
         """Half-precision tensors in single precision; the others as they are."""

@@ -94,15 +94,18 @@ def apply_rule(name: str, values: Sequence[Any], options: Mapping[str, Any]) -> 
     old = _OLD_ORDERS.get(name, ())
     if len(values) == len(old) and not set(old) & set(named):
         named, values = {**named, **dict(zip(old, values, strict=True))}, ()
+    signature = _signature(rule)
     try:
-        _signature(rule).bind(*values, **named)
+        if signature is not None:
+            signature.bind(*values, **named)
     except TypeError as error:
         raise LiftError(f"its step calls {name} with arguments that it cannot be followed with: {error}") from error
     return rule(*values, **named)
 
 
 @functools.cache
-def _signature(rule: Callable[..., Any]) -> inspect.Signature:
-    if rule is torch.zeros_like:
-        return inspect.signature(lambda input, **options: None)
-    return inspect.signature(rule)
+def _signature(rule: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(rule)
+    except ValueError:  # torch's own functions do not say what they take, but check it
+        return None

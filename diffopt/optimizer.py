@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import tree
+from diffopt import hints, tree
 from diffopt.errors import (
     DeviceError,
     DtypeError,
@@ -139,8 +139,8 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         StepsError: a schedule's length is not ``steps``.
     """
     if not isinstance(optimizer, Optimizer):
-        hint = "; call it, as in SGD(lr=0.1)" if isinstance(optimizer, type) else ""
-        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{hint}")
+        fix = hints.for_optimizer(optimizer)
+        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{fix}")
     if not is_dataclass(optimizer):
         raise OptimizerError(
             f"{type(optimizer).__name__} is not a dataclass, expected its hyperparameters to be the fields of one; "
@@ -278,13 +278,8 @@ class _Binder:
             ) from error
 
     def _meant(self, value: Any, scheduled: bool) -> str:
-        """What to write for several values where one is expected; empty if there are not several."""
-        listed = isinstance(value, list | tuple)
-        if scheduled:
-            return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
-        one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == self.steps
-        own = "; a field of several numbers: metadata=diffopt.optimizer.EACH" if listed else ""
-        return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
+        """What to write for several values, or a function, where one value is expected."""
+        return hints.for_hyperparameter(value, self.steps, scheduled)
 
     def _check_length(self, name: str, length: int) -> None:
         if length != self.steps:

@@ -7,7 +7,6 @@ from typing import final
 
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
-from diffopt.plain_numbers import make_plain
 from diffopt.record import Checkpoint, Keep, check_checkpoint
 from diffopt.trajectory import Cotangents, Trajectory
 
@@ -47,8 +46,7 @@ class Reverse(Adjoint):
 
     def __post_init__(self) -> None:
         """Check ``checkpoint``."""
-        make_plain(self)
-        check_checkpoint("Reverse", self.checkpoint, self.offload)
+        check_checkpoint(self)
 
     def keep(self, steps: int) -> Keep:
         """All steps."""

@@ -9,13 +9,21 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
+from diffopt import hints, transforms, tree
 from diffopt.arguments import check_flag
 from diffopt.dynamics import Dynamics, ExtraSlot
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import forward_mode_error
-from diffopt.given import check_batches, check_estimator, checked_steps, params_leaves, refuse_frozen, run
+from diffopt.given import (
+    check_batches,
+    check_estimator,
+    checked_steps,
+    params_leaves,
+    refuse_frozen,
+    refuse_uninitialised,
+    run,
+)
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.record import Counts
@@ -154,10 +162,12 @@ def checked_problem(
     if torch.is_inference_mode_enabled():
         raise GradModeError(
             "solve was called in torch.inference_mode, expected a mode that allows inner gradients: use torch.no_grad()"
+            f"{hints.in_inference_mode()}"
         )
     if not callable(loss):
         raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
     leaves, structure = params_leaves(params)
+    refuse_uninitialised("args", args)
     if check:
         refuse_frozen(leaves, structure)
     bound = bind(optimizer, leaves, structure, steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from diffopt import autodiff, compiled, graph, randomness, transforms
 from diffopt.block import Block
-from diffopt.captured import mend_for, names_of
+from diffopt.captured import Given, mend_for, names_of
 from diffopt.dynamics import Dynamics
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError
 from diffopt.faults import changed_in_place
@@ -189,7 +188,7 @@ class Stepper:
         return self.watch.values or self.watch.captures or bool(self.watch.levels)
 
     def _refuse_captures(self, nodes: Sequence[Any]) -> None:
-        others = SimpleNamespace(**self.dynamics.constants())  # a module among them has parameters of its own
+        others = Given(self.dynamics.constants())  # a module among them has parameters of its own
         functions = (self.dynamics.loss, self.dynamics.optimizer.template, others)
         refuse_captures("the inner loss (or the optimizer)", functions, nodes)
 
@@ -214,8 +213,8 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
     except transforms.WrappedTensorError as error:
         raise CapturedTensorError(
             "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without being "
-            "given it: it captured it, expected among the arguments. Pass it in *args (or batches), also if it is a "
-            "constant; or make it inside the loss"
+            "given it: it captured it, expected among the arguments. Pass it in *args (or batches), by itself or in a "
+            "dict, a list or a tuple, also if it is a constant; or make it inside the loss"
         ) from error
 
 
@@ -224,7 +223,7 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     if nodes:
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            f"hypergradient; expected among the arguments. {mend_for(nodes)}"
+            f"hypergradient; expected among the arguments. {mend_for(nodes, functions)}"
         )
 
 

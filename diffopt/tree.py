@@ -66,13 +66,18 @@ def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 def describe(value: object) -> str:
     """A short account of a value for error messages."""
-    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
-        return f"a {type(value).__name__}"
     if isinstance(value, torch.Tensor):
+        if torch.nn.parameter.is_lazy(value):
+            return f"a {type(value).__name__}"
         shape = "no one shape" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of {shape} on {value.device}"
+    return f"{type(value).__name__} {brief(value)}"
+
+
+def brief(value: object) -> str:
+    """How a value represents itself, in one short line."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a repr of the user's own; it is not what this message is about
-        text = "object"
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    except Exception:  # a repr of the user's own, or too many digits; neither is what a message is about
+        return "object"
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -12,7 +12,6 @@ from diffopt.estimator import Adjoint
 from diffopt.fixed_point import implicit_pullback
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
-from diffopt.plain_numbers import make_plain
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
@@ -48,7 +47,6 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         """Check the solver."""
-        make_plain(self)
         if not isinstance(self.solver, LinearSolver):
             raise EstimatorError(f"Implicit: solver is {self.solver!r}, expected a diffopt.linear_solve object")
         check_flag("Implicit: whole_state", self.whole_state)

@@ -253,12 +253,22 @@ FAULTS = [
         Fault(f"lifting: {what}", f"diffopt/{file}.py", old, new, "from_torch")
         for what, file, old, new in [
             ("no_grad in a step cuts", "pure", 'if name == "_set_grad_enabled"', 'if name == "never"'),
-            ("a root's slope at zero is infinite", "pure", "torch.ones_like(x), x).sqrt()", "x, x).sqrt()"),
+            (
+                "a root's slope at zero is infinite",
+                "lift_operations",
+                '"sqrt": root',
+                '"sqrt": torch.sqrt',
+            ),
             ("a learned zero is left out", "pure", 'return question == "ne"', 'return question == "eq"'),
             ("a changed view goes unnoticed", "pure", "if any(source is not target and", "if any(False and"),
             ("an old view goes unnoticed", "pure", "if source.value is not seen and", "if False and"),
             ("a number loses its derivative", "pure", "value.double() if", "value.detach().double() if"),
-            ("an option's derivative is lost in alpha", "pure", "else x + alpha * y", "else x + alpha.detach() * y"),
+            (
+                "an option's derivative is lost in alpha",
+                "lift_operations",
+                "else input + alpha * other",
+                "else input + alpha.detach() * other",
+            ),
             ("tasks take the first one's branch", "pure", "!= bool(plain.any())", "!= bool(plain.all())"),
             ("all leaves get the first one's option", "torch_rule", "learned_cell(x, part[0])", "learned_cell(x, 0)"),
             (
