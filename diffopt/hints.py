@@ -148,7 +148,7 @@ def for_loss(value: Any) -> str:
     if not isinstance(value, Tensor):
         return "keep it a tensor: .item(), float() and numpy leave torch"
     if value.ndim == 0:
-        return "make it floating and real, such as with .real"
+        return "take a real number of it, such as .real" if value.is_complex() else "make it floating with .float()"
     return "reduce it with .mean() or .sum()"
 
 

@@ -411,7 +411,7 @@ FAULTS = [
     ),
     Fault(
         "chunks of tasks draw their own numbers where all should draw the same",
-        "diffopt/over_tasks.py",
+        "diffopt/task_chunks.py",
         'randomness.snapshot(device) if call.randomness == "same" else None',
         "None",
         "over_tasks",
