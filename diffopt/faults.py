@@ -36,6 +36,7 @@ _VMAP = {
     "in-place": "write x = x + y for x += y",
     "inplace": "write x = x + y for x += y",
     ".item()": "keep the value a tensor",
+    "accessing `data`": "write x.detach() for x.data",
     "data-dependent": "write torch.where for an if that asks a tensor",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
