@@ -121,8 +121,8 @@ def implicit(
         solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`.
         stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm, whatever
             the units of the loss; and, in the backward pass, if Newton's step is longer than ten times that by the
-            curvature along the gradient (one HVP more), which no units change, or if some of ``params`` are zero and the
-            loss has a kink there, at which the gradient turns around. ``None``: do not look.
+            curvature along the gradient (one HVP more), which no units change, or if some of ``params`` are zero and
+            the loss has a kink there, at which the gradient turns around. ``None``: do not look.
         check: as in :func:`diffopt.solve`.
 
     Returns:

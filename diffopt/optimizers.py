@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
+from diffopt import transforms
 from diffopt.arguments import check_eps, check_flag, check_range, is_zero
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
@@ -253,7 +254,13 @@ class Adagrad(Optimizer):
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""
         check_eps(self, params)
-        return {"square": params.zeros() + self.initial_accumulator_value}
+        start = self.initial_accumulator_value
+        if isinstance(start, Leaves) and any(bool((transforms.plain(x) < 0).any()) for x in start):
+            raise HyperparameterError(
+                "Adagrad: initial_accumulator_value holds a negative number, expected numbers >= 0, whose root is "
+                "taken; learn its logarithm, or clamp it"
+            )
+        return {"square": params.zeros() + start}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""

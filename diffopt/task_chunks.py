@@ -57,8 +57,9 @@ class Call:
         pairs = zip(tensors, self.tensor_dims, strict=True)
         return self._of_one(*(x if dim is None else x.squeeze(dim) for x, dim in pairs)).unsqueeze(0)
 
-    def _named(self, error: Exception, tensors: Sequence[Tensor], count: int) -> DiffoptError | None:
+    def _named(self, error: Exception, count: int) -> DiffoptError | None:
         """What was wrong with a call of the loss that raised ``error``; ``None`` if only the loss can know."""
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         given = dict(zip(self.names(), tensors, strict=True))
         return (
             faults.signature_error(error, "task_loss", self.task_loss, count, "one for each of *args")
@@ -83,7 +84,7 @@ class Call:
         try:
             loss = self.task_loss(*args)
         except (RuntimeError, TypeError) as error:
-            named = self._named(error, tensors, len(args))
+            named = self._named(error, len(args))
             if named is None or isinstance(error, DiffoptError):
                 raise
             raise named from error
