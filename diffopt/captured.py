@@ -108,10 +108,10 @@ def mend_for(nodes: Sequence[Any], functions: Sequence[object] = ()) -> str:
     for given in (function for function in functions if isinstance(function, Given)):
         for name, value in given.values.items():
             if any(_is_at(x, node) for x in named_tensors(value).values() for node in nodes):
-                return f"It is inside `{name}`, and {hints.for_arguments(value)}"
+                return f"`{name}` is {hints.for_arguments(value)}"
         for name, value in given.values.items():
             if isinstance(value, Iterator):
-                return f"If it comes from `{name}`, {hints.for_arguments(value)}"
+                return f"It may come from `{name}`, {hints.for_arguments(value)}"
     if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
         return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
     return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"

@@ -136,9 +136,9 @@ def check_batches(batches: Any, steps: int) -> None:
             )
     if _is_one_batch_per_step(batches, steps):
         raise BatchesError(
-            f"batches is a {type(batches).__name__} of {steps} entries of one form, as many as there are steps, which "
-            "may mean one batch a step, expected a tree of tensors that run over steps. If they are batches, "
-            f"{hints.stacked(batches, steps)}. If their tensors run over steps, make it a tuple of tensors or a dict"
+            f"batches is a {type(batches).__name__} of {steps} alike, perhaps one batch for each step, expected a tree "
+            f"of tensors that run over steps. Batches: {hints.stacked(batches, steps)}. Tensors that run over steps: "
+            "put them into a tuple or a dict"
         )
 
 

@@ -38,7 +38,7 @@ def for_params(value: Any) -> str:
         return "; data goes in *args or batches"
     if isinstance(value, int | float) or type(value).__module__ == "numpy":
         return "; convert it with torch.as_tensor (a constant of the loss goes in *args)"
-    return f"; {for_object(value)}" if holds_by_name(value) else ""
+    return f"; it is {for_object(value)}" if holds_by_name(value) else ""
 
 
 def _for_tensor(value: Tensor) -> str:
@@ -64,23 +64,20 @@ def _has_slots(value: Any) -> bool:
 def for_object(value: Any) -> str:
     """The fix for tensors inside an object that is no tree."""
     kind = type(value).__name__
-    named = "a dict of its fields, such as vars(...)" if getattr(value, "__dict__", None) else "a dict of its fields"
-    form = "dict(...) of it" if isinstance(value, Mapping) else named
-    return (
-        f"a {kind} is no tree of tensors: pass {form}, or register the class: optree.register_pytree_node({kind}, "
-        f"flatten, unflatten, namespace={NAMESPACE!r})"
-    )
+    how = "dict(...)" if isinstance(value, Mapping) else "vars(...)" if getattr(value, "__dict__", None) else ""
+    form = f"a dict, as {how}" if how else "a dict of its fields"
+    return f"no tree: pass {form}, or optree.register_pytree_node({kind}, ..., namespace={NAMESPACE!r})"
 
 
 def for_arguments(value: Any) -> str:
     """The fix for tensors that the loss has found inside an argument, where a tree does not show them."""
     if isinstance(value, torch.nn.Module):
         return (
-            "a module is no tree of tensors: pass dict(module.named_parameters()) in its place, and call it by "
+            "a module, no tree: pass dict(module.named_parameters()), and call it by "
             "torch.func.functional_call(module, params, ...)"
         )
     if isinstance(value, Iterator):
-        return f"a {type(value).__name__} does not show its tensors and is used up by the first step: pass a list"
+        return f"a {type(value).__name__}, which hides its tensors and is used up by the first step: pass a list"
     return for_object(value)
 
 
@@ -107,7 +104,7 @@ def stacked(batches: Any, steps: int) -> str:
     else:
         how = f"torch.stack({some})"
     few = f" (there are {len(batches)} for {steps} steps)" if len(batches) < steps else ""
-    return f"stack one for each step, as collate does with samples: {how}{few}"
+    return f"stack them, as collate does with samples: {how}{few}"
 
 
 def for_optimizer(value: Any) -> str:

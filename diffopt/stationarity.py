@@ -58,8 +58,8 @@ class Point:
 
 _FURTHER = "Minimise further, check that the loss is the one that was minimised, or set stationarity"
 _KINK = (
-    "the loss has a kink there (an absolute value, a maximum), expected a smooth one: pass as params only those that "
-    "are off the kink (of Lasso: not zero), make the loss smooth, as by (w**2 + eps).sqrt(), or set stationarity=None"
+    "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero, expected a smooth "
+    "loss: pass as params only those off the kink (of Lasso: not zero), or make it smooth, as by (w**2 + eps).sqrt()"
 )
 
 
@@ -69,14 +69,12 @@ def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -
         return
     size, scale = tasks.norm(at.gradient), tasks.norm(at.params)
     if not bool((size <= allowed * (1 + scale)).all()):
+        if at.at_a_kink(tasks, 64):
+            raise StationarityError(_KINK)
         raise StationarityError(
             f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
-            f"(1 + |params|): implicit gradients need a stationary point. {_advice(at, tasks)}"
+            f"(1 + |params|): implicit gradients need a stationary point. {_FURTHER}"
         )
-
-
-def _advice(at: Point, tasks: Tasks) -> str:
-    return f"No minimising helps: {_KINK}" if at.at_a_kink(tasks, 64) else _FURTHER
 
 
 def refuse_kink(at: Point, tasks: Tasks) -> None:
@@ -85,7 +83,7 @@ def refuse_kink(at: Point, tasks: Tasks) -> None:
     One between two pieces of a network of kinks, such as of ReLUs, is as good as the gradient there is small.
     """
     if at.at_a_kink(tasks, 1e-6):
-        raise StationarityError(f"params are a minimiser at which implicit gradients do not hold: {_KINK}")
+        raise StationarityError(_KINK)
 
 
 def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) -> None:

@@ -201,7 +201,7 @@ FAULTS = [
     ),
     Fault(
         "a minimiser may be far away if the loss's units are small",
-        "diffopt/implicit.py",
+        "diffopt/stationarity.py",
         "if not bool((step <= 10 * allowed",
         "if False and not bool((step <= 10 * allowed",
     ),
