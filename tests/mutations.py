@@ -47,6 +47,10 @@ NAMES = [
     "over_tasks",
     "update_blocks",
     "step_by_step",
+    "arguments",
+    "lift_spellings",
+    "stationarity",
+    "checks",
     "compiled",
 ]
 

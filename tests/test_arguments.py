@@ -153,7 +153,7 @@ STACKED: dict[str, tuple[Any, Callable[[Any], tuple[Tensor, Tensor]]]] = {
 
 @pytest.mark.parametrize("name", STACKED)
 def test_stacked_batches_are_read_step_by_step(name: str) -> None:
-    """With as many entries as steps, two, and equal shapes, nothing but their form tells them from a list of batches."""
+    """With as many entries as steps, and equal shapes, nothing but their form tells them from a list of batches."""
     batches, parts = STACKED[name]
 
     def misfit(w: Tensor, batch: Any) -> Tensor:

@@ -159,6 +159,7 @@ def test_random_numbers() -> None:
         ({"check": 1}, diffopt.HyperparameterError, "check is"),
         ({"in_dims": (None,)}, diffopt.HyperparameterError, "one of these for each of 2 arguments"),
         ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
+        ({"in_dims": {None: 0, 0: 1}}, diffopt.HyperparameterError, "in_dims is {"),
         ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
         ({"in_dims": (0, 0)}, diffopt.ShapeError, "one common length"),
         ({"in_dims": (None, 3)}, diffopt.ShapeError, "expected an axis 3"),
