@@ -60,7 +60,13 @@ class Way:
             self.changes += code.co_filename != before
             before = code.co_filename
             self.files.add(code.co_filename)
-            self.functions.add((code.co_filename, code.co_qualname if sys.version_info >= (3, 11) else code.co_name, code.co_firstlineno))
+            self.functions.add(
+                (
+                    code.co_filename,
+                    code.co_qualname if sys.version_info >= (3, 11) else code.co_name,
+                    code.co_firstlineno,
+                )
+            )
             self.depth = max(self.depth, _depth(frame, self.inside))
 
         sys.setprofile(profile)
@@ -192,7 +198,8 @@ def main() -> None:
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in modules)
     between = sum(len(targets) for targets in folders.values())
     print(f"\n{len(modules)} files, {lines} lines, {len({path.parent for path in modules})} folders")
-    print(f"{len(found)} import arrows between files, {between} between folders; in circles: {running_back(folders) or 'none'}")
+    circles = ", ".join(running_back(folders)) or "none"
+    print(f"{len(found)} import arrows between files, {between} between folders; folders in circles: {circles}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """Bilevel optimisation and gradient-based meta-learning: exact and approximate hypergradients for PyTorch."""
 
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 from diffopt.check import check
 from diffopt.citing import cite
 from diffopt.compare import compare
@@ -51,7 +56,30 @@ from diffopt.proximal import ProximalGD
 from diffopt.report import Finding, Report
 from diffopt.solve import Kept, Solution, State, solve
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from diffopt import errors as errors
+    from diffopt import estimators as estimators
+    from diffopt import linear_solve as linear_solve
+    from diffopt import tasks as tasks
+    from diffopt import testing as testing
+
 __version__ = "0.1.0"
+
+_LATER = frozenset({"estimators", "tasks", "testing"})
+"""Subpackages that are there after ``import diffopt`` too, and imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return _import_module(f"diffopt.{name}")
+    raise AttributeError(f"module 'diffopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 __all__ = [
     "SGD",

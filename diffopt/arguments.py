@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.errors import DiffoptError, HyperparameterError
 from diffopt.optimizer import Hyperparameter, Optimizer, Schedule
+from diffopt.plain_numbers import plain
 from diffopt.tree import describe
 
 
 def check_flag(where: str, value: Any) -> None:
     """Refuse what is neither ``True`` nor ``False``."""
-    if not isinstance(value, bool):
+    if not isinstance(plain(value), bool):
         raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")
 
 
@@ -24,6 +26,13 @@ def check_whole(where: str, value: Any, low: int, kind: type[DiffoptError] = Hyp
     """Refuse what is not an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise kind(f"{where} is {describe(value)}, expected an integer >= {low}")
+
+
+def integer(where: str, value: Any, low: int) -> int:
+    """The same, for an option that may be one of numpy's integers; returned as one of Python's."""
+    value = plain(value)
+    check_whole(where, value, low)
+    return int(value)
 
 
 def check_generator(where: str, value: Any, kind: type[DiffoptError] = HyperparameterError) -> None:
@@ -50,11 +59,19 @@ def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
         value = getattr(optimizer, name)
         leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
         for path, item in zip(tree.paths(structure), leaves, strict=True):
-            outside = isinstance(item, int | float) and not low <= item < high
+            outside = isinstance(item, int | float) and not low <= _as_float(item) < high
             if outside or isinstance(item, str | bool) or item is None:
                 raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name}{path} is {item!r}, expected {low} <= {name} < {high}"
+                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}, expected {low} <= {name} < {high}"
                 )
+
+
+def _as_float(number: float) -> float:
+    """A number as torch would take it: a Python integer beyond all floats is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number > 0 or -1)
 
 
 def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:

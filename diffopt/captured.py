@@ -6,11 +6,13 @@ import functools
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from diffopt import hints
 from diffopt.tree import describe
 
 _DEPTH = 5
@@ -68,9 +70,20 @@ def _found(functions: Iterable[object]) -> tuple[list[Tensor], list[torch.nn.Mod
 _HOLD_NOTHING = {type(None), bool, int, float, str, type, types.ModuleType, types.BuiltinFunctionType}
 
 
+@final
+@dataclass(frozen=True)
+class Given:
+    """What a function was given that is no tensor to a tree, by the names that a caller would use."""
+
+    values: dict[str, Any]
+
+
 def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, by name."""
     dot = f"{name}." if name else ""
+    if isinstance(value, Given):
+        yield from value.values.items()
+        return
     if isinstance(value, torch.nn.Module):
         yield from _held_by_module(dot, value)
     elif isinstance(value, types.FunctionType):
@@ -88,6 +101,14 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from enumerate_named(name, value)
     elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
         yield from ((dot + key, held) for key, held in getattr(value, "__dict__", {}).items())
+        for key in (key for kind in type(value).__mro__ for key in _slots(kind)):
+            with suppress(AttributeError):  # a slot that has not been filled
+                yield dot + key, object.__getattribute__(value, key)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _held_by_module(dot: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -121,11 +142,26 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     return (*code.co_names, *(name for names in inner for name in names))
 
 
-def mend_for(nodes: Iterable[Any]) -> str:
-    """What to do about captured tensors at these nodes of a graph; a parameter may be a module's, called as it is."""
+def mend_for(nodes: Sequence[Any], functions: Sequence[object] = ()) -> str:
+    """What to do about captured tensors at these nodes of a graph; a parameter may be a module's, called as it is.
+
+    One that was given, inside an object whose contents a tree does not show, is at hand already.
+    """
+    for given in (function for function in functions if isinstance(function, Given)):
+        for name, value in given.values.items():
+            if any(_is_at(x, node) for x in named_tensors(value).values() for node in nodes):
+                return f"`{name}` is {hints.for_arguments(value)}"
+        for name, value in given.values.items():
+            if isinstance(value, Iterator):
+                return f"It may come from `{name}`, {hints.for_arguments(value)}"
     if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
         return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
     return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
+
+
+def _is_at(tensor: Tensor, node: Any) -> bool:
+    leaf = getattr(node, "variable", None)
+    return tensor is leaf or (leaf is None and tensor.grad_fn is node)
 
 
 def names_of(nodes: Iterable[Any], functions: Sequence[object]) -> str:
@@ -134,7 +170,7 @@ def names_of(nodes: Iterable[Any], functions: Sequence[object]) -> str:
     shown = []
     for node in nodes:
         leaf = getattr(node, "variable", None)
-        name = next((name for name, x in held.items() if x is leaf or (leaf is None and x.grad_fn is node)), None)
+        name = next((name for name, x in held.items() if _is_at(x, node)), None)
         if name is not None and len(name) <= 60:
             shown.append(f"`{name}`")
         elif leaf is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import transforms
-from diffopt.arguments import check_flag, check_whole
+from diffopt import hints, transforms
+from diffopt.arguments import check_flag, integer
 from diffopt.errors import DiffoptError, GradModeError
 from diffopt.probes import (
     probe_arguments,
@@ -81,13 +81,13 @@ def check(
         >>> diffopt.check(lambda w: w.detach().square().sum(), w).failures[0].error
         DisconnectedError('the inner loss does not depend on params, expected a gradient: use the params it is given; do not detach them or leave torch (.item(), .numpy())')
     """  # noqa: E501  (an error's representation cannot be broken)
-    check_whole("check: directions", directions, 1)
+    directions = integer("check: directions", directions, 1)
     check_flag("check: second_derivative", second_derivative)
     check_flag("check: vmap", vmap)
     if transforms.transforms_active() or torch.is_inference_mode_enabled():
         raise GradModeError(
             "check was called under a torch.func transform or in inference mode, expected plain code: call it once, "
-            "outside, on one task"
+            f"outside, on one task{hints.in_inference_mode()}"
         )
     probes: dict[str, Callable[[Subject], Finding] | None] = {
         "depends on params": probe_dependence,

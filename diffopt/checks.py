@@ -113,8 +113,8 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
 def _wrapped_error() -> CapturedTensorError:
     return CapturedTensorError(
         "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without being "
-        "given it: it captured it, expected among the arguments. Pass it in *args (or batches), also if it is a "
-        "constant; or make it inside the loss"
+        "given it: it captured it, expected among the arguments. Pass it in *args (or batches), by itself or in a "
+        "dict, a list or a tuple, also if it is a constant; or make it inside the loss"
     )
 
 
@@ -123,7 +123,7 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     if nodes:
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            f"hypergradient; expected among the arguments. {mend_for(nodes)}"
+            f"hypergradient; expected among the arguments. {mend_for(nodes, functions)}"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.allocations import peak_bytes
-from diffopt.arguments import check_whole
+from diffopt.arguments import integer
 from diffopt.comparison import Comparison, Row, brief, failed_row
 from diffopt.comparison_notes import notes
 from diffopt.diagnostics import curvature_number, krylov_residual, solves_behind, stationarity
@@ -110,7 +110,7 @@ def compare(
         raise DisconnectedError(
             "the exact hypergradient is zero, expected one to compare with: choose another start or outer loss"
         )
-    rows = tuple(_tried(run, estimator, leaves, reference, repeats) for estimator in estimators)
+    rows = tuple(_tried(run, estimator, leaves, reference, int(repeats)) for estimator in estimators)
     if rows and all(row.failure for row in rows):
         raise EstimatorError(
             f"every estimator failed, expected one that this problem can be differentiated by; {rows[0].estimator}: "
@@ -130,7 +130,7 @@ def _checked(
             raise EstimatorError(f"estimators[{i}] is {describe(estimator)}, expected a diffopt.estimators object")
     if exact is not None and not isinstance(exact, Estimator):
         raise EstimatorError(f"exact is {describe(exact)}, expected None or a diffopt.estimators object")
-    check_whole("compare: repeats", repeats, 1)
+    integer("compare: repeats", repeats, 1)
     if isinstance(problem, Comparable):
         return problem.compare_loss, exact or Reverse()
     if not callable(problem):

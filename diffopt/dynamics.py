@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import faults, transforms, tree
+from diffopt import faults, hints, transforms, tree
+from diffopt.captured import Given
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Buffers
@@ -187,7 +187,7 @@ class Dynamics:
 
     def functions(self) -> tuple[object, ...]:
         """What may hold tensors besides those that are given: the loss, the update, arguments that are no tensors."""
-        return self.loss, self.optimizer.template, SimpleNamespace(**self.constants())
+        return self.loss, self.optimizer.template, Given(self.constants())
 
     def constants(self) -> dict[str, Any]:
         """What the loss is given that is no tensor, by the name that a caller would use."""
@@ -305,7 +305,7 @@ class Dynamics:
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
                 f"the inner loss returned {tree.describe(loss)}, expected one floating scalar tensor; "
-                "reduce it with .mean() or .sum()"
+                f"{hints.for_loss(loss)}"
             )
         if loss.device != leaves[0].device:
             raise DeviceError(

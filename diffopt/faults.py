@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt import hints
 from diffopt.errors import (
     DeviceError,
     DiffoptError,
@@ -48,6 +49,7 @@ _VMAP = {
     "in-place": "write x = x + y for x += y",
     "inplace": "write x = x + y for x += y",
     ".item()": "keep the value a tensor",
+    "accessing `data`": "write x.detach() for x.data",
     "data-dependent": "write torch.where for an if that asks a tensor",
     "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
     "Reverse('sqrt')",
@@ -155,36 +157,40 @@ def signature_error(
     return None
 
 
-def device_error(error: Exception, device: torch.device, given: Mapping[str, Tensor]) -> DeviceError | None:
+def device_error(
+    error: Exception, device: torch.device, given: Mapping[str, Tensor], model: str = "params"
+) -> DeviceError | None:
     """The error for a loss that was given tensors on other devices; ``None`` if that is not why it failed."""
     elsewhere = [name for name, x in given.items() if x.device != device]
     if not elsewhere or not any(word in str(error) for word in ("device", "meta")):
         return None
     name = elsewhere[0]
-    return DeviceError(f"{name} is on {given[name].device}, expected {device} as params; move it with .to()")
+    return DeviceError(f"{name} is on {given[name].device}, expected {device} as {model}; move it with .to()")
 
 
-def inference_error(error: Exception, given: Mapping[str, Tensor]) -> GradModeError | None:
+def inference_error(
+    error: Exception, given: Mapping[str, Tensor], what: str = "the inner loss"
+) -> GradModeError | None:
     """The error for a loss that autograd cannot record; ``None`` if what it was given is not why."""
     made = [name for name, x in given.items() if x.is_inference()]
     if not made or "nference tensor" not in str(error):
         return None
     return GradModeError(
-        f"{made[0]} was made in torch.inference_mode, and the inner loss needs it for its gradient, expected an "
-        "ordinary tensor: clone() it, or make it under torch.no_grad()"
+        f"{made[0]} was made in torch.inference_mode, and {what} needs it for its gradient, expected an "
+        f"ordinary tensor: clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}"
     )
 
 
-def vmap_error(error: Exception) -> DiffoptError | None:
+def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError | None:
     """The error for what ``torch.func.vmap`` refused in a loss; ``None`` if the error is of another kind."""
     said = str(error)
     if "randomness error mode" in said:
         return RandomnessError(
-            "the inner loss draws random numbers under vmap, which expected none: say vmap(..., "
-            "randomness='different') for numbers of each task's own, or 'same'"
+            f"{what} draws random numbers under vmap, which expected none: say randomness='different' (to vmap, or to "
+            "mean_over_tasks) for numbers of each task's own, or 'same'"
         )
     for part, mend in _VMAP.items():
         if part in said:
             first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]
-            return VmapError(f"the inner loss cannot run under vmap ({first} ...), expected code that can: {mend}")
+            return VmapError(f"{what} cannot run under vmap ({first} ...), expected code that can: {mend}")
     return None

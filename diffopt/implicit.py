@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffopt import transforms, tree
 from diffopt.dynamics import ExtraSlot
-from diffopt.errors import EstimatorError, GradModeError, HyperparameterError, StationarityError
+from diffopt.errors import EstimatorError, GradModeError, HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.fixed_point import implicit_pullback
 from diffopt.given import run
@@ -28,8 +28,10 @@ from diffopt.linear_solve import (
     refuse_unsolved,
 )
 from diffopt.optimizers import SGD
+from diffopt.plain_numbers import plain
 from diffopt.record import Keep
 from diffopt.solve import checked_problem
+from diffopt.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.trajectory import Cotangents, Trajectory
 
 Params = TypeVar("Params")
@@ -69,14 +71,15 @@ class _AtSolution(Adjoint):
         return Keep(first=steps + 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        params = trajectory.dynamics.params_count
-        axes = len(trajectory.dynamics.levels)
-        gradient, solution = trajectory.final[params:], trajectory.final[:params]
-        _refuse_far_from_stationary(gradient, solution, axes, self.stationarity)
+        dynamics, final = trajectory.dynamics, trajectory.final
+        params, tasks = dynamics.params_count, Tasks(len(dynamics.levels))
+        at = Point(dynamics, trajectory.extras, final[:params], final[params:], trajectory.record)
+        refuse_far_from_stationary(at, tasks, self.stationarity)
 
         def look(system: Matvec) -> None:
             if self.stationarity is not None:
-                _refuse_long_step(system, gradient, solution, Tasks(axes), self.stationarity)
+                refuse_long_step(at, system, tasks, self.stationarity)
+                refuse_kink(at, tasks)
 
         result, found = implicit_pullback(
             trajectory,
@@ -105,10 +108,11 @@ def implicit(
               \frac{\partial^2\ell}{\partial\phi\,\partial\theta}\quad\text{where}\quad
               \frac{\partial\ell}{\partial\phi}(\phi^\star, \theta) = 0
 
-    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, one more, and
+    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, two more, and
     one HVP per iteration of the solver and two more. Memory: the graph of one gradient.
 
-    Not for: points that are not stationary, or a singular Hessian (add a penalty, or damp the solver).
+    Not for: points that are not stationary, minimisers at a kink of the loss (Lasso's zeros), or a singular Hessian
+    (add a penalty, or damp the solver).
 
     Args:
         loss: ``loss(params, *args)``, a floating scalar.
@@ -117,14 +121,16 @@ def implicit(
         solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`.
         stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm, whatever
             the units of the loss; and, in the backward pass, if Newton's step is longer than ten times that by the
-            curvature along the gradient (one HVP more), which no units change. ``None``: do not look.
+            curvature along the gradient (one HVP more), which no units change, or if some of ``params`` are zero and
+            the loss has a kink there, at which the gradient turns around. ``None``: do not look.
         check: as in :func:`diffopt.solve`.
 
     Returns:
         A tree like ``params`` with the same values.
 
     Raises:
-        StationarityError: the gradient at ``params`` is not small, or the stationary point is far from them.
+        StationarityError: the gradient at ``params`` is not small, the stationary point is far from them, or the loss
+            has a kink there.
         LinearSolveError: in the backward pass, if the linear system was not solved.
 
     Example:
@@ -139,6 +145,7 @@ def implicit(
 
     Reference: Pedregosa (2016), "Hyperparameter Optimization with Approximate Gradient". Derivations (6.1).
     """
+    stationarity = plain(stationarity)
     number = isinstance(stationarity, int | float) and not isinstance(stationarity, bool)
     if stationarity is not None and not (number and 0 <= stationarity < math.inf):
         raise HyperparameterError(f"implicit: stationarity is {stationarity!r}, expected None or a number >= 0")
@@ -147,7 +154,9 @@ def implicit(
     outcome = run(rule, problem)
     count = problem.dynamics.params_count
     if not transforms.transforms_active():
-        _refuse_far_from_stationary(outcome.state[count:], outcome.state[:count], 0, rule.stationarity)
+        detached = Leaves(x.detach() for x in outcome.state)
+        at = Point(problem.dynamics, problem.extras, detached[:count], detached[count:], outcome.record)
+        refuse_far_from_stationary(at, Tasks(0), rule.stationarity)
     result: Params = tree.unflatten(problem.dynamics.params_structure, outcome.state[:count])
     return result
 
@@ -221,36 +230,3 @@ def _checked_solver(solver: Any) -> LinearSolver:
     if not isinstance(solver, LinearSolver):
         raise EstimatorError(f"solver is {tree.describe(solver)}, expected a diffopt.linear_solve object")
     return solver
-
-
-def _refuse_far_from_stationary(
-    gradient: Sequence[Tensor], params: Sequence[Tensor], axes: int, allowed: float | None
-) -> None:
-    if allowed is None:
-        return
-    tasks = Tasks(axes)
-    size, scale = (tasks.norm(Leaves(x.detach() for x in xs)) for xs in (gradient, params))
-    if not bool((size <= allowed * (1 + scale)).all()):
-        raise StationarityError(
-            f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
-            "(1 + |params|): implicit gradients need a stationary point. Minimise further, check that the loss is the "
-            "one that was minimised, or set stationarity"
-        )
-
-
-def _refuse_long_step(system: Matvec, gradient: Leaves, params: Leaves, tasks: Tasks, allowed: float) -> None:
-    r"""Refuse a point that is far from its stationary point, however small the loss's units make the gradient ``g``.
-
-    .. math:: \lVert H^{-1}g\rVert \ge \frac{\lVert g\rVert}{u^\top H u},\quad u = \frac{g}{\lVert g\rVert}\quad
-              \text{for positive definite } H
-    """
-    size = tasks.norm(gradient)
-    direction = tasks.times(torch.where(size > 0, 1 / size, 0), gradient.widened()).cast(gradient)
-    curvature = tasks.dot(direction, system(direction))
-    step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
-    if not bool((step <= 10 * allowed * (1 + tasks.norm(params))).all()):
-        raise StationarityError(
-            f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step), expected at "
-            f"most {10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. Minimise "
-            "further, check that the loss is the one that was minimised, or set stationarity"
-        )

@@ -19,6 +19,8 @@ from diffopt import transforms
 _foreach: Any = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in ("add", "sub", "mul", "div")})
 
 _WIDE = (torch.float32, torch.float64)
+_LEAST_MAXIMUM = torch.finfo(torch.float16).max
+_MOST_INTEGER = 2**63 - 1
 
 Operand: TypeAlias = "Leaves | float | Tensor"
 
@@ -111,11 +113,16 @@ class Leaves(Sequence[Tensor]):
 
     def minus(self, scale: Operand, other: Leaves) -> Leaves:
         """``self - scale * other``, in one operation where ``scale`` is a number (and rounded once, as torch.optim)."""
-        if not isinstance(scale, float | int):
+        if not isinstance(scale, float | int) or self._cannot_hold(scale):
             return self - scale * other
         if _leaf_by_leaf(self):
             return Leaves(torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True))
         return Leaves(_foreach.add(self.tensors, other.tensors, alpha=-scale))
+
+    def _cannot_hold(self, scale: float) -> bool:
+        """Whether a number is infinite in the dtype of a leaf: torch takes it as a factor, but not as ``alpha``."""
+        large = abs(scale) > _LEAST_MAXIMUM
+        return large and (abs(scale) > _MOST_INTEGER or any(abs(scale) > torch.finfo(x.dtype).max for x in self))
 
     def widened(self) -> Leaves:
         """Half-precision tensors in single precision; the others as they are."""
@@ -128,12 +135,12 @@ class Leaves(Sequence[Tensor]):
         return self.map(lambda x, y: x.to(y.dtype), like)
 
     def sqrt(self) -> Leaves:
-        """Elementwise root of numbers that are zero or positive, with derivative 0 (not infinity) at 0.
+        """Elementwise root with derivative 0 (not infinity) at 0, and NaN below.
 
         An adaptive optimizer divides by the root of an average of squares; at a coordinate whose gradient has
         always been zero the plain root turns every hypergradient into NaN. Values are those of ``torch.sqrt``.
         """
-        return self.map(_sqrt_with_zero_slope_at_zero)
+        return self.map(root)
 
     def where_greater(self, other: Leaves) -> Leaves:
         """The elementwise larger of the two; at a tie it is ``other``, and so is its derivative."""
@@ -156,6 +163,8 @@ def _apply(
         return NotImplemented
     if isinstance(other, Tensor) and other.ndim > 0:
         return NotImplemented  # type: ignore[no-any-return]
+    if isinstance(other, int) and abs(other) > _MOST_INTEGER:
+        other = float(other)
     if isinstance(other, Tensor) or _leaf_by_leaf(leaves):
         operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
         return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
@@ -167,6 +176,7 @@ def _leaf_by_leaf(leaves: Leaves) -> bool:
     return not leaves.tensors or torch.is_grad_enabled() or transforms.transforms_active()
 
 
-def _sqrt_with_zero_slope_at_zero(x: Tensor) -> Tensor:
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
+def root(x: Tensor) -> Tensor:
+    """See :meth:`Leaves.sqrt`; a number below zero stays what it is, so that its NaN is noticed."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
-from diffopt import tree
+from diffopt import hints, tree
 from diffopt.errors import (
     DeviceError,
     DtypeError,
@@ -20,6 +20,7 @@ from diffopt.errors import (
     StructureError,
 )
 from diffopt.leaves import Leaves
+from diffopt.plain_numbers import plain_list, plain_tree
 
 Buffers: TypeAlias = dict[str, Leaves]
 Hyperparameter: TypeAlias = Any
@@ -40,10 +41,14 @@ class Schedule:
 
     Args:
         values: a tensor of shape ``[steps]``, a list of ``steps`` floats, or a tree shaped like ``params`` whose
-            tensors have a leading axis of length ``steps``. Tensors are learnable.
+            tensors have a leading axis of length ``steps``. Tensors are learnable; numpy's numbers are floats.
     """
 
     values: Any
+
+    def __post_init__(self) -> None:
+        """Take numpy's numbers for what they are."""
+        object.__setattr__(self, "values", plain_list(self.values))
 
 
 class Optimizer(ABC):
@@ -134,8 +139,8 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         StepsError: a schedule's length is not ``steps``.
     """
     if not isinstance(optimizer, Optimizer):
-        hint = "; call it, as in SGD(lr=0.1)" if isinstance(optimizer, type) else ""
-        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{hint}")
+        fix = hints.for_optimizer(optimizer)
+        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{fix}")
     if not is_dataclass(optimizer):
         raise OptimizerError(
             f"{type(optimizer).__name__} is not a dataclass, expected its hyperparameters to be the fields of one; "
@@ -144,11 +149,10 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
     binder = _Binder(params, structure, steps)
     values = []
     for field in fields(optimizer):
-        value = binder.bind(
-            field.name, getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
-        )
-        if value is not None:
-            values.append((field.name, value))
+        value, kind = getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
+        reader = binder.bind(field.name, value, kind)
+        if reader is not None:
+            values.append((field.name, reader))
     elementwise = optimizer.elementwise and not binder.whole_trees
     return BoundOptimizer(
         optimizer,
@@ -204,7 +208,7 @@ class _Binder:
 
     def _leafwise(self, name: str, value: Any) -> Callable[..., Any] | None:
         scheduled = isinstance(value, Schedule)
-        inner = value.values if scheduled else value
+        inner = plain_tree(value.values if scheduled else value)
         if scheduled and (isinstance(inner, int | float) or (isinstance(inner, Tensor) and inner.ndim == 0)):
             raise StepsError(
                 f"the schedule of {name} is {tree.describe(inner)}, expected {self.steps} values, one a step"
@@ -213,7 +217,7 @@ class _Binder:
             self._check_length(name, len(inner))
             return lambda step, params, now: float(inner[step - 1])
         if not scheduled and (inner is None or isinstance(inner, bool | str | int | float)):
-            return None
+            return None if inner is value else _always(inner)
         if isinstance(inner, Tensor) and inner.ndim == int(scheduled):
             self._check_floating(name, inner)
             if inner.device.type == "meta":
@@ -274,13 +278,8 @@ class _Binder:
             ) from error
 
     def _meant(self, value: Any, scheduled: bool) -> str:
-        """What to write for several values where one is expected; empty if there are not several."""
-        listed = isinstance(value, list | tuple)
-        if scheduled:
-            return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
-        one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == self.steps
-        own = "; a field of several numbers: metadata=diffopt.optimizer.EACH" if listed else ""
-        return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
+        """What to write for several values, or a function, where one value is expected."""
+        return hints.for_hyperparameter(value, self.steps, scheduled)
 
     def _check_length(self, name: str, length: int) -> None:
         if length != self.steps:

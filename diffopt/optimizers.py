@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
+from diffopt import transforms
 from diffopt.arguments import check_eps, check_flag, check_range, is_zero
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import EACH, Buffers, Hyperparameter, Optimizer
+from diffopt.plain_numbers import make_plain
 
 _INFINITY = float("inf")
 
@@ -48,6 +50,7 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.SGD`` refuses."""
+        make_plain(self)
         positive = (0, _INFINITY)
         check_range(self, lr=positive, momentum=positive, weight_decay=positive, dampening=(-_INFINITY, _INFINITY))
         check_flag("SGD: nesterov", self.nesterov)
@@ -143,6 +146,7 @@ class AdamW(Optimizer):
 
 
 def _check_adam(optimizer: Adam | AdamW) -> None:
+    make_plain(optimizer)
     positive = (0, _INFINITY)
     if not isinstance(optimizer.betas, tuple | list) or len(optimizer.betas) != 2:
         raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas!r}, expected two numbers")
@@ -197,6 +201,7 @@ class RMSprop(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.RMSprop`` refuses."""
+        make_plain(self)
         positive = (0, _INFINITY)
         check_range(self, lr=positive, alpha=positive, eps=positive, weight_decay=positive, momentum=positive)
         check_flag("RMSprop: centered", self.centered)
@@ -240,6 +245,7 @@ class Adagrad(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.Adagrad`` refuses."""
+        make_plain(self)
         positive = (0, _INFINITY)
         check_range(self, lr=positive, lr_decay=positive, weight_decay=positive, eps=positive)
         check_range(self, initial_accumulator_value=positive)
@@ -248,7 +254,13 @@ class Adagrad(Optimizer):
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""
         check_eps(self, params)
-        return {"square": params.zeros() + self.initial_accumulator_value}
+        start = self.initial_accumulator_value
+        if isinstance(start, Leaves) and any(bool((transforms.plain(x) < 0).any()) for x in start):
+            raise HyperparameterError(
+                "Adagrad: initial_accumulator_value holds a negative number, expected numbers >= 0, whose root is "
+                "taken; learn its logarithm, or clamp it"
+            )
+        return {"square": params.zeros() + start}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""

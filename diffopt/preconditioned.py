@@ -12,6 +12,7 @@ from diffopt.arguments import check_range
 from diffopt.errors import HyperparameterError, ShapeError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import PREFIX, Buffers, Hyperparameter, Optimizer
+from diffopt.plain_numbers import make_plain
 from diffopt.tree import describe
 
 
@@ -41,6 +42,7 @@ class Preconditioned(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse a negative step size, and a preconditioner that is missing."""
+        make_plain(self)
         check_range(self, lr=(0, math.inf))
         if self.diagonal is None and self.factors is None:
             raise HyperparameterError(

@@ -10,6 +10,7 @@ from diffopt.arguments import check_range
 from diffopt.errors import HyperparameterError
 from diffopt.leaves import Leaves
 from diffopt.optimizer import Buffers, Hyperparameter, Optimizer
+from diffopt.plain_numbers import make_plain
 
 
 @final
@@ -38,6 +39,7 @@ class ProximalGD(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse a negative step size or strength."""
+        make_plain(self)
         check_range(self, lr=(0, math.inf), strength=(0, math.inf))
         if isinstance(self.center, str | bool):
             raise HyperparameterError(f"ProximalGD: center is {self.center!r}, expected None or a tree like params")

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from diffopt import transforms
 from diffopt.errors import LiftError
 from diffopt.leaves import Leaves
+from diffopt.lift_operations import RULES, apply_rule, first_in_place
 
 
 class BranchError(LiftError):
@@ -70,56 +71,6 @@ def learned_cell(value: Leaves | float, leaf: int) -> Cell:
     return cell(torch.tensor(value, dtype=torch.float64, device="cpu"), constant=True, learned=True)
 
 
-def _root(x: Tensor) -> Tensor:
-    """``torch.sqrt`` with derivative 0, not infinity, at 0: see :meth:`diffopt.Leaves.sqrt`."""
-    zero = x == 0
-    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
-
-
-def _add(x: Any, y: Any, alpha: Any = 1) -> Any:
-    return torch.add(x, y, alpha=alpha) if not isinstance(alpha, Tensor) else x + alpha * y
-
-
-def _power(x: Any, exponent: Any) -> Any:
-    return _root(x) if isinstance(x, Tensor) and isinstance(exponent, float) and exponent == 0.5 else x**exponent
-
-
-def _set_item(x: Tensor, index: Any, value: Any) -> Tensor:
-    if isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape:
-        return torch.where(index, value, x)
-    new = x.clone()
-    new[index] = value
-    return new
-
-
-def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    if not isinstance(min, Tensor) and not isinstance(max, Tensor):
-        return torch.clamp(x, min, max)
-    bounds = [b if b is None or isinstance(b, Tensor) else torch.full_like(x, b) for b in (min, max)]
-    return torch.clamp(x, *bounds)
-
-
-# Operations that have no batching rule, turn a tensor argument into a number, or have no derivative at zero; and those
-# that exist in place only. ``x.foo_(...)`` is ``foo`` here.
-_RULES: dict[str, Callable[..., Any]] = {
-    "add": _add,
-    "sub": lambda x, y, alpha=1: _add(x, y, alpha=-alpha),
-    "addcmul": lambda x, a, b, *, value=1: x + value * (a * b),
-    "addcdiv": lambda x, a, b, *, value=1: x + value * (a / b),
-    "lerp": lambda x, end, weight: x + weight * (end - x),
-    "sqrt": _root,
-    "pow": _power,
-    "clamp": _clamp,
-    "clip": _clamp,
-    "clone": lambda x, **options: x,
-    "copy": lambda x, source, non_blocking=False: source.expand(x.shape),
-    "set_data": lambda x, source: source,
-    "zero": torch.zeros_like,
-    "fill": lambda x, value: torch.zeros_like(x) + value,
-    "full_like": lambda x, value, **options: torch.zeros_like(x, **options) + value,
-    "__setitem__": _set_item,
-    "__deepcopy__": lambda x, memo: x,
-}
 _NUMBERS = frozenset({"__float__", "__int__", "__index__", "__complex__", "__array__", "numpy", "tolist"})
 _NOTHING = object()
 
@@ -145,13 +96,13 @@ class AsPureFunction(TorchFunctionMode):
         name, in_place = _operation(func)
         if name == "_set_grad_enabled":
             return None
+        args, options = first_in_place(name, in_place, args, kwargs or {})
         if args and isinstance(args[0], Cell):
             answer = _answer_about(args[0], name, in_place, args[1:])
             if answer is not _NOTHING:
                 return answer
         if name.startswith(("_foreach", "_fused")):
             raise LiftError(f"its step calls torch.{name}, which cannot be batched over tasks; pass foreach=False")
-        options = dict(kwargs or {})
         target = args[0] if in_place else options.pop("out", None)
         read: list[Cell] = []
         values, options = _read(args, read), _read(options, read)
@@ -161,7 +112,7 @@ class AsPureFunction(TorchFunctionMode):
         if not constant and (name == "item" or name in _NUMBERS):
             return _number(name, values[0], read)
         if target is None:
-            result = (_RULES.get(name) or func)(*values, **options)
+            result = apply_rule(name, values, options) if name in RULES else func(*values, **options)
             return _wrapped(result, [] if name in ("clone", "__deepcopy__") else read, constant)
         _put(target, name, _functional(name, func, in_place)(*values, **options), constant)
         if name == "set_data":
@@ -247,8 +198,8 @@ def _put(target: Any, name: str, value: Tensor, constant: bool) -> Cell:
 
 def _functional(name: str, func: Any, in_place: bool) -> Callable[..., Any]:
     """The operation that returns what this one would write."""
-    if name in _RULES:
-        return _RULES[name]
+    if name in RULES:
+        return lambda *values, **options: apply_rule(name, values, options)
     found: Callable[..., Any] | None = getattr(Tensor, name, None) if in_place else func
     if found is None:
         raise LiftError(f"its step calls {name}_, which has no form that is not in place")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from diffopt.block import Block
 from diffopt.errors import HyperparameterError
 from diffopt.hidden_state import hidden_state_error
 from diffopt.leaves import Leaves
+from diffopt.plain_numbers import make_plain
 
 Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
 
@@ -39,11 +40,13 @@ class Keep:
 
     def __post_init__(self) -> None:
         """Check what a rule asks for."""
-        check_checkpoint("Keep", self.checkpoint, self.offload)
+        check_checkpoint(self)
 
 
-def check_checkpoint(rule: str, checkpoint: Checkpoint, offload: bool) -> None:
-    """Refuse options of storage that are none of the allowed ones."""
+def check_checkpoint(options: Any) -> None:
+    """Refuse options of storage that are none of the allowed ones, in a dataclass that is being made."""
+    make_plain(options)
+    rule, checkpoint, offload = type(options).__name__, options.checkpoint, options.offload
     is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
     if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
         raise HyperparameterError(

@@ -46,7 +46,7 @@ class Reverse(Adjoint):
 
     def __post_init__(self) -> None:
         """Check ``checkpoint``."""
-        check_checkpoint("Reverse", self.checkpoint, self.offload)
+        check_checkpoint(self)
 
     def keep(self, steps: int) -> Keep:
         """All steps."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt import autodiff, graph, randomness, saved_hooks, transforms
+from diffopt.bad_gradient import refuse_bad_first_gradient
 from diffopt.checks import Checks, apart_from, not_finite, refuse_bad_start
 from diffopt.dynamics import Dynamics
 from diffopt.errors import DivergenceError, RandomnessError
@@ -132,9 +133,12 @@ def _refuse_divergence(
     step = next((t for t, good in enumerate(sound, 1) if not good), steps)
     what = "the state after" if all_finite([losses[..., step - 1 : step]]) else "the loss of"
     current = dynamics.at_step(extras, step) if step else extras
+    reason = not_finite(dynamics, initial, current, step)
+    if step == 1 and what == "the state after" and not reason:
+        refuse_bad_first_gradient(dynamics, initial, extras)
     raise DivergenceError(
         f"the inner optimizer diverged: {what} step {step} of {steps} is not finite, expected finite numbers; "
-        f"{not_finite(dynamics, initial, current, step) or _DIVERGED}",
+        f"{reason or _DIVERGED}",
         step,
     )
 
@@ -149,4 +153,7 @@ def _finite_again(
         yield all_finite(now)
 
 
-_DIVERGED = "check the learning rate, or clip or rescale the gradients"
+_DIVERGED = (
+    "check the learning rate, or clip or rescale the gradients (and look for roots, norms or logarithms at zero, whose "
+    "gradient is not finite)"
+)

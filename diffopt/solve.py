@@ -9,13 +9,21 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
+from diffopt import hints, transforms, tree
 from diffopt.arguments import check_flag
 from diffopt.dynamics import Dynamics, ExtraSlot
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.estimator import Estimator, Outcome, Problem
 from diffopt.faults import forward_mode_error
-from diffopt.given import check_batches, check_estimator, check_steps, params_leaves, refuse_frozen, run
+from diffopt.given import (
+    check_batches,
+    check_estimator,
+    checked_steps,
+    params_leaves,
+    refuse_frozen,
+    refuse_uninitialised,
+    run,
+)
 from diffopt.leaves import Leaves
 from diffopt.optimizer import BoundOptimizer, Optimizer, bind
 from diffopt.record import Counts
@@ -133,6 +141,7 @@ def solve(
     """
     rule = Reverse() if estimator is None else estimator
     check_estimator(rule)
+    check_flag("compile", compile)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
     if compile:
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
@@ -149,15 +158,17 @@ def checked_problem(
     check: bool,
 ) -> Problem:
     """Flatten what :func:`solve` is given and check all that can be checked without running the loss."""
-    check_steps(steps)
+    steps = checked_steps(steps)
     check_flag("check", check)
     if torch.is_inference_mode_enabled():
         raise GradModeError(
             "solve was called in torch.inference_mode, expected a mode that allows inner gradients: use torch.no_grad()"
+            f"{hints.in_inference_mode()}"
         )
     if not callable(loss):
         raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
     leaves, structure = params_leaves(params)
+    refuse_uninitialised("args", args)
     if check:
         refuse_frozen(leaves, structure)
     bound = bind(optimizer, leaves, structure, steps)

@@ -1,7 +1,8 @@
 """Pytrees of tensors: flattening, paths for messages, and comparison. The only importer of ``optree``.
 
 ``None`` counts as a leaf (so that it can be refused by name) and dictionaries are ordered by their keys (so that
-two dictionaries with the same keys always have the same structure).
+two dictionaries with the same keys always have the same structure). A class that ``optree`` knows under the namespace
+``"diffopt"`` (or everywhere) is a branch, any other object a leaf.
 """
 
 from __future__ import annotations
@@ -12,13 +13,23 @@ from typing import Any, TypeAlias
 import optree
 import torch
 
+from diffopt.errors import StructureError
+
 Tree: TypeAlias = Any
 Structure: TypeAlias = optree.PyTreeSpec
+
+NAMESPACE = "diffopt"
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Structure]:
     """The leaves of ``tree`` in a fixed order, and the structure that puts them back."""
-    return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True)
+    try:
+        return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
+    except RecursionError as error:
+        raise StructureError(
+            f"a tree that was given holds itself, or has branches without end: {describe(tree)}, expected branches "
+            "that end in leaves; look for a list or a dict that was put into itself"
+        ) from error
 
 
 def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
@@ -50,12 +61,23 @@ def differences(name: str, value: Tree, structure: Structure, *, deeper: bool = 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """``function`` applied to corresponding leaves of trees with one structure."""
-    return optree.tree_map(function, tree, *others, none_is_leaf=True)
+    return optree.tree_map(function, tree, *others, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def describe(value: object) -> str:
     """A short account of a value for error messages."""
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+        if torch.nn.parameter.is_lazy(value):
+            return f"a {type(value).__name__}"
+        shape = "no one shape" if value.is_nested else f"shape {tuple(value.shape)}"
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of {shape} on {value.device}"
+    return f"{type(value).__name__} {brief(value)}"
+
+
+def brief(value: object) -> str:
+    """How a value represents itself, in one short line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of the user's own, or too many digits; neither is what a message is about
+        return "object"
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -14,6 +14,7 @@ from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve.base import Tasks
 from diffopt.parallel import ParallelCurvature
+from diffopt.plain_numbers import make_plain
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 
@@ -64,6 +65,7 @@ class Binomial(Adjoint):
 
     def __post_init__(self) -> None:
         """Check all options."""
+        make_plain(self)
         for name, low in (("order", 0), ("window", 0), ("chunk_size", 1)):
             value = getattr(self, name)
             optional = value is None and name != "order"

@@ -16,6 +16,7 @@ from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
+from diffopt.plain_numbers import make_plain
 from diffopt.record import Keep, Record, Watch
 from diffopt.rollout import roll_out
 from diffopt.trajectory import Cotangents, Trajectory
@@ -78,6 +79,7 @@ class ESJacobian(Adjoint):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        make_plain(self)
         if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
             raise HyperparameterError(f"ESJacobian: directions is {self.directions!r}, expected an integer >= 1")
         number = isinstance(self.radius, int | float) and not isinstance(self.radius, bool)

@@ -15,6 +15,7 @@ from diffopt.dynamics import Dynamics, Level
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
+from diffopt.plain_numbers import make_plain
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, Trajectory
 
@@ -46,6 +47,7 @@ class ForwardMode(Adjoint):
 
     def __post_init__(self) -> None:
         """Check ``chunk_size``."""
+        make_plain(self)
         size = self.chunk_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise HyperparameterError(

@@ -13,6 +13,7 @@ from diffopt.estimator import Adjoint
 from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
 from diffopt.parallel import ParallelCurvature
+from diffopt.plain_numbers import make_plain
 from diffopt.record import Keep
 from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.update_blocks import UpdateBlocks
@@ -52,6 +53,7 @@ class Krylov(Adjoint):
 
     def __post_init__(self) -> None:
         """Check all options."""
+        make_plain(self)
         for name, low in (("order", 0), ("chunk_size", 1)):
             value = getattr(self, name)
             optional = value is None and name == "chunk_size"

@@ -8,6 +8,7 @@ from typing import final
 from diffopt.claims import Claims
 from diffopt.errors import HyperparameterError
 from diffopt.estimator import Estimator, Outcome, Problem
+from diffopt.plain_numbers import make_plain
 from diffopt.reverse import Reverse
 
 
@@ -45,6 +46,7 @@ class MultiStep(Estimator):
 
     def __post_init__(self) -> None:
         """Check both options."""
+        make_plain(self)
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise HyperparameterError(f"MultiStep: window is {self.window!r}, expected an integer >= 1")
         if not isinstance(self.adjoint, Estimator):

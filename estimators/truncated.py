@@ -46,9 +46,9 @@ class Truncated(Adjoint):
 
     def __post_init__(self) -> None:
         """Check both options."""
+        check_checkpoint(self)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise StepsError(f"Truncated: steps is {self.steps!r}, expected an integer >= 0")
-        check_checkpoint("Truncated", self.checkpoint, self.offload)
 
     def claims(self, steps: int) -> Claims:
         """Exact if no step is left out; the first-order rule if all are."""

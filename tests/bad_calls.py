@@ -65,7 +65,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "no step, expected one whose",
     ),
     "steps_huge": (lambda: solve(steps=10**20), diffopt.StepsError, r"expected an integer >= 0 \(and below 2\*\*31"),
-    "steps_numpy": (lambda: solve(steps=np.int64(3)), diffopt.StepsError, "expected an integer >= 0"),
+    "steps_numpy": (
+        lambda: solve(steps=np.float64(3)),
+        diffopt.StepsError,
+        r"is float 3.0, expected an integer >= 0.*write int\(steps\)",
+    ),
     "steps_tensor": (lambda: solve(steps=torch.tensor(3)), diffopt.StepsError, "int64 tensor .*expected an integer"),
     "check": (lambda: solve(check="no"), diffopt.HyperparameterError, "check is str 'no', expected True or False"),
     "inference_mode": (

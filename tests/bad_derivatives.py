@@ -207,7 +207,7 @@ ROWS: dict[str, Row] = {
         "random numbers",
         lambda: vmap(partial(solve, lambda w: F.dropout(w).sum()))(torch.ones(2, 3)),
         diffopt.RandomnessError,
-        "random numbers under vmap, which expected none: say vmap.*randomness='different'",
+        "random numbers under vmap, which expected none: say randomness='different'",
     ),
     "changed_since": Row(
         "random numbers",

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import bad_calls
 import bad_derivatives
+import bad_habits
 import bad_losses
 import bad_options
 import bad_solvers
@@ -21,7 +22,7 @@ from bad_row import Row
 
 from diffopt.cli import main as command_line
 
-TABLES = (bad_losses, bad_derivatives, bad_trees, bad_options, bad_calls, bad_solvers, bad_tasks)
+TABLES = (bad_losses, bad_derivatives, bad_trees, bad_options, bad_calls, bad_solvers, bad_habits, bad_tasks)
 ROWS: dict[str, Row] = {name: row for table in TABLES for name, row in table.ROWS.items()}
 COMMAND_LINES: dict[str, Command] = {
     **{f"command_{name}": command for name, command in COMMANDS.items()},

@@ -54,7 +54,7 @@ SOLVERS: dict[str, Bad] = {
     "nystrom_singular": (
         lambda: solved(torch.ones_like(EYE), solver=Nystrom(2, damping=1e-3)),
         diffopt.LinearSolveError,
-        f"Nystrom broke down .*expected .* of that rank at least. {MINIMUM}Take a smaller rank or a larger damping",
+        f"Nystrom broke down .*expected .* of that rank at least. {MINIMUM}Take GMRES .*or a larger damping",
     ),
     "nystrom_rank": (
         lambda: solved(tensor(2, 1, 1, 2).view(2, 2), solver=Nystrom(1, damping=1e-3)),

@@ -55,6 +55,42 @@ def test_divergence_names_the_first_bad_step(rule: Any, style: str, lr: float) -
     assert caught.value.step == bad < steps
 
 
+def rooted(w: Tensor) -> Tensor:
+    """A root whose gradient at zero is NaN, though the loss is finite."""
+    return w.square().sum().sqrt() + (w - 1).square().sum()
+
+
+@pytest.mark.parametrize("style", ["plain", "grad", "vmap"])
+@pytest.mark.parametrize("rule", [*RULES.values(), Unrolled()], ids=[*RULES, "unrolled"])
+def test_a_first_gradient_that_is_not_finite_is_no_divergence(rule: Any, style: str) -> None:
+    run = partial(solve, rooted, estimator=rule)
+    styles: dict[str, Callable[[], Any]] = {
+        "plain": lambda: run(tensor(0, 0)),
+        "grad": lambda: grad(lambda w: run(w).sum())(tensor(0, 0)),
+        "vmap": lambda: vmap(run)(torch.stack([tensor(1, 2), tensor(0, 0)])),  # the second task only
+    }
+    with pytest.raises(diffopt.NonFiniteGradientError, match=r"is nan at the initial params.*roots, norms or log"):
+        styles[style]()
+    with pytest.raises(diffopt.DivergenceError, match="check the learning rate"):
+        solve(lambda w: (w**4).sum(), tensor(1, 2), optimizer=diffopt.SGD(1e300), estimator=rule)
+
+
+def test_looking_for_a_bad_gradient_leaves_the_random_numbers_alone() -> None:
+    """Torch's generator stands where the rollout left it."""
+
+    def noisy(w: Tensor) -> Tensor:
+        return rooted(w) + torch.rand(()) * w.sum()
+
+    torch.manual_seed(3)
+    torch.rand(())
+    torch.rand(())
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    with pytest.raises(diffopt.NonFiniteGradientError):
+        solve(noisy, tensor(0, 0), steps=2)
+    assert torch.equal(torch.rand(()), expected)
+
+
 def batch_is_bad(w: Tensor, b: Tensor) -> Tensor:
     return (w * b).square().sum()
 

@@ -99,6 +99,7 @@ def test_arrows_go_from_tasks_to_estimators_to_core(trees):
         f"{module} ({layer(module)}) imports {name} ({layer(name)})"
         for module, name in arrows(trees)
         if layer(name) not in may_import[layer(module)]
+        and module != "diffopt"  # the facade names all, as types only: test_import.py sees that importing it is light
     ]
     assert wrong == []
 

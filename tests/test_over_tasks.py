@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -158,6 +159,7 @@ def test_random_numbers() -> None:
         ({"check": 1}, diffopt.HyperparameterError, "check is"),
         ({"in_dims": (None,)}, diffopt.HyperparameterError, "one of these for each of 2 arguments"),
         ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
+        ({"in_dims": {None: 0, 0: 1}}, diffopt.HyperparameterError, "in_dims is {"),
         ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
         ({"in_dims": (0, 0)}, diffopt.ShapeError, "one common length"),
         ({"in_dims": (None, 3)}, diffopt.ShapeError, "expected an axis 3"),
@@ -203,3 +205,58 @@ def test_transforms_and_second_derivatives_are_refused() -> None:
     torch.testing.assert_close(first, 2 * w)
     with pytest.raises(diffopt.SecondDerivativeError, match="differentiated again"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+@pytest.mark.parametrize("tasks", [64, 1000, 3000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adds_up_in_single(dtype: torch.dtype, tasks: int, chunk: int | None) -> None:
+    """Ones have the mean one, and so have the gradients; half precision counts to 2048 or to 256."""
+    w, x = torch.ones((), dtype=dtype, requires_grad=True), torch.ones(tasks, dtype=dtype, requires_grad=True)
+    mean = diffopt.mean_over_tasks(lambda w, x: w * x, w, x, in_dims=(None, 0), task_chunk=chunk)
+    assert mean.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert abs(float(mean.detach()) - 1) <= 2 * eps
+    by_w, by_x = torch.autograd.grad(mean, [w, x])
+    assert by_w.dtype == by_x.dtype == dtype
+    assert abs(float(by_w) - 1) <= 2 * eps
+    torch.testing.assert_close(by_x.double() * tasks, torch.ones(tasks).double(), rtol=2 * eps, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_large_sum_of_halves_is_not_infinite(chunk: int) -> None:
+    w = torch.ones((), dtype=torch.float16, requires_grad=True)
+    x = torch.full((1000,), 200.0, dtype=torch.float16)
+    mean = diffopt.mean_over_tasks(lambda w, x: w * x, w, x, in_dims=(None, 0), task_chunk=chunk)
+    mean.backward()
+    assert w.grad is not None
+    assert [float(mean.detach()), float(w.grad)] == [200, 200]
+
+
+WRITERS: dict[str, Any] = {
+    "add": lambda w, x: x.add_(1),
+    "item": lambda w, x: x.__setitem__(0, 5.0),
+    "out": lambda w, x: torch.mul(x, 2, out=x),
+    "shared": lambda w, x: w.mul_(2),
+    "relu": lambda w, x: torch.relu_(x),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_task_loss_that_writes_into_its_arguments(name: str, requires_grad: bool, chunk: int | None) -> None:
+    def writing(w: Tensor, x: Tensor) -> Tensor:
+        WRITERS[name](w, x)
+        return (w * x).sum()
+
+    w, x = torch.ones(3, requires_grad=requires_grad), torch.ones(4, 3)
+    with pytest.raises(diffopt.InPlaceError, match=r"task_loss .*in place, expected .*x = x \+ y"):
+        diffopt.mean_over_tasks(writing, w, x, in_dims=(None, 0), task_chunk=chunk)
+
+
+def test_numbers_of_numpy_say_where_tasks_are() -> None:
+    x = torch.arange(12.0).reshape(4, 3)
+    for dims in (np.int64(1), [np.int64(1)], (1,), np.array(1)):
+        got = diffopt.mean_over_tasks(lambda x: x.sum() ** 2, x, in_dims=dims, task_chunk=np.uint8(2))
+        torch.testing.assert_close(got, (x.sum(0) ** 2).mean())

@@ -23,6 +23,7 @@ from diffopt.errors import (
     StructureError,
 )
 from diffopt.leaves import Leaves, all_finite
+from diffopt.plain_numbers import make_plain
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
 
@@ -67,8 +68,22 @@ class Tasks:
         return x.reshape(*x.shape[: self.axes], -1).sum(-1) if self.axes else x.sum()
 
     def norm(self, a: Leaves) -> Tensor:
-        """The Euclidean norm, one per task."""
-        return self.dot(a, a).sqrt()
+        """The Euclidean norm, one per task; of numbers so small or large that their squares are 0 or infinite, too."""
+        wide = a.widened()
+        scale = power_of_two(self.largest(wide))
+        scaled = self.like(1 / scale, wide) * wide
+        return scale * self.dot(scaled, scaled).sqrt()
+
+    def largest(self, a: Leaves) -> Tensor:
+        """The largest modulus of an entry, one per task."""
+        return torch.stack([x.abs().reshape(*x.shape[: self.axes], -1).amax(-1) for x in a]).amax(0)
+
+    def unit(self, a: Leaves) -> Leaves:
+        """A vector of norm 1 in the same direction, one per task; zero for zero."""
+        scale = power_of_two(self.largest(a.widened()))
+        scaled = self.like(1 / scale, a.widened()) * a.widened()  # a norm between 1 and the root of their number
+        size = self.norm(scaled)
+        return self.times(torch.where(size > 0, 1 / torch.where(size > 0, size, 1), 0), scaled).cast(a)
 
     def like(self, scalars: Tensor, a: Leaves) -> Leaves:
         """One scalar per task, shaped to broadcast against each leaf."""
@@ -105,6 +120,14 @@ class Tasks:
         return Leaves(v.reshape(x.shape) for v, x in zip(torch.split(vector, sizes, dim=-1), like, strict=True))
 
 
+def power_of_two(sizes: Tensor) -> Tensor:
+    """The power of two, which rounds nothing, at or below each size, with an inverse that is finite; 1 for no size."""
+    least = torch.finfo(sizes.dtype).tiny * 4
+    usable = sizes.isfinite() & (sizes > 0)
+    powers = torch.ldexp(torch.ones_like(sizes), torch.frexp(torch.where(usable, sizes, 1)).exponent - 1)
+    return torch.where(usable, powers.clamp(min=least), 1)
+
+
 class LinearSolver(ABC):
     """Solves ``A x = b``; see the package's docstring. ``throw``: raise if a system is not solved."""
 
@@ -131,10 +154,9 @@ class LinearSolver(ABC):
         wide = b.widened()
         coarse = [x.dtype for x, y in zip(b, wide, strict=True) if x.dtype != y.dtype]
         precision = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0)
-        largest = torch.stack([x.abs().reshape(*x.shape[: tasks.axes], -1).amax(-1) for x in wide]).amax(0)
+        largest = tasks.largest(wide)
         usable = largest.isfinite() & (largest > 0)
-        # a power of two, which rounds nothing
-        scale = torch.where(usable, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1), 1)
+        scale = power_of_two(largest)
 
         def scaled(x: Leaves) -> Leaves:
             inverse = tasks.like(torch.where(usable, 1 / scale, 0), x)
@@ -256,7 +278,10 @@ _BROKEN = {
     "Neumann": ("step_size * A between 0 and 2; the series diverged", "Take a smaller step_size, or GMRES"),
     "GMRES": ("a matrix that is not singular", "Dense(damping=...) damps"),
     "Dense": ("a matrix that is not singular", "A larger damping makes it so"),
-    "Nystrom": ("a positive semidefinite matrix of that rank at least", "Take a smaller rank or a larger damping"),
+    "Nystrom": (
+        "a symmetric positive semidefinite matrix of that rank at least",
+        "Take GMRES if it is not symmetric (under Adam), else a smaller rank or a larger damping",
+    ),
 }
 # and what to do where its residual is too large
 _UNSOLVED = {
@@ -273,6 +298,7 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
 
     An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
     """
+    make_plain(solver)
     for name, low in lowest.items():
         value: Any = getattr(solver, name)
         if value is None and name in optional:

@@ -59,7 +59,7 @@ class Neumann(LinearSolver):
         if self.step_size is None:
             step, used = 1 / largest_eigenvalue(matvec, b, tasks, self.power_iterations), used + self.power_iterations
         else:
-            step = torch.full_like(first, self.step_size)
+            step = torch.ones_like(first) * self.step_size  # infinite, not refused, where the dtype cannot hold it
         bound = 0 * first if self.rtol is None else max(self.rtol, precision) * first
         active, iterations = tasks.norm(r) > bound, torch.full_like(first, used, dtype=torch.int64)
         for _ in range(self.terms):

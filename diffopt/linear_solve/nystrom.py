@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from diffopt.leaves import Leaves
 from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, Tasks, check_options, matrix_columns
@@ -22,14 +24,16 @@ class Nystrom(LinearSolver):
 
     for ``rank`` randomly chosen coordinates ``K``: as many products, none of which waits for another. Exact for the
     damped system when ``A`` has rank at most ``rank`` (and the columns span it); else off by up to
-    ``|A - A_k| / rho``, relatively. Costs one product more, for the residual.
+    ``|A - A_k| / rho``, relatively. Costs one product more, for the residual. Where that product, or the columns, show
+    that ``A`` is not symmetric, the answer means nothing, and is a breakdown.
 
     Args:
         rank: number of coordinates, capped at the number there are.
         damping: ``rho > 0``.
         seed: of the choice of coordinates.
-        throw: raise if the small system is singular, or if the residual of ``(A + rho I) x = b`` is larger than that of
-            the answer zero. How good an ``x`` that is not refused is, its residual says.
+        throw: raise if the small system is singular, ``A`` is not symmetric (to a thousandth), or the residual of
+            ``(A + rho I) x = b`` is larger than that of the answer zero. How good an ``x`` that is not refused is, its
+            residual says.
 
     Reference: Hataya and Yamada (2023), "Nystrom Method for Accurate and Scalable Implicit Differentiation",
     equation (6). Derivations (6.4).
@@ -59,8 +63,24 @@ class Nystrom(LinearSolver):
         small, info = torch.linalg.solve_ex(inner, c.mT @ flat[..., None])
         x = flat / rho - (c @ small)[..., 0] / rho**2
         value = tasks.unflatten(x, b)
-        residual = tasks.norm(b - (matvec(value) + rho * value))
+        product = matvec(value)
+        residual = tasks.norm(b - (product + rho * value))
         iterations = torch.full_like(residual, len(chosen) + 1, dtype=torch.int64)
-        breakdown = (info > 0) | ~residual.isfinite()
+        asymmetric = _asymmetric(c, chosen, x, tasks.flatten(product), precision)
+        breakdown = (info > 0) | ~residual.isfinite() | asymmetric
         converged = ~breakdown & (residual <= tasks.norm(b))
         return LinearSolution(value, residual, iterations, converged, breakdown)
+
+
+def _asymmetric(c: Tensor, chosen: Sequence[int], x: Tensor, product: Tensor, precision: float) -> Tensor:
+    """Whether the columns ``c`` of ``A``, or the rows of ``A x`` with the same numbers, show that it is not symmetric.
+
+    They are, up to what was rounded, ``A_KK = A_KK'`` and ``(A x)_K = c' x``.
+    """
+    slack = torch.finfo(c.dtype).eps ** 0.5
+    within, across = c[..., chosen, :], product[..., chosen] - (c.mT @ x[..., None])[..., 0]
+    size = c.flatten(-2).norm(dim=-1)
+    allowed = max(1e-3, 8 * precision) * size * x.norm(dim=-1) + max(slack, 8 * precision) * product.norm(dim=-1)
+    inside = (within - within.mT).flatten(-2).norm(dim=-1) > max(1e-3, 8 * precision) * size
+    found: Tensor = inside | (across.norm(dim=-1) > allowed)
+    return found

@@ -7,6 +7,7 @@ import torch
 from diffopt.claims import Claims
 from diffopt.errors import ConformanceError, EstimatorError, StepsError
 from diffopt.estimator import Estimator
+from diffopt.plain_numbers import plain
 from diffopt.testing import conduct, numbers, tasks
 from diffopt.testing.problem import Setting
 from diffopt.testing.report import Report, run, title
@@ -93,7 +94,8 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
     """
     if not isinstance(estimator, Estimator):
         raise EstimatorError(f"estimator is {describe(estimator)}, expected a diffopt.estimators object")
-    if not isinstance(steps, int) or steps < 2:
+    steps = plain(steps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise StepsError(f"steps is {describe(steps)}, expected an integer >= 2")
     if claims is None:
         claims = estimator.claims(steps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffopt import tree
 from diffopt.errors import OptimizerError, StepsError
 from diffopt.optimizer import Optimizer, bind
+from diffopt.plain_numbers import plain
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
 from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
 from diffopt.testing.trial import Inputs, Trial, wavy
@@ -74,7 +75,8 @@ def check_optimizer(
     """
     if not isinstance(optimizer, Optimizer) or not is_dataclass(optimizer):
         raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass")
-    if not isinstance(steps, int) or steps < 2:
+    steps = plain(steps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 2")
     if params is None:
         generator = torch.Generator().manual_seed(0)
