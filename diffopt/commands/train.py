@@ -32,7 +32,8 @@ def add_command(commands: Commands) -> None:
 def run(given: argparse.Namespace) -> int:
     """Start a run, or continue the one in ``--out``."""
     from diffopt.commands.files import check_alone
-    from diffopt.commands.training import RunFolder, train  # needs optional packages
+    from diffopt.commands.train_folder import RunFolder
+    from diffopt.commands.training import train  # needs optional packages
 
     check_alone()
     options = read(given.kind, given, None)

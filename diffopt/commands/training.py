@@ -6,13 +6,13 @@ import math
 import sys
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 
 import diffopt
-from diffopt.commands.checkpoint import Checkpoint, MetricsLog, left_over
-from diffopt.commands.checkpoint_content import CheckpointError, cannot_be_put_back, check_params
+from diffopt.commands.checkpoint import Checkpoint, MetricsLog
+from diffopt.commands.checkpoint_content import cannot_be_put_back, check_params
 from diffopt.commands.curve import draw_curve
 from diffopt.commands.estimators import estimator
 from diffopt.commands.few_shot import (
@@ -26,84 +26,15 @@ from diffopt.commands.few_shot import (
     sinusoid,
 )
 from diffopt.commands.interrupt import Interrupt
-from diffopt.commands.options import expanded, to_store
+from diffopt.commands.options import to_store
 from diffopt.commands.progress import Reporter, reporter
+from diffopt.commands.train_folder import RunFolder, Stopped
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
 from diffopt.tasks import Conv4
 
 Options: TypeAlias = OmniglotOptions | ImagesOptions | SinusoidOptions
 SECONDS_TO_FINISH = 3.0
 """Kept free at the end of ``--minutes`` for the picture and the last save."""
-
-
-@final
-class RunFolder:
-    """The folder of one run and the names of its files."""
-
-    def __init__(self, out: str) -> None:
-        """Name the files; nothing is touched."""
-        self.folder = expanded(out)
-        self.metrics_path = self.folder / "metrics.jsonl"
-        self.curve_path = self.folder / "curve.png"
-        self.checkpoint_path = self.folder / "checkpoint.pt"
-
-    def check_unused(self) -> None:
-        """Refuse to start a new run over another, or over what is left of one.
-
-        Raises:
-            CheckpointError: there is a run in it, or a log without a checkpoint.
-        """
-        if self.checkpoint_path.exists():
-            raise CheckpointError(
-                f"{self.folder} already holds a run, expected an unused folder: add --resume to continue it, or choose "
-                "another --out"
-            )
-        if self.metrics_path.is_file() and self.metrics_path.stat().st_size:
-            raise left_over(self.metrics_path)
-
-    def start(self) -> MetricsLog:
-        """Make the folder and the log of a new run.
-
-        Raises:
-            CheckpointError: the folder holds a run, or another process has begun one.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(self.metrics_path, new=True)
-        try:
-            self.check_unused()  # once more, now that no other process can write
-        except BaseException:
-            log.close()
-            raise
-        return log
-
-    def stopped(self, problem: str) -> Stopped:
-        """The run to continue; its log is locked, and nothing is changed yet.
-
-        Raises:
-            CheckpointError: there is none, it cannot be read, it is of another problem, or another process writes it.
-        """
-        if not self.checkpoint_path.is_file():
-            Checkpoint.load(self.checkpoint_path)  # says what is missing
-        log = MetricsLog(self.metrics_path, new=False)
-        try:
-            checkpoint = Checkpoint.load(self.checkpoint_path)
-            if checkpoint.problem != problem:
-                raise CheckpointError(
-                    f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}, expected {problem}: check "
-                    "--out"
-                )
-            log.read(checkpoint.lines, checkpoint.log)
-        except BaseException:
-            log.close()
-            raise
-        return Stopped(checkpoint, log)
-
-
-class Stopped(NamedTuple):
-    """A run to go on with: its checkpoint, and its log, which :func:`train` closes."""
-
-    checkpoint: Checkpoint
-    log: MetricsLog
 
 
 def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | None) -> int:
