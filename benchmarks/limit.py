@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import Data, Gradients, Problem
-from diffopt import transforms
+from diffopt.tensors import transforms
 
 
 def stacked(problem: Problem) -> Gradients:

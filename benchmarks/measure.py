@@ -13,8 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.allocations import peak_bytes
 from diffopt.errors import CompileWarning
+from diffopt.tensors.memory import peak_bytes
 
 SLOW_ROUND = 8.0
 """Seconds from which a round needs no warming up."""

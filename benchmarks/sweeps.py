@@ -52,7 +52,7 @@ def _over(workload: str, number: int, cell: Cell) -> Cell:
 
 
 def errors(size: Size) -> dict[str, list[dict[str, Any]]]:
-    """Every estimator on two problems: the fields of :class:`diffopt.comparison.Row`, the family and the member."""
+    """Every estimator on two problems: a :class:`diffopt.comparing.comparison.Row`'s fields, the family, the member."""
     repeats = {Size.FULL: 5, Size.QUICK: 3, Size.SMOKE: 1}[size]
     return {
         "learned initial weights (MAML, MLP, 10 steps, 1,762 numbers)": _rows("sinusoid", _for_initial(size), repeats),

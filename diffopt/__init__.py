@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from diffopt.check import check
-from diffopt.citing import cite
-from diffopt.compare import compare
-from diffopt.comparison import Comparison
+from diffopt.checking.check import check
+from diffopt.citation import cite
+from diffopt.comparing.compare import compare
+from diffopt.comparing.comparison import Comparison
 from diffopt.errors import (
     BatchesError,
     CapturedTensorError,
@@ -44,17 +44,17 @@ from diffopt.errors import (
     VmapError,
     WrongDerivativeError,
 )
-from diffopt.from_torch import from_torch
-from diffopt.from_torchopt import from_torchopt
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
-from diffopt.leaves import Leaves
-from diffopt.optimizer import Optimizer, Schedule
+from diffopt.lifting.from_torch import from_torch
+from diffopt.lifting.from_torchopt import from_torchopt
+from diffopt.mean_over_tasks import mean_over_tasks
 from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
-from diffopt.over_tasks import mean_over_tasks
-from diffopt.preconditioned import Preconditioned
-from diffopt.proximal import ProximalGD
-from diffopt.report import Finding, Report
+from diffopt.optimizers.base import Optimizer, Schedule
+from diffopt.optimizers.preconditioned import Preconditioned
+from diffopt.optimizers.proximal import ProximalGD
+from diffopt.reports import Finding, Report
 from diffopt.solve import Kept, Solution, State, solve
+from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
     from types import ModuleType

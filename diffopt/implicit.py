@@ -10,13 +10,11 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
-from diffopt.dynamics import ExtraSlot
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.fixed_point import implicit_pullback
+from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, GradModeError, HyperparameterError
-from diffopt.estimator import Adjoint
-from diffopt.fixed_point import implicit_pullback
-from diffopt.given import run
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import (
     ConjugateGradient,
     LinearSolution,
@@ -28,11 +26,13 @@ from diffopt.linear_solve import (
     refuse_unsolved,
 )
 from diffopt.optimizers import SGD
-from diffopt.plain_numbers import plain
-from diffopt.record import Keep
+from diffopt.rollout.dynamics import ExtraSlot
+from diffopt.rollout.given import run
+from diffopt.rollout.record import Keep
 from diffopt.solve import checked_problem
-from diffopt.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.tensors import transforms, tree
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import plain
 
 Params = TypeVar("Params")
 

@@ -9,13 +9,13 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt import hints, transforms, tree
-from diffopt.arguments import check_flag
-from diffopt.dynamics import Dynamics, ExtraSlot
+from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import GradModeError, LossError, OptimizerError
-from diffopt.estimator import Estimator, Outcome, Problem
-from diffopt.faults import forward_mode_error
-from diffopt.given import (
+from diffopt.optimizers.base import Optimizer
+from diffopt.optimizers.binding import BoundOptimizer, bind
+from diffopt.rollout.dynamics import Dynamics, ExtraSlot
+from diffopt.rollout.given import (
     check_batches,
     check_estimator,
     checked_steps,
@@ -24,10 +24,11 @@ from diffopt.given import (
     refuse_uninitialised,
     run,
 )
-from diffopt.leaves import Leaves
-from diffopt.optimizer import BoundOptimizer, Optimizer, bind
-from diffopt.record import Counts
-from diffopt.reverse import Reverse
+from diffopt.rollout.record import Counts
+from diffopt.tensors import hints, transforms, tree
+from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.torch_errors import forward_mode_error
 
 Params = TypeVar("Params")
 

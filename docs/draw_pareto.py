@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 import diffopt
-from diffopt.compare import Row
+from diffopt.comparing.compare import Row
 
 EXACT = 1e-11
 """Errors below it are round-off; they are drawn there."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffopt.commands.experiments import catalogue
-from diffopt.commands.experiments.report import shown
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.report import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

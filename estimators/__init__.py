@@ -4,8 +4,11 @@
 ``StepByStep`` one that goes from step to step; :func:`diffopt.testing.check_estimator` tests it.
 """
 
-from diffopt.claims import Claims
-from diffopt.estimator import Adjoint, Estimator
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Adjoint, Estimator
+from diffopt.adjoint.reverse import Reverse
+from diffopt.adjoint.step_by_step import StepByStep
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.estimators.binomial import Binomial
 from diffopt.estimators.es_jacobian import ESJacobian
 from diffopt.estimators.first_order import FirstOrder
@@ -16,10 +19,7 @@ from diffopt.estimators.multi_step import MultiStep
 from diffopt.estimators.reptile import Reptile
 from diffopt.estimators.truncated import Truncated
 from diffopt.estimators.unrolled import Unrolled
-from diffopt.record import Keep
-from diffopt.reverse import Reverse
-from diffopt.step_by_step import StepByStep
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.rollout.record import Keep
 
 __all__ = [
     "Adjoint",

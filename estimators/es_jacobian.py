@@ -10,16 +10,16 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from diffopt.claims import Claims
-from diffopt.dynamics import Level
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import HyperparameterError
-from diffopt.estimator import Adjoint
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks
-from diffopt.plain_numbers import make_plain
-from diffopt.record import Keep, Record, Watch
-from diffopt.rollout import roll_out
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.rollout.dynamics import Level
+from diffopt.rollout.loop import roll_out
+from diffopt.rollout.record import Keep, Record, Watch
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import make_plain
 
 Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 

@@ -10,14 +10,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt import autodiff, graph
-from diffopt.dynamics import Dynamics, Level
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import HyperparameterError
-from diffopt.estimator import Adjoint
-from diffopt.leaves import Leaves
-from diffopt.plain_numbers import make_plain
-from diffopt.record import Keep
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.rollout.dynamics import Dynamics, Level
+from diffopt.rollout.record import Keep
+from diffopt.tensors import autograd_graph, derivatives
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -140,16 +140,16 @@ def _step(
     params = dynamics.params_count
     read = {i: rate for i, rate in rates.items() if i < dynamics.hyperparameters_start}
     with torch.enable_grad():
-        roots = autodiff.make_roots([*state[:params], *(current[i] for i in read)])
+        roots = derivatives.make_roots([*state[:params], *(current[i] for i in read)])
         seen = list(current)
         for i, root in zip(read, roots[params:], strict=True):
             seen[i] = root
         losses = dynamics.losses(roots[:params], seen)
-        grads = autodiff.gradient(losses.sum(), roots, differentiable=True)
+        grads = derivatives.gradient(losses.sum(), roots, differentiable=True)
         if step == 1:
-            graph.refuse_broken_graph(graph.nodes(g.grad_fn for g in grads if g is not None))
-        grads_moving = autodiff.pullback(grads, roots[:params], [*moving[:params], *read.values()])
-    flat = autodiff.or_zeros(grads[:params], state[:params])
+            autograd_graph.refuse_broken_graph(autograd_graph.nodes(g.grad_fn for g in grads if g is not None))
+        grads_moving = derivatives.pullback(grads, roots[:params], [*moving[:params], *read.values()])
+    flat = derivatives.or_zeros(grads[:params], state[:params])
     hypers = [i for i in rates if i not in read]
 
     def update(inputs: tuple[Tensor, ...]) -> Leaves:
@@ -159,5 +159,5 @@ def _step(
         return dynamics.update(inputs[: len(state)], inputs[len(state) :][:params], now, step)
 
     inputs = [*state, *flat, *(current[i] for i in hypers)]
-    after, after_moving = autodiff.jvp(update, inputs, [*moving, *grads_moving, *(rates[i] for i in hypers)])
+    after, after_moving = derivatives.jvp(update, inputs, [*moving, *grads_moving, *(rates[i] for i in hypers)])
     return Leaves(after), Leaves(after_moving), losses.detach()

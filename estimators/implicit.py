@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from diffopt.arguments import check_flag
-from diffopt.claims import Claims
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.fixed_point import implicit_pullback
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, StepsError
-from diffopt.estimator import Adjoint
-from diffopt.fixed_point import implicit_pullback
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
-from diffopt.record import Keep
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.rollout.record import Keep
+from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.leaves import Leaves
 
 
 @final

@@ -7,16 +7,16 @@ from typing import final
 
 import torch
 
-from diffopt.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.parallel_curvature import ParallelCurvature
+from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.update_derivatives import UpdateBlocks
 from diffopt.errors import HyperparameterError
-from diffopt.estimator import Adjoint
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
-from diffopt.parallel import ParallelCurvature
-from diffopt.plain_numbers import make_plain
-from diffopt.record import Keep
-from diffopt.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.update_blocks import UpdateBlocks
+from diffopt.rollout.record import Keep
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import make_plain
 
 
 @final

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from diffopt.claims import Claims
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import HyperparameterError
-from diffopt.estimator import Estimator, Outcome, Problem
-from diffopt.plain_numbers import make_plain
-from diffopt.reverse import Reverse
+from diffopt.tensors.plain_numbers import make_plain
 
 
 @final

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.claims import Claims
-from diffopt.estimator import Adjoint
-from diffopt.leaves import Leaves
-from diffopt.record import Keep
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
+from diffopt.rollout.record import Keep
+from diffopt.tensors.leaves import Leaves
 
 
 @final

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
-from diffopt.estimator import Adjoint
-from diffopt.leaves import Leaves
-from diffopt.record import Checkpoint, Keep, check_checkpoint
-from diffopt.trajectory import Cotangents, Trajectory
+from diffopt.rollout.record import Checkpoint, Keep, check_checkpoint
+from diffopt.tensors.leaves import Leaves
 
 
 @final

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.claims import Claims
-from diffopt.estimator import Estimator, Outcome, Problem, unroll
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Estimator, Outcome, Problem, unroll
 
 
 @final

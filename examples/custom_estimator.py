@@ -40,7 +40,7 @@ from diffopt.estimators import (
     Trajectory,
     Truncated,
 )
-from diffopt.leaves import Leaves
+from diffopt.tensors.leaves import Leaves
 from diffopt.testing import check_estimator
 
 

@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import diffopt
-from diffopt.optimizer import Buffers, Hyperparameter, Leaves
+from diffopt.optimizers.base import Buffers, Hyperparameter, Leaves
 from diffopt.testing import check_optimizer
 
 

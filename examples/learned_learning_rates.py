@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffopt
-from diffopt.optimizer import Hyperparameter
+from diffopt.optimizers.base import Hyperparameter
 from diffopt.tasks import MLP, Sinusoid, functional
 
 STEPS, LR = 5, 0.02

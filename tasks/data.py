@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, final, get_args
 
 from diffopt.tasks.errors import DataError, ProblemError
-from diffopt.tree import describe
+from diffopt.tensors.tree import describe
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 

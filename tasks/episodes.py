@@ -8,10 +8,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.ragged import RaggedImages
-from diffopt.tree import describe
+from diffopt.tensors.arguments import check_generator, check_whole
+from diffopt.tensors.tree import describe
 
 
 class Episodes(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
-from diffopt.estimator import Estimator
+from diffopt.adjoint.estimator import Estimator
 from diffopt.tasks.data import check_size
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.images import resized

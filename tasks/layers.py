@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
-from diffopt.arguments import check_whole
 from diffopt.tasks.errors import ProblemError
+from diffopt.tensors.arguments import check_whole
 
 Draw: TypeAlias = Literal["torch", "he"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
-from diffopt.tree import describe
+from diffopt.tensors.arguments import check_generator, check_whole
+from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
 

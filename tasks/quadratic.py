@@ -8,8 +8,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from diffopt.arguments import check_floating, check_generator, check_whole
 from diffopt.tasks.errors import ProblemError
+from diffopt.tensors.arguments import check_floating, check_generator, check_whole
 
 
 class QuadraticHypergradient(NamedTuple):

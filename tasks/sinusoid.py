@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.arguments import check_generator, check_whole
 from diffopt.tasks.episodes import Episodes
 from diffopt.tasks.errors import ProblemError
+from diffopt.tensors.arguments import check_generator, check_whole
 
 
 @final

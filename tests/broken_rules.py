@@ -10,7 +10,7 @@ import torch
 
 from diffopt.errors import GradModeError, MissingDerivativeError
 from diffopt.estimators import Adjoint, Claims, Cotangents, Estimator, Keep, Reverse, Unrolled
-from diffopt.leaves import Leaves
+from diffopt.tensors.leaves import Leaves
 
 EXACT, BIASED = Claims(), Claims("never")
 

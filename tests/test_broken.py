@@ -47,7 +47,7 @@ from broken_rules import (
 )
 
 import diffopt
-from diffopt.claims import ALL_INPUTS
+from diffopt.adjoint.claims import ALL_INPUTS
 from diffopt.estimators import (
     Claims,
     ESJacobian,

@@ -17,14 +17,15 @@ import torch
 import diffopt
 import diffopt.estimators
 from diffopt.cli import main
-from diffopt.commands import checkpoint, demo, image_sets
-from diffopt.commands.estimators import KNOWN_NAMES, EstimatorNameError, estimator
-from diffopt.commands.few_shot import Adaptation, evaluate, interval, meta_gradient, sinusoid
-from diffopt.commands.files import save_tensors
-from diffopt.commands.interrupt import Interrupt
-from diffopt.commands.penalties import LR, MOMENTUM, STEPS, Penalties
+from diffopt.commands import demo
+from diffopt.commands.estimator_names import KNOWN_NAMES, EstimatorNameError, estimator
 from diffopt.commands.train_options import IMAGE_SETS
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
+from diffopt.experiments.framework import checkpoint, image_sets
+from diffopt.experiments.framework.few_shot_problem import Adaptation, evaluate, interval, meta_gradient, sinusoid
+from diffopt.experiments.framework.files import save_tensors
+from diffopt.experiments.framework.interrupt import Interrupt
+from diffopt.experiments.framework.penalties import LR, MOMENTUM, STEPS, Penalties
 
 NUMBERED = ["truncated", "binomial", "krylov", "multi-step", "es"]
 BARE = ["unrolled", "forward-mode", "first-order", "reptile", "implicit"]

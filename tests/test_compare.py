@@ -11,9 +11,8 @@ import torch
 from compared import STEPS, quadratic_problem
 
 import diffopt
-from diffopt.allocations import peak_bytes
-from diffopt.comparison import brief
-from diffopt.diagnostics import curvature_number, solves_behind
+from diffopt.comparing.comparison import brief
+from diffopt.comparing.curvature import curvature_number, solves_behind
 from diffopt.estimators import (
     Binomial,
     FirstOrder,
@@ -25,6 +24,7 @@ from diffopt.estimators import (
     Unrolled,
 )
 from diffopt.linear_solve import GMRES
+from diffopt.tensors.memory import peak_bytes
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_comparison_says_nothing_and_leaves_the_process_as_it_was():
 
 CYCLE = """
 import gc, torch
-from diffopt.allocations import peak_bytes
+from diffopt.tensors.memory import peak_bytes
 class Cycle:
     def __init__(self):
         self.itself, self.held = self, torch.ones(1000)

@@ -7,8 +7,8 @@ import torch
 from compared import STEPS, quadratic_problem
 
 import diffopt
-from diffopt.comparison import brief
-from diffopt.diagnostics import krylov_residual
+from diffopt.comparing.comparison import brief
+from diffopt.comparing.curvature import krylov_residual
 from diffopt.estimators import (
     Binomial,
     ESJacobian,
@@ -21,7 +21,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.linear_solve import GMRES
-from diffopt.record import Record
+from diffopt.rollout.record import Record
 
 
 @pytest.fixture

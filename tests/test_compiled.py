@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt import compiled
-from diffopt.block import Block
 from diffopt.estimators import Binomial, FirstOrder, MultiStep, Reverse, Truncated
+from diffopt.rollout import compiled
+from diffopt.rollout.step_graph import Block
 
 STEPS = 4
 

@@ -10,11 +10,11 @@ from toy_experiment import TOY
 
 from diffopt.cli import main
 from diffopt.commands import demo_parts
-from diffopt.commands.experiments import catalogue, listing, report
-from diffopt.commands.options import option
-from diffopt.commands.progress import reporter
-from diffopt.comparison import _HEADERS
+from diffopt.comparing.comparison import _HEADERS
 from diffopt.estimators import Reverse
+from diffopt.experiments.framework import catalogue, listing, report
+from diffopt.experiments.framework.options import option
+from diffopt.experiments.framework.progress import reporter
 
 
 @pytest.fixture

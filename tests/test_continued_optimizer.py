@@ -7,8 +7,8 @@ import torch
 from oracles import relative_error
 
 from diffopt import SGD, Adam, solve
-from diffopt.commands.experiments.continued import Continued
 from diffopt.estimators import MultiStep, Reverse
+from diffopt.experiments.framework.continued_optimizer import Continued
 
 
 def loss(params, slope):

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.allocations import peak_bytes
 from diffopt.estimators import (
     Binomial,
     ESJacobian,
@@ -27,6 +26,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
+from diffopt.tensors.memory import peak_bytes
 
 SIZE = 8
 SIZES = [(5, 2), (6, 6), (9, 1), (12, 5), (20, 3)]  # steps and order

@@ -16,10 +16,10 @@ import torch
 
 import diffopt
 from diffopt import cli
-from diffopt.commands.experiments import catalogue
 from diffopt.commands.reproduce import changed
-from diffopt.comparison import brief
+from diffopt.comparing.comparison import brief
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Krylov, MultiStep, Reverse, Truncated
+from diffopt.experiments.framework import catalogue
 
 CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffopt.cli import main
-from diffopt.commands.experiments import catalogue
+from diffopt.experiments.framework import catalogue
 
 
 @pytest.mark.parametrize("name", catalogue.NAMES)

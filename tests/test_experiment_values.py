@@ -6,9 +6,9 @@ import argparse
 
 import pytest
 
-from diffopt.commands.experiments.contract import ExperimentError, verdict
-from diffopt.commands.experiments.run_folder import json_row
-from diffopt.commands.options import listed, one_of, whole, yes_or_no
+from diffopt.experiments.framework.experiment import ExperimentError, verdict
+from diffopt.experiments.framework.options import listed, one_of, whole, yes_or_no
+from diffopt.experiments.framework.run_folder import json_row
 
 
 @pytest.mark.parametrize("row", [{"x": float("nan")}, {"x": float("inf")}, {"x": object()}, [1], None])

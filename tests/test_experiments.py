@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from diffopt.commands.experiments import anil, bounds, catalogue, cost, esj, sinusoid
-from diffopt.commands.experiments.bounds_report import summarise as summarise_bounds
-from diffopt.commands.experiments.outer_loop import first_below, smoothed
-from diffopt.commands.experiments.run_folder import json_row
-from diffopt.commands.experiments.work import OutOfTime, Work
 from diffopt.estimators import FirstOrder, Reverse
+from diffopt.experiments import anil, bounds, cost, esj, sinusoid
+from diffopt.experiments.bounds_report import summarise as summarise_bounds
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.outer_loop import first_below, smoothed
+from diffopt.experiments.framework.run_folder import json_row
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
 from diffopt.tasks import MLP, Sinusoid, functional, sample_episodes
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from diffopt.commands import image_sets
-from diffopt.commands.experiments import catalogue, few_shot
-from diffopt.commands.experiments.few_shot_papers import printed
-from diffopt.commands.experiments.few_shot_report import in_order, summarise
-from diffopt.commands.experiments.work import OutOfTime, Work
-from diffopt.commands.few_shot import EVALUATION_SEED
 from diffopt.errors import DiffoptError
+from diffopt.experiments import few_shot
+from diffopt.experiments.few_shot_papers import printed
+from diffopt.experiments.few_shot_report import in_order, summarise
+from diffopt.experiments.framework import catalogue, image_sets
+from diffopt.experiments.framework.few_shot_problem import EVALUATION_SEED
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
 from diffopt.tasks import DataError, Omniglot
 
 SETTINGS = catalogue.experiment("few-shot").quick

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from diffopt.commands.experiments import catalogue, hyper_cleaning
-from diffopt.commands.experiments.hyper_cleaning_report import summarise, won_back
-from diffopt.commands.experiments.run_folder import json_row
-from diffopt.commands.experiments.work import OutOfTime, Work
+from diffopt.experiments import hyper_cleaning
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.run_folder import json_row
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.hyper_cleaning_report import summarise, won_back
 
 SETTINGS = replace(catalogue.experiment("hyper-cleaning").quick, iterations=3)
 

@@ -134,7 +134,7 @@ def test_only_tree_imports_optree(trees):
     wrong = [
         module
         for module, tree in trees.items()
-        if module != "diffopt.tree" and any(within(name, "optree") for name in imports(tree))
+        if module != "diffopt.tensors.tree" and any(within(name, "optree") for name in imports(tree))
     ]
     assert wrong == []
 
@@ -143,7 +143,7 @@ def test_only_one_module_touches_torch_transforms(trees):
     wrong = [
         f"{module} uses {name}"
         for module, tree in trees.items()
-        if layer(module) in {"core", "estimators"} and module != "diffopt.transforms"
+        if layer(module) in {"core", "estimators"} and module != "diffopt.tensors.transforms"
         for name in mentions(tree)
         if any(within(name, transform) for transform in TRANSFORMS)
     ]

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt import LiftError, from_torch, lift_operations, transforms
+from diffopt import LiftError, from_torch
+from diffopt.lifting import operations
+from diffopt.tensors import transforms
 
 
 class CountsInAnAttribute(Doing):
@@ -221,7 +223,7 @@ class TestTheCheck:
     """The check at construction finds what it is there for: each of these is a lift that went wrong."""
 
     def refused(self, monkeypatch, rule, function, kind, match, **options):
-        monkeypatch.setitem(lift_operations.RULES, rule, function)
+        monkeypatch.setitem(operations.RULES, rule, function)
         with pytest.raises(LiftError, match=match):
             from_torch(kind, lr=0.0777, **options)
 

@@ -27,8 +27,8 @@ from linear_systems import (
 )
 
 import diffopt
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom, Tasks, largest_eigenvalue
+from diffopt.tensors.leaves import Leaves
 
 
 @pytest.mark.parametrize("shape", ["vector", "tree"])

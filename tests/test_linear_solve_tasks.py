@@ -7,8 +7,8 @@ import torch
 from linear_systems import SIZE, SOLVERS, Product, changed, damped, definite, error, identity, name, normal
 from torch import Tensor
 
-from diffopt.leaves import Leaves
 from diffopt.linear_solve import GMRES, Tasks
+from diffopt.tensors.leaves import Leaves
 
 BATCH_SOLVERS = [changed(s, throw=False, rtol=1e-10, max_iterations=12) for s in SOLVERS]
 

@@ -11,12 +11,13 @@ import torch
 from torch.autograd.functional import hessian
 from torch.nn.functional import cross_entropy, linear
 
-from diffopt.commands.experiments import catalogue, memory_reduced
-from diffopt.commands.experiments import memory_reduced_deterministic as deterministic
-from diffopt.commands.experiments.memory_reduced_problem import FORMS, Shared, Warm
-from diffopt.commands.experiments.memory_reduced_report import summarise
-from diffopt.commands.experiments.run_folder import json_row
-from diffopt.commands.experiments.work import OutOfTime, Work
+from diffopt.experiments import memory_reduced
+from diffopt.experiments import memory_reduced_deterministic as deterministic
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.run_folder import json_row
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.memory_reduced_problem import FORMS, Shared, Warm
+from diffopt.experiments.memory_reduced_report import summarise
 
 SETTINGS = catalogue.experiment("memory-reduced").quick
 

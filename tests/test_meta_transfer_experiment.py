@@ -10,13 +10,14 @@ import pytest
 import torch
 from oracles import adam_step, relative_error, sgd_step
 
-from diffopt import tree
-from diffopt.commands.experiments import catalogue, meta_transfer
-from diffopt.commands.experiments.meta_transfer_curves import difference_curve
-from diffopt.commands.experiments.meta_transfer_problem import KINDS, Batch, Transfer, methods
-from diffopt.commands.experiments.meta_transfer_report import summarise
-from diffopt.commands.experiments.run_folder import json_row
-from diffopt.commands.experiments.work import OutOfTime, Work
+from diffopt.experiments import meta_transfer
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.run_folder import json_row
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.meta_transfer_curves import difference_curve
+from diffopt.experiments.meta_transfer_problem import KINDS, Batch, Transfer, methods
+from diffopt.experiments.meta_transfer_report import summarise
+from diffopt.tensors import tree
 
 SETTINGS = catalogue.experiment("meta-transfer").quick
 STEPS = 4

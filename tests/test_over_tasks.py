@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.allocations import peak_bytes
 from diffopt.estimators import FirstOrder, Reverse, Truncated
+from diffopt.tensors.memory import peak_bytes
 
 TASKS = 5
 

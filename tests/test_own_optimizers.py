@@ -12,7 +12,7 @@ from oracles import relative_error
 import diffopt
 from diffopt import Leaves, Schedule
 from diffopt.estimators import ForwardMode, Reverse, Unrolled
-from diffopt.optimizer import EACH, TREE
+from diffopt.optimizers.base import EACH, TREE
 
 
 @dataclass(frozen=True)

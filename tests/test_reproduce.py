@@ -16,10 +16,10 @@ import toy_experiment
 from toy_experiment import TOY
 
 from diffopt.cli import main
-from diffopt.commands.experiments import catalogue, runner
-from diffopt.commands.experiments import work as work_module
-from diffopt.commands.experiments.contract import Unit
-from diffopt.commands.experiments.work import Work
+from diffopt.experiments.framework import catalogue, runner
+from diffopt.experiments.framework import unit_context as work_module
+from diffopt.experiments.framework.experiment import Unit
+from diffopt.experiments.framework.unit_context import Work
 
 
 @pytest.fixture

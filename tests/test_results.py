@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from diffopt.commands.experiments import catalogue
+from diffopt.experiments.framework import catalogue
 
 
 @pytest.fixture

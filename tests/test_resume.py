@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from diffopt.cli import main
-from diffopt.commands.few_shot import meta_gradient
+from diffopt.experiments.framework.few_shot_problem import meta_gradient
 
 ITERATIONS = 90
 ARGV = [

@@ -17,11 +17,11 @@ import torch
 from toy_experiment import TOY
 
 from diffopt.cli import main
-from diffopt.commands.checkpoint import MetricsLog
-from diffopt.commands.checkpoint_content import CheckpointError
-from diffopt.commands.experiments import catalogue
-from diffopt.commands.experiments.work import Work
-from diffopt.commands.files import load_tensors, replacing, save_tensors
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.checkpoint import MetricsLog
+from diffopt.experiments.framework.checkpoint_content import CheckpointError
+from diffopt.experiments.framework.files import load_tensors, replacing, save_tensors
+from diffopt.experiments.framework.unit_context import Work
 
 TRAIN = [
     *("train", "sinusoid", "--iterations", "6", "--eval-every", "4", "--eval-episodes", "2", "--tasks", "1"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.estimators import Adjoint, Claims, Cotangents, Keep, Reverse, StepByStep, Trajectory
-from diffopt.leaves import Leaves
+from diffopt.tensors.leaves import Leaves
 from diffopt.testing import check_estimator
 
 STEPS = 4

@@ -17,7 +17,7 @@ from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
 
 import diffopt
 import diffopt.estimators
-from diffopt.comparison import brief
+from diffopt.comparing.comparison import brief
 from diffopt.estimators import (
     Adjoint,
     Claims,

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from diffopt.cli import main
-from diffopt.commands.experiments import catalogue
-from diffopt.commands.experiments.contract import Claim, Experiment, Needs, Row, Summary, Table, Unit, verdict
-from diffopt.commands.experiments.work import Work
-from diffopt.commands.options import option, real, whole
+from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.experiment import Claim, Experiment, Needs, Row, Summary, Table, Unit, verdict
+from diffopt.experiments.framework.options import option, real, whole
+from diffopt.experiments.framework.unit_context import Work
 
 
 @dataclass(frozen=True)

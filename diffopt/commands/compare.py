@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import diffopt
-from diffopt.commands.estimators import KNOWN_NAMES, estimator
-from diffopt.commands.options import MOST, OptionError, expanded, whole
+from diffopt.commands.estimator_names import KNOWN_NAMES, estimator
 from diffopt.estimators import Estimator
+from diffopt.experiments.framework.options import MOST, OptionError, expanded, whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 Problem: TypeAlias = Callable[[Estimator], Tensor]
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _penalties() -> Problem:
-    from diffopt.commands.penalties import Penalties
+    from diffopt.experiments.framework.penalties import Penalties
 
     return Penalties.breast_cancer().compare_loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, TypeAlias
 
-from diffopt.commands.options import expanded
+from diffopt.experiments.framework.options import expanded
 
 OUT = "runs/demo"
 

@@ -14,19 +14,6 @@ from rich.table import Table
 from torch import Tensor
 
 import diffopt
-from diffopt.commands.console import plain_console
-from diffopt.commands.few_shot import (
-    Adaptation,
-    Evaluation,
-    FewShot,
-    Params,
-    adapt,
-    evaluate,
-    meta_gradient,
-    sinusoid,
-)
-from diffopt.commands.files import replacing
-from diffopt.commands.penalties import STEPS, Penalties
 from diffopt.estimators import (
     Binomial,
     FirstOrder,
@@ -38,6 +25,19 @@ from diffopt.estimators import (
     Truncated,
     Unrolled,
 )
+from diffopt.experiments.framework.console import plain_console
+from diffopt.experiments.framework.few_shot_problem import (
+    Adaptation,
+    Evaluation,
+    FewShot,
+    Params,
+    adapt,
+    evaluate,
+    meta_gradient,
+    sinusoid,
+)
+from diffopt.experiments.framework.files import replacing
+from diffopt.experiments.framework.penalties import STEPS, Penalties
 from diffopt.linear_solve import ConjugateGradient
 
 RULES = (

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
-from diffopt.commands.options import MOST_THREADS, OptionError, device, real, whole
+from diffopt.experiments.framework.options import MOST_THREADS, OptionError, device, real, whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -55,11 +55,11 @@ def add_command(commands: Commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """List the experiments, start a run, or continue one."""
-    from diffopt.commands.experiments import catalogue  # these need optional packages
-    from diffopt.commands.experiments.listing import list_all, list_one
-    from diffopt.commands.experiments.run_folder import Header, RunFolder
-    from diffopt.commands.experiments.runner import Runner
-    from diffopt.commands.files import check_alone
+    from diffopt.experiments.framework import catalogue
+    from diffopt.experiments.framework.files import check_alone
+    from diffopt.experiments.framework.listing import list_all, list_one
+    from diffopt.experiments.framework.run_folder import Header, RunFolder
+    from diffopt.experiments.framework.runner import Runner
 
     if given.name is None:
         if given.list:

@@ -6,8 +6,8 @@ import argparse
 from contextlib import closing
 from typing import Any, TypeAlias
 
-from diffopt.commands.options import add_flags, check_stored, read
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.experiments.framework.options import add_flags, check_stored, read
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -31,9 +31,9 @@ def add_command(commands: Commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Start a run, or continue the one in ``--out``."""
-    from diffopt.commands.files import check_alone
-    from diffopt.commands.train_folder import RunFolder
     from diffopt.commands.training import train  # needs optional packages
+    from diffopt.experiments.framework.files import check_alone
+    from diffopt.experiments.framework.train_folder import RunFolder
 
     check_alone()
     options = read(given.kind, given, None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from diffopt.commands.estimators import KNOWN_NAMES, estimator_name
-from diffopt.commands.image_sets import SETS
-from diffopt.commands.options import MOST, MOST_THREADS, device, one_of, option, real, whole
+from diffopt.commands.estimator_names import KNOWN_NAMES, estimator_name
+from diffopt.experiments.framework.image_sets import SETS
+from diffopt.experiments.framework.options import MOST, MOST_THREADS, device, one_of, option, real, whole
 
 FREE = ("out", "data_dir", "minutes", "save_every")
 """Options that a resumed run may change: they say where, until when and how safely it runs, not what it computes."""

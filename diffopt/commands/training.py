@@ -11,11 +11,12 @@ from typing import Any, TypeAlias, final
 import torch
 
 import diffopt
-from diffopt.commands.checkpoint import Checkpoint, MetricsLog
-from diffopt.commands.checkpoint_content import cannot_be_put_back, check_params
-from diffopt.commands.curve import draw_curve
-from diffopt.commands.estimators import estimator
-from diffopt.commands.few_shot import (
+from diffopt.commands.estimator_names import estimator
+from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog
+from diffopt.experiments.framework.checkpoint_content import cannot_be_put_back, check_params
+from diffopt.experiments.framework.curve import draw_curve
+from diffopt.experiments.framework.few_shot_problem import (
     Adaptation,
     FewShot,
     classification,
@@ -25,11 +26,10 @@ from diffopt.commands.few_shot import (
     omniglot,
     sinusoid,
 )
-from diffopt.commands.interrupt import Interrupt
-from diffopt.commands.options import to_store
-from diffopt.commands.progress import Reporter, reporter
-from diffopt.commands.train_folder import RunFolder, Stopped
-from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.experiments.framework.interrupt import Interrupt
+from diffopt.experiments.framework.options import to_store
+from diffopt.experiments.framework.progress import Reporter, reporter
+from diffopt.experiments.framework.train_folder import RunFolder, Stopped
 from diffopt.tasks import Conv4
 
 Options: TypeAlias = OmniglotOptions | ImagesOptions | SinusoidOptions

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt import transforms, tree
-from diffopt.arguments import check_flag
 from diffopt.errors import (
     DeviceError,
     DtypeError,
@@ -22,8 +20,10 @@ from diffopt.errors import (
     ShapeError,
     StructureError,
 )
-from diffopt.leaves import Leaves, all_finite
-from diffopt.plain_numbers import make_plain
+from diffopt.tensors import transforms, tree
+from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.leaves import Leaves, all_finite
+from diffopt.tensors.plain_numbers import make_plain
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
 

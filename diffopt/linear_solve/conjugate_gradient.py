@@ -7,7 +7,6 @@ from typing import final
 
 import torch
 
-from diffopt.leaves import Leaves
 from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
@@ -17,6 +16,7 @@ from diffopt.linear_solve.base import (
     check_options,
     relative_bound,
 )
+from diffopt.tensors.leaves import Leaves
 
 
 @final

@@ -8,7 +8,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.leaves import Leaves
 from diffopt.linear_solve.base import (
     TINY,
     LinearSolution,
@@ -19,6 +18,7 @@ from diffopt.linear_solve.base import (
     check_options,
     relative_bound,
 )
+from diffopt.tensors.leaves import Leaves
 
 
 @final

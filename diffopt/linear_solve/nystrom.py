@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.leaves import Leaves
 from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, Tasks, check_options, matrix_columns
+from diffopt.tensors.leaves import Leaves
 
 
 @final

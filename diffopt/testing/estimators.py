@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from diffopt.claims import Claims
+from diffopt.adjoint.claims import Claims
+from diffopt.adjoint.estimator import Estimator
 from diffopt.errors import ConformanceError, EstimatorError, StepsError
-from diffopt.estimator import Estimator
-from diffopt.plain_numbers import plain
-from diffopt.testing import conduct, numbers, tasks
+from diffopt.tensors.plain_numbers import plain
+from diffopt.tensors.tree import describe
+from diffopt.testing import behaviour, gradients, tasks
+from diffopt.testing.estimator_case import Rule
 from diffopt.testing.problem import Setting
 from diffopt.testing.report import Report, run, title
-from diffopt.testing.rule import Rule
-from diffopt.tree import describe
 
 _CHECKS = (
-    numbers.derivatives,
-    numbers.steps,
-    numbers.exactness,
-    numbers.whole_state,
-    numbers.inputs,
-    numbers.forms,
-    numbers.linearity,
-    numbers.leaf_order,
+    gradients.derivatives,
+    gradients.steps,
+    gradients.exactness,
+    gradients.whole_state,
+    gradients.inputs,
+    gradients.forms,
+    gradients.linearity,
+    gradients.leaf_order,
     tasks.tasks,
-    conduct.repeatability,
-    conduct.side_effects,
-    conduct.random_losses,
-    conduct.second_derivatives,
-    conduct.second_order,
-    conduct.reports,
-    conduct.work,
+    behaviour.repeatability,
+    behaviour.side_effects,
+    behaviour.random_losses,
+    behaviour.second_derivatives,
+    behaviour.second_order,
+    behaviour.reports,
+    behaviour.work,
 )
 
 

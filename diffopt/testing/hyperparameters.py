@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import tree
-from diffopt.optimizer import Optimizer, Schedule
+from diffopt.optimizers.base import Optimizer, Schedule
+from diffopt.tensors import tree
 
 Change = Callable[[str, Any], Any]
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt import tree
 from diffopt.errors import OptimizerError, StepsError
-from diffopt.optimizer import Optimizer, bind
-from diffopt.plain_numbers import plain
+from diffopt.optimizers.base import Optimizer
+from diffopt.optimizers.binding import bind
+from diffopt.tensors import tree
+from diffopt.tensors.plain_numbers import plain
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
+from diffopt.testing.optimizer_case import Inputs, Trial, wavy
 from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
-from diffopt.testing.trial import Inputs, Trial, wavy
 
 
 def check_optimizer(

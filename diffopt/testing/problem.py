@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt.claims import ALL_INPUTS, KINDS, Kind
-from diffopt.estimator import Estimator
-from diffopt.optimizer import Optimizer, Schedule
+from diffopt.adjoint.claims import ALL_INPUTS, KINDS, Kind
+from diffopt.adjoint.estimator import Estimator
 from diffopt.optimizers import SGD, Adam
+from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.solve import Solution, solve
 
 Point: TypeAlias = Mapping[Kind, tuple[Tensor, ...]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TypeVar, final
 
-from diffopt.comparison import brief
+from diffopt.comparing.comparison import brief
 from diffopt.errors import ConformanceError
 
 

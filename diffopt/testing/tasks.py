@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt.claims import KINDS, Kind
+from diffopt.adjoint.claims import KINDS, Kind
 from diffopt.errors import DiffoptError
+from diffopt.testing.estimator_case import DRAWS, Rule, Sample, mean
 from diffopt.testing.problem import Point, distance, flat, gradient, like
 from diffopt.testing.report import Finding, above, at_most, raises
-from diffopt.testing.rule import DRAWS, Rule, Sample, mean
 
 TASKS = 3
 COPIES = 400

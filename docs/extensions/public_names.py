@@ -1,6 +1,6 @@
 """References by the name under which something is defined lead to the name under which it is public.
 
-``diffopt.leaves.Leaves`` in a signature is documented as ``diffopt.Leaves``.
+``diffopt.tensors.leaves.Leaves`` in a signature is documented as ``diffopt.Leaves``.
 """
 
 import importlib

@@ -11,7 +11,7 @@ from oracles import relative_error
 from sklearn.metrics import f1_score
 
 import diffopt
-from diffopt.compare import Comparable
+from diffopt.comparing.compare import Comparable
 from diffopt.estimators import FirstOrder, Reverse, Truncated
 from diffopt.tasks import HyperCleaning, ProblemError, hyper_cleaning
 from diffopt.tasks.hyper_cleaning import redrawn

@@ -1,0 +1,1 @@
+"""The backward pass: what an estimator is, and the exact one."""

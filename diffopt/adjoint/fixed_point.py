@@ -1,0 +1,96 @@
+"""The derivative of a fixed point of a step, by one linear system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.errors import RandomnessError
+from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec, Tasks
+from diffopt.rollout.loop import refuse_other_losses
+from diffopt.rollout.record import Record, Watch
+from diffopt.rollout.stepper import Stepper
+from diffopt.tensors.leaves import Leaves
+
+
+def implicit_pullback(
+    trajectory: Trajectory,
+    cotangent: Leaves,
+    solver: LinearSolver,
+    *,
+    whole_state: bool = False,
+    root: bool = False,
+    start: Leaves | None = None,
+    look: Callable[[Matvec], None] = lambda system: None,
+    losses_there: Tensor | None = None,
+) -> tuple[Cotangents, LinearSolution]:
+    r"""The implicit hypergradient at the end of a trajectory, taken to be a fixed point of its last step.
+
+    .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
+
+    The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
+    returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
+    ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
+    ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
+    takes the place of ``I - J``.
+    """
+    if trajectory.record.draws:
+        raise RandomnessError(
+            "the inner loss draws random numbers, expected a step with a fixed point to differentiate; "
+            "use Reverse() or Truncated()"
+        )
+    dynamics, tasks, count = (
+        trajectory.dynamics,
+        Tasks(len(trajectory.dynamics.levels)),
+        trajectory.dynamics.state_count,
+    )
+    kept, last = trajectory.record, dynamics.steps
+    record = Record(
+        wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast, hidden_state=kept.hidden_state
+    )
+    stepper = Stepper(dynamics, trajectory.extras, record, Watch())
+    losses = trajectory.losses_to_replay()
+    block, after = stepper.block(trajectory.final, last, last, losses, apart=True)
+    if trajectory.check:
+        if losses_there is None:
+            losses_there = losses.clone()
+            losses_there[..., last - 1] = stepper.losses(trajectory.final, last)
+        refuse_other_losses(losses_there, losses, kept.autocast)
+    still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
+    moving = [i for i in range(count) if i not in still]
+    residuals = [i + dynamics.params_count for i in moving] if root else moving
+
+    def system(v: Leaves) -> Leaves:
+        record.counts.add_products(1)
+        past, through = block.pullback_apart(residuals, v, moving)
+        return through if root else (v - past) - through
+
+    look(system)
+    found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
+    initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
+    solution = initial.copy()
+    for i, x in zip(residuals, found.value, strict=True):
+        solution[i] = -x if root else x
+    record.counts.add_products(1)
+    terms = block.pullback(Leaves(solution), state=still)
+    for i, term in zip(still, terms.state, strict=True):
+        initial[i] = cotangent[i] + term
+    direct.add_block(terms)
+    if not root:  # whose step goes nowhere, and of whose record nobody hears
+        params = slice(dynamics.params_count)
+        distance, way = (tasks.norm(x[params] - trajectory.final[params]) for x in (after, trajectory.initial))
+        trajectory.record.diagnostics.update(
+            residual=found.residual,
+            iterations=found.iterations,
+            stationarity=distance,
+            relative_stationarity=torch.where(distance > 0, dynamics.steps * distance / way, 0),
+        )
+    return Cotangents(Leaves(initial), direct.collect()), found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether a step has handed this tensor through."""
+    return a.data_ptr() == b.data_ptr()

@@ -1,0 +1,133 @@
+"""Curvature products of many steps at once: time is one more leading axis of the stacked problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffopt.adjoint.trajectory import DirectTerms, Trajectory
+from diffopt.errors import RandomnessError
+from diffopt.rollout.dynamics import Level
+from diffopt.rollout.stepper import GRAPH_BUDGET
+from diffopt.tensors import autograd_graph, derivatives
+from diffopt.tensors.leaves import Leaves
+
+
+@final
+class ParallelCurvature:
+    r"""``(H_t u_t, M_t' u_t)`` for many steps ``t`` in one product (derivations, section 0).
+
+    # NOTE [one graph for all products]
+    The graph of the gradients of all steps is recorded once and serves every call, if it is small enough and not
+    split into chunks. A call for a few of its steps pulls zeros back through the others; if those are the most, the
+    few get a graph of their own.
+
+    Args:
+        trajectory: one that keeps every state (``Keep(first=1, checkpoint=1)``).
+        first: no product will be asked for before this step.
+        chunk_size: how many steps are batched at most; ``None``: all that are asked for.
+        again: whether there will be more than one call.
+
+    Raises:
+        RandomnessError: the inner loss draws random numbers, which cannot be drawn again for many steps at once.
+    """
+
+    def __init__(self, trajectory: Trajectory, first: int, chunk_size: int | None, *, again: bool) -> None:
+        if trajectory.record.draws:
+            raise RandomnessError(
+                "the inner loss draws random numbers, expected none: this estimator evaluates many steps at once, and "
+                "they cannot be drawn again as they were; pass them in batches, or use Reverse() or Truncated()"
+            )
+        self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
+        self._read = [i for i in trajectory.wanted if i < trajectory.dynamics.hyperparameters_start]
+        self._again = again and chunk_size is None
+        self._kept: derivatives.Graph | None = None
+
+    @property
+    def reads_wanted(self) -> bool:
+        """Whether any ``M_t' u`` is asked for."""
+        return bool(self._read)
+
+    def product(
+        self, vectors: Leaves, first: int, direct: DirectTerms | None = None, *, counted: int | None = None
+    ) -> Leaves:
+        """``H_t u_t`` for the stack ``u_first, u_{first+1}, ...``; with ``direct``, ``M_t' u_t`` is added to it.
+
+        ``counted``: how many of them have not been counted before, if not all.
+        """
+        steps = range(first, first + len(vectors[0]))
+        size, counts = self._chunk_size or len(steps), self._trajectory.record.counts
+        counts.products += len(steps) if counted is None else counted
+        counts.depth += -(-len(steps) // size)
+        parts = [
+            self._of_chunk(steps[i : i + size], vectors.map(lambda leaf, i=i: leaf[i : i + size]), direct)
+            for i in range(0, len(steps), size)
+        ]
+        return parts[0] if len(parts) == 1 else Leaves(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _of_chunk(self, steps: range, vectors: Leaves, direct: DirectTerms | None) -> Leaves:
+        every = range(self._first, self._trajectory.steps + 1)
+        if not self._again or 2 * len(steps) < len(every):
+            return self._pull(self._record(steps), steps, vectors, direct, retain=False)
+        if self._kept is None:
+            self._kept = self._record(every)
+            self._again = (
+                autograd_graph.saved_bytes(autograd_graph.nodes(self._kept.nodes()), self._trajectory.extras)
+                <= GRAPH_BUDGET
+            )
+        before = steps.start - every.start
+        padded = vectors.map(lambda leaf: _between_zeros(leaf, before, len(every)))
+        product = self._pull(self._kept, every, padded, direct, retain=self._again)
+        if not self._again:
+            self._kept = None
+        return product.map(lambda leaf: leaf[before : before + len(steps)])
+
+    def _pull(
+        self, gradients: derivatives.Graph, steps: range, vectors: Leaves, direct: DirectTerms | None, *, retain: bool
+    ) -> Leaves:
+        count, read = len(vectors), self._read if direct is not None else []
+        terms = gradients.pullback(vectors, range(count + len(read)), retain=retain)
+        for number, term in zip(read, terms[count:], strict=True):
+            if direct is None or term is None:
+                continue
+            if self._trajectory.dynamics.stepped[number]:
+                for step, part in zip(steps, term, strict=True):
+                    direct.add(step, {number: part})
+            else:
+                direct.add(steps[0], {number: term})
+        return Leaves(derivatives.or_zeros(terms[:count], vectors))
+
+    def _record(self, steps: Sequence[int]) -> derivatives.Graph:
+        """The graph from the parameters of these steps (and what the loss reads) to their gradients, batched."""
+        trajectory, dynamics = self._trajectory, self._trajectory.dynamics
+        count = dynamics.params_count
+        params = [torch.stack(c) for c in zip(*(trajectory.record.states[t][:count] for t in steps), strict=True)]
+        slices = [dynamics.at_step(trajectory.extras, t) for t in steps]
+        current = [
+            torch.stack([row[i] for row in slices]) if stepped and i < dynamics.hyperparameters_start else slices[0][i]
+            for i, stepped in enumerate(dynamics.stepped)
+        ]
+        dims = (*(0,) * dynamics.state_count, *(0 if stepped else None for stepped in dynamics.stepped))
+        batched = dynamics.batched(Level(dims, len(steps), "error"))
+
+        def function(roots: tuple[Tensor, ...]) -> Sequence[Tensor]:
+            for number, root in zip(self._read, roots[count:], strict=True):
+                current[number] = root
+            losses = batched.losses(roots[:count], current)
+            again = trajectory.losses_to_replay()
+            again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1)
+            trajectory.refuse_other_losses(again)
+            grads = derivatives.gradient(losses.sum(), roots[:count], differentiable=True)
+            return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+
+        with trajectory.record.replay(None, params[0].device):
+            return derivatives.Graph.record(function, [*params, *(current[i] for i in self._read)], check=True)
+
+
+def _between_zeros(leaf: Tensor, before: int, total: int) -> Tensor:
+    padded = leaf.new_zeros(total, *leaf.shape[1:])
+    padded[before : before + len(leaf)] = leaf
+    return padded

@@ -1,0 +1,57 @@
+"""Exact reverse mode, the default estimator; ``diffopt.estimators`` re-exports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
+from diffopt.rollout.record import Checkpoint, Keep, check_checkpoint
+from diffopt.tensors.leaves import Leaves
+
+
+@final
+@dataclass(frozen=True)
+class Reverse(Adjoint):
+    r"""The exact hypergradient, by the adjoint recursion over every inner step.
+
+    .. math:: \Lambda_T = \frac{\partial F}{\partial s_{T+1}},\quad \Lambda_{t-1} = J_t^\top \Lambda_t,\quad
+              \nabla = \sum_t B_t^\top\Lambda_t + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_0
+
+    Exact. Cost: ``T`` gradients and ``T`` HVPs, one after the other; storing less than the graphs costs up to ``T``
+    gradients more. Depth ``T``.
+
+    Args:
+        checkpoint: what is kept of the rollout. ``"graph"``: the graph of every step, no recomputation (memory: ``T``
+            graphs). ``1``: every state, each step's graph recorded again when needed (``T`` states and one graph).
+            ``k``: every ``k``-th state, blocks of ``k`` steps recomputed (``T / k`` states and ``k`` graphs).
+            ``"sqrt"``: ``k`` near the root of ``T``. ``None``: ``"graph"`` while the graphs take less than 1 GiB,
+            judged by the first, else ``"sqrt"``. All give the same numbers.
+        offload: keep stored states in the CPU's memory instead of the GPU's (no effect on what runs on the CPU, or on
+            retained graphs).
+
+    Not for: very long inner loops of which only the end matters (``Truncated``) or whose end is a stationary point
+    (``Implicit``); differentiating twice (``Unrolled``).
+
+    Raises:
+        HyperparameterError: an option is none of these.
+
+    References: LeCun (1988), "A theoretical framework for back-propagation"; Franceschi et al. (2017), "Forward and
+    Reverse Gradient-Based Hyperparameter Optimization", algorithm 1. Derivations (1.1)-(1.3).
+    """
+
+    checkpoint: Checkpoint = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ``checkpoint``."""
+        check_checkpoint(self)
+
+    def keep(self, steps: int) -> Keep:
+        """All steps."""
+        return Keep(first=1, checkpoint=self.checkpoint, offload=self.offload)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        """The recursion over all steps."""
+        return trajectory.sweep(cotangent)

@@ -1,0 +1,103 @@
+"""Whether a point is a minimiser that implicit differentiation holds at: stationary, and not at a kink."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import StationarityError
+from diffopt.linear_solve import Matvec, Tasks
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.record import Record
+from diffopt.tensors.derivatives import filled, gradient
+from diffopt.tensors.leaves import Leaves
+
+
+@final
+@dataclass(frozen=True)
+class Point:
+    """A point that was given as a minimiser: its params, the gradient there, and the problem."""
+
+    dynamics: Dynamics
+    extras: tuple[Tensor, ...]
+    params: Leaves
+    gradient: Leaves
+    record: Record
+
+    def at_a_kink(self, tasks: Tasks, roundings: float) -> bool:
+        """Whether the gradient turns around, all at once, where one begins to go down it by some roundings of params.
+
+        By less than one, only what is exactly zero moves.
+
+        # NOTE [a kink]
+        So it does at the minimiser of a loss with an absolute value, such as Lasso's, at which autograd's gradient is
+        one of many and its Hessian knows nothing of the kink. Of a smooth loss the gradient changes with the length of
+        the step, and what changes by round-off is different at every length: so several lengths have to agree.
+        """
+        down, size = tasks.unit(self.gradient), tasks.norm(self.gradient)
+        length = roundings * torch.finfo(self.params[0].dtype).eps * (1 + tasks.norm(self.params))
+        first = self._slope(tasks, down, length)
+        turned = first < size / 2
+        for factor in (2, 4, 8, 16):
+            if not bool(turned.any()):
+                return False
+            turned = turned & ((self._slope(tasks, down, factor * length) - first).abs() < size / 10)
+        return bool(turned.any())
+
+    def _slope(self, tasks: Tasks, down: Leaves, length: Tensor) -> Tensor:
+        """The gradient along ``down``, its direction here, after a step of this length against it."""
+        moved = tasks.plus(self.params, -length, down)
+        with self.record.replay(1, moved[0].device), torch.enable_grad():
+            params = [x.detach().requires_grad_() for x in moved]
+            losses = self.dynamics.losses(params, self.dynamics.at_step([x.detach() for x in self.extras], 1))
+            return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
+
+
+_FURTHER = "Minimise further, check that the loss is the one that was minimised, or set stationarity"
+_KINK = (
+    "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero, expected a smooth "
+    "loss: pass as params only those off the kink (of Lasso: not zero), or make it smooth, as by (w**2 + eps).sqrt()"
+)
+
+
+def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -> None:
+    """Refuse a gradient that is too large."""
+    if allowed is None:
+        return
+    size, scale = tasks.norm(at.gradient), tasks.norm(at.params)
+    if not bool((size <= allowed * (1 + scale)).all()):
+        if at.at_a_kink(tasks, 64):
+            raise StationarityError(_KINK)
+        raise StationarityError(
+            f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
+            f"(1 + |params|): implicit gradients need a stationary point. {_FURTHER}"
+        )
+
+
+def refuse_kink(at: Point, tasks: Tasks) -> None:
+    """Refuse a minimiser at a kink where params are zero, however small the gradient there: see NOTE [a kink].
+
+    One between two pieces of a network of kinks, such as of ReLUs, is as good as the gradient there is small.
+    """
+    if at.at_a_kink(tasks, 1e-6):
+        raise StationarityError(_KINK)
+
+
+def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) -> None:
+    r"""Refuse a point that is far from its stationary point, however small the loss's units make the gradient ``g``.
+
+    .. math:: \lVert H^{-1}g\rVert \ge \frac{\lVert g\rVert}{u^\top H u},\quad u = \frac{g}{\lVert g\rVert}\quad
+              \text{for positive definite } H
+    """
+    size, direction = tasks.norm(at.gradient), tasks.unit(at.gradient)
+    curvature = tasks.dot(direction, system(direction))
+    step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
+    if not bool((step <= 10 * allowed * (1 + tasks.norm(at.params))).all()):
+        raise StationarityError(
+            f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step), expected at "
+            f"most {10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. "
+            f"{_FURTHER}"
+        )

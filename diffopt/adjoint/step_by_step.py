@@ -1,0 +1,99 @@
+"""The derivatives of single steps, for rules that go from one to the next."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.errors import EstimatorError
+from diffopt.linear_solve.base import Tasks
+from diffopt.tensors import derivatives
+from diffopt.tensors.leaves import Leaves
+
+
+@final
+class StepByStep:
+    r"""The blocks ``C_t, E_t, D_t, H_t, M_t`` of each step of a rollout, as products with their transposes.
+
+    A rule moves an adjoint from step ``T`` down to step 1 with them (derivations, section 0); what goes to the
+    meta-parameters is gathered on the way. The exact recursion (1.1)-(1.3) reads:
+
+    >>> def pullback(self, trajectory, cotangent):
+    ...     steps, adjoint = StepByStep(trajectory), cotangent
+    ...     for t in range(trajectory.steps, 0, -1):
+    ...         push = steps.curvature(t, steps.turn(t, adjoint))
+    ...         adjoint = steps.through(t, adjoint, push)
+    ...     return steps.cotangents(adjoint)
+
+    The rule's ``keep`` returns ``Keep(first=1, checkpoint=1, gradients=True)``. All tensors are stacked over tasks.
+
+    Raises:
+        EstimatorError: states or gradients were not kept.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        """Look at ``trajectory``; nothing is computed yet."""
+        kept = trajectory.record
+        if trajectory.steps and not len(kept.states) == len(kept.gradients) == trajectory.steps:
+            raise EstimatorError(
+                f"StepByStep: {len(kept.states)} states and {len(kept.gradients)} gradients were kept, expected "
+                f"{trajectory.steps} of each; return Keep(first=1, checkpoint=1, gradients=True) from keep()"
+            )
+        self._trajectory, self._direct = trajectory, DirectTerms(trajectory)
+        self._losses = trajectory.losses_to_replay()
+        self._update: tuple[int, derivatives.Graph] | None = None
+
+    def turn(self, step: int, adjoint: Leaves) -> Leaves:
+        r""":math:`E_t^\top\Lambda`: the adjoint of the gradient, like the params."""
+        dynamics = self._trajectory.dynamics
+        wanted = range(dynamics.state_count, dynamics.state_count + dynamics.params_count)
+        terms = self._graph(step).pullback(adjoint, wanted, retain=True)
+        return Leaves(derivatives.or_zeros(terms, adjoint[: dynamics.params_count]))
+
+    def through(self, step: int, adjoint: Leaves, push: Leaves | None = None) -> Leaves:
+        r""":math:`C_t^\top\Lambda + P^\top y`, like the state, for ``push`` ``y``; gathers :math:`D_t^\top\Lambda`."""
+        dynamics, hypers = self._trajectory.dynamics, self._trajectory.wanted_hypers
+        first = dynamics.state_count + dynamics.params_count
+        wanted = [*range(dynamics.state_count), *range(first, first + len(hypers))]
+        terms = self._graph(step).pullback(adjoint, wanted, retain=True)
+        self._direct.add(step, dict(zip(hypers, terms[dynamics.state_count :], strict=True)))
+        before = derivatives.or_zeros(terms[: dynamics.state_count], adjoint)
+        pushed = () if push is None else (x + y for x, y in zip(before, push, strict=False))
+        return Leaves([*pushed, *before[0 if push is None else len(push) :]])
+
+    def curvature(self, step: int, vector: Leaves) -> Leaves:
+        r""":math:`H_t u`, like the params; gathers :math:`M_t^\top u`. One joint product."""
+        trajectory, dynamics = self._trajectory, self._trajectory.dynamics
+        read = [i for i in trajectory.wanted if i < dynamics.hyperparameters_start]
+        count, current = dynamics.params_count, list(dynamics.at_step(trajectory.extras, step))
+
+        def gradients(roots: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            for number, root in zip(read, roots[count:], strict=True):
+                current[number] = root
+            losses = dynamics.losses(roots[:count], current)
+            self._losses[..., step - 1] = losses.detach()
+            return derivatives.filled(derivatives.gradient(losses, roots[:count], differentiable=True), roots[:count])
+
+        inputs = [*trajectory.record.states[step][:count], *(current[i] for i in read)]
+        with trajectory.record.replay(step, inputs[0].device):
+            graph = derivatives.Graph.record(gradients, inputs, check=True)
+            terms = graph.pullback(vector, range(len(inputs)))
+        self._direct.add(step, dict(zip(read, terms[count:], strict=True)))
+        trajectory.record.counts.add_products(1)
+        return Leaves(derivatives.or_zeros(terms[:count], vector))
+
+    def weighted(self, weights: Tensor, vector: Leaves) -> Leaves:
+        """``vector`` with each task's part multiplied by its own number; ``weights`` has ``trajectory.tasks_shape``."""
+        return Tasks(len(self._trajectory.tasks_shape)).times(weights, vector)
+
+    def cotangents(self, initial: Leaves) -> Cotangents:
+        """What the rule returns: the adjoint of the initial state, and what was gathered."""
+        self._trajectory.refuse_other_losses(self._losses)
+        return Cotangents(initial, self._direct.collect())
+
+    def _graph(self, step: int) -> derivatives.Graph:
+        if self._update is None or self._update[0] != step:
+            self._update = step, self._trajectory.updates.graph(step, self._trajectory.wanted_hypers)
+        return self._update[1]

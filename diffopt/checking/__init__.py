@@ -1,0 +1,1 @@
+"""``diffopt.check``: whether a loss is fit."""

@@ -1,0 +1,153 @@
+"""One inner loss as the probes of :func:`diffopt.check` look at it: its tensors by path, and how to evaluate it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diffopt.errors import DiffoptError, LossError
+from diffopt.optimizers import SGD
+from diffopt.rollout.dynamics import Dynamics, Level
+from diffopt.solve import checked_problem
+from diffopt.tensors import derivatives, random_state, tree
+
+
+@final
+@dataclass(frozen=True)
+class Subject:
+    """A loss with copies of everything it is given, cut off from whatever made it.
+
+    Attributes:
+        dynamics: the inner problem, of which only the loss is used.
+        params: the leaves of the parameters.
+        args: the tensors among the arguments.
+        params_paths: what to call the former, such as ``params['weight']``.
+        args_paths: what to call the latter, such as ``args[0]['data']``.
+        wanted: the arguments that require grad.
+        double: whether to evaluate in double precision.
+        generators: the generators' state under which the loss is evaluated.
+    """
+
+    dynamics: Dynamics
+    params: tuple[Tensor, ...]
+    args: tuple[Tensor, ...]
+    params_paths: tuple[str, ...]
+    args_paths: tuple[str, ...]
+    wanted: tuple[int, ...]
+    generators: random_state.GeneratorStates
+    double: bool = False
+
+    @classmethod
+    def of(cls, loss: Callable[..., Tensor], params: Any, args: tuple[Any, ...]) -> Subject:
+        """Flatten and check what a loss is given, as :func:`diffopt.solve` does."""
+        problem = checked_problem(loss, params, args, SGD(0.0), 1, None, True)
+        dynamics, leaves = problem.dynamics, problem.state[: problem.dynamics.params_count]
+        names, others = dynamics.names()
+        return cls(
+            dynamics,
+            tuple(leaf.detach().clone() for leaf in leaves),
+            tuple(extra.detach().clone() for extra in problem.extras),
+            names,
+            others,
+            tuple(i for i, extra in enumerate(problem.extras) if extra.requires_grad),
+            random_state.snapshot(leaves[0].device),
+        )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What to call what :meth:`gradients` returns."""
+        return (*self.params_paths, *(self.args_paths[i] for i in self.wanted))
+
+    def loss(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> Tensor:
+        """The loss there, on the same random numbers at every call."""
+        with self.replayed(), _Upcast() if self.double else nullcontext():
+            return self.dynamics.losses(params, args)
+
+    def value(self) -> Tensor:
+        """The loss at these parameters, evaluated with its graph as a solve does."""
+        with torch.enable_grad():
+            roots, args = self.roots()
+            return self.loss(roots[: len(self.params)], args).detach()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The same random numbers at every entry; the generators are left as they were."""
+        with random_state.replayed(self.generators, self.params[0].device), _named_faults():
+            yield
+
+    def roots(self) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """New parameters and arguments to evaluate at, from which a graph grows."""
+        roots = derivatives.make_roots([*self.params, *(self.args[i] for i in self.wanted)])
+        args = list(self.args)
+        for i, root in zip(self.wanted, roots[len(self.params) :], strict=True):
+            args[i] = root
+        return roots, args
+
+    def gradients(self, *, differentiable: bool) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, ...]]:
+        """The roots, the loss, and its gradient in the parameters and the arguments that require grad."""
+        with torch.enable_grad():
+            roots, args = self.roots()
+            loss = self.loss(roots[: len(self.params)], args)
+            return roots, loss, derivatives.gradient(loss, roots, differentiable=differentiable)
+
+    def at(self, params: Sequence[Tensor], wanted: Sequence[Tensor] | None = None) -> Subject:
+        """The same with other parameters, and other values of the arguments that require grad."""
+        new = {} if wanted is None else dict(zip(self.wanted, wanted, strict=True))
+        return replace(self, params=tuple(params), args=tuple(new.get(i, x) for i, x in enumerate(self.args)))
+
+    def in_double(self) -> Subject:
+        """The same in double precision."""
+
+        def double(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(x.double() if x.is_floating_point() else x for x in tensors)
+
+        return replace(self, params=double(self.params), args=double(self.args), double=True)
+
+    def losses_of_two(self, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The losses at these parameters and at others, by one vmapped call, and the gradients of both, stacked."""
+        stacked = [torch.stack(pair) for pair in zip(self.params, others, strict=True)]
+        dims = (*(0 for _ in stacked), *(None for _ in self.args))
+        dynamics = self.dynamics.batched(Level(dims, 2, "same"))
+        with torch.enable_grad(), self.replayed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vmap says which operations it loops over
+            roots = derivatives.make_roots(stacked)
+            losses = dynamics.losses(roots, self.args)
+            return losses.detach(), derivatives.gradient(losses, roots, differentiable=False)
+
+
+class _Upcast(TorchFunctionMode):
+    """Where double precision meets a lower one, as in constants of the loss's own, raises the latter."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation on raised copies."""
+        leaves, structure = tree.flatten((args, kwargs or {}))
+        floating = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        if any(x.dtype == torch.float64 for x in floating) and any(x.dtype != torch.float64 for x in floating):
+            lower = {id(x) for x in floating if x.dtype != torch.float64}
+            args, kwargs = tree.unflatten(structure, [x.double() if id(x) in lower else x for x in leaves])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _named_faults() -> Iterator[None]:
+    """Errors of the loss itself, whatever they are, as this library's."""
+    try:
+        with derivatives.named_in_place_changes():
+            yield
+    except DiffoptError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:150]
+        raise LossError(
+            f"the inner loss raised {type(error).__name__} ({said}), expected it to run as loss(params, *args); check "
+            "its arguments' order, shapes and dtypes"
+        ) from error

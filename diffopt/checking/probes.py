@@ -1,0 +1,211 @@
+"""The probes behind :func:`diffopt.check`: each looks at one property of a loss and returns a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffopt.checking.inner_loss import Subject
+from diffopt.errors import (
+    CapturedTensorError,
+    DiffoptError,
+    DisconnectedError,
+    InPlaceError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    RandomnessError,
+    VmapError,
+)
+from diffopt.reports import Finding
+from diffopt.tensors import autograd_graph, derivatives, random_state
+from diffopt.tensors.captures import mend_for, named_tensors, names_of
+from diffopt.tensors.leaves import all_finite
+
+
+def failed(check: str, kind: type[DiffoptError], measured: str, expected: str, mend: str) -> Finding:
+    """A finding that is an error, whose message says all three."""
+    return Finding(check, "FAIL", measured, mend, kind(f"{measured}, expected {expected}: {mend}"))
+
+
+def refused(check: str, error: DiffoptError) -> Finding:
+    """A finding for an error that something else has raised."""
+    measured, _, rest = str(error).rpartition(", expected ")
+    measured, rest = (measured, rest) if measured else (rest, "")
+    expected, _, mend = rest.replace("; ", ": ", 1).partition(": ")
+    return Finding(check, "FAIL", measured, mend or (f"give it {expected}" if expected else ""), error)
+
+
+def short(names: Sequence[str]) -> str:
+    """A list of names, the first three of many."""
+    return ", ".join([*names[:3], f"... ({len(names)} in all)"] if len(names) > 3 else names)
+
+
+def probe_loss(subject: Subject) -> Finding:
+    """One floating scalar (else :meth:`Subject.loss` raises), and finite."""
+    value = subject.value()
+    kind = str(value.dtype).removeprefix("torch.")
+    if not all_finite([value]):
+        return failed(
+            "scalar, finite",
+            NonFiniteLossError,
+            f"the inner loss is {float(value)} at params",
+            "a finite number",
+            "check the data and the initialisation",
+        )
+    return Finding("scalar, finite", "ok", f"{float(value):.4g}, {kind}")
+
+
+def probe_dependence(subject: Subject) -> Finding:
+    """The gradient in every leaf of the parameters."""
+    check = "depends on params"
+    _, _, grads = subject.gradients(differentiable=False)
+    own = dict(zip(subject.params_paths, grads, strict=False))
+    missing = [path for path, grad in own.items() if grad is None]
+    if len(missing) == len(own):
+        return failed(
+            check,
+            DisconnectedError,
+            "the inner loss does not depend on params",
+            "a gradient",
+            "use the params it is given; do not detach them or leave torch (.item(), .numpy())",
+        )
+    wrong = [path for path, grad in own.items() if grad is not None and not all_finite([grad])]
+    if wrong:
+        return failed(
+            check,
+            NonFiniteGradientError,
+            f"the inner gradient is NaN or infinite in {short(wrong)}",
+            "finite numbers",
+            "check for roots, norms or logarithms at zero",
+        )
+    size = torch.stack([grad.double().norm() for grad in own.values() if grad is not None]).norm()
+    if missing:
+        return Finding(check, "note", f"all but {short(missing)}", "leave these out, or use them in the loss")
+    if float(size) == 0:
+        return Finding(check, "note", "the gradient is exactly zero", "start where it is not")
+    return Finding(check, "ok", f"gradient of norm {float(size):.2g} in {len(own)} leaves")
+
+
+def probe_captures(subject: Subject) -> Finding:
+    """Tensors that require grad and come to the loss from elsewhere than its arguments."""
+    with torch.enable_grad():
+        roots, args = subject.roots()
+        loss = subject.loss(roots[: len(subject.params)], args)
+    nodes = autograd_graph.captured_nodes([loss.grad_fn], roots) if loss.requires_grad else []
+    if nodes:
+        return failed(
+            "nothing captured",
+            CapturedTensorError,
+            f"the inner loss captured {names_of(nodes, [subject.dynamics.loss])}, which requires grad",
+            "every such tensor among its arguments",
+            mend_for(nodes),
+        )
+    return Finding("nothing captured", "ok", "no tensor that requires grad comes from outside the arguments")
+
+
+def probe_arguments(subject: Subject) -> Finding:
+    """Which arguments require grad, and through which of them a hypergradient can flow."""
+    check = "arguments"
+    if not subject.wanted:
+        constant = f"{len(subject.args)} tensors, none requires grad" if subject.args else "none"
+        return Finding(check, "ok", constant)
+    roots, loss, grads = subject.gradients(differentiable=True)
+    count = len(subject.params)
+    names = [subject.args_paths[i] for i in subject.wanted]
+    with torch.enable_grad():
+        total = [grad.sum() for grad in grads[:count] if grad is not None and grad.requires_grad]
+        mixed: Sequence[Tensor | None] = [None] * len(names)
+        if total and loss.requires_grad:
+            mixed = torch.autograd.grad(torch.stack(total).sum(), roots[count:], allow_unused=True)
+    silent = [name for name, term in zip(names, mixed, strict=True) if term is None]
+    if silent:
+        return Finding(
+            check,
+            "note",
+            f"{short(silent)}: requires grad, but the inner gradient does not depend on it: hypergradient zero",
+            "use it in a term with params, or do not learn it",
+        )
+    return Finding(check, "ok", f"hypergradient for {short(names)}; {len(subject.args) - len(names)} constants")
+
+
+def probe_repetition(subject: Subject) -> Finding:
+    """The same number at every call; random numbers from torch's global generators may be drawn again."""
+    check, device = "deterministic", subject.params[0].device
+    first = subject.value()
+    with torch.enable_grad(), subject.replayed():
+        roots, args = subject.roots()
+        again = subject.dynamics.losses(roots[: len(subject.params)], args).detach()
+        draws = random_state.changed(subject.generators, random_state.snapshot(device))
+    tolerance = max(1e-3, 4 * torch.finfo(first.dtype).eps)  # looser than round-off, which may differ on a GPU
+    if not torch.isclose(again, first, rtol=tolerance, atol=1e-6):
+        return failed(
+            check,
+            RandomnessError,
+            f"the inner loss was {float(first):.6g}, and {float(again):.6g} at the same params again",
+            "the same number",
+            "draw from torch's global generator, or pass the numbers in batches; keep no state in the loss",
+        )
+    if draws:
+        return Finding(
+            check,
+            "note",
+            "draws from torch's generator: solve draws the same numbers again in the backward pass",
+            "vmap needs randomness='different' or 'same'; Binomial, Krylov and Implicit refuse such a loss",
+        )
+    return Finding(check, "ok", f"two calls differ by {abs(float(again - first)):.1g}")
+
+
+def probe_purity(subject: Subject) -> Finding:
+    """Nothing that the loss is given, or holds, is changed by it."""
+    check = "changes nothing"
+    given = dict(zip(subject.params_paths, subject.params, strict=True))
+    given |= dict(zip(subject.args_paths, subject.args, strict=True))
+    held = named_tensors(subject.dynamics.loss)
+    watched = {**held, **given}
+    versions = {name: tensor._version for name, tensor in watched.items() if not tensor.is_inference()}
+    subject.value()
+    changed = [name for name, version in versions.items() if watched[name]._version != version]
+    if changed:
+        return failed(
+            check,
+            InPlaceError,
+            f"the inner loss changes {short(changed)} in place",
+            "a function without side effects",
+            "write x = x + y for x += y; batch norm: track_running_stats=False, or GroupNorm",
+        )
+    return Finding(check, "ok", f"{len(given)} tensors given, {len(held)} held: all as before")
+
+
+def probe_vmap(subject: Subject) -> Finding:
+    """Two sets of parameters at once give what they give one after the other."""
+    check = "safe under vmap"
+    scale = [x.abs().mean() + 1e-3 for x in subject.params]
+    others = [x + 1e-2 * s * _fixed_noise(x) for x, s in zip(subject.params, scale, strict=True)]
+    losses, stacked = subject.losses_of_two(others)
+    worst, where = 0.0, "the loss"
+    for row, params in enumerate((subject.params, others)):
+        _, loss, own = subject.at(params).gradients(differentiable=False)
+        expected = [loss.detach(), *derivatives.or_zeros(own[: len(params)], params)]
+        got = [losses[row], *(e if g is None else g[row] for g, e in zip(stacked, expected[1:], strict=True))]
+        size = float(sum(x.double().norm() for x in expected)) + 1e-300
+        for name, g, e in zip(("the loss", *subject.params_paths), got, expected, strict=True):
+            error = float((g - e).double().norm()) / size
+            if not error <= worst:
+                worst, where = error, name if name == "the loss" else f"the gradient of {name}"
+    tolerance = 10 * torch.finfo(losses.dtype).eps ** 0.5
+    if not worst <= tolerance:
+        return failed(
+            check,
+            VmapError,
+            f"under vmap {where} is {worst:.1e} off that of a loop",
+            "the same numbers",
+            "look for operations that mix tasks or read a shape; or loop over the tasks",
+        )
+    return Finding(check, "ok", f"two sets of params at once: {worst:.1e} off a loop")
+
+
+def _fixed_noise(like: Tensor) -> Tensor:
+    """Numbers between -1 and 1 without a pattern, always the same."""
+    return (12.9898 * torch.arange(1, like.numel() + 1, device=like.device)).sin().to(like.dtype).reshape(like.shape)

@@ -1,1 +1,0 @@
-"""The experiments behind ``diffopt reproduce``, and the frame that runs them; how to add one: see ``contract``."""

@@ -1,0 +1,1 @@
+"""``diffopt.compare``: estimators side by side on one problem."""

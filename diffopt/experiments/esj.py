@@ -1,0 +1,192 @@
+r"""The evolution-strategies Jacobian against AID and ITD where tasks share an embedding.
+
+Each task fits a linear head of its own, from zero, on embedded images (an L2 term makes that strongly convex); the
+outer loss trains the embedding. Its hypergradient has a direct part, through the embedding of the query images, and a
+response, through the heads. The rules differ in the response: none of it, back-propagation (ITD), implicit
+differentiation (AID), or finite differences along random directions (ESJ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import diffopt
+from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Implicit, Reverse
+from diffopt.experiments.esj_report import draw, summarise
+from diffopt.experiments.framework import small_images
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.options import listed, one_of, option, real, whole
+from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.unit_context import Work
+from diffopt.linear_solve import ConjugateGradient
+from diffopt.tasks import MLP, Episodes, functional, sample_episodes
+
+SIZES: dict[str, tuple[int, ...]] = {"linear": (4,), "two layers": (64, 32)}
+"""The widths of the embedding's layers."""
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """What is trained."""
+
+    problem: str = option("omniglot", "omniglot, or clusters (no data)", one_of(*small_images.PROBLEMS))
+    directions: tuple[int, ...] = option((1, 10), "directions Q of ESJ in training", listed(whole(1)))
+    measured: tuple[int, ...] = option((1, 10, 100), "directions Q whose error is measured", listed(whole(1)))
+    radius: float = option(0.01, "length of a perturbation's entries", real(0))
+    draws: int = option(5, "sets of directions whose errors are averaged", whole(1))
+    seeds: int = option(2, "runs of each rule, from different starts on different tasks", whole(1))
+    iterations: int = option(200, "outer iterations", whole(2))
+    meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
+    steps: int = option(20, "inner steps", whole(1))
+    lr: float = option(0.4, "inner step size; momentum is 0.9", real(0))
+    decay: float = option(0.05, "weight of the L2 term of the inner loss", real(0, above=False))
+    tasks: int = option(8, "tasks per outer iteration", whole(1))
+    way: int = option(5, "classes per task", whole(2))
+    shot: int = option(1, "support images per class", whole(1))
+    queries: int = option(5, "query images per class", whole(1))
+    target: float = option(1.1, "outer loss to be reached", real(0))
+
+
+def units(settings: Settings) -> list[Unit]:
+    """One for the errors at the start, and one per run, for each size of embedding."""
+    found = []
+    for size in SIZES:
+        found.append(Unit(f"errors, {size}", partial(measure, settings, size), cost=20 * settings.draws))
+        for seed in range(settings.seeds):
+            for name in rules(settings, Work(0)):
+                run = partial(learn, settings, size, name, seed)
+                cost = settings.iterations * (3.0 if name.startswith("ESJ") else 1.0)
+                found.append(Unit(f"{size}, {name}, seed {seed}", run, cost=cost, resumable=True))
+    return found
+
+
+def rules(settings: Settings, work: Work) -> dict[str, tuple[Estimator, bool]]:
+    """The rules by name, each with whether its response is divided by the number of parameters."""
+    source = work.generator("directions")
+
+    def jacobian(directions: int, sampling: str = "gaussian") -> Estimator:
+        return ESJacobian(directions, settings.radius, sampling=sampling, generator=source)  # type: ignore[arg-type]
+
+    return {
+        "direct part only": (FirstOrder(), False),
+        "ITD": (Reverse("graph"), False),
+        "AID, 10 CG": (Implicit(ConjugateGradient(max_iterations=10, throw=False)), False),
+        **{f"ESJ, Q={directions}": (jacobian(directions), False) for directions in settings.directions},
+        # the scale of the authors' code: unit directions without the factor p that makes them unbiased
+        "ESJ, Q=1, divided by p": (jacobian(1, "sphere"), True),
+    }
+
+
+@final
+class Embedding:
+    """The problem: parameters of the embedding, tasks, and the mean outer loss under a rule."""
+
+    def __init__(self, settings: Settings, size: str, seed: int, work: Work) -> None:
+        """Draw the start; the tasks come from ``generator``."""
+        self.settings, self.device = settings, work.device
+        self.images = small_images.load(settings.problem, work).to(work.device)
+        widths = (small_images.PIXELS, *SIZES[size])
+        self.apply, start = functional(MLP(widths, generator=work.generator(f"start {seed}")))
+        self.params = {name: value.detach().to(work.device).requires_grad_() for name, value in start.items()}
+        self.count = sum(value.numel() for value in start.values())
+        self.head = torch.zeros(widths[-1] + 1, settings.way, device=work.device)
+        self.generator = work.generator(f"tasks {seed}")
+
+    def sample(self) -> Episodes:
+        """The next tasks."""
+        s = self.settings
+        shape = {"way": s.way, "shot": s.shot, "query": s.queries, "tasks": s.tasks}
+        return sample_episodes(self.images, **shape, generator=self.generator)
+
+    def outer_loss(self, rule: Estimator, divided: bool, episodes: Episodes) -> Tensor:
+        """The mean over the tasks."""
+        one: Callable[..., Tensor] = partial(self._one, rule, divided)
+        losses: Tensor = torch.func.vmap(one)(*episodes)
+        return losses.mean()
+
+    def _one(
+        self, rule: Estimator, divided: bool, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor
+    ) -> Tensor:
+        s, params = self.settings, self.params
+
+        def predict(head: Tensor, params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            return torch.relu(self.apply(params, inputs.flatten(1))) @ head[:-1] + head[-1]
+
+        def loss(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(predict(head, params, inputs), labels) + s.decay / 2 * head.square().sum()
+
+        optimizer = diffopt.SGD(s.lr, momentum=0.9)
+        solved = diffopt.solve(
+            loss, self.head, params, inputs, labels, optimizer=optimizer, steps=s.steps, estimator=rule
+        )
+        head = solved.params
+        if divided:  # the same head, its response a fraction of what the rule says
+            head = head.detach() + (head - head.detach()) / self.count
+        return cross_entropy(predict(head, params, queries), wanted)
+
+
+def measure(settings: Settings, size: str, work: Work) -> Row:
+    """Relative error and cosine of every rule's hypergradient at the start, beside the exact one (ITD)."""
+    problem = Embedding(settings, size, 0, work)
+    episodes = problem.sample()
+
+    def hypergradient(rule: Estimator, divided: bool = False) -> Tensor:
+        found = torch.autograd.grad(problem.outer_loss(rule, divided, episodes), list(problem.params.values()))
+        return torch.cat([leaf.flatten() for leaf in found])
+
+    exact, direct = hypergradient(Reverse("graph")), hypergradient(FirstOrder())
+    source = work.generator("directions")
+    chosen = {name: rule for name, rule in rules(settings, work).items() if not name.startswith("ESJ, Q=")}
+    chosen |= {
+        f"ESJ, Q={count}": (ESJacobian(count, settings.radius, sampling="gaussian", generator=source), False)
+        for count in settings.measured
+    }
+    chosen["ESJ, Q=1, divided by p"] = rules(settings, work)["ESJ, Q=1, divided by p"]
+    response = float((exact - direct).norm() / exact.norm())
+    found = {}
+    for name, (rule, divided) in chosen.items():
+        draws = [hypergradient(rule, divided) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
+        squares = [float(((draw - exact).norm() / exact.norm()) ** 2) for draw in draws]
+        cosines = [float(torch.cosine_similarity(draw, exact, dim=0)) for draw in draws]
+        found[name] = {"error": (sum(squares) / len(draws)) ** 0.5, "cosine": sum(cosines) / len(draws)}
+    return {"parameters": problem.count, "response": response, "rules": found}
+
+
+def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Row:
+    """Train the embedding; every rule sees the same start and the same tasks."""
+    problem = Embedding(settings, size, seed, work)
+    rule, divided = rules(settings, work)[name]
+    outer = torch.optim.Adam(problem.params.values(), lr=settings.meta_lr)
+    generators = {"tasks": problem.generator}
+    if isinstance(rule, ESJacobian) and rule.generator is not None:
+        generators["directions"] = rule.generator
+
+    def iterate(iteration: int) -> float:
+        loss = problem.outer_loss(rule, divided, problem.sample())
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    losses, seconds = train(work, problem.params, outer, generators, settings.iterations, iterate)
+    return {"losses": losses, "seconds": seconds}
+
+
+EXPERIMENT = Experiment(
+    name="esj",
+    title="The evolution-strategies Jacobian against AID and ITD on a shared embedding",
+    paper="slides: ES for bilevel optimisation",
+    needs=Needs("omniglot_28.npz or images_background.zip", 7, None),
+    quick=Settings("clusters", (1,), (1, 4), draws=2, seeds=1, iterations=4, steps=3, tasks=2),
+    standard=Settings(),
+    full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000),
+    units=units,
+    summarise=summarise,
+    draw=draw,
+)

@@ -1,0 +1,66 @@
+"""How a long run tells where it is: a live bar on a terminal, a line now and then in a file."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from diffopt.experiments.framework.console import plain_console
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Reporter(ABC):
+    """Where a run tells its progress."""
+
+    @abstractmethod
+    def update(self, done: float, text: str) -> None:
+        """So much is done, and ``text`` is how it goes; may be shown or passed over."""
+
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
+
+@contextmanager
+def reporter(total: int, done: int, counted: str = "iteration") -> Iterator[Reporter]:
+    """A reporter on standard output for a run of ``total`` iterations (or ``counted``), of which ``done`` are done."""
+    console = plain_console()
+    if not console.is_terminal:
+        yield _Lines(total, counted)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console) as progress:
+        yield _Bar(progress, total, done)
+
+
+@final
+class _Bar(Reporter):
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=total, completed=done)
+
+    def update(self, done: float, text: str) -> None:
+        self._progress.update(self._task, completed=done, description=text)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text)
+
+
+@final
+class _Lines(Reporter):
+    def __init__(self, total: int, counted: str) -> None:
+        self._total, self._counted, self._told = total, counted, time.monotonic()
+
+    def update(self, done: float, text: str) -> None:
+        if time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            self.say(f"{self._counted} {int(done)} of {self._total}: {text}")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)

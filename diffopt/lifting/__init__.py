@@ -1,0 +1,1 @@
+"""Optimizers of other libraries as pure update rules."""

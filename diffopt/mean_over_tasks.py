@@ -1,0 +1,124 @@
+"""The mean of a loss over many tasks, and its gradient, a chunk of tasks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import (
+    GradModeError,
+    HyperparameterError,
+    LossError,
+    ShapeError,
+)
+from diffopt.rollout.given import refuse_uninitialised
+from diffopt.rollout.task_chunks import Call, mean
+from diffopt.tensors import transforms, tree
+from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.plain_numbers import plain
+
+
+def mean_over_tasks(
+    task_loss: Callable[..., Tensor],
+    *args: Any,
+    in_dims: int | Sequence[int | None] | None = 0,
+    task_chunk: int | None = None,
+    randomness: str = "error",
+    check: bool = True,
+) -> Tensor:
+    r"""``torch.func.vmap(task_loss, in_dims)(*args).mean()``, in the memory of one chunk of tasks.
+
+    .. math:: F = \frac1B \sum_{b=1}^B f(\theta, x_b),\qquad
+              \nabla F = \frac1B \sum_{chunks} \nabla \sum_{b \in chunk} f(\theta, x_b)
+
+    Each chunk is differentiated as soon as it has been evaluated, and only the sum of the gradients is kept: of all
+    that inner loops store, one chunk's is alive at any time. ``backward()`` then has nothing left to compute. The chunk
+    runs under ``vmap``; a chunk of one runs without it, which is faster where one task keeps the machine busy (large
+    images, long loops). Chunks are added up in single precision at least, whatever the precision of the tensors.
+
+    Args:
+        task_loss: ``task_loss(*args of one task)``, a floating scalar; usually a ``solve`` and an outer loss of its
+            end. It must get every tensor that is to have a gradient through its arguments, not by closure.
+        args: trees of tensors (and other values, which all tasks share).
+        in_dims: for all arguments or each: the axis of its tensors that runs over tasks; ``None``: shared by all.
+        task_chunk: how many tasks at a time; ``None``: all at once.
+        randomness: what ``vmap`` says of random numbers: ``"error"``, ``"same"`` (for all tasks, whatever their chunk)
+            or ``"different"``.
+        check: refuse tensors that require grad and are captured by closure, and arguments changed in place.
+
+    Returns:
+        The mean, a scalar that can be differentiated once.
+
+    Raises:
+        HyperparameterError: ``task_chunk``, ``in_dims`` or ``randomness`` is not what was expected.
+        ShapeError: the tasks' axes have different lengths, or there is none.
+        LossError: ``task_loss`` is no function of that many arguments, or did not return one floating scalar.
+        CapturedTensorError: it reads a tensor that requires grad and that it was not given.
+        InPlaceError: it writes into its arguments.
+        GradModeError: called under a ``torch.func`` transform, which has a ``vmap(..., chunk_size=)`` of its own.
+
+    Example:
+        >>> import torch, diffopt
+        >>> w = torch.tensor(1.0, requires_grad=True)
+        >>> diffopt.mean_over_tasks(lambda w, x: (w * x) ** 2, w, torch.arange(4.0), in_dims=(None, 0), task_chunk=2)
+        tensor(3.5000, grad_fn=<_MeanBackward>)
+    """
+    if transforms.transforms_active():
+        raise GradModeError(
+            "mean_over_tasks was called under a torch.func transform, expected plain code: it differentiates by "
+            "itself; call it outside, or use torch.func.vmap(task_loss, in_dims, chunk_size=...)"
+        )
+    if not callable(task_loss):
+        raise LossError(f"task_loss is {tree.describe(task_loss)}, expected a function task_loss(*args of one task)")
+    task_chunk = plain(task_chunk)
+    if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
+        raise HyperparameterError(f"task_chunk is {task_chunk!r}, expected None or an integer >= 1")
+    if randomness not in ("error", "same", "different"):
+        raise HyperparameterError(f"randomness is {randomness!r}, expected 'error', 'same' or 'different'")
+    check_flag("mean_over_tasks: check", check)
+    refuse_uninitialised("args", args)
+    leaves, structure = tree.flatten(args)
+    dims = _dims_of_leaves(args, leaves, in_dims)
+    size = _tasks(leaves, structure, dims)
+    # without grad nothing is differentiated, whatever the tensors require
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in leaves if isinstance(x, Tensor))
+    chunk, watched = task_chunk or size, check and torch.is_grad_enabled()
+    return mean(
+        Call(task_loss, structure, tuple(leaves), tuple(dims), size, chunk, randomness, wanted, watched, bool(check))
+    )
+
+
+def _dims_of_leaves(args: Sequence[Any], leaves: Sequence[Any], in_dims: Any) -> list[int | None]:
+    given = plain(in_dims)
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    per_argument = [plain(dim) for dim in given] if listed else [given] * len(args)
+    right = all(dim is None or (isinstance(dim, int) and not isinstance(dim, bool)) for dim in per_argument)
+    if len(per_argument) != len(args) or not right:
+        raise HyperparameterError(
+            f"in_dims is {in_dims!r}, expected an integer or None, or one of these for each of {len(args)} arguments"
+        )
+    dims = [dim for arg, dim in zip(args, per_argument, strict=True) for _ in tree.flatten(arg)[0]]
+    return [dim if isinstance(leaf, Tensor) else None for dim, leaf in zip(dims, leaves, strict=True)]
+
+
+def _tasks(leaves: Sequence[Any], structure: tree.Structure, dims: Sequence[int | None]) -> int:
+    sizes: dict[str, int] = {}
+    for path, leaf, dim in zip(tree.paths(structure), leaves, dims, strict=True):
+        if dim is not None:
+            if leaf.layout != torch.strided or leaf.is_nested:
+                raise ShapeError(
+                    f"args{path} is {tree.describe(leaf)}, sparse or nested, expected a dense one that can be divided "
+                    "among tasks: convert it, or loop over the tasks"
+                )
+            if not -leaf.ndim <= dim < leaf.ndim:
+                raise ShapeError(
+                    f"args{path} is {tree.describe(leaf)}, expected an axis {dim} that runs over tasks; check in_dims"
+                )
+            sizes[f"args{path}"] = leaf.shape[dim]
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        shown = dict(list(sizes.items())[:4])
+        raise ShapeError(f"the axes that run over tasks have lengths {shown}, expected one common length >= 1")
+    return next(iter(sizes.values()))

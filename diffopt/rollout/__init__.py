@@ -1,0 +1,1 @@
+"""The forward pass: one inner problem, its steps, and what is kept of them."""

@@ -1,0 +1,255 @@
+"""Steps and their pullbacks as compiled functions, for losses so small that overhead is all they cost."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import CapturedTensorError, CompileWarning
+from diffopt.optimizers.base import Schedule
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.tensors import derivatives, random_state, tree
+from diffopt.tensors.leaves import Leaves
+
+TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+
+class Step(NamedTuple):
+    """What one step gives: the losses, the gradients of the params, and the state after it."""
+
+    losses: Tensor
+    grads: Leaves
+    after: Leaves
+
+
+@final
+class Steps:
+    """The steps of one rollout, each one call of a compiled function."""
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        """Compile nothing yet: shapes are known once there is a state."""
+        self._dynamics, self._function = dynamics, _Lookup(dynamics, ("step",), self._evaluate)
+
+    def take(self, state: Leaves, current: Sequence[Tensor], number: int) -> Step | None:
+        """Step ``number`` from ``state``; ``None`` if it cannot be compiled, of which a warning says why."""
+        done = self._function(number, *state, *current)
+        if done is None:
+            return None
+        split = 1 + self._dynamics.params_count
+        return Step(done[0], Leaves(done[1:split]), Leaves(done[split:]))
+
+    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, count, params = self._dynamics, self._dynamics.state_count, self._dynamics.params_count
+        with torch.enable_grad():
+            roots = [x.detach().requires_grad_() for x in tensors[:params]]
+            losses = dynamics.losses(roots, tensors[count:])
+            grads = derivatives.or_zeros(derivatives.gradient(losses, roots, differentiable=False), roots)
+        after = dynamics.updates(tensors[:count], grads, tensors[count:], number, updates)
+        return (losses.detach(), *grads, *after)
+
+
+@final
+class Pullbacks:
+    """The pullbacks ``J_t' x`` and ``B_t' x`` of steps, each one call of a compiled function."""
+
+    def __init__(self, dynamics: Dynamics, wanted: Sequence[int]) -> None:
+        """``wanted`` are the extras whose direct term is asked for."""
+        self._dynamics, self._wanted = dynamics, wanted
+        self._function = _Lookup(dynamics, ("pullback", *wanted), self._evaluate)
+
+    def pull(
+        self, state: Leaves, current: Sequence[Tensor], number: int, adjoint: Leaves
+    ) -> tuple[Leaves, dict[int, Tensor]] | None:
+        """The adjoint of ``state`` and the direct terms by number of the extra, given the adjoint of the state after.
+
+        ``None`` as for :meth:`Steps.take`.
+        """
+        done = self._function(number, *state, *current, *adjoint)
+        if done is None:
+            return None
+        return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
+
+    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, count = self._dynamics, self._dynamics.state_count
+        end = len(tensors) - count
+        current = list(tensors[count:end])
+        with torch.enable_grad():
+            for i in self._wanted:
+                current[i] = current[i].detach().requires_grad_()
+            roots = [x.detach().requires_grad_() for x in tensors[:count]]
+            params = roots[: dynamics.params_count]
+            found = derivatives.gradient(dynamics.losses(params, current).sum(), params, differentiable=True)
+            after = dynamics.updates(roots, derivatives.filled(found, params), current, number, updates)
+            inputs = [*roots, *(current[i] for i in self._wanted)]
+            return derivatives.or_zeros(derivatives.pullback(after.tensors, inputs, tensors[end:]), inputs)
+
+
+def refuse_stale(losses: Tensor, expected: Tensor) -> None:
+    """Refuse a compiled loss that is no longer the loss: something that it read by closure has changed."""
+    tolerance = _tolerance(expected)
+    if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise CapturedTensorError(
+            "compile=True: the inner loss has changed since it was compiled: what it reads by closure, from a global "
+            "or an attribute was frozen then. Pass it in *args (or batches)"
+        )
+
+
+def _tolerance(expected: Tensor) -> float:
+    """How far numbers may be off that were computed in another order: the root of the ``eps`` that they may have."""
+    place, kinds = expected.device.type, [expected.dtype]
+    if torch.is_autocast_enabled(place):
+        kinds.append(torch.get_autocast_dtype(place))
+    return math.sqrt(max(torch.finfo(kind).eps for kind in kinds))
+
+
+_functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]] = weakref.WeakKeyDictionary()
+"""By loss (or the object whose method it is): a compiled function lives as long as what it was made from."""
+
+
+class _Lookup:
+    """A function of a step's number and tensors, compiled for these shapes the first time that any rollout calls it.
+
+    ``function`` takes first how many updates the step makes (the last window may be short), for each of which it is
+    compiled.
+    """
+
+    def __init__(self, dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction) -> None:
+        self._dynamics, self._what, self._function = dynamics, what, function
+        self._found: dict[int, TensorFunction | None] = {}
+
+    def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
+        # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
+        arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous().view_as(x) for x in tensors)]
+        updates = self._dynamics.length(number)
+        if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
+            # the window too: it says which updates a step's number stands for
+            what, function = (*self._what, self._dynamics.window, updates), partial(self._function, updates)
+            self._found[updates] = _compiled(self._dynamics, what, function, arguments)
+        found = self._found[updates]
+        return None if found is None else found(*arguments)
+
+
+def _compiled(
+    dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction, arguments: Sequence[Tensor]
+) -> TensorFunction | None:
+    place = arguments[-1].device
+    shapes = tuple((x.shape, x.dtype, x.device) for x in arguments)
+    autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
+    structures = dynamics.params_structure, dynamics.args_structure, _typed(dynamics.args_leaves)
+    loss = dynamics.loss
+    try:
+        optimizer = _without_tensors(dynamics.optimizer.template)
+        key = (*what, getattr(loss, "__func__", None), shapes, dynamics.levels, structures, autocast, optimizer)
+        known = _functions.setdefault(_owner(loss), {})
+        if key in known:
+            return known[key]
+    except TypeError as error:  # a loss that cannot be referred to weakly, an argument that cannot be hashed
+        _warn(error)
+        return None
+    _warn_of_new_functions(dynamics.loss)
+    try:
+        with warnings.catch_warnings(), random_state.preserved(place):
+            warnings.simplefilter("ignore")  # the compiler's own, of what it calls itself
+            known[key] = _compile(function, arguments)
+    except Exception as error:  # whatever the compiler stumbles over: the plain way is always there
+        _warn(error)
+        known[key] = None
+    return known[key]
+
+
+def _without_tensors(optimizer: Any) -> Hashable:
+    """What tells two optimizers apart besides their tensors, which the compiled functions are given."""
+    parts: list[Any] = [type(optimizer)]
+    for field in fields(optimizer):
+        value = getattr(optimizer, field.name)
+        scheduled = isinstance(value, Schedule)
+        leaves, structure = tree.flatten(value.values if scheduled else value)
+        parts.append((scheduled, structure, _typed(leaves)))
+    return tuple(parts)
+
+
+def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What is not a tensor, with its type (``True`` equals 1), in a form that can be compared."""
+    return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+
+
+class _RandomLossError(Exception):
+    """A compiled function draws other random numbers than the loss itself, so none is made."""
+
+
+def _compile(function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
+    make_fx: Any = importlib.import_module("torch.fx.experimental.proxy_tensor").make_fx
+    inductor: Any = importlib.import_module("torch._inductor")
+    graph = make_fx(function)(*arguments)
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise _RandomLossError(f"the loss draws random numbers ({node.target})")
+    with torch.no_grad():
+        compiled: TensorFunction = inductor.compile(graph, list(arguments))
+        return _checked(compiled, function, arguments)
+
+
+def _checked(compiled: TensorFunction, function: TensorFunction, arguments: Sequence[Tensor]) -> TensorFunction:
+    """The compiled function, once its answer has been seen to be that of the function itself.
+
+    The arguments are others than those it was traced with: what it took for equal, or for zero, is so no longer.
+    """
+    others = [_moved(x, i) for i, x in enumerate(arguments)]
+    for got, expected in zip(compiled(*others), function(*others), strict=True):
+        tolerance = _tolerance(expected) * float(expected.abs().max())
+        if not torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True):
+            raise ArithmeticError(f"compiled, it is off by {float((got - expected).abs().max()):.1e}")
+    return compiled
+
+
+def _moved(x: Tensor, number: int) -> Tensor:
+    """A tensor with slightly larger numbers, by a pattern that is its own."""
+    if not x.is_floating_point():
+        return x.clone()
+    pattern = (12.9898 * torch.arange(1, x.numel() + 1, device=x.device) + number).sin().square()
+    scale = float(x.abs().double().mean()) if x.numel() else 0.0
+    return x + (1e-2 * (scale or 1.0) * pattern).to(x.dtype).reshape(x.shape)
+
+
+_compilations: Counter[Any] = Counter()
+"""By the code of a loss: for how many functions that share it something has been compiled."""
+
+
+def _owner(loss: Any) -> Any:
+    """What lives as long as the loss: a method is made anew whenever it is asked for, its object is not."""
+    return loss.__self__ if isinstance(loss, MethodType) else loss
+
+
+def _warn_of_new_functions(loss: Any) -> None:
+    code = getattr(loss, "__code__", None)
+    if code is not None and not _functions[_owner(loss)]:
+        _compilations[code] += 1
+        if _compilations[code] == 3:
+            warnings.warn(
+                f"compile=True: {loss.__qualname__} is a new function at every call and is compiled every time; define "
+                "the loss once, outside, and pass it what it reads through its arguments",
+                CompileWarning,
+                stacklevel=2,
+            )
+
+
+def _warn(error: Exception) -> None:
+    reason = " ".join(str(error).split())[:200]
+    warnings.warn(
+        f"compile=True has no effect: a step could not be compiled ({type(error).__name__}: {reason}); "
+        "the solve runs without",
+        CompileWarning,
+        stacklevel=2,
+    )

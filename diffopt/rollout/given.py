@@ -1,0 +1,172 @@
+"""What :func:`diffopt.solve` is given, checked before anything runs and again after."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.errors import (
+    BatchesError,
+    DeviceError,
+    EstimatorError,
+    GradModeError,
+    InPlaceError,
+    LeafError,
+    StepsError,
+)
+from diffopt.tensors import derivatives, hints, transforms, tree
+from diffopt.tensors.plain_numbers import plain
+
+MOST_STEPS = 2**31 - 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of inner parameters: there is no arithmetic in the others."""
+
+
+def checked_steps(steps: Any) -> int:
+    """The number of steps; what is not one is refused."""
+    steps = plain(steps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_STEPS:
+        hint = "; write int(steps)" if isinstance(steps, float | Tensor) else ""
+        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0 (and below 2**31){hint}")
+    return steps
+
+
+def check_estimator(estimator: Any) -> None:
+    """Refuse what is not an estimator."""
+    if not isinstance(estimator, Estimator):
+        called = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
+        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{called}")
+
+
+def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
+    """The leaves of the parameters, each one that can be optimised."""
+    if isinstance(params, torch.nn.Module):
+        raise LeafError(
+            f"params is the module {type(params).__name__}, expected a tree of tensors: pass "
+            "dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
+        )
+    leaves, structure = tree.flatten(params)
+    if not leaves:
+        raise LeafError("params is an empty tree, expected at least one floating tensor")
+    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+        if not _is_dense_floating(leaf):
+            fix = hints.for_params(leaf)
+            raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor{fix}")
+        if leaf.is_nested:
+            raise LeafError(f"params{path} is a nested tensor, expected a dense floating one; pass a list of tensors")
+        if leaf.dtype not in DTYPES:
+            raise LeafError(
+                f"params{path} is {tree.describe(leaf)}, expected a dtype that can be calculated with: convert it with "
+                ".to(torch.float32)"
+            )
+        if leaf.is_inference():
+            raise GradModeError(
+                f"params{path} was made in torch.inference_mode, expected a tensor that can be differentiated: clone() "
+                f"it, or make it under torch.no_grad(){hints.in_inference_mode()}"
+            )
+        if leaf.numel() == 0:
+            raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty, expected at least one number")
+        if leaf.device != leaves[0].device:
+            raise DeviceError(
+                f"params{path} is on {leaf.device}, expected {leaves[0].device} as the first leaf: move it"
+            )
+        if leaf.device.type == "meta":
+            raise DeviceError(f"params{path} is on meta, expected a device that holds numbers: to_empty() and fill it")
+    return leaves, structure
+
+
+def is_initialised(leaf: Any) -> bool:
+    """Whether it is a tensor with a shape, which a lazy module's parameters have not at first."""
+    return isinstance(leaf, Tensor) and not torch.nn.parameter.is_lazy(leaf)
+
+
+def refuse_uninitialised(name: str, value: Any) -> None:
+    """Refuse what a lazy module holds before its first call."""
+    leaves, structure = tree.flatten(value)
+    if any(isinstance(leaf, Tensor) and not is_initialised(leaf) for leaf in leaves):
+        for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+            if isinstance(leaf, Tensor) and not is_initialised(leaf):
+                fix = hints.for_params(leaf)
+                raise LeafError(f"{name}{path} is {tree.describe(leaf)}, expected a tensor with a shape{fix}")
+
+
+def _is_dense_floating(leaf: Any) -> bool:
+    return is_initialised(leaf) and leaf.is_floating_point() and leaf.layout == torch.strided
+
+
+def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
+    """Refuse frozen parameters of a module among others: ``torch.optim`` leaves them alone, ``solve`` would not."""
+    parameters = [isinstance(leaf, torch.nn.Parameter) for leaf in leaves]
+    if any(own and leaf.requires_grad for own, leaf in zip(parameters, leaves, strict=True)):
+        for path, own, leaf in zip(tree.paths(structure), parameters, leaves, strict=True):
+            if own and not leaf.requires_grad:
+                raise LeafError(
+                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected "
+                    "what is to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it "
+                    "to train it from a constant start"
+                )
+
+
+def check_batches(batches: Any, steps: int) -> None:
+    """Refuse batches that do not have one entry per step, or may have been meant as a list of one batch per step.
+
+    # NOTE [a list of batches]
+    ``[(x1, y1), (x2, y2)]`` is a tree as well, and if the size of a batch is the number of steps nothing shows that its
+    tensors do not run over steps. So what looks like one batch per step is refused, whatever the sizes: ``steps``
+    entries that are trees of one form, or, in a list, tensors of one shape. A tuple of tensors, such as ``(xs, ys)``,
+    is how stacked data is written, and stays that. Trees of one form whose tensors differ in shape, in a tuple, are no
+    batches, which have one shape: ``((x_train, y_train), (x_test, y_test))``.
+    """
+    leaves, structure = tree.flatten(batches)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        fix = hints.for_batches(batches, steps)
+        raise BatchesError(
+            f"batches is {tree.describe(batches)}, expected a tree of tensors with {steps} entries each{fix}"
+        )
+    for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+        if not is_initialised(leaf) or leaf.ndim == 0 or len(leaf) != steps:
+            raise BatchesError(
+                f"batches{path} is {tree.describe(leaf)}, expected a tensor whose first axis has length "
+                f"steps = {steps}, one entry per inner step{hints.for_batches(batches, steps)}"
+            )
+    if _is_one_batch_per_step(batches, steps):
+        raise BatchesError(
+            f"batches is a {type(batches).__name__} of {steps} alike, perhaps one batch for each step, expected a tree "
+            f"of tensors that run over steps. Batches: {hints.stacked(batches, steps)}. Tensors that run over steps: "
+            "put them into a tuple or a dict"
+        )
+
+
+def _is_one_batch_per_step(batches: Any, steps: int) -> bool:
+    """See NOTE [a list of batches]."""
+    if type(batches) not in (list, tuple, deque) or len(batches) != steps:
+        return False
+    flat = [tree.flatten(entry) for entry in batches]
+    if any(structure != flat[0][1] for _, structure in flat):
+        return False
+    shapes = [[x.shape for x in leaves] for leaves, _ in flat]
+    alike, listed = shapes.count(shapes[0]) == steps, not isinstance(batches, tuple)
+    return listed and alike and steps > 1 if isinstance(batches[0], Tensor) else listed or alike
+
+
+def run(rule: Estimator, problem: Problem) -> Outcome:
+    """Run a rule on a problem; where checks are on, refuse a loss that has changed in place what it was given."""
+    params = problem.state[: problem.dynamics.params_count]
+    given = (*params, *problem.extras) if problem.check else ()
+    before = [transforms.version(x) for x in given]
+    with derivatives.named_in_place_changes():
+        outcome = rule.run(problem)
+    after = [transforms.version(x) for x in given]
+    if after != before:
+        names = [name for part in problem.dynamics.names() for name in part]
+        changed = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
+        raise InPlaceError(
+            f"the inner loss (or the optimizer) has changed {changed} in place, expected it to stay as it was: write "
+            "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"
+        )
+    return outcome

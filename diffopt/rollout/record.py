@@ -1,0 +1,175 @@
+"""What a rollout keeps, counts and watches for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import HyperparameterError
+from diffopt.rollout.hidden_state import hidden_state_error
+from diffopt.rollout.step_graph import Block
+from diffopt.tensors import derivatives, random_state
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import make_plain
+
+Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
+
+
+@final
+@dataclass(frozen=True)
+class Keep:
+    """What a rule will revisit: the steps ``first, ..., T``, and how they are kept.
+
+    Attributes:
+        first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
+        checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
+            near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
+        gradients: keep also the inner gradient of every step whose state is kept.
+        offload: keep states in the CPU's memory (pinned, so that they are copied beside the computation).
+    """
+
+    first: int
+    checkpoint: Checkpoint = 1
+    gradients: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a rule asks for."""
+        check_checkpoint(self)
+
+
+def check_checkpoint(options: Any) -> None:
+    """Refuse options of storage that are none of the allowed ones, in a dataclass that is being made."""
+    make_plain(options)
+    rule, checkpoint, offload = type(options).__name__, options.checkpoint, options.offload
+    is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
+    if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
+        raise HyperparameterError(
+            f"{rule}: checkpoint is {checkpoint!r}, expected None, 'graph', 'sqrt' or an integer >= 1"
+        )
+    if not isinstance(offload, bool):
+        raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
+    if offload and checkpoint == "graph":
+        raise HyperparameterError(
+            f"{rule}: offload=True with checkpoint='graph', expected one that stores states: 1, k or 'sqrt'"
+        )
+
+
+@final
+@dataclass
+class Counts:
+    """What one solve has computed so far, per task; the backward pass adds to it.
+
+    Attributes:
+        gradients: evaluations of the inner gradient.
+        products: curvature products, of which one gives ``H_t u`` and ``M_t' u`` together.
+        depth: how many batches of curvature products had to wait for one another.
+    """
+
+    gradients: int = 0
+    products: int = 0
+    depth: int = 0
+
+    def add_products(self, count: int) -> None:
+        """One batch of curvature products."""
+        self.products += count
+        self.depth += 1
+
+
+@final
+@dataclass
+class Record:
+    """What one rollout kept. The first backward pass takes it apart; a later one rolls out again.
+
+    Attributes:
+        states: stored states ``s_t`` by ``t``.
+        block: the retained graph of all steps that are kept, if graphs are.
+        draws: the generators' states before each step that drew random numbers.
+        losses: the inner losses ``[..., T]``, to which a replay is compared.
+        wanted: the extras that the graph can be pulled back to.
+        gradients: stored inner gradients ``g_t`` by ``t``.
+        counts: what has been computed so far.
+        diagnostics: what the rule reports of its own quality.
+        autocast: its state during the rollout.
+        hidden_state: names of tensors by which the loss differs from one evaluation to the next; empty: none.
+        first: the earliest step that was kept; ``None``: nothing was.
+        checkpoint: how steps were kept, once chosen; ``None``: none was.
+        states_stored: how many states were stored in the rollout.
+        bytes_stored: their bytes, or an estimate of the graph's bytes from its first step.
+    """
+
+    wanted: tuple[int, ...] = ()
+    states: dict[int, Leaves] = field(default_factory=dict)
+    block: Block | None = None
+    draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
+    losses: Tensor | None = None
+    gradients: dict[int, Leaves] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    autocast: derivatives.Autocast | None = None
+    hidden_state: str = ""
+    first: int | None = None
+    checkpoint: Checkpoint = None
+    states_stored: int = 0
+    bytes_stored: int = 0
+    usable: bool = False
+
+    def store(self, step: int, state: Leaves, *, offload: bool) -> None:
+        """Keep ``s_step``, on its device or in the CPU's memory."""
+        self.states[step] = state.map(_on_cpu) if offload else state
+        self.states_stored += 1
+        self.bytes_stored += sum(leaf.nbytes for leaf in state)
+
+    def take_state(self, step: int, device: torch.device) -> Leaves:
+        """Hand out ``s_step`` on ``device``, and let go of it."""
+        state = self.state(step, device)
+        del self.states[step]
+        return state
+
+    def state(self, step: int, device: torch.device) -> Leaves:
+        """The stored ``s_step`` on ``device``."""
+        return self.states[step].map(lambda leaf: leaf.to(device, non_blocking=True))
+
+    @contextmanager
+    def replay(self, step: int | None, device: torch.device) -> Iterator[None]:
+        """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast.
+
+        Raises:
+            HiddenStateError: it would give another number.
+        """
+        if self.hidden_state:
+            raise hidden_state_error(self.hidden_state)
+        autocast = nullcontext() if self.autocast is None else self.autocast.entered()
+        with autocast, random_state.replayed(None if step is None else self.draws.get(step), device):
+            yield
+
+
+@final
+@dataclass(frozen=True)
+class Watch:
+    """Which checks a rollout makes.
+
+    Attributes:
+        values: refuse losses and states that are not finite, and a loss that does not depend on params.
+        captures: refuse captured tensors that require grad.
+        levels: refuse captured tensors of these ``torch.func`` transforms.
+        hooks: see that a loss that recomputes parts of itself reads the same tensors again.
+    """
+
+    values: bool = False
+    captures: bool = False
+    levels: range = range(0)
+    hooks: bool = False
+
+
+def _on_cpu(leaf: Tensor) -> Tensor:
+    if leaf.device.type == "cpu":
+        return leaf
+    # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
+    held = torch.empty_like(leaf, device="cpu", pin_memory=leaf.device.type == "cuda")
+    return held.copy_(leaf, non_blocking=True)

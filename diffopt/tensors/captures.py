@@ -1,0 +1,179 @@
+"""The tensors that a function holds besides its arguments, by the names a reader of its code would give them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffopt.tensors import hints
+from diffopt.tensors.tree import describe
+
+_DEPTH = 5
+"""How many objects inside one another are looked into."""
+
+
+def named_tensors(function: object) -> dict[str, Tensor]:
+    """Every tensor that can be reached from a function through closures, globals, defaults, attributes and modules."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    pending: list[tuple[str, Any, int]] = [("", function, 0)]
+    while pending:
+        name, value, depth = pending.pop(0)
+        if id(value) in seen or depth > _DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[name or "tensor"] = value
+        else:
+            deeper = depth + (not isinstance(value, torch.nn.Module))  # modules within modules are one object
+            pending += ((inner, held, deeper) for inner, held in _held(name, value))
+    return found
+
+
+def tensors_of(functions: Iterable[object]) -> list[Tensor]:
+    """The same tensors of several functions without their names, which are most of the work."""
+    return _found(functions)[0]
+
+
+def modules_of(functions: Iterable[object]) -> list[torch.nn.Module]:
+    """The modules that can be reached from functions in the same way, those inside others included."""
+    return _found(functions)[1]
+
+
+def _found(functions: Iterable[object]) -> tuple[list[Tensor], list[torch.nn.Module]]:
+    tensors: list[Tensor] = []
+    modules: list[torch.nn.Module] = []
+    seen: set[int] = set()
+    pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
+    while pending:
+        value, depth = pending.pop()
+        if type(value) in _HOLD_NOTHING or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, torch.nn.Module):
+            modules.append(value)
+            pending += ((held, depth) for _, held in _held_by_module("", value))
+        elif depth < _DEPTH:
+            pending += ((held, depth + 1) for _, held in _held("", value))
+    return tensors, modules
+
+
+_HOLD_NOTHING = {type(None), bool, int, float, str, type, types.ModuleType, types.BuiltinFunctionType}
+
+
+@final
+@dataclass(frozen=True)
+class Given:
+    """What a function was given that is no tensor to a tree, by the names that a caller would use."""
+
+    values: dict[str, Any]
+
+
+def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, by name."""
+    dot = f"{name}." if name else ""
+    if isinstance(value, Given):
+        yield from value.values.items()
+        return
+    if isinstance(value, torch.nn.Module):
+        yield from _held_by_module(dot, value)
+    elif isinstance(value, types.FunctionType):
+        if not (value.__module__ or "").startswith("torch."):
+            yield from _held_by_function(value)
+    elif isinstance(value, types.MethodType):
+        yield from ((name or "self", value.__self__), (name, value.__func__))
+    elif isinstance(value, functools.partial):
+        yield (name, value.func)
+        yield from enumerate_named(name, value.args)
+        yield from value.keywords.items()
+    elif isinstance(value, Mapping):
+        yield from ((f"{name}[{key!r}]", held) for key, held in value.items())
+    elif isinstance(value, list | tuple):
+        yield from enumerate_named(name, value)
+    elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        yield from ((dot + key, held) for key, held in getattr(value, "__dict__", {}).items())
+        for key in (key for kind in type(value).__mro__ for key in _slots(kind)):
+            with suppress(AttributeError):  # a slot that has not been filled
+                yield dot + key, object.__getattribute__(value, key)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _held_by_module(dot: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for own in (module._parameters, module._buffers, module._modules):
+        yield from ((dot + key, held) for key, held in own.items() if held is not None)
+    if not type(module).__module__.startswith("torch."):  # torch's own keep all of their tensors in these
+        yield from ((dot + key, held) for key, held in module.__dict__.items() if isinstance(held, Tensor))
+
+
+def enumerate_named(name: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a sequence, each under its place."""
+    return ((f"{name}[{i}]", held) for i, held in enumerate(values))
+
+
+def _held_by_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a variable that has not been set yet
+            yield name, cell.cell_contents
+    for name in _global_names(function.__code__):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+    if function.__defaults__:
+        yield from enumerate_named("default", function.__defaults__)
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The names of globals and attributes that some code mentions, that of functions inside it included."""
+    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return (*code.co_names, *(name for names in inner for name in names))
+
+
+def mend_for(nodes: Sequence[Any], functions: Sequence[object] = ()) -> str:
+    """What to do about captured tensors at these nodes of a graph; a parameter may be a module's, called as it is.
+
+    One that was given, inside an object whose contents a tree does not show, is at hand already.
+    """
+    for given in (function for function in functions if isinstance(function, Given)):
+        for name, value in given.values.items():
+            if any(_is_at(x, node) for x in named_tensors(value).values() for node in nodes):
+                return f"`{name}` is {hints.for_arguments(value)}"
+        for name, value in given.values.items():
+            if isinstance(value, Iterator):
+                return f"It may come from `{name}`, {hints.for_arguments(value)}"
+    if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
+        return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
+    return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
+
+
+def _is_at(tensor: Tensor, node: Any) -> bool:
+    leaf = getattr(node, "variable", None)
+    return tensor is leaf or (leaf is None and tensor.grad_fn is node)
+
+
+def names_of(nodes: Iterable[Any], functions: Sequence[object]) -> str:
+    """What to call the tensors at these nodes of a graph: the names under which ``functions`` hold them."""
+    held = {name: x for function in functions for name, x in named_tensors(function).items()}
+    shown = []
+    for node in nodes:
+        leaf = getattr(node, "variable", None)
+        name = next((name for name, x in held.items() if _is_at(x, node)), None)
+        if name is not None and len(name) <= 60:
+            shown.append(f"`{name}`")
+        elif leaf is not None:
+            shown.append(describe(leaf))
+    shown = sorted(dict.fromkeys(shown))
+    return ", ".join([*shown[:2], "..."] if len(shown) > 2 else shown) or "a tensor"

@@ -1,0 +1,202 @@
+"""Derivatives of one step, each in the one form that is right for every layer.
+
+# NOTE [the one form of second derivative]
+Second derivatives are taken by ``torch.autograd.grad`` twice, over a forward pass that is vmapped when tasks are
+stacked. The other forms each fail somewhere: vmap over a vjp of a gradient raises for norm layers, a gradient of a
+jvp is silently wrong for them, and vmap over ``torch.func.grad`` differentiated from outside is silently wrong for
+affine batch norm. So functorch is used here for one thing only: to batch a *forward* pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from diffopt.errors import DiffoptError
+from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors.torch_errors import (
+    changed_in_place,
+    is_in_place,
+    is_missing_derivative,
+    missing_derivative,
+    vmap_error,
+)
+
+
+class Autocast:
+    """The state of autocast at one place, to be entered again at another."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Take the present state."""
+        self._device = device.type
+        self._enabled = torch.is_autocast_enabled(self._device)
+        self._dtype = torch.get_autocast_dtype(self._device)
+
+    @property
+    def eps(self) -> float:
+        """The precision that it lowers a computation to; 0: it does not."""
+        return torch.finfo(self._dtype).eps if self._enabled else 0.0
+
+    def entered(self) -> torch.autocast:
+        """A context in which autocast is as it was."""
+        return torch.autocast(self._device, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
+
+
+@contextmanager
+def named_in_place_changes() -> Iterator[None]:
+    """Say what is wrong where a loss or an update changes its inputs in place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DiffoptError) or not is_in_place(error):
+            raise
+        raise changed_in_place() from error
+
+
+class Graph:
+    """A recorded graph between some inputs and outputs, held by its edges only.
+
+    No tensor is kept alive except what the graph saved for itself.
+    """
+
+    __slots__ = ("_inputs", "_outputs")
+
+    def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Hold the edges of the inputs, made by :func:`make_roots`, and of each output that depends on one of them."""
+        self._inputs = [get_gradient_edge(root) for root in inputs]
+        self._outputs = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
+
+    @staticmethod
+    def record(
+        function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]], inputs: Sequence[Tensor], *, check: bool = False
+    ) -> Graph:
+        """The graph of ``function``, evaluated on fresh aliases of ``inputs``.
+
+        ``check`` looks for operations whose derivative was declared missing, which autograd would pass over silently.
+        """
+        with torch.enable_grad():
+            roots = make_roots(inputs)
+            outputs = function(roots)
+            if check:
+                autograd_graph.refuse_broken_graph(autograd_graph.nodes(out.grad_fn for out in outputs))
+            return Graph(roots, outputs)
+
+    def nodes(self) -> list[Any]:
+        """The graph's last nodes."""
+        return [edge.node for edge in self._outputs if edge is not None]
+
+    def pullback(
+        self, cotangents: Sequence[Tensor | None], wanted: Sequence[int], *, retain: bool = False
+    ) -> list[Tensor | None]:
+        """The vector-Jacobian product for the inputs numbered ``wanted``; ``None`` where nothing depends on one.
+
+        A cotangent that is ``None`` is zero.
+        """
+        pairs = [
+            (edge, c) for edge, c in zip(self._outputs, cotangents, strict=True) if edge is not None and c is not None
+        ]
+        if not pairs or not wanted:
+            return [None] * len(wanted)
+        edges, weights = zip(*pairs, strict=True)
+        inputs = [self._inputs[i] for i in wanted]
+        with named_missing_derivatives():
+            return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
+
+
+class _Roots(torch.autograd.Function):
+    """The identity, as a graph node that saves nothing: unlike a leaf, it does not keep its tensor alive."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *cotangents)
+
+
+def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Detached aliases of the tensors from which a new graph grows."""
+    if not tensors:
+        return ()
+    anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
+    return tuple(transforms.apply(_Roots, anchor, *(tensor.detach() for tensor in tensors)))
+
+
+def is_root(node: Any) -> bool:
+    """Whether a node of a graph was made by :func:`make_roots`."""
+    return bool(node.name() == "_RootsBackward")
+
+
+def join(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Aliases of the tensors that all stem from one node of the graph."""
+    return tuple(transforms.apply(_Roots, torch.empty(0, device=tensors[0].device), *tensors))
+
+
+def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
+    """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
+    if not output.requires_grad:
+        return (None,) * len(inputs)
+    with named_missing_derivatives():
+        total = output.sum() if output.ndim else output
+        return torch.autograd.grad(total, inputs, create_graph=differentiable, allow_unused=True)
+
+
+@contextmanager
+def named_missing_derivatives() -> Iterator[None]:
+    """Say what to do about an operation of which torch has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DiffoptError):
+            raise
+        if "escaped from inside a function being vmapped" in str(error):
+            raise cast("DiffoptError", vmap_error(error)) from error
+        if not is_missing_derivative(error):
+            raise
+        raise missing_derivative(str(error).partition("\n")[0]) from error
+
+
+def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors as they are, with zeros in place of ``None``."""
+    return tuple(torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True))
+
+
+def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, detached, with zeros in place of ``None``."""
+    return tuple(torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tensors, like, strict=True))
+
+
+def pullback(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The vector-Jacobian product of recorded outputs; ``None`` among them is a constant zero."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    if not pairs:
+        return or_zeros([None] * len(inputs), inputs)
+    with named_missing_derivatives():
+        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+    return or_zeros(found, inputs)
+
+
+def jvp(
+    function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Value and Jacobian-vector product, by differentiating the (linear) vector-Jacobian product once more."""
+    with torch.enable_grad():
+        roots = make_roots(inputs)
+        outputs = tuple(function(roots))
+        moving = [out for out in outputs if out.requires_grad]
+        weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
+        products = torch.autograd.grad(moving, roots, weights, create_graph=True, allow_unused=True)
+        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
+        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
+    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
+    return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)

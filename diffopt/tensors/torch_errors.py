@@ -1,0 +1,196 @@
+"""What torch refuses inside a loss, said in this library's words: which operation it is, and the mend for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import (
+    DeviceError,
+    DiffoptError,
+    GradModeError,
+    HiddenStateError,
+    InPlaceError,
+    LossError,
+    MissingDerivativeError,
+    RandomnessError,
+    VmapError,
+)
+from diffopt.tensors import hints
+
+# a part of the operation's name, or of torch's message -> what to do about it
+_SECOND_DERIVATIVES = {
+    "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
+    "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
+    "once_differentiable": "write the function's backward in differentiable operations",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint; or leave it out and use Reverse('sqrt'), "
+    "which stores less around the loss",
+    "aot_autograd": "call the module or function that was given to torch.compile (module._orig_mod), and say "
+    "compile=True to solve",
+    "with respect to argument 'weight'": "weigh the examples' losses instead: loss = cross_entropy(..., "
+    "reduction='none'), then (w[y] * loss).sum() / w[y].sum()",
+}
+_MISSING = (
+    "is not implemented",
+    "use_reentrant=True",
+    "aot_autograd does not",
+    "is not differentiable with respect to",
+)
+"""Parts of what torch says where a derivative is missing."""
+_OTHERWISE = "write it in elementary operations, or use FirstOrder() or ESJacobian(...)"
+_VMAP = {
+    "running_mean": "batch norm cannot keep running statistics there: track_running_stats=False, module.eval() or "
+    "GroupNorm",
+    "in-place": "write x = x + y for x += y",
+    "inplace": "write x = x + y for x += y",
+    ".item()": "keep the value a tensor",
+    "accessing `data`": "write x.detach() for x.data",
+    "data-dependent": "write torch.where for an if that asks a tensor",
+    "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
+    "Reverse('sqrt')",
+    "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
+    "dynamic shape": "write torch.where for an index by a mask",
+    "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
+    "is unsupported for Sparse": "pass it dense, or loop over the tasks",
+    "Batching rule not implemented": "write the operation in elementary ones, or loop over the tasks",
+    "vmap:": "write the operation in elementary ones, or loop over the tasks",
+}
+
+
+# parts of what torch says where a tensor that autograd or a transform looks after is written to
+_IN_PLACE = (
+    "leaf Variable",
+    "being modified inplace",
+    "been modified inplace",
+    "modified by an inplace operation",
+    "attempted to call in-place operation",
+    "functions with out=",
+    "out; the fallback path doesn't",  # mul.out, sum.IntList_out; torch says the same of views, such as _neg_view
+)
+
+
+def is_in_place(error: Exception) -> bool:
+    """Whether torch raised ``error`` because something was changed in place."""
+    return any(part in str(error) for part in _IN_PLACE)
+
+
+def changed_in_place() -> InPlaceError:
+    """The error for a loss or an update that changes what it was given."""
+    return InPlaceError(
+        "the inner loss or the optimizer's update (or code between solve and backward) changes a tensor it was given, "
+        "or one that its gradient needs, in place, expected functions without side effects: write x = x + y for x += "
+        "y, x.add(y) for x.add_(y); no out="
+    )
+
+
+def is_missing_derivative(error: Exception) -> bool:
+    """Whether torch raised ``error`` because an operation has no (second) derivative."""
+    return any(part in str(error).partition("\n")[0] for part in _MISSING)
+
+
+def missing_derivative(what: str) -> MissingDerivativeError:
+    """The error for an operation of which torch has no second derivative; ``what`` holds its name."""
+    mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
+    return MissingDerivativeError(
+        f"an operation in the inner loss has no second derivative, or none in what is to be learned ({what[:110]}), "
+        f"expected operations that can be differentiated twice: {mend}"
+    )
+
+
+def ended_iterator() -> HiddenStateError:
+    """The error for a loss that asks an ended iterator for more."""
+    return HiddenStateError(
+        "the inner loss asks an iterator for more (next(...)), and it has ended: evaluations move it on, and "
+        "estimators may compute a step again; expected a loss that reads its arguments only. Pass the data of all "
+        "steps in batches, stacked"
+    )
+
+
+def forward_mode_error(what: str = "an input of solve") -> MissingDerivativeError:
+    """The error for a solve that is differentiated in forward mode."""
+    return MissingDerivativeError(
+        f"{what} carries a tangent of forward-mode differentiation, expected none: no adjoint rule passes it "
+        "on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
+    )
+
+
+def name_of_broken(node: Any) -> str:
+    """What autograd says when it reaches this node, whose derivative was declared missing."""
+    for inputs in range(1, 9):  # a node says how many it takes by refusing any other number
+        with suppress(TypeError):
+            said = _said_by(node, inputs)
+            if said:
+                return said
+    return str(node.name()).rpartition("::")[2]
+
+
+def _said_by(node: Any, inputs: int) -> str:
+    try:
+        node(*[torch.zeros(())] * inputs)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def signature_error(
+    error: Exception, what: str, function: Callable[..., Any], count: int, expected: str
+) -> LossError | None:
+    """The error for a function that cannot take ``count`` arguments; ``None`` if it can."""
+    if not isinstance(error, TypeError):
+        return None
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that does not say what it takes
+        return None
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as mismatch:
+        return LossError(
+            f"{what} takes {str(signature)[:80]} and was given {count} arguments ({mismatch}), expected {expected}; "
+            "change its arguments"
+        )
+    return None
+
+
+def device_error(
+    error: Exception, device: torch.device, given: Mapping[str, Tensor], model: str = "params"
+) -> DeviceError | None:
+    """The error for a loss that was given tensors on other devices; ``None`` if that is not why it failed."""
+    elsewhere = [name for name, x in given.items() if x.device != device]
+    if not elsewhere or not any(word in str(error) for word in ("device", "meta")):
+        return None
+    name = elsewhere[0]
+    return DeviceError(f"{name} is on {given[name].device}, expected {device} as {model}; move it with .to()")
+
+
+def inference_error(
+    error: Exception, given: Mapping[str, Tensor], what: str = "the inner loss"
+) -> GradModeError | None:
+    """The error for a loss that autograd cannot record; ``None`` if what it was given is not why."""
+    made = [name for name, x in given.items() if x.is_inference()]
+    if not made or "nference tensor" not in str(error):
+        return None
+    return GradModeError(
+        f"{made[0]} was made in torch.inference_mode, and {what} needs it for its gradient, expected an "
+        f"ordinary tensor: clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}"
+    )
+
+
+def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError | None:
+    """The error for what ``torch.func.vmap`` refused in a loss; ``None`` if the error is of another kind."""
+    said = str(error)
+    if "randomness error mode" in said:
+        return RandomnessError(
+            f"{what} draws random numbers under vmap, which expected none: say randomness='different' (to vmap, or to "
+            "mean_over_tasks) for numbers of each task's own, or 'same'"
+        )
+    for part, mend in _VMAP.items():
+        if part in said:
+            first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]
+            return VmapError(f"{what} cannot run under vmap ({first} ...), expected code that can: {mend}")
+    return None

@@ -1,0 +1,269 @@
+"""What is done with ``torch.func``'s transforms: batching a forward pass, and running below the caller's transforms.
+
+The only caller of them. They are used for one thing: to batch a *forward* pass (see ``derivatives.py``, NOTE [the one
+form of second derivative]); and, where the caller runs under a transform that records, to differentiate once under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+_forward_ad: Any = torch.autograd.forward_ad
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
+
+
+def transforms_active() -> bool:
+    """Whether the caller runs inside a ``torch.func`` transform."""
+    return _functorch.maybe_current_level() is not None
+
+
+def transform_level() -> int:
+    """How many ``torch.func`` transforms are running around the caller."""
+    return _functorch.maybe_current_level() or 0
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether any tensor carries a tangent of plain forward-mode differentiation."""
+    return in_dual_level() and any(_forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def in_dual_level() -> bool:
+    """Whether the caller runs in plain forward-mode differentiation."""
+    return bool(_forward_ad._current_level >= 0) and not transforms_active()
+
+
+@contextmanager
+def tangents_seen() -> Iterator[None]:
+    """Let operations pass tangents on, which they do not inside a custom autograd function."""
+    with _forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_compile(function: Function) -> Function:
+    """``function``, which ``torch.compile`` breaks its graph at and runs as it is; nothing changes where none traces.
+
+    (``torch.compiler.disable`` at once would import the compiler, which takes seconds.)
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        disable: Any = torch.compiler.disable
+        return disable(function)(*args, **kwargs)
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast("Function", called)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, typed."""
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def innermost_vmap_size() -> int | None:
+    """The batch size of the innermost running transform if it is a ``vmap``, else ``None``."""
+    if not transforms_active():
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return None
+    return int(_functorch.CVmapInterpreterPtr(interpreter).batchSize())
+
+
+def vmap(
+    function: Callable[..., Any], dims: Sequence[Sequence[int | None]], sizes: Sequence[int], modes: Sequence[str]
+) -> Callable[..., Any]:
+    """``function`` of tensors, vmapped once per entry of ``dims``, the last entry outermost.
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        dims: for each vmap and each argument, 0 or ``None``.
+        sizes: for each vmap, its number of tasks.
+        modes: for each vmap, what it says of random numbers.
+    """
+    for in_dims, size, mode in zip(dims, sizes, modes, strict=True):
+        function = functools.partial(_vmapped, function, tuple(in_dims), size, mode)
+    return function
+
+
+def _vmapped(function: Callable[..., Any], dims: tuple[int | None, ...], size: int, mode: str, *tensors: Tensor) -> Any:
+    """``torch.func.vmap`` without its pytrees, which cost as much as a small loss."""
+    _load_decompositions()
+    level = _functorch._vmap_increment_nesting(size, mode)
+    try:
+        pairs = zip(tensors, dims, strict=True)
+        outputs = function(*(x if dim is None else _functorch._add_batch_dim(x, dim, level) for x, dim in pairs))
+        if isinstance(outputs, Tensor):
+            return _functorch._remove_batch_dim(outputs, level, size, 0)
+        return tuple(_functorch._remove_batch_dim(output, level, size, 0) for output in outputs)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Let torch register what it registers before its own first vmap."""
+    torch.func.vmap(lambda x: x)(torch.zeros(1))
+
+
+def functional_gradient(
+    function: Callable[..., Tensor], params: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The gradient of the sum of a function's values, and the values; differentiable under any transform."""
+
+    def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        values = function(*leaves)
+        return values.sum(), values
+
+    gradients, values = torch.func.grad(total, has_aux=True)(params)
+    return tuple(gradients), values
+
+
+class _BelowVmap(torch.autograd.Function):
+    """Runs a plain function one vmap lower; never applied elsewhere."""
+
+    @staticmethod
+    def forward(function: Any, *tensors: Tensor) -> Any:
+        raise AssertionError("only reached under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        function, _, *tensors = args
+        outputs = function(info, in_dims[2:], tensors)
+        shared = all(dim is None for dim in in_dims[2:])
+        return outputs, (None if shared else 0,) * len(outputs)
+
+
+def grads_batched() -> int:
+    """How many of torch's old vmaps are running, of which ``autograd.grad(is_grads_batched=True)`` makes one."""
+    level = int(torch._C._vmapmode_increment_nesting())  # type: ignore[attr-defined, unused-ignore]
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined, unused-ignore]
+    return level - 1
+
+
+def over_batched_grads(
+    function: Callable[..., tuple[Tensor, ...]], cotangents: Sequence[Tensor], level: int
+) -> tuple[Tensor, ...]:
+    """``function(*cotangents)`` of cotangents that the old vmap number ``level`` has batched, by the new one."""
+    old: Any = torch
+    rows = [old._remove_batch_dim(c, level, 1, 0) for c in cotangents]
+    size = max(len(row) for row in rows)
+    stacked = [row if len(row) == size else row.expand(size, *row.shape[1:]) for row in rows]
+    for _ in range(level):  # the old vmap, which allows no random numbers, has no part in what follows
+        torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined, unused-ignore]
+    try:
+        results = torch.func.vmap(function, randomness="different")(*stacked)
+    finally:
+        for _ in range(level):
+            torch._C._vmapmode_increment_nesting()  # type: ignore[attr-defined, unused-ignore]
+    return tuple(old._add_batch_dim(result, 0, level) for result in results)
+
+
+def batched_in_innermost(tensors: Sequence[Tensor]) -> bool:
+    """Whether the innermost running transform batches any of these tensors."""
+    level = transform_level()
+    return any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors)
+
+
+def below_vmap(
+    function: Callable[[Any, tuple[int | None, ...], Sequence[Tensor]], tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    size: int,
+) -> tuple[Tensor, ...]:
+    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap, of ``size`` tasks.
+
+    Its outputs are batched along axis 0 if any tensor is, else shared. Unlike what a custom autograd function computes,
+    they are recorded by whatever records there.
+    """
+    ticket = _functorch._add_batch_dim(torch.empty(size), 0, transform_level())
+    return tuple(apply(_BelowVmap, function, ticket, *tensors))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under all wrappers of ``torch.func``, to look at its values."""
+    return _unwrapped(tensor).detach()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a ``torch.func`` transform."""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def storage(tensor: Tensor) -> int:
+    """The address of the numbers of a tensor, under all wrappers of ``torch.func``; 0 if there are none."""
+    try:
+        return _unwrapped(tensor).untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a sparse tensor, a zero of forward mode, a subclass that holds others
+        return 0
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
+    inner = _unwrapped(tensor)
+    return -1 if inner.is_inference() else inner._version
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+class WrappedTensorError(Exception):
+    """A function has read a tensor that a transform it was taken out of had wrapped."""
+
+
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``, which returns tensors, and look whether a tensor wrapped at one of ``levels`` enters them.
+
+    # NOTE [captured tensors under transforms]
+    A loss runs below the transforms that its caller runs in: what it is given as an argument has been unwrapped, what
+    it captured by closure has not. Such a tensor would get no hypergradient, or be matched with the wrong batch axis,
+    without any error. So the function runs under as many empty vmaps as there are transforms to watch. No tensor of
+    its own can then carry their level numbers, but whatever is computed from a captured batched tensor does, and one
+    wrapped for differentiation is an internal error of torch's under a vmap.
+
+    Raises:
+        WrappedTensorError: one does.
+    """
+    if not levels:
+        return function(*arguments)
+    depth = 0
+    try:
+        for _ in levels:
+            _functorch._vmap_increment_nesting(1, "same")
+            depth += 1
+        outputs = function(*arguments)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" not in str(error):
+            raise
+        raise WrappedTensorError from error
+    finally:
+        for _ in range(depth):
+            _functorch._vmap_decrement_nesting()
+    if any(_functorch.maybe_get_level(tensor) in levels for tensor in _tensors(outputs)):
+        raise WrappedTensorError
+    return outputs
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    else:
+        for output in outputs:
+            yield from _tensors(output)
