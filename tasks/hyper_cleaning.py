@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-import diffopt
+from diffopt.solve import solve
 from diffopt.adjoint.estimator import Estimator
 from diffopt.tasks.data import check_size
 from diffopt.tasks.errors import ProblemError

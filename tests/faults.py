@@ -58,16 +58,21 @@ FAULTS = [
         "first=trajectory.steps - self.steps + 1",
         "first=max(1, trajectory.steps - self.steps)",
     ),
-    Fault("the sign of weight decay is wrong", "diffopt/optimizers.py", "grads + weight_decay", "grads - weight_decay"),
+    Fault(
+        "the sign of weight decay is wrong",
+        "diffopt/optimizers/checks.py",
+        "grads + weight_decay",
+        "grads - weight_decay",
+    ),
     Fault(
         "the first momentum step is dampened",
-        "diffopt/optimizers.py",
+        "diffopt/optimizers/sgd.py",
         "direction if is_zero(self.dampening) or step == 1",
         "direction if is_zero(self.dampening)",
     ),
     Fault(
         "Adam's bias correction is one step behind",
-        "diffopt/optimizers.py",
+        "diffopt/optimizers/adam.py",
         "mean / (1 - beta1**step)",
         "mean / (1 - beta1 ** (step + 1))",
     ),
@@ -250,39 +255,39 @@ FAULTS = [
         "slope = (high - low) / self.radius",
     ),
     *(
-        Fault(f"lifting: {what}", f"diffopt/{file}.py", old, new, "from_torch")
+        Fault(f"lifting: {what}", f"diffopt/lifting/{file}.py", old, new, "from_torch")
         for what, file, old, new in [
-            ("no_grad in a step cuts", "pure", 'if name == "_set_grad_enabled"', 'if name == "never"'),
+            ("no_grad in a step cuts", "cells", 'if name == "_set_grad_enabled"', 'if name == "never"'),
             (
                 "a root's slope at zero is infinite",
-                "lift_operations",
+                "operations",
                 '"sqrt": root',
                 '"sqrt": torch.sqrt',
             ),
-            ("a learned zero is left out", "pure", 'return question == "ne"', 'return question == "eq"'),
-            ("a changed view goes unnoticed", "pure", "if any(source is not target and", "if any(False and"),
-            ("an old view goes unnoticed", "pure", "if source.value is not seen and", "if False and"),
-            ("a number loses its derivative", "pure", "value.double() if", "value.detach().double() if"),
+            ("a learned zero is left out", "cells", 'return question == "ne"', 'return question == "eq"'),
+            ("a changed view goes unnoticed", "cells", "if any(source is not target and", "if any(False and"),
+            ("an old view goes unnoticed", "cells", "if source.value is not seen and", "if False and"),
+            ("a number loses its derivative", "cells", "value.double() if", "value.detach().double() if"),
             (
                 "an option's derivative is lost in alpha",
-                "lift_operations",
+                "operations",
                 "else input + alpha * other",
                 "else input + alpha.detach() * other",
             ),
-            ("tasks take the first one's branch", "pure", "!= bool(plain.any())", "!= bool(plain.all())"),
+            ("tasks take the first one's branch", "cells", "!= bool(plain.any())", "!= bool(plain.all())"),
             ("all leaves get the first one's option", "torch_rule", "learned_cell(x, part[0])", "learned_cell(x, 0)"),
             (
                 "the count of steps is one ahead",
-                "lift_memory",
+                "buffers",
                 "value = _expected(memory, step - 1)",
                 "value = _expected(memory, step)",
             ),
             ("state is given back at the first step too", "torch_rule", "if step > 1:", "if step > 0:"),
             ("a changed attribute goes unnoticed", "torch_rule", "before.get(name) != after.get(name)", "False"),
-            ("values are not compared", "lift_check", "if not error <= allowed:", "if error > 9:"),
-            ("dead coordinates are not looked at", "lift_check", "for dead in (False, True)", "for dead in (False,)"),
-            ("derivatives are not compared", "lift_check", "if abs(got - expected) <=", "if 0 <="),
-            ("batches are not compared", "lift_check", "if not error <= 1e-6", "if error > 9"),
+            ("values are not compared", "verification", "if not error <= allowed:", "if error > 9:"),
+            ("dead coordinates are not looked at", "verification", "for dead in (False, True)", "for dead in (False,)"),
+            ("derivatives are not compared", "verification", "if abs(got - expected) <=", "if 0 <="),
+            ("batches are not compared", "verification", "if not error <= 1e-6", "if error > 9"),
         ]
     ),
     Fault(
@@ -370,8 +375,8 @@ FAULTS = [
     Fault(
         "compiled pullbacks leave the curvature out",
         "diffopt/rollout/compiled.py",
-        "autodiff.filled(found, params), current",
-        "autodiff.or_zeros(found, params), current",
+        "derivatives.filled(found, params), current",
+        "derivatives.or_zeros(found, params), current",
         "compiled",
     ),
     Fault(
@@ -412,7 +417,7 @@ FAULTS = [
     Fault(
         "chunks of tasks draw their own numbers where all should draw the same",
         "diffopt/rollout/task_chunks.py",
-        'randomness.snapshot(device) if call.randomness == "same" else None',
+        'random_state.snapshot(device) if call.randomness == "same" else None',
         "None",
         "over_tasks",
     ),

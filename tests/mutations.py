@@ -64,8 +64,9 @@ def survives(fault: Fault, copy: Path) -> bool:
     if text.count(fault.old) != 1:
         raise SystemExit(f"{fault.what}: its line stands {text.count(fault.old)} times in {fault.file}, expected once")
     file.write_text(text.replace(fault.old, fault.new))
-    nearest = fault.tests or Path(fault.file).with_suffix("").parts[1]  # the likeliest to notice go first
-    tests = [f"tests/test_{name}.py" for name in sorted(NAMES, key=lambda name: not name.startswith(nearest))]
+    nearest = fault.tests or Path(fault.file).stem  # the likeliest to notice go first
+    names = sorted(NAMES, key=lambda name: not name.startswith(nearest))
+    tests = [str(path) for name in names for path in sorted((copy / "tests").rglob(f"test_{name}.py"))]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)

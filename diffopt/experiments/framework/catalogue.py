@@ -28,6 +28,6 @@ def experiment(name: str) -> Experiment[Any]:
     """
     if name not in NAMES:
         raise ExperimentError(f"there is no experiment {name!r}; known: {', '.join(NAMES)}")
-    module = importlib.import_module(f"diffopt.commands.experiments.{name.replace('-', '_')}")
+    module = importlib.import_module(f"diffopt.experiments.{name.replace('-', '_')}")
     found: Experiment[Any] = module.EXPERIMENT
     return found

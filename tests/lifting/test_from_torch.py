@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from cases import OPTIMIZERS, OptimizerCase, hypergradient, small_network
-from lifting import CASES, NATIVE, REFUSED, SHAPES, as_tensor, by_case, classes, every_case, tensors, trained, wavy
+from every_way import Setting, TestEveryWay  # noqa: F401  # run here for the lifted rules, by the fixture below
+from lifted import CASES, NATIVE, REFUSED, SHAPES, as_tensor, by_case, classes, every_case, tensors, trained, wavy
 from oracles import relative_error
-from test_composition import Setting, TestEveryWay  # noqa: F401  # run here for the lifted rules, by the fixture below
 from torch import Tensor
 from torch.func import vmap
 

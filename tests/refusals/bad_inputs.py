@@ -1,4 +1,4 @@
-"""The list of bad inputs with the messages that answer them: ``python tests/bad_inputs.py``."""
+"""The list of bad inputs with the messages that answer them: ``python tests/refusals/bad_inputs.py``."""
 
 from __future__ import annotations
 

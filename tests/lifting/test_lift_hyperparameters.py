@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lifting import SHAPES, tensors, trained, wavy
+from lifted import SHAPES, tensors, trained, wavy
 from oracles import relative_error
 from torch.func import vmap
 

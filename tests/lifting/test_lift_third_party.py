@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lifting import SHAPES, Doing, tensors, trained, wavy
+from lifted import SHAPES, Doing, tensors, trained, wavy
 from oracles import relative_error
 
 import diffopt

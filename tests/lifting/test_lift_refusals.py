@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lifting import Doing
+from lifted import Doing
 from oracles import relative_error
 from torch import Tensor
 from torch.func import vmap

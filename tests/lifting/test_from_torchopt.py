@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lifting import SHAPES, tensors, wavy
+from lifted import SHAPES, tensors, wavy
 from oracles import relative_error
 from torch import Tensor
 from torch.func import grad, vmap

@@ -1,10 +1,9 @@
-"""Every way of composing ``solve`` with autograd and ``torch.func`` gives the numbers of a plain loop over tasks."""
+"""Every way of composing ``solve`` with autograd and ``torch.func``, each compared with a plain loop over tasks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPTIMIZERS
 from oracles import relative_error, unrolled
 from torch.func import grad, vmap
 
@@ -93,13 +92,6 @@ def flat(tree):
     return [*params, weights, *hypers.values()]
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS, ids=lambda case: case.name)
-def setting(request):
-    made = Setting(request.param)
-    made.rows = made.expected()
-    return made
-
-
 @pytest.mark.parametrize("rule", RULES, ids=str)
 class TestEveryWay:
     """Plain, transformed and mixed."""
@@ -155,64 +147,3 @@ class TestEveryWay:
         got = flat(vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)))(*args, hypers, setting.data, setting.query))
         for i in range(TASKS):
             assert relative_error([g[i] for g in got], setting.rows[i]) < ROUND_OFF
-
-
-MOMENTUM = OPTIMIZERS[1]
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_several_solves_in_one_outer_loss(rule):
-    setting = Setting(MOMENTUM)
-    rows = setting.expected()
-    leaves, meta = setting.leaves()
-    loss = setting.meta_loss(rule)
-    (loss(*meta, *setting.task(0)) * loss(*meta, *setting.task(1))).backward()
-    with torch.no_grad():
-        values = [float(loss(*meta, *setting.task(i))) for i in (0, 1)]
-    expected = [values[1] * a + values[0] * b for a, b in zip(rows[0], rows[1], strict=True)]
-    assert relative_error([x.grad for x in leaves], expected) < ROUND_OFF
-
-
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
-def test_batches_per_step_under_vmap(rule):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(STEPS, TASKS, 4, 2, generator=generator, dtype=torch.float64)  # tasks on axis 1
-    y = torch.randn(STEPS, 4, dtype=torch.float64, generator=generator)  # shared by the tasks
-    w = torch.randn(2, generator=generator, dtype=torch.float64)
-
-    def loss(w, batch):
-        return (torch.tanh(batch[0] @ w) - batch[1]).square().mean()
-
-    def run(w, x, y):
-        solution = diffopt.solve(
-            loss, w, optimizer=diffopt.SGD(0.3, momentum=0.5), steps=STEPS, batches=(x, y), estimator=rule
-        )
-        return solution.params.square().sum()
-
-    got = vmap(grad(run, argnums=(0, 1, 2)), in_dims=(None, 1, None))(w, x, y)
-    for i in range(TASKS):
-        leaves = [t.clone().requires_grad_() for t in (w, x[:, i], y)]
-        now, velocity = leaves[0], 0.0
-        for t in range(STEPS):
-            (g,) = torch.autograd.grad(loss(now, (leaves[1][t], leaves[2][t])), now, create_graph=True)
-            velocity = 0.5 * velocity + g
-            now = now - 0.3 * velocity
-        assert relative_error([g[i] for g in got], torch.autograd.grad(now.square().sum(), leaves)) < 1e-12
-
-
-def test_a_solve_shared_by_all_tasks_of_a_vmap_rolls_out_once():
-    w = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
-    q = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kept = []
-
-    def run(q):
-        solution = diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.1), steps=4, estimator=Reverse())
-        kept.append(solution)
-        return (q @ solution.params).square()
-
-    vmap(run)(q).sum().backward()
-    assert (kept[0].counts.gradients, kept[0].kept.checkpoint) == (4, "graph")
-    now = w
-    for _ in range(4):
-        now = now - 0.4 * now**3
-    assert relative_error([w.grad], torch.autograd.grad((q @ now).square().sum(), w)) < 1e-13
