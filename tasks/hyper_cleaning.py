@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-from diffopt.solve import solve
 from diffopt.adjoint.estimator import Estimator
+from diffopt.optimizers import SGD
+from diffopt.solve import solve
 from diffopt.tasks.data import check_size
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.images import resized
@@ -154,10 +155,8 @@ class HyperCleaning:
 
     def compare_loss(self, estimator: Estimator) -> Tensor:
         """The outer loss at ``self.logits`` after ``STEPS`` inner steps, for :func:`diffopt.compare`."""
-        optimizer = diffopt.SGD(lr=LR, momentum=MOMENTUM)
-        solution = diffopt.solve(
-            self.loss, self.start(), self.logits, optimizer=optimizer, steps=STEPS, estimator=estimator
-        )
+        optimizer = SGD(lr=LR, momentum=MOMENTUM)
+        solution = solve(self.loss, self.start(), self.logits, optimizer=optimizer, steps=STEPS, estimator=estimator)
         return self.outer_loss(solution.params)
 
     def accuracy(self, params: Params) -> float:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, TypeAlias, final
 
@@ -26,8 +26,8 @@ Operand: TypeAlias = "Leaves | float | Tensor"
 
 
 @final
-class Leaves(Sequence[Tensor]):
-    """An immutable list of tensors with elementwise arithmetic.
+class Leaves(tuple[Tensor, ...]):
+    """A tuple of tensors with elementwise arithmetic.
 
     The other operand is a number (the same for every leaf), also one held in a tensor without axes, or another
     ``Leaves`` of equal length whose tensors broadcast against these. Nothing is done in place, and every operation is
@@ -40,24 +40,19 @@ class Leaves(Sequence[Tensor]):
         (tensor([-1., -3.]), tensor(-5.))
     """
 
-    __slots__ = ("tensors",)
+    __slots__ = ()
     __array_ufunc__ = None  # so that numpy's numbers leave the arithmetic to this class
+    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors have no one answer to ==
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Wrap the tensors; none is copied."""
-        self.tensors: tuple[Tensor, ...] = tuple(tensors)
-
-    def __len__(self) -> int:
-        """The number of leaves."""
-        return len(self.tensors)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Iterate over the tensors."""
-        return iter(self.tensors)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors in a plain tuple."""
+        return tuple.__getitem__(self, slice(None))
 
     def __getitem__(self, index: Any) -> Any:
         """One tensor for an integer, ``Leaves`` for a slice."""
-        return Leaves(self.tensors[index]) if isinstance(index, slice) else self.tensors[index]
+        found = tuple.__getitem__(self, index)
+        return Leaves(found) if isinstance(index, slice) else found
 
     def __repr__(self) -> str:
         """Shapes only: the values are rarely what one wants to see."""
@@ -65,17 +60,19 @@ class Leaves(Sequence[Tensor]):
 
     def map(self, function: Callable[..., Tensor], *others: Leaves) -> Leaves:
         """Apply ``function`` leaf by leaf, with the corresponding leaves of ``others``."""
-        return Leaves(function(*row) for row in zip(self, *others, strict=True))
+        if any(len(other) != len(self) for other in others):
+            raise ValueError(f"{self} has {len(self)} leaves, expected as many as {others}")
+        return Leaves(map(function, self, *others))
 
     def zeros(self) -> Leaves:
         """Zeros of the same shapes, dtypes and devices."""
-        return Leaves(torch.zeros_like(tensor) for tensor in self.tensors)
+        return Leaves(map(torch.zeros_like, self))
 
     def virtual_zeros(self) -> Leaves:
         """The same, each a single number that stands for all: they take no memory, and cannot be written to."""
-        return Leaves(tensor.new_zeros(()).expand(tensor.shape) for tensor in self.tensors)
+        return Leaves([tensor.new_zeros(()).expand(tensor.shape) for tensor in self])
 
-    def __add__(self, other: Operand) -> Leaves:
+    def __add__(self, other: Operand) -> Leaves:  # type: ignore[override]  # a sum of numbers, no longer tuple
         """Elementwise sum."""
         return _apply(torch.add, _foreach.add, self, other)
 
@@ -89,11 +86,13 @@ class Leaves(Sequence[Tensor]):
         """Elementwise ``other - self``."""
         return -self + other
 
-    def __mul__(self, other: Operand) -> Leaves:
+    def __mul__(self, other: Operand) -> Leaves:  # type: ignore[override]
         """Elementwise product."""
         return _apply(torch.mul, _foreach.mul, self, other)
 
-    __rmul__ = __mul__
+    def __rmul__(self, other: Operand) -> Leaves:  # type: ignore[override]
+        """Elementwise product."""
+        return self * other
 
     def __truediv__(self, other: Operand) -> Leaves:
         """Elementwise quotient."""
@@ -101,11 +100,11 @@ class Leaves(Sequence[Tensor]):
 
     def __rtruediv__(self, other: float) -> Leaves:
         """Elementwise ``other / self``."""
-        return Leaves(other / tensor for tensor in self.tensors)
+        return Leaves([other / tensor for tensor in self])
 
     def __pow__(self, exponent: float) -> Leaves:
         """Elementwise power with a fixed exponent."""
-        return Leaves(tensor**exponent for tensor in self.tensors)
+        return Leaves([tensor**exponent for tensor in self])
 
     def __neg__(self) -> Leaves:
         """Elementwise negative."""
@@ -116,8 +115,8 @@ class Leaves(Sequence[Tensor]):
         if not isinstance(scale, float | int) or self._cannot_hold(scale):
             return self - scale * other
         if _leaf_by_leaf(self):
-            return Leaves(torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True))
-        return Leaves(_foreach.add(self.tensors, other.tensors, alpha=-scale))
+            return Leaves([torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True)])
+        return Leaves(_foreach.add(self, other, alpha=-scale))
 
     def _cannot_hold(self, scale: float) -> bool:
         """Whether a number is infinite in the dtype of a leaf: torch takes it as a factor, but not as ``alpha``."""
@@ -166,14 +165,15 @@ def _apply(
     if isinstance(other, int) and abs(other) > _MOST_INTEGER:
         other = float(other)
     if isinstance(other, Tensor) or _leaf_by_leaf(leaves):
-        operands = other if isinstance(other, Leaves) else (other,) * len(leaves)
-        return Leaves(single(a, b) for a, b in zip(leaves, operands, strict=True))
-    return Leaves(every(leaves.tensors, other.tensors if isinstance(other, Leaves) else other))
+        if not isinstance(other, Leaves):
+            return Leaves([single(a, other) for a in leaves])
+        return Leaves([single(a, b) for a, b in zip(leaves, other, strict=True)])
+    return Leaves(every(leaves, other))
 
 
 def _leaf_by_leaf(leaves: Leaves) -> bool:
     # Also while a graph is recorded: that of a fused call keeps all its inputs, needed or not.
-    return not leaves.tensors or torch.is_grad_enabled() or transforms.transforms_active()
+    return not leaves or torch.is_grad_enabled() or transforms.transforms_active()
 
 
 def root(x: Tensor) -> Tensor:
