@@ -21,14 +21,14 @@ def nodes(starts: Iterable[Any], seen: set[Any] | None = None) -> Iterator[Any]:
 
     Those in ``seen``, and what only they lead to, are passed over too; the others are added to it.
     """
-    pending, seen = list(starts), set() if seen is None else seen
+    pending, seen = [(node, 0) for node in starts], set() if seen is None else seen
     while pending:
-        node = pending.pop()
+        node = pending.pop()[0]
         if node is None or node in seen:
             continue
         seen.add(node)
         yield node
-        pending.extend(parent for parent, _ in node.next_functions)
+        pending += node.next_functions
 
 
 def leaves_behind(loss: Tensor) -> list[Tensor]:
@@ -39,8 +39,13 @@ def leaves_behind(loss: Tensor) -> list[Tensor]:
 def refuse_broken_graph(graph: Iterable[Any]) -> None:
     """Refuse a graph, given by its nodes, with an operation whose derivative was declared missing."""
     for node in graph:
-        if node.name().endswith(("Error", "NotImplemented")):
+        if _is_broken(type(node)):
             raise missing_derivative(name_of_broken(node))
+
+
+@functools.cache
+def _is_broken(node_type: type) -> bool:
+    return node_type.__name__.endswith(("Error", "NotImplemented"))
 
 
 def number(node: Any) -> int:
@@ -59,19 +64,17 @@ def captured_nodes(starts: Iterable[Any], given: Sequence[Tensor], born: int = -
     own, leaves = {x.grad_fn for x in given if x.grad_fn is not None}, {id(x) for x in given}
     if given[0].grad_fn is not None:
         born = number(given[0].grad_fn)
-    seen, pending, suspects = set(own), [node for node in starts if node is not None], []
+    seen, pending, suspects = {None, *own}, [(node, 0) for node in starts], []
     while pending:
-        node = pending.pop()
+        node = pending.pop()[0]
         if node in seen:
             continue
         seen.add(node)
         parents = node.next_functions
-        if not parents and hasattr(node, "variable"):
-            if id(node.variable) not in leaves:
-                suspects.append(node)
-        elif node._sequence_nr() < born:
+        pending += parents
+        leaf = None if parents else getattr(node, "variable", None)
+        if node._sequence_nr() < born if leaf is None else id(leaf) not in leaves:
             suspects.append(node)
-        pending.extend(parent for parent, _ in parents if parent is not None)
     if not suspects or not _captured(suspects, own, leaves):
         return []
     gc.collect()
