@@ -39,12 +39,12 @@ def leaves_behind(loss: Tensor) -> list[Tensor]:
 def refuse_broken_graph(graph: Iterable[Any]) -> None:
     """Refuse a graph, given by its nodes, with an operation whose derivative was declared missing."""
     for node in graph:
-        if _is_broken(type(node)):
+        if _is_broken(cast("Any", type(node))):
             raise missing_derivative(name_of_broken(node))
 
 
 @functools.cache
-def _is_broken(node_type: type) -> bool:
+def _is_broken(node_type: Any) -> bool:
     return node_type.__name__.endswith(("Error", "NotImplemented"))
 
 
