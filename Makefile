@@ -3,6 +3,8 @@
 #   CPU-only torch on a Linux box:  make demo PIP_ARGS='--extra-index-url <PyTorch CPU index>'
 #   use the torch you already have: make test VENV=          (no venv, no installs, no network)
 #   some tests only:                make test ARGS='tests/test_layout.py -x'
+#   the slow ones, too:             make test-all
+#   under other roundings:          make roundings     make roundings ARGS=tests/test_linear_solve.py
 #   speed and memory:               make bench     make bench ARGS=--quick
 #   the site, in docs/_build/html:  make docs      with links into the docs of Python and torch: make docs INTERSPHINX=1
 PYTHON      ?= python3
@@ -40,14 +42,24 @@ OLD_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || 
 HAS = $(PYTHON) -c 'import importlib.util, sys; lacks = [name for name in sys.argv[1:] if not importlib.util.find_spec(name)]; \
 	sys.exit("VENV= installs nothing, and $(PYTHON) lacks: " + ", ".join(lacks) if lacks else 0)'
 
-.PHONY: demo test check bench docs clean own-python own-test-modules own-check-modules own-bench-modules own-docs-modules
+.PHONY: demo test test-all roundings check bench docs clean own-python own-test-modules own-check-modules own-bench-modules own-docs-modules
 
 demo: $(READY)
 	$(RUN) -m diffopt demo
 
-test: export OMP_NUM_THREADS := 1
+test test-all roundings: export OMP_NUM_THREADS := 1
 test: $(READY_TEST)
+	@echo "All of make test takes about 5 minutes on two quiet cores; what is slower is left to make test-all."
+	$(RUN) -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+
+test-all: $(READY_TEST)
+	@echo "All of make test-all takes about 8 minutes on two quiet cores."
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+# The same tests four times, each time with sums in another order and other kernels: no result may hang on a processor.
+roundings: $(READY_TEST)
+	@echo "All of make roundings takes about 20 minutes on two quiet cores."
+	$(RUN) tests/roundings.py -n $(WORKERS) -m 'not slow' $(ARGS)
 
 check: $(READY_CHECK)
 	$(RUN) -m ruff check

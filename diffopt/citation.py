@@ -6,12 +6,16 @@ import re
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.resources import files
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from diffopt.adjoint.estimator import Estimator
 from diffopt.comparing.curvature import solves_behind
 from diffopt.errors import EstimatorError
+from diffopt.linear_solve import LinearSolver
+from diffopt.optimizers.base import Optimizer
 from diffopt.solve import Solution
 from diffopt.tensors import tree
 
@@ -29,6 +33,7 @@ def cite(*subjects: Any) -> str:
 
     Raises:
         EstimatorError: a solution whose tensors do not remember an estimator: nothing requires grad, or ``Unrolled()``.
+            Or something that no result rests on.
 
     Example:
         >>> import diffopt
@@ -36,9 +41,23 @@ def cite(*subjects: Any) -> str:
         >>> print(diffopt.cite(MultiStep(2, Truncated(3))).count("@"))
         3
     """
+    for subject in subjects:
+        _refuse_what_is_not_cited(subject)
     names = {name for subject in subjects for name in _names(subject)}
     found = [entry for entry, used_by in _entries() if used_by & names or entry.startswith("@software{diffopt,")]
     return "\n\n".join(found)
+
+
+def _refuse_what_is_not_cited(subject: Any) -> None:
+    kinds = (Estimator, Optimizer, LinearSolver)
+    named = subject if isinstance(subject, type | FunctionType) else type(subject)
+    rule = issubclass(named, kinds) if isinstance(named, type) else False
+    if not rule and named.__module__.split(".")[0] != "diffopt":
+        each = "; give them one by one: cite(*them)" if isinstance(subject, list | tuple | set) else ""
+        raise EstimatorError(
+            f"cite was given {tree.describe(subject)}, expected an estimator, an optimizer, a solver, a solution, or a "
+            f"class or function of diffopt{each}"
+        )
 
 
 def _names(subject: Any) -> set[str]:

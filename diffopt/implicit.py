@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, final
@@ -14,7 +13,7 @@ from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.fixed_point import implicit_pullback
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import EstimatorError, GradModeError, HyperparameterError
+from diffopt.errors import EstimatorError, GradModeError
 from diffopt.linear_solve import (
     ConjugateGradient,
     LinearSolution,
@@ -27,12 +26,12 @@ from diffopt.linear_solve import (
 )
 from diffopt.optimizers import SGD
 from diffopt.rollout.dynamics import ExtraSlot
-from diffopt.rollout.given import run
+from diffopt.rollout.given import params_leaves, run
 from diffopt.rollout.record import Keep
 from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree
+from diffopt.tensors.arguments import check_flag, check_instance, check_number
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import plain
 
 Params = TypeVar("Params")
 
@@ -145,10 +144,8 @@ def implicit(
 
     Reference: Pedregosa (2016), "Hyperparameter Optimization with Approximate Gradient". Derivations (6.1).
     """
-    stationarity = plain(stationarity)
-    number = isinstance(stationarity, int | float) and not isinstance(stationarity, bool)
-    if stationarity is not None and not (number and 0 <= stationarity < math.inf):
-        raise HyperparameterError(f"implicit: stationarity is {stationarity!r}, expected None or a number >= 0")
+    stationarity = check_number("implicit: stationarity", stationarity, 0, also=(None,))
+    check_flag("check", check)
     rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     outcome = run(rule, problem)
@@ -221,12 +218,10 @@ def implicit_gradients(
 
 
 def _cut_off(params: Any) -> Any:
-    return tree.map_leaves(lambda x: x.detach() if isinstance(x, Tensor) else x, params)
+    leaves, structure = params_leaves(params)
+    return tree.unflatten(structure, [x.detach() for x in leaves])
 
 
 def _checked_solver(solver: Any) -> LinearSolver:
-    if solver is None:
-        return ConjugateGradient()
-    if not isinstance(solver, LinearSolver):
-        raise EstimatorError(f"solver is {tree.describe(solver)}, expected a diffopt.linear_solve object")
-    return solver
+    check_instance("solver", solver, LinearSolver, "a diffopt.linear_solve object", EstimatorError, also=(None,))
+    return solver or ConjugateGradient()

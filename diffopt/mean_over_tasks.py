@@ -14,11 +14,11 @@ from diffopt.errors import (
     LossError,
     ShapeError,
 )
-from diffopt.rollout.given import refuse_uninitialised
 from diffopt.rollout.task_chunks import Call, mean
 from diffopt.tensors import transforms, tree
-from diffopt.tensors.arguments import check_flag
-from diffopt.tensors.plain_numbers import plain
+from diffopt.tensors.arguments import check_choice, check_flag, check_function, check_integer
+from diffopt.tensors.plain_numbers import is_integer, plain
+from diffopt.tensors.usable import usable_leaves
 
 
 def mean_over_tasks(
@@ -71,16 +71,12 @@ def mean_over_tasks(
             "mean_over_tasks was called under a torch.func transform, expected plain code: it differentiates by "
             "itself; call it outside, or use torch.func.vmap(task_loss, in_dims, chunk_size=...)"
         )
-    if not callable(task_loss):
-        raise LossError(f"task_loss is {tree.describe(task_loss)}, expected a function task_loss(*args of one task)")
-    task_chunk = plain(task_chunk)
-    if task_chunk is not None and (isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1):
-        raise HyperparameterError(f"task_chunk is {task_chunk!r}, expected None or an integer >= 1")
-    if randomness not in ("error", "same", "different"):
-        raise HyperparameterError(f"randomness is {randomness!r}, expected 'error', 'same' or 'different'")
+    check_function("task_loss", task_loss, "a function task_loss(*args of one task)", LossError)
+    task_chunk = check_integer("task_chunk", task_chunk, 1, also=(None,))
+    randomness = check_choice("randomness", randomness, "error", "same", "different")
     check_flag("mean_over_tasks: check", check)
-    refuse_uninitialised("args", args)
     leaves, structure = tree.flatten(args)
+    leaves = usable_leaves(leaves, lambda: [f"args{path}" for path in tree.paths(structure)])
     dims = _dims_of_leaves(args, leaves, in_dims)
     size = _tasks(leaves, structure, dims)
     # without grad nothing is differentiated, whatever the tensors require
@@ -95,10 +91,11 @@ def _dims_of_leaves(args: Sequence[Any], leaves: Sequence[Any], in_dims: Any) ->
     given = plain(in_dims)
     listed = isinstance(given, Sequence) and not isinstance(given, str)
     per_argument = [plain(dim) for dim in given] if listed else [given] * len(args)
-    right = all(dim is None or (isinstance(dim, int) and not isinstance(dim, bool)) for dim in per_argument)
+    right = all(dim is None or is_integer(dim) for dim in per_argument)
     if len(per_argument) != len(args) or not right:
         raise HyperparameterError(
-            f"in_dims is {in_dims!r}, expected an integer or None, or one of these for each of {len(args)} arguments"
+            f"in_dims is {tree.describe(in_dims)}, expected an integer or None, or one of these for each of "
+            f"{len(args)} arguments"
         )
     dims = [dim for arg, dim in zip(args, per_argument, strict=True) for _ in tree.flatten(arg)[0]]
     return [dim if isinstance(leaf, Tensor) else None for dim, leaf in zip(dims, leaves, strict=True)]
@@ -115,7 +112,8 @@ def _tasks(leaves: Sequence[Any], structure: tree.Structure, dims: Sequence[int 
                 )
             if not -leaf.ndim <= dim < leaf.ndim:
                 raise ShapeError(
-                    f"args{path} is {tree.describe(leaf)}, expected an axis {dim} that runs over tasks; check in_dims"
+                    f"args{path} is {tree.describe(leaf)}, expected an axis {tree.brief(dim)} that runs over tasks; "
+                    "check in_dims"
                 )
             sizes[f"args{path}"] = leaf.shape[dim]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():

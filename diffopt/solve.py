@@ -14,21 +14,21 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
-from diffopt.rollout.dynamics import Dynamics, ExtraSlot
+from diffopt.rollout.dynamics import Dynamics, ExtraSlot, names_of_read
 from diffopt.rollout.given import (
     check_batches,
     check_estimator,
     checked_steps,
     params_leaves,
     refuse_frozen,
-    refuse_uninitialised,
     run,
 )
 from diffopt.rollout.record import Counts
 from diffopt.tensors import hints, transforms, tree
-from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.arguments import check_flag, check_function
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import forward_mode_error
+from diffopt.tensors.usable import usable_leaves
 
 Params = TypeVar("Params")
 
@@ -166,10 +166,8 @@ def checked_problem(
             "solve was called in torch.inference_mode, expected a mode that allows inner gradients: use torch.no_grad()"
             f"{hints.in_inference_mode()}"
         )
-    if not callable(loss):
-        raise LossError(f"loss is {tree.describe(loss)}, expected a function loss(params, *args)")
+    check_function("loss", loss, "a function loss(params, *args)", LossError)
     leaves, structure = params_leaves(params)
-    refuse_uninitialised("args", args)
     if check:
         refuse_frozen(leaves, structure)
     bound = bind(optimizer, leaves, structure, steps)
@@ -206,6 +204,7 @@ def _problem(
     check: bool,
 ) -> Problem:
     args_leaves, args_structure = tree.flatten((args, batches))
+    args_leaves = usable_leaves(args_leaves, lambda: names_of_read(args_structure))
     first_batch = len(tree.flatten(args)[0])
     if batches is not None:
         check_batches(batches, steps)

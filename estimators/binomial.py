@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -12,11 +11,10 @@ from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.errors import HyperparameterError, StepsError
 from diffopt.linear_solve.base import Tasks
 from diffopt.rollout.record import Keep
+from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -65,16 +63,11 @@ class Binomial(Adjoint):
 
     def __post_init__(self) -> None:
         """Check all options."""
-        make_plain(self)
-        for name, low in (("order", 0), ("window", 0), ("chunk_size", 1)):
-            value = getattr(self, name)
-            optional = value is None and name != "order"
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise HyperparameterError(f"Binomial: {name} is {value!r}, expected an integer >= {low}")
-
-        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-        if not (number and math.isfinite(self.scale)):
-            raise HyperparameterError(f"Binomial: scale is {self.scale!r}, expected a finite number")
+        options = Options(self)
+        options.integer("order", 0)
+        options.integer("window", 0, also=(None,))
+        options.number("scale")
+        options.integer("chunk_size", 1, also=(None,))
 
     def claims(self, steps: int) -> Claims:
         """Exact if every order is taken; without curvature nothing reaches what the loss reads."""
@@ -86,10 +79,7 @@ class Binomial(Adjoint):
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""
-        if self.window is not None and self.window > steps:
-            raise StepsError(
-                f"Binomial(window={self.window}): expected at most {steps}, the inner problem has only {steps} steps"
-            )
+        check_within_steps("Binomial: window", self.window or 0, steps)
         return Keep(first=1, checkpoint=1, gradients=True)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -13,13 +12,12 @@ from torch import Tensor
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import HyperparameterError
 from diffopt.linear_solve import Tasks
 from diffopt.rollout.dynamics import Level
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.record import Keep, Record, Watch
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 
@@ -79,21 +77,12 @@ class ESJacobian(Adjoint):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        make_plain(self)
-        if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
-            raise HyperparameterError(f"ESJacobian: directions is {self.directions!r}, expected an integer >= 1")
-        number = isinstance(self.radius, int | float) and not isinstance(self.radius, bool)
-        if not (number and 0 < self.radius < math.inf):
-            raise HyperparameterError(f"ESJacobian: radius is {self.radius!r}, expected a number > 0")
-        known = ("gaussian", "rademacher", "sphere", "orthonormal")
-        if self.sampling not in known:
-            raise HyperparameterError(f"ESJacobian: sampling is {self.sampling!r}, expected one of {', '.join(known)}")
-        if not isinstance(self.antithetic, bool):
-            raise HyperparameterError(f"ESJacobian: antithetic is {self.antithetic!r}, expected True or False")
-        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
-            raise HyperparameterError(
-                f"ESJacobian: generator is {self.generator!r}, expected a torch.Generator or None"
-            )
+        options = Options(self)
+        options.integer("directions", 1)
+        options.number("radius", 0, above=True)
+        options.choice("sampling", *get_args(Sampling))
+        options.flag("antithetic")
+        options.instance("generator", torch.Generator, "a torch.Generator", also=(None,))
 
     def claims(self, steps: int) -> Claims:
         """Right in the mean, up to the bias of the differences and their round-off."""
@@ -120,22 +109,23 @@ class ESJacobian(Adjoint):
         )
 
     def _estimate(self, trajectory: Trajectory, cotangent: Leaves, numbers: list[int]) -> dict[int, Tensor]:
-        inputs = Leaves(_inputs(trajectory)[i] for i in numbers)
+        given = [_inputs(trajectory)[i] for i in numbers]
+        inputs = Leaves(_as_real(x) for x in given)
         batched = _batched(trajectory, numbers[0])
         tasks = Tasks(sum(batched))
         base = tasks.flatten(inputs.widened())
         z, factor = self._directions(base)
         stacked = Leaves(x.expand(len(z), *x.shape) for x in inputs)
         moves = Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked).cast(inputs)
-        high = _final_state(trajectory, dict(zip(numbers, stacked + moves, strict=True)))
+        high = _final_state(trajectory, _named(numbers, stacked + moves, given))
         if self.antithetic:
-            low = _final_state(trajectory, dict(zip(numbers, stacked - moves, strict=True)))
+            low = _final_state(trajectory, _named(numbers, stacked - moves, given))
             slope = (high - low) / (2 * self.radius)
         else:
             slope = (high - trajectory.final) / self.radius
         weights = _responses(slope, cotangent, batched)
         terms = tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs).cast(inputs)
-        return dict(zip(numbers, terms, strict=True))
+        return _named(numbers, terms, given)
 
     def _directions(self, base: Tensor) -> tuple[Tensor, float]:
         """Directions ``[Q, ..., p]`` for vectors ``[..., p]``, and the factor that makes their mean unbiased."""
@@ -159,6 +149,17 @@ class ESJacobian(Adjoint):
 
 def _inputs(trajectory: Trajectory) -> Sequence[Tensor]:
     return [*trajectory.initial, *trajectory.extras]
+
+
+def _as_real(x: Tensor) -> Tensor:
+    """A complex number is two real ones, each with directions of its own."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _named(numbers: list[int], found: Leaves, given: list[Tensor]) -> dict[int, Tensor]:
+    """Real numbers by the numbers of their inputs, complex ones where the input is."""
+    pairs = zip(numbers, found, given, strict=True)
+    return {i: torch.view_as_complex(x.contiguous()) if like.is_complex() else x for i, x, like in pairs}
 
 
 def _batched(trajectory: Trajectory, number: int) -> list[bool]:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import HyperparameterError
 from diffopt.rollout.dynamics import Dynamics, Level
 from diffopt.rollout.record import Keep
 from diffopt.tensors import autograd_graph, derivatives
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -47,12 +46,7 @@ class ForwardMode(Adjoint):
 
     def __post_init__(self) -> None:
         """Check ``chunk_size``."""
-        make_plain(self)
-        size = self.chunk_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise HyperparameterError(
-                f"ForwardMode: chunk_size is {self.chunk_size!r}, expected None or an integer >= 1"
-            )
+        Options(self).integer("chunk_size", 1, also=(None,))
 
     def keep(self, steps: int) -> Keep:
         """No step: the rollout is run again with its tangents."""

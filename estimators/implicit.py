@@ -12,7 +12,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
 from diffopt.rollout.record import Keep
-from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
 
 
@@ -47,9 +47,9 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         """Check the solver."""
-        if not isinstance(self.solver, LinearSolver):
-            raise EstimatorError(f"Implicit: solver is {self.solver!r}, expected a diffopt.linear_solve object")
-        check_flag("Implicit: whole_state", self.whole_state)
+        options = Options(self)
+        options.instance("solver", LinearSolver, "a diffopt.linear_solve object", EstimatorError)
+        options.flag("whole_state")
 
     def claims(self, steps: int) -> Claims:
         """Of a fixed point, which does not depend on where it was sought from; as accurate as the solver."""

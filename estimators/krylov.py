@@ -12,11 +12,10 @@ from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.adjoint.update_derivatives import UpdateBlocks
-from diffopt.errors import HyperparameterError
 from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
 from diffopt.rollout.record import Keep
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -53,14 +52,10 @@ class Krylov(Adjoint):
 
     def __post_init__(self) -> None:
         """Check all options."""
-        make_plain(self)
-        for name, low in (("order", 0), ("chunk_size", 1)):
-            value = getattr(self, name)
-            optional = value is None and name == "chunk_size"
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise HyperparameterError(f"Krylov: {name} is {value!r}, expected an integer >= {low}")
-        if not isinstance(self.rtol, int | float) or not 0 <= self.rtol < 1:
-            raise HyperparameterError(f"Krylov: rtol is {self.rtol!r}, expected 0 <= rtol < 1")
+        options = Options(self)
+        options.integer("order", 0)
+        options.number("rtol", 0, 1)
+        options.integer("chunk_size", 1, also=(None,))
 
     def claims(self, steps: int) -> Claims:
         """Exact if every level is taken; minimal residuals are not linear in their right-hand side."""

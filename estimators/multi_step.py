@@ -8,8 +8,7 @@ from typing import final
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Estimator, Outcome, Problem
 from diffopt.adjoint.reverse import Reverse
-from diffopt.errors import HyperparameterError
-from diffopt.tensors.plain_numbers import make_plain
+from diffopt.tensors.arguments import Options
 
 
 @final
@@ -46,13 +45,9 @@ class MultiStep(Estimator):
 
     def __post_init__(self) -> None:
         """Check both options."""
-        make_plain(self)
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise HyperparameterError(f"MultiStep: window is {self.window!r}, expected an integer >= 1")
-        if not isinstance(self.adjoint, Estimator):
-            raise HyperparameterError(
-                f"MultiStep: adjoint is {self.adjoint!r}, expected an estimator such as Reverse()"
-            )
+        options = Options(self)
+        options.integer("window", 1)
+        options.instance("adjoint", Estimator, "an estimator such as Reverse()")
 
     def claims(self, steps: int) -> Claims:
         """Those of the rule on the composite steps."""

@@ -10,6 +10,7 @@ from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
 from diffopt.rollout.record import Checkpoint, Keep, check_checkpoint
+from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
 
 
@@ -47,8 +48,7 @@ class Truncated(Adjoint):
     def __post_init__(self) -> None:
         """Check both options."""
         check_checkpoint(self)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise StepsError(f"Truncated: steps is {self.steps!r}, expected an integer >= 0")
+        Options(self).integer("steps", 0, kind=StepsError)
 
     def claims(self, steps: int) -> Claims:
         """Exact if no step is left out; the first-order rule if all are."""
@@ -57,10 +57,7 @@ class Truncated(Adjoint):
 
     def keep(self, steps: int) -> Keep:
         """The last steps."""
-        if self.steps > steps:
-            raise StepsError(
-                f"Truncated(steps={self.steps}): expected at most {steps}, the inner problem has only {steps} steps"
-            )
+        check_within_steps("Truncated: steps", self.steps, steps)
         return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint, offload=self.offload)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

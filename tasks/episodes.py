@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.tasks.errors import DataError, ProblemError
 from diffopt.tasks.ragged import RaggedImages
-from diffopt.tensors.arguments import check_generator, check_whole
+from diffopt.tensors.arguments import check_generator, check_integer
 from diffopt.tensors.tree import describe
 
 
@@ -68,8 +68,7 @@ def sample_episodes(
         [0, 0, 1, 1, 2, 2]
     """
     sizes = {"way": way, "shot": shot, "query": query, "tasks": tasks}
-    for name, size in sizes.items():
-        check_whole(name, size, 1, ProblemError)
+    way, shot, query, tasks = (check_integer(name, size, 1, kind=ProblemError) for name, size in sizes.items())
     check_generator("generator", generator, ProblemError)
     classes, examples = _checked(images)
     if classes < way:

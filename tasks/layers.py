@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt.tasks.errors import ProblemError
-from diffopt.tensors.arguments import check_whole
+from diffopt.tensors.arguments import check_integer
 
 Draw: TypeAlias = Literal["torch", "he"]
 
@@ -29,7 +29,7 @@ class BatchStatisticsNorm2d(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         """Start as the plain normalisation: weight 1, bias 0."""
         super().__init__()
-        check_whole("channels", channels, 1, ProblemError)
+        channels = check_integer("channels", channels, 1, kind=ProblemError)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
-from diffopt.tensors.arguments import check_generator, check_whole
+from diffopt.tensors.arguments import check_generator, check_integer
 from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
@@ -97,8 +97,7 @@ class MLP(nn.Module):
         super().__init__()
         if not isinstance(sizes, Sequence) or len(sizes) < 2:
             raise ProblemError(f"sizes is {describe(sizes)}; expected two or more integers, such as (1, 40, 1)")
-        for i, size in enumerate(sizes):
-            check_whole(f"sizes[{i}]", size, 1, ProblemError)
+        sizes = [check_integer(f"sizes[{i}]", size, 1, kind=ProblemError) for i, size in enumerate(sizes)]
         if not callable(activation):
             raise ProblemError(f"activation is {describe(activation)}; expected a function, such as torch.tanh")
         if generator is not None:
@@ -149,9 +148,9 @@ class Conv4(nn.Module):
     ) -> None:
         """Build the blocks and draw their weights."""
         super().__init__()
-        for name, size in (("in_channels", in_channels), ("way", way), ("filters", filters)):
-            check_whole(name, size, 1, ProblemError)
-        check_whole("image_size (halved four times)", image_size, 16, ProblemError)
+        counts = {"in_channels": in_channels, "way": way, "filters": filters}
+        in_channels, way, filters = (check_integer(name, x, 1, kind=ProblemError) for name, x in counts.items())
+        image_size = check_integer("image_size (halved four times)", image_size, 16, kind=ProblemError)
         if generator is not None:
             check_generator("generator", generator, ProblemError)
         inputs = (in_channels, filters, filters, filters)

@@ -41,7 +41,7 @@ class PickledNumber:
         """The numpy dtype.
 
         Raises:
-            DataError: it is none of the plain kinds: booleans, whole numbers and floats of a fixed size.
+            DataError: it is none of the plain kinds: booleans, integers and floats of a fixed size.
         """
         if self.code not in _KINDS or self.order not in ("=", "|", "<", ">"):
             raise DataError(
@@ -71,7 +71,7 @@ class PickledArray:
         dtype = self.number.dtype(name)
         shape = self.shape
         if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in shape[: _MOST_AXES + 1]):
-            raise DataError(f"{name} holds an array whose shape is not made of whole numbers")
+            raise DataError(f"{name} holds an array whose shape is not made of integers")
         if len(shape) > _MOST_AXES:
             raise DataError(f"{name} holds an array of {len(shape)} axes; expected {_MOST_AXES} at most")
         if math.prod(shape) * dtype.itemsize != len(self.data):

@@ -79,7 +79,7 @@ def entry(table: Any, key: str, name: str) -> Any:
 
 
 def array(value: Any, name: str) -> Array:
-    """A pickled array, or a pickled list of whole numbers, as a numpy array.
+    """A pickled array, or a pickled list of integers, as a numpy array.
 
     Raises:
         DataError: it is something else.
@@ -190,7 +190,7 @@ class _Machine:
         elif opcode in ("DICT", "SETITEMS", "SETITEM") and isinstance(filled, dict) and len(values) % 2 == 0:
             keys = values[::2]
             if not all(isinstance(key, (str, bytes, int)) for key in keys):
-                raise DataError(f"{self.name} has a dictionary whose keys are no strings or whole numbers")
+                raise DataError(f"{self.name} has a dictionary whose keys are no strings or integers")
             filled.update(zip(keys, values[1::2], strict=True))
         else:
             raise ValueError(f"{opcode} on a {type(filled).__name__}")

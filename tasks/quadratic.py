@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt.tasks.errors import ProblemError
-from diffopt.tensors.arguments import check_floating, check_generator, check_whole
+from diffopt.tensors.arguments import check_floating, check_generator, check_integer
 
 
 class QuadraticHypergradient(NamedTuple):
@@ -75,10 +75,8 @@ class Quadratic:
             ProblemError: the dimension is too small.
         """
         check_generator("generator", generator, ProblemError)
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < (1 if definite else 2):
-            raise ProblemError(
-                f"dimension is {dimension!r}; expected an integer, at least 1, and at least 2 if not definite"
-            )
+        fix = " (at least 2 if not definite)"
+        dimension = check_integer("dimension", dimension, 1 if definite else 2, kind=ProblemError, fix=fix)
         device = generator.device
         uniform = torch.rand(dimension, generator=generator, dtype=dtype, device=device)
         if definite:
@@ -143,7 +141,7 @@ class Quadratic:
         Raises:
             ProblemError: ``steps`` is negative.
         """
-        check_whole("steps", steps, 0, ProblemError)
+        steps = check_integer("steps", steps, 0, kind=ProblemError)
         self._check_shape(initial=initial, linear=linear)
         with torch.no_grad():
             eigenvalues, basis = torch.linalg.eigh(self.hessian)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt.tasks.errors import ProblemError
-from diffopt.tensors.arguments import check_floating, check_generator, check_whole
+from diffopt.tensors.arguments import check_floating, check_generator, check_integer, check_number
 
 
 @final
@@ -82,11 +81,10 @@ class Ridge:
             ProblemError: a size is below 1.
         """
         rows = samples if validation_samples is None else validation_samples
-        for name, size in (("samples", samples), ("features", features), ("validation_samples", rows)):
-            check_whole(name, size, 1, ProblemError)
+        sizes = {"samples": samples, "features": features, "validation_samples": rows}
+        samples, features, rows = (check_integer(name, size, 1, kind=ProblemError) for name, size in sizes.items())
         check_generator("generator", generator, ProblemError)
-        if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
-            raise ProblemError(f"noise is {noise!r}; expected a number of 0 or more, a standard deviation")
+        noise = check_number("noise", noise, 0, kind=ProblemError)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=dtype, device=generator.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.tasks.episodes import Episodes
 from diffopt.tasks.errors import ProblemError
-from diffopt.tensors.arguments import check_generator, check_whole
+from diffopt.tensors.arguments import Options, check_generator, check_integer
 
 
 @final
@@ -37,8 +37,9 @@ class Sinusoid:
 
     def __post_init__(self) -> None:
         """Refuse empty sides."""
-        check_whole("shots", self.shots, 1, ProblemError)
-        check_whole("queries", self.queries, 1, ProblemError)
+        options = Options(self)
+        options.integer("shots", 1, kind=ProblemError)
+        options.integer("queries", 1, kind=ProblemError)
 
     def sample(self, tasks: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Episodes:
         """Draw ``tasks`` sine waves.
@@ -54,7 +55,7 @@ class Sinusoid:
         Raises:
             ProblemError: ``tasks`` is below 1.
         """
-        check_whole("tasks", tasks, 1, ProblemError)
+        tasks = check_integer("tasks", tasks, 1, kind=ProblemError)
         check_generator("generator", generator, ProblemError)
         if not dtype.is_floating_point:
             raise ProblemError(f"dtype is {dtype}; expected a floating one, such as torch.float32")

@@ -111,7 +111,7 @@ def _labels(table: Any, name: str, split: Split) -> tuple[Array, tuple[str, ...]
             f"{name} has label_specific_str of {count}; expected the names of {classes} classes of {split!r}"
         )
     if labels.shape != (images,) or labels.dtype.kind not in "iu":
-        raise DataError(f"{name} has labels {labels.dtype} of shape {labels.shape}; expected {images:,} whole numbers")
+        raise DataError(f"{name} has labels {labels.dtype} of shape {labels.shape}; expected {images:,} integers")
     if labels.min() < 0 or labels.max() >= classes or len(np.unique(labels)) != classes:
         raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}; expected all of 0 to {classes - 1}")
     return labels.astype(np.int64), tuple(text(one) for one in names)

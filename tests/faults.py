@@ -697,4 +697,53 @@ FAULTS = [
         "if False:",
         "checks",
     ),
+    # what the fuzz of the public interface found
+    Fault(
+        "the imaginary parts' directions change their sign",
+        "estimators/es_jacobian.py",
+        "torch.view_as_complex(x.contiguous()) if like",
+        "torch.view_as_complex(x.contiguous()).conj() if like",
+    ),
+    Fault(
+        "a conjugate argument is taken as it lies in memory",
+        "estimators/es_jacobian.py",
+        "torch.view_as_real(x.resolve_conj())",
+        "torch.view_as_real(x.conj().resolve_conj())",
+    ),
+    Fault(
+        "losses that autocast gives another dtype under vmap are written as they are",
+        "diffopt/adjoint/parallel_curvature.py",
+        "movedim(0, -1).to(again.dtype)",
+        "movedim(0, -1)",
+        "solution",
+    ),
+    # what another processor, or a path with a space, must not decide
+    Fault(
+        "in single precision nothing is solved whose true residual is above rtol",
+        "diffopt/linear_solve/conjugate_gradient.py",
+        "torch.finfo(rr.dtype).eps ** 0.5)",
+        "0.0)",
+        "linear_solve",
+    ),
+    Fault(
+        "a path with a space is not recognised on the compiler's command line",
+        "diffopt/rollout/compiler_paths.py",
+        "place.path.split()[0]",
+        "place.path",
+        "compiler_paths",
+    ),
+    Fault(
+        "whatever the compiler stumbles over is put down to a path with a space",
+        "diffopt/rollout/compiler_paths.py",
+        "if any(word",
+        "if words or any(word",
+        "compiler_paths",
+    ),
+    Fault(
+        "the warning of what was not compiled does not name the path",
+        "diffopt/rollout/compiled.py",
+        "reason = compiler_paths.explanation(error)",
+        "reason = None",
+        "compiler_paths",
+    ),
 ]

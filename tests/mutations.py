@@ -54,6 +54,7 @@ NAMES = [
     "compiled",
     "run_files",
     "damaged_data",
+    "compiler_paths",
 ]
 
 

@@ -146,6 +146,7 @@ def test_rounds_run_to_and_fro_after_one_to_warm_up(bench):
     assert [len(own) for own in times] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_report_survives_its_file_and_becomes_a_page(bench, tmp_path):
     cells = [dataclasses.replace(cell, x=i + 1) for i, cell in enumerate(smoke_cells(bench, "sinusoid") * 2)]
     cells.append(dataclasses.replace(cells[0], x=None, setting="T=5 B=4"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final, get_args
 
 from diffopt.errors import HyperparameterError
+from diffopt.tensors.arguments import Options
+from diffopt.tensors.tree import describe
 
 Kind: TypeAlias = Literal["init", "args", "batches", "hyperparameters"]
 """What a hypergradient is taken of: where the inner problem starts, what its loss reads (the same at every step, or a
@@ -57,9 +60,8 @@ class Claims:
 
     def __post_init__(self) -> None:
         """Refuse what is not a claim."""
-        if self.exact not in get_args(Exactness):
-            raise HyperparameterError(f"Claims: exact is {self.exact!r}, expected one of {get_args(Exactness)}")
-        if not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
-            raise HyperparameterError(f"Claims: inputs is {self.inputs!r}, expected a set of some of {KINDS}")
-        if not 1e-10 <= self.tolerance <= 0.1:
-            raise HyperparameterError(f"Claims: tolerance is {self.tolerance!r}, expected 1e-10 <= tolerance <= 0.1")
+        options = Options(self)
+        options.choice("exact", *get_args(Exactness))
+        options.number("tolerance", 1e-10, 0.1, up_to=True)
+        if not isinstance(self.inputs, Set) or not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
+            raise HyperparameterError(f"Claims: inputs is {describe(self.inputs)}, expected a set of some of {KINDS}")

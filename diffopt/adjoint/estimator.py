@@ -23,6 +23,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import InPlaceError, NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.rollout.checks import warn_of_precision
 from diffopt.rollout.dynamics import Dynamics, Level
+from diffopt.rollout.hidden_state import hidden_state_error
 from diffopt.rollout.loop import refuse_other_losses, roll_out, roll_out_recorded
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.tensors import derivatives, transforms
@@ -111,7 +112,8 @@ class Adjoint(Estimator):
         if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)
         levels = range(1, transforms.transform_level() + 1) if problem.check else range(0)
-        watch = Watch(problem.check, problem.check and torch.is_grad_enabled(), levels, hooks=True)
+        captures, state = problem.check and torch.is_grad_enabled(), problem.check and keep.checkpoint != "graph"
+        watch = Watch(problem.check, captures, levels, state)
         call = _Call(problem.dynamics, self, keep, Record(), watch)
         *state, losses = _launch(call, (*problem.state, *problem.extras))
         return Outcome(tuple(state), losses, call.record)
@@ -129,7 +131,7 @@ def unroll(problem: Problem) -> Outcome:
         lower = partial(_unroll_below, problem, transforms.transform_level())
         *state, losses = transforms.below_vmap(lower, tensors, size)
         return Outcome(tuple(state), losses, Record())
-    watch = Watch(values=problem.check, levels=problem.popped, hooks=True)
+    watch = Watch(values=problem.check, levels=problem.popped)
     if problem.check and not transforms.transforms_active():
         tensors = tuple(_refusing_non_finite(x) for x in tensors)
     count = problem.dynamics.state_count
@@ -326,7 +328,9 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
     count, draws = call.state_count, dict(old.draws)
     again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
     with old.replay(None, inputs[0].device):
-        roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch())
+        roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch(state=call.watch.values))
+    if again.hidden_state:
+        raise hidden_state_error(again.hidden_state)
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
         refuse_other_losses(again.losses, old.losses, old.autocast)

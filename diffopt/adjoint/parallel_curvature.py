@@ -118,7 +118,8 @@ class ParallelCurvature:
                 current[number] = root
             losses = batched.losses(roots[:count], current)
             again = trajectory.losses_to_replay()
-            again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1)
+            # autocast may give a loss another dtype under vmap
+            again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1).to(again.dtype)
             trajectory.refuse_other_losses(again)
             grads = derivatives.gradient(losses.sum(), roots[:count], differentiable=True)
             return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]

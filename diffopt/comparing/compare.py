@@ -18,7 +18,7 @@ from diffopt.comparing.comparison import Comparison, Row, brief, failed_row
 from diffopt.comparing.curvature import curvature_number, krylov_residual, solves_behind, stationarity
 from diffopt.comparing.notes import notes
 from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
-from diffopt.tensors.arguments import integer
+from diffopt.tensors.arguments import check_function, check_instance, check_integer
 from diffopt.tensors.autograd_graph import leaves_behind
 from diffopt.tensors.memory import peak_bytes
 from diffopt.tensors.torch_errors import signature_error
@@ -126,15 +126,12 @@ def _checked(
     if not isinstance(estimators, list | tuple):
         raise EstimatorError(f"estimators is {describe(estimators)}, expected a list of them; put it in [ ]")
     for i, estimator in enumerate(estimators):
-        if not isinstance(estimator, Estimator):
-            raise EstimatorError(f"estimators[{i}] is {describe(estimator)}, expected a diffopt.estimators object")
-    if exact is not None and not isinstance(exact, Estimator):
-        raise EstimatorError(f"exact is {describe(exact)}, expected None or a diffopt.estimators object")
-    integer("compare: repeats", repeats, 1)
+        check_instance(f"estimators[{i}]", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
+    check_instance("exact", exact, Estimator, "a diffopt.estimators object", EstimatorError, also=(None,))
+    check_integer("compare: repeats", repeats, 1)
     if isinstance(problem, Comparable):
         return problem.compare_loss, exact or Reverse()
-    if not callable(problem):
-        raise LossError(f"problem is {describe(problem)}, expected a function of an estimator; see the example")
+    check_function("problem", problem, "a function of an estimator; see the example", LossError)
     return cast("Callable[[Estimator], Tensor]", problem), exact or Reverse()
 
 

@@ -90,7 +90,7 @@ def _refuse_by_name(kind: type[torch.optim.Optimizer], options: dict[str, Any]) 
     for name, reason in _SWITCHES.items():
         if options.get(name):
             raise HyperparameterError(
-                f"{kind.__name__}: {name}={options[name]!r} has no meaning here: {reason}; omit it"
+                f"{kind.__name__}: {name}={tree.brief(options[name])} has no meaning here: {reason}; omit it"
             )
     if "params" in options:
         raise HyperparameterError(

@@ -99,7 +99,7 @@ class Pair:
         try:
             pair = self.source if isinstance(self.source, tuple) else self.source(**self.options.at(values))
         except (TypeError, ValueError) as error:
-            raise HyperparameterError(f"{self.name}: {str(error)[:200]}") from error
+            raise HyperparameterError(f"{self.name}: {str(error)[:200]}; expected options that it takes") from error
         if not _is_pair(pair):
             raise OptimizerError(f"{self.name} returned {tree.describe(pair)}, expected a pair (init, update)")
         init, update = pair

@@ -65,7 +65,10 @@ class Options:
 @functools.lru_cache(maxsize=256)
 def defaults_of(function: Any) -> dict[str, Any]:
     """A function's or a class's options with their defaults; ``None`` where there is none."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function that does not say what it takes
+        return {}
     return {k: None if p.default is inspect.Parameter.empty else p.default for k, p in parameters.items()}
 
 

@@ -62,7 +62,7 @@ class TorchClass:
         try:
             instances = [self.make(part, values) for part in parts]
         except Exception as error:
-            raise HyperparameterError(f"{self.name}: {str(error)[:200]}") from error
+            raise HyperparameterError(f"{self.name}: {str(error)[:200]}; expected options that it takes") from error
         attributes = list(map(_attributes, instances))
         seen = []
         for step in range(1, steps + 1):

@@ -14,16 +14,15 @@ from torch import Tensor
 from diffopt.errors import (
     DeviceError,
     DtypeError,
-    HyperparameterError,
     LeafError,
     LinearSolveError,
     ShapeError,
     StructureError,
 )
 from diffopt.tensors import transforms, tree
-from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.arguments import Options, check_function
 from diffopt.tensors.leaves import Leaves, all_finite
-from diffopt.tensors.plain_numbers import make_plain
+from diffopt.tensors.usable import is_calculable, refuse_unusable, usable_leaves
 
 Matvec: TypeAlias = Callable[[Leaves], Leaves]
 
@@ -192,13 +191,10 @@ class LinearSolver(ABC):
             ShapeError: ``matvec`` returns something else than a tree like ``b``.
         """
         leaves, structure = tree.flatten(b)
-        if not leaves or not all(isinstance(x, Tensor) and x.is_floating_point() and x.numel() for x in leaves):
-            raise LeafError(f"b is {tree.describe(b)}, expected a tree of floating tensors, none of them empty")
-
-        if not callable(matvec):
-            raise LinearSolveError(
-                f"matvec is {tree.describe(matvec)}, expected a function x -> A x; pass lambda x: A @ x"
-            )
+        leaves = usable_leaves(leaves, lambda: [f"b{path}" for path in tree.paths(structure)])
+        if not leaves or not all(isinstance(x, Tensor) and is_calculable(x) and x.numel() for x in leaves):
+            raise LeafError(f"b is {tree.describe(b)}, expected a tree of dense floating tensors, none of them empty")
+        check_function("matvec", matvec, "a function x -> A x; pass lambda x: A @ x", LinearSolveError)
 
         def product(x: Leaves) -> Leaves:
             result = matvec(tree.unflatten(structure, x.tensors))
@@ -231,6 +227,8 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
         )
     for path, x, like in zip(tree.paths(structure), leaves, model, strict=True):
         where = f"{name}{path}"
+        if isinstance(x, Tensor):
+            refuse_unusable(x, lambda where=where: where)  # type: ignore[misc]
         if not isinstance(x, Tensor) or x.shape != like.shape:
             raise ShapeError(f"{where} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}")
         if x.dtype != like.dtype:
@@ -298,17 +296,14 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
 
     An option whose lowest value is an int must be one; a lowest value of 0.0 is allowed, another float is not.
     """
-    make_plain(solver)
+    options = Options(solver)
     for name, low in lowest.items():
-        value: Any = getattr(solver, name)
-        if value is None and name in optional:
-            continue
-        kinds = (int,) if isinstance(low, int) else (int, float)
-        number = value if isinstance(value, kinds) and not isinstance(value, bool) else math.nan
-        if not low <= number < (1 if name == "rtol" else math.inf):
-            kind = "an integer" if isinstance(low, int) else "a finite number"
-            raise HyperparameterError(f"{type(solver).__name__}: {name} is {value!r}, expected {kind} >= {low}")
-    check_flag(f"{type(solver).__name__}: throw", solver.throw)
+        also = (None,) if name in optional else ()
+        if isinstance(low, int):
+            options.integer(name, low, also=also)
+        else:
+            options.number(name, low, 1 if name == "rtol" else math.inf, also=also)
+    options.flag("throw")
 
 
 def with_wide_vectors(matvec: Matvec, like: Leaves) -> Matvec:

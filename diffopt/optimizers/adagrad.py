@@ -7,11 +7,10 @@ from typing import ClassVar, final
 
 from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import INFINITY, check_eps, check_range, decayed, is_zero
+from diffopt.optimizers.checks import POSITIVE, check_eps, check_range, decayed, is_zero
 from diffopt.tensors import transforms
-from diffopt.tensors.arguments import check_flag
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -32,11 +31,9 @@ class Adagrad(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.Adagrad`` refuses."""
-        make_plain(self)
-        positive = (0, INFINITY)
-        check_range(self, lr=positive, lr_decay=positive, weight_decay=positive, eps=positive)
-        check_range(self, initial_accumulator_value=positive)
-        check_flag("Adagrad: maximize", self.maximize)
+        Options(self).flag("maximize")
+        check_range(self, lr=POSITIVE, lr_decay=POSITIVE, weight_decay=POSITIVE, eps=POSITIVE)
+        check_range(self, initial_accumulator_value=POSITIVE)
 
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""

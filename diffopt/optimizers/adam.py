@@ -7,10 +7,10 @@ from typing import ClassVar, final
 
 from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import EACH, Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import INFINITY, check_eps, check_range, decayed, is_zero
-from diffopt.tensors.arguments import check_flag
+from diffopt.optimizers.checks import POSITIVE, check_eps, check_range, decayed, is_zero
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
+from diffopt.tensors.tree import describe
 
 
 @final
@@ -83,13 +83,12 @@ class AdamW(Optimizer):
 
 
 def _check_adam(optimizer: Adam | AdamW) -> None:
-    make_plain(optimizer)
-    positive = (0, INFINITY)
+    Options(optimizer).flag("amsgrad", "maximize")
     if not isinstance(optimizer.betas, tuple | list) or len(optimizer.betas) != 2:
-        raise HyperparameterError(f"{type(optimizer).__name__}: betas is {optimizer.betas!r}, expected two numbers")
-    check_range(optimizer, lr=positive, eps=positive, weight_decay=positive, betas=(0, 1))
-    check_flag(f"{type(optimizer).__name__}: amsgrad", optimizer.amsgrad)
-    check_flag(f"{type(optimizer).__name__}: maximize", optimizer.maximize)
+        raise HyperparameterError(
+            f"{type(optimizer).__name__}: betas is {describe(optimizer.betas)}, expected two numbers"
+        )
+    check_range(optimizer, lr=POSITIVE, eps=POSITIVE, weight_decay=POSITIVE, betas=(0, 1))
 
 
 def _zero_moments(optimizer: Adam | AdamW, params: Leaves) -> Buffers:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from diffopt.errors import (
@@ -20,7 +21,8 @@ from diffopt.errors import (
 from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.tensors import hints, tree
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import plain_tree
+from diffopt.tensors.plain_numbers import is_integer, plain_tree
+from diffopt.tensors.usable import usable, usable_leaves
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class _Binder:
 
     def _whole_tree(self, name: str, value: Any) -> Callable[..., Any] | None:
         leaves, structure = tree.flatten(value)
+        leaves = usable_leaves(leaves, lambda: [f"{name}{path}" for path in tree.paths(structure)])
         slots = [self._slot(x, False) if isinstance(x, Tensor) else x for x in leaves]
         self.whole_trees = self.whole_trees or any(isinstance(slot, _Slot) for slot in slots)
         if not any(isinstance(slot, _Slot) for slot in slots):
@@ -144,6 +147,7 @@ class _Binder:
     def _leafwise(self, name: str, value: Any) -> Callable[..., Any] | None:
         scheduled = isinstance(value, Schedule)
         inner = plain_tree(value.values if scheduled else value)
+        inner = usable(inner, lambda: name) if isinstance(inner, Tensor) else inner
         if scheduled and (isinstance(inner, int | float) or (isinstance(inner, Tensor) and inner.ndim == 0)):
             raise StepsError(
                 f"the schedule of {name} is {tree.describe(inner)}, expected {self.steps} values, one a step"
@@ -167,18 +171,19 @@ class _Binder:
             for path, x, leaf in zip(tree.paths(self.structure), entries, self.params, strict=True)
         ]
         return lambda step, params, now: Leaves(
-            _fit(now[slot.index], x) if isinstance(slot, _Slot) else x.new_tensor(slot)
+            _fit(now[slot.index], x) if isinstance(slot, _Slot) else torch.tensor(slot, dtype=x.dtype, device=x.device)
             for slot, x in zip(slots, params, strict=True)
         )
 
     def _entry(self, name: str, path: str, value: Any, leaf: Tensor, scheduled: bool) -> Any:
         where = f"{name}{path}"
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) or is_integer(value):
             return float(value)
         if not isinstance(value, Tensor):
             raise HyperparameterError(
                 f"{where} is {tree.describe(value)}, expected a float or a tensor{self._meant(value, scheduled)}"
             )
+        value = usable(value, lambda: where)
         self._check_floating(where, value)
         shape = tuple(value.shape)
         if scheduled:

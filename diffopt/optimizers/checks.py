@@ -1,4 +1,4 @@
-"""What the optimizers share: checks of their options, and weight decay."""
+"""Checks of an optimizer's hyperparameters, which may be trees, schedules and tensors as well as numbers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Hyperparameter, Optimizer, Schedule
 from diffopt.tensors import tree
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import as_float
 
-INFINITY = float("inf")
+POSITIVE = (0.0, math.inf)
+FINITE = (-math.inf, math.inf)
 
 
-def check_range(optimizer: Optimizer, **ranges: tuple[float, float]) -> None:
-    """Refuse float hyperparameters outside ``low <= value < high``; tensors are the caller's to keep in range."""
+def check_range(optimizer: Optimizer, *optional: str, **ranges: tuple[float, float]) -> None:
+    """Refuse hyperparameters outside ``low <= value < high``, or not finite; those named may be ``None``.
+
+    Floats only: tensors are the caller's to keep in range, who can look at them without waiting for a device.
+    """
     for name, (low, high) in ranges.items():
         value = getattr(optimizer, name)
+        if value is None and name in optional:
+            continue
         leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
         for path, item in zip(tree.paths(structure), leaves, strict=True):
-            outside = isinstance(item, int | float) and not low <= as_float(item) < high
+            number = as_float(item)
+            outside = isinstance(item, int | float) and not (low <= number < high and math.isfinite(number))
             if outside or isinstance(item, str | bool) or item is None:
+                none = "None, or " if name in optional else ""
+                inside = f"{low:g} <= {name} < {high:g}" if low > -math.inf else f"a finite {name}"
                 raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}, expected {low} <= {name} < {high}"
+                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}, expected {none}{inside}"
                 )
 
 
@@ -46,14 +56,6 @@ def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:
 def is_zero(value: Hyperparameter) -> bool:
     """Whether a hyperparameter is the number 0, so that its term can be left out (a tensor never counts as 0)."""
     return isinstance(value, int | float) and value == 0
-
-
-def as_float(number: float) -> float:
-    """A number as torch would take it: a Python integer beyond all floats is infinite."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.copysign(math.inf, number > 0 or -1)
 
 
 def decayed(grads: Leaves, params: Leaves, weight_decay: Hyperparameter, maximize: bool = False) -> Leaves:

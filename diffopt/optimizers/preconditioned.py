@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from diffopt.errors import HyperparameterError, ShapeError
 from diffopt.optimizers.base import PREFIX, Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import check_range
+from diffopt.optimizers.checks import FINITE, POSITIVE, check_range
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import make_plain
 from diffopt.tensors.tree import describe
@@ -43,7 +42,7 @@ class Preconditioned(Optimizer):
     def __post_init__(self) -> None:
         """Refuse a negative step size, and a preconditioner that is missing."""
         make_plain(self)
-        check_range(self, lr=(0, math.inf))
+        check_range(self, "diagonal", lr=POSITIVE, diagonal=FINITE)
         if self.diagonal is None and self.factors is None:
             raise HyperparameterError(
                 "Preconditioned: diagonal and factors are None, expected one or both; SGD has neither"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import check_range
+from diffopt.optimizers.checks import FINITE, POSITIVE, check_range
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import make_plain
 
@@ -40,9 +38,7 @@ class ProximalGD(Optimizer):
     def __post_init__(self) -> None:
         """Refuse a negative step size or strength."""
         make_plain(self)
-        check_range(self, lr=(0, math.inf), strength=(0, math.inf))
-        if isinstance(self.center, str | bool):
-            raise HyperparameterError(f"ProximalGD: center is {self.center!r}, expected None or a tree like params")
+        check_range(self, "center", lr=POSITIVE, strength=POSITIVE, center=FINITE)
 
     def init(self, params: Leaves) -> Buffers:
         """The center, where it is the initial parameters."""

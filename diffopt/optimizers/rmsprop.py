@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import INFINITY, check_eps, check_range, decayed, is_zero
-from diffopt.tensors.arguments import check_flag
+from diffopt.optimizers.checks import POSITIVE, check_eps, check_range, decayed, is_zero
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -34,11 +33,8 @@ class RMSprop(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.RMSprop`` refuses."""
-        make_plain(self)
-        positive = (0, INFINITY)
-        check_range(self, lr=positive, alpha=positive, eps=positive, weight_decay=positive, momentum=positive)
-        check_flag("RMSprop: centered", self.centered)
-        check_flag("RMSprop: maximize", self.maximize)
+        Options(self).flag("centered", "maximize")
+        check_range(self, lr=POSITIVE, alpha=POSITIVE, eps=POSITIVE, weight_decay=POSITIVE, momentum=POSITIVE)
 
     def init(self, params: Leaves) -> Buffers:
         """Zero averages."""

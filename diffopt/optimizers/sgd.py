@@ -7,10 +7,9 @@ from typing import ClassVar, final
 
 from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
-from diffopt.optimizers.checks import INFINITY, check_range, decayed, is_zero
-from diffopt.tensors.arguments import check_flag
+from diffopt.optimizers.checks import FINITE, POSITIVE, check_range, decayed, is_zero
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 
 @final
@@ -42,11 +41,8 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         """Refuse options that ``torch.optim.SGD`` refuses."""
-        make_plain(self)
-        positive = (0, INFINITY)
-        check_range(self, lr=positive, momentum=positive, weight_decay=positive, dampening=(-INFINITY, INFINITY))
-        check_flag("SGD: nesterov", self.nesterov)
-        check_flag("SGD: maximize", self.maximize)
+        Options(self).flag("nesterov", "maximize")
+        check_range(self, lr=POSITIVE, momentum=POSITIVE, weight_decay=POSITIVE, dampening=FINITE)
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise HyperparameterError(
                 f"SGD: nesterov=True with momentum {self.momentum} and dampening {self.dampening}, expected "

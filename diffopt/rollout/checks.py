@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError, PrecisionWarning
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.record import Watch
-from diffopt.tensors import autograd_graph, random_state, saved_hooks, transforms
-from diffopt.tensors.captures import mend_for, named_tensors, names_of, tensors_of
+from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors.captures import everything_held, mend_for, names_of
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.torch_errors import forward_mode_error
 
@@ -26,14 +25,12 @@ class Checks:
     # NOTE [what is looked for at every step, and what it costs]
     A loss may read other tensors later than at its first step (behind an ``if``, after a warm-up). So the graph of
     every loss is walked for captured tensors: about half a microsecond a node, 7 for an MLP of three layers.
-    Recomputation in a loss is looked for until it is found once; state that it keeps, at the first step.
     """
 
     def __init__(self, dynamics: Dynamics, watch: Watch, *, passes_tangents: bool = False) -> None:
         """Look at nothing yet. ``passes_tangents``: plain code that forward-mode differentiation goes through."""
         self.dynamics, self.watch = dynamics, watch
         self._drops_tangents = watch.values and not passes_tangents
-        self.draws_from: random_state.GeneratorStates | None = None
         self._wrapped_are_held: bool | None = None
         self._born = -1
 
@@ -54,7 +51,9 @@ class Checks:
         if not self.watch.levels:
             return range(0)
         if self._wrapped_are_held is None:
-            self._wrapped_are_held = any(transforms.is_wrapped(x) for x in tensors_of(self.dynamics.functions()))
+            self._wrapped_are_held = any(
+                transforms.is_wrapped(x) for x in everything_held(self.dynamics.functions()).tensors
+            )
         return self.watch.levels if step == 1 or self._wrapped_are_held else range(0)
 
     def refuse_captured(self, outputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
@@ -67,31 +66,9 @@ class Checks:
             refuse_captures("the inner loss (or the optimizer)", self.dynamics.functions(), found)
             self._born = max([self._born, *(autograd_graph.number(x.grad_fn) for x in outputs)])
 
-    def held(self) -> dict[str, Tensor]:
-        """The tensors that the loss holds, by name."""
-        return {name: x for function in self.dynamics.functions() for name, x in named_tensors(function).items()}
-
     def _evaluated(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
-        evaluate = (
-            self._without_tangents if self._drops_tangents and transforms.in_dual_level() else self.dynamics.losses
-        )
-        if not self.watch.hooks or self.dynamics.hooks.used:
-            return evaluate(params, current)
-        try:
-            losses: Tensor = saved_hooks.without(evaluate, params, current)
-            return losses
-        except saved_hooks.HooksUsedError:
-            self.dynamics.hooks.used = True
-        before, device = self.draws_from, params[0].device
-        if before is not None:
-            random_state.restore(before, device)
-        if self.watch.values:
-            losses_at = partial(self._losses_at, current)
-            with random_state.replayed(before, device):
-                saved_hooks.refuse_other_reads(losses_at, params, self.held)
-        return evaluate(params, current)
-
-    def _losses_at(self, current: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        if self._drops_tangents and transforms.in_dual_level():
+            return self._without_tangents(params, current)
         return self.dynamics.losses(params, current)
 
     def _without_tangents(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffopt.errors import CapturedTensorError, CompileWarning
 from diffopt.optimizers.base import Schedule
+from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.tensors import derivatives, random_state, tree
 from diffopt.tensors.leaves import Leaves
@@ -246,10 +247,13 @@ def _warn_of_new_functions(loss: Any) -> None:
 
 
 def _warn(error: Exception) -> None:
-    reason = " ".join(str(error).split())[:200]
+    reason = compiler_paths.explanation(error)
+    if reason is None:
+        # of a failed command, what it said: the command itself is a page long
+        said = " ".join(str(error).rpartition("Output:")[2].split())[:200]
+        reason = f"a step could not be compiled ({type(error).__name__}: {said})"
     warnings.warn(
-        f"compile=True has no effect: a step could not be compiled ({type(error).__name__}: {reason}); "
-        "the solve runs without",
+        f"compile=True has no effect: {reason}; the solve runs without",
         CompileWarning,
         stacklevel=2,
     )

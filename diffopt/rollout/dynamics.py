@@ -10,8 +10,7 @@ the outermost vmap's first. Only the loss runs under vmap; all else is plain ari
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
 from torch import Tensor
@@ -22,7 +21,7 @@ from diffopt.optimizers.binding import BoundOptimizer
 from diffopt.tensors import hints, torch_errors, transforms, tree
 from diffopt.tensors.captures import Given
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.saved_hooks import HookUse, RecomputingAsBefore
+from diffopt.tensors.saved_hooks import RecomputingAsBefore
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 """All tensors of a problem: the state's leaves (params, then buffers), then the extras."""
@@ -66,7 +65,6 @@ class Dynamics:
         levels: the vmaps around the problem, innermost first.
         window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
         compile: whether a step and its pullback are compiled where steps are taken one by one.
-        hooks: whether the loss has been seen to set saved-tensor hooks.
     """
 
     loss: Callable[..., Tensor]
@@ -83,7 +81,6 @@ class Dynamics:
     levels: tuple[Level, ...] = ()
     window: int = 1
     compile: bool = False
-    hooks: HookUse = field(default_factory=HookUse, compare=False)
 
     @property
     def steps(self) -> int:
@@ -145,9 +142,8 @@ class Dynamics:
         seen = [x.view_as(x) if x.requires_grad else x.detach() for x in current[:read]]
         dims = [(*level.dims[: self.params_count], *level.dims[self.state_count :][:read]) for level in self.levels]
         vmapped = self._vmap(self._loss_of_leaves, dims)
-        hooks = RecomputingAsBefore(self.functions()) if self.hooks.used else nullcontext()
         try:
-            with hooks:
+            with RecomputingAsBefore(self.functions, (*params, *seen)):
                 losses: Tensor = vmapped(*params, *seen)
         except StopIteration as error:
             raise torch_errors.ended_iterator() from error
@@ -200,11 +196,7 @@ class Dynamics:
 
     def _read(self) -> list[tuple[str, Any]]:
         """The leaves that the loss is given besides the params, by name; their structure is that of (args, batches)."""
-        paths = [
-            f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
-            for path in tree.paths(self.args_structure)
-        ]
-        return list(zip(paths, self.args_leaves, strict=True))
+        return list(zip(names_of_read(self.args_structure), self.args_leaves, strict=True))
 
     def update(self, state: Sequence[Tensor], grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
         """The next state of all tasks, given their gradients."""
@@ -325,3 +317,11 @@ class ExtraSlot:
     """Stands, among the leaves of ``args``, for the extra with this number."""
 
     index: int
+
+
+def names_of_read(structure: tree.Structure) -> list[str]:
+    """What a caller would call the leaves of ``(args, batches)``."""
+    return [
+        f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
+        for path in tree.paths(structure)
+    ]

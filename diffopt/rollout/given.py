@@ -20,27 +20,22 @@ from diffopt.errors import (
     StepsError,
 )
 from diffopt.tensors import derivatives, hints, transforms, tree
-from diffopt.tensors.plain_numbers import plain
+from diffopt.tensors.arguments import check_instance, check_integer
+from diffopt.tensors.usable import DTYPES, refuse_unusable
 
 MOST_STEPS = 2**31 - 1
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of inner parameters: there is no arithmetic in the others."""
 
 
 def checked_steps(steps: Any) -> int:
     """The number of steps; what is not one is refused."""
-    steps = plain(steps)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= MOST_STEPS:
-        hint = "; write int(steps)" if isinstance(steps, float | Tensor) else ""
-        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 0 (and below 2**31){hint}")
-    return steps
+    hint = "; write int(steps)" if isinstance(steps, float | Tensor) else ""
+    fix = f" (and below 2**31){hint}"
+    return int(check_integer("steps", steps, 0, high=MOST_STEPS + 1, kind=StepsError, fix=fix))
 
 
 def check_estimator(estimator: Any) -> None:
     """Refuse what is not an estimator."""
-    if not isinstance(estimator, Estimator):
-        called = "; call it: estimator=Reverse()" if isinstance(estimator, type) else ""
-        raise EstimatorError(f"estimator is {tree.describe(estimator)}, expected a diffopt.estimators object{called}")
+    check_instance("estimator", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
 
 
 def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
@@ -59,6 +54,7 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
             raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor{fix}")
         if leaf.is_nested:
             raise LeafError(f"params{path} is a nested tensor, expected a dense floating one; pass a list of tensors")
+        refuse_unusable(leaf, lambda path=path: f"params{path}")  # type: ignore[misc]
         if leaf.dtype not in DTYPES:
             raise LeafError(
                 f"params{path} is {tree.describe(leaf)}, expected a dtype that can be calculated with: convert it with "
@@ -80,23 +76,9 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     return leaves, structure
 
 
-def is_initialised(leaf: Any) -> bool:
-    """Whether it is a tensor with a shape, which a lazy module's parameters have not at first."""
-    return isinstance(leaf, Tensor) and not torch.nn.parameter.is_lazy(leaf)
-
-
-def refuse_uninitialised(name: str, value: Any) -> None:
-    """Refuse what a lazy module holds before its first call."""
-    leaves, structure = tree.flatten(value)
-    if any(isinstance(leaf, Tensor) and not is_initialised(leaf) for leaf in leaves):
-        for path, leaf in zip(tree.paths(structure), leaves, strict=True):
-            if isinstance(leaf, Tensor) and not is_initialised(leaf):
-                fix = hints.for_params(leaf)
-                raise LeafError(f"{name}{path} is {tree.describe(leaf)}, expected a tensor with a shape{fix}")
-
-
 def _is_dense_floating(leaf: Any) -> bool:
-    return is_initialised(leaf) and leaf.is_floating_point() and leaf.layout == torch.strided
+    lazy = torch.nn.parameter.is_lazy(leaf)
+    return isinstance(leaf, Tensor) and not lazy and leaf.is_floating_point() and leaf.layout == torch.strided
 
 
 def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
@@ -129,7 +111,7 @@ def check_batches(batches: Any, steps: int) -> None:
             f"batches is {tree.describe(batches)}, expected a tree of tensors with {steps} entries each{fix}"
         )
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
-        if not is_initialised(leaf) or leaf.ndim == 0 or len(leaf) != steps:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != steps:
             raise BatchesError(
                 f"batches{path} is {tree.describe(leaf)}, expected a tensor whose first axis has length "
                 f"steps = {steps}, one entry per inner step{hints.for_batches(batches, steps)}"

@@ -1,4 +1,4 @@
-"""State that a loss keeps besides its arguments: buffers of modules, and other tensors that it writes to.
+"""State that a loss keeps besides its arguments: buffers of modules, other tensors, Python numbers, generators.
 
 A step that is computed again sees it as later steps have left it. Batch norm in training mode writes to its running
 statistics and reads none of them, so it is computed again to the bit; spectral norm's power iteration is not.
@@ -7,50 +7,99 @@ statistics and reads none of them, so it is computed again to the bit; spectral 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from diffopt.errors import HiddenStateError
 from diffopt.tensors import transforms
-from diffopt.tensors.captures import named_tensors, tensors_of
+from diffopt.tensors.captures import everything_held, named_tensors
 
 
 @final
 class HiddenState:
-    """The tensors that a function holds, as they are now."""
+    """What a function holds: found once, and then compared with what it was, in a few microseconds each time.
+
+    Attributes:
+        judged: whether something has moved before, and did not matter.
+    """
 
     def __init__(self, function: object) -> None:
-        """Find them: a walk of some ten microseconds for a small module."""
-        self._function = function
-        self._before = [(x, transforms.version(x)) for x in tensors_of([function])]
+        """Find everything that it holds, and take note of it."""
+        self.judged = False
+        self._function, self._held = function, everything_held([function])
+        self._tensors = [x for x in map(transforms.unwrapped, self._held.tensors) if not x.is_inference()]
+        self._versions = [x._version for x in self._tensors]
+        self._objects = self._in_places()  # kept, so that no other object can come to lie where one was
+        self._addresses = list(map(id, self._objects))
+        self._drawn = [generator.get_state() for generator in self._held.generators]
 
-    def changed(self) -> list[Tensor]:
-        """Those that have been written to since, and those that have taken the place of others."""
-        written = [x for x, version in self._before if transforms.version(x) != version]
-        known = {id(x) for x, _ in self._before}
-        return written + [x for x in tensors_of([self._function]) if id(x) not in known]
+    def has_moved(self) -> bool:
+        """Whether a tensor has been written to, a place holds something else, or a generator has drawn."""
+        return (
+            [x._version for x in self._tensors] != self._versions
+            or list(map(id, self._in_places())) != self._addresses
+            or not all(torch.equal(x.get_state(), y) for x, y in zip(self._held.generators, self._drawn, strict=True))
+        )
 
-    def names(self, changed: Sequence[Tensor]) -> str:
-        """What a reader of the function's code would call some of them."""
-        held = {id(x): name for name, x in named_tensors(self._function).items()}
-        names = [f"`{held[id(x)]}`" for x in changed if id(x) in held]
-        return ", ".join([*names[:2], "..."] if len(names) > 2 else names) or "a tensor"
+    def matters(
+        self,
+        again: Callable[[], tuple[Tensor, Sequence[Tensor]]],
+        losses: Tensor,
+        grads: Sequence[Tensor],
+        *,
+        exactly: bool,
+    ) -> bool:
+        """Whether a loss gives other numbers now that something has moved.
 
+        ``again`` evaluates the losses and their gradients once more; everything is then put back to where it is now.
+        ``exactly``: the gradients come from the same operations, so that their bits are the same.
+        """
+        self.judged = True
+        kept = [(x, x.detach().clone()) for x in self._moved()]
+        contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
+        cells, spaces = [_content(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
+        drawn = [generator.get_state() for generator in self._held.generators]
+        try:
+            value, gradients = again()
+        finally:
+            for container, old in zip(self._held.containers, contents, strict=True):
+                _refill(container, old)
+            for cell, content in zip(self._held.cells, cells, strict=True):
+                if _content(cell) is not content:
+                    cell.cell_contents = content
+            for (space, name), content in zip(self._held.names, spaces, strict=True):
+                if space.get(name) is not content:
+                    space[name] = content
+            for generator, state in zip(self._held.generators, drawn, strict=True):
+                generator.set_state(state)
+            with torch.no_grad():
+                for x, numbers in kept:
+                    x.detach().copy_(numbers)
+        pairs = zip(grads, gradients, strict=True)
+        return not (_same(value, losses, True) and all(_same(a, b, exactly) for a, b in pairs))
 
-def matters(changed: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], losses: Tensor) -> bool:
-    """Whether a loss gives other numbers now that some state has changed.
+    def names(self) -> str:
+        """What a reader of the function's code would call what has moved."""
+        held = {id(transforms.unwrapped(x)): name for name, x in named_tensors(self._function).items()}
+        names = list(dict.fromkeys(f"`{held[id(x)]}`" for x in self._moved() if id(x) in held))
+        return ", ".join([*names[:2], "..."] if len(names) > 2 else names) or "in a number or another object"
 
-    ``again`` evaluates the losses, which were ``losses`` at first, and their gradients. The state is put back.
-    """
-    kept = [x.detach().clone() for x in changed]
-    first, second = again(), again()
-    with torch.no_grad():
-        for x, value in zip(changed, kept, strict=True):
-            x.detach().copy_(value)
-    pairs = [(losses.detach(), first[0]), *zip(first, second, strict=True)]
-    return not all(_same(a, b) for a, b in pairs)
+    def _moved(self) -> list[Tensor]:
+        """The tensors that have been written to, and those that have taken a place."""
+        known = set(self._addresses)
+        written = [x for x, version in zip(self._tensors, self._versions, strict=True) if x._version != version]
+        return written + [x for x in self._in_places() if isinstance(x, Tensor) and id(x) not in known]
+
+    def _in_places(self) -> list[Any]:
+        """What is in all places, one after the other."""
+        found: list[Any] = []
+        for container in self._held.containers:
+            found += container.values() if isinstance(container, dict) else container
+        found += (_content(cell) for cell in self._held.cells)
+        found += (space.get(name) for space, name in self._held.names)
+        return found
 
 
 def hidden_state_error(names: str) -> HiddenStateError:
@@ -63,8 +112,29 @@ def hidden_state_error(names: str) -> HiddenStateError:
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.device.type == "cpu":
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that has not been set yet
+        return None
+
+
+def _refill(container: Any, old: Any) -> None:
+    """Let a dictionary or a list hold what it held."""
+    if not isinstance(container, dict):
+        if list(map(id, container)) != list(map(id, old)):
+            container.clear()
+            container.extend(old)
+        return
+    for key in [key for key in container if key not in old]:
+        del container[key]
+    for key, value in old.items():
+        if container.get(key) is not value:
+            container[key] = value
+
+
+def _same(a: Tensor, b: Tensor, exactly: bool) -> bool:
+    if exactly and a.device.type == "cpu":
         return torch.equal(a.nan_to_num(), b.nan_to_num())
     # other processors may add in another order every time
     tolerance = 64 * torch.finfo(b.dtype).eps

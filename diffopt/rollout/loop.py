@@ -15,7 +15,7 @@ from diffopt.rollout.checks import Checks, apart_from, not_finite, refuse_bad_st
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.rollout.stepper import Stepper
-from diffopt.tensors import autograd_graph, derivatives, random_state, saved_hooks, transforms
+from diffopt.tensors import autograd_graph, derivatives, saved_hooks, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
 
 
@@ -57,8 +57,6 @@ def roll_out_recorded(
     now, losses, largest, checks = Leaves(state), [], [], Checks(dynamics, watch, passes_tangents=True)
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
-        if not dynamics.hooks.used:  # its evaluation may be given up, and begun again
-            checks.draws_from = random_state.snapshot(now[0].device)
         grads: Sequence[Tensor | None]
         if transforms.transforms_active():
             now_params = now.tensors[: dynamics.params_count]

@@ -14,8 +14,8 @@ from diffopt.errors import HyperparameterError
 from diffopt.rollout.hidden_state import hidden_state_error
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import derivatives, random_state
+from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.plain_numbers import make_plain
 
 Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
 
@@ -45,18 +45,13 @@ class Keep:
 
 def check_checkpoint(options: Any) -> None:
     """Refuse options of storage that are none of the allowed ones, in a dataclass that is being made."""
-    make_plain(options)
-    rule, checkpoint, offload = type(options).__name__, options.checkpoint, options.offload
-    is_count = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
-    if checkpoint is not None and checkpoint not in ("graph", "sqrt") and not is_count:
+    checked = Options(options)
+    checked.integer("checkpoint", 1, also=(None, "graph", "sqrt"))
+    checked.flag("offload")
+    if options.offload and options.checkpoint == "graph":
         raise HyperparameterError(
-            f"{rule}: checkpoint is {checkpoint!r}, expected None, 'graph', 'sqrt' or an integer >= 1"
-        )
-    if not isinstance(offload, bool):
-        raise HyperparameterError(f"{rule}: offload is {offload!r}, expected True or False")
-    if offload and checkpoint == "graph":
-        raise HyperparameterError(
-            f"{rule}: offload=True with checkpoint='graph', expected one that stores states: 1, k or 'sqrt'"
+            f"{type(options).__name__}: offload=True with checkpoint='graph', expected one that stores states: 1, k or "
+            "'sqrt'"
         )
 
 
@@ -158,13 +153,13 @@ class Watch:
         values: refuse losses and states that are not finite, and a loss that does not depend on params.
         captures: refuse captured tensors that require grad.
         levels: refuse captured tensors of these ``torch.func`` transforms.
-        hooks: see that a loss that recomputes parts of itself reads the same tensors again.
+        state: note, in a rollout of which steps are kept, state of the loss that its evaluations change.
     """
 
     values: bool = False
     captures: bool = False
     levels: range = range(0)
-    hooks: bool = False
+    state: bool = False
 
 
 def _on_cpu(leaf: Tensor) -> Tensor:

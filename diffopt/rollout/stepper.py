@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt.rollout import compiled
 from diffopt.rollout.checks import Checks, refuse_bad_start
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.hidden_state import HiddenState, hidden_state_error, matters
+from diffopt.rollout.hidden_state import HiddenState, hidden_state_error
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import autograd_graph, derivatives, random_state
@@ -31,7 +31,9 @@ class Stepper:
         self._checks = Checks(dynamics, watch)
         self._compiled = compiled.Steps(dynamics)
         self._drawn: random_state.GeneratorStates | None = None
+        self._draws_from: random_state.GeneratorStates | None = None
         self._keep: Keep | None = None
+        self._held: HiddenState | None = None
         self._growing: Block | None = None
         self._check_graph = True
 
@@ -39,7 +41,7 @@ class Stepper:
         """Step number ``step`` from ``state``: the next state and the losses."""
         device = state[0].device
         before = random_state.snapshot(device) if self._drawn is None else self._drawn
-        self._keep, self._checks.draws_from = keep, before
+        self._keep, self._draws_from = keep, before
         with random_state.replayed(self.record.draws.get(step), device):
             if keep is None or step < keep.first:
                 after, losses = self._plain(state, step)
@@ -179,40 +181,45 @@ class Stepper:
     def _losses_and_grads(
         self, params: Sequence[Tensor], current: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        may_come_again = step == 1 and self.watch.values and self._keep is not None and self._keep.checkpoint != "graph"
-        held = HiddenState(self.dynamics.loss) if may_come_again else None
+        if self._held is None and self.watch.state and self._keep is not None:
+            self._held = HiddenState(self.dynamics.loss)
         losses = self._checks.losses(params, current, step)
         grads = derivatives.gradient(losses, params, differentiable=differentiable)
         self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
             refuse_bad_start(self.dynamics, losses, grads, params, current)
-        if held is not None:
-            self._note_hidden_state(held, losses, params, current)
+        if self._held is not None and (not self._held.judged or step == self.dynamics.steps) and self._held.has_moved():
+            self._judge(self._held, losses, grads, params, current, exactly=not differentiable)
         return losses, grads
 
-    def _note_hidden_state(
-        self, held: HiddenState, losses: Tensor, params: Sequence[Tensor], current: Sequence[Tensor]
+    def _judge(
+        self,
+        held: HiddenState,
+        losses: Tensor,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        current: Sequence[Tensor],
+        *,
+        exactly: bool,
     ) -> None:
-        """Note state of the loss that its first evaluation has changed and its value depends on; refuse what cannot be.
+        """Note state of the loss that has moved, if its value depends on that; refuse what cannot be right.
 
         What has the graphs of all steps needs none again, and takes them whatever their size: what is right for a small
-        model must not be wrong, or refused, for a large one.
+        model must not be wrong, or refused, for a large one. (Judged twice at most: when something has moved first,
+        and at the last step, by when something may have begun to matter.)
         """
-        changed = held.changed()
-        if not changed:
-            return
 
-        def again() -> list[Tensor]:
-            with torch.enable_grad(), random_state.replayed(self._checks.draws_from, params[0].device):
+        def again() -> tuple[Tensor, Sequence[Tensor]]:
+            with torch.enable_grad(), random_state.replayed(self._draws_from, params[0].device):
                 roots = [leaf.detach().requires_grad_() for leaf in params]
                 value = self.dynamics.losses(roots, current)
-                return [
-                    value.detach(),
-                    *derivatives.or_zeros(derivatives.gradient(value, roots, differentiable=False), roots),
-                ]
+                return value.detach(), derivatives.or_zeros(
+                    derivatives.gradient(value, roots, differentiable=False), roots
+                )
 
-        if matters(changed, again, losses):
-            self.record.hidden_state = held.names(changed)
-            keep = self._keep
-            if keep is not None and isinstance(keep.checkpoint, int | str) and keep.first <= self.dynamics.steps:
-                raise hidden_state_error(self.record.hidden_state)
+        if not held.matters(again, losses.detach(), derivatives.or_zeros(grads, params), exactly=exactly):
+            return
+        self.record.hidden_state, keep = held.names(), self._keep
+        stored = isinstance(self.record.checkpoint, int) or (keep is not None and keep.checkpoint is not None)
+        if stored and keep is not None and keep.checkpoint != "graph" and keep.first <= self.dynamics.steps:
+            raise hidden_state_error(self.record.hidden_state)

@@ -1,49 +1,179 @@
-"""Checks of single arguments, whose messages say where, what was got and what was expected."""
+"""The one validator of arguments and options: every message says where, what was got and what was expected.
+
+Each check returns the value as it is to be used, numbers of numpy as Python's own. What is accepted besides is named in
+``also``, such as ``also=(None,)``. Values are looked at by their type first: ``==``, a truth or a ``repr`` of a
+stranger's may raise.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from diffopt.errors import DiffoptError, HyperparameterError
-from diffopt.tensors.plain_numbers import plain
-from diffopt.tensors.tree import describe
+from diffopt.errors import DiffoptError, HyperparameterError, StepsError
+from diffopt.tensors.plain_numbers import as_float, is_integer, make_plain, plain
+from diffopt.tensors.tree import brief, describe
+from diffopt.tensors.usable import is_calculable, refuse_unusable
+
+_LARGEST = 2**63 - 1
+"""The largest integer that torch takes as a scalar; above it, it wants a float."""
 
 
-def check_flag(where: str, value: Any) -> None:
+def check_flag(where: str, value: Any) -> bool:
     """Refuse what is neither ``True`` nor ``False``."""
-    if not isinstance(plain(value), bool):
+    flag = plain(value)
+    if not isinstance(flag, bool):
         raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")
+    return flag
 
 
-def check_whole(where: str, value: Any, low: int, kind: type[DiffoptError] = HyperparameterError) -> None:
-    """Refuse what is not an integer of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise kind(f"{where} is {describe(value)}, expected an integer >= {low}")
+def check_integer(
+    where: str,
+    value: Any,
+    low: int,
+    *,
+    also: tuple[str | None, ...] = (),
+    kind: type[DiffoptError] = HyperparameterError,
+    fix: str = "",
+    high: float = math.inf,
+) -> Any:
+    """Refuse what is not an integer of ``low <= value < high``; ``fix`` is the end of the message."""
+    number = plain(value)
+    if _is_among(number, also):
+        return number
+    if not is_integer(number) or not low <= number < high:
+        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'an integer >= {low}')}{fix}")
+    return int(number)
 
 
-def integer(where: str, value: Any, low: int) -> int:
-    """The same, for an option that may be one of numpy's integers; returned as one of Python's."""
-    value = plain(value)
-    check_whole(where, value, low)
-    return int(value)
+def check_number(
+    where: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    also: tuple[str | None, ...] = (),
+    kind: type[DiffoptError] = HyperparameterError,
+    above: bool = False,
+    up_to: bool = False,
+) -> Any:
+    """Refuse what is not a finite number of ``low <= value < high``.
+
+    ``above``: nor ``low`` itself; ``up_to``: nor what is above ``high``, but not ``high``.
+    """
+    number = plain(value)
+    if _is_among(number, also):
+        return number
+    found = as_float(number)
+    right = (low < found if above else low <= found) and (found <= high if up_to else found < high)
+    if not right or not math.isfinite(found):
+        least = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
+        most = "" if high == math.inf else f"{' and' if least else ''} {'<=' if up_to else '<'} {high:g}"
+        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'a finite number{least}{most}')}")
+    return found if abs(number) > _LARGEST else number
+
+
+def check_within_steps(where: str, count: int, steps: int) -> None:
+    """Refuse more of an inner problem's steps than it has."""
+    if count > steps:
+        raise StepsError(
+            f"{where} is {brief(count)}, expected at most {steps}, the inner problem has only {steps} steps"
+        )
+
+
+def check_choice(where: str, value: Any, *choices: str) -> str:
+    """Refuse what is none of these words."""
+    if not _is_among(value, choices):
+        raise HyperparameterError(f"{where} is {describe(value)}, expected {_either(choices[:-1], repr(choices[-1]))}")
+    return str(value)
+
+
+def check_instance(
+    where: str,
+    value: Any,
+    kind: type[Any],
+    expected: str,
+    error: type[DiffoptError] = HyperparameterError,
+    *,
+    also: tuple[None, ...] = (),
+) -> Any:
+    """Refuse what is no object of this class; of the class itself, say that it is to be called."""
+    if not isinstance(value, kind) and not _is_among(value, also):
+        uncalled = isinstance(value, type) and issubclass(value, kind)
+        call = f"; call it: {where.rpartition(' ')[2]}={value.__name__}(...)" if uncalled else ""
+        raise error(f"{where} is {describe(value)}, expected {_either(also, expected)}{call}")
+    return value
+
+
+def check_function(where: str, value: Any, expected: str, error: type[DiffoptError]) -> None:
+    """Refuse what cannot be called, and a class, whose call would only make an object."""
+    if not callable(value) or isinstance(value, type):
+        make = "; that is a class: pass an object of it" if isinstance(value, type) else ""
+        raise error(f"{where} is {describe(value)}, expected {expected}{make}")
 
 
 def check_generator(where: str, value: Any, kind: type[DiffoptError] = HyperparameterError) -> None:
     """Refuse what is not a source of random numbers."""
-    if not isinstance(value, torch.Generator):
-        raise kind(f"{where} is {describe(value)}, expected a torch.Generator; make one and seed it with manual_seed()")
+    check_instance(where, value, torch.Generator, "a torch.Generator; make one and seed it with manual_seed()", kind)
 
 
 def check_floating(kind: type[DiffoptError], **tensors: Any) -> None:
     """Refuse what are not finite floating tensors of one dtype, on one device; named by their keywords."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise kind(f"{name} is {describe(x)}, expected a floating tensor; convert it with torch.as_tensor")
+        if not isinstance(x, Tensor) or not is_calculable(x):
+            raise kind(f"{name} is {describe(x)}, expected a dense floating tensor; convert it with torch.as_tensor")
+        refuse_unusable(x, lambda name=name: name)  # type: ignore[misc]
         if (x.dtype, x.device) != (first.dtype, first.device):
             raise kind(f"{name} is {describe(x)}, expected {first.dtype} on {first.device} as {first_name}; use .to()")
         if not bool(x.isfinite().all()):
             raise kind(f"{name} holds NaN or infinite numbers, expected finite ones; check the data")
+
+
+@final
+class Options:
+    """The options of a frozen dataclass that is being made: checked by name, and kept as the checks return them."""
+
+    def __init__(self, owner: Any) -> None:
+        """Convert numpy's numbers first, in all fields."""
+        make_plain(owner)
+        self._owner = owner
+
+    def flag(self, *names: str) -> None:
+        """Options that are ``True`` or ``False``."""
+        for name in names:
+            self._keep(name, check_flag(self._where(name), getattr(self._owner, name)))
+
+    def integer(self, name: str, low: int, **how: Any) -> None:
+        """An integer; see :func:`check_integer`."""
+        self._keep(name, check_integer(self._where(name), getattr(self._owner, name), low, **how))
+
+    def number(self, name: str, low: float = -math.inf, high: float = math.inf, **how: Any) -> None:
+        """A finite number; see :func:`check_number`."""
+        self._keep(name, check_number(self._where(name), getattr(self._owner, name), low, high, **how))
+
+    def choice(self, name: str, *choices: str) -> None:
+        """One of several words."""
+        check_choice(self._where(name), getattr(self._owner, name), *choices)
+
+    def instance(self, name: str, kind: type[Any], expected: str, *error: type[DiffoptError], **how: Any) -> None:
+        """An object of a class; see :func:`check_instance`."""
+        check_instance(self._where(name), getattr(self._owner, name), kind, expected, *error, **how)
+
+    def _where(self, name: str) -> str:
+        return f"{type(self._owner).__name__}: {name}"
+
+    def _keep(self, name: str, value: Any) -> None:
+        if value is not getattr(self._owner, name):
+            object.__setattr__(self._owner, name, value)
+
+
+def _is_among(value: Any, also: tuple[str | None, ...]) -> bool:
+    return (value is None and None in also) or (isinstance(value, str) and str(value) in also)
+
+
+def _either(also: tuple[str | None, ...], last: str) -> str:
+    return f"{', '.join(map(repr, also))} or {last}" if also else last

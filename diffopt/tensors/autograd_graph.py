@@ -45,7 +45,7 @@ def refuse_broken_graph(graph: Iterable[Any]) -> None:
 
 @functools.cache
 def _is_broken(node_type: Any) -> bool:
-    return node_type.__name__.endswith(("Error", "NotImplemented"))
+    return bool(node_type.__name__.endswith(("Error", "NotImplemented")))
 
 
 def number(node: Any) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -37,37 +38,72 @@ def named_tensors(function: object) -> dict[str, Tensor]:
     return found
 
 
-def tensors_of(functions: Iterable[object]) -> list[Tensor]:
-    """The same tensors of several functions without their names, which are most of the work."""
-    return _found(functions)[0]
+@final
+@dataclass(frozen=True)
+class Held:
+    """What can be reached from some functions in the same way, without names, which are most of the work.
+
+    Attributes:
+        tensors: those that are not of an object that is skipped.
+        modules: those inside others included.
+        generators: of random numbers.
+        containers: dictionaries and lists, of attributes too: whatever has places that can be filled anew.
+        cells: variables of functions around them.
+        names: global variables, each by the dictionary that has it and its name.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    modules: list[torch.nn.Module] = field(default_factory=list)
+    generators: list[torch.Generator] = field(default_factory=list)
+    containers: list[Any] = field(default_factory=list)
+    cells: list[types.CellType] = field(default_factory=list)
+    names: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    def note(self, value: Any) -> None:
+        """Sort in one object that has been reached."""
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, torch.nn.Module):
+            self.modules.append(value)
+            self.containers.extend((value._parameters, value._buffers))
+            if not _is_torchs(value):
+                self.containers.append(value.__dict__)
+        elif isinstance(value, types.FunctionType):
+            self.cells.extend(value.__closure__ or ())
+            self.names.extend((value.__globals__, name) for name in _names_of_globals(value))
+        elif isinstance(value, torch.Generator):
+            self.generators.append(value)
+        elif isinstance(value, dict | list | deque):
+            if len(value) <= _LARGE:
+                self.containers.append(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, types.MethodType):
+            self.containers.append(value.__dict__)
 
 
-def modules_of(functions: Iterable[object]) -> list[torch.nn.Module]:
-    """The modules that can be reached from functions in the same way, those inside others included."""
-    return _found(functions)[1]
-
-
-def _found(functions: Iterable[object]) -> tuple[list[Tensor], list[torch.nn.Module]]:
-    tensors: list[Tensor] = []
-    modules: list[torch.nn.Module] = []
-    seen: set[int] = set()
+def everything_held(functions: Iterable[object]) -> Held:
+    """What some functions hold: a walk of some ten microseconds for a small module."""
+    held, seen = Held(), set[int]()
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
     while pending:
         value, depth = pending.pop()
         if type(value) in _HOLD_NOTHING or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        elif isinstance(value, torch.nn.Module):
-            modules.append(value)
-            pending += ((held, depth) for _, held in _held_by_module("", value))
-        elif depth < _DEPTH:
-            pending += ((held, depth + 1) for _, held in _held("", value))
-    return tensors, modules
+        held.note(value)
+        if isinstance(value, torch.nn.Module):
+            pending += ((inner, depth) for _, inner in _held_by_module("", value))
+        elif depth < _DEPTH and not isinstance(value, Tensor):
+            pending += ((inner, depth + 1) for _, inner in _held("", value))
+    return held
 
 
-_HOLD_NOTHING = {type(None), bool, int, float, str, type, types.ModuleType, types.BuiltinFunctionType}
+_LARGE = 1000
+"""Longer lists are data, which nobody looks at again and again."""
+
+_HOLD_NOTHING = {
+    *(type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size),
+    *(types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+}
 
 
 @final
@@ -87,7 +123,7 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.nn.Module):
         yield from _held_by_module(dot, value)
     elif isinstance(value, types.FunctionType):
-        if not (value.__module__ or "").startswith("torch."):
+        if not _is_torchs(value):
             yield from _held_by_function(value)
     elif isinstance(value, types.MethodType):
         yield from ((name or "self", value.__self__), (name, value.__func__))
@@ -97,7 +133,7 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from value.keywords.items()
     elif isinstance(value, Mapping):
         yield from ((f"{name}[{key!r}]", held) for key, held in value.items())
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         yield from enumerate_named(name, value)
     elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
         yield from ((dot + key, held) for key, held in getattr(value, "__dict__", {}).items())
@@ -114,11 +150,20 @@ def _slots(kind: type) -> tuple[str, ...]:
 def _held_by_module(dot: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for own in (module._parameters, module._buffers, module._modules):
         yield from ((dot + key, held) for key, held in own.items() if held is not None)
-    if not type(module).__module__.startswith("torch."):  # torch's own keep all of their tensors in these
-        yield from ((dot + key, held) for key, held in module.__dict__.items() if isinstance(held, Tensor))
+    if not _is_torchs(module):  # torch's own keep all of their tensors in these
+        yield from ((dot + key, held) for key, held in module.__dict__.items() if key not in _OF_EVERY_MODULE)
 
 
-def enumerate_named(name: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+_OF_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether a function, or the class of an object, is one of torch's own."""
+    kind = value if isinstance(value, types.FunctionType) else type(value)
+    return (kind.__module__ or "").startswith("torch.")
+
+
+def enumerate_named(name: str, values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """The entries of a sequence, each under its place."""
     return ((f"{name}[{i}]", held) for i, held in enumerate(values))
 
@@ -127,12 +172,15 @@ def _held_by_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # a variable that has not been set yet
             yield name, cell.cell_contents
-    for name in _global_names(function.__code__):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
+    for name in _names_of_globals(function):
+        yield name, function.__globals__[name]
     if function.__defaults__:
         yield from enumerate_named("default", function.__defaults__)
     yield from (function.__kwdefaults__ or {}).items()
+
+
+def _names_of_globals(function: types.FunctionType) -> list[str]:
+    return [name for name in _global_names(function.__code__) if name in function.__globals__]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ grows. So they are converted where they come in. Numpy need not be installed: wi
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,6 +18,21 @@ from torch import Tensor
 from diffopt.tensors import tree
 
 _PLAIN = (type(None), bool, int, float, str, Tensor)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer; ``True`` and ``False`` are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_float(value: Any) -> float:
+    """A Python number as torch would take it: NaN if it is none, and infinite beyond all floats."""
+    if not (isinstance(value, float) or is_integer(value)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def plain(value: Any) -> Any:

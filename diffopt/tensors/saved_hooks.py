@@ -3,34 +3,34 @@
 # NOTE [a recomputation reads the module's own weights]
 ``torch.utils.checkpoint(use_reentrant=False)`` runs a part of the loss again when the gradient is taken. Called by
 ``functional_call``, a module has its own weights back by then, and the recomputed part silently reads those in place of
-``params``. So while a loss that sets hooks is evaluated, every pair of hooks is told which tensors stood in for the
-modules' own when it was set, and puts them back for as long as it recomputes. What that does not reach (a module that
-cannot be found from the loss) is recognised by the tensors that are read: the backward pass reads one more.
+``params``. So every pair of hooks that a loss sets is told which tensors modules held at that time, and puts them back
+for as long as it recomputes. What that does not reach (a module that is neither found from the loss nor running) is
+recognised by the tensors that are read: the recomputation reads a parameter that the first computation did not.
+
+# NOTE [how hooks are noticed]
+Nothing of torch's says that hooks have been set. So, while a loss is evaluated, the function by which they are set is
+another one, which hands on what other threads set as it is. A loss that sets none pays nothing for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.errors import RecomputationError
 from diffopt.tensors import transforms
-from diffopt.tensors.captures import modules_of
+from diffopt.tensors.captures import everything_held, named_tensors
 
 _autograd: Any = torch._C._autograd  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
-
-_USED = "the inner loss uses saved-tensor hooks"
-
-
-class HooksUsedError(Exception):
-    """A function that was to run without saved-tensor hooks sets some."""
+_push: Callable[..., None] = _autograd._push_saved_tensors_default_hooks
+_pop: Callable[[], None] = _autograd._pop_saved_tensors_default_hooks
 
 
 @contextmanager
@@ -42,159 +42,202 @@ def kept_out() -> Iterator[None]:
     outer = []
     while (pair := _top()) is not None:
         outer.append(pair)
-        _autograd._pop_saved_tensors_default_hooks()
+        _pop()
     try:
         yield
     finally:
         for pack, unpack in reversed(outer):
-            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+            _push(pack, unpack)
 
 
-def without(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that sets no hooks, where none are set.
-
-    Raises:
-        HooksUsedError: it does, or there are.
-    """
-    if _top() is not None:
-        raise HooksUsedError
-    before = _autograd._saved_tensors_hooks_get_disabled_error_message()
-    _autograd._saved_tensors_hooks_disable(_USED)
-    try:
-        return function(*arguments)
-    except RuntimeError as error:
-        if _USED not in str(error):
-            raise
-        raise HooksUsedError from error
-    finally:
-        if before is None:
-            _autograd._saved_tensors_hooks_enable()
-        else:
-            _autograd._saved_tensors_hooks_disable(before)
+def _top() -> Any:
+    """The hooks that apply now; ``None``: none, or a torch that does not say."""
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)
 
 
 @final
-@dataclass
-class HookUse:
-    """Whether a loss has been seen to set hooks; it is evaluated under :class:`RecomputingAsBefore` from then on."""
+class RecomputingAsBefore:
+    """While this is entered, hooks that are set recompute with the tensors that modules hold when they are set.
 
-    used: bool = False
+    See NOTE [a recomputation reads the module's own weights].
+    """
+
+    __slots__ = ("_functions", "_given", "_modules", "_open", "_outer")
+
+    def __init__(self, functions: Callable[[], Sequence[object]], given: Sequence[Tensor]) -> None:
+        """Look for nothing yet. ``functions()`` may hold modules; what is ``given`` may be read at any time."""
+        self._functions, self._given = functions, given
+        self._modules: dict[int, torch.nn.Module] | None = None
+        self._open: list[_Reads] = []
+        self._outer: RecomputingAsBefore | None = None
+
+    def __enter__(self) -> None:
+        """Notice hooks from here on, in this thread."""
+        self._outer, _here.noticing = _here.noticing, self
+        _notice(1)
+
+    def __exit__(self, *exception: object) -> None:
+        """Let things be as they were."""
+        _notice(-1)
+        _here.noticing = self._outer
+
+    def opened(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        """A pair of hooks is to be set."""
+        if self._modules is None:
+            self._modules = {id(module): module for module in everything_held(self._functions()).modules}
+        for running in _running_modules():
+            if id(running) not in self._modules:
+                self._modules.update((id(inner), inner) for inner in running.modules())
+        reads = _Reads()
+        reads.known.update(transforms.storage(x) for x in self._given)
+        _push(pack, _Unpack(unpack, _held_by(self._modules.values()), reads.known, self._functions))
+        reads.__enter__()  # type: ignore[no-untyped-call]
+        self._open.append(reads)
+
+    def closed(self) -> None:
+        """The last pair of hooks is to be taken away."""
+        if self._open:
+            self._open.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        _pop()
 
 
 @final
-class RecomputingAsBefore(TorchFunctionMode):
-    """While this is on, hooks that are set recompute with the tensors that modules hold at that time.
-
-    See NOTE [a recomputation reads the module's own weights]. A new pair of hooks is noticed at the first operation
-    under it, before anything has been saved.
-    """
-
-    def __init__(self, functions: Sequence[object]) -> None:
-        """Find the modules that ``functions`` hold, and what they hold themselves."""
-        super().__init__()
-        self._own = [
-            (members, name, tensor)
-            for module in modules_of(functions)
-            for members in _members(module)
-            for name, tensor in members.items()
-        ]
-        self._outer = _top()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the hooks that are set, and go on."""
-        pair = _top()
-        if pair is not None and not isinstance(pair[1], _Unpack) and pair != self._outer:
-            _autograd._pop_saved_tensors_default_hooks()
-            _autograd._push_saved_tensors_default_hooks(pair[0], _Unpack(pair[1], self._stand_ins()))
-        return func(*args, **(kwargs or {}))
-
-    def _stand_ins(self) -> tuple[_Member, ...]:
-        now = ((members, name, own, members.get(name)) for members, name, own in self._own)
-        return tuple(
-            (members, name, x.detach().requires_grad_(x.requires_grad))
-            for members, name, own, x in now
-            if x is not own and x is not None
-        )
+class _Here(threading.local):
+    noticing: RecomputingAsBefore | None = None
 
 
-def _members(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    return module._parameters, module._buffers
+_here, _lock, _evaluations = _Here(), threading.Lock(), 0
+
+
+def _notice(change: int) -> None:
+    """Count the evaluations that are running, in all threads: hooks are noticed while there are any."""
+    global _evaluations
+    with _lock:
+        _evaluations += change
+        if _evaluations == 0:
+            _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = _push, _pop
+        elif _evaluations == change == 1:
+            _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = _pushed, _popped
+
+
+def _pushed(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+    noticing = _here.noticing
+    if noticing is None:
+        _push(pack, unpack)
+    else:
+        noticing.opened(pack, unpack)
+
+
+def _popped() -> None:
+    noticing = _here.noticing
+    if noticing is None:
+        _pop()
+    else:
+        noticing.closed()
+
+
+def _running_modules() -> list[torch.nn.Module]:
+    """The modules that the functions which are running now hold in their variables, as ``forward`` does in ``self``."""
+    found: list[torch.nn.Module] = []
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") != "diffopt.rollout.dynamics":
+        found += (held for held in frame.f_locals.values() if isinstance(held, torch.nn.Module))
+        frame = frame.f_back
+    return found
 
 
 _Member = tuple[dict[str, Any], str, Tensor]
 
 
-@final
-@dataclass(frozen=True)
-class _Unpack:
-    """A hook that unpacks, with other tensors in the places of modules' own."""
+def _held_by(modules: Iterable[torch.nn.Module]) -> tuple[_Member, ...]:
+    """What modules hold now, each tensor cut off from the graph that it comes from, which would hold itself."""
+    return tuple(
+        (members, name, x if x.is_leaf else x.detach().requires_grad_())
+        for module in modules
+        for members in (module._parameters, module._buffers)
+        if isinstance(members, dict)  # those of compiled modules are not
+        for name, x in members.items()
+        if x is not None
+    )
 
-    unpack: Callable[[Any], Tensor]
-    stand_ins: tuple[_Member, ...]
+
+@final
+class _Unpack:
+    """A hook that unpacks with the tensors that modules held before in their places again."""
+
+    def __init__(
+        self,
+        unpack: Callable[[Any], Tensor],
+        held: tuple[_Member, ...],
+        known: set[int],
+        functions: Callable[[], Sequence[object]],
+    ) -> None:
+        """``known``: the addresses of what may be read on the way; ``functions()``: what may know names."""
+        self._unpack, self._held, self._known, self._functions = unpack, held, known, functions
 
     def __call__(self, packed: Any) -> Tensor:
-        own = [members[name] for members, name, _ in self.stand_ins]
-        for members, name, tensor in self.stand_ins:
-            members[name] = tensor
+        """Unpack, and refuse it if that reads a parameter that is not known."""
+        now = [members.get(name) for members, name, _ in self._held]
+        for members, name, x in self._held:
+            members[name] = x
         try:
-            return self.unpack(packed)
+            with _Reads() as reads:
+                tensor = self._unpack(packed)
         finally:
-            for (members, name, _), tensor in zip(self.stand_ins, own, strict=True):
-                members[name] = tensor
+            for (members, name, _), own in zip(self._held, now, strict=True):
+                members[name] = own
+        others = [x for address, x in reads.read.items() if address not in self._known]
+        if others:
+            self._refuse_parameters(others)
+        return tensor
 
-
-def refuse_other_reads(
-    losses: Callable[[Sequence[Tensor]], Tensor], params: Sequence[Tensor], held: Callable[[], Mapping[str, Tensor]]
-) -> None:
-    """Refuse a loss whose backward pass reads a tensor that its forward pass did not.
-
-    Args:
-        losses: the losses at given params.
-        params: where to look; copies are read.
-        held: the tensors that the loss holds, by name.
-
-    Raises:
-        RecomputationError: it does.
-    """
-    reads = _Reads()
-    roots = [leaf.detach().clone().requires_grad_() for leaf in params]
-    with torch.enable_grad(), reads:
-        value = losses(roots)
-        first = set(reads.found)
-        if value.requires_grad:
-            torch.autograd.grad(value.sum(), roots, allow_unused=True)
-    others = {address: x for address, x in reads.found.items() if address not in first}
-    if not others:
-        return
-    names = {transforms.storage(x): name for name, x in held().items()}
-    wrong = [names.get(i, "a parameter") for i, x in others.items() if i in names or isinstance(x, torch.nn.Parameter)]
-    if wrong:
-        raise RecomputationError(
-            f"the inner loss computes a part of itself again in the backward pass (torch.utils.checkpoint), and reads "
-            f"{wrong[0]} there, which its forward pass does not, expected the same tensors both times: by then a "
-            "module that was called by torch.func.functional_call has its own weights back. Pass the weights to "
-            "checkpoint as arguments, checkpoint(lambda q, x: functional_call(block, q, (x,)), q, x, "
-            "use_reentrant=False); or take checkpoint out of the loss (model.gradient_checkpointing_disable()) and use "
-            "estimator=Reverse('sqrt'), which stores less around it"
-        )
+    def _refuse_parameters(self, others: Sequence[Tensor]) -> None:
+        named = [named_tensors(function) for function in self._functions()]
+        held = {transforms.storage(x): name for names in named for name, x in names.items()}
+        wrong = [
+            held.get(transforms.storage(x), "a parameter")
+            for x in others
+            if transforms.storage(x) in held or isinstance(x, torch.nn.Parameter)
+        ]
+        if wrong:
+            raise RecomputationError(
+                "the inner loss computes a part of itself again in the backward pass (torch.utils.checkpoint), and "
+                f"reads {wrong[0]} there, which its forward pass does not, expected the same tensors both times: by "
+                "then a module that was called by torch.func.functional_call has its own weights back. Pass the "
+                "weights to checkpoint as arguments, checkpoint(lambda q, x: functional_call(block, q, (x,)), q, x, "
+                "use_reentrant=False); or take checkpoint out of the loss (model.gradient_checkpointing_disable()) and "
+                "use estimator=Reverse('sqrt'), which stores less around it"
+            )
 
 
 @final
 class _Reads(TorchDispatchMode):
-    """Notes every tensor that an operation reads and none of them has made."""
+    """Notes what operations read and make, by the addresses of their numbers.
+
+    Attributes:
+        read: what operations have read and none has made before.
+        known: the addresses of what they have read or made.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
+        """Nothing has been read yet."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[int, Tensor] = {}
-        self._made: set[int] = set()
+        self.read: dict[int, Tensor] = {}
+        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in _tensors((args, tuple((kwargs or {}).values()))):
+        """Look at one operation."""
+        given = kwargs or {}
+        for x in _tensors((args, tuple(given.values()))):
             address = transforms.storage(x)
-            if address not in self._made:
-                self.found.setdefault(address, x)
-        result = func(*args, **(kwargs or {}))
-        self._made.update(transforms.storage(x) for x in _tensors(result))
+            if address not in self.known:
+                self.known.add(address)
+                self.read[address] = x
+        result = func(*args, **given)
+        self.known.update(transforms.storage(x) for x in _tensors(result))
         return result
 
 
@@ -204,9 +247,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, tuple | list):
         for value in values:
             yield from _tensors(value)
-
-
-def _top() -> Any:
-    """The hooks that apply now; ``None``: none, or a torch that does not say."""
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(True)

@@ -21,7 +21,7 @@ from diffopt.errors import (
     RandomnessError,
     VmapError,
 )
-from diffopt.tensors import hints
+from diffopt.tensors import hints, tree
 
 # a part of the operation's name, or of torch's message -> what to do about it
 _SECOND_DERIVATIVES = {
@@ -146,7 +146,7 @@ def signature_error(
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a function that does not say what it takes
-        return None
+        return _refused_by_itself(error, what, function, expected)
     try:
         signature.bind(*[None] * count)
     except TypeError as mismatch:
@@ -154,7 +154,20 @@ def signature_error(
             f"{what} takes {str(signature)[:80]} and was given {count} arguments ({mismatch}), expected {expected}; "
             "change its arguments"
         )
-    return None
+    return _refused_by_itself(error, what, function, expected)
+
+
+def _refused_by_itself(error: TypeError, what: str, function: Callable[..., Any], expected: str) -> LossError | None:
+    """The error for what is no Python function, and refuses what it is given before any line of the caller's runs."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not str(last.tb_frame.f_globals.get("__name__")).startswith("diffopt."):
+        return None
+    return LossError(
+        f"{what} is {tree.describe(function)}, which refuses its arguments ({str(error)[:80]}), expected {expected}; "
+        "wrap it in a function that calls it rightly"
+    )
 
 
 def device_error(

@@ -196,7 +196,7 @@ def below_vmap(
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under all wrappers of ``torch.func``, to look at its values."""
-    return _unwrapped(tensor).detach()
+    return unwrapped(tensor).detach()
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -204,21 +204,36 @@ def is_wrapped(tensor: Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def has_escaped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a vmap that has ended, unless another one runs now at the same depth."""
+    while is_wrapped(tensor):
+        if _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) > transform_level():
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def is_inference(tensor: Tensor) -> bool:
+    """Whether a tensor, or the one under all its wrappers, was made in ``torch.inference_mode``."""
+    return bool(unwrapped(tensor).is_inference())
+
+
 def storage(tensor: Tensor) -> int:
     """The address of the numbers of a tensor, under all wrappers of ``torch.func``; 0 if there are none."""
     try:
-        return _unwrapped(tensor).untyped_storage().data_ptr()
+        return unwrapped(tensor).untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a sparse tensor, a zero of forward mode, a subclass that holds others
         return 0
 
 
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
-    inner = _unwrapped(tensor)
-    return -1 if inner.is_inference() else inner._version
+    inner = unwrapped(tensor)
+    return -1 if torch.nn.parameter.is_lazy(inner) or inner.is_inference() else inner._version
 
 
-def _unwrapped(tensor: Tensor) -> Tensor:
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor under all wrappers of ``torch.func``, itself if there are none."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

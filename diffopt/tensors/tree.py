@@ -8,6 +8,7 @@ two dictionaries with the same keys always have the same structure). A class tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import optree
@@ -66,18 +67,19 @@ def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 def describe(value: object) -> str:
     """A short account of a value for error messages."""
+    if isinstance(value, torch.Tensor) and torch.nn.parameter.is_lazy(value):
+        return f"a {type(value).__name__}"
     if isinstance(value, torch.Tensor):
-        if torch.nn.parameter.is_lazy(value):
-            return f"a {type(value).__name__}"
-        shape = "no one shape" if value.is_nested else f"shape {tuple(value.shape)}"
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of {shape} on {value.device}"
+        with suppress(Exception):  # of a subclass of the user's own
+            shape = "no one shape" if value.is_nested else f"shape {tuple(value.shape)}"
+            return f"a {str(value.dtype).removeprefix('torch.')} tensor of {shape} on {value.device}"
     return f"{type(value).__name__} {brief(value)}"
 
 
 def brief(value: object) -> str:
-    """How a value represents itself, in one short line."""
+    """How a value represents itself, in one short line; ``object`` if it cannot, or goes on without end."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a repr of the user's own, or too many digits; neither is what a message is about
+    except Exception:  # a repr of the user's own, too deep, or of too many digits; no message is about that
         return "object"
     return text if len(text) <= 40 else text[:37] + "..."

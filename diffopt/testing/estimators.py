@@ -7,8 +7,7 @@ import torch
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Estimator
 from diffopt.errors import ConformanceError, EstimatorError, StepsError
-from diffopt.tensors.plain_numbers import plain
-from diffopt.tensors.tree import describe
+from diffopt.tensors.arguments import check_instance, check_integer
 from diffopt.testing import behaviour, gradients, tasks
 from diffopt.testing.estimator_case import Rule
 from diffopt.testing.problem import Setting
@@ -92,11 +91,8 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
         >>> check_estimator(Straight(), claims=claims).broken
         ()
     """
-    if not isinstance(estimator, Estimator):
-        raise EstimatorError(f"estimator is {describe(estimator)}, expected a diffopt.estimators object")
-    steps = plain(steps)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise StepsError(f"steps is {describe(steps)}, expected an integer >= 2")
+    check_instance("estimator", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
+    steps = check_integer("steps", steps, 2, kind=StepsError)
     if claims is None:
         claims = estimator.claims(steps)
     name, setting = title(estimator), Setting(steps)

@@ -14,7 +14,7 @@ from diffopt.errors import OptimizerError, StepsError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import bind
 from diffopt.tensors import tree
-from diffopt.tensors.plain_numbers import plain
+from diffopt.tensors.arguments import check_integer
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
 from diffopt.testing.optimizer_case import Inputs, Trial, wavy
 from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
@@ -76,9 +76,7 @@ def check_optimizer(
     """
     if not isinstance(optimizer, Optimizer) or not is_dataclass(optimizer):
         raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass")
-    steps = plain(steps)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise StepsError(f"steps is {tree.describe(steps)}, expected an integer >= 2")
+    steps = check_integer("steps", steps, 2, kind=StepsError)
     if params is None:
         generator = torch.Generator().manual_seed(0)
         params = {

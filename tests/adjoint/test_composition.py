@@ -78,4 +78,4 @@ def test_a_solve_shared_by_all_tasks_of_a_vmap_rolls_out_once():
     now = w
     for _ in range(4):
         now = now - 0.4 * now**3
-    assert relative_error([w.grad], torch.autograd.grad((q @ now).square().sum(), w)) < 1e-13
+    assert relative_error([w.grad], torch.autograd.grad((q @ now).square().sum(), w)) < 1e-12

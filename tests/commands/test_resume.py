@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import PATIENCE
 
 from diffopt.cli import main
 from diffopt.experiments.framework.few_shot_problem import meta_gradient
@@ -62,6 +63,7 @@ def error_of(capsys):
     return run_and_read
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(uninterrupted, tmp_path):
     moments, command = random.Random(0), [sys.executable, "-m", "diffopt", *ARGV, "--out", str(tmp_path)]
     kills, resume, checkpoint = 0, [], tmp_path / "checkpoint.pt"
@@ -74,7 +76,8 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
                 process.kill()
                 kills += 1
                 break
-        code = process.wait(timeout=60)
+            time.sleep(0.01)
+        code = process.wait(timeout=PATIENCE)
         if code == 0:
             break
         assert code < 0, "it ended by itself, with an error"

@@ -35,8 +35,8 @@ def problem():
 def test_errors_cosines_and_counts(problem):
     rules = [Reverse(1), Truncated(1), FirstOrder(), Binomial(2), Krylov(2), Unrolled()]
     found = dict(zip(rules, diffopt.compare(problem, rules, repeats=1).rows, strict=True))
-    assert found[Reverse(1)].relative_error < 1e-15
-    assert found[Unrolled()].relative_error < 1e-14
+    assert found[Reverse(1)].relative_error < 1e-12
+    assert found[Unrolled()].relative_error < 1e-12
     assert found[Unrolled()].products is None
     # first order: the outer gradient at the solution for the initial parameters, nothing for the linear term
     exact = torch.cat([problem.closed.initial, problem.closed.linear])
@@ -65,7 +65,7 @@ def test_several_solves_and_leaves_made_inside_them():
         return (a * b).sum()
 
     table = diffopt.compare(two, [Reverse(1), Unrolled()], exact=Unrolled(), repeats=1)
-    assert all(row.relative_error < 1e-14 for row in table.rows)
+    assert all(row.relative_error < 1e-12 for row in table.rows)
     assert (table.rows[0].products, table.rows[0].states) == (5, 5)
 
 
@@ -176,4 +176,4 @@ def test_a_comparison_goes_on_where_the_curvature_cannot_be_computed():
 
     table = diffopt.compare(random, [Reverse(1), Truncated(3)], repeats=1)
     assert table.curvature is None
-    assert max(row.relative_error for row in table.rows) < 1e-14
+    assert max(row.relative_error for row in table.rows) < 1e-12

@@ -77,8 +77,8 @@ def bounded(steps, order, x):
 
 
 def below(found, bound):
-    # 1e-13: the error of a rule that is exact is round-off, its bound zero
-    return found <= bound * SLACK + 1e-13
+    # 1e-12: the error of a rule that is exact is round-off, its bound zero
+    return found <= bound * SLACK + 1e-12
 
 
 problems = st.tuples(st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 7)).filter(lambda p: p[2] <= p[1])
@@ -134,7 +134,7 @@ def test_one_dropped_step_attains_it(steps, x):
     hessians = np.zeros((steps, SIZE, SIZE))
     hessians[0] = x / LR * np.eye(SIZE)
     truncated = errors(hessians, steps - 1, np.ones(SIZE))[1]
-    assert truncated == pytest.approx(x, rel=1e-13)
+    assert truncated == pytest.approx(x, rel=1e-12)
 
 
 @given(problems, st.floats(0.01, 1), st.floats(0, 1))
@@ -209,7 +209,7 @@ class TestWhatThePaperClaims:
     def test_two_projections_are_a_counterexample(self):
         a, b = np.array([1.0, 0.0]), np.array([np.sqrt(1 / 3), np.sqrt(2 / 3)])  # cos**2 of their angle is 1/3
         hessians = np.stack([(np.eye(2) - np.outer(v, v)) / LR for v in (a, b)])  # x = 1: the claim is 1
-        assert errors(hessians, 0, np.ones(2))[:2] == pytest.approx([2 / np.sqrt(3)] * 2, rel=1e-14)
+        assert errors(hessians, 0, np.ones(2))[:2] == pytest.approx([2 / np.sqrt(3)] * 2, rel=1e-12)
         assert 2 / np.sqrt(3) <= 2 * 2 / (2 + 1)  # Proposition 4.1 holds
 
     @pytest.mark.parametrize("steps", [4, 5, 8, 12])
@@ -218,7 +218,7 @@ class TestWhatThePaperClaims:
         lines = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
         hessians = np.stack([(np.eye(2) - np.outer(v, v)) / LR for v in lines])
         found = errors(hessians, 0, np.ones(2))[0]
-        assert found == pytest.approx(1 + np.cos(np.pi / (steps - 1)) ** (steps - 1), rel=1e-13)
+        assert found == pytest.approx(1 + np.cos(np.pi / (steps - 1)) ** (steps - 1), rel=1e-12)
         assert found > 1
 
     def test_low_orders_of_the_expansion_can_be_worse_than_dropping_steps(self):

@@ -247,6 +247,7 @@ def test_forward_mode_runs_once_for_each_tensor_that_is_learned(count):
     assert counted(solution) == (5 * (1 + count), 5 * 6, 5 * count)
 
 
+@pytest.mark.slow
 def test_the_page_is_what_is_measured(checkout):
     specification = importlib.util.spec_from_file_location("costs", checkout / "benchmarks" / "costs.py")
     assert specification is not None

@@ -117,3 +117,58 @@ def test_kinks():
         solution = diffopt.solve(loss, *leaves, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
         found.append(torch.autograd.grad(solution.params.square().sum(), leaves))
     assert close(*found)
+
+
+class TestComplexArguments:
+    """A complex number is two real ones: each part has directions of its own."""
+
+    Z = torch.tensor([1 + 2j, 0.5 - 1j], dtype=torch.complex128)
+
+    @staticmethod
+    def outer(w, z, rule):
+        def loss(w, z):
+            return (z * w - 1).abs().square().sum() + (z * w).imag.sum()
+
+        solution = diffopt.solve(loss, w, z, optimizer=diffopt.SGD(0.05), steps=STEPS, estimator=rule)
+        return solution.params.pow(3).sum()
+
+    def gradients(self, rule, w, z, end):
+        w, z = w.clone().requires_grad_(), z.clone().requires_grad_()
+        return torch.autograd.grad(end(w, z, rule), [w, z])
+
+    def check(self, w, z, end, tolerance=DIFFERENCE):
+        got = self.gradients(ESJacobian(100, RADIUS, generator=generator()), w, z, end)
+        expected = self.gradients(Reverse(), w, z, end)
+        parts = [
+            [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in found] for found in (got, expected)
+        ]
+        assert close(*parts, tolerance)
+
+    @pytest.mark.filterwarnings("error:Casting complex")
+    def test_beside_real_ones(self):
+        self.check(WEIGHTS, self.Z, self.outer)
+
+    def test_as_a_conjugate_view(self):
+        self.check(WEIGHTS, self.Z, lambda w, z, rule: self.outer(w, z.conj(), rule))
+
+    @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
+    def test_shared_by_tasks_or_a_task_s_own(self, dims):
+        def summed(w, z, rule):
+            return vmap(partial(self.outer, rule=rule), in_dims=dims, randomness="different")(w, z).sum()
+
+        stack = [
+            x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in zip((WEIGHTS, self.Z), dims, strict=True)
+        ]
+        self.check(*stack, summed)
+
+    def test_as_many_directions_as_real_numbers_are_a_full_frame(self):
+        w = WEIGHTS.clone()
+        few = ESJacobian(2, RADIUS, generator=generator())
+        full = ESJacobian(4, RADIUS, generator=generator())
+        found = [
+            torch.autograd.grad(self.outer(w, z, rule), z)[0]
+            for rule in (few, full, Reverse())
+            for z in [self.Z.clone().requires_grad_()]
+        ]
+        assert relative_error([found[1]], [found[2]]) < 10 * DIFFERENCE
+        assert relative_error([found[0]], [found[2]]) > 0.01

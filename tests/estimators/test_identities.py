@@ -53,7 +53,7 @@ def test_the_papers_scale_at_order_one_takes_the_mean_hessian():
     options = {"optimizer": diffopt.SGD(0.1), "steps": STEPS, "batches": hessians}
     end = diffopt.solve(lambda w, h: w @ h @ w / 2, w, estimator=Binomial(1, scale=1 / STEPS), **options).params
     (got,) = torch.autograd.grad(end @ g, w)
-    assert relative_error([got], [g - 0.1 * hessians.mean(0) @ g]) < 1e-13
+    assert relative_error([got], [g - 0.1 * hessians.mean(0) @ g]) < 1e-12
 
 
 @given(seed=st.integers(0, 2**31), order=st.integers(0, 8), strength=st.floats(1.0, 1.8))

@@ -11,24 +11,30 @@ import pytest
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
 
+SLOW = {"cost", "meta-transfer", "memory-reduced"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in catalogue.NAMES]
+)
+def test_quickly(name, tmp_path, capsys):
+    """It runs at its quick settings, from nothing to pictures, and answers every claim."""
+    assert main(["reproduce", name, "--quick", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["left_out"] == []
+    assert results["pictures"]
+    for picture in results["pictures"]:
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    for table in results["tables"]:
+        assert table["rows"]
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not measured"}
+    assert all(claim["evidence"] for claim in results["claims"])
+    assert str(Path.home()) not in json.dumps(results)
+
 
 @pytest.mark.parametrize("name", catalogue.NAMES)
 class TestEveryExperiment:
-    def test_quickly(self, name, tmp_path, capsys):
-        """It runs at its quick settings, from nothing to pictures, and answers every claim."""
-        assert main(["reproduce", name, "--quick", "--out", str(tmp_path)]) == 0
-        results = json.loads((tmp_path / "results.json").read_text())
-        assert results["left_out"] == []
-        assert results["pictures"]
-        for picture in results["pictures"]:
-            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-        for table in results["tables"]:
-            assert table["rows"]
-            assert all(len(row) == len(table["columns"]) for row in table["rows"])
-        assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not measured"}
-        assert all(claim["evidence"] for claim in results["claims"])
-        assert str(Path.home()) not in json.dumps(results)
-
     def test_what_it_says_when_nothing_is_finished(self, name, tmp_path):
         experiment = catalogue.experiment(name)
         summary = experiment.summarise(experiment.standard, {})

@@ -133,6 +133,7 @@ class TestSinusoid:
 
 
 class TestCost:
+    @pytest.mark.slow
     def test_counts_are_the_papers(self):
         settings = replace(catalogue.experiment("cost").quick, levels_steps=4, steps=(), filters=1)
         (row,) = rows("cost", settings).values()

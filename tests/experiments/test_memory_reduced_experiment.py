@@ -103,6 +103,7 @@ def test_warm_runs_go_on_to_the_last_bit(tmp_path):
     assert cold["losses"] != whole["losses"]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_and_flat():
     row, deep = (memory_reduced.measure(SETTINGS, steps, Work(0)) for steps in (1, 6))
     for form in FORMS:
@@ -175,6 +176,7 @@ class TestDeterministic:
         assert row["gradient"][-1] == pytest.approx(float(deterministic.true_gradient(w, tasks).norm()), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_answers_follow_the_numbers():
     units = catalogue.experiment("memory-reduced").units(SETTINGS)
     rows = {unit.name: json_row(unit.name, unit.run(Work(0))) for unit in units if "memory" in unit.name}

@@ -154,6 +154,7 @@ def rows():
     return settings, {unit.name: json_row(unit.name, unit.run(Work(0))) for unit in units}
 
 
+@pytest.mark.slow
 def test_costs_are_beside_the_exact_hypergradient(rows):
     for steps in (2, 4, 8):
         for kind in KINDS:
@@ -163,6 +164,7 @@ def test_costs_are_beside_the_exact_hypergradient(rows):
             assert costs[f"multi-step {steps}"]["error"] > 0
 
 
+@pytest.mark.slow
 def test_answers_follow_the_numbers(rows):
     settings, found = rows
     found = copy.deepcopy(found)

@@ -137,5 +137,5 @@ class TestNothingIsShared:
             from_torch(kind, lr=0.1, eps=0.0222)
         with torch.device("meta"):
             from_torch(kind, lr=0.1, eps=0.0333)
-        assert relative_error([torch.func.jacrev(final)(lr)], [expected]) < 1e-13
-        assert relative_error([vmap(torch.func.jacrev(final))(lr.expand(3))[2]], [expected]) < 1e-13
+        assert relative_error([torch.func.jacrev(final)(lr)], [expected]) < 1e-12
+        assert relative_error([vmap(torch.func.jacrev(final))(lr.expand(3))[2]], [expected]) < 1e-12

@@ -109,7 +109,7 @@ def test_hyperparameters_in_a_dictionary_are_named_by_their_keys():
         solution = diffopt.solve(
             lambda w: w.square().sum(), w, optimizer=Named({"slow": slow, "fast": fast}), steps=1
         ).params
-        assert torch.allclose(solution, w * expected, rtol=1e-15)
+        assert torch.allclose(solution, w * expected, rtol=1e-12)
         assert float(torch.autograd.grad(solution.sum(), fast)[0]) == -6.0
     with pytest.raises(diffopt.ShapeError, match=r"^fast has shape \(3,\)"):
         diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": torch.ones(3).double()}), steps=1)

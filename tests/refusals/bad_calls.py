@@ -49,7 +49,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "estimator_class": (
         lambda: solve(estimator=Reverse),
         diffopt.EstimatorError,
-        rf"{ESTIMATOR}; call it: .*Reverse\(\)",
+        rf"{ESTIMATOR}; call it: estimator=Reverse\(\.\.\.\)",
     ),
     "estimator_name": (lambda: solve(estimator="reverse"), diffopt.EstimatorError, f"is str 'reverse', {ESTIMATOR}"),
     "estimator_solver": (lambda: solve(estimator=ConjugateGradient()), diffopt.EstimatorError, ESTIMATOR),
@@ -58,7 +58,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.StepsError,
         "expected at most 3, the inner problem",
     ),
-    "window_long": (lambda: solve(estimator=Binomial(1, window=9)), diffopt.StepsError, "window=9.*expected at most 3"),
+    "window_long": (
+        lambda: solve(estimator=Binomial(1, window=9)),
+        diffopt.StepsError,
+        "is 9, expected at most 3",
+    ),
     "implicit_no_step": (
         lambda: solve(estimator=Implicit(), steps=0),
         diffopt.StepsError,
@@ -82,11 +86,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.GradModeError,
         r"params was made in torch\.inference_mode, expected .*clone\(\) it",
     ),
-    "inference_argument": (
-        lambda: solve(lambda w, x: (w * x).sum(), tensor(1, 2), torch.inference_mode()(tensor)(1, 2)),
-        diffopt.GradModeError,
-        r"args\[0\] was made in torch\.inference_mode, .*clone\(\) it",
-    ),
     "implicit_far": (
         lambda: implicit(tensor(1, 5)),
         diffopt.StationarityError,
@@ -95,17 +94,17 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implicit_stationarity": (
         lambda: implicit(stationarity=-1),
         diffopt.HyperparameterError,
-        "stationarity is -1, expected None or a number >= 0",
+        "stationarity is int -1, expected None or a finite number >= 0",
     ),
     "implicit_stationarity_bool": (
         lambda: implicit(stationarity=True),
         diffopt.HyperparameterError,
-        "expected None or a number >= 0",
+        "expected None or a finite number >= 0",
     ),
     "implicit_solver": (
         lambda: implicit(solver="cg"),
         diffopt.EstimatorError,
-        "str 'cg', expected a diffopt.linear_solve",
+        "str 'cg', expected None or a diffopt.linear_solve",
     ),
     "implicit_check": (
         lambda: implicit(check=3),
@@ -207,7 +206,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tasks_chunk": (
         lambda: diffopt.mean_over_tasks(square, torch.ones(2, 2), task_chunk=0),
         diffopt.HyperparameterError,
-        "task_chunk is 0, expected None or an integer >= 1",
+        "task_chunk is int 0, expected None or an integer >= 1",
     ),
 }
 ROWS: dict[str, Row] = {

@@ -132,7 +132,6 @@ BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
     "dataset": (lambda: TensorDataset(torch.ones(3)), r"take 3 batches in a list"),
     "iterator": (lambda: iter([torch.ones(3)]), r"take 3 batches in a list"),
     "function": (lambda: lambda step: torch.ones(3), r"call it for every step, and torch\.stack"),
-    "lazy": (lambda: nn.LazyLinear(2).weight, "is a UninitializedParameter, expected a tensor whose first axis"),
 }
 
 
@@ -183,6 +182,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: attempt(square, None, {"w": nn.LazyLinear(2).weight}),
         diffopt.LeafError,
         r"args\[0\]\['w'\] is a UninitializedParameter, expected a tensor with a shape; call the lazy module",
+    ),
+    "lazy_batches": (
+        lambda: attempt(batches=nn.LazyLinear(2).weight),
+        diffopt.LeafError,
+        "batches is a UninitializedParameter, expected a tensor with a shape; call the lazy module",
     ),
     "generator_argument": (
         lambda: solve(lambda w, x: square(w) * next(x).sum(), None, (x for x in [leaf()] * 9)),

@@ -56,26 +56,26 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
     (Truncated, {"steps": 1, "checkpoint": 0}, "checkpoint", "expected None, 'graph', 'sqrt' or an integer"),
     *((Binomial, {"order": x}, "order", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
-    *((Binomial, {"order": 1, name: -1}, name, "expected an integer >= ") for name in ("window", "chunk_size")),
+    *((Binomial, {"order": 1, name: -1}, name, "expected None or an integer >= ") for name in ("window", "chunk_size")),
     *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (float("nan"), "x", None)),
     (Krylov, {"order": -1}, "order", "expected an integer >= 0"),
-    (Krylov, {"order": 1, "chunk_size": 0}, "chunk_size", "expected an integer >= 1"),
-    *((Krylov, {"order": 1, "rtol": x}, "rtol", "expected 0 <= rtol < 1") for x in (-0.1, 1.0, "x")),
+    (Krylov, {"order": 1, "chunk_size": 0}, "chunk_size", "expected None or an integer >= 1"),
+    *((Krylov, {"order": 1, "rtol": x}, "rtol", "expected a finite number >= 0 and < 1") for x in (-0.1, 1.0, "x")),
     *((MultiStep, {"window": x}, "window", "expected an integer >= 1") for x in (0, 1.5, True)),
     *(
         (MultiStep, {"window": 2, "adjoint": x}, "adjoint", "expected an estimator such as")
         for x in ("reverse", Reverse)
     ),
     *((ESJacobian, {"directions": x, "radius": 0.1}, "directions", "expected an integer >= 1") for x in (0, True, 2.5)),
-    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a number > 0") for x in (0, float("inf"), "x")),
+    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "a finite number > 0") for x in (0, float("inf"), "x")),
     (
         ESJacobian,
         {"directions": 1, "radius": 0.1, "sampling": "uniform"},
         "sampling",
-        "expected one of gaussian, radem",
+        "expected 'gaussian', 'rademacher', 'sphere' or 'orth",
     ),
     (ESJacobian, {"directions": 1, "radius": 0.1, "antithetic": 1}, "antithetic", "expected True or False"),
-    (ESJacobian, {"directions": 1, "radius": 0.1, "generator": 3}, "generator", "expected a torch.Generator or None"),
+    (ESJacobian, {"directions": 1, "radius": 0.1, "generator": 3}, "generator", "expected None or a torch.Generator"),
     *((Implicit, {"solver": x}, "solver", "expected a diffopt.linear_solve object") for x in ("cg", ConjugateGradient)),
     (Implicit, {"whole_state": "x"}, "whole_state", "expected True or False"),
 ]

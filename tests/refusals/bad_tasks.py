@@ -76,17 +76,20 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     "quadratic_device": (lambda: Quadratic(EYE, elsewhere(2)), "target is .*on meta, expected .*on cpu as hessian"),
     "quadratic_integers": (
         lambda: Quadratic(EYE.int(), EYE[0].int()),
-        "hessian is .*expected a floating tensor; convert",
+        "hessian is .*expected a dense floating tensor; convert",
     ),
-    "quadratic_list": (lambda: Quadratic([[1.0]], [1.0]), r"hessian is list \[\[1.0\]\], expected a floating tensor"),
+    "quadratic_list": (
+        lambda: Quadratic([[1.0]], [1.0]),
+        r"hessian is list \[\[1.0\]\], expected a dense floating tensor",
+    ),
     "quadratic_nan": (lambda: Quadratic(EYE / 0, EYE[0]), "hessian holds NaN or infinite numbers, expected finite"),
     "quadratic_dimension": (
         lambda: Quadratic.random(2.5, definite=True, generator=source()),
-        "2.5; expected an integer, at",
+        "2.5, expected an integer >= 1",
     ),
     "quadratic_small": (
         lambda: Quadratic.random(1, definite=False, generator=source()),
-        "is 1; expected .*at least 2 if not",
+        "is int 1, expected .*at least 2 if not",
     ),
     "quadratic_generator": (lambda: Quadratic.random(2, definite=True, generator=None), f"NoneType None, {GENERATOR}"),
     "quadratic_steps": (
@@ -115,11 +118,11 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "ridge_numpy": (
         lambda: rows(np.ones((3, 2)), np.ones(3)),
-        "inputs is ndarray .*expected a floating tensor; convert",
+        "inputs is ndarray .*expected a dense floating tensor; convert",
     ),
     "ridge_dtypes": (lambda: rows(torch.ones(3, 2), tensor(1, 1, 1)), "targets is a float64 .*expected torch.float32"),
     "ridge_samples": (lambda: ridge(samples=0), f"samples is int 0, {WHOLE}"),
-    "ridge_noise": (lambda: ridge(noise="x"), "noise is 'x'; expected a number of 0 or more"),
+    "ridge_noise": (lambda: ridge(noise="x"), "noise is str 'x', expected a finite number >= 0"),
     "ridge_penalty": (
         lambda: ridge().hypergradient(tensor(1)),
         r"log_penalty has shape \(1,\); expected one entry per feature",

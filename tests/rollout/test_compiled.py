@@ -18,6 +18,7 @@ from diffopt.rollout import compiled
 from diffopt.rollout.step_graph import Block
 
 STEPS = 4
+pytestmark = pytest.mark.compiler
 
 
 def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = None) -> list[Tensor]:
@@ -69,6 +70,16 @@ def solve(loss: Any = quadratic, *args: Any, **options: Any) -> Any:
     return w, diffopt.solve(loss, w, *(args or (torch.ones(2, dtype=torch.float64),)), **given)
 
 
+def test_every_rule_gets_the_gradient_of_the_plain_way() -> None:
+    """Of one small loss, so that little is compiled; the test above is of networks, optimizers and tasks."""
+    for rule in (*RULES, MultiStep(2)):
+        (w, found), (v, plain) = (solve(steps=4, estimator=rule, compile=compile) for compile in (True, False))
+        found.params.square().sum().backward()
+        plain.params.square().sum().backward()
+        torch.testing.assert_close(found.params, plain.params, rtol=1e-12, atol=0)
+        torch.testing.assert_close(w.grad, v.grad, rtol=1e-12, atol=0)
+
+
 def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = compiled._compile
@@ -88,7 +99,7 @@ def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPat
     plain.params.sum().backward()
     assert before is None
     _, again = solve(loss)
-    torch.testing.assert_close(again.params, plain.params, rtol=1e-14, atol=0)
+    torch.testing.assert_close(again.params, plain.params, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("checkpoint", "again"), [(1, 0), (2, 2), (3, 3), (5, 4), ("sqrt", 3)])
@@ -101,7 +112,7 @@ def test_checkpoints_take_the_steps_between_them_again_compiled(
     monkeypatch.setattr(Block, "__init__", None)
     v, solution = solve(steps=5, estimator=Reverse(checkpoint))
     solution.params.sum().backward()
-    torch.testing.assert_close(v.grad, w.grad, rtol=1e-14, atol=0)
+    torch.testing.assert_close(v.grad, w.grad, rtol=1e-12, atol=0)
     counts = solution.counts
     assert (counts.gradients, counts.products, counts.depth) == (5 + again, 5, 5)
 
@@ -166,14 +177,14 @@ def test_arguments_that_are_equal_but_of_another_type_are_told_apart() -> None:
         for compile in (True, False):
             _, solution = solve(loss, torch.ones(2, dtype=torch.float64), flag, compile=compile, check=False)
             ends[flag is True, compile] = solution.params.detach()
-        torch.testing.assert_close(ends[flag is True, True], ends[flag is True, False], rtol=1e-14, atol=0)
+        torch.testing.assert_close(ends[flag is True, True], ends[flag is True, False], rtol=1e-12, atol=0)
     assert not torch.equal(ends[True, True], ends[False, True])
 
 
 def test_functions_that_are_built_in_are_compiled_each_on_its_own() -> None:
     for loss in (torch.dot, torch.dist):
         ends = [solve(loss, compile=compile)[1].params for compile in (True, False)]
-        torch.testing.assert_close(*ends, rtol=1e-14, atol=0)
+        torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
 
 
 def test_the_backward_pass_runs_under_the_autocast_of_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +235,7 @@ def test_optimizers_that_differ_are_compiled_each_on_its_own() -> None:
     ]
     for optimizer in optimizers:
         ends = [solve(optimizer=optimizer, compile=compile, check=False)[1].params for compile in (True, False)]
-        torch.testing.assert_close(*ends, rtol=1e-14, atol=0)
+        torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
 
 
 def test_an_update_that_looks_at_the_number_of_its_step_runs_without() -> None:

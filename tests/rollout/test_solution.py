@@ -7,7 +7,7 @@ import torch
 from oracles import relative_error
 
 import diffopt
-from diffopt.estimators import Adjoint, Binomial, FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.estimators import Adjoint, Binomial, FirstOrder, ForwardMode, Krylov, Reverse, Truncated, Unrolled
 
 
 @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
@@ -21,9 +21,9 @@ def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule)
     now = w
     for _ in range(3):
         now = now - 0.05 * (4 * now**3 + w.sin())
-    assert relative_error([solution.params], [now]) < 1e-14
+    assert relative_error([solution.params], [now]) < 1e-12
     got = torch.autograd.grad(solution.params.square().sum(), w)
-    assert relative_error(got, torch.autograd.grad(now.square().sum(), w)) < 1e-13
+    assert relative_error(got, torch.autograd.grad(now.square().sum(), w)) < 1e-12
 
 
 @pytest.mark.parametrize("rule", [Reverse(), FirstOrder(), Unrolled()], ids=str)
@@ -64,6 +64,25 @@ def test_steps_are_recomputed_under_the_autocast_of_the_rollout(rule):
 
     # without autocast in the recomputation the two differ by some 1e-3
     assert relative_error(run(rule), run(Reverse("graph"))) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [Binomial(1), Binomial(2, chunk_size=1), Krylov(1), Krylov(2)], ids=str)
+def test_rules_that_batch_over_steps_run_where_autocast_gives_a_loss_another_dtype_under_vmap(rule):
+    torch.manual_seed(0)
+    w, filter = torch.randn(6, requires_grad=True), torch.tensor([[[0.2, 0.5, 0.3]]])
+
+    def loss(w, filter):
+        smooth = torch.nn.functional.conv1d(w[None, None], filter, padding=1)
+        return torch.logsumexp(smooth[0, 0], 0)  # bfloat16 by itself, float32 under vmap
+
+    def run(rule, autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            end = diffopt.solve(loss, w, filter, optimizer=diffopt.SGD(0.5), steps=3, estimator=rule)
+            assert end.losses.dtype == (torch.bfloat16 if autocast else torch.float32)
+        return torch.autograd.grad(end.params.square().sum(), w)
+
+    # eight bits, rounded some ten times
+    assert relative_error(run(rule, True), run(rule, False)) < 0.05
 
 
 def test_trees_of_every_kind_and_arguments_that_are_not_tensors():

@@ -239,7 +239,7 @@ BOMBS = {
     "bytes of no computer": b"\x80\x04\x8e" + struct.pack("<Q", 2**64 - 1) + b"x.",
     "string": b"\x80\x02T" + struct.pack("<i", 2**31 - 1) + b"x.",
     "text": b"\x80\x04\x8d" + struct.pack("<Q", 2**45) + b"x.",
-    "whole number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
+    "integer": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
     "buffer": b"\x80\x05\x96" + struct.pack("<Q", 2**45) + b"x.",
     "memo": b"\x80\x02]r" + struct.pack("<I", 2**32 - 1) + b"K\x01t.",
     "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"]0",
@@ -284,7 +284,7 @@ def test_deep_and_circular_values_are_no_trap():
         array(read(deep), "it")
     before, after = b"(J\x00\x00\x00\x00tcnumpy\ndtype", b")" + b"\x85" * 200_000 + b"cnumpy\ndtype"
     content = python2_pickle(np.zeros(0, np.uint8)).replace(before, after)
-    with pytest.raises(DataError, match="shape is not made of whole numbers"):
+    with pytest.raises(DataError, match="shape is not made of integers"):
         array(read(content), "it")
     circular = read(b"\x80\x02]q\x00h\x00a.")
     assert circular[0] is circular

@@ -55,7 +55,7 @@ def test_a_singular_hessian_loses_no_digits():
     initial, linear = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = problem.hypergradient(initial, linear, 0.3, 7)
     for one, other in zip(found, by_autograd(problem, initial, linear, 0.3, 7), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -83,4 +83,4 @@ def test_the_minimiser_has_no_gradient(generator):
     linear = torch.randn(5, generator=generator, dtype=torch.float64)
     minimiser = problem.minimiser(linear).requires_grad_()
     (gradient,) = torch.autograd.grad(problem.loss(minimiser, linear), minimiser)
-    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-13)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)

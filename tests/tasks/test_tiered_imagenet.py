@@ -166,7 +166,7 @@ def test_the_official_numbers_are_expected(tmp_path, monkeypatch):
     made = Made("validation", monkeypatch)
     made.write(tmp_path)
     monkeypatch.setitem(tiered_imagenet.SIZES, "validation", sizes["validation"])
-    with pytest.raises(DataError, match=r"of shape \(242,\); expected 124,261 whole numbers"):
+    with pytest.raises(DataError, match=r"of shape \(242,\); expected 124,261 integers"):
         TieredImageNet.load(tmp_path, split="validation")
     # A file under the name of another split is told by its number of classes.
     for kind in ("images_png", "labels"):

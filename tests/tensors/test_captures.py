@@ -151,7 +151,7 @@ def test_unrolling_differentiates_what_it_captures(style: str) -> None:
         "vmap_leaf_outside": lambda: torch.autograd.grad(vmap(lambda i: i * objective(c))(torch.ones(1)).sum(), c)[0],
     }[style]()
     expected = 2 * 0.36 * (0.64 * start() + 0.36 * c.detach())
-    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)  # rounding
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)  # rounding
 
 
 # ------------------------------------------------------------------------------------------------ no false alarm

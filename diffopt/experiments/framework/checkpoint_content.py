@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.tensors.plain_numbers import is_integer
 from diffopt.tensors.tree import describe
 
 MEND = "restore it from a copy, or start without --resume in another --out"
@@ -38,8 +39,8 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         if not isinstance(content.get(name, ""), kind):
             raise _wrong(path, name, describe(content[name]), f"a {getattr(kind, '__name__', 'number')}")
     for name in ("iteration", "lines"):
-        if isinstance(content[name], bool) or not isinstance(content[name], int) or content[name] < 0:
-            raise _wrong(path, name, describe(content[name]), "a whole number, 0 or more")
+        if not is_integer(content[name]) or content[name] < 0:
+            raise _wrong(path, name, describe(content[name]), "an integer, 0 or more")
     if set(content["optimizer"]) != {"state", "param_groups"}:
         raise _wrong(path, "optimizer", describe(content["optimizer"]), "the state_dict of an optimizer")
     for name in ("episodes", "torch"):

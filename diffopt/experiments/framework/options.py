@@ -38,9 +38,9 @@ def whole(low: int, high: int | None = None) -> Parse:
 
     def parse(text: str) -> int:
         if not (text.removeprefix("-").isdecimal() and len(text) < 19 and int(text) >= low):
-            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a whole number, {low} or more")
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected an integer, {low} or more")
         if high is not None and int(text) > high:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from {low} to {high}")
         return int(text)
 
     return parse

@@ -81,7 +81,7 @@ class Header:
         try:
             for count, parse in ((self.seed, whole(0)), (self.threads, whole(1, MOST_THREADS))):
                 if type(count) is not int:
-                    raise ValueError(f"{str(count)[:20]!r} is no whole number")
+                    raise ValueError(f"{str(count)[:20]!r} is no integer")
                 parse(str(count))
             device(self.device)
         except argparse.ArgumentTypeError as error:
