@@ -138,7 +138,8 @@ def unroll(problem: Problem) -> Outcome:
     if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         warn_of_precision(problem.dynamics, tensors)
     final, losses = roll_out_recorded(problem.dynamics, tensors[:count], tensors[count:], watch)
-    return Outcome(final.tensors, losses, Record())
+    # without a step, what comes out is still not the caller's own tensor
+    return Outcome(final.tensors if problem.dynamics.steps else tuple(x.clone() for x in final), losses, Record())
 
 
 def _unroll_below(

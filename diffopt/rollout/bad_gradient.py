@@ -36,7 +36,8 @@ def _first_gradient(dynamics: Dynamics, initial: Sequence[Tensor], extras: Seque
     with preserved(params[0].device):
         try:
             if transforms.transforms_active():
-                return transforms.functional_gradient(partial(_losses, dynamics, current), params)[0]
+                found, _ = transforms.functional_gradient(partial(_losses, dynamics, current), params)
+                return derivatives.filled(found, params)
             with torch.enable_grad():
                 leaves = tuple(x.detach().requires_grad_() for x in params)
                 losses = dynamics.losses(leaves, [x.detach() for x in current])

@@ -130,6 +130,9 @@ class _Lookup:
         self._found: dict[int, TensorFunction | None] = {}
 
     def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        if any(x.layout != torch.strided for x in tensors):
+            _warn(_LayoutError("a tensor that the loss is given is sparse"))
+            return None
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
         # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
         arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous().view_as(x) for x in tensors)]
@@ -184,6 +187,10 @@ def _without_tensors(optimizer: Any) -> Hashable:
 def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What is not a tensor, with its type (``True`` equals 1), in a form that can be compared."""
     return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+
+
+class _LayoutError(Exception):
+    """The compiler takes dense tensors only."""
 
 
 class _RandomLossError(Exception):

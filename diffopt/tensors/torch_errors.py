@@ -56,6 +56,8 @@ _VMAP = {
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
+    "does not have vmap support": "give the function generate_vmap_rule = True, or a vmap of its own",
+    "have storage": "keep it a tensor: no .numpy()",
     "is unsupported for Sparse": "pass it dense, or loop over the tasks",
     "Batching rule not implemented": "write the operation in elementary ones, or loop over the tasks",
     "vmap:": "write the operation in elementary ones, or loop over the tasks",

@@ -119,15 +119,21 @@ def _load_decompositions() -> None:
 
 def functional_gradient(
     function: Callable[..., Tensor], params: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The gradient of the sum of a function's values, and the values; differentiable under any transform."""
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradient of the sum of a function's values, and the values; differentiable under any transform.
+
+    All gradients are ``None`` if the values do not depend on ``params``, for which ``torch.func`` would give zeros.
+    """
+    depends = False
 
     def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        nonlocal depends
         values = function(*leaves)
+        depends = _functorch.is_gradtrackingtensor(values) and _functorch.maybe_get_level(values) == transform_level()
         return values.sum(), values
 
     gradients, values = torch.func.grad(total, has_aux=True)(params)
-    return tuple(gradients), values
+    return tuple(gradients) if depends else (None,) * len(params), values
 
 
 class _BelowVmap(torch.autograd.Function):
@@ -279,6 +285,6 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
-    else:
+    elif outputs is not None:
         for output in outputs:
             yield from _tensors(output)
