@@ -129,7 +129,8 @@ def functional_gradient(
     def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         nonlocal depends
         values = function(*leaves)
-        depends = _functorch.is_gradtrackingtensor(values) and _functorch.maybe_get_level(values) == transform_level()
+        tracked = values.requires_grad and _functorch.is_gradtrackingtensor(values)
+        depends = tracked and _functorch.maybe_get_level(values) == transform_level()
         return values.sum(), values
 
     gradients, values = torch.func.grad(total, has_aux=True)(params)
