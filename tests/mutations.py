@@ -48,6 +48,8 @@ NAMES = [
     "update_blocks",
     "step_by_step",
     "arguments",
+    "odd_arguments",
+    "unusable_tensors",
     "lift_spellings",
     "stationarity",
     "checks",

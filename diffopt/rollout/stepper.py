@@ -106,8 +106,10 @@ class Stepper:
             if self._check_graph:
                 autograd_graph.refuse_broken_graph(autograd_graph.nodes(leaf.grad_fn for leaf in after))
                 self._check_graph = False
-            known = [*before, *block.now, *current, *(g for g in grads if g is not None)]
-            self._checks.refuse_captured([losses, *after], known)
+            if self.watch.values:  # else it has been looked at before
+                self._checks.refuse_captured([losses], [*before, *current])
+            known = [*block.now, *current, *(g for g in grads if g is not None)]
+            self._checks.refuse_captured_by_update(after.tensors, known, step)
             block.advance(after, shallow=any(grad is None for grad in grads))
         return losses.detach()
 
@@ -175,7 +177,7 @@ class Stepper:
         with torch.enable_grad():
             roots = Leaves(derivatives.make_roots(state))
             after = self._checks.update(roots, grads, current, 1)
-        self._checks.refuse_captured(after.tensors, roots.tensors)
+        self._checks.refuse_captured_by_update(after.tensors, roots.tensors, 1)
         return Leaves(leaf.detach() for leaf in after)
 
     def _losses_and_grads(

@@ -18,6 +18,8 @@ from diffopt.tensors.plain_numbers import as_float, is_integer, make_plain, plai
 from diffopt.tensors.tree import brief, describe
 from diffopt.tensors.usable import is_calculable, refuse_unusable
 
+MOST = 10_000
+"""Of what a call does so many times: more would not end."""
 _LARGEST = 2**63 - 1
 """The largest integer that torch takes as a scalar; above it, it wants a float."""
 

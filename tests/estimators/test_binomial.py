@@ -129,3 +129,11 @@ def test_without_a_step_the_outer_gradient_is_the_hypergradient(rule):
     w = torch.tensor(3.0, requires_grad=True)
     diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=rule).params.square().backward()
     assert float(w.grad) == 6.0
+
+
+@pytest.mark.parametrize(
+    "scale", [10**400, -(10**400), 2**1024, float("inf"), float("nan")], ids=["huge", "low", "over", "inf", "nan"]
+)
+def test_a_scale_that_no_float_holds_is_refused(scale):
+    with pytest.raises(diffopt.HyperparameterError, match=r"scale is .*expected a finite number"):
+        Binomial(1, scale=scale)
