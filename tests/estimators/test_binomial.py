@@ -106,10 +106,10 @@ def test_the_number_of_products_and_their_depth_are_the_formulas(order, learned)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": -1}, "order is -1"),
-        ({"order": 1.5}, "order is 1.5"),
-        ({"order": 1, "window": -2}, "window is -2"),
-        ({"order": 1, "chunk_size": 0}, "chunk_size is 0"),
+        ({"order": -1}, "order is int -1"),
+        ({"order": 1.5}, "order is float 1.5"),
+        ({"order": 1, "window": -2}, "window is int -2"),
+        ({"order": 1, "chunk_size": 0}, "chunk_size is int 0"),
     ],
 )
 def test_options_out_of_range(options, message):
