@@ -69,7 +69,7 @@ def survives(fault: Fault, copy: Path) -> bool:
     file.write_text(text.replace(fault.old, fault.new))
     nearest = fault.tests or Path(fault.file).with_suffix("").parts[1]  # the likeliest to notice go first
     tests = [f"tests/test_{name}.py" for name in sorted(NAMES, key=lambda name: not name.startswith(nearest))]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     file.write_text(text)
