@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -67,7 +68,8 @@ class Checks:
             found = autograd_graph.captured_nodes(starts, given, self._born)
             if found:  # else nobody needs names, which are not cheap
                 refuse_captures("the inner loss (or the optimizer)", self.dynamics.functions(), found)
-            self._born = max([self._born, *map(autograd_graph.number, starts)])
+            if given[0].grad_fn is None:
+                self._born = max([self._born, *map(autograd_graph.number, starts)])
 
     def refuse_captured_by_update(self, after: Sequence[Tensor], given: Sequence[Tensor], step: int) -> None:
         """The same for the update of a step."""
@@ -142,7 +144,7 @@ def refuse_bad_start(
             "given, and does not detach them or leave torch (.item(), .numpy())"
         )
     values = transforms.plain(losses)
-    if not bool(values.isfinite().all()):
+    if not (math.isfinite(values) if values.ndim == 0 else bool(values.isfinite().all())):
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
             f"finite number; {not_finite(dynamics, params, current, 1) or 'check the data and the initialisation'}"

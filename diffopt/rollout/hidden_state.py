@@ -19,15 +19,10 @@ from diffopt.tensors.captures import content_of, everything_held, named_tensors
 
 @final
 class HiddenState:
-    """What a function holds: found once, and then compared with what it was, in a few microseconds each time.
-
-    Attributes:
-        judged: whether something has moved before, and did not matter.
-    """
+    """What a function holds: found once, and then compared with what it was, in a few microseconds each time."""
 
     def __init__(self, function: object) -> None:
         """Find everything that it holds, and take note of it."""
-        self.judged = False
         self._function, self._held = function, everything_held([function])
         self._tensors = [x for x in map(transforms.unwrapped, self._held.tensors) if not x.is_inference()]
         self._versions = [x._version for x in self._tensors]
@@ -56,7 +51,6 @@ class HiddenState:
         ``again`` evaluates the losses and their gradients once more; everything is then put back to where it is now.
         ``exactly``: the gradients come from the same operations, so that their bits are the same.
         """
-        self.judged = True
         kept = [(x, x.detach().clone()) for x in self._moved()]
         contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
         cells, spaces = [content_of(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]

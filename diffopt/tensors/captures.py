@@ -89,13 +89,15 @@ class Held:
 
     def _of_module(self, module: torch.nn.Module) -> Iterable[Any]:
         self.modules.append(module)
-        own = [x for x in (module._parameters, module._buffers) if x]
-        self.containers.extend(own)
-        inner = [held for part in (*own, module._modules) for held in part.values()]
-        if not _is_torchs(module):
-            self.containers.append(module.__dict__)
-            inner.extend(held for name, held in module.__dict__.items() if name not in _OF_EVERY_MODULE)
-        return inner
+        for own in (module._parameters, module._buffers):
+            if own:
+                self.containers.append(own)
+                self.tensors.extend([x for x in own.values() if x is not None])
+        if _is_torchs(module):
+            return module._modules.values()
+        self.containers.append(module.__dict__)
+        own_names = [name for name in module.__dict__ if name not in _OF_EVERY_MODULE]
+        return [*module._modules.values(), *map(module.__dict__.__getitem__, own_names)]
 
     def _of_function(self, function: types.FunctionType) -> Iterable[Any]:
         if _is_torchs(function):
@@ -121,15 +123,15 @@ def content_of(cell: types.CellType) -> Any:
 
 def everything_held(functions: Iterable[object]) -> Held:
     """What some functions hold: a walk of some ten microseconds for a small module."""
-    held, seen = Held(), set[int]()
+    held, seen, module = Held(), set[int](), torch.nn.Module
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
     while pending:
         value, depth = pending.pop()
-        if type(value) in _HOLD_NOTHING or id(value) in seen or depth > _DEPTH:
+        if id(value) in seen or depth > _DEPTH:
             continue
         seen.add(id(value))
-        deeper = depth + (not isinstance(value, torch.nn.Module))  # modules within modules are one object
-        pending.extend([(inner, deeper) for inner in held.note(value)])
+        deeper = depth + (not isinstance(value, module))  # modules within modules are one object
+        pending.extend([(inner, deeper) for inner in held.note(value) if type(inner) not in _HOLD_NOTHING])
     return held
 
 

@@ -76,7 +76,10 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
         for x in ("reverse", Reverse)
     ),
     *((ESJacobian, {"directions": x, "radius": 0.1}, "directions", "expected an integer >= 1") for x in (0, True, 2.5)),
-    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "a finite number > 0") for x in (0, float("inf"), "x")),
+    *(
+        (ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a finite number > 0")
+        for x in (0, float("inf"), "x")
+    ),
     (
         ESJacobian,
         {"directions": 1, "radius": 0.1, "sampling": "uniform"},

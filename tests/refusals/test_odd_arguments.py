@@ -29,7 +29,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
-from diffopt.tasks import Ridge, Sinusoid
+from diffopt.tasks import Quadratic, Ridge, Sinusoid
 
 MOST = 300
 
@@ -181,3 +181,9 @@ def test_what_is_taken_besides_is_named() -> None:
     with pytest.raises(diffopt.HyperparameterError, match="expected None or a finite number >= 0 and < 1"):
         Neumann(rtol=1)
     assert isinstance(grad(lambda w: implicit(w).sum())(torch.zeros(2)), Tensor)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn, lambda x: x.to("meta")])
+def test_a_problems_tensor_that_is_not_dense_is_refused(make: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(DiffoptError, match=r"(hessian|target) is .*expected"):
+        Quadratic(make(torch.eye(2)), torch.ones(2))
