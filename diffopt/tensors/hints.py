@@ -132,7 +132,7 @@ def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
     if scheduled:
         return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
     one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == steps
-    own = "; a field of several numbers: metadata=diffopt.optimizers.base.EACH" if listed else ""
+    own = "; a field of several numbers: metadata=diffopt.optimizers.EACH" if listed else ""
     return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
 
 

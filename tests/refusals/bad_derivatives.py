@@ -41,6 +41,18 @@ def embedding_bag(w: Tensor) -> Tensor:
 CHANGED = r"step 1 came out differently .*expected the same number: .*reads what changed since the solve"
 
 
+WEIGHTS: dict[str, Tensor] = {}
+OTHERS = nn.Parameter(tensor(3, 4))
+
+
+def with_other_weights_later(w: Tensor) -> Tensor:
+    """What recomputes finds other weights in the place of those that it was computed with."""
+    WEIGHTS["now"] = w
+    loss = checkpoint(lambda: WEIGHTS["now"].pow(3).sum(), use_reentrant=False)
+    WEIGHTS["now"] = OTHERS
+    return loss
+
+
 def changed_since(name: str, value: Any) -> None:
     """Rebind something that the loss reads between the solve and the backward pass."""
     held = {"scale": 1.0, "net": nn.Dropout(0.5) if name == "net" else nn.Identity()}
@@ -225,8 +237,20 @@ ROWS: dict[str, Row] = {
     "own_generator": Row(
         "random numbers",
         lambda: backward(loss=lambda w: (w * torch.rand(2, generator=GENERATOR)).sum() ** 2, estimator=Reverse(1)),
-        diffopt.RandomnessError,
-        "loss of step . came out differently .*expected the same number: .*Draw from torch's global generator",
+        diffopt.HiddenStateError,
+        r"keeps a state, .*expected a loss that gives the same number again. Use Reverse\('graph'\)",
+    ),
+    "ended_iterator": Row(
+        "hidden state",
+        lambda: solve(lambda w, rows=iter([tensor(1, 2)]): (w * next(rows)).sum() ** 2),
+        diffopt.HiddenStateError,
+        r"asks an iterator for more .*expected a loss that reads its arguments only. Pass the data of all steps in batches",
+    ),
+    "recomputed_with_other_weights": Row(
+        "hidden state",
+        lambda: backward(loss=with_other_weights_later),
+        diffopt.RecomputationError,
+        r"computes a part of itself again .*expected the same tensors both times.*use_reentrant=False",
     ),
     **{
         f"dropout_{type(rule).__name__}": Row(
