@@ -57,7 +57,7 @@ def scheduler() -> Any:
 
 NET = nn.Linear(2, 1)
 PAIRS = dict(NET.named_parameters())
-OF_MODULE = r"pass dict\(module\.named_parameters\(\)\) and call the module .*functional_call"
+OF_MODULE = r"write function, params = diffopt\.functional\(module\): pass params, call function\(params, x\)"
 REGISTER = r"no tree: pass a dict, as (vars|dict)\(\.\.\.\), or optree\.register_pytree_node\(\w+, "
 SLOTTED = r"no tree: pass a dict of its fields, or optree\.register_pytree_node\(Slotted"
 # name -> params, what the message says
@@ -96,6 +96,16 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {
 OF_THE_STEP = r"a function of the step: diffopt\.Schedule\(\[lr\(t\) for t in range\(steps\)\]\)"
 RATES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "function": (lambda: lambda step: 0.1, diffopt.HyperparameterError, OF_THE_STEP),
+    "parameters_of_a_module": (
+        lambda: NET.parameters(),
+        diffopt.HyperparameterError,
+        r"takes no parameters here: they are solve's second argument, solve\(loss, params, \.\.\.\)",
+    ),
+    "named_parameters_of_a_module": (
+        lambda: NET.named_parameters(),
+        diffopt.HyperparameterError,
+        "takes no parameters here: they are solve's second argument",
+    ),
     "schedule_of_a_function": (lambda: Schedule(lambda step: 0.1), diffopt.HyperparameterError, OF_THE_STEP),
     "scheduler": (
         scheduler,
@@ -159,7 +169,10 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "user_dict": (lambda: UserDict(scale=leaf()), INSIDE + REGISTER),
     "in_a_dict": (lambda: {"inner": SimpleNamespace(scale=leaf())}, INSIDE + REGISTER),
     "computed": (lambda: SimpleNamespace(scale=2 * leaf()), INSIDE + REGISTER),
-    "module": (module_with_scale, INSIDE + r"a module, no tree: pass dict\(module\.named_parameters\(\)\), and call"),
+    "module": (
+        module_with_scale,
+        INSIDE + r"a module, no tree: write function, params = diffopt\.functional\(module\), ",
+    ),
 }
 
 
