@@ -109,7 +109,7 @@ def test_a_subpackage_is_an_attribute(name: str) -> None:
     assert getattr(diffopt, name) is importlib.import_module(f"diffopt.{name}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the errors
+# ---------------------------------------------------------------------------------------------------- the errors
 
 
 def classes() -> dict[str, type]:

@@ -216,6 +216,21 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.LossError,
         "task_loss returned tuple .*return the scalar alone",
     ),
+    "lifted_instance": (
+        lambda: diffopt.from_torch(torch.optim.NAdam([tensor(1)])),
+        diffopt.OptimizerError,
+        r"got NAdam .*expected an optimizer class, .*: from_torch\(torch\.optim\.NAdam, lr=0\.1\)",
+    ),
+    "lifted_number": (
+        lambda: diffopt.from_torch(0.1),
+        diffopt.OptimizerError,
+        r"got float 0\.1, expected an optimizer class, .*: from_torch\(torch\.optim\.Adam, lr=0\.1\)",
+    ),
+    "battery_of_a_torch_class": (
+        lambda: diffopt.testing.check_optimizer(torch.optim.AdamW),
+        diffopt.OptimizerError,
+        rf"expected a diffopt\.Optimizer and a dataclass; write diffopt\.AdamW\(lr=\.\.\.\), or {FROM_TORCH}",
+    ),
     "steps_bool": (lambda: solve(steps=np.bool_(True)), diffopt.StepsError, "is bool True, expected an integer"),
     "compile": (lambda: solve(compile="yes"), diffopt.HyperparameterError, "compile is str 'yes', expected True"),
     "root_at_zero": (
