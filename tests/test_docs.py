@@ -67,14 +67,15 @@ def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
 
 
 def test_the_front_page_weighs_examples_and_compares_estimators(pages, capsys):
-    names = run(pages["index"])
-    assert names["accuracy"](names["trained"]) > names["accuracy"](names["unweighted"]) + 0.02
-    shown = capsys.readouterr().out
-    assert re.search(r"of a wrong label: 0\.[01]\d, of a right one: 0\.[6-9]\d", shown)
-    errors = {name: float(error) for name, error in re.findall(r"^(\w+\(.*?\)) +(\d\S+e\S+) ", shown, re.MULTILINE)}
-    assert errors["FirstOrder()"] == 1  # it has no derivative by what only the loss reads
-    assert errors["Reverse(checkpoint='sqrt')"] < 1e-5
-    assert errors["Krylov(order=16)"] < 1e-2 < 0.3 < errors["Truncated(steps=10)"]
+    page = pages["index"].replace("diffopt.compare(", "comparison = diffopt.compare(")
+    names = run(page)
+    assert names["accuracy"](names["trained"]) > names["accuracy"](names["before"]) + 0.02
+    assert re.search(r"of a wrong label: 0\.[01]\d, of a right one: 0\.[6-9]\d", capsys.readouterr().out)
+    graph, root, krylov, truncated, first_order = (row.relative_error for row in names["comparison"].complete())
+    assert graph == 0
+    assert root < 1e-5
+    assert krylov < 1e-2 < 0.3 < truncated < first_order == 1  # which has no derivative by what only the loss reads
+    assert names["comparison"]._repr_markdown_() == names["comparison"].to_markdown()
 
 
 def test_the_front_page_links_every_thing_that_only_this_library_does(pages):

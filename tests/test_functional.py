@@ -230,7 +230,57 @@ def test_a_lazy_module_is_taken_after_its_first_call():
     assert diffopt.functional(module)[1]["0.weight"].shape == (2, 3)
 
 
+def test_a_lazy_module_that_lacks_only_its_buffers_is_refused():
+    with pytest.raises(diffopt.LeafError, match=r"'1\.running_mean' is a UninitializedBuffer, .*call the lazy module"):
+        diffopt.functional(nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)))
+
+
+# ---------------------------------------------------------------------------------------------------- its names
+
+
+def without(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in params.items() if name != "head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (without, r"params\['head\.weight'\] is missing, expected the 3 names"),
+        (lambda params: {**params, "head.bias": torch.ones(2)}, r"params\['head\.bias'\] is unknown, expected the 3"),
+        (
+            lambda params: {**without(params), "a": torch.ones(2, 4)},
+            r"'head\.weight'\] is missing, .*'a'\] is unknown",
+        ),
+        (lambda params: list(params.values()), "params is list .*, expected the 3 names .*in a dictionary"),
+    ],
+    ids=["missing", "unknown", "renamed", "a list"],
+)
+def test_other_names_are_refused(other, says, generator):
+    function, params = diffopt.functional(network(generator))
+    with pytest.raises(StructureError, match=says):
+        function(other(params), drawn((2, 3), generator))
+
+
+def test_an_order_of_the_names_or_another_mapping_makes_no_difference(generator):
+    function, params = diffopt.functional(network(generator))
+    x = drawn((2, 3), generator)
+    turned = OrderedDict(reversed(list(params.items())))
+    assert torch.equal(function(turned, x), function(params, x))
+
+
 # ------------------------------------------------------------------------------------------------------------ its place
+
+
+@pytest.mark.parametrize("take", [nn.Module.parameters, nn.Module.named_parameters], ids=["parameters", "named"])
+def test_an_optimizer_that_was_given_a_module_s_parameters_names_their_place(take, generator):
+    """As ``torch.optim`` takes them: ``SGD(net.parameters(), 0.1)``."""
+    module = network(generator)
+    function, params = diffopt.functional(module)
+    optimizer = diffopt.SGD(take(module), 0.1)
+    x = drawn((1, 3), generator)
+    for start in (params, params["head.weight"]):  # lr may be a tree like the first, and not like the second
+        with pytest.raises(diffopt.DiffoptError, match="takes no parameters here: they are solve's second argument"):
+            diffopt.solve(lambda p: function(p, x).sum(), start, optimizer=optimizer, steps=1)
 
 
 def test_the_tasks_have_the_same_function():
