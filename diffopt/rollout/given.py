@@ -42,8 +42,7 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     """The leaves of the parameters, each one that can be optimised."""
     if isinstance(params, torch.nn.Module):
         raise LeafError(
-            f"params is the module {type(params).__name__}, expected a tree of tensors: pass "
-            "dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
+            f"params is the module {type(params).__name__}, expected a tree of tensors{hints.for_params(params)}"
         )
     leaves, structure = tree.flatten(params)
     if not leaves:
@@ -89,8 +88,8 @@ def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
             if own and not leaf.requires_grad:
                 raise LeafError(
                     f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected "
-                    "what is to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it "
-                    "to train it from a constant start"
+                    "what is to be trained: solve trains all of params. diffopt.functional(module) leaves frozen ones "
+                    "out; or pass them in *args; or .detach() it to train it from a constant start"
                 )
 
 

@@ -117,6 +117,13 @@ def _load_decompositions() -> None:
     torch.func.vmap(lambda x: x)(torch.zeros(1))
 
 
+def functional_call(
+    module: torch.nn.Module, tensors: dict[str, Tensor], inputs: tuple[Any, ...], named_inputs: dict[str, Any]
+) -> Any:
+    """A module called with these in place of its own parameters and buffers; tied ones are given by one name."""
+    return torch.func.functional_call(module, tensors, inputs, named_inputs)
+
+
 def functional_gradient(
     function: Callable[..., Tensor], params: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
