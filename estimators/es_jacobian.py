@@ -159,7 +159,7 @@ def _as_real(x: Tensor) -> Tensor:
 def _named(numbers: list[int], found: Leaves, given: list[Tensor]) -> dict[int, Tensor]:
     """Real numbers by the numbers of their inputs, complex ones where the input is."""
     pairs = zip(numbers, found, given, strict=True)
-    return {i: torch.view_as_complex(x.contiguous()) if like.is_complex() else x for i, x, like in pairs}
+    return {i: torch.complex(*x.unbind(-1)) if like.is_complex() else x for i, x, like in pairs}
 
 
 def _batched(trajectory: Trajectory, number: int) -> list[bool]:

@@ -701,8 +701,8 @@ FAULTS = [
     Fault(
         "the imaginary parts' directions change their sign",
         "estimators/es_jacobian.py",
-        "torch.view_as_complex(x.contiguous()) if like",
-        "torch.view_as_complex(x.contiguous()).conj() if like",
+        "torch.complex(*x.unbind(-1)) if like",
+        "torch.complex(*x.unbind(-1)).conj() if like",
     ),
     Fault(
         "a conjugate argument is taken as it lies in memory",
