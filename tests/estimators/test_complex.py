@@ -197,7 +197,7 @@ def test_biased_rules_see_the_imaginary_part_as_they_see_the_real_one(rule: Esti
     def in_real_numbers(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return phases(w, torch.view_as_complex(a), torch.view_as_complex(b))
 
-    options = {"optimizer": diffopt.SGD(0.3), "steps": 300 if isinstance(rule, Implicit) else STEPS}
+    options = {"optimizer": diffopt.SGD(LR), "steps": 600 if isinstance(rule, Implicit) else STEPS}
     found = []
     for loss, args in ((phases, leaves[1:]), (in_real_numbers, [torch.view_as_real(x) for x in leaves[1:]])):
         inputs = [x.detach().requires_grad_() for x in args]
