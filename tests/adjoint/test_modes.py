@@ -109,7 +109,7 @@ def test_exact_rules_are_exact_in_inference_mode(exact: Any) -> None:
 
 
 def test_an_implicit_gradient_in_inference_mode_is_the_same() -> None:
-    start, penalty, lr = leaves()
+    start, penalty, _ = leaves()
     star = diffopt.solve(loss, start.detach(), penalty.detach(), optimizer=diffopt.SGD(0.3, momentum=0.6), steps=300)
     found = []
     for inference in (False, True):
@@ -175,7 +175,10 @@ def test_a_task_inside_hooks_has_the_same_hypergradient(exact: Any, style: str) 
 @pytest.mark.parametrize("style", [style for style in HOOKED if style != "reentrant checkpoint"])
 def test_two_tasks_inside_hooks_of_their_own(exact: Any, style: str) -> None:
     inputs = leaves()
-    tasks = [lambda *given: outer(solved(*given, estimator=exact)), lambda *given: solved(*given, estimator=exact).sum()]
+    tasks = [
+        lambda *given: outer(solved(*given, estimator=exact)),
+        lambda *given: solved(*given, estimator=exact).sum(),
+    ]
     value = sum(HOOKED[style](task, inputs) for task in tasks)
     end = loop(*inputs)
     assert_same(torch.autograd.grad(value, inputs), torch.autograd.grad(outer(end) + end.sum(), inputs))
@@ -308,7 +311,9 @@ def test_a_change_between_solve_and_backward_is_named(name: str, change: str) ->
     inputs = leaves()
     end = solved(*inputs, estimator=ADJOINTS[name])
     CHANGES[change](end, inputs)
-    with pytest.raises(diffopt.InPlaceError, match=r"changed in place before the backward pass .*step\(\) before backw"):
+    with pytest.raises(
+        diffopt.InPlaceError, match=r"changed in place before the backward pass .*step\(\) before backw"
+    ):
         end.sum().backward()
 
 
