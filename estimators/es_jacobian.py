@@ -115,14 +115,15 @@ class ESJacobian(Adjoint):
         tasks = Tasks(sum(batched))
         base = tasks.flatten(inputs.widened())
         z, factor = self._directions(base)
+        radius = float(self.radius)  # an integer may be more than torch's hold
         stacked = Leaves(x.expand(len(z), *x.shape) for x in inputs)
-        moves = Tasks(1 + tasks.axes).unflatten(self.radius * z, stacked).cast(inputs)
+        moves = Tasks(1 + tasks.axes).unflatten(radius * z, stacked).cast(inputs)
         high = _final_state(trajectory, _named(numbers, stacked + moves, given))
         if self.antithetic:
             low = _final_state(trajectory, _named(numbers, stacked - moves, given))
-            slope = (high - low) / (2 * self.radius)
+            slope = (high - low) / (2 * radius)
         else:
-            slope = (high - trajectory.final) / self.radius
+            slope = (high - trajectory.final) / radius
         weights = _responses(slope, cotangent, batched)
         terms = tasks.unflatten(factor * (weights[..., None] * z).mean(0), inputs).cast(inputs)
         return _named(numbers, terms, given)
@@ -159,7 +160,7 @@ def _as_real(x: Tensor) -> Tensor:
 def _named(numbers: list[int], found: Leaves, given: list[Tensor]) -> dict[int, Tensor]:
     """Real numbers by the numbers of their inputs, complex ones where the input is."""
     pairs = zip(numbers, found, given, strict=True)
-    return {i: torch.complex(*x.unbind(-1)) if like.is_complex() else x for i, x, like in pairs}
+    return {i: torch.complex(x[..., 0], x[..., 1]) if like.is_complex() else x for i, x, like in pairs}
 
 
 def _batched(trajectory: Trajectory, number: int) -> list[bool]:

@@ -251,8 +251,8 @@ FAULTS = [
     Fault(
         "central differences are divided by one radius",
         "estimators/es_jacobian.py",
-        "slope = (high - low) / (2 * self.radius)",
-        "slope = (high - low) / self.radius",
+        "slope = (high - low) / (2 * radius)",
+        "slope = (high - low) / radius",
     ),
     *(
         Fault(f"lifting: {what}", f"diffopt/lifting/{file}.py", old, new, "from_torch")
@@ -701,8 +701,8 @@ FAULTS = [
     Fault(
         "the imaginary parts' directions change their sign",
         "estimators/es_jacobian.py",
-        "torch.complex(*x.unbind(-1)) if like",
-        "torch.complex(*x.unbind(-1)).conj() if like",
+        "torch.complex(x[..., 0], x[..., 1]) if like",
+        "torch.complex(x[..., 0], -x[..., 1]) if like",
     ),
     Fault(
         "a conjugate argument is taken as it lies in memory",
@@ -745,5 +745,90 @@ FAULTS = [
         "reason = compiler_paths.explanation(error)",
         "reason = None",
         "compiler_paths",
+    ),
+    # odd arguments, the validator of options, and tensors without arithmetic
+    Fault(
+        "True is taken for an integer",
+        "diffopt/tensors/plain_numbers.py",
+        "return isinstance(value, int) and not isinstance(value, bool)",
+        "return isinstance(value, int)",
+        "odd_arguments",
+    ),
+    Fault(
+        "an integer beyond all floats ends the check of a number",
+        "diffopt/tensors/plain_numbers.py",
+        "except OverflowError:",
+        "except ZeroDivisionError:",
+        "odd_arguments",
+    ),
+    Fault(
+        "an integer beyond 64 bits stays one",
+        "diffopt/tensors/arguments.py",
+        "return found if abs(number) > _LARGEST else number",
+        "return number",
+        "unusable_tensors",
+    ),
+    Fault(
+        "a message trusts the repr of what it shows",
+        "diffopt/tensors/tree.py",
+        "except Exception:  # a repr of the user's own, too deep, or of too many digits; no message is about that",
+        "except ValueError:",
+        "odd_arguments",
+    ),
+    Fault(
+        "an option is compared before its type is looked at",
+        "diffopt/tensors/arguments.py",
+        "return (value is None and None in also) or (isinstance(value, str) and str(value) in also)",
+        "return value in also",
+        "odd_arguments",
+    ),
+    Fault(
+        "a tensor that has left its vmap is taken",
+        "diffopt/tensors/transforms.py",
+        "if _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) > transform_level():",
+        "if False:",
+        "unusable_tensors",
+    ),
+    Fault(
+        "a tensor of an outer vmap is taken for one that has left its vmap",
+        "diffopt/tensors/transforms.py",
+        "_functorch.maybe_get_level(tensor) > transform_level():",
+        "_functorch.maybe_get_level(tensor) >= transform_level():",
+        "unusable_tensors",
+    ),
+    Fault(
+        "a tensor of inference mode is kept as it is",
+        "diffopt/tensors/usable.py",
+        "return tensor.clone() if made_there else tensor",
+        "return tensor",
+        "unusable_tensors",
+    ),
+    Fault(
+        "a number for a leaf is made from the leaf, whatever its bits",
+        "diffopt/optimizers/binding.py",
+        "torch.tensor(slot, dtype=x.dtype, device=x.device)",
+        "x.new_tensor(slot)",
+        "unusable_tensors",
+    ),
+    Fault(
+        "implicit reads check before it is checked",
+        "diffopt/implicit.py",
+        'check_flag("check", check)',
+        "pass",
+        "odd_arguments",
+    ),
+    Fault(
+        "cite takes whatever it is given",
+        "diffopt/citation.py",
+        'if not rule and named.__module__.split(".")[0] != "diffopt":',
+        "if False:",
+        "odd_arguments",
+    ),
+    Fault(
+        "a class is called as if it were a loss",
+        "diffopt/tensors/arguments.py",
+        "if not callable(value) or isinstance(value, type):",
+        "if not callable(value):",
+        "odd_arguments",
     ),
 ]

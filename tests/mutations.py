@@ -48,6 +48,8 @@ NAMES = [
     "update_blocks",
     "step_by_step",
     "arguments",
+    "odd_arguments",
+    "unusable_tensors",
     "lift_spellings",
     "stationarity",
     "checks",
@@ -68,7 +70,7 @@ def survives(fault: Fault, copy: Path) -> bool:
     nearest = fault.tests or Path(fault.file).stem  # the likeliest to notice go first
     names = sorted(NAMES, key=lambda name: not name.startswith(nearest))
     tests = [str(path) for name in names for path in sorted((copy / "tests").rglob(f"test_{name}.py"))]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     file.write_text(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, final, get_args
 
 from diffopt.errors import HyperparameterError
@@ -63,5 +63,6 @@ class Claims:
         options = Options(self)
         options.choice("exact", *get_args(Exactness))
         options.number("tolerance", 1e-10, 0.1, up_to=True)
+        options.flag(*(field.name for field in fields(self) if isinstance(field.default, bool)))
         if not isinstance(self.inputs, Set) or not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
             raise HyperparameterError(f"Claims: inputs is {describe(self.inputs)}, expected a set of some of {KINDS}")

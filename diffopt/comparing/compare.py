@@ -18,7 +18,7 @@ from diffopt.comparing.comparison import Comparison, Row, brief, failed_row
 from diffopt.comparing.curvature import curvature_number, krylov_residual, solves_behind, stationarity
 from diffopt.comparing.notes import notes
 from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
-from diffopt.tensors.arguments import check_function, check_instance, check_integer
+from diffopt.tensors.arguments import MOST, check_function, check_instance, check_integer
 from diffopt.tensors.autograd_graph import leaves_behind
 from diffopt.tensors.memory import peak_bytes
 from diffopt.tensors.torch_errors import signature_error
@@ -128,7 +128,7 @@ def _checked(
     for i, estimator in enumerate(estimators):
         check_instance(f"estimators[{i}]", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
     check_instance("exact", exact, Estimator, "a diffopt.estimators object", EstimatorError, also=(None,))
-    check_integer("compare: repeats", repeats, 1)
+    check_integer("compare: repeats", repeats, 1, high=MOST + 1, fix=f" (and at most {MOST})")
     if isinstance(problem, Comparable):
         return problem.compare_loss, exact or Reverse()
     check_function("problem", problem, "a function of an estimator; see the example", LossError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -24,7 +25,8 @@ class Checks:
 
     # NOTE [what is looked for at every step, and what it costs]
     A loss may read other tensors later than at its first step (behind an ``if``, after a warm-up). So the graph of
-    every loss is walked for captured tensors: about half a microsecond a node, 7 for an MLP of three layers.
+    every loss is walked for captured tensors: about half a microsecond a node, 7 for an MLP of three layers. Of updates
+    those are, and later than at their first step, that are not this library's own.
     """
 
     def __init__(self, dynamics: Dynamics, watch: Watch, *, passes_tangents: bool = False) -> None:
@@ -62,9 +64,17 @@ class Checks:
         ``given`` begins with the params, from which the graph grows.
         """
         if self.watch.captures:
-            found = autograd_graph.captured_nodes([x.grad_fn for x in outputs], given, self._born)
-            refuse_captures("the inner loss (or the optimizer)", self.dynamics.functions(), found)
-            self._born = max([self._born, *(autograd_graph.number(x.grad_fn) for x in outputs)])
+            starts = [x.grad_fn for x in outputs if x.requires_grad]
+            found = autograd_graph.captured_nodes(starts, given, self._born)
+            if found:  # else nobody needs names, which are not cheap
+                refuse_captures("the inner loss (or the optimizer)", self.dynamics.functions(), found)
+            if given[0].grad_fn is None:
+                self._born = max([self._born, *map(autograd_graph.number, starts)])
+
+    def refuse_captured_by_update(self, after: Sequence[Tensor], given: Sequence[Tensor], step: int) -> None:
+        """The same for the update of a step."""
+        if step == 1 or type(self.dynamics.optimizer.template).__module__ != "diffopt.optimizers":
+            self.refuse_captured(after, given)
 
     def _evaluated(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
         if self._drops_tangents and transforms.in_dual_level():
@@ -134,7 +144,7 @@ def refuse_bad_start(
             "given, and does not detach them or leave torch (.item(), .numpy())"
         )
     values = transforms.plain(losses)
-    if not bool(values.isfinite().all()):
+    if not (math.isfinite(values) if values.ndim == 0 else bool(values.isfinite().all())):
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
             f"finite number; {not_finite(dynamics, params, current, 1) or 'check the data and the initialisation'}"

@@ -14,20 +14,15 @@ from torch import Tensor
 
 from diffopt.errors import HiddenStateError
 from diffopt.tensors import transforms
-from diffopt.tensors.captures import everything_held, named_tensors
+from diffopt.tensors.captures import content_of, everything_held, named_tensors
 
 
 @final
 class HiddenState:
-    """What a function holds: found once, and then compared with what it was, in a few microseconds each time.
-
-    Attributes:
-        judged: whether something has moved before, and did not matter.
-    """
+    """What a function holds: found once, and then compared with what it was, in a few microseconds each time."""
 
     def __init__(self, function: object) -> None:
         """Find everything that it holds, and take note of it."""
-        self.judged = False
         self._function, self._held = function, everything_held([function])
         self._tensors = [x for x in map(transforms.unwrapped, self._held.tensors) if not x.is_inference()]
         self._versions = [x._version for x in self._tensors]
@@ -56,10 +51,9 @@ class HiddenState:
         ``again`` evaluates the losses and their gradients once more; everything is then put back to where it is now.
         ``exactly``: the gradients come from the same operations, so that their bits are the same.
         """
-        self.judged = True
         kept = [(x, x.detach().clone()) for x in self._moved()]
         contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
-        cells, spaces = [_content(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
+        cells, spaces = [content_of(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
         drawn = [generator.get_state() for generator in self._held.generators]
         try:
             value, gradients = again()
@@ -67,7 +61,7 @@ class HiddenState:
             for container, old in zip(self._held.containers, contents, strict=True):
                 _refill(container, old)
             for cell, content in zip(self._held.cells, cells, strict=True):
-                if _content(cell) is not content:
+                if content_of(cell) is not content:
                     cell.cell_contents = content
             for (space, name), content in zip(self._held.names, spaces, strict=True):
                 if space.get(name) is not content:
@@ -97,7 +91,7 @@ class HiddenState:
         found: list[Any] = []
         for container in self._held.containers:
             found += container.values() if isinstance(container, dict) else container
-        found += (_content(cell) for cell in self._held.cells)
+        found += (content_of(cell) for cell in self._held.cells)
         found += (space.get(name) for space, name in self._held.names)
         return found
 
@@ -110,13 +104,6 @@ def hidden_state_error(names: str) -> HiddenStateError:
         "the same number again. Use Reverse('graph') or Unrolled(), which compute each step once; or freeze the state "
         "(module.eval()), or pass it in *args"
     )
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable that has not been set yet
-        return None
 
 
 def _refill(container: Any, old: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Stepper:
         self._keep: Keep | None = None
         self._held: HiddenState | None = None
         self._growing: Block | None = None
-        self._check_graph = True
+        self._first_graph: list[Any] | None = None
 
     def take(self, state: Leaves, step: int, keep: Keep | None) -> tuple[Leaves, Tensor]:
         """Step number ``step`` from ``state``: the next state and the losses."""
@@ -103,11 +104,14 @@ class Stepper:
             after = self._checks.update(block.now, derivatives.filled(grads, before), current, step)
             if versions != [leaf._version for leaf in block.now]:
                 raise changed_in_place()
-            if self._check_graph:
-                autograd_graph.refuse_broken_graph(autograd_graph.nodes(leaf.grad_fn for leaf in after))
-                self._check_graph = False
-            known = [*before, *block.now, *current, *(g for g in grads if g is not None)]
-            self._checks.refuse_captured([losses, *after], known)
+            if self._first_graph is None:
+                nodes = list(autograd_graph.nodes(leaf.grad_fn for leaf in after))
+                autograd_graph.refuse_broken_graph(nodes)
+                self._first_graph = nodes if self._growing is not None else []
+            if self.watch.values:  # else it has been looked at before
+                self._checks.refuse_captured([losses], [*before, *current])
+            known = [*block.now, *current, *(g for g in grads if g is not None)]
+            self._checks.refuse_captured_by_update(after.tensors, known, step)
             block.advance(after, shallow=any(grad is None for grad in grads))
         return losses.detach()
 
@@ -130,10 +134,8 @@ class Stepper:
         losses = self.extend(block, step)
         after = Leaves(leaf.detach() for leaf in block.now)
         if step == keep.first:
-            expected = (
-                autograd_graph.saved_bytes(autograd_graph.nodes(leaf.grad_fn for leaf in block.now), self.extras)
-                * count
-            )
+            expected = autograd_graph.saved_bytes(self._first_graph or (), self.extras) * count
+            self._first_graph = []
             if record.checkpoint is None and expected > GRAPH_BUDGET and not record.hidden_state:
                 record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
                 record.store(step, state, offload=keep.offload)
@@ -175,7 +177,7 @@ class Stepper:
         with torch.enable_grad():
             roots = Leaves(derivatives.make_roots(state))
             after = self._checks.update(roots, grads, current, 1)
-        self._checks.refuse_captured(after.tensors, roots.tensors)
+        self._checks.refuse_captured_by_update(after.tensors, roots.tensors, 1)
         return Leaves(leaf.detach() for leaf in after)
 
     def _losses_and_grads(
@@ -188,7 +190,7 @@ class Stepper:
         self.record.counts.gradients += 1
         if step == 1 and self.watch.values:
             refuse_bad_start(self.dynamics, losses, grads, params, current)
-        if self._held is not None and (not self._held.judged or step == self.dynamics.steps) and self._held.has_moved():
+        if self._held is not None and step in (1, self.dynamics.steps) and self._held.has_moved():
             self._judge(self._held, losses, grads, params, current, exactly=not differentiable)
         return losses, grads
 
@@ -205,8 +207,8 @@ class Stepper:
         """Note state of the loss that has moved, if its value depends on that; refuse what cannot be right.
 
         What has the graphs of all steps needs none again, and takes them whatever their size: what is right for a small
-        model must not be wrong, or refused, for a large one. (Judged twice at most: when something has moved first,
-        and at the last step, by when something may have begun to matter.)
+        model must not be wrong, or refused, for a large one. (Looked at after the first step and after the last, by
+        when other state may have moved, or have begun to matter.)
         """
 
         def again() -> tuple[Tensor, Sequence[Tensor]]:

@@ -18,6 +18,8 @@ from diffopt.tensors.plain_numbers import as_float, is_integer, make_plain, plai
 from diffopt.tensors.tree import brief, describe
 from diffopt.tensors.usable import is_calculable, refuse_unusable
 
+MOST = 10_000
+"""Of what a call does so many times: more would not end."""
 _LARGEST = 2**63 - 1
 """The largest integer that torch takes as a scalar; above it, it wants a float."""
 
@@ -124,11 +126,13 @@ def check_floating(kind: type[DiffoptError], **tensors: Any) -> None:
     """Refuse what are not finite floating tensors of one dtype, on one device; named by their keywords."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not is_calculable(x):
-            raise kind(f"{name} is {describe(x)}, expected a dense floating tensor; convert it with torch.as_tensor")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise kind(f"{name} is {describe(x)}, expected a floating tensor; convert it with torch.as_tensor")
         refuse_unusable(x, lambda name=name: name)  # type: ignore[misc]
         if (x.dtype, x.device) != (first.dtype, first.device):
             raise kind(f"{name} is {describe(x)}, expected {first.dtype} on {first.device} as {first_name}; use .to()")
+        if not is_calculable(x):
+            raise kind(f"{name} is {describe(x)} and {x.layout}, expected a dense tensor of numbers; use .to_dense()")
         if not bool(x.isfinite().all()):
             raise kind(f"{name} holds NaN or infinite numbers, expected finite ones; check the data")
 

@@ -59,41 +59,79 @@ class Held:
     cells: list[types.CellType] = field(default_factory=list)
     names: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
-    def note(self, value: Any) -> None:
-        """Sort in one object that has been reached."""
+    def note(self, value: Any) -> Iterable[Any]:
+        """Sort in one object that has been reached, and say what it holds."""
         if isinstance(value, Tensor):
             self.tensors.append(value)
-        elif isinstance(value, torch.nn.Module):
-            self.modules.append(value)
-            self.containers.extend((value._parameters, value._buffers))
-            if not _is_torchs(value):
-                self.containers.append(value.__dict__)
-        elif isinstance(value, types.FunctionType):
-            self.cells.extend(value.__closure__ or ())
-            self.names.extend((value.__globals__, name) for name in _names_of_globals(value))
-        elif isinstance(value, torch.Generator):
-            self.generators.append(value)
-        elif isinstance(value, dict | list | deque):
+            return ()
+        if isinstance(value, torch.nn.Module):
+            return self._of_module(value)
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.MethodType):
+            return value.__self__, value.__func__
+        if isinstance(value, functools.partial):
+            return value.func, *value.args, *value.keywords.values()
+        if isinstance(value, dict | list | deque):
             if len(value) <= _LARGE:
                 self.containers.append(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, types.MethodType):
-            self.containers.append(value.__dict__)
+            return value.values() if isinstance(value, dict) else value
+        if isinstance(value, tuple | set | frozenset):
+            return value
+        if isinstance(value, torch.Generator):
+            self.generators.append(value)
+            return ()
+        own = None if isinstance(value, type) else getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            self.containers.append(own)
+            return own.values()
+        return value.values() if isinstance(value, Mapping) else ()
+
+    def _of_module(self, module: torch.nn.Module) -> Iterable[Any]:
+        self.modules.append(module)
+        for own in (module._parameters, module._buffers):
+            if own:
+                self.containers.append(own)
+                self.tensors.extend([x for x in own.values() if x is not None])
+        if _is_torchs(module):
+            return module._modules.values()
+        self.containers.append(module.__dict__)
+        own_names = [name for name in module.__dict__ if name not in _OF_EVERY_MODULE]
+        return [*module._modules.values(), *map(module.__dict__.__getitem__, own_names)]
+
+    def _of_function(self, function: types.FunctionType) -> Iterable[Any]:
+        if _is_torchs(function):
+            return ()
+        inner: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        if function.__closure__:
+            self.cells.extend(function.__closure__)
+            inner.extend(map(content_of, function.__closure__))
+        if not (function.__module__ or "").startswith("diffopt."):  # whose globals keep no state
+            names, space = _names_of_globals(function), function.__globals__
+            self.names.extend((space, name) for name in names)
+            inner.extend(space[name] for name in names)
+        return inner
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What a variable of a function around another is; ``None``: it has not been set yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def everything_held(functions: Iterable[object]) -> Held:
     """What some functions hold: a walk of some ten microseconds for a small module."""
-    held, seen = Held(), set[int]()
+    held, seen, module = Held(), set[int](), torch.nn.Module
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
     while pending:
         value, depth = pending.pop()
-        if type(value) in _HOLD_NOTHING or id(value) in seen:
+        if id(value) in seen or depth > _DEPTH:
             continue
         seen.add(id(value))
-        held.note(value)
-        if isinstance(value, torch.nn.Module):
-            pending += ((inner, depth) for _, inner in _held_by_module("", value))
-        elif depth < _DEPTH and not isinstance(value, Tensor):
-            pending += ((inner, depth + 1) for _, inner in _held("", value))
+        deeper = depth + (not isinstance(value, module))  # modules within modules are one object
+        pending.extend([(inner, deeper) for inner in held.note(value) if type(inner) not in _HOLD_NOTHING])
     return held
 
 
@@ -123,8 +161,7 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.nn.Module):
         yield from _held_by_module(dot, value)
     elif isinstance(value, types.FunctionType):
-        if not _is_torchs(value):
-            yield from _held_by_function(value)
+        yield from _held_by_function(value)
     elif isinstance(value, types.MethodType):
         yield from ((name or "self", value.__self__), (name, value.__func__))
     elif isinstance(value, functools.partial):

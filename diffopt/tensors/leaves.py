@@ -148,7 +148,8 @@ class Leaves(tuple[Tensor, ...]):
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
-    numbers = [transforms.plain(tensor) for tensor in tensors]
+    look = transforms.plain if torch.is_grad_enabled() else transforms.unwrapped
+    numbers = [look(tensor) for tensor in tensors]
     # Finite norms end the matter in one fused call and one synchronisation; others may only have overflowed.
     if math.isfinite(torch.stack(torch._foreach_norm(numbers)).sum()):
         return True

@@ -195,17 +195,17 @@ def test_the_number_of_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((0, 0.1), "directions is 0, expected an integer >= 1"),
-        ((1.5, 0.1), "directions is 1.5"),
-        ((True, 0.1), "directions is True"),
-        ((1, 0.0), "radius is 0.0, expected a number > 0"),
-        ((1, -1), "radius is -1"),
-        ((1, math.inf), "radius is inf"),
-        ((1, math.nan), "radius is nan"),
-        ((1, "0.1"), "radius is '0.1'"),
-        ((1, True), "radius is True"),
-        ((1, 0.1, "normal"), "sampling is 'normal', expected one of gaussian, rademacher, sphere, orthonormal"),
-        ((1, 0.1, "sphere", True, 3), "generator is 3"),
+        ((0, 0.1), "directions is int 0, expected an integer >= 1"),
+        ((1.5, 0.1), "directions is float 1.5"),
+        ((True, 0.1), "directions is bool True"),
+        ((1, 0.0), "radius is float 0.0, expected a finite number > 0"),
+        ((1, -1), "radius is int -1"),
+        ((1, math.inf), "radius is float inf"),
+        ((1, math.nan), "radius is float nan"),
+        ((1, "0.1"), "radius is str '0.1'"),
+        ((1, True), "radius is bool True"),
+        ((1, 0.1, "normal"), "sampling is str 'normal', expected 'gaussian', 'rademacher', 'sphere' or 'orthonormal'"),
+        ((1, 0.1, "sphere", True, 3), "generator is int 3"),
     ],
 )
 def test_options_out_of_range(options, message):

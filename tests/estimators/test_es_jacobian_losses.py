@@ -146,7 +146,8 @@ class TestComplexArguments:
 
     @pytest.mark.filterwarnings("error:Casting complex")
     def test_beside_real_ones(self):
-        self.check(WEIGHTS, self.Z, self.outer)
+        for w in (WEIGHTS, WEIGHTS[:1]):  # an odd number of real ones in front, too
+            self.check(w, self.Z, self.outer)
 
     def test_as_a_conjugate_view(self):
         self.check(WEIGHTS, self.Z, lambda w, z, rule: self.outer(w, z.conj(), rule))

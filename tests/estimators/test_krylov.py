@@ -268,14 +268,14 @@ def test_float32_stays_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": -1}, "order is -1, expected an integer >= 0"),
+        ({"order": -1}, "order is int -1, expected an integer >= 0"),
         ({"order": None}, "order is None"),
-        ({"order": True}, "order is True"),
-        ({"order": 2.0}, "order is 2.0"),
-        ({"order": 1, "chunk_size": 0}, "chunk_size is 0, expected an integer >= 1"),
-        ({"order": 1, "rtol": 1.0}, "rtol is 1.0, expected 0 <= rtol < 1"),
-        ({"order": 1, "rtol": -0.1}, "rtol is -0.1"),
-        ({"order": 1, "rtol": float("nan")}, "rtol is nan"),
+        ({"order": True}, "order is bool True"),
+        ({"order": 2.0}, "order is float 2.0"),
+        ({"order": 1, "chunk_size": 0}, "chunk_size is int 0, expected None or an integer >= 1"),
+        ({"order": 1, "rtol": 1.0}, "rtol is float 1.0, expected a finite number >= 0 and < 1"),
+        ({"order": 1, "rtol": -0.1}, "rtol is float -0.1"),
+        ({"order": 1, "rtol": float("nan")}, "rtol is float nan"),
     ],
 )
 def test_options_out_of_range(options, message):

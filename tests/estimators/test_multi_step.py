@@ -240,11 +240,11 @@ class TestPropositionOne:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window is 0, expected an integer >= 1"),
-        ({"window": -2}, "window is -2"),
-        ({"window": 1.5}, "window is 1.5"),
-        ({"window": True}, "window is True"),
-        ({"window": 2, "adjoint": "reverse"}, "adjoint is 'reverse', expected an estimator"),
+        ({"window": 0}, "window is int 0, expected an integer >= 1"),
+        ({"window": -2}, "window is int -2"),
+        ({"window": 1.5}, "window is float 1.5"),
+        ({"window": True}, "window is bool True"),
+        ({"window": 2, "adjoint": "reverse"}, "adjoint is str 'reverse', expected an estimator"),
         ({"window": 2, "adjoint": Reverse}, "expected an estimator"),
     ],
 )

@@ -90,7 +90,9 @@ def test_the_baselines_are_plain_fits(rows):
     assert rows["baselines"]["wrong"] == pytest.approx(1 - float(true.mean()))
     only = replace(problem, inputs=problem.validation_inputs, labels=problem.validation_labels)
     w = plain_fit(only, torch.ones(60), SETTINGS.fit_steps)
-    assert rows["baselines"]["validation images only"] == right(w, problem.test_inputs, problem.test_labels)
+    assert rows["baselines"]["validation images only"] == pytest.approx(
+        right(w, problem.test_inputs, problem.test_labels)
+    )
 
 
 def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):

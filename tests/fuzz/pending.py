@@ -23,14 +23,12 @@ UNROLLED_ACCEPTS = {"constant", "number", "detached", "item", "no_grad"}
 # names of odd objects that some parameter still meets by a raw error
 OBJECTS = {
     "beyond_64_bits",
-    "csr_tensor",
     "deep_list",
     "dict_in_itself",
     "fake_tensor",
-    "float8_tensor",
     "huge_integer",
     "inference_tensor",
-    "jagged_tensor",
+    "lazy_module",
     "lazy_parameters",
     "list_in_itself",
     "mkldnn_tensor",
@@ -38,7 +36,6 @@ OBJECTS = {
     "no_repr",
     "numpy_array",
     "numpy_objects",
-    "sparse_tensor",
     "torch_optimizer_class",
     "type",
     "weak_reference",
@@ -47,11 +44,8 @@ OBJECTS = {
 }
 # names of parameters that still meet some ordinary object by a raw error
 SLOTS = {
-    "mean_over_tasks(task_loss)",
-    "mean(in_dims=)",
     "implicit(check=)",
     "implicit(params=)",
     "Preconditioned(diagonal=)",
     "cite",
-    "solve(compile=)",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from bad_row import Row, solve, square
 from torch import Tensor
@@ -58,6 +59,14 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     *((Binomial, {"order": x}, "order", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
     *((Binomial, {"order": 1, name: -1}, name, "expected None or an integer >= ") for name in ("window", "chunk_size")),
     *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (float("nan"), "x", None)),
+    *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (10**400, -(10**400))),
+    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a number > 0") for x in (10**400, -(10**400))),
+    *(
+        (ESJacobian, {"directions": 1, "radius": 0.1, "sampling": x}, "sampling", "expected one of gaussian, radem")
+        for x in (np.array(["sphere", "x"]), ["sphere"], {"sphere"})
+    ),
+    *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-(10**400), ["x"] * 500)),
+    *((MultiStep, {"window": 2, "adjoint": x}, "adjoint", "expected an est") for x in (10**400, "x" * 999)),
     (Krylov, {"order": -1}, "order", "expected an integer >= 0"),
     (Krylov, {"order": 1, "chunk_size": 0}, "chunk_size", "expected None or an integer >= 1"),
     *((Krylov, {"order": 1, "rtol": x}, "rtol", "expected a finite number >= 0 and < 1") for x in (-0.1, 1.0, "x")),
@@ -67,7 +76,10 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
         for x in ("reverse", Reverse)
     ),
     *((ESJacobian, {"directions": x, "radius": 0.1}, "directions", "expected an integer >= 1") for x in (0, True, 2.5)),
-    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "a finite number > 0") for x in (0, float("inf"), "x")),
+    *(
+        (ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a finite number > 0")
+        for x in (0, float("inf"), "x")
+    ),
     (
         ESJacobian,
         {"directions": 1, "radius": 0.1, "sampling": "uniform"},

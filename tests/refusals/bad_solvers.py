@@ -81,11 +81,15 @@ SOLVERS: dict[str, Bad] = {
         diffopt.StructureError,
         r"expected a tree .*start\['a'\] is too many",
     ),
-    "b_number": (lambda: solved(EYE, 3.0), diffopt.LeafError, "b is float 3.0, expected a tree of floating tensors"),
+    "b_number": (
+        lambda: solved(EYE, 3.0),
+        diffopt.LeafError,
+        "b is float 3.0, expected a tree of dense floating tensors",
+    ),
     "b_integer": (
         lambda: solved(EYE, torch.ones(2).int()),
         diffopt.LeafError,
-        "b is a int32 .*expected a tree of floating",
+        "b is a int32 .*expected a tree of dense floating",
     ),
     "b_empty": (lambda: solved(EYE, {}), diffopt.LeafError, r"b is dict \{\}, expected .*none of them empty"),
     "matvec_matrix": (

@@ -43,6 +43,25 @@ def run(
     return Path(where), warned
 
 
+def failure(*command: str, output: str = "") -> RuntimeError:
+    """What torch raises of a failed command, the command among its causes."""
+    error = RuntimeError(f"CppCompileError: C++ compile error\n\nCommand:\n{' '.join(command)}\n\nOutput:\n{output}")
+    error.__context__ = subprocess.CalledProcessError(1, list(command))
+    return error
+
+
+def test_only_a_path_that_came_apart_is_blamed(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/a/b c/d")
+    assert compiler_paths.any_space()
+    for broken in (("g++", "/a/b", "c/d/x.cpp"), ("g++", "-L/a/b", "c/d")):
+        assert "TORCHINDUCTOR_CACHE_DIR is '/a/b c/d'" in str(compiler_paths.explanation(failure(*broken)))
+    whole = failure("g++", "/a/b c/d/x.cpp", "-L/a/b c/d")
+    assert compiler_paths.explanation(whole) is None
+    assert compiler_paths.explanation(RuntimeError("/a/b c/d")) is None
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/a/bc/d")
+    assert compiler_paths.explanation(failure("g++", "/a/b", "c/d/x.cpp")) is None
+
+
 @pytest.fixture
 def spaced(tmp_path):
     folder = tmp_path / "a path with a space"
@@ -83,22 +102,3 @@ def test_the_environment_itself(tmp_path, spaced):
 @pytest.mark.compiler
 def test_the_folder_in_which_a_program_runs_may_have_a_space(tmp_path, spaced):
     assert run(tmp_path, cwd=spaced)[1] == []
-
-
-def failure(*command: str, output: str = "") -> RuntimeError:
-    """What torch raises of a failed command, the command among its causes."""
-    error = RuntimeError(f"CppCompileError: C++ compile error\n\nCommand:\n{' '.join(command)}\n\nOutput:\n{output}")
-    error.__context__ = subprocess.CalledProcessError(1, list(command))
-    return error
-
-
-def test_only_a_path_that_came_apart_is_blamed(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/a/b c/d")
-    assert compiler_paths.any_space()
-    for broken in (("g++", "/a/b", "c/d/x.cpp"), ("g++", "-L/a/b", "c/d")):
-        assert "TORCHINDUCTOR_CACHE_DIR is '/a/b c/d'" in str(compiler_paths.explanation(failure(*broken)))
-    whole = failure("g++", "/a/b c/d/x.cpp", "-L/a/b c/d")
-    assert compiler_paths.explanation(whole) is None
-    assert compiler_paths.explanation(RuntimeError("/a/b c/d")) is None
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/a/bc/d")
-    assert compiler_paths.explanation(failure("g++", "/a/b", "c/d/x.cpp")) is None
