@@ -37,7 +37,8 @@ class Binomial(Adjoint):
     no product (with ``chunk_size``: the graph of so many, recorded for every order and chunk).
 
     What the last order adds to the adjoint, relative to the orders before it, is left in
-    ``Solution.diagnostics["last_order"]`` after the backward pass; above 1 there is a warning,
+    ``Solution.diagnostics["last_order"]`` after the backward pass (one per task; measured at the end of the first step
+    with curvature, below which the order before is not computed); above 1 there is a warning,
     :class:`diffopt.EstimateWarning`.
 
     Not for: large ``T * lr * H`` (use :class:`Krylov`), or losses that draw random numbers.
