@@ -830,6 +830,7 @@ FAULTS = [
         "if not callable(value) or isinstance(value, type):",
         "if not callable(value):",
         "odd_arguments",
+    ),
     # a module as a function, and the names that a program finds
     Fault(
         "a module's frozen parameters are trained",

@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, type[Exception], str
     "not_callable": (lambda: (3.0, w()), "scalar, finite", diffopt.LossError, "loss is float"),
     "nan": (lambda: (lambda w: (w / 0).sum(), w()), "scalar, finite", diffopt.NonFiniteLossError, "is (inf|nan)"),
     "params": (lambda: (lambda w: w, {"n": 3}), "scalar, finite", diffopt.LeafError, r"params\['n'\] is int 3"),
-    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "functional_call"),
+    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "diffopt.functional"),
     "detached": (
         lambda: (lambda w: w.detach().sum(), w()),
         "depends on params",
