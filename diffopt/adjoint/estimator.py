@@ -23,7 +23,6 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import InPlaceError, NonFiniteGradientError, RandomnessError, SecondDerivativeError
 from diffopt.rollout.checks import warn_of_precision
 from diffopt.rollout.dynamics import Dynamics, Level
-from diffopt.rollout.hidden_state import hidden_state_error
 from diffopt.rollout.loop import refuse_other_losses, roll_out, roll_out_recorded
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.tensors import derivatives, transforms
@@ -330,8 +329,8 @@ def _usable_record(call: _Call, inputs: Sequence[Tensor]) -> Record:
     again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
     with old.replay(None, inputs[0].device):
         roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch(state=call.watch.values))
-    if again.hidden_state:
-        raise hidden_state_error(again.hidden_state)
+    if again.hidden_state is not None:
+        raise again.hidden_state
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
         refuse_other_losses(again.losses, old.losses, old.autocast)

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import HiddenStateError
+from diffopt.errors import DiffoptError, HiddenStateError, RandomnessError
 from diffopt.tensors import transforms
 from diffopt.tensors.captures import content_of, everything_held, named_tensors
 
@@ -35,7 +35,7 @@ class HiddenState:
         return (
             [x._version for x in self._tensors] != self._versions
             or list(map(id, self._in_places())) != self._addresses
-            or not all(torch.equal(x.get_state(), y) for x, y in zip(self._held.generators, self._drawn, strict=True))
+            or self._have_drawn()
         )
 
     def matters(
@@ -74,11 +74,25 @@ class HiddenState:
         pairs = zip(grads, gradients, strict=True)
         return not (_same(value, losses, True) and all(_same(a, b, exactly) for a, b in pairs))
 
-    def names(self) -> str:
-        """What a reader of the function's code would call what has moved."""
-        held = {id(transforms.unwrapped(x)): name for name, x in named_tensors(self._function).items()}
-        names = list(dict.fromkeys(f"`{held[id(x)]}`" for x in self._moved() if id(x) in held))
-        return ", ".join([*names[:2], "..."] if len(names) > 2 else names) or "in a number or another object"
+    def error(self) -> DiffoptError:
+        """The error for a rule that computes steps again, which names what has moved."""
+        moved, held = {id(x) for x in self._moved()}, named_tensors(self._function)
+        names = [f"`{name}`" for name, x in held.items() if id(transforms.unwrapped(x)) in moved]
+        if not names and self._have_drawn():
+            return RandomnessError(
+                "the inner loss draws from a generator of its own, expected torch's global one: this estimator "
+                "computes steps again, and would get other numbers. Pass them in batches, or use Reverse('graph')"
+            )
+        shown = (names[0][:50] + " ..." * (len(names) > 1)) if names else "in a number or another object"
+        return HiddenStateError(
+            f"the inner loss keeps a state, {shown}, that evaluating it changes and that it reads, expected the "
+            "same number again: this estimator computes steps again, when later ones have moved it. Use "
+            "Reverse('graph') or Unrolled(); or freeze it (module.eval()), or pass it in *args"
+        )
+
+    def _have_drawn(self) -> bool:
+        pairs = zip(self._held.generators, self._drawn, strict=True)
+        return not all(torch.equal(generator.get_state(), state) for generator, state in pairs)
 
     def _moved(self) -> list[Tensor]:
         """The tensors that have been written to, and those that have taken a place."""
@@ -94,16 +108,6 @@ class HiddenState:
         found += (content_of(cell) for cell in self._held.cells)
         found += (space.get(name) for space, name in self._held.names)
         return found
-
-
-def hidden_state_error(names: str) -> HiddenStateError:
-    """The error for a rule that computes steps again of a loss that keeps a state."""
-    return HiddenStateError(
-        f"the inner loss keeps a state, {names}, that its evaluations change and its value depends on, and this "
-        "estimator computes steps again, which would read it as later steps have left it; expected a loss that gives "
-        "the same number again. Use Reverse('graph') or Unrolled(), which compute each step once; or freeze the state "
-        "(module.eval()), or pass it in *args"
-    )
 
 
 def _refill(container: Any, old: Any) -> None:
