@@ -83,11 +83,11 @@ class HiddenState:
                 "the inner loss draws from a generator of its own, expected torch's global one: this estimator "
                 "computes steps again, and would get other numbers. Pass them in batches, or use Reverse('graph')"
             )
-        shown = (names[0][:50] + " ..." * (len(names) > 1)) if names else "in a number or another object"
+        shown = (names[0][:44] + " ..." * (len(names) > 1)) if names else "in a number or another object"
         return HiddenStateError(
             f"the inner loss keeps a state, {shown}, that evaluating it changes and that it reads, expected the "
             "same number again: this estimator computes steps again, when later ones have moved it. Use "
-            "Reverse('graph') or Unrolled(); or freeze it (module.eval()), or pass it in *args"
+            "Reverse('graph') or Unrolled(), freeze it (module.eval()), or pass it in *args"
         )
 
     def _have_drawn(self) -> bool:

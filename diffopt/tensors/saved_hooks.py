@@ -204,7 +204,7 @@ class _Unpack:
             raise RecomputationError(
                 f"a checkpoint in the inner loss reads {wrong[0][:40]} in the backward pass only, expected what its "
                 "forward pass read: functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: "
-                "functional_call(block, q, (x,)), q, x, use_reentrant=False), or take it out and use Reverse('sqrt')"
+                "functional_call(block, q, (x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')"
             )
 
 
