@@ -102,7 +102,7 @@ FAULTS = [
     ),
     Fault(
         "shared inputs of a vmapped pullback are not given a task axis",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))",
         "own = set(range(count)) | set(range(inputs, len(tensors)))",
     ),

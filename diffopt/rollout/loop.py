@@ -107,7 +107,7 @@ def refuse_other_losses(again: Tensor, losses: Tensor, autocast: derivatives.Aut
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(
             f"the inner loss of step {step} came out differently in the backward pass, expected the same number: it "
-            "draws from numpy (or another thread drew meanwhile), keeps a state, or reads what changed since the solve "
+            "draws from numpy (or another thread drew), keeps a state, or reads what changed since the solve "
             "(data, module.eval()). Draw from torch's global generator, pass data in batches, or use Reverse('graph')"
         )
 

@@ -208,6 +208,19 @@ def below_vmap(
     return tuple(apply(_BelowVmap, function, ticket, *tensors))
 
 
+def stacked(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, own: frozenset[int] | set[int]
+) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """Batch axes to the front; the tensors numbered in ``own`` get one even if the tasks share them."""
+    stacked, new_dims = list(tensors), [None if dim is None else 0 for dim in dims]
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        if dim is not None:
+            stacked[i] = tensor.movedim(dim, 0)
+        elif i in own:
+            stacked[i], new_dims[i] = tensor.expand(size, *tensor.shape), 0
+    return stacked, tuple(new_dims)
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under all wrappers of ``torch.func``, to look at its values."""
     return unwrapped(tensor).detach()
