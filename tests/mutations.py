@@ -57,6 +57,15 @@ NAMES = [
     "run_files",
     "damaged_data",
     "compiler_paths",
+    "modes",
+    "complex",
+    "compiled_arguments",
+    "random_threads",
+    "warnings_of_estimates",
+    "precision_warning",
+    "torch_errors",
+    "derivatives_in_the_loss",
+    "unrolled",
 ]
 
 
