@@ -105,7 +105,8 @@ def _carry(trajectory: Trajectory, number: int, tangent: Tensor) -> Leaves:
     if number < count:
         moving = Leaves(tangent if i == number else leaf for i, leaf in enumerate(moving))
     else:
-        extras[number - count] = extras[number - count].expand(tangent.shape)
+        # not an expanded tensor: a loss that differentiates in it in forward mode gives its parts tangents to write to
+        extras[number - count] = extras[number - count].expand(tangent.shape).contiguous()
     again = trajectory.losses_to_replay()
     trajectory.record.counts.gradients += dynamics.steps
     for step in range(1, dynamics.steps + 1):

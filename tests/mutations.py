@@ -59,6 +59,15 @@ NAMES = [
     "compiler_paths",
     "functional",
     "public_names",
+    "modes",
+    "complex",
+    "compiled_arguments",
+    "random_threads",
+    "warnings_of_estimates",
+    "precision_warning",
+    "torch_errors",
+    "derivatives_in_the_loss",
+    "unrolled",
 ]
 
 

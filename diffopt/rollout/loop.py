@@ -55,6 +55,7 @@ def roll_out_recorded(
 ) -> tuple[Leaves, Tensor]:
     """Run all steps as plain code that whatever surrounds the caller records; returns as :func:`roll_out`."""
     now, losses, largest, checks = Leaves(state), [], [], Checks(dynamics, watch, passes_tangents=True)
+    recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, dynamics.steps + 1):
         current = dynamics.at_step(extras, step)
         grads: Sequence[Tensor | None]
@@ -68,7 +69,7 @@ def roll_out_recorded(
                 before = now[: dynamics.params_count]
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
                 loss = checks.losses(params, current, step)
-                grads = derivatives.gradient(loss, params, differentiable=True)
+                grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph(autograd_graph.nodes(g.grad_fn for g in grads if g is not None))
         if step == 1 and watch.values:

@@ -9,6 +9,7 @@ affine batch norm. So functorch is used here for one thing only: to batch a *for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -142,9 +143,38 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
+    if differentiable:
+        _refuse_compiled(output, inputs)
     with named_missing_derivatives():
         total = output.sum() if output.ndim else output
         return torch.autograd.grad(total, inputs, create_graph=differentiable, allow_unused=True)
+
+
+def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Refuse an output that depends on an input through what ``torch.compile`` has made.
+
+    The gradient of that has no second derivative. Torch says so only if something that its backward pass is given
+    requires grad; else it is a constant, and a silent wrong number.
+    """
+    if "torch._functorch._aot_autograd.runtime_wrappers" not in sys.modules:
+        return
+    edges = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, inputs)}
+    for node in autograd_graph.nodes([output.grad_fn], {node for node, _ in edges}):
+        if type(node).__name__ == "CompiledFunctionBackward" and _leads_to(node, edges):
+            raise missing_derivative("torch.compile with aot_autograd does not support double backward")
+
+
+def _leads_to(node: Any, edges: set[tuple[Any, int]]) -> bool:
+    """Whether a node passes a gradient on to any of these edges."""
+    seen, pending = {None}, [node]
+    while pending:
+        for edge in pending.pop().next_functions:
+            if edge in edges:
+                return True
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                pending.append(edge[0])
+    return False
 
 
 @contextmanager

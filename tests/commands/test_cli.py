@@ -254,7 +254,10 @@ def test_wrong_checksum(fails, tmp_path):
 )
 def test_missing_optional_package(fails, tmp_path, monkeypatch, command, package, shown):
     for name in list(sys.modules):  # what other tests have imported must be imported again
-        if name.startswith(("diffopt.commands.", "diffopt.experiments.", "diffopt.tasks")) or name.partition(".")[0] == package:
+        if (
+            name.startswith(("diffopt.commands.", "diffopt.experiments.", "diffopt.tasks"))
+            or name.partition(".")[0] == package
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     argv = ["demo", "--out", str(tmp_path)] if command == "demo" else sine(tmp_path)
