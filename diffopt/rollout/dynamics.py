@@ -160,6 +160,8 @@ class Dynamics:
             return None
         if torch_errors.is_in_place(error):
             return torch_errors.changed_in_place()
+        if "saved tensor hooks" in str(error):
+            return torch_errors.hooks_around_transforms()
         if torch_errors.is_missing_derivative(error):
             return torch_errors.missing_derivative(str(error).partition("\n")[0])
         args, _ = tree.unflatten(self.args_structure, list(self.args_leaves))

@@ -103,6 +103,15 @@ def missing_derivative(what: str) -> MissingDerivativeError:
     )
 
 
+def hooks_around_transforms() -> GradModeError:
+    """The error for a loss that uses ``torch.func`` where saved-tensor hooks are set."""
+    return GradModeError(
+        "the inner loss uses torch.func where saved-tensor hooks are set (torch.utils.checkpoint, save_on_cpu), which "
+        "torch refuses, expected one without the other: take the hooks away, or use an estimator that keeps those "
+        "around the solve out, such as Reverse()"
+    )
+
+
 def ended_iterator() -> HiddenStateError:
     """The error for a loss that asks an ended iterator for more."""
     return HiddenStateError(
