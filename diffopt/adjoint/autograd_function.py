@@ -26,7 +26,7 @@ from diffopt.rollout.loop import refuse_other_losses, roll_out
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
-from diffopt.tensors.torch_errors import forward_mode_error, is_in_place
+from diffopt.tensors.torch_errors import forward_mode_error, is_in_place, mixed_error
 
 
 class Rule(Protocol):
@@ -140,7 +140,13 @@ class _Pullback(torch.autograd.Function):
             call.watch.values,
         )
         with torch.no_grad(), derivatives.named_in_place_changes():
-            result = call.rule.pullback(trajectory, Leaves(cotangent))
+            try:
+                result = call.rule.pullback(trajectory, Leaves(cotangent))
+            except RuntimeError as error:
+                mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
+                if mixed is None:
+                    raise
+                raise mixed from error
         terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
         if call.watch.values and terms and not all_finite(terms):
             refuse_non_finite(cotangent)

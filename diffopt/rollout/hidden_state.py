@@ -85,7 +85,7 @@ class HiddenState:
             )
         shown = (names[0][-40:] + " ..." * (len(names) > 1)) if names else "in a number or another object"
         return HiddenStateError(
-            f"the inner loss keeps a state, {shown}, that evaluating it changes and that it reads, expected the "
+            f"the inner loss keeps a state, {shown}, that its evaluations move and read, expected the "
             "same number again: this estimator computes steps again, when later ones have moved it. Use "
             "Reverse('graph') or Unrolled(); or freeze it (module.eval()), or pass it in *args"
         )

@@ -204,6 +204,13 @@ def inference_error(
     )
 
 
+def mixed_error(error: Exception, what: str, fix: str) -> DeviceError | None:
+    """The error for operations between distributed and ordinary tensors; ``None`` if ``error`` is of another kind."""
+    if "mixed torch.Tensor and DTensor" not in str(error):
+        return None
+    return DeviceError(f"{what} computes with a DTensor and an ordinary tensor at once, expected one kind: {fix}")
+
+
 def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError | None:
     """The error for what ``torch.func.vmap`` refused in a loss; ``None`` if the error is of another kind."""
     said = str(error)

@@ -277,7 +277,7 @@ ROWS: dict[str, Row] = {
         "computed again",
         lambda: backward(lambda w: w.sum(), spectral_norm(), tensor(1, 2), estimator=Reverse(1)),
         diffopt.HiddenStateError,
-        r"keeps a state, .*, that evaluating it changes and that it reads, expected the same .*Use Reverse\('graph'\)",
+        r"keeps a state, .*, that its evaluations move and read, expected the same .*Use Reverse\('graph'\)",
         "_u`",
         moves=True,
     ),
