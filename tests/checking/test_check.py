@@ -139,7 +139,7 @@ def test_a_checkpoint_in_a_module_is_fit_but_for_vmap(dtype: torch.dtype) -> Non
         lambda p: functional_call(module, p, (x.to(dtype),)).square().mean(), dict(module.named_parameters())
     )
     assert {finding.check for finding in report.failures} == {"safe under vmap"}
-    assert report["second derivative"].outcome == ("ok" if dtype == torch.float64 else "note")
+    assert report["second derivative"].outcome in ({"ok"} if dtype == torch.float64 else {"ok", "note"})
 
 
 def test_what_is_not_asked_for_is_not_run() -> None:
