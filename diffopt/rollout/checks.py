@@ -79,7 +79,7 @@ class Checks:
 
     def refuse_captured_by_update(self, after: Sequence[Tensor], given: Sequence[Tensor], step: int) -> None:
         """The same for the update of a step."""
-        if step == 1 or type(self.dynamics.optimizer.template).__module__ != "diffopt.optimizers":
+        if step == 1 or not type(self.dynamics.optimizer.template).__module__.startswith("diffopt.optimizers."):
             self.refuse_captured(after, given)
 
     def _evaluated(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
