@@ -9,41 +9,9 @@ from diffopt.checking.check import check
 from diffopt.citation import cite
 from diffopt.comparing.compare import compare
 from diffopt.comparing.comparison import Comparison
-from diffopt.errors import (
-    BatchesError,
-    CapturedTensorError,
-    CompileWarning,
-    ConformanceError,
-    DeviceError,
-    DiffoptError,
-    DisconnectedError,
-    DivergenceError,
-    DtypeError,
-    EstimateWarning,
-    EstimatorError,
-    GradModeError,
-    HiddenStateError,
-    HyperparameterError,
-    InPlaceError,
-    LeafError,
-    LiftError,
-    LinearSolveError,
-    LossError,
-    MissingDerivativeError,
-    NonFiniteGradientError,
-    NonFiniteLossError,
-    OptimizerError,
-    PrecisionWarning,
-    RandomnessError,
-    RecomputationError,
-    SecondDerivativeError,
-    ShapeError,
-    StationarityError,
-    StepsError,
-    StructureError,
-    VmapError,
-    WrongDerivativeError,
-)
+from diffopt.errors import *  # noqa: F403  (each is importable from here too; __all__ lists their base)
+from diffopt.errors import DiffoptError
+from diffopt.functional import functional
 from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.lifting.from_torch import from_torch
 from diffopt.lifting.from_torchopt import from_torchopt
@@ -67,18 +35,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LATER = frozenset({"estimators", "tasks", "testing"})
+_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "tasks", "testing"})
 """Subpackages that are there after ``import diffopt`` too, and imported when they are first asked for."""
+_MOVED = {"optimizer": "optimizers.base"}
+"""Where the documentation of 0.1 names a module that is elsewhere now."""
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _LATER:
-        return _import_module(f"diffopt.{name}")
+    if name in _AT_HAND or name in _MOVED:
+        return _import_module(f"diffopt.{_MOVED.get(name, name)}")
     raise AttributeError(f"module 'diffopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    """What a program writes after ``diffopt.``, without the modules of the inside and the single errors."""
+    return sorted({*__all__, *_AT_HAND, *(name for name in globals() if name.startswith("__"))})
 
 
 __all__ = [
@@ -86,57 +57,26 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
-    "BatchesError",
-    "CapturedTensorError",
     "Comparison",
-    "CompileWarning",
-    "ConformanceError",
-    "DeviceError",
     "DiffoptError",
-    "DisconnectedError",
-    "DivergenceError",
-    "DtypeError",
-    "EstimateWarning",
-    "EstimatorError",
     "Finding",
-    "GradModeError",
-    "HiddenStateError",
-    "HyperparameterError",
     "ImplicitGradients",
-    "InPlaceError",
     "Kept",
-    "LeafError",
     "Leaves",
-    "LiftError",
-    "LinearSolveError",
-    "LossError",
-    "MissingDerivativeError",
-    "NonFiniteGradientError",
-    "NonFiniteLossError",
     "Optimizer",
-    "OptimizerError",
-    "PrecisionWarning",
     "Preconditioned",
     "ProximalGD",
     "RMSprop",
-    "RandomnessError",
-    "RecomputationError",
     "Report",
     "Schedule",
-    "SecondDerivativeError",
-    "ShapeError",
     "Solution",
     "State",
-    "StationarityError",
-    "StepsError",
-    "StructureError",
-    "VmapError",
-    "WrongDerivativeError",
     "check",
     "cite",
     "compare",
     "from_torch",
     "from_torchopt",
+    "functional",
     "implicit",
     "implicit_gradients",
     "mean_over_tasks",

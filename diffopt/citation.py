@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from diffopt.adjoint.autograd_function import solves_behind
 from diffopt.adjoint.estimator import Estimator
-from diffopt.comparing.curvature import solves_behind
 from diffopt.errors import EstimatorError
 from diffopt.linear_solve import LinearSolver
 from diffopt.optimizers.base import Optimizer

@@ -6,6 +6,42 @@ from the built-in exception (``ValueError``, ``TypeError``, ``RuntimeError``) th
 
 from __future__ import annotations
 
+__all__ = [
+    "BatchesError",
+    "CapturedTensorError",
+    "CompileWarning",
+    "ConformanceError",
+    "DeviceError",
+    "DiffoptError",
+    "DisconnectedError",
+    "DivergenceError",
+    "DtypeError",
+    "EstimateWarning",
+    "EstimatorError",
+    "GradModeError",
+    "HiddenStateError",
+    "HyperparameterError",
+    "InPlaceError",
+    "LeafError",
+    "LiftError",
+    "LinearSolveError",
+    "LossError",
+    "MissingDerivativeError",
+    "NonFiniteGradientError",
+    "NonFiniteLossError",
+    "OptimizerError",
+    "PrecisionWarning",
+    "RandomnessError",
+    "RecomputationError",
+    "SecondDerivativeError",
+    "ShapeError",
+    "StationarityError",
+    "StepsError",
+    "StructureError",
+    "VmapError",
+    "WrongDerivativeError",
+]
+
 
 class DiffoptError(Exception):
     """Base of all errors of this library."""

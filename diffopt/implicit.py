@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Adjoint
+from diffopt.adjoint.estimator import Adjoint, run
 from diffopt.adjoint.fixed_point import implicit_pullback
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
@@ -26,7 +26,7 @@ from diffopt.linear_solve import (
 )
 from diffopt.optimizers import SGD
 from diffopt.rollout.dynamics import ExtraSlot
-from diffopt.rollout.given import params_leaves, run
+from diffopt.rollout.given import params_leaves
 from diffopt.rollout.record import Keep
 from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.adjoint.estimator import Estimator, check_estimator, run
 from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.optimizers.base import Optimizer
@@ -17,12 +17,11 @@ from diffopt.optimizers.binding import BoundOptimizer, bind
 from diffopt.rollout.dynamics import Dynamics, ExtraSlot, names_of_read
 from diffopt.rollout.given import (
     check_batches,
-    check_estimator,
     checked_steps,
     params_leaves,
     refuse_frozen,
-    run,
 )
+from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Counts
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 from diffopt.adjoint.claims import Claims
-from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.adjoint.estimator import Estimator
 from diffopt.adjoint.reverse import Reverse
+from diffopt.rollout.problem import Outcome, Problem
 from diffopt.tensors.arguments import Options
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import final
 
 from diffopt.adjoint.claims import Claims
-from diffopt.adjoint.estimator import Estimator, Outcome, Problem, unroll
+from diffopt.adjoint.estimator import Estimator
+from diffopt.rollout.problem import Outcome, Problem
+from diffopt.rollout.unroll import unroll
 
 
 @final

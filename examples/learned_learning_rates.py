@@ -28,11 +28,11 @@ from torch import Tensor
 
 import diffopt
 from diffopt.optimizers.base import Hyperparameter
-from diffopt.tasks import MLP, Sinusoid, functional
+from diffopt.tasks import MLP, Sinusoid
 
 STEPS, LR = 5, 0.02
 Params = dict[str, Tensor]
-network, first_params = functional(MLP((1, 40, 40, 1), generator=torch.Generator().manual_seed(0)))
+network, first_params = diffopt.functional(MLP((1, 40, 40, 1), generator=torch.Generator().manual_seed(0)))
 
 
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffopt
-from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, Sinusoid, functional, sample_episodes
+from diffopt.tasks import MLP, Conv4, Episodes, Omniglot, Sinusoid, sample_episodes
 
 Params = dict[str, Tensor]
 Sampler = Callable[[int, torch.Generator], Episodes]
@@ -51,13 +51,13 @@ class Problem(NamedTuple):
 
 
 def waves() -> Problem:
-    network, params = functional(MLP((1, 40, 40, 1), generator=torch.Generator().manual_seed(0)))
+    network, params = diffopt.functional(MLP((1, 40, 40, 1), generator=torch.Generator().manual_seed(0)))
     evaluation = Sinusoid(queries=100).sample
     return Problem(network, params, "layers.2", 0.02, F.mse_loss, F.mse_loss, Sinusoid().sample, evaluation, 25)
 
 
 def omniglot(data_dir: Path) -> Problem:
-    network, params = functional(Conv4(1, way=5, filters=16, generator=torch.Generator().manual_seed(0)))
+    network, params = diffopt.functional(Conv4(1, way=5, filters=16, generator=torch.Generator().manual_seed(0)))
 
     def sampler(images: Tensor) -> Sampler:
         return lambda tasks, source: sample_episodes(images, way=5, shot=1, query=5, tasks=tasks, generator=source)

@@ -4,11 +4,13 @@ Toy problems with closed-form hypergradients (:class:`Quadratic`, :class:`Ridge`
 (:class:`Sinusoid`, :class:`Omniglot`, :class:`CIFARFS`, :class:`FC100`, :class:`MiniImageNet`,
 :class:`TieredImageNet`, :class:`Caltech101`, :func:`sample_episodes`); wrong labels (:class:`HyperCleaning` on
 :class:`MNIST`); learning what and where to transfer (:class:`MetaTransfer`); networks (:class:`MLP`, :class:`Conv4`,
-:class:`ResNet12`, and in stages :class:`ResidualStages`, :class:`PlainStages`).
+:class:`ResNet12`, and in stages :class:`ResidualStages`, :class:`PlainStages`). ``functional`` is
+:func:`diffopt.functional`.
 """
 
 from __future__ import annotations
 
+from diffopt.functional import functional
 from diffopt.tasks.caltech101 import Caltech101
 from diffopt.tasks.cifar_fs import CIFARFS
 from diffopt.tasks.data import data_folder
@@ -20,7 +22,7 @@ from diffopt.tasks.layers import BatchStatisticsNorm2d
 from diffopt.tasks.meta_transfer import MetaTransfer
 from diffopt.tasks.mini_imagenet import MiniImageNet
 from diffopt.tasks.mnist import MNIST
-from diffopt.tasks.models import MLP, Conv4, functional
+from diffopt.tasks.models import MLP, Conv4
 from diffopt.tasks.omniglot import Omniglot
 from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
 from diffopt.tasks.ragged import RaggedImages

@@ -1,76 +1,18 @@
-"""Small networks for few-shot learning, and the step from a module to a function of its parameters."""
+"""Small networks for few-shot learning."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from diffopt.tasks.errors import ProblemError
 from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
 from diffopt.tensors.arguments import check_generator, check_integer
 from diffopt.tensors.tree import describe
-
-Params: TypeAlias = dict[str, Tensor]
-
-
-def functional(module: nn.Module) -> tuple[Callable[[Params, Tensor], Tensor], Params]:
-    """A module as a pure function, and the parameters to start it from.
-
-    ``apply(params, inputs)`` calls the module with exactly these parameters: a missing or unknown name raises
-    :class:`ProblemError`. A weight that is tied to another appears in ``params`` once, under its first
-    name, and moves both.
-
-    The module's own parameters are neither read nor changed by ``apply``. Its buffers are copied now, and
-    each call reads a fresh copy: what a layer writes into them (running statistics) is dropped, and under
-    ``torch.func.vmap`` raises. Use layers without running statistics, such as :class:`BatchStatisticsNorm2d`.
-
-    Returns:
-        ``apply``, and ``params``: each parameter's name with a detached copy that requires grad.
-
-    Example:
-        >>> import torch
-        >>> apply, params = functional(torch.nn.Linear(2, 1))
-        >>> sorted(params)
-        ['bias', 'weight']
-        >>> params = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
-        >>> apply(params, torch.tensor([[1.0, 1.0]]))
-        tensor([[6.]])
-    """
-    if not isinstance(module, nn.Module):
-        raise ProblemError(f"module is {describe(module)}; expected a torch.nn.Module, made: Linear(2, 1), not Linear")
-    named = module.named_parameters()
-    params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named}
-    if not params:
-        raise ProblemError(f"{type(module).__name__} has no parameters; expected one or more to optimise")
-    names = frozenset(params)
-    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-
-    # NOTE [tied weights under a strict call]
-    # named_parameters gives each tied weight once, under its first name, and functional_call fills in its
-    # other names (tie_weights is on by default) before it checks that none is missing. With all names, as
-    # state_dict gives them, it would raise. Buffers have to be passed too: a strict call misses them
-    # otherwise.
-    def apply(params: Params, inputs: Tensor) -> Tensor:
-        if not isinstance(params, Mapping) or params.keys() != names:
-            raise ProblemError(_other_names(params, names))
-        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-        output: Tensor = functional_call(module, (params, fresh), (inputs,), strict=True)
-        return output
-
-    return apply, params
-
-
-def _other_names(params: Any, names: frozenset[str]) -> str:
-    if not isinstance(params, Mapping):
-        return f"params is {describe(params)}; expected a dictionary from name to tensor, such as functional() returns"
-    odd = [f"params[{name!r}] is missing" for name in sorted(names - params.keys())]
-    odd += [f"params[{name!r}] is unknown" for name in sorted(params.keys() - names)]
-    return f"{', '.join(odd[:2])}; expected the {len(names)} names that functional() returned: {sorted(names)[:2]} ..."
 
 
 @final

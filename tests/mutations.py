@@ -57,6 +57,8 @@ NAMES = [
     "run_files",
     "damaged_data",
     "compiler_paths",
+    "functional",
+    "public_names",
     "modes",
     "complex",
     "compiled_arguments",

@@ -66,6 +66,40 @@ def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
     assert names["found"].converged
 
 
+def test_the_front_page_weighs_examples_and_compares_estimators(pages, capsys):
+    page = pages["index"].replace("diffopt.compare(", "comparison = diffopt.compare(")
+    names = run(page)
+    assert names["accuracy"](names["trained"]) > names["accuracy"](names["before"]) + 0.02
+    assert re.search(r"of a wrong label: 0\.[01]\d, of a right one: 0\.[6-9]\d", capsys.readouterr().out)
+    graph, root, krylov, truncated, first_order = (row.relative_error for row in names["comparison"].complete())
+    assert graph == 0
+    assert root < 1e-5
+    assert krylov < 1e-2 < 0.3 < truncated < first_order == 1  # which has no derivative by what only the loss reads
+    assert names["comparison"]._repr_markdown_() == names["comparison"].to_markdown()
+
+
+def test_the_front_page_links_every_thing_that_only_this_library_does(pages):
+    lines = re.findall(r"^- \*\*.*?(?=^- |^$)", pages["index"], re.DOTALL | re.MULTILINE)
+    assert 3 <= len(lines) <= 4
+    for line in lines:
+        assert set(re.findall(r"\]\((\w+)\.md\)", line)) & set(pages), line
+    (commands,) = re.findall(r"```sh\n(.*?)```", pages["index"], re.DOTALL)
+    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["pip install '.[cli]'", "diffopt demo"]
+    assert cli.build_parser().parse_args(["demo"])
+
+
+def test_the_page_to_start_leads_from_torch_optim_and_from_modules(pages):
+    without_picture = re.sub(r"^import matplotlib.*?(?=^```$)", "", pages["start"], flags=re.DOTALL | re.MULTILINE)
+    names = run(without_picture.replace("for _ in range(40)", "for _ in range(2)"))
+    assert list(names["params"]) == ["2.weight", "2.bias"]
+    shown = re.findall(r"diffopt\.from_torch\((\S+?),", pages["start"])
+    assert {"torch.optim.NAdam", "TheClass"} == set(shown)
+    torch_names = {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"}
+    (row,) = re.findall(r"^\| `torch\.optim\.SGD\(.*$", pages["start"], re.MULTILINE)
+    assert torch_names <= set(re.findall(r"\w+", row))
+    assert all(issubclass(getattr(diffopt, name), diffopt.Optimizer) for name in torch_names)
+
+
 def test_pages_import_what_the_reference_lists(pages):
     listed = set(re.findall(r"^   (diffopt[\w.]*)$", pages["reference"], re.MULTILINE))
     modules = [name for name in listed if re.fullmatch(r"diffopt(\.[a-z_]+)?", name)]

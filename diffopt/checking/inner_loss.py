@@ -95,7 +95,8 @@ class Subject:
         with torch.enable_grad():
             roots, args = self.roots()
             loss = self.loss(roots[: len(self.params)], args)
-            return roots, loss, derivatives.gradient(loss, roots, differentiable=differentiable)
+            with _named_faults():  # a checkpoint runs the loss again here
+                return roots, loss, derivatives.gradient(loss, roots, differentiable=differentiable)
 
     def at(self, params: Sequence[Tensor], wanted: Sequence[Tensor] | None = None) -> Subject:
         """The same with other parameters, and other values of the arguments that require grad."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from diffopt.errors import (
     VmapError,
 )
 from diffopt.reports import Finding
+from diffopt.rollout.hidden_state import HiddenState
 from diffopt.tensors import autograd_graph, derivatives, random_state
 from diffopt.tensors.captures import mend_for, named_tensors, names_of
 from diffopt.tensors.leaves import all_finite
@@ -133,6 +135,10 @@ def probe_arguments(subject: Subject) -> Finding:
 def probe_repetition(subject: Subject) -> Finding:
     """The same number at every call; random numbers from torch's global generators may be drawn again."""
     check, device = "deterministic", subject.params[0].device
+    held = HiddenState(subject.dynamics.loss)
+    loss, grads = _evaluated(subject)
+    if held.has_moved() and held.matters(partial(_evaluated, subject), loss, grads, exactly=True):
+        return refused(check, held.error())
     first = subject.value()
     with torch.enable_grad(), subject.replayed():
         roots, args = subject.roots()
@@ -155,6 +161,12 @@ def probe_repetition(subject: Subject) -> Finding:
             "vmap needs randomness='different' or 'same'; Binomial, Krylov and Implicit refuse such a loss",
         )
     return Finding(check, "ok", f"two calls differ by {abs(float(again - first)):.1g}")
+
+
+def _evaluated(subject: Subject) -> tuple[Tensor, Sequence[Tensor]]:
+    """The loss and all its gradients."""
+    roots, loss, grads = subject.gradients(differentiable=False)
+    return loss.detach(), derivatives.or_zeros(grads, roots)
 
 
 def probe_purity(subject: Subject) -> Finding:

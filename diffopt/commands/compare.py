@@ -78,7 +78,8 @@ def _sinusoid() -> Problem:
     lr = torch.tensor(0.005, dtype=torch.float64, requires_grad=True)
 
     def loss(params: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        return (apply(params, inputs) - targets).square().mean()
+        errors: Tensor = apply(params, inputs) - targets
+        return errors.square().mean()
 
     def problem(rule: Estimator) -> Tensor:
         def one(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:

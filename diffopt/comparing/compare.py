@@ -12,12 +12,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Estimator, Outcome, Problem
+from diffopt.adjoint.autograd_function import solves_behind
+from diffopt.adjoint.estimator import Estimator
 from diffopt.adjoint.reverse import Reverse
 from diffopt.comparing.comparison import Comparison, Row, brief, failed_row
-from diffopt.comparing.curvature import curvature_number, krylov_residual, solves_behind, stationarity
+from diffopt.comparing.curvature import curvature_number, krylov_residual, stationarity
 from diffopt.comparing.notes import notes
 from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
+from diffopt.rollout.problem import Outcome, Problem
 from diffopt.tensors.arguments import MOST, check_function, check_instance, check_integer
 from diffopt.tensors.autograd_graph import leaves_behind
 from diffopt.tensors.memory import peak_bytes

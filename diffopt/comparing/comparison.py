@@ -96,6 +96,10 @@ class Comparison:
             [header, "|---" + "|--:" * (len(_HEADERS) - 1) + "|", *rows, *(f"\n{note}" for note in self.notes)]
         )
 
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return self.to_markdown()
+
     def complete(self) -> tuple[Row, ...]:
         """The rows, once no estimator is found to have failed.
 

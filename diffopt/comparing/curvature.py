@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from diffopt.linear_solve import Tasks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.record import Keep, Record, Watch
-from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves
 
 
@@ -70,8 +69,3 @@ def krylov_residual(records: Sequence[Record]) -> float | None:
     # an implicit rule's residual, which stands beside its stationarity, has the scale of the outer gradient
     own = [record.diagnostics for record in records if "stationarity" not in record.diagnostics]
     return max((float(found["residual"].max()) for found in own if "residual" in found), default=None)
-
-
-def solves_behind(outer_loss: Tensor) -> list[Any]:
-    """The autograd nodes of the solves that a loss depends on; each has ``call`` and ``saved_tensors``."""
-    return [node for node in autograd_graph.nodes([outer_loss.grad_fn]) if type(node).__name__ == "_SolveBackward"]

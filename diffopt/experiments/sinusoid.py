@@ -82,7 +82,8 @@ def measure(settings: Settings, steps: int, rate: float, work: Work) -> Row:
     waves = [Sinusoid().sample(settings.tasks, generator, dtype=torch.float64) for _ in range(settings.batches)]
 
     def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return (apply(params, inputs) - targets).square().mean()
+        errors: Tensor = apply(params, inputs) - targets
+        return errors.square().mean()
 
     def outer_loss(rule: Estimator, params: dict[str, Tensor], *wave: Tensor) -> Tensor:
         inputs, targets, query_inputs, query_targets = wave

@@ -13,7 +13,7 @@ from diffopt.lifting import verification
 from diffopt.lifting.options import defaults_of, taken_apart
 from diffopt.lifting.torch_rule import TorchClass, TorchRule
 from diffopt.optimizers.base import Optimizer
-from diffopt.tensors import tree
+from diffopt.tensors import hints, tree
 
 _REFUSED = {
     "LBFGS": "it evaluates the loss itself, through a closure; use SGD, or diffopt.implicit at its minimiser",
@@ -69,9 +69,10 @@ def from_torch(optimizer: type[torch.optim.Optimizer], /, **options: Any) -> Opt
         True
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        kind = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else torch.optim.Adam
         raise OptimizerError(
             f"from_torch got {tree.describe(optimizer)}, expected an optimizer class, and its options by name: "
-            "from_torch(torch.optim.Adam, lr=0.1)"
+            f"from_torch({hints.name_of_torch(kind)}, lr=0.1)"
         )
     _refuse_by_name(optimizer, options)
     defaults = defaults_of(cast("Any", optimizer))

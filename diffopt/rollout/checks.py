@@ -10,7 +10,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import CapturedTensorError, DisconnectedError, NonFiniteLossError, PrecisionWarning
+from diffopt.errors import (
+    CapturedTensorError,
+    DisconnectedError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    PrecisionWarning,
+)
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.record import Watch
 from diffopt.tensors import autograd_graph, transforms
@@ -159,3 +165,15 @@ def not_finite(dynamics: Dynamics, params: Sequence[Tensor], current: Sequence[T
         if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
             return f"{name} is not finite itself"
     return ""
+
+
+def refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
+    """Refuse a hypergradient that is not finite; ``cotangent`` is the outer loss's gradient, if it is known."""
+    outer = ""
+    if cotangent:
+        finite = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
+        outer = f"The gradient of the outer loss at the solution {finite}. "
+    raise NonFiniteGradientError(
+        f"the hypergradient is NaN or infinite, expected finite numbers. {outer}Check for roots, norms or logarithms "
+        "at zero in the inner loss, or take fewer or smaller steps"
+    )

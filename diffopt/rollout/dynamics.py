@@ -160,8 +160,15 @@ class Dynamics:
             return None
         if torch_errors.is_in_place(error):
             return torch_errors.changed_in_place()
+        if "saved tensor hooks" in str(error):
+            return torch_errors.hooks_around_transforms()
         if torch_errors.is_missing_derivative(error):
             return torch_errors.missing_derivative(str(error).partition("\n")[0])
+        mixed = torch_errors.mixed_error(
+            error, "the inner loss", "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
+        )
+        if mixed is not None:
+            return mixed
         args, _ = tree.unflatten(self.args_structure, list(self.args_leaves))
         wrong: DiffoptError | None = torch_errors.signature_error(
             error,

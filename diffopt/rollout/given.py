@@ -1,4 +1,4 @@
-"""What :func:`diffopt.solve` is given, checked before anything runs and again after."""
+"""What :func:`diffopt.solve` is given, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Estimator, Outcome, Problem
 from diffopt.errors import (
     BatchesError,
     DeviceError,
-    EstimatorError,
     GradModeError,
-    InPlaceError,
     LeafError,
     StepsError,
 )
-from diffopt.tensors import derivatives, hints, transforms, tree
-from diffopt.tensors.arguments import check_instance, check_integer
+from diffopt.tensors import hints, tree
+from diffopt.tensors.arguments import check_integer
 from diffopt.tensors.usable import DTYPES, refuse_unusable
 
 MOST_STEPS = 2**31 - 1
@@ -33,17 +30,11 @@ def checked_steps(steps: Any) -> int:
     return int(check_integer("steps", steps, 0, high=MOST_STEPS + 1, kind=StepsError, fix=fix))
 
 
-def check_estimator(estimator: Any) -> None:
-    """Refuse what is not an estimator."""
-    check_instance("estimator", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
-
-
 def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     """The leaves of the parameters, each one that can be optimised."""
     if isinstance(params, torch.nn.Module):
         raise LeafError(
-            f"params is the module {type(params).__name__}, expected a tree of tensors: pass "
-            "dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
+            f"params is the module {type(params).__name__}, expected a tree of tensors{hints.for_params(params)}"
         )
     leaves, structure = tree.flatten(params)
     if not leaves:
@@ -89,8 +80,8 @@ def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
             if own and not leaf.requires_grad:
                 raise LeafError(
                     f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected "
-                    "what is to be trained: solve trains all of params. Pass the frozen ones in *args, or .detach() it "
-                    "to train it from a constant start"
+                    "what is to be trained: solve trains all of params. diffopt.functional(module) leaves frozen ones "
+                    "out; or pass them in *args; or .detach() it to train it from a constant start"
                 )
 
 
@@ -134,21 +125,3 @@ def _is_one_batch_per_step(batches: Any, steps: int) -> bool:
     shapes = [[x.shape for x in leaves] for leaves, _ in flat]
     alike, listed = shapes.count(shapes[0]) == steps, not isinstance(batches, tuple)
     return listed and alike and steps > 1 if isinstance(batches[0], Tensor) else listed or alike
-
-
-def run(rule: Estimator, problem: Problem) -> Outcome:
-    """Run a rule on a problem; where checks are on, refuse a loss that has changed in place what it was given."""
-    params = problem.state[: problem.dynamics.params_count]
-    given = (*params, *problem.extras) if problem.check else ()
-    before = [transforms.version(x) for x in given]
-    with derivatives.named_in_place_changes():
-        outcome = rule.run(problem)
-    after = [transforms.version(x) for x in given]
-    if after != before:
-        names = [name for part in problem.dynamics.names() for name in part]
-        changed = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
-        raise InPlaceError(
-            f"the inner loss (or the optimizer) has changed {changed} in place, expected it to stay as it was: write "
-            "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"
-        )
-    return outcome

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import HiddenStateError
+from diffopt.errors import DiffoptError, HiddenStateError, RandomnessError
 from diffopt.tensors import transforms
 from diffopt.tensors.captures import content_of, everything_held, named_tensors
 
@@ -35,7 +35,7 @@ class HiddenState:
         return (
             [x._version for x in self._tensors] != self._versions
             or list(map(id, self._in_places())) != self._addresses
-            or not all(torch.equal(x.get_state(), y) for x, y in zip(self._held.generators, self._drawn, strict=True))
+            or self._have_drawn()
         )
 
     def matters(
@@ -48,10 +48,11 @@ class HiddenState:
     ) -> bool:
         """Whether a loss gives other numbers now that something has moved.
 
-        ``again`` evaluates the losses and their gradients once more; everything is then put back to where it is now.
+        ``again`` evaluates the losses and their gradients once more; everything is then put back to where it is now
+        (past autograd, which may have saved it, as the loss's next evaluation will find it written to).
         ``exactly``: the gradients come from the same operations, so that their bits are the same.
         """
-        kept = [(x, x.detach().clone()) for x in self._moved()]
+        kept = [(x, x.detach().clone()) for x in (*self._written(), *self._buffers())]
         contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
         cells, spaces = [content_of(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
         drawn = [generator.get_state() for generator in self._held.generators]
@@ -68,23 +69,44 @@ class HiddenState:
                     space[name] = content
             for generator, state in zip(self._held.generators, drawn, strict=True):
                 generator.set_state(state)
-            with torch.no_grad():
-                for x, numbers in kept:
-                    x.detach().copy_(numbers)
+            for x, numbers in kept:
+                x.data.copy_(numbers)
         pairs = zip(grads, gradients, strict=True)
         return not (_same(value, losses, True) and all(_same(a, b, exactly) for a, b in pairs))
 
-    def names(self) -> str:
-        """What a reader of the function's code would call what has moved."""
-        held = {id(transforms.unwrapped(x)): name for name, x in named_tensors(self._function).items()}
-        names = list(dict.fromkeys(f"`{held[id(x)]}`" for x in self._moved() if id(x) in held))
-        return ", ".join([*names[:2], "..."] if len(names) > 2 else names) or "in a number or another object"
+    def error(self) -> DiffoptError:
+        """The error for a rule that computes steps again, which names what has moved."""
+        moved, held = {id(x) for x in self._moved()}, named_tensors(self._function)
+        names = [f"`{name}`" for name, x in held.items() if id(transforms.unwrapped(x)) in moved]
+        if not names and self._have_drawn():
+            return RandomnessError(
+                "the inner loss draws from a generator of its own, expected torch's global one: this estimator "
+                "computes steps again, and would get other numbers. Pass them in batches, or use Reverse('graph')"
+            )
+        shown = (names[0][-40:] + " ..." * (len(names) > 1)) if names else "in a number or another object"
+        return HiddenStateError(
+            f"the inner loss keeps a state, {shown}, that its evaluations move and read, expected the "
+            "same number again: this estimator computes steps again, when later ones have moved it. Use "
+            "Reverse('graph') or Unrolled(); or freeze it (module.eval()), or pass it in *args"
+        )
+
+    def _have_drawn(self) -> bool:
+        pairs = zip(self._held.generators, self._drawn, strict=True)
+        return not all(torch.equal(generator.get_state(), state) for generator, state in pairs)
+
+    def _written(self) -> list[Tensor]:
+        """The tensors that have been written to."""
+        return [x for x, version in zip(self._tensors, self._versions, strict=True) if x._version != version]
+
+    def _buffers(self) -> list[Tensor]:
+        """The buffers of modules, some of which batch norm writes to without counting it as written."""
+        inner = (x for module in self._held.modules for x in module._buffers.values() if x is not None)
+        return [x for x in map(transforms.unwrapped, inner) if not x.is_inference()]
 
     def _moved(self) -> list[Tensor]:
-        """The tensors that have been written to, and those that have taken a place."""
+        """Those, and the tensors that have taken a place."""
         known = set(self._addresses)
-        written = [x for x, version in zip(self._tensors, self._versions, strict=True) if x._version != version]
-        return written + [x for x in self._in_places() if isinstance(x, Tensor) and id(x) not in known]
+        return self._written() + [x for x in self._in_places() if isinstance(x, Tensor) and id(x) not in known]
 
     def _in_places(self) -> list[Any]:
         """What is in all places, one after the other."""
@@ -94,16 +116,6 @@ class HiddenState:
         found += (content_of(cell) for cell in self._held.cells)
         found += (space.get(name) for space, name in self._held.names)
         return found
-
-
-def hidden_state_error(names: str) -> HiddenStateError:
-    """The error for a rule that computes steps again of a loss that keeps a state."""
-    return HiddenStateError(
-        f"the inner loss keeps a state, {names}, that its evaluations change and its value depends on, and this "
-        "estimator computes steps again, which would read it as later steps have left it; expected a loss that gives "
-        "the same number again. Use Reverse('graph') or Unrolled(), which compute each step once; or freeze the state "
-        "(module.eval()), or pass it in *args"
-    )
 
 
 def _refill(container: Any, old: Any) -> None:

@@ -108,8 +108,8 @@ def refuse_other_losses(again: Tensor, losses: Tensor, autocast: derivatives.Aut
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(
             f"the inner loss of step {step} came out differently in the backward pass, expected the same number: it "
-            "draws from numpy, its own generator or beside another thread, keeps a state, or reads what changed since "
-            "the solve (data, .eval()). Draw from torch's global generator, pass data in batches, or Reverse('graph')"
+            "draws from numpy (or another thread drew), keeps a state, or reads what changed since the solve "
+            "(data, module.eval()). Draw from torch's global generator, pass data in batches, or use Reverse('graph')"
         )
 
 

@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import HyperparameterError
-from diffopt.rollout.hidden_state import hidden_state_error
+from diffopt.errors import DiffoptError, HyperparameterError
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import derivatives, random_state
 from diffopt.tensors.arguments import Options
@@ -91,7 +90,7 @@ class Record:
         counts: what has been computed so far.
         diagnostics: what the rule reports of its own quality.
         autocast: its state during the rollout.
-        hidden_state: names of tensors by which the loss differs from one evaluation to the next; empty: none.
+        hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
         first: the earliest step that was kept; ``None``: nothing was.
         checkpoint: how steps were kept, once chosen; ``None``: none was.
         states_stored: how many states were stored in the rollout.
@@ -107,7 +106,7 @@ class Record:
     counts: Counts = field(default_factory=Counts)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     autocast: derivatives.Autocast | None = None
-    hidden_state: str = ""
+    hidden_state: DiffoptError | None = None
     first: int | None = None
     checkpoint: Checkpoint = None
     states_stored: int = 0
@@ -135,10 +134,10 @@ class Record:
         """Evaluate a step's loss as in the rollout: the same random numbers, the same autocast.
 
         Raises:
-            HiddenStateError: it would give another number.
+            HiddenStateError, RandomnessError: it would give another number.
         """
-        if self.hidden_state:
-            raise hidden_state_error(self.hidden_state)
+        if self.hidden_state is not None:
+            raise self.hidden_state
         autocast = nullcontext() if self.autocast is None else self.autocast.entered()
         with autocast, random_state.replayed(None if step is None else self.draws.get(step), device):
             yield

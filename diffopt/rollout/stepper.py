@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.rollout import compiled
 from diffopt.rollout.checks import Checks, refuse_bad_start
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.hidden_state import HiddenState, hidden_state_error
+from diffopt.rollout.hidden_state import HiddenState
 from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import autograd_graph, derivatives, random_state
@@ -136,7 +136,7 @@ class Stepper:
         if step == keep.first:
             expected = autograd_graph.saved_bytes(self._first_graph or (), self.extras) * count
             self._first_graph = []
-            if record.checkpoint is None and expected > GRAPH_BUDGET and not record.hidden_state:
+            if record.checkpoint is None and expected > GRAPH_BUDGET and record.hidden_state is None:
                 record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
                 record.store(step, state, offload=keep.offload)
                 return after, losses
@@ -221,7 +221,7 @@ class Stepper:
 
         if not held.matters(again, losses.detach(), derivatives.or_zeros(grads, params), exactly=exactly):
             return
-        self.record.hidden_state, keep = held.names(), self._keep
+        self.record.hidden_state, keep = held.error(), self._keep
         stored = isinstance(self.record.checkpoint, int) or (keep is not None and keep.checkpoint is not None)
         if stored and keep is not None and keep.checkpoint != "graph" and keep.first <= self.dynamics.steps:
-            raise hidden_state_error(self.record.hidden_state)
+            raise self.record.hidden_state

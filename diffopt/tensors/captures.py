@@ -240,7 +240,7 @@ def mend_for(nodes: Sequence[Any], functions: Sequence[object] = ()) -> str:
             if isinstance(value, Iterator):
                 return f"It may come from `{name}`, {hints.for_arguments(value)}"
     if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
-        return "Pass it in *args; if it is a module's, call that by torch.func.functional_call(module, params, ...)"
+        return "Pass it in *args; if it is a module's, pass and call what diffopt.functional(module) returns"
     return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
 
 

@@ -17,7 +17,7 @@ from diffopt.tensors.tree import NAMESPACE
 NATIVE = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
 """The classes of ``torch.optim`` that this library has by the same names."""
 
-_OF_MODULE = "pass dict(module.named_parameters()) and call the module in the loss by torch.func.functional_call"
+_OF_MODULE = "write function, params = diffopt.functional(module): pass params, call function(params, x) in the loss"
 
 
 def for_params(value: Any) -> str:
@@ -29,9 +29,7 @@ def for_params(value: Any) -> str:
     if isinstance(value, torch.optim.Optimizer):
         return f"; {_OF_MODULE}"
     if isinstance(value, Iterator | ItemsView | KeysView | ValuesView):
-        # a module's own generators carry its method's name
-        own = str(getattr(value, "__qualname__", "")) in ("Module.parameters", "Module.named_parameters")
-        return f"; {_OF_MODULE}" if own else "; pass list(...) of it, or dict(...) of pairs"
+        return f"; {_OF_MODULE}" if _is_of_module(value) else "; pass list(...) of it, or dict(...) of pairs"
     if isinstance(value, str):
         return "; pass dict(...) of pairs of names and tensors"
     if isinstance(value, torch.utils.data.DataLoader | torch.utils.data.Dataset):
@@ -39,6 +37,11 @@ def for_params(value: Any) -> str:
     if isinstance(value, int | float) or type(value).__module__ == "numpy":
         return "; convert it with torch.as_tensor (a constant of the loss goes in *args)"
     return f"; it is {for_object(value)}" if holds_by_name(value) else ""
+
+
+def _is_of_module(value: Any) -> bool:
+    """Whether it is what ``module.parameters()`` returns, a generator that carries its method's name."""
+    return str(getattr(value, "__qualname__", "")) in ("Module.parameters", "Module.named_parameters")
 
 
 def _for_tensor(value: Tensor) -> str:
@@ -73,8 +76,8 @@ def for_arguments(value: Any) -> str:
     """The fix for tensors that the loss has found inside an argument, where a tree does not show them."""
     if isinstance(value, torch.nn.Module):
         return (
-            "a module, no tree: pass dict(module.named_parameters()), and call it by "
-            "torch.func.functional_call(module, params, ...)"
+            "a module, no tree: write function, params = diffopt.functional(module), pass params, and call "
+            "function(params, x) in the loss"
         )
     if isinstance(value, Iterator):
         return f"a {type(value).__name__}, which hides its tensors and is used up by the first step: pass a list"
@@ -107,12 +110,17 @@ def stacked(batches: Any, steps: int) -> str:
     return f"stack them, as collate does with samples: {how}{few}"
 
 
+def name_of_torch(kind: type[torch.optim.Optimizer]) -> str:
+    """What a class of ``torch.optim``, or one like it, is called in a program."""
+    return f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__
+
+
 def for_optimizer(value: Any) -> str:
     """The fix for what is not a :class:`diffopt.Optimizer`."""
     value = value.func if isinstance(value, functools.partial) else value
     kind = value if isinstance(value, type) else type(value)
     if issubclass(kind, torch.optim.Optimizer):
-        name = f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__
+        name = name_of_torch(kind)
         native = f"write diffopt.{kind.__name__}(lr=...), or " if kind.__name__ in NATIVE and "." in name else ""
         return f"; {native}lift the class: diffopt.from_torch({name}, lr=...)"
     if issubclass(kind, LRScheduler):
@@ -124,6 +132,8 @@ def for_optimizer(value: Any) -> str:
 
 def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
     """What to write for several values, or a function, where one value is expected; empty if it is neither."""
+    if _is_of_module(value):
+        return "; an optimizer takes no parameters here: they are solve's second argument, solve(loss, params, ...)"
     if isinstance(value, LRScheduler):
         return "; a scheduler's values, one for each step: diffopt.Schedule(values)"
     if callable(value) and not isinstance(value, type | Tensor | torch.nn.Module):
@@ -132,7 +142,7 @@ def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
     if scheduled:
         return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
     one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == steps
-    own = "; a field of several numbers: metadata=diffopt.optimizers.base.EACH" if listed else ""
+    own = "; a field of several numbers: metadata=diffopt.optimizers.EACH" if listed else ""
     return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
 
 

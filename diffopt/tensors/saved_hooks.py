@@ -202,12 +202,9 @@ class _Unpack:
         ]
         if wrong:
             raise RecomputationError(
-                "the inner loss computes a part of itself again in the backward pass (torch.utils.checkpoint), and "
-                f"reads {wrong[0]} there, which its forward pass does not, expected the same tensors both times: by "
-                "then a module that was called by torch.func.functional_call has its own weights back. Pass the "
-                "weights to checkpoint as arguments, checkpoint(lambda q, x: functional_call(block, q, (x,)), q, x, "
-                "use_reentrant=False); or take checkpoint out of the loss (model.gradient_checkpointing_disable()) and "
-                "use estimator=Reverse('sqrt'), which stores less around it"
+                f"a checkpoint in the inner loss reads {wrong[0][:40]} in the backward pass only, expected what its "
+                "forward pass read: functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: "
+                "functional_call(block, q, (x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')"
             )
 
 

@@ -28,18 +28,16 @@ _SECOND_DERIVATIVES = {
     "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
     "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
     "once_differentiable": "write the function's backward in differentiable operations",
-    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint; or leave it out and use Reverse('sqrt'), "
-    "which stores less around the loss",
-    "aot_autograd": "call the module or function that was given to torch.compile (module._orig_mod), and say "
-    "compile=True to solve",
-    "with respect to argument 'weight'": "weigh the examples' losses instead: loss = cross_entropy(..., "
-    "reduction='none'), then (w[y] * loss).sum() / w[y].sum()",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out and use Reverse('sqrt')",
+    "aot_autograd": "call what was given to torch.compile (module._orig_mod); solve has compile=True",
+    "with respect to argument 'weight'": "(w[y] * cross_entropy(..., reduction='none')).sum() / w[y].sum()",
 }
+_FIRST = "is not differentiable with respect to"
 _MISSING = (
     "is not implemented",
     "use_reentrant=True",
     "aot_autograd does not",
-    "is not differentiable with respect to",
+    _FIRST,
 )
 """Parts of what torch says where a derivative is missing."""
 _OTHERWISE = "write it in elementary operations, or use FirstOrder() or ESJacobian(...)"
@@ -98,9 +96,19 @@ def is_missing_derivative(error: Exception) -> bool:
 def missing_derivative(what: str) -> MissingDerivativeError:
     """The error for an operation of which torch has no second derivative; ``what`` holds its name."""
     mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
+    which, room = "derivative" if _FIRST in what else "second derivative", min(110, 160 - len(mend))
     return MissingDerivativeError(
-        f"an operation in the inner loss has no second derivative, or none in what is to be learned ({what[:110]}), "
-        f"expected operations that can be differentiated twice: {mend}"
+        f"an operation in the inner loss has no {which} ({what[:room]}), expected operations that can be "
+        f"differentiated twice: {mend}"
+    )
+
+
+def hooks_around_transforms() -> GradModeError:
+    """The error for a loss that uses ``torch.func`` where saved-tensor hooks are set."""
+    return GradModeError(
+        "the inner loss uses torch.func where saved-tensor hooks are set (torch.utils.checkpoint, save_on_cpu), which "
+        "torch refuses, expected one without the other: take the hooks away, or use an estimator that keeps those "
+        "around the solve out, such as Reverse()"
     )
 
 
@@ -194,6 +202,13 @@ def inference_error(
         f"{made[0]} was made in torch.inference_mode, and {what} needs it for its gradient, expected an "
         f"ordinary tensor: clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}"
     )
+
+
+def mixed_error(error: Exception, what: str, fix: str) -> DeviceError | None:
+    """The error for operations between distributed and ordinary tensors; ``None`` if ``error`` is of another kind."""
+    if "mixed torch.Tensor and DTensor" not in str(error):
+        return None
+    return DeviceError(f"{what} computes with a DTensor and an ordinary tensor at once, expected one kind: {fix}")
 
 
 def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError | None:

@@ -117,6 +117,13 @@ def _load_decompositions() -> None:
     torch.func.vmap(lambda x: x)(torch.zeros(1))
 
 
+def functional_call(
+    module: torch.nn.Module, tensors: dict[str, Tensor], inputs: tuple[Any, ...], named_inputs: dict[str, Any]
+) -> Any:
+    """A module called with these in place of its own parameters and buffers; tied ones are given by one name."""
+    return torch.func.functional_call(module, tensors, inputs, named_inputs)
+
+
 def functional_gradient(
     function: Callable[..., Tensor], params: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
@@ -199,6 +206,19 @@ def below_vmap(
     """
     ticket = _functorch._add_batch_dim(torch.empty(size), 0, transform_level())
     return tuple(apply(_BelowVmap, function, ticket, *tensors))
+
+
+def stacked(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, own: frozenset[int] | set[int]
+) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """Batch axes to the front; the tensors numbered in ``own`` get one even if the tasks share them."""
+    stacked, new_dims = list(tensors), [None if dim is None else 0 for dim in dims]
+    for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        if dim is not None:
+            stacked[i] = tensor.movedim(dim, 0)
+        elif i in own:
+            stacked[i], new_dims[i] = tensor.expand(size, *tensor.shape), 0
+    return stacked, tuple(new_dims)
 
 
 def plain(tensor: Tensor) -> Tensor:

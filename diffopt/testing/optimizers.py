@@ -13,7 +13,7 @@ from torch import Tensor
 from diffopt.errors import OptimizerError, StepsError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import bind
-from diffopt.tensors import tree
+from diffopt.tensors import hints, tree
 from diffopt.tensors.arguments import check_integer
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
 from diffopt.testing.optimizer_case import Inputs, Trial, wavy
@@ -75,7 +75,10 @@ def check_optimizer(
         the steps of SGD: got 8.5e-0
     """
     if not isinstance(optimizer, Optimizer) or not is_dataclass(optimizer):
-        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass")
+        fix = hints.for_optimizer(optimizer)
+        raise OptimizerError(
+            f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass{fix}"
+        )
     steps = check_integer("steps", steps, 2, kind=StepsError)
     if params is None:
         generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-PACKAGES = ("diffopt", "diffopt.estimators", "diffopt.linear_solve", "diffopt.tasks", "diffopt.testing")
+PACKAGES = ("diffopt", *(f"diffopt.{name}" for name in ("errors", "estimators", "linear_solve", "tasks", "testing")))
 
 
 def public_names() -> dict[str, str]:
@@ -33,6 +33,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: Any, contnode: nodes.Eleme
     names = public_names()
     within = node.get("py:module") or ""
     candidates = [target, f"{within}.{target}", f"diffopt.{target}", f"diffopt.estimators.{target}"]
+    candidates.append(f"diffopt.errors.{target.rpartition('.')[2]}")  # written diffopt.LossError, too
     domain = env.domains.python_domain
     for candidate in candidates:
         defined, _, member = candidate.rpartition(".")

@@ -96,14 +96,14 @@ def hypergradient(rule: Any, *, inference: bool, again: bool = False, tasks: boo
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
-@pytest.mark.parametrize("rule", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("rule", ESTIMATORS, ids=lambda rule: type(rule).__name__)
 def test_a_backward_pass_in_inference_mode_gives_the_same_numbers(rule: Any, again: bool) -> None:
     expected = hypergradient(rule, inference=False, again=again)
     assert any(bool(x.any()) for x in expected)
     assert_same(hypergradient(rule, inference=True, again=again), expected)
 
 
-@pytest.mark.parametrize("rule", ESTIMATORS[::3], ids=str)
+@pytest.mark.parametrize("rule", ESTIMATORS[::3], ids=lambda rule: type(rule).__name__)
 def test_a_backward_pass_of_tasks_in_inference_mode_gives_the_same_numbers(rule: Any) -> None:
     assert_same(hypergradient(rule, inference=True, tasks=True), hypergradient(rule, inference=False, tasks=True))
 

@@ -194,12 +194,12 @@ def test_an_unknown_estimator_name_lists_the_known_ones(name):
         *((rule, f"lacks its argument, expected {rule}:K") for rule in NUMBERED),
         *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
         *((f"{rule}:{x}", f"has an argument, expected none: write {rule}") for rule in BARE for x in ("", "2")),
-        ("reverse:0", "cannot be: Reverse: checkpoint is 0, expected None, 'graph', 'sqrt' or an integer >= 1"),
-        ("truncated:-1", "cannot be: Truncated: steps is -1, expected an integer >= 0"),
-        ("binomial:-1", "cannot be: Binomial: order is -1, expected an integer >= 0"),
-        ("krylov:-1", "cannot be: Krylov: order is -1, expected an integer >= 0"),
-        ("multi-step:0", "cannot be: MultiStep: window is 0, expected an integer >= 1"),
-        ("es:0", "cannot be: ESJacobian: directions is 0, expected an integer >= 1"),
+        ("reverse:0", "cannot be: Reverse: checkpoint is int 0, expected None, 'graph', 'sqrt' or an integer >= 1"),
+        ("truncated:-1", "cannot be: Truncated: steps is int -1, expected an integer >= 0"),
+        ("binomial:-1", "cannot be: Binomial: order is int -1, expected an integer >= 0"),
+        ("krylov:-1", "cannot be: Krylov: order is int -1, expected an integer >= 0"),
+        ("multi-step:0", "cannot be: MultiStep: window is int 0, expected an integer >= 1"),
+        ("es:0", "cannot be: ESJacobian: directions is int 0, expected an integer >= 1"),
     ],
 )
 def test_a_wrong_argument_of_an_estimator_says_what_is_wrong_with_it(name, message):
@@ -254,7 +254,10 @@ def test_wrong_checksum(fails, tmp_path):
 )
 def test_missing_optional_package(fails, tmp_path, monkeypatch, command, package, shown):
     for name in list(sys.modules):  # what other tests have imported must be imported again
-        if name.startswith(("diffopt.commands.", "diffopt.tasks")) or name.partition(".")[0] == package:
+        if (
+            name.startswith(("diffopt.commands.", "diffopt.experiments.", "diffopt.tasks"))
+            or name.partition(".")[0] == package
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     argv = ["demo", "--out", str(tmp_path)] if command == "demo" else sine(tmp_path)

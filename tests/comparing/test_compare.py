@@ -11,8 +11,9 @@ import torch
 from compared import STEPS, quadratic_problem
 
 import diffopt
+from diffopt.adjoint.autograd_function import solves_behind
 from diffopt.comparing.comparison import brief
-from diffopt.comparing.curvature import curvature_number, solves_behind
+from diffopt.comparing.curvature import curvature_number
 from diffopt.estimators import (
     Binomial,
     FirstOrder,

@@ -372,7 +372,7 @@ FULL_TOY = """
 import resource, signal, sys
 import toy_experiment
 from diffopt.cli import main
-from diffopt.experiments import catalogue
+from diffopt.experiments.framework import catalogue
 catalogue.experiment = lambda name: toy_experiment.TOY
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))

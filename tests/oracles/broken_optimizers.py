@@ -166,7 +166,7 @@ class DropsMomentum(diffopt.Optimizer):
     """The velocity's history gets no derivative, as in torch.optim's differentiable SGD."""
 
     lr: Any = 0.1
-    betas: tuple[Any, Any] = field(default=(0.8, 0.9), metadata=diffopt.optimizers.base.EACH)
+    betas: tuple[Any, Any] = field(default=(0.8, 0.9), metadata=diffopt.optimizers.EACH)
 
     def init(self, params):
         return {"velocity": params.zeros()}

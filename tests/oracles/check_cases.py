@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,49 @@ def counted() -> tuple[Any, ...]:
     return loss, w()
 
 
+def iterated() -> tuple[Any, ...]:
+    calls = itertools.count(1)
+    return lambda w: w.square().sum() * next(calls), w()
+
+
+class Average(nn.Module):
+    """Moves a loss by a billionth of a running average of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = torch.ones((), dtype=torch.float64)
+
+    def forward(self, w: Tensor) -> Tensor:
+        loss = w.square().sum() + 1e-9 * self.average * w.sum()
+        self.average.mul_(0.9).add_(0.1 * loss.detach())
+        return loss
+
+
+def averaged() -> tuple[Any, ...]:
+    held = Average()
+    return lambda w: held(w), w()
+
+
+class Slot:
+    """Holds a module where nobody finds it."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def checkpointed_elsewhere() -> tuple[Any, ...]:
+    slot = Slot(nn.Linear(4, 1, bias=False).double())
+
+    def loss(w: Tensor) -> Tensor:
+        with nn.utils.stateless._reparametrize_module(slot.module, {"weight": w[None]}):
+            part = checkpoint.checkpoint(lambda x: slot.module(x).tanh(), 1 + w.detach(), use_reentrant=False)
+        return part.square().sum()
+
+    return loss, w()
+
+
 def captured() -> tuple[Any, ...]:
     target = torch.ones(4, dtype=torch.float64, requires_grad=True)
     return lambda w: (w - 2 * target).square().sum(), w()
@@ -87,7 +131,7 @@ FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, type[Exception], str
     "not_callable": (lambda: (3.0, w()), "scalar, finite", diffopt.LossError, "loss is float"),
     "nan": (lambda: (lambda w: (w / 0).sum(), w()), "scalar, finite", diffopt.NonFiniteLossError, "is (inf|nan)"),
     "params": (lambda: (lambda w: w, {"n": 3}), "scalar, finite", diffopt.LeafError, r"params\['n'\] is int 3"),
-    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "functional_call"),
+    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "diffopt.functional"),
     "detached": (
         lambda: (lambda w: w.detach().sum(), w()),
         "depends on params",
@@ -119,8 +163,16 @@ FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, type[Exception], str
         diffopt.InPlaceError,
         "changes module.1.num_batches_tracked.*track_running_stats=False",
     ),
-    "counter": (counted, "deterministic", diffopt.RandomnessError, "the same params again"),
-    "own_generator": (own_generator, "deterministic", diffopt.RandomnessError, "torch's global generator"),
+    "iterator": (iterated, "deterministic", diffopt.RandomnessError, "the same params again"),
+    "own_generator": (own_generator, "deterministic", diffopt.RandomnessError, "torch's global one"),
+    "counter": (counted, "deterministic", diffopt.HiddenStateError, "keeps a state, in a number or another object"),
+    "slow_average": (averaged, "deterministic", diffopt.HiddenStateError, "keeps a state, `held.average`"),
+    "checkpoint_of_others": (
+        checkpointed_elsewhere,
+        "depends on params",
+        diffopt.RecomputationError,
+        "reads .+ in the backward pass only, expected what its forward pass read.*functional_call",
+    ),
     "weight_norm": (
         lambda: normed(utils.parametrizations.weight_norm),
         "second derivative",

@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from bad_row import Row, backward, solve, square, tensor
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ def embedding_bag(w: Tensor) -> Tensor:
 CHANGED = r"step 1 came out differently .*expected the same number: .*reads what changed since the solve"
 
 
+ENDED = iter([])
+
+
 def changed_since(name: str, value: Any) -> None:
     """Rebind something that the loss reads between the solve and the backward pass."""
     held = {"scale": 1.0, "net": nn.Dropout(0.5) if name == "net" else nn.Identity()}
@@ -51,7 +55,36 @@ def changed_since(name: str, value: Any) -> None:
     backward(lambda w: held.update({name: value}) or square(w), loss, estimator=Reverse(3))
 
 
+def spectral_norm() -> Any:
+    """A loss that takes one step of the power iteration at every call."""
+    torch.manual_seed(0)
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)).double().requires_grad_(False)
+    net.parametrizations.weight[0]._v.copy_(tensor(1, 0))  # from where it has some way to go
+    return lambda w: net(w).square().sum()
+
+
+class Slot:
+    """Holds a module where nobody finds it."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def hidden_checkpoint() -> Any:
+    """A loss whose checkpoint, when it recomputes, reads other weights than those that it was given."""
+    slot = Slot(nn.Linear(2, 1, bias=False).double())
+
+    def loss(w: Tensor) -> Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(slot.module, {"weight": w[None]}):
+            return checkpoint(lambda x: slot.module(x).tanh(), tensor(1, 2), use_reentrant=False).square().sum()
+
+    return loss
+
+
 GENERATOR = torch.Generator().manual_seed(0)
+NUMPY = np.random.default_rng(0)
 SECOND = "has no second derivative .*expected operations that can be differentiated twice: "
 
 
@@ -226,7 +259,34 @@ ROWS: dict[str, Row] = {
         "random numbers",
         lambda: backward(loss=lambda w: (w * torch.rand(2, generator=GENERATOR)).sum() ** 2, estimator=Reverse(1)),
         diffopt.RandomnessError,
+        "draws from a generator of its own, expected torch's global one: .*Pass them in batches",
+    ),
+    "own_numpy_generator": Row(
+        "random numbers",
+        lambda: backward(loss=lambda w: (w.square() * float(NUMPY.random())).sum(), estimator=Reverse(1)),
+        diffopt.RandomnessError,
         "loss of step . came out differently .*expected the same number: .*Draw from torch's global generator",
+    ),
+    "ended_iterator": Row(
+        "computed again",
+        lambda: solve(lambda w: (w * next(ENDED)).sum() ** 2),
+        diffopt.HiddenStateError,
+        "asks an iterator for more .*expected a loss that reads its arguments only. Pass the data of all steps in",
+    ),
+    "spectral_norm": Row(
+        "computed again",
+        lambda: backward(lambda w: w.sum(), spectral_norm(), tensor(1, 2), estimator=Reverse(1)),
+        diffopt.HiddenStateError,
+        r"keeps a state, .*, that its evaluations move and read, expected the same .*Use Reverse\('graph'\)",
+        "_u`",
+        moves=True,
+    ),
+    "hidden_checkpoint": Row(
+        "computed again",
+        lambda: backward(lambda w: w.sum(), hidden_checkpoint(), tensor(1, 2)),
+        diffopt.RecomputationError,
+        "a checkpoint in the inner loss reads .* expected what its forward pass read.*Pass the weights to it",
+        moves=True,
     ),
     **{
         f"dropout_{type(rule).__name__}": Row(

@@ -57,7 +57,7 @@ def scheduler() -> Any:
 
 NET = nn.Linear(2, 1)
 PAIRS = dict(NET.named_parameters())
-OF_MODULE = r"pass dict\(module\.named_parameters\(\)\) and call the module .*functional_call"
+OF_MODULE = r"write function, params = diffopt\.functional\(module\): pass params, call function\(params, x\)"
 REGISTER = r"no tree: pass a dict, as (vars|dict)\(\.\.\.\), or optree\.register_pytree_node\(\w+, "
 SLOTTED = r"no tree: pass a dict of its fields, or optree\.register_pytree_node\(Slotted"
 # name -> params, what the message says
@@ -96,6 +96,16 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {
 OF_THE_STEP = r"a function of the step: diffopt\.Schedule\(\[lr\(t\) for t in range\(steps\)\]\)"
 RATES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "function": (lambda: lambda step: 0.1, diffopt.HyperparameterError, OF_THE_STEP),
+    "parameters_of_a_module": (
+        lambda: NET.parameters(),
+        diffopt.HyperparameterError,
+        r"takes no parameters here: they are solve's second argument, solve\(loss, params, \.\.\.\)",
+    ),
+    "named_parameters_of_a_module": (
+        lambda: NET.named_parameters(),
+        diffopt.HyperparameterError,
+        "takes no parameters here: they are solve's second argument",
+    ),
     "schedule_of_a_function": (lambda: Schedule(lambda step: 0.1), diffopt.HyperparameterError, OF_THE_STEP),
     "scheduler": (
         scheduler,
@@ -159,7 +169,10 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "user_dict": (lambda: UserDict(scale=leaf()), INSIDE + REGISTER),
     "in_a_dict": (lambda: {"inner": SimpleNamespace(scale=leaf())}, INSIDE + REGISTER),
     "computed": (lambda: SimpleNamespace(scale=2 * leaf()), INSIDE + REGISTER),
-    "module": (module_with_scale, INSIDE + r"a module, no tree: pass dict\(module\.named_parameters\(\)\), and call"),
+    "module": (
+        module_with_scale,
+        INSIDE + r"a module, no tree: write function, params = diffopt\.functional\(module\), ",
+    ),
 }
 
 
@@ -202,6 +215,21 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: over_tasks(lambda w: (square(w), 1), torch.ones(3, 2)),
         diffopt.LossError,
         "task_loss returned tuple .*return the scalar alone",
+    ),
+    "lifted_instance": (
+        lambda: diffopt.from_torch(torch.optim.NAdam([tensor(1)])),
+        diffopt.OptimizerError,
+        r"got NAdam .*expected an optimizer class, .*: from_torch\(torch\.optim\.NAdam, lr=0\.1\)",
+    ),
+    "lifted_number": (
+        lambda: diffopt.from_torch(0.1),
+        diffopt.OptimizerError,
+        r"got float 0\.1, expected an optimizer class, .*: from_torch\(torch\.optim\.Adam, lr=0\.1\)",
+    ),
+    "battery_of_a_torch_class": (
+        lambda: diffopt.testing.check_optimizer(torch.optim.AdamW),
+        diffopt.OptimizerError,
+        rf"expected a diffopt\.Optimizer and a dataclass; write diffopt\.AdamW\(lr=\.\.\.\), or {FROM_TORCH}",
     ),
     "steps_bool": (lambda: solve(steps=np.bool_(True)), diffopt.StepsError, "is bool True, expected an integer"),
     "compile": (lambda: solve(compile="yes"), diffopt.HyperparameterError, "compile is str 'yes', expected True"),

@@ -13,6 +13,7 @@ import bad_calls
 import bad_derivatives
 import bad_habits
 import bad_losses
+import bad_modules
 import bad_options
 import bad_solvers
 import bad_tasks
@@ -22,7 +23,17 @@ from bad_row import Row
 
 from diffopt.cli import main as command_line
 
-TABLES = (bad_losses, bad_derivatives, bad_trees, bad_options, bad_calls, bad_solvers, bad_habits, bad_tasks)
+TABLES = (
+    bad_losses,
+    bad_derivatives,
+    bad_trees,
+    bad_options,
+    bad_calls,
+    bad_solvers,
+    bad_habits,
+    bad_modules,
+    bad_tasks,
+)
 ROWS: dict[str, Row] = {name: row for table in TABLES for name, row in table.ROWS.items()}
 COMMAND_LINES: dict[str, Command] = {
     **{f"command_{name}": command for name, command in COMMANDS.items()},

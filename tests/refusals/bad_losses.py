@@ -63,7 +63,7 @@ def written_since(constant: Tensor) -> None:
 
 CAPTURED_MODULE = (
     r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args; if it is a module's, "
-    r"call that by torch.func.functional_call\("
+    r"pass and call what diffopt\.functional\(module\) returns"
 )
 CAPTURED = (
     r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args.*requires_grad_\(False"

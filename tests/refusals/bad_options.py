@@ -60,9 +60,9 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     *((Binomial, {"order": 1, name: -1}, name, "expected None or an integer >= ") for name in ("window", "chunk_size")),
     *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (float("nan"), "x", None)),
     *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (10**400, -(10**400))),
-    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a number > 0") for x in (10**400, -(10**400))),
+    *((ESJacobian, {"directions": 1, "radius": x}, "radius", "expected a finite") for x in (10**400, -(10**400))),
     *(
-        (ESJacobian, {"directions": 1, "radius": 0.1, "sampling": x}, "sampling", "expected one of gaussian, radem")
+        (ESJacobian, {"directions": 1, "radius": 0.1, "sampling": x}, "sampling", "expected 'gaussian', 'rademacher'")
         for x in (np.array(["sphere", "x"]), ["sphere"], {"sphere"})
     ),
     *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-(10**400), ["x"] * 500)),
@@ -158,12 +158,12 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several_numbers": (
         lambda: solve(optimizer=Averaging()),
         diffopt.HyperparameterError,
-        r"betas is tuple .*expected a float or a tensor; .*field of several numbers: metadata=diffopt\.optimizer\.EACH",
+        r"betas is tuple .*expected a float or a tensor; .*several numbers: metadata=diffopt\.optimizers\.EACH",
     ),
     "several_numbers_for_a_tree": (
         lambda: check_optimizer(Averaging()),
         diffopt.StructureError,
-        r"betas is tuple \(0\.9, 0\.99\): expected a float, .*: metadata=diffopt\.optimizer\.EACH",
+        r"betas is tuple \(0\.9, 0\.99\): expected a float, .*: metadata=diffopt\.optimizers\.EACH",
     ),
     "offload_graph": (
         lambda: Truncated(1, "graph", offload=True),

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from bad_row import Row, elsewhere, tensor
-from torch import nn
 
 from diffopt.tasks import (
     MLP,
@@ -23,7 +22,6 @@ from diffopt.tasks import (
     Quadratic,
     Ridge,
     Sinusoid,
-    functional,
     sample_episodes,
 )
 
@@ -146,26 +144,6 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     "norm_inputs": (
         lambda: BatchStatisticsNorm2d(2)(torch.ones(1, 2, 1, 1)),
         "expected .*two or more values per channel",
-    ),
-    "functional_of_a_function": (lambda: functional(lambda x: x), "module is function .*expected a torch.nn.Module"),
-    "functional_of_a_class": (
-        lambda: functional(nn.Linear),
-        r"expected a torch.nn.Module, made: Linear\(2, 1\), not Linear",
-    ),
-    "functional_without_parameters": (lambda: functional(nn.ReLU()), "ReLU has no parameters; expected one or more"),
-    "functional_name_missing": (
-        lambda: functional(MLP((2, 2), generator=source()))[0]({"layers.0.weight": torch.ones(2, 2)}, torch.ones(1, 2)),
-        r"params\['layers.0.bias'\] is missing; expected the 2 names",
-    ),
-    "functional_name_unknown": (
-        lambda: (lambda apply, params: apply({**params, "x": 1}, torch.ones(1, 2)))(
-            *functional(MLP((2, 2), generator=source()))
-        ),
-        r"params\['x'\] is unknown; expected the 2 names",
-    ),
-    "functional_list": (
-        lambda: functional(MLP((2, 2), generator=source()))[0]([1], torch.ones(1, 2)),
-        r"list \[1\]; expected a dictionary",
     ),
 }
 

@@ -41,7 +41,7 @@ PARAMS: dict[str, tuple[Any, type[Exception], str, str]] = {
     "module": (
         nn.Linear(1, 1),
         diffopt.LeafError,
-        "module Linear, expected a tree of tensors.*functional_call",
+        r"module Linear, expected a tree of tensors; write function, params = diffopt\.functional\(module\)",
         "params",
     ),
     "two_devices": (

@@ -48,4 +48,4 @@ def test_the_page_names_the_built_in_exception(classes: dict[str, type[DiffoptEr
 
 def test_every_class_of_the_core_is_public(classes: dict[str, type[DiffoptError]]) -> None:
     core = {name for name, kind in classes.items() if kind.__module__ == "diffopt.errors"}
-    assert core == {name for name in diffopt.__all__ if name.endswith("Error")} - {"DiffoptError"}
+    assert core == {name for name in diffopt.errors.__all__ if name.endswith("Error")} - {"DiffoptError"}

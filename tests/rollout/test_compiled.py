@@ -252,3 +252,71 @@ def test_an_update_that_looks_at_the_number_of_its_step_runs_without() -> None:
             solution.params.sum().backward()
         ends += [solution.params.detach(), w.grad]
     assert torch.equal(torch.stack(ends[:2]), torch.stack(ends[2:]))
+
+
+def added(w: dict[str, Tensor], a: Tensor) -> Tensor:
+    return (a * w["x"] * w["y"]).sum().square() + (w["x"] - 1).pow(4).sum() + (w["y"] + 2).square().sum()
+
+
+def by_both_ways(start: dict[str, Tensor], a: Tensor, outer: Any, rule: Any = Reverse(1)) -> list[list[Tensor]]:  # noqa: B008
+    """The solution and the hypergradient, compiled and not."""
+    results = []
+    for compile in (True, False):
+        optimizer = diffopt.SGD(0.01, momentum=0.5)
+        end = diffopt.solve(added, start, a, optimizer=optimizer, steps=3, compile=compile, estimator=rule).params
+        inputs = list(dict.fromkeys([*start.values(), a]))
+        results.append([*end.values(), *torch.autograd.grad(outer(end), inputs)])
+    return results
+
+
+ONE = torch.tensor([0.3, -0.7, 0.5], dtype=torch.float64)
+STARTS: dict[str, Any] = {
+    "one_tensor": lambda: (lambda w: {"x": w, "y": w})(ONE.clone().requires_grad_()),
+    "two_views": lambda: (lambda w: {"x": w.view(3), "y": w.view(3)})(ONE.clone().requires_grad_()),
+    "equal": lambda: {"x": ONE.clone().requires_grad_(), "y": ONE.clone().requires_grad_()},
+    "zero": lambda: {"x": torch.zeros_like(ONE).requires_grad_(), "y": ONE.clone().requires_grad_()},
+    "expanded": lambda: {"x": ONE[:1].clone().requires_grad_().expand(3), "y": ONE.clone().requires_grad_()},
+    "strided": lambda: {"x": torch.stack([ONE, -ONE], 1).requires_grad_()[:, 0], "y": ONE.clone().requires_grad_()},
+}
+COTANGENTS: dict[str, Any] = {
+    "equal": lambda end: (end["x"] + end["y"]).sum(),
+    "one_zero": lambda end: end["x"].sum() + 0 * end["y"].sum(),
+    "one_none": lambda end: end["y"].pow(2).sum(),
+    "opposite": lambda end: (end["x"] - end["y"]).sum(),
+    "expanded": lambda end: end["x"].sum() * end["y"].sum(),
+    "one_matrix": lambda end: torch.stack([end["x"], end["y"]]).T.pow(2).sum(),
+    "all_zero": lambda end: 0 * (end["x"] + end["y"]).sum(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", STARTS)
+def test_arguments_that_are_one_object_or_look_alike_stay_apart(begin: str) -> None:
+    """Tracing tells arguments apart by object, and may take what is equal, or zero, for always so."""
+    for end in COTANGENTS:  # the functions are compiled once for all of them
+        start, a = STARTS[begin](), ONE.flip(0).clone().requires_grad_()
+        got, expected = by_both_ways(start, a, COTANGENTS[end])
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    start = STARTS[begin]()
+    for rule in (Truncated(2), Reverse(2)):
+        got, expected = by_both_ways(start, ONE.clone().requires_grad_(), COTANGENTS["equal"], rule)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_an_argument_that_is_one_of_the_params_stays_apart() -> None:
+    w = ONE.clone().requires_grad_()
+    got, expected = by_both_ways({"x": w, "y": ONE.flip(0).clone().requires_grad_()}, w, COTANGENTS["equal"])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_function_that_is_right_only_where_it_was_traced_is_not_used() -> None:
+    """The check of a compiled function looks at other numbers than those that it was made with."""
+    given = [torch.tensor(1.0, dtype=torch.float64), ONE.clone(), ONE.clone()]
+    right: Any = lambda number, x, y: (x * y * number,)  # noqa: E731
+    merged: Any = lambda number, x, y: (x * x * number,)  # noqa: E731
+    frozen: Any = lambda number, x, y: (x * ONE * number,)  # noqa: E731
+    assert compiled._checked(right, right, given) is right
+    for wrong in (merged, frozen):
+        with pytest.raises(ArithmeticError, match="compiled, it is off by"):
+            compiled._checked(wrong, right, given)

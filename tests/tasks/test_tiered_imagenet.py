@@ -131,7 +131,7 @@ def swapped(picture):
 BROKEN = {
     "too few labels": (
         changed("label_specific", lambda a: a[1:]),
-        r"labels int32 of shape \(241,\); expected 242 whole",
+        r"labels int32 of shape \(241,\); expected 242 integers",
     ),
     "labels of another kind": (changed("label_specific", lambda a: a / 2), r"labels float64"),
     "a label beyond": (changed("label_specific", lambda a: a + 1), "from 1 to 97; expected all of 0 to 96"),

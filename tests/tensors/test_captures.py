@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 import diffopt
+from diffopt import Leaves
 from diffopt.estimators import FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
 
 Run = Callable[..., Tensor]
@@ -300,7 +304,8 @@ def test_an_inner_solve_that_captures_the_outer_params_is_refused(rule: Any) -> 
 
 def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
     module = torch.nn.Linear(2, 1)
-    with pytest.raises(diffopt.CapturedTensorError, match=r"reads `args\[0\]\['net'\]\.bias`, .*functional_call"):
+    says = r"reads `args\[0\]\['net'\]\.bias`, .*diffopt\.functional\(module\)"
+    with pytest.raises(diffopt.CapturedTensorError, match=says):
         diffopt.solve(
             lambda w, held: held["net"](w).square().sum(),
             torch.ones(2),
@@ -308,3 +313,153 @@ def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
             optimizer=diffopt.SGD(0.1),
             steps=1,
         )
+
+
+# ------------------------------------------------------------------------------------------------ at later steps
+
+
+def from_step(first: int, c: Tensor) -> tuple[Any, Tensor]:
+    """A loss that captures ``c`` from a step on, and the batches that tell it which step it is."""
+    return lambda w, flag: distance(w, c) if float(flag) else w.square().sum(), (torch.arange(1, 5) >= first).double()
+
+
+class Late:
+    """An optimizer's update that captures a tensor from a step on."""
+
+    @staticmethod
+    def of(first: int, c: Tensor) -> Any:
+        @dataclass(frozen=True)
+        class Shifted(diffopt.Optimizer):
+            lr: float = 0.1
+
+            def init(self, params: Leaves) -> dict[str, Leaves]:
+                return {}
+
+            def update(self, params: Leaves, grads: Leaves, buffers: Any, step: int) -> Any:
+                shift = params.map(lambda x: x + 0.01 * c) if step >= first else params
+                return shift - self.lr * grads, buffers
+
+        return Shifted()
+
+
+LATER: dict[str, Any] = {**RULES, "graph": Reverse("graph"), "sqrt": Reverse("sqrt"), "every_third": Reverse(3)}
+
+
+@pytest.mark.parametrize("first", [2, 3, 4])
+@pytest.mark.parametrize("made", ["leaf", "non_leaf", "parameter", "older_graph"])
+@pytest.mark.parametrize("rule", LATER)
+def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first: int) -> None:
+    c = {
+        "leaf": leaf,
+        "non_leaf": lambda: 2 * leaf(),
+        "parameter": lambda: nn.Parameter(leaf().detach()),
+        "older_graph": lambda: distance(leaf(), leaf()).expand(2).clone(),
+    }[made]()
+    loss, flags = from_step(first, c)
+    with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.* Pass it in \*args"):
+        diffopt.solve(
+            loss, start(), optimizer=diffopt.SGD(0.1), steps=4, batches=flags, estimator=LATER[rule]
+        ).params.sum().backward()
+
+
+@pytest.mark.parametrize("style", ["vmap", "grad", "vmap_of_grad", "grad_of_vmap"])
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_so_is_what_a_transform_has_wrapped(style: str, first: int) -> None:
+    def end(c: Tensor) -> Tensor:
+        loss, flags = from_step(first, c)
+        return diffopt.solve(loss, start(), optimizer=diffopt.SGD(0.1), steps=4, batches=flags).params
+
+    calls: dict[str, Callable[[], Any]] = {
+        "vmap": lambda: vmap(end)(rows(3)),
+        "grad": lambda: grad(lambda c: end(c).sum())(start()),
+        "vmap_of_grad": lambda: vmap(grad(lambda c: end(c).sum()))(rows(3)),
+        "grad_of_vmap": lambda: grad(lambda c: vmap(end)(c).sum())(rows(3)),
+    }
+    with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
+        calls[style]()
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Reverse(2), Truncated(4)], ids=repr)
+def test_an_update_that_captures_a_tensor_is_refused_at_the_latest_in_the_backward_pass(rule: Any, first: int) -> None:
+    w = leaf()
+    with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
+        diffopt.solve(
+            lambda w: w.square().sum(), w, optimizer=Late.of(first, leaf()), steps=4, estimator=rule
+        ).params.sum().backward()
+
+
+@pytest.mark.parametrize("rule", LATER)
+def test_constants_and_arguments_that_are_read_later_are_right(rule: str) -> None:
+    c = leaf()
+    for captured, given in ((c.detach(), ()), (None, (c,))):
+
+        def loss(w: Tensor, *args: Tensor, captured: Any = captured) -> Tensor:
+            target = args[0] if captured is None else captured
+            return distance(w, target) if float(args[-1]) else w.square().sum()
+
+        flags = torch.tensor([0, 1, 0, 1], dtype=torch.float64)
+        end = diffopt.solve(
+            loss, start(), *given, optimizer=diffopt.SGD(0.1), steps=4, batches=flags, estimator=LATER[rule]
+        ).params
+        now = start()
+        for flag in flags:
+            now = now - 0.2 * (now - flag * c.detach())
+        torch.testing.assert_close(end.detach(), now, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), Reverse("sqrt")], ids=repr)
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_a_captured_tangent_is_refused(rule: Any, first: int) -> None:
+    """Of plain forward-mode differentiation, whose tensors no transform has wrapped."""
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        loss, flags = from_step(first, forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
+        with pytest.raises(
+            diffopt.MissingDerivativeError, match="the inner loss reads a tensor that carries a tangent"
+        ):
+            diffopt.solve(loss, start(), optimizer=diffopt.SGD(0.1), steps=4, batches=flags, estimator=rule)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_plain_unrolling_passes_a_captured_tangent_on(first: int) -> None:
+    """Each of the steps that read ``c`` adds a fifth of its tangent, and keeps four fifths of what was there."""
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        loss, flags = from_step(first, forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
+        end = diffopt.solve(
+            loss, start(), optimizer=diffopt.SGD(0.1), steps=4, batches=flags, estimator=Unrolled()
+        ).params
+        tangent = forward_ad.unpack_dual(end).tangent
+    expected = 0.0
+    for flag in flags:
+        expected = 0.8 * expected + 0.2 * float(flag)
+    torch.testing.assert_close(tangent, torch.full((2,), expected, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_a_loss_may_ask_for_the_gradient_of_what_it_is_given() -> None:
+    """A gradient penalty begins with ``x.requires_grad_()``, of an argument, a batch, or one that requires it."""
+    x, factor = rows(3), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def loss(w: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        (slope,) = torch.autograd.grad((x @ w).pow(3).sum(), x, create_graph=True)
+        return distance(w, x[0].detach()) + factor * slope.square().mean()
+
+    now = start()
+    for _ in range(3):
+        now = now.detach().requires_grad_() if now.is_leaf else now
+        now = now - 0.1 * torch.autograd.grad(loss(now, factor, x.clone()), now, create_graph=True)[0]
+    (expected,) = torch.autograd.grad(now.pow(3).sum(), factor)
+    for rule in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled()):
+        for wanted in (x, x.clone().requires_grad_()):
+            w = start()
+            end = diffopt.solve(loss, w, factor, wanted, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule).params
+            (got,) = torch.autograd.grad(end.pow(3).sum(), factor)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+            batches = torch.stack([wanted] * 3)
+            end = diffopt.solve(
+                loss, w, factor, batches=batches, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule
+            ).params
+            torch.testing.assert_close(torch.autograd.grad(end.pow(3).sum(), factor)[0], expected, rtol=1e-12, atol=0)
+    assert not x.requires_grad

@@ -5,7 +5,9 @@ The oracle is a plain loop unrolled by autograd under the same seed; under vmap,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -167,7 +169,7 @@ def test_a_later_solve_does_not_disturb_an_earlier_one(estimator: Any) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["graph", 1, 3])
 def test_numbers_from_a_generator_of_the_losss_own_are_right_or_refused(checkpoint: Any) -> None:
-    """Graphs need no other draw; a replay would draw other numbers, and finds another loss."""
+    """Graphs need no other draw; a replay would draw other numbers, which is seen at the first step."""
     w, x, lr = leaves()
     generator = torch.Generator().manual_seed(SEED)
     masks = [torch.rand(x.shape, generator=generator, dtype=x.dtype) for _ in range(STEPS)]
@@ -175,12 +177,12 @@ def test_numbers_from_a_generator_of_the_losss_own_are_right_or_refused(checkpoi
     generator.manual_seed(SEED)
     optimizer, rule = diffopt.SGD(lr, momentum=MOMENTUM), Reverse(checkpoint)
     drawing = partial(draw_and_evaluate, generator)
-    end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule).params.pow(3).sum()
     if checkpoint == "graph":
+        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule).params.pow(3).sum()
         assert_same(torch.autograd.grad(end, [w, x, lr]), wanted)
     else:
-        with pytest.raises(diffopt.RandomnessError, match="loss"):
-            torch.autograd.grad(end, [w, x, lr])
+        with pytest.raises(diffopt.RandomnessError, match="draws from a generator of its own"):
+            diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule)
 
 
 def draw_and_evaluate(generator: torch.Generator, w: Tensor, x: Tensor) -> Tensor:
@@ -248,3 +250,99 @@ def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_eva
     solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
     with pytest.raises(diffopt.RandomnessError, match="came out differently"):
         solution.params.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ beside other threads
+
+
+def draws_of_everything(w: Tensor, x: Tensor) -> Tensor:
+    """Each way of drawing, in one loss; a number from every one moves it."""
+    like = torch.empty_like(w)
+    parts = [
+        torch.rand_like(w),
+        torch.randn_like(w),
+        torch.randint_like(w, 5),
+        torch.randint_like(w, 2, 7),
+        torch.rand(4, dtype=w.dtype),
+        torch.randn(4, dtype=w.dtype),
+        torch.normal(torch.zeros_like(w), 1.0),
+        torch.bernoulli(torch.full_like(w, 0.5)),
+        torch.randperm(4).to(w.dtype),
+        torch.randint(9, (4,)).to(w.dtype),
+        torch.multinomial(torch.ones(6), 4).to(w.dtype),
+        torch.poisson(torch.full_like(w, 3.0)),
+        like.clone().uniform_(-1, 1),
+        like.clone().normal_(),
+        like.clone().exponential_(),
+        like.clone().cauchy_().clamp(-3, 3),
+        like.clone().geometric_(0.4).clamp(max=9),
+        like.clone().log_normal_().clamp(max=9),
+        functional.dropout(torch.ones_like(w), 0.4),
+        functional.dropout(torch.ones_like(w), 0.9).add(1),
+        functional.alpha_dropout(torch.ones_like(w), 0.4, training=True),
+        functional.rrelu(-torch.ones_like(w), training=True),
+        torch.distributions.Gamma(torch.full_like(w, 2.0), 1.0).sample(),
+        torch.distributions.Beta(torch.full_like(w, 2.0), 1.0).sample(),
+    ]
+    return (w * torch.stack(parts).sum(0)).sum().tanh() + given_mask(w, x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("drawing", [loss, draws_of_everything])
+def test_a_replay_beside_another_thread_draws_the_same_numbers(drawing: Any) -> None:
+    """And leaves the generator where it is: it draws from one of its own."""
+    rules = [rule for rule in EXACT.values() if not isinstance(rule, ForwardMode | type(Unrolled()))]
+    rules = [Reverse(1), Reverse(3), Truncated(STEPS, checkpoint=2)] if drawing is not loss else rules
+    w, x, lr = leaves()
+
+    def hypergradient(rule: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(SEED)
+        optimizer = diffopt.SGD(lr, momentum=MOMENTUM)
+        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule).params
+        return torch.autograd.grad(end.pow(3).sum(), [w, x, lr])
+
+    expected = hypergradient(Reverse("graph"))
+    ended, states = threading.Event(), []
+    waiting = threading.Thread(target=ended.wait, args=(120,))
+    waiting.start()
+    try:
+        for rule in rules:
+            assert_same(hypergradient(rule), expected)
+            states.append(torch.get_rng_state())
+    finally:
+        ended.set()
+        waiting.join()
+    torch.manual_seed(SEED)
+    diffopt.solve(drawing, w, x, optimizer=diffopt.SGD(lr, momentum=MOMENTUM), steps=STEPS)
+    assert all(torch.equal(state, torch.get_rng_state()) for state in states)
+
+
+def test_another_thread_gets_no_number_twice() -> None:
+    """It draws as fast as it can while dropout is replayed."""
+    seen: set[tuple[float, ...]] = set()
+    repeated, ended = [], threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            pair = tuple(torch.rand(2, dtype=torch.float64).tolist())
+            repeated.extend([pair] if pair in seen else [])
+            seen.add(pair)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(20):
+            w = torch.randn(20, dtype=torch.float64, requires_grad=True)
+            with suppress(diffopt.RandomnessError):  # what the rollout itself draws, another thread may draw between
+                end = diffopt.solve(
+                    lambda w: (torch.rand(20, dtype=w.dtype) * w.square()).sum(),
+                    w,
+                    optimizer=diffopt.SGD(0.1),
+                    steps=4,
+                    estimator=Reverse(1),
+                ).params
+                end.sum().backward()
+    finally:
+        ended.set()
+        thread.join()
+    assert len(seen) > 10
+    assert not repeated

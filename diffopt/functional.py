@@ -1,0 +1,121 @@
+"""From a module to a function of its parameters, which is what ``solve`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from diffopt.errors import LeafError, StructureError
+from diffopt.tensors import hints, transforms
+from diffopt.tensors.tree import describe
+
+Params: TypeAlias = dict[str, Tensor]
+
+
+class ModuleFunction(Protocol):
+    """What :func:`functional` makes of a module: its ``forward`` as a function of the parameters as well."""
+
+    def __call__(self, params: Params, /, *inputs: Any, **named_inputs: Any) -> Any:
+        """Call the module with these parameters."""
+        ...
+
+
+def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
+    """A module as a function of its parameters, and the parameters to start from.
+
+    ``function(params, *inputs, **inputs)`` is ``module(*inputs, **inputs)`` with exactly these parameters: a name that
+    is missing or unknown raises. ``function`` and ``params`` are what :func:`diffopt.solve` needs: call the one in the
+    loss, and pass the other, or a part of it, as ``params``.
+
+    - *Trainable parameters* are copied into ``params``. Calls neither read nor change the module's own.
+    - *Frozen parameters* (``requires_grad=False``) are not in ``params``, as ``torch.optim`` leaves them alone: each
+      call reads them from the module, as constants, without a copy. Freeze or unfreeze before you call ``functional``.
+    - *Tied weights* are in ``params`` once, under their first name, and move together.
+    - *Buffers* are copied now, and each call reads a fresh copy. What a layer writes into them (running statistics) is
+      dropped, and under ``torch.func.vmap`` raises: use layers without running statistics there.
+    - ``module.train()`` and ``module.eval()`` act on later calls.
+
+    Args:
+        module: any module. A lazy one must have been called once, on data.
+
+    Returns:
+        ``function``, and ``params``: each trainable parameter's name with a detached copy that requires grad.
+
+    Raises:
+        LeafError: it is no module, or has no parameter to train, or is a lazy module before its first call.
+        StructureError: from ``function``: ``params`` has other names; or a parameter that was frozen no longer is.
+
+    Example:
+        >>> import torch
+        >>> function, params = functional(torch.nn.Linear(2, 1))
+        >>> sorted(params)
+        ['bias', 'weight']
+        >>> params = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
+        >>> function(params, torch.tensor([[1.0, 1.0]]))
+        tensor([[6.]])
+    """
+    named, frozen = _parameters(module)
+    params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+    # NOTE [which names a module's function takes]
+    # named_parameters gives each tied weight once, under its first name, and functional_call fills in its other names.
+    # So the names are compared here: a strict functional_call would also ask for the frozen parameters, which stay the
+    # module's own objects (a copy would cost their memory, and some quantised classes lose what they know in a copy).
+    def function(params: Params, /, *inputs: Any, **named_inputs: Any) -> Any:
+        if not isinstance(params, Mapping) or params.keys() != named.keys():
+            raise StructureError(_other_names(params, named, frozen))
+        if any(parameter.requires_grad for parameter in frozen.values()):
+            raise StructureError(_no_longer_frozen(frozen))
+        fresh = {name: buffer.clone() for name, buffer in buffers.items()}
+        return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
+
+    return function, params
+
+
+def _parameters(module: Any) -> tuple[Params, Params]:
+    """The parameters of a module by name: those that are to be trained, and the frozen ones."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise LeafError(f"module is {describe(module)}, expected a torch.nn.Module: make it, Linear(2, 1) for Linear")
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(value):
+            raise LeafError(
+                f"{kind}: {name!r} is {describe(value)}, expected a tensor with a shape{hints.for_params(value)}"
+            )
+    named = dict(module.named_parameters())
+    trained: Params = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if not named:
+        raise LeafError(f"{kind} has no parameters, expected one or more to train: a module without is a function")
+    if not trained:
+        raise LeafError(
+            f"all {len(named)} parameters of {kind} are frozen (requires_grad=False), expected one or more to train: "
+            "call requires_grad_() on those"
+        )
+    return trained, {name: parameter for name, parameter in named.items() if name not in trained}
+
+
+def _other_names(params: Any, names: Params, frozen: Params) -> str:
+    expected = f"expected the {len(names)} names that functional() returned"
+    if not isinstance(params, Mapping):
+        return f"params is {describe(params)}, {expected}, in a dictionary from name to tensor"
+    unknown = [name for name in params if name not in names]
+    for name in unknown:
+        if name in frozen:
+            return (
+                f"params[{name!r}] is a frozen parameter of the module, {expected}: the frozen ones are read from the "
+                "module; requires_grad_() it before you call functional() to have it among them"
+            )
+    odd = [f"params[{name!r}] is missing" for name in names if name not in params]
+    odd += [f"params[{name!r}] is unknown" for name in unknown]
+    return f"{', '.join(odd[:2])}, {expected}: {list(names)[:2]} ..."
+
+
+def _no_longer_frozen(frozen: Params) -> str:
+    name = next(name for name, parameter in frozen.items() if parameter.requires_grad)
+    return (
+        f"{name!r} requires grad, expected a parameter that is frozen, as it was when functional() was called: "
+        "call functional() again to train it, or freeze it with requires_grad_(False)"
+    )
