@@ -908,24 +908,25 @@ FAULTS = [
         '    "GradModeError",\n',
         "",
         "public_names",
+    ),
     # modes, hooks, threads and transforms around a solve, and derivatives in its loss
     Fault(
         "a backward pass runs in the caller's inference mode",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "if torch.is_inference_mode_enabled() else nullcontext()",
         "if False else nullcontext()",
         "modes",
     ),
     Fault(
         "a cotangent that was made in inference mode is recorded as it is",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "c.clone() if c.is_inference() else c for c in given",
         "c for c in given",
         "modes",
     ),
     Fault(
         "batched gradients meet the old vmap",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()",
         "partial(transforms.apply, _Pullback, call, *saved), 0",
         "modes",
@@ -939,7 +940,7 @@ FAULTS = [
     ),
     Fault(
         "a change between solve and backward is torch's own error",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "        if not is_in_place(error):\n            raise\n        raise InPlaceError(",
         "        if error:\n            raise\n        raise InPlaceError(",
         "modes",
@@ -1058,7 +1059,7 @@ FAULTS = [
     ),
     Fault(
         "first-order rules are warned of half precision",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "if call.wanted and call.watch.values and call.rule.claims(call.dynamics.inner_steps).second_derivatives:",
         "if call.wanted and call.watch.values:",
         "precision_warning",
@@ -1072,7 +1073,7 @@ FAULTS = [
     ),
     Fault(
         "Unrolled warns of half precision where nothing is differentiated",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/rollout/unroll.py",
         "if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):",
         "if problem.check:",
         "precision_warning",
@@ -1114,14 +1115,14 @@ FAULTS = [
     ),
     Fault(
         "without a step Unrolled returns the caller's tensor",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/rollout/unroll.py",
         "final.tensors if problem.dynamics.steps else tuple(x.clone() for x in final)",
         "final.tensors",
         "unrolled",
     ),
     Fault(
         "Unrolled does not look at its hypergradient",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/rollout/unroll.py",
         "    if problem.check and not transforms.transforms_active():\n        tensors",
         "    if False:\n        tensors",
         "unrolled",
@@ -1135,7 +1136,7 @@ FAULTS = [
     ),
     Fault(
         "a rollout that is taken again keeps what another thread drew",
-        "diffopt/adjoint/estimator.py",
+        "diffopt/adjoint/autograd_function.py",
         "    again.draws.update(old.draws)",
         "    pass",
         "random_threads",
