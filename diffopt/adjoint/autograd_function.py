@@ -210,6 +210,7 @@ def _usable_record(call: Call, inputs: Sequence[Tensor]) -> Record:
     again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
     with old.replay(None, inputs[0].device):
         roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch(state=call.watch.values))
+    again.draws.update(old.draws)  # if another thread drew meanwhile, the generator's state is no longer that of a step
     if again.hidden_state is not None:
         raise again.hidden_state
     if call.watch.values and old.losses is not None and not call.restacked:

@@ -15,16 +15,20 @@ from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
 import diffopt
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.estimators import (
+    Adjoint,
     Binomial,
     FirstOrder,
     ForwardMode,
+    Keep,
     Krylov,
     MultiStep,
     Reverse,
     Truncated,
     Unrolled,
 )
+from diffopt.tensors.leaves import Leaves
 
 EXACT: dict[str, Any] = {
     "default": Reverse(),
@@ -129,6 +133,23 @@ def test_a_cotangent_that_was_made_in_inference_mode_is_taken(exact: Any, cotang
         one = torch.ones((), dtype=torch.float64)
         given = {"ones": torch.ones_like(end), "expanded": one.expand(3), "made there": end * 0 + 1}[cotangent]
         assert_same(torch.autograd.grad(end, inputs, given), expected)
+
+
+class Recording(Adjoint):
+    """A rule of somebody's own, first order, that lets autograd save the cotangent."""
+
+    def keep(self, steps: int) -> Keep:
+        return Keep(first=steps + 1)
+
+    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+        with torch.enable_grad():
+            roots = [x.detach().requires_grad_() for x in trajectory.initial]
+            total = sum((root * c).sum() for root, c in zip(roots, cotangent, strict=True))
+        return Cotangents(Leaves(torch.autograd.grad(total, roots)), {})
+
+
+def test_a_rule_of_ones_own_may_record_in_inference_mode() -> None:
+    assert_same(hypergradient(Recording(), inference=True), hypergradient(FirstOrder(), inference=False))
 
 
 def test_backward_in_inference_mode_writes_to_grad_what_can_be_used_outside(exact: Any) -> None:

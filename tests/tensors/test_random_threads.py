@@ -148,6 +148,16 @@ def test_what_is_drawn_again_is_the_same_bit_for_bit(draw: Callable[[], Tensor],
     assert torch.equal(torch.get_rng_state(), stand)
 
 
+@pytest.mark.parametrize("name", DRAWS)
+def test_beside_a_thread_the_global_generator_is_not_touched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But by the one operation that takes no generator and that nothing else can stand in for."""
+    touched: list[Any] = []
+    monkeypatch.setattr(random_state, "restore", lambda *given: touched.append(given))
+    with waiting_thread(), random_state.replayed(random_state.snapshot(CPU), CPU):
+        DRAWS[name]()
+    assert bool(touched) == (name == "native_dropout")
+
+
 @pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
 def test_a_generator_of_the_callers_is_left_to_the_caller(beside: Any) -> None:
     torch.manual_seed(11)
@@ -223,6 +233,21 @@ def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from
     with Drawer() as drawer:
         found = [torch.autograd.grad(value, [w, x]) for value in values]
     assert len(drawer.seen) > 10
+    assert drawer.repeats == 0
+    for got in found:
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
+def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(rule: Any) -> None:
+    """All but the first roll out again."""
+    w, x = given()
+    torch.manual_seed(5)
+    expected = torch.autograd.grad(by_loop(w, x).pow(3).sum(), [w, x])
+    torch.manual_seed(5)
+    value = solution(w, x, rule).pow(3).sum()
+    with Drawer() as drawer:
+        found = [torch.autograd.grad(value, [w, x], retain_graph=True) for _ in range(8)]
     assert drawer.repeats == 0
     for got in found:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
