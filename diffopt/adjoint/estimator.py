@@ -75,7 +75,9 @@ class Adjoint(Estimator):
         if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)
         levels = range(1, transforms.transform_level() + 1) if problem.check else range(0)
-        captures, state = problem.check and torch.is_grad_enabled(), problem.check and keep.checkpoint != "graph"
+        captures = problem.check and torch.is_grad_enabled()
+        # (what keeps graphs while they are small looks for state only where they are not)
+        state = problem.check and keep.checkpoint not in ("graph", None)
         watch = Watch(problem.check, captures, levels, state)
         call = Call(problem.dynamics, self, keep, Record(), watch)
         *state, losses = launch(call, (*problem.state, *problem.extras))

@@ -136,7 +136,8 @@ class Stepper:
         if step == keep.first:
             expected = autograd_graph.saved_bytes(self._first_graph or (), self.extras) * count
             self._first_graph = []
-            if record.checkpoint is None and expected > GRAPH_BUDGET and record.hidden_state is None:
+            large = record.checkpoint is None and expected > GRAPH_BUDGET and record.hidden_state is None
+            if large and not self._keeps_state(state, losses, step):
                 record.checkpoint, self._growing = math.isqrt(count - 1) + 1, None
                 record.store(step, state, offload=keep.offload)
                 return after, losses
@@ -145,6 +146,25 @@ class Stepper:
             block.close()
             record.block, self._growing = block, None
         return after, losses
+
+    def _keeps_state(self, state: Leaves, losses: Tensor, step: int) -> bool:
+        """Whether the losses of a step come out differently when they are computed again, which moves nothing.
+
+        What has the graphs of all steps needs none again, and takes them whatever their size: what is right for a small
+        model must not be wrong, or refused, for a large one.
+        """
+        if not self.watch.values:
+            return False
+        held, current = HiddenState(self.dynamics.loss), self.dynamics.at_step(self.extras, step)
+
+        def again() -> tuple[Tensor, Sequence[Tensor]]:
+            params = [leaf.detach().requires_grad_() for leaf in state[: self.dynamics.params_count]]
+            with torch.enable_grad(), random_state.replayed(self._draws_from, params[0].device):
+                return self.dynamics.losses(params, current).detach(), ()
+
+        keeps = held.matters(again, losses, (), exactly=True)
+        self._held = None if keeps else held  # looked at again after the last step
+        return keeps
 
     def _plain(self, state: Leaves, step: int, *, keep_gradients: bool = False) -> tuple[Leaves, Tensor]:
         """One step without its graph."""
