@@ -29,12 +29,15 @@ class HiddenState:
         self._objects = self._in_places()  # kept, so that no other object can come to lie where one was
         self._addresses = list(map(id, self._objects))
         self._drawn = [generator.get_state() for generator in self._held.generators]
+        # batch norm writes to its statistics without counting that as written
+        self._statistics = [(x, x.detach().clone()) for x in self._buffers() if x.numel() <= _SMALL]
 
     def has_moved(self) -> bool:
         """Whether a tensor has been written to, a place holds something else, or a generator has drawn."""
         return (
             [x._version for x in self._tensors] != self._versions
             or list(map(id, self._in_places())) != self._addresses
+            or not all(torch.equal(x, before) for x, before in self._statistics)
             or self._have_drawn()
         )
 
@@ -99,7 +102,7 @@ class HiddenState:
         return [x for x, version in zip(self._tensors, self._versions, strict=True) if x._version != version]
 
     def _buffers(self) -> list[Tensor]:
-        """The buffers of modules, some of which batch norm writes to without counting it as written."""
+        """The buffers of modules."""
         inner = (x for module in self._held.modules for x in module._buffers.values() if x is not None)
         return [x for x in map(transforms.unwrapped, inner) if not x.is_inference()]
 
@@ -116,6 +119,10 @@ class HiddenState:
         found += (content_of(cell) for cell in self._held.cells)
         found += (space.get(name) for space, name in self._held.names)
         return found
+
+
+_SMALL = 2**16
+"""Numbers in the largest buffer that is looked at number by number."""
 
 
 def _refill(container: Any, old: Any) -> None:

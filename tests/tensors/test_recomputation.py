@@ -376,7 +376,7 @@ def test_what_a_recomputation_reads_beside_weights_is_its_own_business() -> None
     def part(x: Tensor) -> Tensor:
         if len(x) not in table:
             table[len(x)] = torch.arange(len(x), dtype=x.dtype)[:, None]
-        return frozen(x) * table[len(x)]
+        return frozen(x) * table[len(x)] + torch.tensor([0.5], dtype=x.dtype)  # a new tensor at every call
 
     def loss(p: dict[str, Tensor], saving: bool) -> Tensor:
         return tasks[saving].loss(p) + saved(part, p["layers.0.weight"], saving).square().mean()
@@ -442,6 +442,24 @@ def around(x: Tensor, y: Tensor, rule: Any) -> Callable[..., Tensor]:
         return diffopt.solve(loss, start, penalty, optimizer=optimizer, steps=3, estimator=rule).params.pow(3).sum()
 
     return task
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=repr)
+def test_hooks_around_a_solve_see_its_inputs_and_its_end_only(rule: Any) -> None:
+    """Not its inner graphs, which would grow with the number of steps, and be recomputed for every step's gradient."""
+    packed: list[int] = []
+
+    def count(x: Tensor) -> Tensor:
+        packed[-1] += 1
+        return x
+
+    for steps in (3, 9):
+        packed.append(0)
+        with saved_tensors_hooks(count, lambda x: x):
+            w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+            optimizer = diffopt.SGD(LR)
+            diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=optimizer, steps=steps, estimator=rule)
+    assert packed[0] == packed[1]
 
 
 @pytest.mark.parametrize("rule", [*EXACT.values(), Binomial(3), ForwardMode(), Krylov(3), FirstOrder()], ids=repr)
