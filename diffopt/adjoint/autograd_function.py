@@ -34,9 +34,11 @@ class Rule(Protocol):
 
     def claims(self, steps: int) -> Claims:
         """What holds of it on so many steps."""
+        ...
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The adjoint of the initial state and the direct terms, given that of the final state."""
+        ...
 
 
 @dataclass(frozen=True)
