@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
 from diffopt.optimizers.checks import POSITIVE, check_eps, check_range, decayed, is_zero
-from diffopt.tensors import transforms
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
 
@@ -38,13 +36,7 @@ class Adagrad(Optimizer):
     def init(self, params: Leaves) -> Buffers:
         """The accumulated squares start at ``initial_accumulator_value``."""
         check_eps(self, params)
-        start = self.initial_accumulator_value
-        if isinstance(start, Leaves) and any(bool((transforms.plain(x) < 0).any()) for x in start):
-            raise HyperparameterError(
-                "Adagrad: initial_accumulator_value holds a negative number, expected numbers >= 0, whose root is "
-                "taken; learn its logarithm, or clamp it"
-            )
-        return {"square": params.zeros() + start}
+        return {"square": params.zeros() + self.initial_accumulator_value}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """One step."""
