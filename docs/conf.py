@@ -10,6 +10,9 @@ sys.path[:0] = [str(HERE / "extensions"), str(HERE)]
 
 import diffopt  # noqa: E402
 
+# Pages show bad estimates on purpose, in numbers: their cells need not be warned of them (an EstimateWarning begins so).
+os.environ["PYTHONWARNINGS"] = "ignore:Binomial,ignore:Krylov,ignore:the hypergradient of"
+
 project = "diffopt"
 author = "The diffopt developers"
 project_copyright = "The diffopt developers, Apache-2.0"

@@ -50,7 +50,8 @@ def test_exact_rules_equal_autograd_through_a_plain_loop(case, estimator):
 def test_exact_rules_equal_autograd_on_random_networks(seed, steps, case, estimator):
     problem = small_network(seed, steps)
     expected = expected_hypergradient(problem, case, steps)
-    assert relative_error(hypergradient(problem, case, steps, estimator), expected) < ROUND_OFF
+    # ten times round-off: Adam's first step is the sign of a gradient, however small a random network makes that
+    assert relative_error(hypergradient(problem, case, steps, estimator), expected) < 10 * ROUND_OFF
 
 
 @pytest.mark.parametrize("estimator", EXACT, ids=str)
