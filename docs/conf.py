@@ -10,7 +10,7 @@ sys.path[:0] = [str(HERE / "extensions"), str(HERE)]
 
 import diffopt  # noqa: E402
 
-# Pages show bad estimates on purpose, in numbers: their cells need not be warned of them (an EstimateWarning begins so).
+# Pages show bad estimates on purpose, in numbers: their cells need no warning of them (EstimateWarnings begin so).
 os.environ["PYTHONWARNINGS"] = "ignore:Binomial,ignore:Krylov,ignore:the hypergradient of"
 
 project = "diffopt"
