@@ -87,17 +87,24 @@ class Held:
             return own.values()
         return value.values() if isinstance(value, Mapping) else ()
 
-    def _of_module(self, module: torch.nn.Module) -> Iterable[Any]:
-        self.modules.append(module)
-        for own in (module._parameters, module._buffers):
-            if own:
-                self.containers.append(own)
-                self.tensors.extend([x for x in own.values() if x is not None])
-        if _is_torchs(module):
-            return module._modules.values()
-        self.containers.append(module.__dict__)
-        own_names = [name for name in module.__dict__ if name not in _OF_EVERY_MODULE]
-        return [*module._modules.values(), *map(module.__dict__.__getitem__, own_names)]
+    def _of_module(self, outermost: torch.nn.Module) -> Iterable[Any]:
+        """Sort in a module with those inside it, and say what else they hold."""
+        inner: list[Any] = []
+        modules, known = [outermost], {id(outermost)}
+        for module in modules:  # which grow
+            for own in (module._parameters, module._buffers):
+                if own:
+                    self.containers.append(own)
+                    self.tensors.extend([x for x in own.values() if x is not None])
+            if not _is_torchs(module):
+                self.containers.append(module.__dict__)
+                inner.extend([held for name, held in module.__dict__.items() if name not in _OF_EVERY_MODULE])
+            for child in module._modules.values():
+                if child is not None and id(child) not in known:
+                    known.add(id(child))
+                    modules.append(child)
+        self.modules.extend(modules)
+        return inner
 
     def _of_function(self, function: types.FunctionType) -> Iterable[Any]:
         if _is_torchs(function):
@@ -123,15 +130,14 @@ def content_of(cell: types.CellType) -> Any:
 
 def everything_held(functions: Iterable[object]) -> Held:
     """What some functions hold: a walk of some ten microseconds for a small module."""
-    held, seen, module = Held(), set[int](), torch.nn.Module
+    held, seen = Held(), set[int]()
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
     while pending:
         value, depth = pending.pop()
         if id(value) in seen or depth > _DEPTH:
             continue
         seen.add(id(value))
-        deeper = depth + (not isinstance(value, module))  # modules within modules are one object
-        pending.extend([(inner, deeper) for inner in held.note(value) if type(inner) not in _HOLD_NOTHING])
+        pending.extend([(inner, depth + 1) for inner in held.note(value) if type(inner) not in _HOLD_NOTHING])
     return held
 
 

@@ -146,12 +146,22 @@ class Leaves(tuple[Tensor, ...]):
         return self.map(lambda a, b: torch.where(a > b, a, b), other)
 
 
+_FEW = 2**14
+"""Numbers that are faster copied into one tensor than looked at tensor by tensor."""
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
     look = transforms.plain if torch.is_grad_enabled() else transforms.unwrapped
     numbers = [look(tensor) for tensor in tensors]
-    # Finite norms end the matter in one fused call and one synchronisation; others may only have overflowed.
-    if math.isfinite(torch.stack(torch._foreach_norm(numbers)).sum()):
+    # A finite sum ends the matter in few calls and one synchronisation; another one may only have overflowed.
+    kind = numbers[0].dtype
+    plain = kind.is_floating_point and all(type(x) is Tensor and x.dtype is kind for x in numbers)
+    if plain and sum(x.numel() for x in numbers) < _FEW:
+        total = torch._C._nn.flatten_dense_tensors(numbers).sum()
+    else:
+        total = torch.stack(torch._foreach_norm(numbers)).sum()
+    if math.isfinite(total):
         return True
     return all(bool(x.isfinite().all()) for x in numbers)
 

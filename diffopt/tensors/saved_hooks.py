@@ -5,7 +5,7 @@
 ``functional_call``, a module has its own weights back by then, and the recomputed part silently reads those in place of
 ``params``. So every pair of hooks that a loss sets is told which tensors modules held at that time, and puts them back
 for as long as it recomputes. What that does not reach (a module that is neither found from the loss nor running) is
-recognised by the tensors that are read: the recomputation reads a parameter that the first computation did not.
+recognised by the tensors that are read: the recomputation reads one that the first computation did not.
 
 # NOTE [how hooks are noticed]
 Nothing of torch's says that hooks have been set. So, while a loss is evaluated, the function by which they are set is
@@ -23,6 +23,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError
 
 from diffopt.errors import RecomputationError
 from diffopt.tensors import transforms
@@ -90,7 +91,7 @@ class RecomputingAsBefore:
             if id(running) not in self._modules:
                 self._modules.update((id(inner), inner) for inner in running.modules())
         reads = _Reads()
-        reads.known.update(transforms.storage(x) for x in self._given)
+        reads.known.update(_address(x) for x in self._given)
         _push(pack, _Unpack(unpack, _held_by(self._modules.values()), reads.known, self._functions))
         reads.__enter__()  # type: ignore[no-untyped-call]
         self._open.append(reads)
@@ -177,35 +178,38 @@ class _Unpack:
         self._unpack, self._held, self._known, self._functions = unpack, held, known, functions
 
     def __call__(self, packed: Any) -> Tensor:
-        """Unpack, and refuse it if that reads a parameter that is not known."""
+        """Unpack, and refuse it if that reads what is not known."""
         now = [members.get(name) for members, name, _ in self._held]
         for members, name, x in self._held:
             members[name] = x
         try:
             with _Reads() as reads:
                 tensor = self._unpack(packed)
+        except CheckpointError as error:  # other shapes, or other tensors that require grad
+            self._refuse_others(list(reads.read.values()))
+            raise _recomputation_error("other tensors") from error
         finally:
             for (members, name, _), own in zip(self._held, now, strict=True):
                 members[name] = own
-        others = [x for address, x in reads.read.items() if address not in self._known]
-        if others:
-            self._refuse_parameters(others)
+        self._refuse_others(list(reads.read.values()))
         return tensor
 
-    def _refuse_parameters(self, others: Sequence[Tensor]) -> None:
-        named = [named_tensors(function) for function in self._functions()]
-        held = {transforms.storage(x): name for names in named for name, x in names.items()}
-        wrong = [
-            held.get(transforms.storage(x), "a parameter")
-            for x in others
-            if transforms.storage(x) in held or isinstance(x, torch.nn.Parameter)
-        ]
-        if wrong:
-            raise RecomputationError(
-                f"a checkpoint in the inner loss reads {wrong[0][:40]} in the backward pass only, expected what its "
-                "forward pass read: functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: "
-                "functional_call(block, q, (x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')"
-            )
+    def _refuse_others(self, read: Sequence[Tensor]) -> None:
+        """Refuse tensors that have been read and are not known."""
+        other = next((x for x in read if _address(x) not in self._known), None)
+        if other is not None:
+            named = [named_tensors(function) for function in self._functions()]
+            held = {_address(x): name for names in named for name, x in names.items()}
+            kind = "a parameter" if isinstance(other, torch.nn.Parameter) else "a tensor"
+            raise _recomputation_error(held.get(_address(other), kind)[:40])
+
+
+def _recomputation_error(what: str) -> RecomputationError:
+    return RecomputationError(
+        f"a checkpoint in the inner loss reads {what} in the backward pass only, expected what its forward pass read: "
+        "functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: functional_call(block, q, "
+        "(x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')"
+    )
 
 
 @final
@@ -228,14 +232,23 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operation."""
         given = kwargs or {}
+        makes = func is torch.ops.aten.lift_fresh.default  # by which torch.tensor() hands out what it has made
         for x in _tensors((args, tuple(given.values()))):
-            address = transforms.storage(x)
-            if address not in self.known:
-                self.known.add(address)
+            address = _address(x)
+            if address and address not in self.known and not makes:
                 self.read[address] = x
+            self.known.add(address)
         result = func(*args, **given)
-        self.known.update(transforms.storage(x) for x in _tensors(result))
+        self.known.update(_address(x) for x in _tensors(result))
         return result
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor begin, under all wrappers; 0 if it has none of its own."""
+    try:
+        return transforms.unwrapped(tensor).data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,25 @@ def saved_elsewhere(saving: bool, dtype: torch.dtype) -> Task:
     return task._replace(loss=loss)
 
 
+def saved_in_another_form(saving: bool, dtype: torch.dtype) -> Task:
+    """By hooks that pack numbers away where torch does not see them, and into other tensors."""
+    task, drawer = of_network(Body, False, dtype), dict[int, Any]()
+
+    def pack(x: Tensor) -> int:
+        drawer[len(drawer)] = x.detach().numpy().copy() if len(drawer) % 2 else x.detach().to(torch.float64) * 2
+        return len(drawer) - 1
+
+    def unpack(key: int) -> Tensor:
+        kept = drawer[key]
+        return (kept / 2).to(dtype) if isinstance(kept, Tensor) else torch.from_numpy(kept)
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        with saved_tensors_hooks(pack, unpack) if saving else nullcontext():
+            return task.loss(p)
+
+    return task._replace(loss=loss)
+
+
 def another_net_later(saving: bool, dtype: torch.dtype) -> Task:
     """A second network, which nobody finds from the loss, from the second step on."""
     task, other = of_network(Body, saving, dtype), Slot(Body(saving).to(dtype))
@@ -219,6 +239,7 @@ TASKS: dict[str, Callable[[bool, torch.dtype], Task]] = {
     "two_sets": with_two_sets,
     "weights_as_arguments": weights_as_arguments,
     "saved_elsewhere": saved_elsewhere,
+    "saved_in_another_form": saved_in_another_form,
     "another_net_later": another_net_later,
     "in_a_slot": functools.partial(kept_in, of_slot),
     "in_a_set": functools.partial(kept_in, of_set),
@@ -344,10 +365,10 @@ def test_a_checkpoint_under_a_vmap_of_the_callers_is_refused() -> None:
         vmap(end)(torch.ones(2, dtype=torch.float64))
 
 
-def reparametrized(call: str) -> Task:
+def reparametrized(call: str, *, frozen: bool = False) -> Task:
     """A module that is neither found from the loss nor running when its checkpoint begins."""
     torch.manual_seed(1)
-    slot, (x, y) = Slot(Body(False).double()), data(torch.float64)
+    slot, (x, y) = Slot(Body(False).double().requires_grad_(not frozen)), data(torch.float64)
 
     def loss(p: dict[str, Tensor]) -> Tensor:
         with torch.nn.utils.stateless._reparametrize_module(slot.held, p):
@@ -358,9 +379,10 @@ def reparametrized(call: str) -> Task:
 
 
 @pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("call", ["call", "parts"])
-def test_a_recomputation_that_would_read_other_weights_is_refused(call: str, rule: str) -> None:
-    task = reparametrized(call)
+def test_a_recomputation_that_would_read_other_weights_is_refused(call: str, frozen: bool, rule: str) -> None:
+    task = reparametrized(call, frozen=frozen)
     with pytest.raises(diffopt.RecomputationError, match=r"reads .*, expected what its forward pass read.*Pass the w"):
         hypergradient(task, EXACT[rule])
     with pytest.raises(diffopt.RecomputationError):
@@ -371,18 +393,56 @@ def test_what_a_recomputation_reads_beside_weights_is_its_own_business() -> None
     """Tables made at the first call, and constants of other modules."""
     tasks = {saving: of_network(Body, saving, torch.float64) for saving in (False, True)}
     table: dict[int, Tensor] = {}
+    made = Slot([])  # kept, so that none lies where another has been
     frozen = nn.Linear(3, 1).double().requires_grad_(False)
 
     def part(x: Tensor) -> Tensor:
         if len(x) not in table:
             table[len(x)] = torch.arange(len(x), dtype=x.dtype)[:, None]
-        return frozen(x) * table[len(x)] + torch.tensor([0.5], dtype=x.dtype)  # a new tensor at every call
+        made.held.append(torch.from_numpy(np.array([0.5])))  # another tensor at every call
+        return frozen(x + made.held[-1] * torch.tensor(2.0)) * table[len(x)]
 
     def loss(p: dict[str, Tensor], saving: bool) -> Tensor:
         return tasks[saving].loss(p) + saved(part, p["layers.0.weight"], saving).square().mean()
 
     plain, saving = (Task(functools.partial(loss, saving=saving), tasks[saving].start) for saving in (False, True))
     assert_same(hypergradient(saving, Reverse(1)), unrolled(plain))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+def test_weights_that_take_turns_in_an_attribute_are_refused(rule: Any, frozen: bool) -> None:
+    """What ``functional_call`` does, done by hand."""
+
+    class Held:
+        w = torch.ones(3, dtype=torch.float64, requires_grad=not frozen)
+
+        def output(self, x: Tensor) -> Tensor:
+            return (x @ self.w).tanh()
+
+    held, (x, _) = Held(), data(torch.float64)
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        own, held.w = held.w, p["w"]
+        value = checkpoint(held.output, x, use_reentrant=False).square().sum()
+        held.w = own
+        return value
+
+    start = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(diffopt.RecomputationError, match=r"reads .*w in the backward pass only"):
+        hypergradient(Task(loss, {"w": start}), rule)
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+def test_a_part_that_reads_other_data_when_it_is_computed_again_is_refused(rule: Any) -> None:
+    rows = iter(torch.linspace(0, 1, 300, dtype=torch.float64).view(100, 3).unbind())
+    start = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return checkpoint(lambda w: (next(rows).clone() * w).tanh(), p["w"], use_reentrant=False).square().sum()
+
+    with pytest.raises(diffopt.RecomputationError, match="in the backward pass only, expected what its forward pass"):
+        hypergradient(Task(loss, {"w": start}), rule)
 
 
 def test_modules_have_their_own_weights_and_torch_its_own_functions_afterwards() -> None:
