@@ -18,7 +18,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt import estimators, linear_solve
-from diffopt.comparing.curvature import solves_behind
+from diffopt.adjoint.autograd_function import solves_behind
 
 WEIGHTS, EXAMPLES = 8, 20
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "costs.md"
