@@ -81,7 +81,7 @@ def _behind(solution: Solution[Any]) -> set[str]:
         )
     calls = [node.call for node in nodes]
     # windows are a property of the steps: what went down into autograd is the rule within MultiStep
-    names = {"MultiStep"} if any(call.dynamics.window > 1 for call in calls) else set()
+    names = {"MultiStep"} if any(call.dynamics.layout.window > 1 for call in calls) else set()
     return names.union(*(_names(call.rule) | _names(call.dynamics.optimizer.template) for call in calls))
 
 

@@ -25,8 +25,8 @@ from diffopt.linear_solve import (
     refuse_unsolved,
 )
 from diffopt.optimizers import SGD
-from diffopt.rollout.dynamics import ExtraSlot
 from diffopt.rollout.given import params_leaves
+from diffopt.rollout.layout import Slot
 from diffopt.rollout.record import Keep
 from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree
@@ -70,9 +70,8 @@ class _AtSolution(Adjoint):
         return Keep(first=steps + 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        dynamics, final = trajectory.dynamics, trajectory.final
-        params, tasks = dynamics.params_count, Tasks(len(dynamics.levels))
-        at = Point(dynamics, trajectory.extras, final[:params], final[params:], trajectory.record)
+        tasks = trajectory.tasks
+        at = Point.of(trajectory.dynamics, trajectory.inputs, trajectory.final, trajectory.rollout)
         refuse_far_from_stationary(at, tasks, self.stationarity)
 
         def look(system: Matvec) -> None:
@@ -86,11 +85,11 @@ class _AtSolution(Adjoint):
             self.solver,
             root=True,
             look=look,
-            losses_there=trajectory.record.losses,  # the only step went nowhere
+            losses_there=trajectory.rollout.losses,  # the only step went nowhere
         )
         if self.solver.throw:
             refuse_unsolved(self.solver, found)
-        return Cotangents(None, result.extras)
+        return Cotangents(None, result.direct)
 
 
 def implicit(
@@ -149,12 +148,12 @@ def implicit(
     rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     outcome = run(rule, problem)
-    count = problem.dynamics.params_count
+    layout = problem.dynamics.layout
     if not transforms.transforms_active():
         detached = Leaves(x.detach() for x in outcome.state)
-        at = Point(problem.dynamics, problem.extras, detached[:count], detached[count:], outcome.record)
+        at = Point.of(problem.dynamics, problem.inputs, detached, outcome.record.rollout)
         refuse_far_from_stationary(at, Tasks(0), rule.stationarity)
-    result: Params = tree.unflatten(problem.dynamics.params_structure, outcome.state[:count])
+    result: Params = tree.unflatten(layout.params_structure, layout.params(outcome.state))
     return result
 
 
@@ -196,24 +195,22 @@ def implicit_gradients(
         )
     rule = _AtSolution(_checked_solver(solver), None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
-    count, extras = problem.dynamics.params_count, tuple(x.detach() for x in problem.extras)
-    wanted = tuple(i for i, x in enumerate(extras) if x.is_floating_point())
-    structure, params_leaves = problem.dynamics.params_structure, problem.state[:count]
-    weights = leaves_like(cotangent, "cotangent", "params", params_leaves, structure)
-    initial = None if start is None else leaves_like(start, "start", "params", params_leaves, structure)
+    layout, inputs = problem.dynamics.layout, problem.inputs.detached()
+    wanted = tuple(place for place in layout.places if place.part == "read" and inputs.at(place).is_floating_point())
+    weights = leaves_like(cotangent, "cotangent", "params", inputs.params, layout.params_structure)
+    initial = None if start is None else leaves_like(start, "start", "params", inputs.params, layout.params_structure)
     refuse_not_finite(rule.solver, cotangent=cotangent, start=start)
     record = run(rule, problem).record  # for its checks
-    state = Leaves(x.detach() for x in problem.state)
-    trajectory = Trajectory(problem.dynamics, state, extras, state, record, (), wanted, check)
-    weights = Leaves([*weights, *state[count:].zeros()])
+    trajectory = Trajectory(problem.dynamics, inputs, inputs.state, record, (), wanted, check)
     with torch.no_grad():
-        result, found = implicit_pullback(trajectory, weights, rule.solver, root=True, start=initial)
+        padded = layout.padded(weights, inputs.state)
+        result, found = implicit_pullback(trajectory, padded, rule.solver, root=True, start=initial)
     if rule.solver.throw:
         refuse_unsolved(rule.solver, found)
-    terms = {i: result.extras.get(i, torch.zeros_like(extras[i])) for i in wanted}
-    leaves = [terms.get(x.index) if isinstance(x, ExtraSlot) else None for x in problem.dynamics.args_leaves]
-    multiplier = tree.unflatten(structure, found.value.tensors)
-    gradients, _ = tree.unflatten(problem.dynamics.args_structure, leaves)
+    terms = {place.index: result.direct.get(place, torch.zeros_like(inputs.at(place))) for place in wanted}
+    leaves = [terms.get(x.index) if isinstance(x, Slot) else None for x in layout.args_leaves]
+    multiplier = tree.unflatten(layout.params_structure, found.value)
+    gradients, _ = tree.unflatten(layout.args_structure, leaves)
     return ImplicitGradients(gradients, multiplier, found._replace(value=multiplier))
 
 

@@ -14,15 +14,16 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
-from diffopt.rollout.dynamics import Dynamics, ExtraSlot, names_of_read
+from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.given import (
     check_batches,
     checked_steps,
     params_leaves,
     refuse_frozen,
 )
+from diffopt.rollout.layout import Flags, Inputs, Layout, Slot, names_of_read
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.rollout.record import Counts
+from diffopt.rollout.record import Counts, Kept
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function
 from diffopt.tensors.leaves import Leaves
@@ -37,22 +38,6 @@ class State(NamedTuple):
 
     params: Any
     buffers: dict[str, Any]
-
-
-@final
-@dataclass(frozen=True)
-class Kept:
-    """What the rollout kept for the backward pass.
-
-    Attributes:
-        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
-        states: how many states were stored.
-        bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
-    """
-
-    checkpoint: str | int | None
-    states: int
-    bytes: int
 
 
 @final
@@ -139,13 +124,16 @@ def solve(
         >>> lr.grad
         tensor(-3.2000)
     """
-    rule = Reverse() if estimator is None else estimator
+    rule = _EXACT if estimator is None else estimator
     check_estimator(rule)
     check_flag("compile", compile)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
     if compile:
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
-    return _solution(problem.dynamics, run(rule, problem))
+    return _solution(problem.dynamics.layout, run(rule, problem))
+
+
+_EXACT = Reverse()
 
 
 def checked_problem(
@@ -171,7 +159,23 @@ def checked_problem(
         refuse_frozen(leaves, structure)
     bound = bind(optimizer, leaves, structure, steps)
     buffers = _initial_buffers(bound, leaves)
-    return _problem(loss, leaves, structure, args, batches, bound, buffers, steps, check)
+    args_leaves, args_structure, read, stepped = _read(args, batches, steps)
+    layout = Layout(
+        inner_steps=steps,
+        params_structure=structure,
+        params_count=len(leaves),
+        buffers_layout=tuple([(name, len(buffer)) for name, buffer in buffers.items()]),
+        args_leaves=args_leaves,
+        args_structure=args_structure,
+        has_batches=batches is not None,
+        stepped=Flags(stepped, bound.scheduled),
+        optimizer_name=type(bound.template).__name__,
+    )
+    if transforms.has_tangent([*leaves, *read, *bound.tensors]):
+        raise forward_mode_error()
+    state = [leaf for buffer in buffers.values() for leaf in buffer]
+    inputs = Inputs(Leaves(leaves), Leaves(state), Leaves(read), Leaves(bound.tensors))
+    return Problem(Dynamics(layout, loss, bound), inputs, check)
 
 
 def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, Leaves]:
@@ -179,7 +183,7 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, L
     now = [x[0] if scheduled and len(x) else x for x, scheduled in zip(bound.tensors, bound.scheduled, strict=True)]
     buffers = bound.at(1, params, now).init(params)
     name = type(bound.template).__name__
-    if not isinstance(buffers, dict) or not all(isinstance(buffer, Leaves) for buffer in buffers.values()):
+    if not isinstance(buffers, dict) or not all([isinstance(buffer, Leaves) for buffer in buffers.values()]):
         raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}, expected a dict from name to Leaves")
     for key, buffer in buffers.items():
         for leaf in buffer:
@@ -191,54 +195,31 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, L
     return buffers
 
 
-def _problem(
-    loss: Callable[..., Tensor],
-    leaves: list[Tensor],
-    structure: tree.Structure,
-    args: tuple[Any, ...],
-    batches: Any,
-    bound: BoundOptimizer,
-    buffers: dict[str, Leaves],
-    steps: int,
-    check: bool,
-) -> Problem:
-    args_leaves, args_structure = tree.flatten((args, batches))
-    args_leaves = usable_leaves(args_leaves, lambda: names_of_read(args_structure))
-    first_batch = len(tree.flatten(args)[0])
+def _read(
+    args: tuple[Any, ...], batches: Any, steps: int
+) -> tuple[tuple[Any, ...], tree.Structure, list[Tensor], tuple[bool, ...]]:
+    """What the loss reads: leaves with a slot for each tensor, their structure, the tensors, which run over steps."""
+    leaves, structure = tree.flatten((args, batches))
+    leaves = usable_leaves(leaves, lambda: names_of_read(structure))
+    first_batch = len(leaves)
     if batches is not None:
         check_batches(batches, steps)
-    extras: list[Tensor] = []
+        first_batch = len(tree.flatten(args)[0])
+    tensors: list[Tensor] = []
     stepped: list[bool] = []
-    for i, leaf in enumerate(args_leaves):
+    for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            args_leaves[i] = ExtraSlot(len(extras))
-            extras.append(leaf)
-            stepped.append(batches is not None and i >= first_batch)
-    dynamics = Dynamics(
-        loss=loss,
-        optimizer=bound,
-        inner_steps=steps,
-        params_structure=structure,
-        params_count=len(leaves),
-        buffers_layout=tuple((name, len(buffer)) for name, buffer in buffers.items()),
-        args_leaves=tuple(args_leaves),
-        args_structure=args_structure,
-        has_batches=batches is not None,
-        stepped=(*stepped, *bound.scheduled),
-        hyperparameters_start=len(extras),
-    )
-    if transforms.has_tangent([*leaves, *extras, *bound.tensors]):
-        raise forward_mode_error()
-    state = (*leaves, *(leaf for buffer in buffers.values() for leaf in buffer))
-    return Problem(dynamics, state, (*extras, *bound.tensors), check)
+            leaves[i] = Slot(len(tensors))
+            tensors.append(leaf)
+            stepped.append(i >= first_batch and batches is not None)
+    return tuple(leaves), structure, tensors, tuple(stepped)
 
 
-def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:
-    structure, (params, buffers) = dynamics.params_structure, dynamics.split(outcome.state)
+def _solution(layout: Layout, outcome: Outcome) -> Solution[Any]:
+    structure, (params, buffers) = layout.params_structure, layout.split(outcome.state)
     named = {
-        name: tree.unflatten(structure, list(buffer)) if len(buffer) == len(params) else tuple(buffer)
+        name: tree.unflatten(structure, buffer) if len(buffer) == len(params) else tuple(buffer)
         for name, buffer in buffers.items()
     }
-    final, record = tree.unflatten(structure, list(params)), outcome.record
-    kept = Kept(record.checkpoint, record.states_stored, record.bytes_stored)
-    return Solution(final, State(final, named), outcome.losses, kept, record.counts, record.diagnostics)
+    final, record = tree.unflatten(structure, params), outcome.record
+    return Solution(final, State(final, named), outcome.losses, record.kept, record.counts, record.diagnostics)

@@ -7,12 +7,12 @@ from typing import final
 
 import torch
 
+from diffopt.adjoint.adjoint_system import AdjointSystem
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.parallel_curvature import ParallelCurvature
+from diffopt.adjoint.time_stack import appended, row, rows
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.adjoint.update_derivatives import UpdateBlocks
-from diffopt.linear_solve import Tasks, minimal_residual, with_wide_vectors
+from diffopt.linear_solve import minimal_residual, with_wide_vectors
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
@@ -59,13 +59,9 @@ class Krylov(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Exact if every level is taken; minimal residuals are not linear in their right-hand side."""
-        exact = self.order >= steps
-        return Claims(
-            "always" if exact else "never",
-            ALL_INPUTS if self.order else ALL_INPUTS - {"args", "batches"},
-            second_derivatives=self.order > 0,
-            linear=exact or self.order <= 1,
-        )
+        exact, read = self.order >= steps, ALL_INPUTS if self.order else ALL_INPUTS - {"args", "batches"}
+        second, linear = self.order > 0, exact or self.order <= 1
+        return Claims("always" if exact else "never", read, second_derivatives=second, linear=linear)
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""
@@ -73,24 +69,16 @@ class Krylov(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve for the adjoints of all steps."""
-        tasks = Tasks(len(trajectory.dynamics.levels))
+        tasks, diagnostics = trajectory.tasks, trajectory.record.diagnostics
         if self.order >= trajectory.steps:
-            trajectory.record.diagnostics["residual"] = 0 * tasks.norm(cotangent)
+            diagnostics["residual"] = 0 * tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
-        direct = DirectTerms(trajectory)
-        system = _System(
-            trajectory.updates.blocks(),
-            ParallelCurvature(trajectory, 1, self.chunk_size, again=self.order > 1),
-            trajectory.steps,
-            len(trajectory.dynamics.levels),
-        )
-        nothing = cotangent.zeros()
-        stack = system.scan(None, cotangent)
+        direct, system = DirectTerms(trajectory), AdjointSystem(trajectory, self.chunk_size, again=self.order > 1)
+        stack = system.scan(None, cotangent)  # r: no factor of curvature, Lambda_0, ..., Lambda_{T-1}
         if self.order > 0:
-            first = system.turned(stack, cotangent)
-            size = tasks.norm(system.apart(stack))
-            pushes = system.curvature.product(first, 1, direct if self.order == 1 else None)
-            residual = system.scan(pushes, nothing)
+            size, turned = tasks.norm(system.apart(stack)), system.turned(stack, cotangent)
+            pushes = system.curvature.product(turned, 1, direct if self.order == 1 else None)
+            residual = system.scan(pushes, cotangent.zeros())  # S K r
             if self.order > 1:
                 start, bound = system.apart(residual), self.rtol * size if self.rtol else None
                 matvec = with_wide_vectors(system.matvec, start)
@@ -100,51 +88,9 @@ class Krylov(Adjoint):
                 if system.curvature.reads_wanted:
                     system.curvature.product(system.turned(stack, cotangent), 1, direct)
             left_over = tasks.norm(system.apart(residual))
-            relative = torch.where(size > 0, left_over / size, 0)
-            trajectory.record.diagnostics["residual"] = relative
-            trajectory.warn_if_bad(
-                relative, 0.5, f"Krylov(order={self.order}): the relative residual of the adjoints' system"
-            )
+            relative = diagnostics["residual"] = torch.where(size > 0, left_over / size, 0)
+            what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
+            trajectory.warn_if_bad(relative, 0.5, what)
             stack = stack + residual
-        direct.add_updates(_appended(stack.map(lambda leaf: leaf[1:]), cotangent))
-        return Cotangents(stack.map(lambda leaf: leaf[0]), direct.collect())
-
-
-@final
-@dataclass(frozen=True)
-class _System:
-    """Adjoints ``Lambda_0, ..., Lambda_{T-1}``, stacked along axis 0; to the solver time comes behind the tasks."""
-
-    updates: UpdateBlocks
-    curvature: ParallelCurvature
-    steps: int
-    axis: int
-
-    def apart(self, stack: Leaves) -> Leaves:
-        """The tasks' axes in front."""
-        return stack.map(lambda leaf: leaf.movedim(0, self.axis))
-
-    def joined(self, stack: Leaves) -> Leaves:
-        """Time in front."""
-        return stack.map(lambda leaf: leaf.movedim(self.axis, 0))
-
-    def turned(self, stack: Leaves, last: Leaves) -> Leaves:
-        """``E_t' x_t`` for ``t = 1, ..., T``, where ``x_T = last``."""
-        return self.updates.turn(_appended(stack.map(lambda leaf: leaf[1:]), last), 1)
-
-    def scan(self, pushes: Leaves | None, last: Leaves) -> Leaves:
-        """``x_{t-1} = C_t' x_t + P' y_t`` from ``x_T = last``; no HVP."""
-        return self.updates.scan(last, 1, self.steps, pushes)
-
-    def matvec(self, x: Leaves) -> Leaves:
-        """``(I - S K) x``."""
-        stack = self.joined(x)
-        later = stack.map(lambda leaf: leaf[1:])
-        product = self.curvature.product(self.updates.turn(later, 1), 1)
-        nothing = stack.map(lambda leaf: torch.zeros_like(leaf[0]))
-        return x - self.apart(self.scan(_appended(product, nothing), nothing))
-
-
-def _appended(stack: Leaves, last: Leaves) -> Leaves:
-    """A stack with one more row; ``last`` may have more leaves, which are left out."""
-    return Leaves(torch.cat([leaf, row[None]]) for leaf, row in zip(stack, last, strict=False))
+        direct.add_updates(appended(rows(stack, 1, trajectory.steps), cotangent))
+        return Cotangents(row(stack, 0), direct.collect())

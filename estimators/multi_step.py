@@ -57,5 +57,6 @@ class MultiStep(Estimator):
 
     def run(self, problem: Problem) -> Outcome:
         """Run the adjoint's rule on the windowed problem."""
-        windowed = replace(problem.dynamics, window=self.window * problem.dynamics.window)
+        layout = problem.dynamics.layout
+        windowed = replace(problem.dynamics, layout=replace(layout, window=self.window * layout.window))
         return self.adjoint.run(replace(problem, dynamics=windowed))

@@ -39,6 +39,6 @@ class Reptile(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Initial minus final parameters; zero for the buffers."""
-        count = trajectory.dynamics.params_count
-        moved = trajectory.initial[:count] - trajectory.final[:count]
-        return Cotangents(Leaves([*moved, *cotangent[count:].zeros()]), {})
+        layout = trajectory.layout
+        moved = trajectory.inputs.params - layout.params(trajectory.final)
+        return Cotangents(layout.padded(moved, cotangent), {})

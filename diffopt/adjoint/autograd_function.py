@@ -1,16 +1,16 @@
 """The two autograd functions that join an adjoint rule to autograd and ``torch.func``.
 
 # NOTE [two functions with vmap rules]
-``_Solve`` is the rollout, ``_Pullback`` its hypergradient. Under vmap each re-applies itself to the stacked tensors
-(see ``dynamics.py``, NOTE [a batch of tasks is one problem]), so that however transforms are nested, the rollout and
-the rule run at the bottom, on plain tensors. A rule therefore never sees a transform.
+``_Solve`` is the rollout, ``_Pullback`` its hypergradient. Under vmap each runs on the stacked tensors (see
+``layout.py``, NOTE [a batch of tasks is one problem]), so that however transforms are nested, the rollout and the rule
+run at the bottom, on plain tensors. A rule therefore never sees a transform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import InPlaceError, RandomnessError, SecondDerivativeError
-from diffopt.rollout.checks import refuse_non_finite, warn_of_precision
-from diffopt.rollout.dynamics import Dynamics, Level
-from diffopt.rollout.loop import refuse_other_losses, roll_out
-from diffopt.rollout.record import Keep, Record, Watch
+from diffopt.rollout.checks import refuse_non_finite, refuse_other_losses, warn_of_precision
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.loop import roll_out
+from diffopt.rollout.record import Keep, Record, Rollout, Watch
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.torch_errors import forward_mode_error, is_in_place, mixed_error
@@ -43,51 +44,73 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One solve on its way down through the transforms around it."""
+    """One solve on its way down through the transforms around it.
+
+    Attributes:
+        wanted: the inputs, by number, that some transform above, or autograd below, differentiates.
+        restacked: whether the pullback runs under a vmap that the rollout did not run under.
+    """
 
     dynamics: Dynamics
     rule: Rule
     keep: Keep
     record: Record
     watch: Watch
-    wanted: frozenset[int] = field(default_factory=frozenset)
-    """Inputs that some transform above, or autograd below, differentiates."""
+    wanted: frozenset[int] = frozenset()
     restacked: bool = False
-    """Whether the pullback runs under a vmap that the rollout did not run under."""
 
     @property
     def state_count(self) -> int:
         """How many inputs are leaves of the state."""
-        return self.dynamics.state_count
+        return self.dynamics.layout.state_count
 
     @property
-    def wanted_extras(self) -> tuple[int, ...]:
-        """The extras that are differentiated, by number."""
-        return tuple(sorted(i - self.state_count for i in self.wanted if i >= self.state_count))
+    def wanted_places(self) -> tuple[tuple[int, ...], tuple[Place, ...]]:
+        """The leaves of the state that are differentiated, by number, and the other inputs that are, by place."""
+        count, places, wanted = self.state_count, self.dynamics.layout.places, sorted(self.wanted)
+        return tuple([i for i in wanted if i < count]), tuple([places[i] for i in wanted if i >= count])
 
 
 def launch(call: Call, inputs: Sequence[Tensor]) -> Any:
     """The final state and the losses, differentiable by the call's rule."""
-    # Under vmap nothing is differentiated; below it, the same tensors say what is.
-    # (A vmap that batches no input is passed over without this function being called again below it.)
-    under_vmap = transforms.innermost_vmap_size() is not None and transforms.batched_in_innermost(inputs)
-    if torch.is_grad_enabled() and not under_vmap:
+    vmap = transforms.innermost_vmap()
+    if vmap is not None:  # where nothing is differentiated; below it, the same tensors say what is
+        return transforms.below_vmap(partial(_launch_below, call), vmap, inputs)
+    if torch.is_grad_enabled():
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
     return transforms.apply(_Solve, call, *inputs)
 
 
+def _launch_below(call: Call, vmap: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> Any:
+    """The same outside a vmap: stacked, unless its tasks share everything."""
+    layout = call.dynamics.layout
+    if any([dim is not None for dim in dims]):
+        inputs, dims = transforms.stacked(inputs, dims, vmap.batch_size, call.wanted | set(range(layout.state_count)))
+        call = replace(call, dynamics=call.dynamics.batched(layout.level(vmap, dims)))
+    return launch(call, inputs)
+
+
 class _Solve(torch.autograd.Function):
-    """``(s_1, extras) -> (s_{T+1}, losses)``."""
+    """``(s_1, what is read, hyperparameters) -> (s_{T+1}, losses)``."""
 
     @staticmethod
     def forward(call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        count, keep = call.state_count, call.keep if call.wanted else None
-        call.record.wanted = call.wanted_extras
-        if call.wanted and call.watch.values and call.rule.claims(call.dynamics.inner_steps).second_derivatives:
+        record, layout = call.record, call.dynamics.layout
+        if call.wanted and call.watch.values and call.rule.claims(layout.inner_steps).second_derivatives:
             warn_of_precision(call.dynamics, inputs)
-        final, losses = roll_out(call.dynamics, inputs[:count], inputs[count:], keep, call.record, call.watch)
+        final, record.rollout = roll_out(
+            call.dynamics,
+            layout.inputs(inputs),
+            counts=record.counts,
+            keep=call.keep if call.wanted else None,
+            wanted=call.wanted_places[1],
+            watch=call.watch,
+        )
+        record.usable, record.kept = bool(call.wanted), record.rollout.kept
+        losses = record.rollout.losses
+        assert losses is not None
         taken = {transforms.storage(x) for x in inputs}
-        return (*(x.clone() if transforms.storage(x) in taken else x for x in final), losses.clone())
+        return (*[x.clone() if transforms.storage(x) in taken else x for x in final], losses.clone())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,14 +124,16 @@ class _Solve(torch.autograd.Function):
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         call, saved = replace(ctx.call, wanted=frozenset(needed)), _saved_tensors(ctx)
         zeros = Leaves(saved[-call.state_count :]).virtual_zeros()
-        given = (zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True))
+        given = [zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True)]
         # in inference mode no gradient is taken, and what was made in it cannot be recorded
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             ordinary = [c.clone() if c.is_inference() else c for c in given]
-            pullback, level = partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()
+            plainly = not (torch.is_grad_enabled() or transforms.transforms_active())
+            function: Any = _pull_back if plainly else partial(transforms.apply, _Pullback)
+            pullback, level = partial(function, call, *saved), transforms.grads_batched()
             terms = transforms.over_batched_grads(pullback, ordinary, level) if level else pullback(*ordinary)
         results = dict(zip(needed, terms, strict=True))
-        return (None, *(results.get(i) for i in range(len(ctx.needs_input_grad) - 1)))
+        return (None, *[results.get(i) for i in range(len(ctx.needs_input_grad) - 1)])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -116,43 +141,16 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        call, *inputs = args
-        own = call.wanted | set(range(call.state_count))
-        stacked, dims = transforms.stacked(inputs, in_dims[1:], info.batch_size, own)
-        level = Level(dims, info.batch_size, info.randomness)
-        outputs = launch(replace(call, dynamics=call.dynamics.batched(level)), stacked)
+        outputs = _launch_below(args[0], info, in_dims[1:], args[1:])
         return outputs, (0,) * len(outputs)
 
 
 class _Pullback(torch.autograd.Function):
-    """``(s_1, extras, s_{T+1}, Lambda_T) -> `` the hypergradient for the wanted inputs."""
+    """``(s_1, what is read, hyperparameters, s_{T+1}, Lambda_T) -> `` the hypergradient for the wanted inputs."""
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = call.state_count
-        inputs, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
-        trajectory = Trajectory(
-            call.dynamics,
-            Leaves(inputs[:count]),
-            inputs[count:],
-            final,
-            _usable_record(call, inputs),
-            tuple(sorted(i for i in call.wanted if i < count)),
-            call.wanted_extras,
-            call.watch.values,
-        )
-        with torch.no_grad(), derivatives.named_in_place_changes():
-            try:
-                result = call.rule.pullback(trajectory, Leaves(cotangent))
-            except RuntimeError as error:
-                mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
-                if mixed is None:
-                    raise
-                raise mixed from error
-        terms = [_term(result, i, count, inputs[i]) for i in sorted(call.wanted)]
-        if call.watch.values and terms and not all_finite(terms):
-            refuse_non_finite(cotangent)
-        return tuple(terms)
+        return _pull_back(call, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,15 +166,36 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         call, *tensors = args
-        count, dims = call.state_count, in_dims[1:]
+        count, dims, layout = call.state_count, in_dims[1:], call.dynamics.layout
         inputs = len(tensors) - 2 * count
         own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
         restacked = call.restacked or all(dim is None for dim in dims[:inputs])
         stacked, dims = transforms.stacked(tensors, dims, info.batch_size, own)
-        level = Level(dims[:inputs], info.batch_size, info.randomness)
-        call = replace(call, dynamics=call.dynamics.batched(level), restacked=restacked)
-        outputs = transforms.apply(_Pullback, call, *stacked)
+        dynamics = call.dynamics.batched(layout.level(info, dims[:inputs]))
+        outputs = transforms.apply(_Pullback, replace(call, dynamics=dynamics, restacked=restacked), *stacked)
         return outputs, (0,) * len(outputs)
+
+
+def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What :class:`_Pullback` computes."""
+    count, layout = call.state_count, call.dynamics.layout
+    flat, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
+    inputs = layout.inputs(flat)
+    with torch.no_grad(), derivatives.named_in_place_changes():
+        trajectory = Trajectory(
+            call.dynamics, inputs, final, _usable(call, inputs), *call.wanted_places, call.watch.values
+        )
+        try:
+            result = call.rule.pullback(trajectory, Leaves(cotangent))
+        except RuntimeError as error:
+            mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
+            if mixed is None:
+                raise
+            raise mixed from error
+        terms = [_term(result, i, layout.places[i], flat[i]) for i in sorted(call.wanted)]
+        if call.watch.values and terms and not all_finite(terms):
+            refuse_non_finite(cotangent)
+    return tuple(terms)
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -198,32 +217,41 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
         ) from error
 
 
-def _usable_record(call: Call, inputs: Sequence[Tensor]) -> Record:
-    """What the rollout kept; or, if it has been used up or does not fit this pullback, what another rollout keeps."""
-    old = call.record
-    if old.usable and not call.restacked and set(call.wanted_extras) <= set(old.wanted):
-        return old
+def _usable(call: Call, inputs: Inputs) -> Record:
+    """The solve's record; that of another rollout if what it kept has been used up or does not fit this pullback."""
+    record, old, wanted = call.record, call.record.rollout, call.wanted_places[1]
+    if record.usable and not call.restacked and set(wanted) <= set(old.wanted):
+        return record
     if old.draws and call.restacked:
         raise RandomnessError(
             "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
             "run under (jacrev?), expected the same one: the numbers cannot be drawn again; loop instead of vmap"
         )
-    count, draws = call.state_count, dict(old.draws)
-    again = Record(wanted=call.wanted_extras, draws=draws, counts=old.counts, diagnostics=old.diagnostics)
-    with old.replay(None, inputs[0].device):
-        roll_out(call.dynamics, inputs[:count], inputs[count:], call.keep, again, Watch(state=call.watch.values))
-    again.draws.update(old.draws)  # if another thread drew meanwhile, the generator's state is no longer that of a step
+    again = _rolled_out_again(call, inputs, wanted)
     if again.hidden_state is not None:
         raise again.hidden_state
     if call.watch.values and old.losses is not None and not call.restacked:
         assert again.losses is not None
         refuse_other_losses(again.losses, old.losses, old.autocast)
-    return again
+    return Record(counts=record.counts, diagnostics=record.diagnostics, rollout=again, usable=True)
 
 
-def _term(result: Cotangents, number: int, count: int, like: Tensor) -> Tensor:
-    if number >= count:
-        term = result.extras.get(number - count)
+def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Rollout:
+    with call.record.rollout.replay(None, inputs.params[0].device):
+        return roll_out(
+            call.dynamics,
+            inputs,
+            counts=call.record.counts,
+            keep=call.keep,
+            wanted=wanted,
+            watch=Watch(state=call.watch.values),
+            draws=call.record.rollout.draws,
+        )[1]
+
+
+def _term(result: Cotangents, number: int, place: Place, like: Tensor) -> Tensor:
+    if place.part in ("read", "hyperparameters"):
+        term = result.direct.get(place)
     else:
         term = None if result.initial is None else result.initial[number]
     return torch.zeros_like(like) if term is None else term.contiguous()  # a zero of one number becomes an ordinary one

@@ -14,7 +14,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Keep, Record, Watch
-from diffopt.tensors import derivatives, transforms
+from diffopt.tensors import transforms
 from diffopt.tensors.arguments import check_instance
 from diffopt.tensors.leaves import Leaves
 
@@ -71,17 +71,17 @@ class Adjoint(Estimator):
     @final
     def run(self, problem: Problem) -> Outcome:
         """Roll out without a graph and attach this rule as the derivative."""
-        keep = self.keep(problem.dynamics.steps)
-        if problem.dynamics.compile and keep.checkpoint in (None, "graph", 1):
+        dynamics, inputs, check = problem.dynamics, problem.inputs.flat, problem.check
+        keep = self.keep(dynamics.layout.steps)
+        if dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)
-        levels = range(1, transforms.transform_level() + 1) if problem.check else range(0)
-        captures = problem.check and torch.is_grad_enabled()
+        level = transforms.transform_level() if check else 0
         # (what keeps graphs while they are small looks for state only where they are not)
-        state = problem.check and keep.checkpoint not in ("graph", None)
-        watch = Watch(problem.check, captures, levels, state)
-        call = Call(problem.dynamics, self, keep, Record(), watch)
-        *state, losses = launch(call, (*problem.state, *problem.extras))
-        return Outcome(tuple(state), losses, call.record)
+        state = check and keep.checkpoint not in ("graph", None)
+        watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
+        record = Record()
+        *final, losses = launch(Call(dynamics, self, keep, record, watch), inputs)
+        return Outcome(tuple(final), losses, record)
 
 
 def check_estimator(estimator: Any) -> None:
@@ -91,15 +91,17 @@ def check_estimator(estimator: Any) -> None:
 
 def run(rule: Estimator, problem: Problem) -> Outcome:
     """Run a rule on a problem; where checks are on, refuse a loss that has changed in place what it was given."""
-    params = problem.state[: problem.dynamics.params_count]
-    given = (*params, *problem.extras) if problem.check else ()
+    if not problem.check:
+        return rule.run(problem)
+    inputs = problem.inputs
+    given = (*inputs.params, *inputs.read, *inputs.hyperparameters)
     before = [transforms.version(x) for x in given]
-    with derivatives.named_in_place_changes():
-        outcome = rule.run(problem)
+    outcome = rule.run(problem)
     after = [transforms.version(x) for x in given]
     if after != before:
-        names = [name for part in problem.dynamics.names() for name in part]
-        changed = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
+        names = problem.dynamics.layout.names()
+        called = (*names.params, *names.read, *names.hyperparameters)
+        changed = next(name for name, old, new in zip(called, before, after, strict=True) if old != new)
         raise InPlaceError(
             f"the inner loss (or the optimizer) has changed {changed} in place, expected it to stay as it was: write "
             "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.errors import RandomnessError
-from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec, Tasks
-from diffopt.rollout.loop import refuse_other_losses
-from diffopt.rollout.record import Record, Watch
-from diffopt.rollout.stepper import Stepper
+from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec
+from diffopt.rollout.checks import refuse_other_losses
+from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
 
 
@@ -37,34 +37,28 @@ def implicit_pullback(
     ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
     takes the place of ``I - J``.
     """
-    if trajectory.record.draws:
+    if trajectory.rollout.draws:
         raise RandomnessError(
             "the inner loss draws random numbers, expected a step with a fixed point to differentiate; "
             "use Reverse() or Truncated()"
         )
-    dynamics, tasks, count = (
-        trajectory.dynamics,
-        Tasks(len(trajectory.dynamics.levels)),
-        trajectory.dynamics.state_count,
-    )
-    kept, last = trajectory.record, dynamics.steps
-    record = Record(
-        wanted=trajectory.wanted, counts=kept.counts, autocast=kept.autocast, hidden_state=kept.hidden_state
-    )
-    stepper = Stepper(dynamics, trajectory.extras, record, Watch())
+    layout, tasks, counts = trajectory.layout, trajectory.tasks, trajectory.record.counts
+    count, last = layout.state_count, layout.steps
+    rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
+    replay = Replay(trajectory.dynamics, trajectory.inputs, rollout, counts)
     losses = trajectory.losses_to_replay()
-    block, after = stepper.block(trajectory.final, last, last, losses, apart=True)
+    block, after = replay.block(trajectory.final, last, last, losses, apart=True)
     if trajectory.check:
         if losses_there is None:
             losses_there = losses.clone()
-            losses_there[..., last - 1] = stepper.losses(trajectory.final, last)
-        refuse_other_losses(losses_there, losses, kept.autocast)
-    still = [i for i in range(dynamics.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
+            losses_there[..., last - 1] = replay.losses(trajectory.final, last)
+        refuse_other_losses(losses_there, losses, rollout.autocast)
+    still = [i for i in range(layout.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
-    residuals = [i + dynamics.params_count for i in moving] if root else moving
+    residuals = [i + layout.params_count for i in moving] if root else moving
 
     def system(v: Leaves) -> Leaves:
-        record.counts.add_products(1)
+        counts.add_products(1)
         past, through = block.pullback_apart(residuals, v, moving)
         return through if root else (v - past) - through
 
@@ -74,19 +68,19 @@ def implicit_pullback(
     solution = initial.copy()
     for i, x in zip(residuals, found.value, strict=True):
         solution[i] = -x if root else x
-    record.counts.add_products(1)
+    counts.add_products(1)
     terms = block.pullback(Leaves(solution), state=still)
     for i, term in zip(still, terms.state, strict=True):
         initial[i] = cotangent[i] + term
     direct.add_block(terms)
     if not root:  # whose step goes nowhere, and of whose record nobody hears
-        params = slice(dynamics.params_count)
-        distance, way = (tasks.norm(x[params] - trajectory.final[params]) for x in (after, trajectory.initial))
+        final = layout.params(trajectory.final)
+        distance, way = (tasks.norm(layout.params(x) - final) for x in (after, trajectory.initial))
         trajectory.record.diagnostics.update(
             residual=found.residual,
             iterations=found.iterations,
             stationarity=distance,
-            relative_stationarity=torch.where(distance > 0, dynamics.steps * distance / way, 0),
+            relative_stationarity=torch.where(distance > 0, layout.steps * distance / way, 0),
         )
     return Cotangents(Leaves(initial), direct.collect()), found
 

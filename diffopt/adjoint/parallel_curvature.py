@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffopt.adjoint.trajectory import DirectTerms, Trajectory
 from diffopt.errors import RandomnessError
-from diffopt.rollout.dynamics import Level
-from diffopt.rollout.stepper import GRAPH_BUDGET
+from diffopt.rollout.keeper import GRAPH_BUDGET
+from diffopt.rollout.layout import Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -36,13 +36,13 @@ class ParallelCurvature:
     """
 
     def __init__(self, trajectory: Trajectory, first: int, chunk_size: int | None, *, again: bool) -> None:
-        if trajectory.record.draws:
+        if trajectory.rollout.draws:
             raise RandomnessError(
                 "the inner loss draws random numbers, expected none: this estimator evaluates many steps at once, and "
                 "they cannot be drawn again as they were; pass them in batches, or use Reverse() or Truncated()"
             )
         self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
-        self._read = [i for i in trajectory.wanted if i < trajectory.dynamics.hyperparameters_start]
+        self._read: list[Place] = trajectory.wanted_of("read")
         self._again = again and chunk_size is None
         self._kept: derivatives.Graph | None = None
 
@@ -75,7 +75,7 @@ class ParallelCurvature:
         if self._kept is None:
             self._kept = self._record(every)
             self._again = (
-                autograd_graph.saved_bytes(autograd_graph.nodes(self._kept.nodes()), self._trajectory.extras)
+                autograd_graph.saved_bytes(autograd_graph.nodes(self._kept.nodes()), self._trajectory.inputs.read)
                 <= GRAPH_BUDGET
             )
         before = steps.start - every.start
@@ -90,42 +90,42 @@ class ParallelCurvature:
     ) -> Leaves:
         count, read = len(vectors), self._read if direct is not None else []
         terms = gradients.pullback(vectors, range(count + len(read)), retain=retain)
-        for number, term in zip(read, terms[count:], strict=True):
+        for place, term in zip(read, terms[count:], strict=True):
             if direct is None or term is None:
                 continue
-            if self._trajectory.dynamics.stepped[number]:
+            if self._trajectory.layout.runs_over_steps(place):
                 for step, part in zip(steps, term, strict=True):
-                    direct.add(step, {number: part})
+                    direct.add(step, {place: part})
             else:
-                direct.add(steps[0], {number: term})
+                direct.add(steps[0], {place: term})
         return Leaves(derivatives.or_zeros(terms[:count], vectors))
 
     def _record(self, steps: Sequence[int]) -> derivatives.Graph:
         """The graph from the parameters of these steps (and what the loss reads) to their gradients, batched."""
-        trajectory, dynamics = self._trajectory, self._trajectory.dynamics
-        count = dynamics.params_count
-        params = [torch.stack(c) for c in zip(*(trajectory.record.states[t][:count] for t in steps), strict=True)]
-        slices = [dynamics.at_step(trajectory.extras, t) for t in steps]
+        trajectory, layout = self._trajectory, self._trajectory.layout
+        states = [layout.params(trajectory.rollout.states[t]) for t in steps]
+        params = [torch.stack(column) for column in zip(*states, strict=True)]
+        slices = [layout.at_step(trajectory.inputs, t)[0] for t in steps]
         current = [
-            torch.stack([row[i] for row in slices]) if stepped and i < dynamics.hyperparameters_start else slices[0][i]
-            for i, stepped in enumerate(dynamics.stepped)
+            torch.stack([row[i] for row in slices]) if stepped else slices[0][i]
+            for i, stepped in enumerate(layout.stepped.read)
         ]
-        dims = (*(0,) * dynamics.state_count, *(0 if stepped else None for stepped in dynamics.stepped))
-        batched = dynamics.batched(Level(dims, len(steps), "error"))
+        batched = trajectory.dynamics.over_steps(len(steps))
 
         def function(roots: tuple[Tensor, ...]) -> Sequence[Tensor]:
-            for number, root in zip(self._read, roots[count:], strict=True):
-                current[number] = root
-            losses = batched.losses(roots[:count], current)
+            own, read = roots[: len(params)], roots[len(params) :]
+            for place, root in zip(self._read, read, strict=True):
+                current[place.index] = root
+            losses = batched.losses(own, current)
             again = trajectory.losses_to_replay()
             # autocast may give a loss another dtype under vmap
             again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1).to(again.dtype)
             trajectory.refuse_other_losses(again)
-            grads = derivatives.gradient(losses.sum(), roots[:count], differentiable=True)
-            return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+            return derivatives.filled(derivatives.gradient(losses.sum(), own, differentiable=True), params)
 
-        with trajectory.record.replay(None, params[0].device):
-            return derivatives.Graph.record(function, [*params, *(current[i] for i in self._read)], check=True)
+        with trajectory.rollout.replay(None, params[0].device):
+            sources = [*params, *(current[place.index] for place in self._read)]
+            return derivatives.Graph.record(function, sources, check=True)
 
 
 def _between_zeros(leaf: Tensor, before: int, total: int) -> Tensor:

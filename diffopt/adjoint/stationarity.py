@@ -11,7 +11,8 @@ from torch import Tensor
 from diffopt.errors import StationarityError
 from diffopt.linear_solve import Matvec, Tasks
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.record import Record
+from diffopt.rollout.layout import Inputs
+from diffopt.rollout.record import Rollout
 from diffopt.tensors.derivatives import filled, gradient
 from diffopt.tensors.leaves import Leaves
 
@@ -22,10 +23,17 @@ class Point:
     """A point that was given as a minimiser: its params, the gradient there, and the problem."""
 
     dynamics: Dynamics
-    extras: tuple[Tensor, ...]
+    inputs: Inputs
     params: Leaves
     gradient: Leaves
-    record: Record
+    rollout: Rollout
+
+    @staticmethod
+    def of(dynamics: Dynamics, inputs: Inputs, final: Leaves, rollout: Rollout) -> Point:
+        """That at which a step goes nowhere and leaves the gradient in its only buffer."""
+        layout = dynamics.layout
+        state = layout.with_state(inputs, final)
+        return Point(dynamics, inputs, state.params, state.buffers, rollout)
 
     def at_a_kink(self, tasks: Tasks, roundings: float) -> bool:
         """Whether the gradient turns around, all at once, where one begins to go down it by some roundings of params.
@@ -50,9 +58,9 @@ class Point:
     def _slope(self, tasks: Tasks, down: Leaves, length: Tensor) -> Tensor:
         """The gradient along ``down``, its direction here, after a step of this length against it."""
         moved = tasks.plus(self.params, -length, down)
-        with self.record.replay(1, moved[0].device), torch.enable_grad():
+        with self.rollout.replay(1, moved[0].device), torch.enable_grad():
             params = [x.detach().requires_grad_() for x in moved]
-            losses = self.dynamics.losses(params, self.dynamics.at_step([x.detach() for x in self.extras], 1))
+            losses = self.dynamics.losses(params, [x.detach() for x in self.inputs.read])
             return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
 
 

@@ -7,8 +7,8 @@ from typing import final
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.update_derivatives import UpdateGraph
 from diffopt.errors import EstimatorError
-from diffopt.linear_solve.base import Tasks
 from diffopt.tensors import derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -35,7 +35,7 @@ class StepByStep:
 
     def __init__(self, trajectory: Trajectory) -> None:
         """Look at ``trajectory``; nothing is computed yet."""
-        kept = trajectory.record
+        kept = trajectory.rollout
         if trajectory.steps and not len(kept.states) == len(kept.gradients) == trajectory.steps:
             raise EstimatorError(
                 f"StepByStep: {len(kept.states)} states and {len(kept.gradients)} gradients were kept, expected "
@@ -43,57 +43,52 @@ class StepByStep:
             )
         self._trajectory, self._direct = trajectory, DirectTerms(trajectory)
         self._losses = trajectory.losses_to_replay()
-        self._update: tuple[int, derivatives.Graph] | None = None
+        self._update: tuple[int, UpdateGraph] | None = None
 
     def turn(self, step: int, adjoint: Leaves) -> Leaves:
         r""":math:`E_t^\top\Lambda`: the adjoint of the gradient, like the params."""
-        dynamics = self._trajectory.dynamics
-        wanted = range(dynamics.state_count, dynamics.state_count + dynamics.params_count)
-        terms = self._graph(step).pullback(adjoint, wanted, retain=True)
-        return Leaves(derivatives.or_zeros(terms, adjoint[: dynamics.params_count]))
+        return self._graph(step).to_gradient(adjoint)
 
     def through(self, step: int, adjoint: Leaves, push: Leaves | None = None) -> Leaves:
         r""":math:`C_t^\top\Lambda + P^\top y`, like the state, for ``push`` ``y``; gathers :math:`D_t^\top\Lambda`."""
-        dynamics, hypers = self._trajectory.dynamics, self._trajectory.wanted_hypers
-        first = dynamics.state_count + dynamics.params_count
-        wanted = [*range(dynamics.state_count), *range(first, first + len(hypers))]
-        terms = self._graph(step).pullback(adjoint, wanted, retain=True)
-        self._direct.add(step, dict(zip(hypers, terms[dynamics.state_count :], strict=True)))
-        before = derivatives.or_zeros(terms[: dynamics.state_count], adjoint)
-        pushed = () if push is None else (x + y for x, y in zip(before, push, strict=False))
-        return Leaves([*pushed, *before[0 if push is None else len(push) :]])
+        update = self._graph(step)
+        self._direct.add(step, update.to_hyperparameters(adjoint))
+        before = update.to_state(adjoint)
+        return before if push is None else self._trajectory.layout.pushed(before, push)
 
     def curvature(self, step: int, vector: Leaves) -> Leaves:
         r""":math:`H_t u`, like the params; gathers :math:`M_t^\top u`. One joint product."""
-        trajectory, dynamics = self._trajectory, self._trajectory.dynamics
-        read = [i for i in trajectory.wanted if i < dynamics.hyperparameters_start]
-        count, current = dynamics.params_count, list(dynamics.at_step(trajectory.extras, step))
+        trajectory, dynamics, read = self._trajectory, self._trajectory.dynamics, self._trajectory.wanted_of("read")
+        params = dynamics.layout.params(trajectory.rollout.states[step])
+        current = list(dynamics.layout.at_step(trajectory.inputs, step)[0])
 
         def gradients(roots: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            for number, root in zip(read, roots[count:], strict=True):
-                current[number] = root
-            losses = dynamics.losses(roots[:count], current)
+            own, others = roots[: len(params)], roots[len(params) :]
+            for place, root in zip(read, others, strict=True):
+                current[place.index] = root
+            losses = dynamics.losses(own, current)
             self._losses[..., step - 1] = losses.detach()
-            return derivatives.filled(derivatives.gradient(losses, roots[:count], differentiable=True), roots[:count])
+            return derivatives.filled(derivatives.gradient(losses, own, differentiable=True), own)
 
-        inputs = [*trajectory.record.states[step][:count], *(current[i] for i in read)]
-        with trajectory.record.replay(step, inputs[0].device):
+        inputs = [*params, *(current[place.index] for place in read)]
+        with trajectory.rollout.replay(step, inputs[0].device):
             graph = derivatives.Graph.record(gradients, inputs, check=True)
             terms = graph.pullback(vector, range(len(inputs)))
-        self._direct.add(step, dict(zip(read, terms[count:], strict=True)))
+        self._direct.add(step, dict(zip(read, terms[len(params) :], strict=True)))
         trajectory.record.counts.add_products(1)
-        return Leaves(derivatives.or_zeros(terms[:count], vector))
+        return Leaves(derivatives.or_zeros(terms[: len(params)], vector))
 
     def weighted(self, weights: Tensor, vector: Leaves) -> Leaves:
         """``vector`` with each task's part multiplied by its own number; ``weights`` has ``trajectory.tasks_shape``."""
-        return Tasks(len(self._trajectory.tasks_shape)).times(weights, vector)
+        return self._trajectory.tasks.times(weights, vector)
 
     def cotangents(self, initial: Leaves) -> Cotangents:
         """What the rule returns: the adjoint of the initial state, and what was gathered."""
         self._trajectory.refuse_other_losses(self._losses)
         return Cotangents(initial, self._direct.collect())
 
-    def _graph(self, step: int) -> derivatives.Graph:
+    def _graph(self, step: int) -> UpdateGraph:
         if self._update is None or self._update[0] != step:
-            self._update = step, self._trajectory.updates.graph(step, self._trajectory.wanted_hypers)
+            hypers = self._trajectory.wanted_of("hyperparameters")
+            self._update = step, self._trajectory.updates.graph(step, hypers)
         return self._update[1]

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
+from diffopt.linear_solve.base import Tasks
 from diffopt.rollout import compiled
+from diffopt.rollout.checks import refuse_other_losses
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.loop import refuse_other_losses
-from diffopt.rollout.record import Record, Watch
+from diffopt.rollout.layout import Inputs, Layout, Part, Place
+from diffopt.rollout.record import Record, Rollout
+from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block, BlockTerms
-from diffopt.rollout.stepper import Stepper
 from diffopt.tensors.leaves import Leaves
 
 
@@ -28,11 +30,25 @@ class Cotangents:
 
     Attributes:
         initial: ``Lambda_0``, one tensor per state leaf; ``None``: zero.
-        extras: the direct terms by number of the extra; a missing one is zero.
+        direct: the direct terms of what the loss reads and of the hyperparameters, by place; a missing one is zero.
     """
 
     initial: Leaves | None
-    extras: dict[int, Tensor]
+    direct: Mapping[Place, Tensor]
+
+    @staticmethod
+    def of(found: Mapping[Place, Tensor], trajectory: Trajectory) -> Cotangents:
+        """Those of all wanted inputs by place; a leaf of the state that is missing among others is zero."""
+        direct = {place: term for place, term in found.items() if place.part in ("read", "hyperparameters")}
+        if not trajectory.wants_initial:
+            return Cotangents(None, direct)
+        leaves = zip(trajectory.dynamics.layout.places, trajectory.initial, strict=False)
+        return Cotangents(Leaves([found.get(place, torch.zeros_like(x)) for place, x in leaves]), direct)
+
+    @property
+    def extras(self) -> Mapping[Place, Tensor]:
+        """The direct terms, as 0.1 called them."""
+        return self.direct
 
 
 @final
@@ -42,43 +58,65 @@ class Trajectory:
 
     Attributes:
         dynamics: the inner problem.
-        initial: ``s_1``.
-        extras: everything else a step reads.
+        inputs: all its tensors: ``s_1``, and everything else that a step reads.
         final: ``s_{T+1}``.
-        record: what the rollout kept.
-        wanted_state: the leaves of ``s_1`` whose adjoint is asked for.
-        wanted: the extras whose direct term is asked for.
+        record: what the rollout kept, and where counts and diagnostics go.
+        wanted_state: the leaves of ``s_1`` whose adjoint is asked for, by number.
+        wanted: the places of the other inputs whose direct term is asked for.
         check: whether to check that recomputed steps give the losses they gave before.
     """
 
     dynamics: Dynamics
-    initial: Leaves
-    extras: tuple[Tensor, ...]
+    inputs: Inputs
     final: Leaves
     record: Record
     wanted_state: tuple[int, ...]
-    wanted: tuple[int, ...]
+    wanted: tuple[Place, ...]
     check: bool
+
+    @property
+    def initial(self) -> Leaves:
+        """``s_1``."""
+        return self.inputs.state
+
+    @property
+    def layout(self) -> Layout:
+        """How the tensors lie."""
+        return self.dynamics.layout
 
     @property
     def steps(self) -> int:
         """``T``."""
-        return self.dynamics.steps
+        return self.dynamics.layout.steps
 
     @property
     def tasks_shape(self) -> tuple[int, ...]:
         """The sizes of the leading axes of all tensors: one per vmap around the solve, ``()`` if there is none."""
-        return self.dynamics.tasks_shape
+        return self.dynamics.layout.tasks_shape
+
+    @property
+    def tasks(self) -> Tasks:
+        """Norms and inner products of each task's own part."""
+        return Tasks(len(self.dynamics.layout.levels))
+
+    @property
+    def rollout(self) -> Rollout:
+        """What the rollout kept."""
+        return self.record.rollout
 
     @property
     def updates(self) -> Updates:
         """The updates of all steps, if their states and gradients were kept."""
-        return Updates(self.dynamics, self.extras, self.record)
+        return Updates(self.dynamics, self.inputs, self.rollout)
 
     @property
-    def wanted_hypers(self) -> list[int]:
-        """The wanted extras that belong to the optimizer."""
-        return [i for i in self.wanted if i >= self.dynamics.hyperparameters_start]
+    def wanted_places(self) -> list[Place]:
+        """The places of all wanted inputs, those of the state among them."""
+        return [*(self.dynamics.layout.places[i] for i in self.wanted_state), *self.wanted]
+
+    def wanted_of(self, part: Part) -> list[Place]:
+        """The wanted inputs of one part, such as ``"hyperparameters"``."""
+        return [place for place in self.wanted if place.part == part]
 
     def sweep(self, cotangent: Leaves, first: int = 1) -> Cotangents:
         r"""The exact recursion from step ``T`` down to step ``first``, derivations (1.1)-(1.3).
@@ -90,65 +128,64 @@ class Trajectory:
         Raises:
             EstimatorError: the rule keeps the steps from another one on.
         """
-        if first != self.record.first:
+        if first != self.rollout.first:
             raise EstimatorError(
-                f"sweep(first={first}): the rule keeps steps from {self.record.first} on, expected the same number; "
+                f"sweep(first={first}): the rule keeps steps from {self.rollout.first} on, expected the same number; "
                 f"return Keep(first={first}) from keep()"
             )
-        stored = isinstance(self.record.checkpoint, int)
+        stored = isinstance(self.rollout.kept.checkpoint, int)
         done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and stored else None
         return self._sweep_of_blocks(cotangent, first) if done is None else done
 
     def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
-        adjoint, direct = cotangent, DirectTerms(self)
+        adjoint, direct, counts = cotangent, DirectTerms(self), self.record.counts
         for block, start, end in self._blocks_backwards(first):
             passes_on = start > first or self.wants_initial
-            terms = block.pullback(adjoint, state=range(self.dynamics.state_count if passes_on else 0))
+            terms = block.pullback(adjoint, state=range(self.layout.state_count if passes_on else 0))
             direct.add_block(terms)
-            self.record.counts.products += end - start + 1
-            self.record.counts.depth += end - start + 1
+            counts.products += end - start + 1
+            counts.depth += end - start + 1
             adjoint = terms.state
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
         """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
-        pullbacks, direct, adjoint = compiled.Pullbacks(self.dynamics, self.wanted), DirectTerms(self), cotangent
-        stepper, again = (
-            Stepper(self.dynamics, self.extras, self.record, Watch(captures=self.check)),
-            self.losses_to_replay(),
-        )
-        device, end = self.final[0].device, self.steps
-        for start in reversed(self.record.states):
-            states = stepper.states(self.record.state(start, device), start, end, again)
+        pullbacks, adjoint = compiled.Pullbacks(self.dynamics, self.inputs.detached(), self.wanted), cotangent
+        direct, replay, again = DirectTerms(self), self.replay(), self.losses_to_replay()
+        device, end, counts = self.final[0].device, self.steps, self.record.counts
+        for start in reversed(self.rollout.states):
+            states = replay.states(self.rollout.state(start, device), start, end, again)
             for step in range(end, start - 1, -1):
-                with self.record.replay(None, device):
-                    terms = pullbacks.pull(states.pop(), self.dynamics.at_step(self.extras, step), step, adjoint)
+                with self.rollout.replay(None, device):
+                    terms = pullbacks.pull(states.pop(), step, adjoint)
                 if terms is None:
                     return None  # what is stored is still there
                 adjoint = terms[0]
                 direct.add(step, terms[1])
             end = start - 1
-        self.record.counts.products += self.steps - first + 1
-        self.record.counts.depth += self.steps - first + 1
+        counts.products += self.steps - first + 1
+        counts.depth += self.steps - first + 1
         self.record.usable = False
-        self.record.states.clear()
+        self.rollout.states.clear()
         self.refuse_other_losses(again)
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
+    def replay(self) -> Replay:
+        """Steps of the rollout, taken again."""
+        return Replay(self.dynamics, self.inputs, self.rollout, self.record.counts, check=self.check)
+
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
         """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one."""
-        end, stepper = self.steps, Stepper(self.dynamics, self.extras, self.record, Watch(captures=self.check))
+        end, kept = self.steps, self.rollout
         if end >= first:
             self.record.usable = False
-        if self.record.block is not None:
-            block, self.record.block = self.record.block, None
-            yield block, first, end
+        if kept.graphs:
+            yield kept.graphs.pop(), first, end
             return
-        again = self.losses_to_replay()
+        replay, again = self.replay(), self.losses_to_replay()
         while end >= first:
-            start = next(reversed(self.record.states))  # stored in the order of the steps; later ones are used up
-            state = self.record.take_state(start, self.final[0].device)
-            block, _ = stepper.block(state, start, end, again)
+            start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
+            block, _ = replay.block(kept.take_state(start, self.final[0].device), start, end, again)
             yield block, start, end
             end = start - 1
         self.refuse_other_losses(again)
@@ -174,12 +211,12 @@ class Trajectory:
 
         (One tensor for all: see ``diffopt.rollout.loop.roll_out`` for what small ones per step do to memory.)
         """
-        return self.final[0].new_empty(0) if self.record.losses is None else self.record.losses.clone()
+        return self.final[0].new_empty(0) if self.rollout.losses is None else self.rollout.losses.clone()
 
     def refuse_other_losses(self, again: Tensor) -> None:
         """Refuse, where checks are on, recomputed losses that are not those of the rollout."""
-        if self.check and self.record.losses is not None:
-            refuse_other_losses(again, self.record.losses, self.record.autocast)
+        if self.check and self.rollout.losses is not None:
+            refuse_other_losses(again, self.rollout.losses, self.rollout.autocast)
 
 
 class DirectTerms:
@@ -187,34 +224,33 @@ class DirectTerms:
 
     def __init__(self, trajectory: Trajectory) -> None:
         """Start at zero."""
-        self._trajectory = trajectory
-        self._shared: dict[int, Tensor] = {}
-        self._stepped: dict[int, Tensor] = {}
+        self._trajectory, self._layout = trajectory, trajectory.layout
+        self._sums: dict[Place, Tensor] = {}
 
-    def add(self, step: int, terms: Mapping[int, Tensor | None]) -> None:
-        """Add step ``step``'s terms, by number of the extra; ``None`` is zero."""
-        for number, term in terms.items():
+    def add(self, step: int, terms: Mapping[Place, Tensor | None]) -> None:
+        """Add step ``step``'s terms, by place; ``None`` is zero."""
+        for place, term in terms.items():
             if term is None:
                 continue
-            if self._trajectory.dynamics.stepped[number]:
-                if number not in self._stepped:
-                    self._stepped[number] = torch.zeros_like(self._trajectory.extras[number])
-                self._trajectory.dynamics.slice_at(number, self._stepped[number], step).copy_(term)
+            if self._layout.runs_over_steps(place):
+                if place not in self._sums:
+                    self._sums[place] = torch.zeros_like(self._trajectory.inputs.at(place))
+                self._layout.slice_at(place, self._sums[place], step).copy_(term)
             else:
-                self._shared[number] = self._shared[number] + term if number in self._shared else term
+                self._sums[place] = self._sums[place] + term if place in self._sums else term
 
     def add_block(self, terms: BlockTerms) -> None:
         """Add the terms of a block."""
         self.add(0, terms.shared)
-        for (number, step), term in terms.stepped.items():
-            self.add(step, {number: term})
+        for (place, step), term in terms.stepped.items():
+            self.add(step, {place: term})
 
     def add_updates(self, adjoints: Leaves) -> None:
         """Add ``D_t' x_t`` of all steps for the stack ``x_1, ..., x_T``."""
         trajectory = self._trajectory
-        for step, terms in trajectory.updates.all_terms(trajectory.wanted_hypers, adjoints):
+        for step, terms in trajectory.updates.all_terms(trajectory.wanted_of("hyperparameters"), adjoints):
             self.add(step, terms)
 
-    def collect(self) -> dict[int, Tensor]:
-        """The sums, by number of the extra."""
-        return self._shared | self._stepped
+    def collect(self) -> dict[Place, Tensor]:
+        """The sums, by place."""
+        return self._sums

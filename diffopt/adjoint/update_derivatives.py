@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeAlias, final
 import torch
 from torch import Tensor
 
-from diffopt.rollout.dynamics import Dynamics, Level
-from diffopt.rollout.record import Record
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.record import Rollout
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -37,47 +38,75 @@ class UpdateBlocks(Protocol):
 
 @final
 @dataclass(frozen=True)
+class UpdateGraph:
+    """The graph of one update, pulled back as often as needed.
+
+    Attributes:
+        graph: from the state, the gradient and the hyperparameters to the state after.
+        states: how many leaves the state has.
+        grads: how many the gradient has.
+        hypers: the places of the hyperparameters.
+    """
+
+    graph: derivatives.Graph
+    states: int
+    grads: int
+    hypers: tuple[Place, ...]
+
+    def to_state(self, adjoint: Leaves) -> Leaves:
+        """``C_t' x``."""
+        return Leaves(derivatives.or_zeros(self.graph.pullback(adjoint, range(self.states), retain=True), adjoint))
+
+    def to_gradient(self, adjoint: Leaves) -> Leaves:
+        """``E_t' x``, like the params, which come first among the leaves of a state."""
+        terms = self.graph.pullback(adjoint, range(self.states, self.states + self.grads), retain=True)
+        return Leaves(derivatives.or_zeros(terms, adjoint[: self.grads]))
+
+    def to_hyperparameters(self, adjoint: Sequence[Tensor]) -> dict[Place, Tensor | None]:
+        """``D_t' x`` by place; ``None`` is zero."""
+        first = self.states + self.grads
+        terms = self.graph.pullback(adjoint, range(first, first + len(self.hypers)), retain=True)
+        return dict(zip(self.hypers, terms, strict=True))
+
+
+@final
+@dataclass(frozen=True)
 class Updates:
     """The updates of steps ``first, ..., T`` of a rollout that kept their states and gradients."""
 
     dynamics: Dynamics
-    extras: Sequence[Tensor]
-    record: Record
+    inputs: Inputs
+    rollout: Rollout
     first: int = 1
 
     @property
     def steps(self) -> range:
         """The numbers of the steps."""
-        return range(self.first, self.dynamics.steps + 1)
+        return range(self.first, self.dynamics.layout.steps + 1)
 
-    def graph(self, step: int, hypers: Sequence[int] = ()) -> derivatives.Graph:
-        """The graph of one update from the state, its gradient (as an independent input) and the extras ``hypers``."""
-        dynamics, record = self.dynamics, self.record
-        current, count = list(dynamics.at_step(self.extras, step)), dynamics.state_count
-        grads = record.gradients[step]
+    def graph(self, step: int, hypers: Sequence[Place] = ()) -> UpdateGraph:
+        """The graph of one update from the state, its gradient (as an independent input) and some hyperparameters."""
+        dynamics, state, grads = self.dynamics, self.rollout.states[step], self.rollout.gradients[step]
+        current = list(dynamics.layout.at_step(self.inputs, step)[1])
 
         def function(roots: tuple[Tensor, ...]) -> Leaves:
-            for number, root in zip(hypers, roots[count + len(grads) :], strict=True):
-                current[number] = root
-            return dynamics.update(roots[:count], roots[count:][: len(grads)], current, step)
+            own, read, others = dynamics.layout.split_update(roots)
+            for place, root in zip(hypers, others, strict=True):
+                current[place.index] = root
+            return dynamics.update(own, read, current, step)
 
-        inputs = [*record.states[step], *grads, *(current[i] for i in hypers)]
-        return derivatives.Graph.record(function, inputs)
+        inputs = [*state, *grads, *(current[place.index] for place in hypers)]
+        return UpdateGraph(derivatives.Graph.record(function, inputs), len(state), len(grads), tuple(hypers))
 
-    def terms(self, step: int, hypers: Sequence[int], adjoint: Sequence[Tensor]) -> dict[int, Tensor | None]:
-        """``D_t' x_t`` for the extras ``hypers``."""
-        first = self.dynamics.state_count + self.dynamics.params_count
-        terms = self.graph(step, hypers).pullback(adjoint, range(first, first + len(hypers)))
-        return dict(zip(hypers, terms, strict=True))
-
-    def all_terms(self, hypers: Sequence[int], adjoints: Leaves) -> Iterator[tuple[int, dict[int, Tensor | None]]]:
+    def all_terms(self, hypers: Sequence[Place], adjoints: Leaves) -> Iterator[tuple[int, dict[Place, Tensor | None]]]:
         """The steps, and ``D_t' x_t`` of each for the stack ``x_first, ..., x_T``."""
         for step in self.steps if hypers else ():
-            yield step, self.terms(step, hypers, [leaf[step - self.first] for leaf in adjoints])
+            yield step, self.graph(step, hypers).to_hyperparameters([leaf[step - self.first] for leaf in adjoints])
 
     def blocks(self) -> UpdateBlocks:
         """All that needs no curvature, in the form that suits the update."""
-        shapes, params = [leaf.shape for leaf in self.record.states[self.first]], self.dynamics.params_count
+        shapes = [leaf.shape for leaf in self.rollout.states[self.first]]
+        params = self.dynamics.layout.params_count
         kinds, rest = divmod(len(shapes), params)
         alike = rest == 0 and shapes == shapes[:params] * kinds
         return DiagonalBlocks(self) if self.dynamics.optimizer.elementwise and alike else GraphBlocks(self)
@@ -89,26 +118,21 @@ class GraphBlocks:
 
     def __init__(self, updates: Updates) -> None:
         """Record every update."""
-        self._count, self._params = updates.dynamics.state_count, updates.dynamics.params_count
+        self._layout = updates.dynamics.layout
         self._graphs = {step: updates.graph(step) for step in updates.steps}
 
     def turn(self, adjoints: Leaves, first: int) -> Leaves:
         """See :class:`UpdateBlocks`."""
-        wanted, rows = range(self._count, self._count + self._params), []
-        for offset, row in enumerate(zip(*adjoints, strict=True)):
-            terms = self._graphs[first + offset].pullback(row, wanted, retain=True)
-            rows.append(derivatives.or_zeros(terms, row[: self._params]))
-        return _stacked(rows)
+        rows = enumerate(zip(*adjoints, strict=True), first)
+        return _stacked([self._graphs[step].to_gradient(Leaves(row)) for step, row in rows])
 
     def scan(self, last: Leaves, first: int, end: int, pushes: Leaves | None) -> Leaves:
         """See :class:`UpdateBlocks`."""
-        rows, now = [], tuple(last)
+        rows, now = [], last
         for step in range(end, first - 1, -1):
-            terms = self._graphs[step].pullback(now, range(self._count), retain=True)
-            now = derivatives.or_zeros(terms, now)
+            now = self._graphs[step].to_state(now)
             if pushes is not None:
-                pushed = (x + leaf[step - first] for x, leaf in zip(now, pushes, strict=False))
-                now = (*pushed, *now[self._params :])
+                now = self._layout.pushed(now, pushes.map(lambda leaf, at=step - first: leaf[at]))
             rows.append(now)
         return _stacked(rows[::-1])
 
@@ -124,19 +148,19 @@ class DiagonalBlocks:
 
     def __init__(self, updates: Updates) -> None:
         """Read the diagonals off one graph of all updates, or of each if they look at the number of their step."""
-        self._first, self._size = updates.first, updates.dynamics.params_count
-        self._kinds = range(updates.dynamics.state_count // self._size)
+        self._first, self._size = updates.first, updates.dynamics.layout.params_count
+        self._kinds = range(updates.dynamics.layout.state_count // self._size)
         count = len(updates.steps)
         try:
             first = _graph_of_any(updates, range(updates.first, updates.first + 1))
             if _depends_on_state(first, updates):
-                states = _stacked([updates.record.states[t] for t in updates.steps])
+                states = _stacked([updates.rollout.states[t] for t in updates.steps])
                 diagonals = self._read_off(_graph_of_any(updates, updates.steps), states)
             else:
-                one = self._read_off(first, updates.record.states[updates.first].map(lambda leaf: leaf[None]))
+                one = self._read_off(first, updates.rollout.states[updates.first].map(lambda leaf: leaf[None]))
                 diagonals = {key: None if part is None else _repeated(part, count) for key, part in one.items()}
         except Exception:  # the step's number is looked at; or the update fails, and does so again, with its own error
-            rows = [self._read_off(updates.graph(t), updates.record.states[t]) for t in updates.steps]
+            rows = [self._read_off(updates.graph(t).graph, updates.rollout.states[t]) for t in updates.steps]
             diagonals = {key: _stacked_or_none([row[key] for row in rows]) for key in rows[0]}
         factors = {key: _constant(stack) for key, stack in diagonals.items() if stack is not None}
         gradient = len(self._kinds)
@@ -209,29 +233,29 @@ class _UnreadStep:
 
 def _graph_of_any(updates: Updates, steps: range) -> derivatives.Graph:
     """The graph of the updates ``steps``, stacked; :class:`_StepIsReadError` if one looks at its step's number."""
-    dynamics = updates.dynamics
-    if dynamics.window > 1:
+    layout = updates.dynamics.layout
+    if layout.window > 1:
         raise _StepIsReadError
-    slices = [dynamics.at_step(updates.extras, t) for t in steps]
+    slices = [layout.at_step(updates.inputs, t)[1] for t in steps]
     current = [
         torch.stack([row[i] for row in slices]) if stepped else slices[0][i]
-        for i, stepped in enumerate(dynamics.stepped)
+        for i, stepped in enumerate(layout.stepped.hyperparameters)
     ]
-    dims = (*(0,) * dynamics.state_count, *(0 if stepped else None for stepped in dynamics.stepped))
-    batched, count = dynamics.batched(Level(dims, len(slices), "error")), dynamics.state_count
-    states, grads = (_stacked([kept[t] for t in steps]) for kept in (updates.record.states, updates.record.gradients))
+    batched, count = updates.dynamics.over_steps(len(slices)), layout.state_count
+    states, grads = (_stacked([kept[t] for t in steps]) for kept in (updates.rollout.states, updates.rollout.gradients))
     return derivatives.Graph.record(
-        lambda roots: batched.update_once(roots[:count], roots[count:], current, _UnreadStep()), [*states, *grads]
+        lambda roots: batched.update_of_any_step(roots[:count], roots[count:], current, _UnreadStep()),
+        [*states, *grads],
     )
 
 
 def _depends_on_state(update: derivatives.Graph, updates: Updates) -> bool:
     """Whether the blocks of an update may differ from step to step: it saved more for them than hyperparameters."""
-    nodes = list(autograd_graph.nodes(update.nodes()))
-    stepped = any(updates.dynamics.stepped[updates.dynamics.hyperparameters_start :])
+    nodes, inputs = list(autograd_graph.nodes(update.nodes())), updates.inputs
+    stepped = any(updates.dynamics.layout.stepped.hyperparameters)
     # what a function written in Python keeps cannot be looked into
     unknown = any(hasattr(node, "saved_tensors") and not derivatives.is_root(node) for node in nodes)
-    return stepped or unknown or autograd_graph.saved_bytes(nodes, updates.extras) > 0
+    return stepped or unknown or autograd_graph.saved_bytes(nodes, (*inputs.read, *inputs.hyperparameters)) > 0
 
 
 def _repeated(stack: Leaves, count: int) -> Leaves:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffopt.errors import DiffoptError, LossError
 from diffopt.optimizers import SGD
-from diffopt.rollout.dynamics import Dynamics, Level
+from diffopt.rollout.dynamics import Dynamics
 from diffopt.solve import checked_problem
 from diffopt.tensors import derivatives, random_state, tree
 
@@ -48,16 +48,15 @@ class Subject:
     def of(cls, loss: Callable[..., Tensor], params: Any, args: tuple[Any, ...]) -> Subject:
         """Flatten and check what a loss is given, as :func:`diffopt.solve` does."""
         problem = checked_problem(loss, params, args, SGD(0.0), 1, None, True)
-        dynamics, leaves = problem.dynamics, problem.state[: problem.dynamics.params_count]
-        names, others = dynamics.names()
+        params, read, names = problem.inputs.params, problem.inputs.read, problem.dynamics.layout.names()
         return cls(
-            dynamics,
-            tuple(leaf.detach().clone() for leaf in leaves),
-            tuple(extra.detach().clone() for extra in problem.extras),
-            names,
-            others,
-            tuple(i for i, extra in enumerate(problem.extras) if extra.requires_grad),
-            random_state.snapshot(leaves[0].device),
+            problem.dynamics,
+            tuple(leaf.detach().clone() for leaf in params),
+            tuple(x.detach().clone() for x in read),
+            tuple(names.params),
+            tuple(names.read),
+            tuple(i for i, x in enumerate(read) if x.requires_grad),
+            random_state.snapshot(params[0].device),
         )
 
     @property
@@ -114,8 +113,7 @@ class Subject:
     def losses_of_two(self, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The losses at these parameters and at others, by one vmapped call, and the gradients of both, stacked."""
         stacked = [torch.stack(pair) for pair in zip(self.params, others, strict=True)]
-        dims = (*(0 for _ in stacked), *(None for _ in self.args))
-        dynamics = self.dynamics.batched(Level(dims, 2, "same"))
+        dynamics = self.dynamics.over(2)
         with torch.enable_grad(), self.replayed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vmap says which operations it loops over
             roots = derivatives.make_roots(stacked)

@@ -161,7 +161,7 @@ def _watched(rule: Estimator) -> tuple[Estimator, list[int]]:
     watched, steps = copy.copy(rule), list[int]()
 
     def run(problem: Problem) -> Outcome:
-        steps.append(problem.dynamics.steps)
+        steps.append(problem.dynamics.layout.steps)
         return rule.run(problem)
 
     object.__setattr__(watched, "run", run)
@@ -227,7 +227,7 @@ def _row(
         gradients=total("gradients"),
         products=total("products"),
         depth=total("depth"),
-        states=sum(record.states_stored for record in records) if records else None,
+        states=sum(record.kept.states for record in records) if records else None,
         seconds=statistics.median(times),
         megabytes=None if peak is None else peak / 1e6,
         stationarity=stationarity(records),

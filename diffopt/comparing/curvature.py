@@ -10,11 +10,9 @@ from torch import Tensor
 
 from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.adjoint.trajectory import Trajectory
-from diffopt.linear_solve import Tasks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.loop import roll_out
-from diffopt.rollout.record import Keep, Record, Watch
-from diffopt.tensors.leaves import Leaves
+from diffopt.rollout.record import Keep, Record
 
 
 def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: int = 10) -> float:
@@ -23,26 +21,26 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
     For gradient descent this is ``T * lr * lambda_max``. The terms of the binomial expansion grow up to an order of
     about this number before they fall. By the power method: ``2 * iterations`` HVPs and one rollout.
     """
-    if dynamics.steps == 0:
+    layout = dynamics.layout
+    if layout.steps == 0:
         return 0.0
-    count, record = dynamics.state_count, Record()
-    state, extras = inputs[:count], tuple(x.detach() for x in inputs[count:])
-    final, _ = roll_out(dynamics, state, extras, Keep(1, 1, gradients=True), record, Watch())
-    trajectory = Trajectory(dynamics, Leaves(state), extras, final, record, (), (), False)
-    tasks, largest = Tasks(len(dynamics.levels)), 0.0
+    named, record = layout.inputs(inputs).detached(), Record()
+    final, record.rollout = roll_out(dynamics, named, counts=record.counts, keep=Keep(1, 1, gradients=True))
+    trajectory = Trajectory(dynamics, named, final, record, (), (), False)
+    tasks, largest = trajectory.tasks, 0.0
     with torch.no_grad():
         updates, nothing = trajectory.updates.blocks(), final.zeros()
-        for step in {1, dynamics.steps}:
+        for step in {1, layout.steps}:
             curvature = ParallelCurvature(trajectory, step, None, again=True)
             x = tasks.start(final)
             size = tasks.norm(x)
             for _ in range(iterations):
                 x = tasks.times(torch.where(size > 0, 1 / size, 0), x)
                 product = curvature.product(updates.turn(x.map(lambda leaf: leaf[None]), step), step)
-                x = Leaves([*(leaf[0] for leaf in product), *nothing[dynamics.params_count :]])
+                x = layout.padded(product.map(lambda leaf: leaf[0]), nothing)
                 size = tasks.norm(x)
             largest = max(largest, float(size.max()))
-    return dynamics.steps * largest
+    return layout.steps * largest
 
 
 class Stationarity(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -12,87 +12,216 @@ from torch import Tensor
 
 from diffopt.errors import (
     CapturedTensorError,
+    DiffoptError,
     DisconnectedError,
     NonFiniteGradientError,
     NonFiniteLossError,
     PrecisionWarning,
+    RandomnessError,
 )
+from diffopt.rollout.divergence import not_finite
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.record import Watch
-from diffopt.tensors import autograd_graph, transforms
+from diffopt.rollout.hidden_state import HiddenState
+from diffopt.rollout.record import Keep, Watch
+from diffopt.tensors import autograd_graph, derivatives, random_state, transforms
 from diffopt.tensors.captures import everything_held, mend_for, names_of
 from diffopt.tensors.leaves import Leaves, all_finite
-from diffopt.tensors.torch_errors import forward_mode_error
+from diffopt.tensors.torch_errors import changed_in_place, forward_mode_error
 
 
 @final
 class Checks:
-    """Evaluates the losses and the first update of one rollout, and refuses what would give a silent wrong number.
+    """The dynamics of one rollout seen through checks, which refuse what would give a silent wrong number.
+
+    It stands in the place of :class:`~diffopt.rollout.dynamics.Dynamics` in the loop: the loss, the gradient and the
+    update are those, and what they return is looked at.
 
     # NOTE [what is looked for at every step, and what it costs]
     A loss may read other tensors later than at its first step (behind an ``if``, after a warm-up). So the graph of
     every loss is walked for captured tensors: about half a microsecond a node, 7 for an MLP of three layers. Of updates
-    those are, and later than at their first step, that are not this library's own.
+    those are that are not this library's own.
+
+    Attributes:
+        hidden_state: the error for whoever computes a step again; ``None``: no state of the loss is known.
     """
 
-    def __init__(self, dynamics: Dynamics, watch: Watch, *, passes_tangents: bool = False) -> None:
-        """Look at nothing yet. ``passes_tangents``: plain code that forward-mode differentiation goes through."""
-        self.dynamics, self.watch = dynamics, watch
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        watch: Watch,
+        keep: Keep | None = None,
+        draws: Mapping[int, random_state.GeneratorStates] | None = None,
+        *,
+        passes_tangents: bool = False,
+    ) -> None:
+        """Look at nothing yet.
+
+        Args:
+            dynamics: what is looked at.
+            watch: what for.
+            keep: what will be kept of the steps.
+            draws: the generators' states for steps that draw random numbers again.
+            passes_tangents: plain code that forward-mode differentiation goes through.
+        """
+        self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
+        self._last, self._own_update = dynamics.layout.steps, _is_of_this_library(dynamics.optimizer.template)
         self._drops_tangents = watch.values and not passes_tangents
         self._wrapped_are_held: bool | None = None
-        self._born = -1
+        self._looks_for_breaks, self._born = True, -1
+        self._held: HiddenState | None = None
+        self._stores = False
+        self._before: random_state.GeneratorStates | None = None
+        self._read: Sequence[Tensor] = ()
+        self.hidden_state: DiffoptError | None = None
 
-    def losses(self, params: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Tensor:
+    # ------------------------------------------------------------------------------------ what the loop calls
+
+    def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
-        losses: Tensor = apart_from(self.levels_at(step), self._evaluated, params, current)
-        if self.watch.levels and transforms.is_wrapped(losses):
+        self._read = read
+        if step == 1 or (self._held is not None and step == self._last):
+            self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
+        if self._held is None and self._watch.state and self._keep is not None:
+            self._held = HiddenState(self._dynamics.loss)
+        levels = self.levels_at(step)
+        if self._drops_tangents and transforms.in_dual_level():
+            losses: Tensor = apart_from(levels, self._without_tangents, params, read)
+        else:
+            function = self._dynamics.losses
+            losses = apart_from(levels, function, params, read) if levels else function(params, read)
+        if self._watch.levels and transforms.is_wrapped(losses):
             raise _wrapped_error()
         return losses
 
-    def update(self, state: Leaves, grads: Sequence[Tensor], current: Sequence[Tensor], step: int) -> Leaves:
+    def gradient(
+        self, losses: Tensor, params: Sequence[Tensor], step: int, *, differentiable: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient; a first one tells whether the loss depends on the params and is finite there."""
+        grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        if self._watch.values:
+            if step == 1:
+                refuse_bad_start(self._dynamics, losses, grads, params, self._read)
+            self._refuse_captured([losses], [*params, *self._read])
+        if self._held is not None and step in (1, self._last) and self._held.has_moved():
+            self._judge(self._held, losses, grads, params, exactly=not differentiable)
+        return grads
+
+    def update(self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int) -> Leaves:
         """The update, evaluated apart from the transforms around the solve."""
-        after: Leaves = apart_from(self.levels_at(step), self.dynamics.update, state, grads, current, step)
+        if not torch.is_grad_enabled():  # without a graph, for which a first one is made to look at
+            if step > 1 or not self._watch.values or self._own_update:
+                return self._dynamics.update(state, grads, hyperparameters, step)
+            with torch.enable_grad():
+                roots = Leaves(derivatives.make_roots(state))
+                after = self._apart_update(roots, grads, hyperparameters, step)
+            self._refuse_captured(after, roots)
+            return Leaves([leaf.detach() for leaf in after])
+        versions = [leaf._version for leaf in state]
+        after = self._apart_update(state, grads, hyperparameters, step)
+        if versions != [leaf._version for leaf in state]:
+            raise changed_in_place()
+        if self._looks_for_breaks:
+            autograd_graph.refuse_broken_graph(autograd_graph.nodes([leaf.grad_fn for leaf in after]))
+            self._looks_for_breaks = False
+        if not self._own_update:
+            self._refuse_captured(after, [*state, *hyperparameters, *grads])
         return after
+
+    # ------------------------------------------------------------------------------------ captured tensors
 
     def levels_at(self, step: int) -> range:
         """The levels to watch: at later steps only if some tensor of theirs is held, for empty vmaps cost much."""
-        if not self.watch.levels:
-            return range(0)
+        if not self._watch.levels:
+            return _NO_LEVELS
         if self._wrapped_are_held is None:
             self._wrapped_are_held = any(
-                transforms.is_wrapped(x) for x in everything_held(self.dynamics.functions()).tensors
+                transforms.is_wrapped(x) for x in everything_held(self._dynamics.functions()).tensors
             )
-        return self.watch.levels if step == 1 or self._wrapped_are_held else range(0)
+        return self._watch.levels if step == 1 or self._wrapped_are_held else _NO_LEVELS
 
-    def refuse_captured(self, outputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    def _apart_update(
+        self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int
+    ) -> Leaves:
+        levels, update = self.levels_at(step), self._dynamics.update
+        if not levels:
+            return update(state, grads, hyperparameters, step)
+        after: Leaves = apart_from(levels, update, state, grads, hyperparameters, step)
+        return after
+
+    def _refuse_captured(self, outputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
         """Refuse tensors that require grad in the graph of a step, besides those that it was given or made by itself.
 
         ``given`` begins with the params, from which the graph grows.
         """
-        if self.watch.captures:
-            starts = [x.grad_fn for x in outputs if x.requires_grad]
-            found = autograd_graph.captured_nodes(starts, given, self._born)
-            if found:  # else nobody needs names, which are not cheap
-                refuse_captures("the inner loss (or the optimizer)", self.dynamics.functions(), found)
-            if given[0].grad_fn is None:
-                self._born = max([self._born, *map(autograd_graph.number, starts)])
+        if not self._watch.captures:
+            return
+        starts = [x.grad_fn for x in outputs if x.requires_grad]
+        found = autograd_graph.captured_nodes(starts, given, self._born)
+        if found:  # else nobody needs names, which are not cheap
+            refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
+        self._born = max([self._born, *map(autograd_graph.number, starts)])
 
-    def refuse_captured_by_update(self, after: Sequence[Tensor], given: Sequence[Tensor], step: int) -> None:
-        """The same for the update of a step."""
-        if step == 1 or not type(self.dynamics.optimizer.template).__module__.startswith("diffopt.optimizers."):
-            self.refuse_captured(after, given)
-
-    def _evaluated(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
-        if self._drops_tangents and transforms.in_dual_level():
-            return self._without_tangents(params, current)
-        return self.dynamics.losses(params, current)
-
-    def _without_tangents(self, params: Sequence[Tensor], current: Sequence[Tensor]) -> Tensor:
+    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         with transforms.tangents_seen():
-            losses = self.dynamics.losses(params, current)
+            losses = self._dynamics.losses(params, read)
             if transforms.has_tangent([losses]):
                 raise forward_mode_error("the inner loss reads a tensor that")
         return losses
+
+    # ------------------------------------------------------------------------------------ state that a loss keeps
+
+    def keeps_state(self, state: Leaves, losses: Tensor, step: int) -> bool:
+        """Whether the losses of a step come out differently when they are computed again, which moves nothing."""
+        if not self._watch.values:
+            return False
+        held = HiddenState(self._dynamics.loss)
+
+        def again() -> tuple[Tensor, Sequence[Tensor]]:
+            params = [leaf.detach().requires_grad_() for leaf in self._dynamics.layout.params(state)]
+            with torch.enable_grad(), random_state.replayed(self._before, params[0].device):
+                return self._dynamics.losses(params, self._read).detach(), ()
+
+        keeps = held.matters(again, losses, (), exactly=True)
+        self._held = None if keeps else held  # looked at again after the last step
+        self._stores = not keeps
+        return keeps
+
+    def _judge(
+        self,
+        held: HiddenState,
+        losses: Tensor,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        *,
+        exactly: bool,
+    ) -> None:
+        """Note state of the loss that has moved, if its value depends on that; refuse what cannot be right.
+
+        Looked at after the first step and after the last, by when other state may have moved, or have begun to matter.
+        """
+
+        def again() -> tuple[Tensor, Sequence[Tensor]]:
+            with torch.enable_grad(), random_state.replayed(self._before, params[0].device):
+                roots = [leaf.detach().requires_grad_() for leaf in params]
+                value = self._dynamics.losses(roots, self._read)
+                return value.detach(), derivatives.or_zeros(
+                    derivatives.gradient(value, roots, differentiable=False), roots
+                )
+
+        if not held.matters(again, losses.detach(), derivatives.or_zeros(grads, params), exactly=exactly):
+            return
+        self.hidden_state, keep = held.error(), self._keep
+        stores = self._stores or (keep is not None and keep.checkpoint not in (None, "graph"))
+        if stores and keep is not None and keep.first <= self._last:
+            raise self.hidden_state
+
+
+_NO_LEVELS = range(0)
+
+
+def _is_of_this_library(optimizer: object) -> bool:
+    """Whether an update is one of this library's, which read what they are given and nothing else."""
+    return type(optimizer).__module__.startswith("diffopt.optimizers.")
 
 
 def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -126,10 +255,11 @@ def warn_of_precision(dynamics: Dynamics, params: Sequence[Tensor]) -> None:
     where = "params"
     if torch.is_autocast_enabled(place):
         dtype, where = torch.get_autocast_dtype(place), "torch.autocast"
-    if dynamics.steps and torch.finfo(dtype).eps > 1e-4:
+    if dynamics.layout.steps and torch.finfo(dtype).eps > 1e-4:
+        steps, name = dynamics.layout.inner_steps, str(dtype).removeprefix("torch.")
         warnings.warn(
-            f"the hypergradient of {dynamics.inner_steps} steps is computed in {str(dtype).removeprefix('torch.')} "
-            f"({where}), in which it is inaccurate: a few percent to a third off for one step, more for more, measured "
+            f"the hypergradient of {steps} steps is computed in {name} ({where}), in which it "
+            "is inaccurate: a few percent to a third off for one step, more for more, measured "
             "beside float64 (docs/precision.md). Use float32 where it matters, or silence diffopt.PrecisionWarning",
             PrecisionWarning,
             stacklevel=2,
@@ -141,7 +271,7 @@ def refuse_bad_start(
     losses: Tensor,
     grads: Sequence[Tensor | None],
     params: Sequence[Tensor],
-    current: Sequence[Tensor],
+    read: Sequence[Tensor],
 ) -> None:
     """Refuse a first loss that does not depend on params or is not finite."""
     if all(grad is None for grad in grads):
@@ -151,20 +281,34 @@ def refuse_bad_start(
         )
     values = transforms.plain(losses)
     if not (math.isfinite(values) if values.ndim == 0 else bool(values.isfinite().all())):
+        named = not_finite(dynamics.layout, params, read, (), 1)
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
-            f"finite number; {not_finite(dynamics, params, current, 1) or 'check the data and the initialisation'}"
+            f"finite number; {named or 'check the data and the initialisation'}"
         )
 
 
-def not_finite(dynamics: Dynamics, params: Sequence[Tensor], current: Sequence[Tensor], step: int) -> str:
-    """Which of the tensors that a step was given is not finite itself, in words; empty if all are."""
-    names, others = dynamics.names()
-    others = tuple(f"{x} at step {step}" if stepped else x for x, stepped in zip(others, dynamics.stepped, strict=True))
-    for name, x in (*zip(names, params, strict=False), *zip(others, current, strict=True)):
-        if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
-            return f"{name} is not finite itself"
-    return ""
+def refuse_other_losses(again: Tensor, losses: Tensor, autocast: derivatives.Autocast | None) -> None:
+    """Refuse a replay that did not give the rollout's losses.
+
+    Looser than round-off, which differs from one kernel to another and which the steps between two states magnify.
+    """
+    if torch.equal(again, losses):
+        return
+    eps = max(torch.finfo(losses.dtype).eps, 0.0 if autocast is None else autocast.eps)
+    tolerance = max(min(1e-3, eps**0.4), 4 * eps)
+    same = (
+        torch.isclose(again, losses, rtol=tolerance, atol=1e-3 * tolerance, equal_nan=True)
+        .reshape(-1, losses.shape[-1])
+        .all(0)
+    )
+    if not bool(same.all()):
+        step = int((~same).nonzero()[0, 0]) + 1
+        raise RandomnessError(
+            f"the inner loss of step {step} came out differently in the backward pass, expected the same number: it "
+            "draws from numpy (or another thread drew), keeps a state, or reads what changed since the solve "
+            "(data, module.eval()). Draw from torch's global generator, pass data in batches, or use Reverse('graph')"
+        )
 
 
 def refuse_non_finite(cotangent: Sequence[Tensor]) -> None:

@@ -20,13 +20,15 @@ from diffopt.errors import CapturedTensorError, CompileWarning
 from diffopt.optimizers.base import Schedule
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, tree
 from diffopt.tensors.leaves import Leaves
 
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
-class Step(NamedTuple):
+class Done(NamedTuple):
     """What one step gives: the losses, the gradients of the params, and the state after it."""
 
     losses: Tensor
@@ -38,25 +40,32 @@ class Step(NamedTuple):
 class Steps:
     """The steps of one rollout, each one call of a compiled function."""
 
-    def __init__(self, dynamics: Dynamics) -> None:
+    def __init__(self, dynamics: Dynamics, inputs: Inputs) -> None:
         """Compile nothing yet: shapes are known once there is a state."""
-        self._dynamics, self._function = dynamics, _Lookup(dynamics, ("step",), self._evaluate)
+        self._dynamics, self._inputs = dynamics, inputs
+        self._function = _Lookup(dynamics, ("step",), self._evaluate)
 
-    def take(self, state: Leaves, current: Sequence[Tensor], number: int) -> Step | None:
-        """Step ``number`` from ``state``; ``None`` if it cannot be compiled, of which a warning says why."""
-        done = self._function(number, *state, *current)
+    def take(self, ground: Block | Plain, step: int) -> Done | None:
+        """Step ``step`` from where ``ground`` stands.
+
+        ``None`` if it is to be taken with its graph, or cannot be compiled, of which a warning says why.
+        """
+        if ground.linked:
+            return None
+        read, hyperparameters = self._dynamics.layout.at_step(self._inputs, step)
+        done = self._function(step, *ground.state, *read, *hyperparameters)
         if done is None:
             return None
-        split = 1 + self._dynamics.params_count
-        return Step(done[0], Leaves(done[1:split]), Leaves(done[split:]))
+        split = 1 + self._dynamics.layout.params_count
+        return Done(done[0], Leaves(done[1:split]), Leaves(done[split:]))
 
-    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        dynamics, count, params = self._dynamics, self._dynamics.state_count, self._dynamics.params_count
+    def _evaluate(self, updates: int, step: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, now = self._dynamics, self._dynamics.layout.inputs(tensors)
         with torch.enable_grad():
-            roots = [x.detach().requires_grad_() for x in tensors[:params]]
-            losses = dynamics.losses(roots, tensors[count:])
+            roots = [x.detach().requires_grad_() for x in now.params]
+            losses = dynamics.losses(roots, now.read)
             grads = derivatives.or_zeros(derivatives.gradient(losses, roots, differentiable=False), roots)
-        after = dynamics.updates(tensors[:count], grads, tensors[count:], number, updates)
+        after = dynamics.updates(now.state, grads, now.hyperparameters, step, updates)
         return (losses.detach(), *grads, *after)
 
 
@@ -64,36 +73,34 @@ class Steps:
 class Pullbacks:
     """The pullbacks ``J_t' x`` and ``B_t' x`` of steps, each one call of a compiled function."""
 
-    def __init__(self, dynamics: Dynamics, wanted: Sequence[int]) -> None:
-        """``wanted`` are the extras whose direct term is asked for."""
-        self._dynamics, self._wanted = dynamics, wanted
+    def __init__(self, dynamics: Dynamics, inputs: Inputs, wanted: Sequence[Place]) -> None:
+        """``wanted`` are the inputs besides the state whose direct term is asked for."""
+        self._dynamics, self._inputs, self._wanted = dynamics, inputs, tuple(wanted)
         self._function = _Lookup(dynamics, ("pullback", *wanted), self._evaluate)
 
-    def pull(
-        self, state: Leaves, current: Sequence[Tensor], number: int, adjoint: Leaves
-    ) -> tuple[Leaves, dict[int, Tensor]] | None:
-        """The adjoint of ``state`` and the direct terms by number of the extra, given the adjoint of the state after.
+    def pull(self, state: Leaves, step: int, adjoint: Leaves) -> tuple[Leaves, dict[Place, Tensor]] | None:
+        """The adjoint of ``state`` and the direct terms by place, given the adjoint of the state after step ``step``.
 
         ``None`` as for :meth:`Steps.take`.
         """
-        done = self._function(number, *state, *current, *adjoint)
+        read, hyperparameters = self._dynamics.layout.at_step(self._inputs, step)
+        done = self._function(step, *state, *read, *hyperparameters, *adjoint)
         if done is None:
             return None
         return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
 
-    def _evaluate(self, updates: int, number: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        dynamics, count = self._dynamics, self._dynamics.state_count
-        end = len(tensors) - count
-        current = list(tensors[count:end])
+    def _evaluate(self, updates: int, step: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dynamics, layout = self._dynamics, self._dynamics.layout
+        adjoint = tensors[len(tensors) - layout.state_count :]
+        now = layout.inputs(tensors[: len(tensors) - layout.state_count])
         with torch.enable_grad():
-            for i in self._wanted:
-                current[i] = current[i].detach().requires_grad_()
-            roots = [x.detach().requires_grad_() for x in tensors[:count]]
-            params = roots[: dynamics.params_count]
-            found = derivatives.gradient(dynamics.losses(params, current).sum(), params, differentiable=True)
-            after = dynamics.updates(roots, derivatives.filled(found, params), current, number, updates)
-            inputs = [*roots, *(current[i] for i in self._wanted)]
-            return derivatives.or_zeros(derivatives.pullback(after.tensors, inputs, tensors[end:]), inputs)
+            now = now.put({place: now.at(place).detach().requires_grad_() for place in self._wanted})
+            roots = [x.detach().requires_grad_() for x in now.state]
+            params = layout.params(roots)
+            found = derivatives.gradient(dynamics.losses(params, now.read).sum(), params, differentiable=True)
+            after = dynamics.updates(roots, derivatives.filled(found, params), now.hyperparameters, step, updates)
+            sources = [*roots, *map(now.at, self._wanted)]
+            return derivatives.or_zeros(derivatives.pullback(after, sources, adjoint), sources)
 
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
@@ -136,10 +143,10 @@ class _Lookup:
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
         # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
         arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous().view_as(x) for x in tensors)]
-        updates = self._dynamics.length(number)
+        updates = self._dynamics.layout.length(number)
         if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
             # the window too: it says which updates a step's number stands for
-            what, function = (*self._what, self._dynamics.window, updates), partial(self._function, updates)
+            what, function = (*self._what, self._dynamics.layout.window, updates), partial(self._function, updates)
             self._found[updates] = _compiled(self._dynamics, what, function, arguments)
         found = self._found[updates]
         return None if found is None else found(*arguments)
@@ -151,11 +158,11 @@ def _compiled(
     place = arguments[-1].device
     shapes = tuple((x.shape, x.dtype, x.device) for x in arguments)
     autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
-    structures = dynamics.params_structure, dynamics.args_structure, _typed(dynamics.args_leaves)
-    loss = dynamics.loss
+    layout, loss = dynamics.layout, dynamics.loss
+    structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     try:
         optimizer = _without_tensors(dynamics.optimizer.template)
-        key = (*what, getattr(loss, "__func__", None), shapes, dynamics.levels, structures, autocast, optimizer)
+        key = (*what, getattr(loss, "__func__", None), shapes, layout.levels, structures, autocast, optimizer)
         known = _functions.setdefault(_owner(loss), {})
         if key in known:
             return known[key]

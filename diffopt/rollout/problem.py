@@ -8,20 +8,20 @@ from typing import final
 from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs
 from diffopt.rollout.record import Record
 
 
 @final
 @dataclass(frozen=True)
 class Problem:
-    """An inner problem ready to run: its dynamics, its initial state, its extras, and whether to check values.
+    """An inner problem ready to run: its dynamics, all its tensors, and whether to check values.
 
     ``popped`` are the levels of transforms that the problem has been taken out of, whose tensors it may not capture.
     """
 
     dynamics: Dynamics
-    state: tuple[Tensor, ...]
-    extras: tuple[Tensor, ...]
+    inputs: Inputs
     check: bool
     popped: range = range(0)
 
@@ -29,7 +29,7 @@ class Problem:
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a rollout: the final state, the inner losses ``[steps]``, and what was kept for the backward pass."""
+    """The end of a rollout: the final state, the inner losses ``[steps]``, and what was done on the way."""
 
     state: tuple[Tensor, ...]
     losses: Tensor

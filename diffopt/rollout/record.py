@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError, HyperparameterError
+from diffopt.rollout.layout import Place
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import derivatives, random_state
 from diffopt.tensors.arguments import Options
@@ -39,7 +40,8 @@ class Keep:
 
     def __post_init__(self) -> None:
         """Check what a rule asks for."""
-        check_checkpoint(self)
+        if self.checkpoint is not None or self.offload is not False:
+            check_checkpoint(self)
 
 
 def check_checkpoint(options: Any) -> None:
@@ -52,6 +54,22 @@ def check_checkpoint(options: Any) -> None:
             f"{type(options).__name__}: offload=True with checkpoint='graph', expected one that stores states: 1, k or "
             "'sqrt'"
         )
+
+
+@final
+@dataclass(frozen=True)
+class Kept:
+    """How much a rollout kept for the backward pass.
+
+    Attributes:
+        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
+        states: how many states were stored.
+        bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
+    """
+
+    checkpoint: str | int | None = None
+    states: int = 0
+    bytes: int = 0
 
 
 @final
@@ -76,48 +94,33 @@ class Counts:
 
 
 @final
-@dataclass
-class Record:
-    """What one rollout kept. The first backward pass takes it apart; a later one rolls out again.
+@dataclass(frozen=True)
+class Rollout:
+    """What one rollout left for the backward pass. Only what is stored goes, as the backward pass uses it up.
 
     Attributes:
+        wanted: the inputs besides the state that the graph can be pulled back to.
+        first: the earliest step that was kept; ``None``: nothing was.
+        kept: how much was kept.
         states: stored states ``s_t`` by ``t``.
-        block: the retained graph of all steps that are kept, if graphs are.
-        draws: the generators' states before each step that drew random numbers.
-        losses: the inner losses ``[..., T]``, to which a replay is compared.
-        wanted: the extras that the graph can be pulled back to.
         gradients: stored inner gradients ``g_t`` by ``t``.
-        counts: what has been computed so far.
-        diagnostics: what the rule reports of its own quality.
+        graphs: the retained graph of all steps that are kept, if graphs are; one or none.
+        losses: the inner losses ``[..., T]``, to which a replay is compared.
+        draws: the generators' states before each step that drew random numbers.
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
-        first: the earliest step that was kept; ``None``: nothing was.
-        checkpoint: how steps were kept, once chosen; ``None``: none was.
-        states_stored: how many states were stored in the rollout.
-        bytes_stored: their bytes, or an estimate of the graph's bytes from its first step.
     """
 
-    wanted: tuple[int, ...] = ()
+    wanted: tuple[Place, ...] = ()
+    first: int | None = None
+    kept: Kept = field(default_factory=Kept)
     states: dict[int, Leaves] = field(default_factory=dict)
-    block: Block | None = None
-    draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
-    losses: Tensor | None = None
     gradients: dict[int, Leaves] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    graphs: list[Block] = field(default_factory=list)
+    losses: Tensor | None = None
+    draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
-    first: int | None = None
-    checkpoint: Checkpoint = None
-    states_stored: int = 0
-    bytes_stored: int = 0
-    usable: bool = False
-
-    def store(self, step: int, state: Leaves, *, offload: bool) -> None:
-        """Keep ``s_step``, on its device or in the CPU's memory."""
-        self.states[step] = state.map(_on_cpu) if offload else state
-        self.states_stored += 1
-        self.bytes_stored += sum(leaf.nbytes for leaf in state)
 
     def take_state(self, step: int, device: torch.device) -> Leaves:
         """Hand out ``s_step`` on ``device``, and let go of it."""
@@ -144,6 +147,26 @@ class Record:
 
 
 @final
+@dataclass
+class Record:
+    """Where a solve leaves what it did, for its backward passes and for its caller.
+
+    Attributes:
+        counts: what has been computed so far.
+        diagnostics: what the rule reports of its own quality.
+        rollout: the last rollout.
+        usable: whether what it kept is still there; the first backward pass uses it up, a later one rolls out again.
+        kept: how much the first rollout kept.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    rollout: Rollout = field(default_factory=Rollout)
+    usable: bool = False
+    kept: Kept = field(default_factory=Kept)
+
+
+@final
 @dataclass(frozen=True)
 class Watch:
     """Which checks a rollout makes.
@@ -160,10 +183,6 @@ class Watch:
     levels: range = range(0)
     state: bool = False
 
-
-def _on_cpu(leaf: Tensor) -> Tensor:
-    if leaf.device.type == "cpu":
-        return leaf
-    # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
-    held = torch.empty_like(leaf, device="cpu", pin_memory=leaf.device.type == "cuda")
-    return held.copy_(leaf, non_blocking=True)
+    def __bool__(self) -> bool:
+        """Whether there is anything to look at."""
+        return self.values or self.captures or self.state or len(self.levels) > 0

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 
-from diffopt.rollout.dynamics import Dynamics
-from diffopt.tensors import derivatives
+from diffopt.rollout.layout import Inputs, Layout, Place
+from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
+
+
+class Slice(NamedTuple):
+    """What one step is computed from.
+
+    Attributes:
+        state: ``s_t``.
+        params: its params as the loss is given them.
+        read: what the loss reads in this step.
+        hyperparameters: those of this step.
+    """
+
+    state: Leaves
+    params: Sequence[Tensor]
+    read: Sequence[Tensor]
+    hyperparameters: Sequence[Tensor]
 
 
 @final
@@ -20,77 +37,110 @@ class BlockTerms:
 
     Attributes:
         state: the adjoint of the leaves of the state before the block that were asked for.
-        shared: the block's sum of direct terms of each wanted extra that is the same in every step.
-        stepped: the direct term of each wanted extra that runs over steps, by its number and the step.
+        shared: the block's sum of direct terms of each wanted input that is the same in every step.
+        stepped: the direct term of each wanted input that runs over steps, by its place and the step.
     """
 
     state: Leaves
-    shared: dict[int, Tensor | None]
-    stepped: dict[tuple[int, int], Tensor | None]
+    shared: dict[Place, Tensor | None]
+    stepped: dict[tuple[Place, int], Tensor | None]
 
 
 @final
 class Block:
     """The graph of steps ``first, first + 1, ...``, from the state before them to the state after them.
 
-    It grows as steps are taken (:meth:`inputs` before each, :meth:`advance` after it) and is then closed, from when on
-    it is held by its edges only: no tensor is kept alive but what the graph saved for itself.
+    It grows as steps are taken (:meth:`slice` before each, :meth:`keep` after it) and is then closed, from when on it
+    is held by its edges only: no tensor is kept alive but what the graph saved for itself.
 
     # NOTE [one graph for a block, not one per step]
     Steps are linked, so that one call of autograd pulls an adjoint through all of them and adds terms in place. Each
     step still takes its inner gradient from the state before it and looks no further back.
     """
 
+    linked = True
+
     def __init__(
         self,
-        dynamics: Dynamics,
+        layout: Layout,
+        inputs: Inputs,
+        wanted: Collection[Place],
         state: Sequence[Tensor],
-        extras: Sequence[Tensor],
-        wanted: Sequence[int],
         *,
         apart: bool = False,
     ):
-        """Start a block at ``state``, to be differentiated in it and in the extras ``wanted``.
+        """Start a block at ``state``, to be differentiated in it and in the ``wanted`` of what steps read.
 
-        ``apart``: of one step, in which the loss reads the params :attr:`read`, the update those of the state: see
+        ``apart``: of one step, in which the loss reads params of its own, the update those of the state: see
         :meth:`pullback_apart`.
         """
-        self._dynamics, self._extras = dynamics, extras
-        self._stepped = [i for i in wanted if dynamics.stepped[i]]
-        self._shared = [i for i in wanted if not dynamics.stepped[i]]
-        roots = derivatives.make_roots([*state, *(extras[i] for i in self._shared)])
-        count = dynamics.state_count
-        self._roots, self._shared_roots = roots, roots[count:]
-        self._slices: dict[tuple[int, int], Tensor] = {}
-        self._slices_at: list[tuple[int, int]] = []
+        self._layout = layout
+        self._stepped = [place for place in wanted if layout.runs_over_steps(place)]
+        self._shared = [place for place in wanted if not layout.runs_over_steps(place)]
+        with torch.enable_grad():
+            roots = derivatives.make_roots([*state, *map(inputs.at, self._shared)])
+            self._apart = derivatives.make_roots(layout.params(state)) if apart else None
+        count = layout.state_count
+        self._roots = roots
+        self._with_roots = inputs.put(dict(zip(self._shared, roots[count:], strict=True))) if self._shared else inputs
+        self._slices: dict[tuple[Place, int], Tensor] = {}
+        self._slices_at: list[tuple[Place, int]] = []
         self._graph: derivatives.Graph | None = None
-        self.now = Leaves(roots[:count])
-        self.read = derivatives.make_roots(state[: dynamics.params_count]) if apart else None
+        self._now, self.before = Leaves(roots[:count]), Leaves(state)
 
-    def inputs(self, step: int) -> list[Tensor]:
-        """The extras as step ``step`` sees them, joined to the graph where they are wanted."""
-        current = list(self._dynamics.at_step(self._extras, step))
-        for number, root in zip(self._shared, self._shared_roots, strict=True):
-            current[number] = root
-        for number, root in zip(
-            self._stepped, derivatives.make_roots([current[i] for i in self._stepped]), strict=True
-        ):
-            current[number] = self._slices[number, step] = root
-        return current
+    @property
+    def state(self) -> Leaves:
+        """The state after the last step, cut off from the graph."""
+        return Leaves([x.detach() for x in self._now])
 
-    def advance(self, state: Leaves, *, shallow: bool) -> None:
-        """Go on from ``state``.
+    def slice(self, step: int) -> Slice:
+        """What step ``step`` is computed from, joined to the graph where it is wanted.
+
+        The params are views: a leaf that the last update computed from another one must not carry that one's gradient
+        too.
+        """
+        read, hyperparameters = self._layout.at_step(self._with_roots, step)
+        if self._stepped:
+            read, hyperparameters = self._joined(read, hyperparameters, step)
+        params = self._apart
+        if params is None:
+            own = tuple(self._now)[: self._layout.params_count]
+            params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own])
+        return Slice(self._now, params, read, hyperparameters)
+
+    def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:
+        """The same with the wanted slices of this step as roots of the graph."""
+        parts = {"read": list(read), "hyperparameters": list(hyperparameters)}
+        roots = derivatives.make_roots([parts[place.part][place.index] for place in self._stepped])
+        for place, root in zip(self._stepped, roots, strict=True):
+            parts[place.part][place.index] = self._slices[place, step] = root
+        return Leaves(parts["read"]), Leaves(parts["hyperparameters"])
+
+    def keep(self, state: Leaves, grads: Sequence[Tensor], *, shallow: bool = False) -> None:
+        """Go on from ``state``, to which an update with these gradients has led.
 
         ``shallow`` says that some parameter may not have come through this step's loss. All are then made to look
         equally deep: autograd searches the whole graph behind the shallowest input of a gradient.
         """
-        self.now = Leaves(derivatives.join(state.tensors)) if shallow else state
+        self._now = Leaves(derivatives.join(state)) if shallow else state
+
+    @property
+    def last_nodes(self) -> list[Any]:
+        """The nodes of the state after the last step."""
+        return [x.grad_fn for x in self._now if x.grad_fn is not None]
+
+    @property
+    def nodes_made(self) -> int:
+        """How many nodes its thread has made since the block began."""
+        first = autograd_graph.number(self._roots[0].grad_fn)
+        return max(map(autograd_graph.number, self.last_nodes), default=first) - first
 
     def close(self) -> None:
         """Let go of all tensors."""
-        self._graph = derivatives.Graph([*self._roots, *self._slices.values(), *(self.read or ())], self.now)
+        self._graph = derivatives.Graph([*self._roots, *self._slices.values(), *(self._apart or ())], self._now)
         self._slices_at = list(self._slices)
-        self._roots, self._shared_roots, self._slices, self.now, self.read = (), (), {}, Leaves(()), None
+        self._roots, self._slices, self._now, self._apart, self.before = (), {}, Leaves(()), None, Leaves(())
+        del self._with_roots
 
     def pullback_apart(self, after: Sequence[int], adjoint: Leaves, before: Sequence[int]) -> tuple[Leaves, Leaves]:
         """Pull the adjoint of some leaves of the state after, the others' being zero, back to as many before the step.
@@ -99,7 +149,7 @@ class Block:
         swallow a small curvature in the round-off of what the update hands on.
         """
         assert self._graph is not None, "the block is still growing"
-        count, params = self._dynamics.state_count, self._dynamics.params_count
+        count, params = self._layout.state_count, self._layout.params_count
         cotangents: list[Tensor | None] = [None] * count
         for i, x in zip(after, adjoint, strict=True):
             cotangents[i] = x
@@ -113,18 +163,18 @@ class Block:
     def pullback(
         self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False
     ) -> BlockTerms:
-        """Pull the adjoint of the state after the block back to the state before it, and to the wanted extras.
+        """Pull the adjoint of the state after the block back to the state before it, and to the wanted inputs.
 
         Args:
             adjoint: of every leaf of the state after the block.
             state: the leaves of the state before it that are asked for.
-            direct: whether the wanted extras are asked for.
+            direct: whether the wanted inputs are asked for.
             retain: whether there will be another call; if not, the graph is freed on the way.
         """
         assert self._graph is not None, "the block is still growing"
-        first, numbers = self._dynamics.state_count, len(self._shared) + len(self._slices_at)
-        extras = range(first, first + numbers if direct else first)
-        terms = self._graph.pullback(adjoint, [*state, *extras], retain=retain)
+        first, numbers = self._layout.state_count, len(self._shared) + len(self._slices_at)
+        others = range(first, first + numbers if direct else first)
+        terms = self._graph.pullback(adjoint, [*state, *others], retain=retain)
         before = Leaves(derivatives.or_zeros(terms[: len(state)], [adjoint[i] for i in state]))
         rest = terms[len(state) :]
         return BlockTerms(
@@ -132,3 +182,27 @@ class Block:
             dict(zip(self._shared, rest, strict=False)),
             dict(zip(self._slices_at, rest[len(self._shared) :], strict=False)),
         )
+
+
+@final
+class Plain:
+    """The place of a block where no graph is kept: each step begins anew, cut off from the one before."""
+
+    linked = False
+
+    def __init__(self, layout: Layout, inputs: Inputs, state: Leaves) -> None:
+        """Start at ``state``."""
+        self._layout, self._inputs, self.state = layout, inputs, state
+        self.grads: Sequence[Tensor] = ()
+
+    def slice(self, step: int) -> Slice:
+        """What step ``step`` is computed from."""
+        read, hyperparameters = self._layout.at_step(self._inputs, step)
+        own = tuple(self.state)[: self._layout.params_count]
+        # cheaper than roots from the second step on, when nothing is left of this graph that could keep them alive
+        params = derivatives.make_roots(own) if step == 1 else tuple([x.detach().requires_grad_() for x in own])
+        return Slice(self.state, params, read, hyperparameters)
+
+    def keep(self, state: Leaves, grads: Sequence[Tensor], *, shallow: bool = False) -> None:
+        """Go on from ``state``, to which an update with these gradients has led."""
+        self.state, self.grads = state, grads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.rollout.checks import refuse_non_finite, warn_of_precision
-from diffopt.rollout.dynamics import Level
-from diffopt.rollout.loop import roll_out_recorded
+from diffopt.rollout.checks import Checks, apart_from, refuse_bad_start, refuse_non_finite, warn_of_precision
+from diffopt.rollout.divergence import losses_at, refuse_divergence
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Record, Watch
-from diffopt.tensors import transforms
-from diffopt.tensors.leaves import all_finite
+from diffopt.tensors import autograd_graph, derivatives, transforms
+from diffopt.tensors.leaves import Leaves, all_finite
 
 
 def unroll(problem: Problem) -> Outcome:
@@ -24,33 +26,67 @@ def unroll(problem: Problem) -> Outcome:
     Under vmap the steps run below it on stacked tensors, as those of an :class:`Adjoint` do; under another transform
     the inner gradient is ``torch.func``'s, else plain autograd's.
     """
-    tensors = (*problem.state, *problem.extras)
-    size = transforms.innermost_vmap_size()
-    if size is not None:
+    inputs, layout = problem.inputs, problem.dynamics.layout
+    vmap = transforms.innermost_vmap()
+    if vmap is not None:
         lower = partial(_unroll_below, problem, transforms.transform_level())
-        *state, losses = transforms.below_vmap(lower, tensors, size)
+        *state, losses = transforms.below_vmap(lower, vmap, inputs.flat)
         return Outcome(tuple(state), losses, Record())
-    watch = Watch(values=problem.check, levels=problem.popped)
     if problem.check and not transforms.transforms_active():
-        tensors = tuple(_refusing_non_finite(x) for x in tensors)
-    count = problem.dynamics.state_count
-    if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        warn_of_precision(problem.dynamics, tensors)
-    final, losses = roll_out_recorded(problem.dynamics, tensors[:count], tensors[count:], watch)
+        inputs = Inputs(*(Leaves(map(_refusing_non_finite, part)) for part in inputs))
+    if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in inputs.flat):
+        warn_of_precision(problem.dynamics, inputs.params)
+    watch = Watch(values=problem.check, levels=problem.popped)
+    with derivatives.named_in_place_changes():
+        final, losses = roll_out_recorded(problem.dynamics, inputs, watch)
     # without a step, what comes out is still not the caller's own tensor
-    return Outcome(final.tensors if problem.dynamics.steps else tuple(x.clone() for x in final), losses, Record())
+    return Outcome(tuple(final) if layout.steps else tuple(x.clone() for x in final), losses, Record())
+
+
+def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple[Leaves, Tensor]:
+    """Run all steps as plain code that whatever surrounds the caller records; the final state and the losses."""
+    layout, now, losses, largest = dynamics.layout, inputs.state, [], []
+    checks = Checks(dynamics, watch, passes_tangents=True)
+    recorded = torch.is_grad_enabled() or transforms.in_dual_level()
+    for step in range(1, layout.steps + 1):
+        read, hyperparameters = layout.at_step(inputs, step)
+        before = layout.params(now)
+        grads: Sequence[Tensor | None]
+        if transforms.transforms_active():
+            function = partial(losses_at, dynamics, read)
+            grads, loss = apart_from(checks.levels_at(step), transforms.functional_gradient, function, tuple(before))
+        else:
+            with torch.enable_grad():
+                # views, so that a tensor that is also an argument counts here as the params only
+                params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
+                loss = checks.losses(params, read, step)
+                grads = derivatives.gradient(loss, params, differentiable=recorded)
+                if step == 1 and watch.values:
+                    autograd_graph.refuse_broken_graph(autograd_graph.nodes(g.grad_fn for g in grads if g is not None))
+        if step == 1 and watch.values:
+            refuse_bad_start(dynamics, loss, grads, before, read)
+        now = dynamics.update(now, derivatives.filled(grads, before), hyperparameters, step)
+        losses.append(loss.detach())
+        if watch.values:
+            # the largest number of each leaf, in one call: it is looked at only if the end is not finite
+            largest.append(torch.stack(torch._foreach_norm([transforms.plain(x) for x in now if x.numel()], math.inf)))
+    table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
+    if watch.values:
+        refuse_divergence(dynamics, inputs, table, now, (all_finite([x]) for x in largest))
+    return now, table
 
 
 def _unroll_below(
-    problem: Problem, level: int, info: Any, dims: tuple[int | None, ...], tensors: Sequence[Tensor]
+    problem: Problem, level: int, vmap: transforms.Vmap, dims: tuple[int | None, ...], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Unroll outside the innermost vmap, the transform number ``level``: stacked, unless its tasks share everything."""
-    count, dynamics = problem.dynamics.state_count, problem.dynamics
+    dynamics = problem.dynamics
     if any(dim is not None for dim in dims):
-        tensors, dims = transforms.stacked(tensors, dims, info.batch_size, set(range(count)))
-        dynamics = dynamics.batched(Level(dims, info.batch_size, info.randomness))
+        own = frozenset(range(dynamics.layout.state_count))
+        tensors, dims = transforms.stacked(tensors, dims, vmap.batch_size, own)
+        dynamics = dynamics.batched(dynamics.layout.level(vmap, dims))
     popped = range(level, problem.popped.stop or level + 1) if problem.check else range(0)
-    outcome = unroll(Problem(dynamics, tuple(tensors[:count]), tuple(tensors[count:]), problem.check, popped))
+    outcome = unroll(Problem(dynamics, dynamics.layout.inputs(tensors), problem.check, popped))
     return (*outcome.state, outcome.losses)
 
 
@@ -63,6 +99,6 @@ def _refusing_non_finite(tensor: Tensor) -> Tensor:
     return alias
 
 
-def _refuse_non_finite_gradient(gradient: Tensor) -> None:
+def _refuse_non_finite_gradient(gradient: Tensor) -> Any:
     if not (transforms.transforms_active() or transforms.grads_batched()) and not all_finite([gradient]):
         refuse_non_finite(())

@@ -66,7 +66,7 @@ class RecomputingAsBefore:
 
     __slots__ = ("_functions", "_given", "_modules", "_open", "_outer")
 
-    def __init__(self, functions: Callable[[], Sequence[object]], given: Sequence[Tensor]) -> None:
+    def __init__(self, functions: Callable[[], Sequence[object]], *given: Sequence[Tensor]) -> None:
         """Look for nothing yet. ``functions()`` may hold modules; what is ``given`` may be read at any time."""
         self._functions, self._given = functions, given
         self._modules: dict[int, torch.nn.Module] | None = None
@@ -91,7 +91,7 @@ class RecomputingAsBefore:
             if id(running) not in self._modules:
                 self._modules.update((id(inner), inner) for inner in running.modules())
         reads = _Reads()
-        reads.known.update(_address(x) for x in self._given)
+        reads.known.update(_address(x) for part in self._given for x in part)
         _push(pack, _Unpack(unpack, _held_by(self._modules.values()), reads.known, self._functions))
         reads.__enter__()  # type: ignore[no-untyped-call]
         self._open.append(reads)

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -67,18 +67,34 @@ def outside_compile(function: Function) -> Function:
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply``, typed."""
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    """``function.apply``, past the inspection of signatures where no transform runs; all arguments by position."""
+    if transforms_active():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    plain: Any = super(torch.autograd.Function, function)
+    return plain.apply(*map(_alive, arguments))
 
 
-def innermost_vmap_size() -> int | None:
-    """The batch size of the innermost running transform if it is a ``vmap``, else ``None``."""
+def _alive(argument: Any) -> Any:
+    """What is under the wrapper of a transform that has ended; anything else as it is."""
+    return _functorch.unwrap_if_dead(argument) if isinstance(argument, Tensor) else argument
+
+
+class Vmap(NamedTuple):
+    """A running ``vmap``: its number of tasks, and what it says of random numbers."""
+
+    batch_size: int
+    randomness: str
+
+
+def innermost_vmap() -> Vmap | None:
+    """The innermost running transform if it is a ``vmap``, else ``None``."""
     if not transforms_active():
         return None
     interpreter = _functorch.peek_interpreter_stack()
     if interpreter.key() != _functorch.TransformType.Vmap:
         return None
-    return int(_functorch.CVmapInterpreterPtr(interpreter).batchSize())
+    vmap = _functorch.CVmapInterpreterPtr(interpreter)
+    return Vmap(int(vmap.batchSize()), str(vmap.randomness().name).lower())
 
 
 def vmap(
@@ -144,25 +160,6 @@ def functional_gradient(
     return tuple(gradients) if depends else (None,) * len(params), values
 
 
-class _BelowVmap(torch.autograd.Function):
-    """Runs a plain function one vmap lower; never applied elsewhere."""
-
-    @staticmethod
-    def forward(function: Any, *tensors: Tensor) -> Any:
-        raise AssertionError("only reached under vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        function, _, *tensors = args
-        outputs = function(info, in_dims[2:], tensors)
-        shared = all(dim is None for dim in in_dims[2:])
-        return outputs, (None if shared else 0,) * len(outputs)
-
-
 def grads_batched() -> int:
     """How many of torch's old vmaps are running, of which ``autograd.grad(is_grads_batched=True)`` makes one."""
     level = int(torch._C._vmapmode_increment_nesting())  # type: ignore[attr-defined, unused-ignore]
@@ -188,24 +185,27 @@ def over_batched_grads(
     return tuple(old._add_batch_dim(result, 0, level) for result in results)
 
 
-def batched_in_innermost(tensors: Sequence[Tensor]) -> bool:
-    """Whether the innermost running transform batches any of these tensors."""
-    level = transform_level()
-    return any(_functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level for x in tensors)
-
-
 def below_vmap(
-    function: Callable[[Any, tuple[int | None, ...], Sequence[Tensor]], tuple[Tensor, ...]],
+    function: Callable[[Vmap, tuple[int | None, ...], list[Tensor]], tuple[Tensor, ...]],
+    vmap: Vmap,
     tensors: Sequence[Tensor],
-    size: int,
 ) -> tuple[Tensor, ...]:
-    """Call ``function(info, in_dims, tensors)`` outside the innermost vmap, of ``size`` tasks.
+    """Call ``function(vmap, in_dims, tensors)`` outside the innermost transform, which is that ``vmap``.
 
-    Its outputs are batched along axis 0 if any tensor is, else shared. Unlike what a custom autograd function computes,
-    they are recorded by whatever records there.
+    Its outputs are batched along axis 0 if any tensor is, else shared. They are recorded by whatever records there.
+    (torch's own way, the vmap rule of an autograd function, costs as much as a step of a small problem.)
     """
-    ticket = _functorch._add_batch_dim(torch.empty(size), 0, transform_level())
-    return tuple(apply(_BelowVmap, function, ticket, *tensors))
+    level = transform_level()
+    pairs = [_functorch._unwrap_batched(_alive(x), level) for x in tensors]
+    dims = tuple([dim for _, dim in pairs])
+    layer = _functorch.pop_dynamic_layer_stack()
+    try:
+        outputs = function(vmap, dims, [x for x, _ in pairs])
+    finally:
+        _functorch.push_dynamic_layer_stack(layer)
+    if all([dim is None for dim in dims]):
+        return outputs
+    return tuple([_functorch._add_batch_dim(x, 0, level) for x in outputs])
 
 
 def stacked(

@@ -186,4 +186,4 @@ def _work(rule: Rule, kinds: frozenset[Kind]) -> tuple[Tally, int]:
     value = setting.value(spied(rule.seeded(), seen), made)
     if kinds:
         torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
-    return tally, sum(len(set(result.extras) - set(trajectory.wanted)) for trajectory, result in seen)
+    return tally, sum(len(set(result.direct) - set(trajectory.wanted)) for trajectory, result in seen)

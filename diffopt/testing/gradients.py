@@ -48,7 +48,7 @@ def _derivatives(rule: Rule, dtype: torch.dtype) -> Iterator[Finding]:
 
 def _alike(trajectory: Trajectory, result: Cotangents) -> bool:
     """Whether what a rule returned has the shapes and dtypes of what it is the derivative for."""
-    pairs = [(term, trajectory.extras[number]) for number, term in result.extras.items()]
+    pairs = [(term, trajectory.inputs.at(place)) for place, term in result.direct.items()]
     if result.initial is not None:
         if len(result.initial) != len(trajectory.initial):
             return False

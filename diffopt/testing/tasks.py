@@ -21,13 +21,13 @@ COPIES = 400
 
 Dims: TypeAlias = dict[Kind, tuple[int | None, ...]]
 _SHARED: Dims = {"init": (None,) * 3, "args": (None,) * 2, "batches": (None,), "hyperparameters": (None,) * 3}
-_LOOK = "which axes belong to tasks (dynamics.levels); sums and norms over all of a stacked tensor mix tasks"
+_LOOK = "which axes belong to tasks (layout.levels); sums and norms over all of a stacked tensor mix tasks"
 
 
 def tasks(rule: Rule) -> Iterator[Finding]:
     """Partly batched inputs, on any axis, vmapped once and twice, differentiated inside and outside."""
     if not rule.claims.vmap:
-        look = "raise a DiffoptError where trajectory.dynamics.levels is not empty, or declare vmap=True"
+        look = "raise a DiffoptError where trajectory.layout.levels is not empty, or declare vmap=True"
         point, dims = _batches_of_tasks(rule)
         yield raises("refuses vmap, then backward", DiffoptError, lambda: _backward(rule, point, dims), look)
         yield raises("refuses vmap of grad", DiffoptError, lambda: _inside(rule, point, [dims]), look)

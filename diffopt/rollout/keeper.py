@@ -1,0 +1,126 @@
+"""What is kept of the steps of a rollout: their graph, their states, their gradients."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Collection, Hashable
+from types import CodeType
+from typing import Any, final
+
+from torch import Tensor
+
+from diffopt.rollout.checks import Checks
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.record import Keep, Kept
+from diffopt.rollout.step_graph import Block, Plain
+from diffopt.tensors import autograd_graph
+from diffopt.tensors.leaves import Leaves
+
+GRAPH_BUDGET = 2**30
+"""Bytes up to which ``checkpoint=None`` retains step graphs."""
+
+
+@final
+class Keeper:
+    """Keeps of a rollout's steps what was asked for."""
+
+    def __init__(self, dynamics: Dynamics, inputs: Inputs, keep: Keep | None, wanted: Collection[Place]) -> None:
+        """Keep nothing yet; ``None``: nothing at all."""
+        self._dynamics, self._inputs, self._keep, self._wanted = dynamics, inputs, keep, wanted
+        self._last = dynamics.layout.steps
+        self.first = self._last + 1 if keep is None else keep.first
+        self._checkpoint: Any = None
+        self._bytes = self._stored = 0
+        self.states: dict[int, Leaves] = {}
+        self.gradients: dict[int, Leaves] = {}
+        self.graphs: list[Block] = []
+
+    @property
+    def kept(self) -> Kept:
+        """How much has been kept."""
+        return Kept(self._checkpoint, self._stored, self._bytes)
+
+    def before(self, ground: Block | Plain, step: int) -> Block | Plain:
+        """What step ``step >= first`` is to be taken on, after the step before it was taken on ``ground``."""
+        keep, count = self._keep, self._last - self.first + 1
+        assert keep is not None
+        if step == self.first:
+            self._checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
+            if self._checkpoint is None or self._checkpoint == "graph":
+                return Block(self._dynamics.layout, self._inputs, self._wanted, ground.state)
+        if isinstance(self._checkpoint, int) and (step - self.first) % self._checkpoint == 0:
+            self._store(step, ground.state)
+        return ground
+
+    def after(self, ground: Block | Plain, step: int, steps: Dynamics | Checks, losses: Tensor) -> Block | Plain:
+        """What the next step is to be taken on, once step ``step >= first`` has been taken on ``ground``."""
+        if isinstance(ground, Plain):
+            if self._keep is not None and self._keep.gradients:
+                self.gradients[step] = Leaves(ground.grads)
+            return ground
+        if step == self.first and self._is_too_large(ground, steps, losses):
+            count = self._last - self.first + 1
+            self._checkpoint = math.isqrt(count - 1) + 1
+            self._store(step, ground.before)
+            return Plain(self._dynamics.layout, self._inputs, ground.state)
+        if step == self._last:
+            self.graphs.append(ground)
+        return ground
+
+    def _is_too_large(self, block: Block, steps: Dynamics | Checks, losses: Tensor) -> bool:
+        """Measure the graph of the first step, and decide whether to go on with graphs.
+
+        What keeps a state needs none again with the graphs of all steps, and gets them whatever their size: what is
+        right for a small model must not be wrong, or refused, for a large one.
+        """
+        expected = _bytes_of_first(self._dynamics, self._inputs, block) * (self._last - self.first + 1)
+        large = self._checkpoint is None and expected > GRAPH_BUDGET
+        if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses, self.first)):
+            return True
+        self._checkpoint, self._bytes = "graph", expected
+        return False
+
+    def _store(self, step: int, state: Leaves) -> None:
+        """Keep ``s_step``, on its device or in the CPU's memory."""
+        assert self._keep is not None
+        self.states[step] = state.map(_on_cpu) if self._keep.offload else state
+        self._stored += 1
+        self._bytes += sum([leaf.nbytes for leaf in state])
+
+
+def _on_cpu(leaf: Tensor) -> Tensor:
+    if leaf.device.type == "cpu":
+        return leaf
+    # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
+    held = leaf.new_empty(leaf.shape, device="cpu", pin_memory=leaf.device.type == "cuda")
+    return held.copy_(leaf, non_blocking=True)
+
+
+_measured: weakref.WeakKeyDictionary[CodeType, dict[Hashable, int]] = weakref.WeakKeyDictionary()
+"""The bytes of the graph of one step: by the code of the loss, then by shapes and by how many nodes it made."""
+
+
+def _bytes_of_first(dynamics: Dynamics, inputs: Inputs, block: Block) -> int:
+    """The bytes that the graph of a block's first step keeps alive.
+
+    # NOTE [a graph is measured once]
+    Looking at what every node of a graph has saved takes a tenth of a small solve. A loss of the same code on the same
+    shapes that makes as many nodes is taken to save as much; the worst that a mistake does is to keep graphs where
+    states would have taken less, or the other way about.
+    """
+    layout = dynamics.layout
+    code = getattr(dynamics.loss, "__code__", None)
+    key = (
+        type(dynamics.optimizer.template),
+        layout.levels,
+        layout.window,
+        block.nodes_made,
+        *((x.shape, x.dtype, x.requires_grad) for x in inputs.flat),
+    )
+    known = {} if code is None else _measured.setdefault(code, {})
+    if key not in known:
+        others = (*inputs.read, *inputs.hyperparameters)
+        known[key] = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
+    return known[key]

@@ -1,0 +1,296 @@
+"""How the tensors of one inner problem lie: what each of them is, which run over steps, which tasks have their own.
+
+# NOTE [a batch of tasks is one problem]
+Tasks do not interact, so a batch of them is one inner problem whose parameters are the stacked ones and whose loss is
+``vmap(loss).sum()``: its gradient, its Hessian-vector products and its updates are those of all tasks at once. Each
+``torch.func.vmap`` that a call runs under becomes one :class:`Level` here, and one leading axis of every state tensor,
+the outermost vmap's first. Only the loss runs under vmap; all else is plain arithmetic on plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from diffopt.optimizers.base import Buffers
+from diffopt.tensors import tree
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.transforms import Vmap
+
+Part: TypeAlias = Literal["params", "buffers", "read", "hyperparameters"]
+
+
+class Place(NamedTuple):
+    """Where one input of a problem stands: in which part, and at which place of it."""
+
+    part: Part
+    index: int
+
+
+class Inputs(NamedTuple):
+    """All tensors of an inner problem.
+
+    Attributes:
+        params: the parameters before the first step.
+        buffers: the optimizer's buffers before it; with the params they are the state ``s_1``.
+        read: what the loss reads: the tensors of ``args`` and ``batches``.
+        hyperparameters: the tensors in the optimizer's fields.
+    """
+
+    params: Leaves
+    buffers: Leaves
+    read: Leaves
+    hyperparameters: Leaves
+
+    @property
+    def state(self) -> Leaves:
+        """The params and the buffers in one."""
+        return Leaves((*self.params, *self.buffers))
+
+    @property
+    def flat(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the fields."""
+        return (*self.params, *self.buffers, *self.read, *self.hyperparameters)
+
+    def at(self, place: Place) -> Tensor:
+        """The tensor at a place."""
+        tensor: Tensor = getattr(self, place.part)[place.index]
+        return tensor
+
+    def put(self, others: Mapping[Place, Tensor]) -> Inputs:
+        """The same with other tensors at some places."""
+        parts: dict[str, list[Tensor]] = {part: list(tensors) for part, tensors in self._asdict().items()}
+        for place, tensor in others.items():
+            parts[place.part][place.index] = tensor
+        return Inputs(*map(Leaves, parts.values()))
+
+    def detached(self) -> Inputs:
+        """The same, cut off from whatever made them."""
+        return Inputs(*(Leaves([x.detach() for x in part]) for part in self))
+
+
+class Flags(NamedTuple):
+    """One truth value for each tensor that a step reads besides its state."""
+
+    read: tuple[bool, ...]
+    hyperparameters: tuple[bool, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Level:
+    """One vmap around the problem, whose tasks have states of their own.
+
+    Attributes:
+        size: the number of tasks.
+        randomness: what the vmap said of random numbers.
+        own: which of the tensors that a step reads each task has its own of; the others are shared.
+    """
+
+    size: int
+    randomness: str
+    own: Flags
+
+    def has(self, place: Place) -> bool:
+        """Whether each task has its own tensor at a place."""
+        return place.part in _STATE or bool(getattr(self.own, place.part)[place.index])
+
+
+_STATE = ("params", "buffers")
+
+
+@final
+@dataclass(frozen=True)
+class Slot:
+    """Stands, among the leaves of ``args``, for the tensor with this number among those that the loss reads."""
+
+    index: int
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """The numbers, structures and names of one inner problem; it holds no tensor.
+
+    Attributes:
+        inner_steps: the number of update steps ``T``.
+        params_structure: of the params tree.
+        params_count: how many leaves it has.
+        buffers_layout: name and number of leaves of each buffer.
+        args_leaves: the leaves of ``(args, batches)``; in place of a tensor stands its :class:`Slot`.
+        args_structure: of ``(args, batches)``.
+        has_batches: whether the loss takes a batch.
+        stepped: which tensors run over steps, by their first own axis.
+        optimizer_name: what its class is called.
+        levels: the vmaps around the problem, innermost first.
+        window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
+    """
+
+    inner_steps: int
+    params_structure: tree.Structure
+    params_count: int
+    buffers_layout: tuple[tuple[str, int], ...]
+    args_leaves: tuple[Any, ...]
+    args_structure: tree.Structure
+    has_batches: bool
+    stepped: Flags
+    optimizer_name: str
+    levels: tuple[Level, ...] = ()
+    window: int = 1
+
+    @cached_property
+    def steps(self) -> int:
+        """The number of steps of the system: one per gradient, ``T`` unless there are windows."""
+        return -(-self.inner_steps // self.window)
+
+    @cached_property
+    def state_count(self) -> int:
+        """The number of state leaves, params and buffers."""
+        return self.params_count + sum([count for _, count in self.buffers_layout])
+
+    @cached_property
+    def tasks_shape(self) -> tuple[int, ...]:
+        """The sizes of the leading axes that all state tensors have: one per vmap, the outermost first."""
+        return tuple([level.size for level in reversed(self.levels)])
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The places of all inputs, in the order of :attr:`Inputs.flat`."""
+        counts = (self.params_count, self.state_count - self.params_count, *map(len, self.stepped))
+        return tuple([Place(part, i) for part, count in zip(_PARTS, counts, strict=True) for i in range(count)])
+
+    @cached_property
+    def _runs_over_steps(self) -> bool:
+        return any(self.stepped.read) or any(self.stepped.hyperparameters)
+
+    def batched(self, level: Level) -> Layout:
+        """The same with one more vmap around it."""
+        return replace(self, levels=(*self.levels, level))
+
+    def level(self, vmap: Vmap, dims: Sequence[int | None]) -> Level:
+        """The level of a vmap whose tasks have their own where ``dims``, one for each input, is not ``None``."""
+        own = [dim is not None for dim in dims]
+        first, second = self.state_count, self.state_count + len(self.stepped.read)
+        return Level(vmap.batch_size, vmap.randomness, Flags(tuple(own[first:second]), tuple(own[second:])))
+
+    def over(self, size: int, own: Iterable[Place] = (), randomness: str = "same") -> Layout:
+        """The same with one more axis in front of every state tensor, and of those at the places ``own``."""
+        places = set(own)
+        flags = (tuple([Place(part, i) in places for i in range(len(self.stepped[k]))]) for k, part in _READ)
+        return self.batched(Level(size, randomness, Flags(*flags)))
+
+    def over_steps(self, count: int) -> Layout:
+        """The same for so many steps at once, each with a state and a slice of what runs over steps of its own."""
+        return self.batched(Level(count, "error", self.stepped))
+
+    def inputs(self, flat: Sequence[Tensor]) -> Inputs:
+        """Tensors in the order of :attr:`Inputs.flat`, by name."""
+        first, second = self.params_count, self.state_count
+        third = second + len(self.stepped.read)
+        plain = tuple(flat)
+        return Inputs(
+            Leaves(plain[:first]), Leaves(plain[first:second]), Leaves(plain[second:third]), Leaves(plain[third:])
+        )
+
+    def with_state(self, inputs: Inputs, state: Sequence[Tensor]) -> Inputs:
+        """The same inputs from another state."""
+        plain = tuple(state)
+        return Inputs(Leaves(plain[: self.params_count]), Leaves(plain[self.params_count :]), *inputs[2:])
+
+    def split(self, state: Sequence[Tensor]) -> tuple[Leaves, Buffers]:
+        """A state as params and named buffers."""
+        plain = tuple(state)
+        buffers, start = {}, self.params_count
+        for name, count in self.buffers_layout:
+            buffers[name] = Leaves(plain[start : start + count])
+            start += count
+        return Leaves(plain[: self.params_count]), buffers
+
+    def split_update(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """Tensors in a row as the leaves of a state, those of a gradient, and the others."""
+        first, second = self.state_count, self.state_count + self.params_count
+        return tensors[:first], tensors[first:second], tensors[second:]
+
+    def params(self, state: Sequence[Tensor]) -> Leaves:
+        """The params of a state, of its adjoint or of its tangent."""
+        return Leaves(tuple(state)[: self.params_count])
+
+    def pushed(self, state: Leaves, push: Leaves) -> Leaves:
+        """``x + P' y``: ``push``, which is like the params, added to the params of a state's adjoint."""
+        return Leaves((*(x + y for x, y in zip(state, push, strict=False)), *tuple(state)[self.params_count :]))
+
+    def padded(self, params: Leaves, like: Leaves) -> Leaves:
+        """``P' y``: an adjoint of the params as one of the state, which is like ``like``: zero for the buffers."""
+        return Leaves((*params, *(torch.zeros_like(x) for x in tuple(like)[self.params_count :])))
+
+    def at_step(self, inputs: Inputs, step: int) -> tuple[Leaves, Leaves]:
+        """What the loss reads and the hyperparameters in step ``step`` (from 1): slices of what runs over steps."""
+        if not self._runs_over_steps:
+            return inputs.read, inputs.hyperparameters
+        read, hyperparameters = (
+            Leaves([self.slice_at(Place(part, i), x, step) for i, x in enumerate(getattr(inputs, part))])
+            for _, part in _READ
+        )
+        return read, hyperparameters
+
+    def runs_over_steps(self, place: Place) -> bool:
+        """Whether the tensor at a place runs over steps."""
+        return place.part not in _STATE and bool(getattr(self.stepped, place.part)[place.index])
+
+    def slice_at(self, place: Place, tensor: Tensor, step: int) -> Tensor:
+        """What step ``step`` sees of the tensor at a place: a view of its slice, or all of it.
+
+        A batch is the one its gradient is taken on. A hyperparameter of a window of several updates keeps its axis.
+        """
+        if not self.runs_over_steps(place):
+            return tensor
+        axis, first = self.step_axis(place), (step - 1) * self.window
+        if self.window == 1 or place.part == "read":
+            return tensor.select(axis, first)
+        return tensor.narrow(axis, first, self.length(step))
+
+    def length(self, step: int) -> int:
+        """How many updates step ``step`` makes: the last window may be short."""
+        return min(self.window, self.inner_steps - (step - 1) * self.window)
+
+    def step_axis(self, place: Place) -> int:
+        """The axis that runs over steps of the tensor at a place, behind the axes of the levels that have their own."""
+        return sum([level.has(place) for level in self.levels])
+
+    def own_axes(self, place: Place) -> list[bool]:
+        """For each leading axis of the state, outermost first, whether the tensor at a place has it too."""
+        return [level.has(place) for level in reversed(self.levels)]
+
+    def names(self) -> Inputs:
+        """What a caller would call the inputs (of a buffer: by its name)."""
+        params = tuple(f"params{path}" for path in tree.paths(self.params_structure))
+        buffers = tuple(name for name, count in self.buffers_layout for _ in range(count))
+        read = tuple(path for path, leaf in self._read() if isinstance(leaf, Slot))
+        own = f"a hyperparameter of {self.optimizer_name}"
+        parts: Any = (params, buffers, read, (own,) * len(self.stepped.hyperparameters))
+        return Inputs(*parts)
+
+    def constants(self) -> dict[str, Any]:
+        """What the loss is given that is no tensor, by the name that a caller would use."""
+        return {path: leaf for path, leaf in self._read() if not isinstance(leaf, Slot)}
+
+    def _read(self) -> list[tuple[str, Any]]:
+        """The leaves that the loss is given besides the params, by name; their structure is that of (args, batches)."""
+        return list(zip(names_of_read(self.args_structure), self.args_leaves, strict=True))
+
+
+_PARTS: tuple[Part, ...] = ("params", "buffers", "read", "hyperparameters")
+_READ: tuple[tuple[int, Part], ...] = ((0, "read"), (1, "hyperparameters"))
+
+
+def names_of_read(structure: tree.Structure) -> list[str]:
+    """What a caller would call the leaves of ``(args, batches)``."""
+    return [
+        f"args{path.removeprefix('[0]')}" if path.startswith("[0]") else f"batches{path.removeprefix('[1]')}"
+        for path in tree.paths(structure)
+    ]

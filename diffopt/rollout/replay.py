@@ -1,0 +1,65 @@
+"""Steps of a finished rollout, taken again."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffopt.rollout.checks import Checks
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs
+from diffopt.rollout.loop import take_step
+from diffopt.rollout.record import Counts, Rollout, Watch
+from diffopt.rollout.step_graph import Block, Plain
+from diffopt.tensors.leaves import Leaves
+
+
+@final
+class Replay:
+    """Takes steps as a rollout took them: on the same random numbers, under the same autocast."""
+
+    def __init__(
+        self, dynamics: Dynamics, inputs: Inputs, rollout: Rollout, counts: Counts, *, check: bool = False
+    ) -> None:
+        """``check``: look for captured tensors in updates, of which the rollout itself made no graph."""
+        self._dynamics, self._inputs, self._rollout, self._counts = dynamics, inputs.detached(), rollout, counts
+        self._steps = Checks(dynamics, Watch(captures=True)) if check else dynamics
+
+    def block(
+        self, state: Leaves, first: int, last: int, losses: Tensor, *, apart: bool = False
+    ) -> tuple[Block, Leaves]:
+        """Steps ``first, ..., last`` from ``state`` with their graph, and the state after them.
+
+        Their losses are written to their places in ``losses`` ``[..., T]``. ``apart``: see :class:`Block`.
+        """
+        block = Block(self._dynamics.layout, self._inputs, self._rollout.wanted, state, apart=apart)
+        for step in range(first, last + 1):
+            self._take(block, step, losses)
+        after = block.state
+        block.close()
+        return block, after
+
+    def states(self, state: Leaves, first: int, last: int, losses: Tensor) -> list[Leaves]:
+        """The states before steps ``first, ..., last``, the first of which is ``state``.
+
+        The losses on the way are written to their places in ``losses`` ``[..., T]``.
+        """
+        ground, states = Plain(self._dynamics.layout, self._inputs, state), [state]
+        for step in range(first, last):
+            self._take(ground, step, losses)
+            states.append(ground.state)
+        return states
+
+    def losses(self, state: Leaves, step: int) -> Tensor:
+        """The losses of step ``step`` at a state, and nothing else."""
+        layout = self._dynamics.layout
+        with self._rollout.replay(step, state[0].device), torch.enable_grad():  # a loss may differentiate by itself
+            params = [leaf.detach().requires_grad_() for leaf in layout.params(state)]
+            return self._dynamics.losses(params, layout.at_step(self._inputs, step)[0]).detach()
+
+    def _take(self, ground: Block | Plain, step: int, losses: Tensor) -> None:
+        with self._rollout.replay(step, losses.device):
+            losses[..., step - 1] = take_step(self._steps, ground, step)
+        self._counts.gradients += 1
