@@ -174,7 +174,7 @@ def measure(row: Row, setting: Setting) -> Costs:
         estimator=setting.rule(row.rule),
     )
     outer_loss = solution.params.square().sum()
-    gradients = len(solves_behind(outer_loss)[0].call.record.gradients)
+    gradients = len(solves_behind(outer_loss)[0].call.record.rollout.gradients)
     gc.collect()
     graphs = len(_Mark.alive)
     outer_loss.backward()

@@ -207,7 +207,7 @@ def implicit_gradients(
         result, found = implicit_pullback(trajectory, padded, rule.solver, root=True, start=initial)
     if rule.solver.throw:
         refuse_unsolved(rule.solver, found)
-    terms = {place.index: result.direct.get(place, torch.zeros_like(inputs.at(place))) for place in wanted}
+    terms = {place.number: result.direct.get(place, torch.zeros_like(inputs.at(place))) for place in wanted}
     leaves = [terms.get(x.index) if isinstance(x, Slot) else None for x in layout.args_leaves]
     multiplier = tree.unflatten(layout.params_structure, found.value)
     gradients, _ = tree.unflatten(layout.args_structure, leaves)

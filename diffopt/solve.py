@@ -23,7 +23,7 @@ from diffopt.rollout.given import (
 )
 from diffopt.rollout.layout import Flags, Inputs, Layout, Slot, names_of_read
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.rollout.record import Counts, Kept
+from diffopt.rollout.record import Counts, Kept as Kept
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function
 from diffopt.tensors.leaves import Leaves

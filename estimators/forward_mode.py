@@ -64,7 +64,7 @@ class ForwardMode(Adjoint):
         if size == 0:
             return torch.zeros_like(like)
         parts = []
-        for indices in torch.arange(size, device=like.device).split(self.chunk_size or size):
+        for indices in torch.split(torch.arange(size, device=like.device), self.chunk_size or size):
             basis = torch.nn.functional.one_hot(indices, size).to(like.dtype)
             tangent = basis.reshape(-1, *(1,) * sum(shared), *own).expand(-1, *like.shape)
             part = _contracted(carried(trajectory, place, tangent), cotangent, shared)

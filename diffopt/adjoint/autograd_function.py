@@ -128,9 +128,10 @@ class _Solve(torch.autograd.Function):
         # in inference mode no gradient is taken, and what was made in it cannot be recorded
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             ordinary = [c.clone() if c.is_inference() else c for c in given]
-            plainly = not (torch.is_grad_enabled() or transforms.transforms_active())
+            level = transforms.grads_batched()
+            plainly = not (level or torch.is_grad_enabled() or transforms.transforms_active())
             function: Any = _pull_back if plainly else partial(transforms.apply, _Pullback)
-            pullback, level = partial(function, call, *saved), transforms.grads_batched()
+            pullback = partial(function, call, *saved)
             terms = transforms.over_batched_grads(pullback, ordinary, level) if level else pullback(*ordinary)
         results = dict(zip(needed, terms, strict=True))
         return (None, *[results.get(i) for i in range(len(ctx.needs_input_grad) - 1)])

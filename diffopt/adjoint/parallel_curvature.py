@@ -115,7 +115,7 @@ class ParallelCurvature:
         def function(roots: tuple[Tensor, ...]) -> Sequence[Tensor]:
             own, read = roots[: len(params)], roots[len(params) :]
             for place, root in zip(self._read, read, strict=True):
-                current[place.index] = root
+                current[place.number] = root
             losses = batched.losses(own, current)
             again = trajectory.losses_to_replay()
             # autocast may give a loss another dtype under vmap
@@ -124,7 +124,7 @@ class ParallelCurvature:
             return derivatives.filled(derivatives.gradient(losses.sum(), own, differentiable=True), params)
 
         with trajectory.rollout.replay(None, params[0].device):
-            sources = [*params, *(current[place.index] for place in self._read)]
+            sources = [*params, *(current[place.number] for place in self._read)]
             return derivatives.Graph.record(function, sources, check=True)
 
 

@@ -65,12 +65,12 @@ class StepByStep:
         def gradients(roots: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             own, others = roots[: len(params)], roots[len(params) :]
             for place, root in zip(read, others, strict=True):
-                current[place.index] = root
+                current[place.number] = root
             losses = dynamics.losses(own, current)
             self._losses[..., step - 1] = losses.detach()
             return derivatives.filled(derivatives.gradient(losses, own, differentiable=True), own)
 
-        inputs = [*params, *(current[place.index] for place in read)]
+        inputs = [*params, *(current[place.number] for place in read)]
         with trajectory.rollout.replay(step, inputs[0].device):
             graph = derivatives.Graph.record(gradients, inputs, check=True)
             terms = graph.pullback(vector, range(len(inputs)))

@@ -49,10 +49,10 @@ def _step(
     params, count = layout.params(state), layout.params_count
     with torch.enable_grad():
         of_loss = place.part == "read"
-        roots = derivatives.make_roots([*params, *([read[place.index]] if of_loss else [])])
+        roots = derivatives.make_roots([*params, *([read[place.number]] if of_loss else [])])
         seen = list(read)
         if of_loss:
-            seen[place.index] = roots[count]
+            seen[place.number] = roots[count]
         losses = dynamics.losses(roots[:count], seen)
         found = derivatives.gradient(losses.sum(), roots, differentiable=True)
         if step == 1:
@@ -67,9 +67,9 @@ def _step(
         now, own, learned = layout.split_update(sources)
         current = list(hypers)
         for at, value in zip(of_update, learned, strict=True):
-            current[at.index] = value
+            current[at.number] = value
         return dynamics.update(now, own, current, step)
 
-    sources = [*state, *grads, *(hypers[at.index] for at in of_update)]
+    sources = [*state, *grads, *(hypers[at.number] for at in of_update)]
     after, after_moving = derivatives.jvp(update, sources, [*moving, *grads_moving, *(rate for _ in of_update)])
     return Leaves(after), Leaves(after_moving), losses.detach()

@@ -80,6 +80,12 @@ class Trajectory:
         return self.inputs.state
 
     @property
+    def extras(self) -> dict[Place, Tensor]:
+        """What a step reads besides its state, by place."""
+        places = self.layout.places[self.layout.state_count :]
+        return dict(zip(places, (*self.inputs.read, *self.inputs.hyperparameters), strict=True))
+
+    @property
     def layout(self) -> Layout:
         """How the tensors lie."""
         return self.dynamics.layout

@@ -92,10 +92,10 @@ class Updates:
         def function(roots: tuple[Tensor, ...]) -> Leaves:
             own, read, others = dynamics.layout.split_update(roots)
             for place, root in zip(hypers, others, strict=True):
-                current[place.index] = root
+                current[place.number] = root
             return dynamics.update(own, read, current, step)
 
-        inputs = [*state, *grads, *(current[place.index] for place in hypers)]
+        inputs = [*state, *grads, *(current[place.number] for place in hypers)]
         return UpdateGraph(derivatives.Graph.record(function, inputs), len(state), len(grads), tuple(hypers))
 
     def all_terms(self, hypers: Sequence[Place], adjoints: Leaves) -> Iterator[tuple[int, dict[Place, Tensor | None]]]:

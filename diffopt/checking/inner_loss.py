@@ -53,8 +53,8 @@ class Subject:
             problem.dynamics,
             tuple(leaf.detach().clone() for leaf in params),
             tuple(x.detach().clone() for x in read),
-            tuple(names.params),
-            tuple(names.read),
+            names.params,
+            names.read,
             tuple(i for i, x in enumerate(read) if x.requires_grad),
             random_state.snapshot(params[0].device),
         )

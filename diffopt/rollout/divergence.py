@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError, DivergenceError, NonFiniteGradientError
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Layout, Place
+from diffopt.rollout.layout import Inputs, Layout
 from diffopt.tensors import derivatives, transforms, tree
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.random_state import preserved
@@ -49,12 +49,14 @@ def not_finite(
     layout: Layout, params: Sequence[Tensor], read: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int
 ) -> str:
     """Which of the tensors that a step was given is not finite itself, in words; empty if all are."""
-    names, own = layout.names(), Inputs(Leaves(params), Leaves(()), Leaves(read), Leaves(hyperparameters))
-    for part, tensors in own._asdict().items():
-        for i, x in enumerate(tensors):
-            if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
-                of_step = f" at step {step}" if layout.runs_over_steps(Place(part, i)) else ""
-                return f"{getattr(names, part)[i]}{of_step} is not finite itself"
+    names = layout.names()
+    called = [*names.params]
+    for part, own in (("read", names.read), ("hyperparameters", names.hyperparameters)):
+        stepped = getattr(layout.stepped, part)
+        called += [f"{name} at step {step}" if runs else name for name, runs in zip(own, stepped, strict=True)]
+    for name, x in zip(called, (*params, *read, *hyperparameters), strict=False):
+        if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
+            return f"{name} is not finite itself"
     return ""
 
 

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     """Where one input of a problem stands: in which part, and at which place of it."""
 
     part: Part
-    index: int
+    number: int
 
 
 class Inputs(NamedTuple):
@@ -59,19 +59,28 @@ class Inputs(NamedTuple):
 
     def at(self, place: Place) -> Tensor:
         """The tensor at a place."""
-        tensor: Tensor = getattr(self, place.part)[place.index]
+        tensor: Tensor = getattr(self, place.part)[place.number]
         return tensor
 
     def put(self, others: Mapping[Place, Tensor]) -> Inputs:
         """The same with other tensors at some places."""
         parts: dict[str, list[Tensor]] = {part: list(tensors) for part, tensors in self._asdict().items()}
         for place, tensor in others.items():
-            parts[place.part][place.index] = tensor
+            parts[place.part][place.number] = tensor
         return Inputs(*map(Leaves, parts.values()))
 
     def detached(self) -> Inputs:
         """The same, cut off from whatever made them."""
         return Inputs(*(Leaves([x.detach() for x in part]) for part in self))
+
+
+class Names(NamedTuple):
+    """What a caller would call the tensors of :class:`Inputs`."""
+
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    read: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
 
 
 class Flags(NamedTuple):
@@ -98,7 +107,7 @@ class Level:
 
     def has(self, place: Place) -> bool:
         """Whether each task has its own tensor at a place."""
-        return place.part in _STATE or bool(getattr(self.own, place.part)[place.index])
+        return place.part in _STATE or bool(getattr(self.own, place.part)[place.number])
 
 
 _STATE = ("params", "buffers")
@@ -240,7 +249,7 @@ class Layout:
 
     def runs_over_steps(self, place: Place) -> bool:
         """Whether the tensor at a place runs over steps."""
-        return place.part not in _STATE and bool(getattr(self.stepped, place.part)[place.index])
+        return place.part not in _STATE and bool(getattr(self.stepped, place.part)[place.number])
 
     def slice_at(self, place: Place, tensor: Tensor, step: int) -> Tensor:
         """What step ``step`` sees of the tensor at a place: a view of its slice, or all of it.
@@ -266,14 +275,13 @@ class Layout:
         """For each leading axis of the state, outermost first, whether the tensor at a place has it too."""
         return [level.has(place) for level in reversed(self.levels)]
 
-    def names(self) -> Inputs:
-        """What a caller would call the inputs (of a buffer: by its name)."""
+    def names(self) -> Names:
+        """What a caller would call the inputs (a leaf of a buffer: by the buffer's name)."""
         params = tuple(f"params{path}" for path in tree.paths(self.params_structure))
         buffers = tuple(name for name, count in self.buffers_layout for _ in range(count))
         read = tuple(path for path, leaf in self._read() if isinstance(leaf, Slot))
         own = f"a hyperparameter of {self.optimizer_name}"
-        parts: Any = (params, buffers, read, (own,) * len(self.stepped.hyperparameters))
-        return Inputs(*parts)
+        return Names(params, buffers, read, (own,) * len(self.stepped.hyperparameters))
 
     def constants(self) -> dict[str, Any]:
         """What the loss is given that is no tensor, by the name that a caller would use."""

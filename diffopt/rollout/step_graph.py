@@ -111,9 +111,9 @@ class Block:
     def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:
         """The same with the wanted slices of this step as roots of the graph."""
         parts = {"read": list(read), "hyperparameters": list(hyperparameters)}
-        roots = derivatives.make_roots([parts[place.part][place.index] for place in self._stepped])
+        roots = derivatives.make_roots([parts[place.part][place.number] for place in self._stepped])
         for place, root in zip(self._stepped, roots, strict=True):
-            parts[place.part][place.index] = self._slices[place, step] = root
+            parts[place.part][place.number] = self._slices[place, step] = root
         return Leaves(parts["read"]), Leaves(parts["hyperparameters"])
 
     def keep(self, state: Leaves, grads: Sequence[Tensor], *, shallow: bool = False) -> None:

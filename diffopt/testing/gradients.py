@@ -105,7 +105,7 @@ def whole_state(rule: Rule) -> Iterator[Finding]:
     else:
         expected = gradient(lambda point: state_loss(*setting.state_by_hand(point)), point)
     found = Sample(gradient(value, point, claims.inputs), 0.0)
-    look = "the cotangent of buffers; to which step the term of a schedule goes (dynamics.stepped, slice_at)"
+    look = "the cotangent of buffers; to which step the term of a schedule goes (layout.runs_over_steps, slice_at)"
     claim = "exact in the final buffers, and for schedules"
     yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), look)
 
@@ -156,7 +156,7 @@ def forms(rule: Rule) -> Iterator[Finding]:
     each = dict(rule.gradient(rule.setting, copies, kinds))
     for kind in stepped:
         each[kind] = tuple(x.sum(0) for x in each[kind])
-    look = "to which step the direct term of a batch or a schedule goes (dynamics.stepped, slice_at)"
+    look = "to which step the direct term of a batch or a schedule goes (layout.runs_over_steps, slice_at)"
     error = distance(each, once, kinds)
     yield at_most("batches and schedules: sum to the number's own", error, rule.claims.tolerance, look)
 

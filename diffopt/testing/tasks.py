@@ -27,7 +27,7 @@ _LOOK = "which axes belong to tasks (layout.levels); sums and norms over all of 
 def tasks(rule: Rule) -> Iterator[Finding]:
     """Partly batched inputs, on any axis, vmapped once and twice, differentiated inside and outside."""
     if not rule.claims.vmap:
-        look = "raise a DiffoptError where trajectory.layout.levels is not empty, or declare vmap=True"
+        look = "raise a DiffoptError where trajectory.tasks_shape is not empty, or declare vmap=True"
         point, dims = _batches_of_tasks(rule)
         yield raises("refuses vmap, then backward", DiffoptError, lambda: _backward(rule, point, dims), look)
         yield raises("refuses vmap of grad", DiffoptError, lambda: _inside(rule, point, [dims]), look)

@@ -54,7 +54,7 @@ class Changed(Adjoint):
 
 def scaled(result, factor):
     initial = None if result.initial is None else factor * result.initial
-    return Cotangents(initial, {i: factor * x for i, x in result.extras.items()})
+    return Cotangents(initial, {place: factor * x for place, x in result.direct.items()})
 
 
 def negated(trajectory, result):
@@ -62,45 +62,43 @@ def negated(trajectory, result):
 
 
 def without_hyperparameters(trajectory, result):
-    start = trajectory.dynamics.hyperparameters_start
-    return Cotangents(result.initial, {i: x for i, x in result.extras.items() if i < start})
+    return Cotangents(result.initial, {place: x for place, x in result.direct.items() if place.part == "read"})
 
 
 def without_last_batch(trajectory, result):
-    extras = dict(result.extras)
-    for i in extras:
-        if trajectory.dynamics.stepped[i]:
-            extras[i] = extras[i].clone()
-            trajectory.dynamics.slice_at(i, extras[i], trajectory.steps).zero_()
-    return Cotangents(result.initial, extras)
+    direct = dict(result.direct)
+    for place in direct:
+        if trajectory.layout.runs_over_steps(place):
+            direct[place] = direct[place].clone()
+            trajectory.layout.slice_at(place, direct[place], trajectory.steps).zero_()
+    return Cotangents(result.initial, direct)
 
 
 def without_buffers(trajectory, cotangent):
-    count = trajectory.dynamics.params_count
-    return Leaves([*cotangent[:count], *cotangent[count:].zeros()])
+    return trajectory.layout.padded(trajectory.layout.params(cotangent), cotangent)
 
 
 def schedules_reversed(trajectory, result):
-    dynamics, extras = trajectory.dynamics, dict(result.extras)
-    for i in extras:
-        if i >= dynamics.hyperparameters_start and dynamics.stepped[i]:
-            extras[i] = extras[i].flip(dynamics.step_axis(i))
-    return Cotangents(result.initial, extras)
+    layout, direct = trajectory.layout, dict(result.direct)
+    for place in direct:
+        if place.part == "hyperparameters" and layout.runs_over_steps(place):
+            direct[place] = direct[place].flip(layout.step_axis(place))
+    return Cotangents(result.initial, direct)
 
 
 def in_half(trajectory, result):
     if trajectory.final[0].dtype != torch.float32:
         return result
-    halves = {i: x.half().float() * 1.01 for i, x in result.extras.items()}
+    halves = {place: x.half().float() * 1.01 for place, x in result.direct.items()}
     return Cotangents(result.initial, halves)
 
 
 def in_single(trajectory, result):
-    return Cotangents(result.initial, {i: x.float() for i, x in result.extras.items()})
+    return Cotangents(result.initial, {place: x.float() for place, x in result.direct.items()})
 
 
 def in_double(trajectory, result):
-    return Cotangents(result.initial, {i: x.double() for i, x in result.extras.items()})
+    return Cotangents(result.initial, {place: x.double() for place, x in result.direct.items()})
 
 
 def by_company(trajectory, result):
@@ -108,18 +106,18 @@ def by_company(trajectory, result):
 
 
 def with_unwanted(trajectory, result):
-    zeros = {i: torch.zeros_like(x) for i, x in enumerate(trajectory.extras) if x.is_floating_point()}
-    return Cotangents(result.initial, zeros | result.extras)
+    zeros = {place: torch.zeros_like(x) for place, x in trajectory.extras.items() if x.is_floating_point()}
+    return Cotangents(result.initial, zeros | dict(result.direct))
 
 
 def first_leaf_doubled(trajectory, result):
     if result.initial is None:
         return result
-    return Cotangents(Leaves([2 * result.initial[0], *result.initial[1:]]), result.extras)
+    return Cotangents(Leaves([2 * result.initial[0], *result.initial[1:]]), result.direct)
 
 
 def wrong_for_adam(trajectory, result):
-    buffers = dict(trajectory.dynamics.buffers_layout)
+    buffers = dict(trajectory.layout.buffers_layout)
     return scaled(result, 0.5) if "square" in buffers else result
 
 
@@ -151,18 +149,18 @@ def miscounting(trajectory, result):
 
 
 def writing(trajectory, result):
-    trajectory.extras[1].add_(1.0)  # the argument that the loss does not read
+    trajectory.inputs.read[1].add_(1.0)  # the argument that the loss does not read
     return result
 
 
 def writing_grad(trajectory, result):
-    trajectory.extras[1].grad = torch.zeros_like(trajectory.extras[1])
+    trajectory.inputs.read[1].grad = torch.zeros_like(trajectory.inputs.read[1])
     return result
 
 
 def constant_added(trajectory, result):
     initial = None if result.initial is None else result.initial + 1.0
-    return Cotangents(initial, result.extras)
+    return Cotangents(initial, result.direct)
 
 
 def clipped(trajectory, cotangent):
@@ -170,7 +168,7 @@ def clipped(trajectory, cotangent):
 
 
 def normalised_by_leaf(trajectory, cotangent):
-    count = trajectory.dynamics.params_count
+    count = trajectory.layout.params_count
     return Leaves([*(x / x.norm() for x in cotangent[:count]), *cotangent[count:]])
 
 
@@ -222,7 +220,7 @@ class OtherNumbers(Adjoint):
         return Keep(1, 1)
 
     def pullback(self, trajectory, cotangent):
-        trajectory.record.draws.clear()
+        trajectory.rollout.draws.clear()
         return replace(trajectory, check=False).sweep(cotangent)
 
 
@@ -231,9 +229,8 @@ class Eager(Estimator):
     """Takes every derivative beforehand, for nobody."""
 
     def run(self, problem):
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in (*problem.state, *problem.extras)]
-        count = len(problem.state)
-        outcome = Reverse().run(replace(problem, state=tuple(leaves[:count]), extras=tuple(leaves[count:])))
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in problem.inputs.flat]
+        outcome = Reverse().run(replace(problem, inputs=problem.dynamics.layout.inputs(leaves)))
         torch.autograd.grad(sum(x.sum() for x in outcome.state), [x for x in leaves if x.requires_grad])
         return Reverse().run(problem)
 
@@ -317,6 +314,6 @@ class RefusesBatches(Adjoint):
         return Keep(1)
 
     def pullback(self, trajectory, cotangent):
-        if trajectory.dynamics.levels:
+        if trajectory.tasks_shape:
             raise self.error("one task at a time: loop over tasks instead of vmap")
         return trajectory.sweep(cotangent)

@@ -28,7 +28,7 @@ from diffopt.estimators import (
     Truncated,
     Unrolled,
 )
-from diffopt.rollout import stepper
+from diffopt.rollout import keeper
 
 STEPS, LR, MOMENTUM = 4, 0.1, 0.3
 TINY = 1e-9
@@ -252,7 +252,7 @@ def test_it_is_refused_at_the_first_step_before_the_others_cost_anything(kind: s
 @pytest.mark.parametrize("kind", KEPT)
 def test_a_large_graph_turns_nothing_wrong(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """``Reverse()`` keeps the graphs of such a loss whatever their size, if it knows of its state at the first step."""
-    monkeypatch.setattr(stepper, "GRAPH_BUDGET", 0)
+    monkeypatch.setattr(keeper, "GRAPH_BUDGET", 0)
     loss = KEPT[kind]()
     if kind == "attribute_late":
         with pytest.raises(diffopt.HiddenStateError):
@@ -321,7 +321,7 @@ def normed(net: nn.Module, rule: Any) -> list[Tensor]:
 def test_batch_norm_is_exact_and_its_statistics_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, rule: Any, budget: int
 ) -> None:
-    monkeypatch.setattr(stepper, "GRAPH_BUDGET", budget)
+    monkeypatch.setattr(keeper, "GRAPH_BUDGET", budget)
     nets = []
     for _ in range(2):
         torch.manual_seed(2)

@@ -126,7 +126,7 @@ def test_the_default_keeps_graphs_while_they_are_small(steps: int, monkeypatch: 
     """One graph here saves a few states; the choice is made from the first, times the steps."""
     assert solve(Reverse(), steps, *inputs()).kept.checkpoint == "graph"
     few = solve(Reverse(), steps, *inputs()).kept.bytes
-    monkeypatch.setattr("diffopt.rollout.stepper.GRAPH_BUDGET", few - 1)
+    monkeypatch.setattr("diffopt.rollout.keeper.GRAPH_BUDGET", few - 1)
     kept = solve(Reverse(), steps, *inputs()).kept
     assert kept.checkpoint == math.ceil(math.sqrt(steps))
     assert kept.states == math.ceil(steps / math.ceil(math.sqrt(steps)))

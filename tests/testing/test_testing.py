@@ -109,7 +109,7 @@ class Between(Adjoint):
         initial = None
         if exact.initial is not None:
             initial = self.share * exact.initial + (1 - self.share) * cotangent
-        return Cotangents(initial, {number: self.share * term for number, term in exact.extras.items()})
+        return Cotangents(initial, {place: self.share * term for place, term in exact.direct.items()})
 
 
 @dataclass(frozen=True)
