@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Adjoint, run
+from diffopt.adjoint.estimator import Adjoint, refuse_changes, versions
 from diffopt.adjoint.fixed_point import implicit_pullback
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
@@ -27,6 +27,7 @@ from diffopt.linear_solve import (
 from diffopt.optimizers import SGD
 from diffopt.rollout.given import params_leaves
 from diffopt.rollout.layout import Slot
+from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Keep
 from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree
@@ -147,7 +148,7 @@ def implicit(
     check_flag("check", check)
     rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
-    outcome = run(rule, problem)
+    outcome = _run(rule, problem)
     layout = problem.dynamics.layout
     if not transforms.transforms_active():
         detached = Leaves(x.detach() for x in outcome.state)
@@ -200,7 +201,7 @@ def implicit_gradients(
     weights = leaves_like(cotangent, "cotangent", "params", inputs.params, layout.params_structure)
     initial = None if start is None else leaves_like(start, "start", "params", inputs.params, layout.params_structure)
     refuse_not_finite(rule.solver, cotangent=cotangent, start=start)
-    record = run(rule, problem).record  # for its checks
+    record = _run(rule, problem).record  # for its checks
     trajectory = Trajectory(problem.dynamics, inputs, inputs.state, record, (), wanted, check)
     with torch.no_grad():
         padded = layout.padded(weights, inputs.state)
@@ -212,6 +213,13 @@ def implicit_gradients(
     multiplier = tree.unflatten(layout.params_structure, found.value)
     gradients, _ = tree.unflatten(layout.args_structure, leaves)
     return ImplicitGradients(gradients, multiplier, found._replace(value=multiplier))
+
+
+def _run(rule: Adjoint, problem: Problem) -> Outcome:
+    before = versions(problem)
+    outcome = rule.run(problem)
+    refuse_changes(problem, before)
+    return outcome
 
 
 def _cut_off(params: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.estimator import Estimator, check_estimator, run
+from diffopt.adjoint.estimator import Estimator, check_estimator, refuse_changes, versions
 from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import GradModeError, LossError, OptimizerError
 from diffopt.optimizers.base import Optimizer
@@ -23,7 +23,8 @@ from diffopt.rollout.given import (
 )
 from diffopt.rollout.layout import Flags, Inputs, Layout, Slot, names_of_read
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.rollout.record import Counts, Kept as Kept
+from diffopt.rollout.record import Counts
+from diffopt.rollout.record import Kept as Kept
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function
 from diffopt.tensors.leaves import Leaves
@@ -130,7 +131,10 @@ def solve(
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
     if compile:
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
-    return _solution(problem.dynamics.layout, run(rule, problem))
+    before = versions(problem)
+    outcome = rule.run(problem)
+    refuse_changes(problem, before)
+    return _solution(problem.dynamics.layout, outcome)
 
 
 _EXACT = Reverse()

@@ -8,10 +8,10 @@ run at the bottom, on plain tensors. A rule therefore never sees a transform.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import InPlaceError, RandomnessError, SecondDerivativeError
-from diffopt.rollout.checks import refuse_non_finite, refuse_other_losses, warn_of_precision
+from diffopt.rollout.checks import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.layout import Inputs, Place
 from diffopt.rollout.loop import roll_out
@@ -59,35 +59,35 @@ class Call:
     wanted: frozenset[int] = frozenset()
     restacked: bool = False
 
-    @property
+    @cached_property
     def state_count(self) -> int:
         """How many inputs are leaves of the state."""
         return self.dynamics.layout.state_count
 
-    @property
+    @cached_property
     def wanted_places(self) -> tuple[tuple[int, ...], tuple[Place, ...]]:
         """The leaves of the state that are differentiated, by number, and the other inputs that are, by place."""
         count, places, wanted = self.state_count, self.dynamics.layout.places, sorted(self.wanted)
         return tuple([i for i in wanted if i < count]), tuple([places[i] for i in wanted if i >= count])
 
 
-def launch(call: Call, inputs: Sequence[Tensor]) -> Any:
-    """The final state and the losses, differentiable by the call's rule."""
+def prepared(call: Call, inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    """What gives the final state and the losses, differentiable by the call's rule (when called: the way is short)."""
     vmap = transforms.innermost_vmap()
     if vmap is not None:  # where nothing is differentiated; below it, the same tensors say what is
-        return transforms.below_vmap(partial(_launch_below, call), vmap, inputs)
+        return partial(transforms.below_vmap, partial(_below, call), vmap, inputs)
     if torch.is_grad_enabled():
         call = replace(call, wanted=call.wanted | {i for i, x in enumerate(inputs) if x.requires_grad})
-    return transforms.apply(_Solve, call, *inputs)
+    return transforms.applying(_Solve, call, *inputs)
 
 
-def _launch_below(call: Call, vmap: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> Any:
+def _below(call: Call, vmap: Any, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> Any:
     """The same outside a vmap: stacked, unless its tasks share everything."""
     layout = call.dynamics.layout
     if any([dim is not None for dim in dims]):
         inputs, dims = transforms.stacked(inputs, dims, vmap.batch_size, call.wanted | set(range(layout.state_count)))
         call = replace(call, dynamics=call.dynamics.batched(layout.level(vmap, dims)))
-    return launch(call, inputs)
+    return prepared(call, inputs)()
 
 
 class _Solve(torch.autograd.Function):
@@ -96,7 +96,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         record, layout = call.record, call.dynamics.layout
-        if call.wanted and call.watch.values and call.rule.claims(layout.inner_steps).second_derivatives:
+        low = bool(call.wanted) and call.watch.values and is_imprecise(call.dynamics, inputs)
+        if low and call.rule.claims(layout.inner_steps).second_derivatives:
             warn_of_precision(call.dynamics, inputs)
         final, record.rollout = roll_out(
             call.dynamics,
@@ -122,9 +123,11 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        call, saved = replace(ctx.call, wanted=frozenset(needed)), _saved_tensors(ctx)
-        zeros = Leaves(saved[-call.state_count :]).virtual_zeros()
-        given = [zero if c is None else c for c, zero in zip(cotangents[:-1], zeros, strict=True)]
+        call, saved = ctx.call, _saved_tensors(ctx)
+        if len(needed) != len(call.wanted):
+            call = replace(call, wanted=frozenset(needed))
+        final = saved[-call.state_count :]
+        given = [x.new_zeros(()).expand_as(x) if c is None else c for c, x in zip(cotangents, final, strict=False)]
         # in inference mode no gradient is taken, and what was made in it cannot be recorded
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             ordinary = [c.clone() if c.is_inference() else c for c in given]
@@ -142,7 +145,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        outputs = _launch_below(args[0], info, in_dims[1:], args[1:])
+        outputs = _below(args[0], info, in_dims[1:], args[1:])
         return outputs, (0,) * len(outputs)
 
 

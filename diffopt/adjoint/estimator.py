@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from diffopt.adjoint.autograd_function import Call, launch
+from diffopt.adjoint.autograd_function import Call, prepared
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError
@@ -80,7 +80,7 @@ class Adjoint(Estimator):
         state = check and keep.checkpoint not in ("graph", None)
         watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
         record = Record()
-        *final, losses = launch(Call(dynamics, self, keep, record, watch), inputs)
+        *final, losses = prepared(Call(dynamics, self, keep, record, watch), inputs)()
         return Outcome(tuple(final), losses, record)
 
 
@@ -89,15 +89,16 @@ def check_estimator(estimator: Any) -> None:
     check_instance("estimator", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
 
 
-def run(rule: Estimator, problem: Problem) -> Outcome:
-    """Run a rule on a problem; where checks are on, refuse a loss that has changed in place what it was given."""
-    if not problem.check:
-        return rule.run(problem)
+def versions(problem: Problem) -> list[int]:
+    """How often each tensor that a problem is given has been written to; nothing where checks are off."""
     inputs = problem.inputs
-    given = (*inputs.params, *inputs.read, *inputs.hyperparameters)
-    before = [transforms.version(x) for x in given]
-    outcome = rule.run(problem)
-    after = [transforms.version(x) for x in given]
+    given = (*inputs.params, *inputs.read, *inputs.hyperparameters) if problem.check else ()
+    return [transforms.version(x) for x in given]
+
+
+def refuse_changes(problem: Problem, before: list[int]) -> None:
+    """Refuse a loss, or an update, that has changed in place what it was given since ``before``."""
+    after = versions(problem)
     if after != before:
         names = problem.dynamics.layout.names()
         called = (*names.params, *names.read, *names.hyperparameters)
@@ -106,4 +107,3 @@ def run(rule: Estimator, problem: Problem) -> Outcome:
             f"the inner loss (or the optimizer) has changed {changed} in place, expected it to stay as it was: write "
             "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"
         )
-    return outcome

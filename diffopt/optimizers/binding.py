@@ -87,6 +87,8 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
     values = []
     for field in fields(optimizer):
         value, kind = getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
+        if type(value) in _PLAIN and kind != "prefix":
+            continue
         reader = binder.bind(field.name, value, kind)
         if reader is not None:
             values.append((field.name, reader))
@@ -98,6 +100,10 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         elementwise,
         tuple(values),
     )
+
+
+_PLAIN = (float, int, bool, str, type(None))
+"""Types of hyperparameters that are handed on as they are."""
 
 
 class _Binder:

@@ -249,21 +249,30 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
         )
 
 
-def warn_of_precision(dynamics: Dynamics, params: Sequence[Tensor]) -> None:
-    """Warn of a hypergradient in half precision: it is known to be several percent off, and more the more steps."""
-    place, dtype = params[0].device.type, params[0].dtype
-    where = "params"
+def is_imprecise(dynamics: Dynamics, params: Sequence[Tensor]) -> bool:
+    """Whether a hypergradient is known to be several percent off, and more the more steps: in half precision."""
+    return dynamics.layout.steps > 0 and torch.finfo(_precision(params)[0]).eps > 1e-4
+
+
+def _precision(params: Sequence[Tensor]) -> tuple[torch.dtype, str]:
+    """What steps are computed in, and who says so."""
+    place = params[0].device.type
     if torch.is_autocast_enabled(place):
-        dtype, where = torch.get_autocast_dtype(place), "torch.autocast"
-    if dynamics.layout.steps and torch.finfo(dtype).eps > 1e-4:
-        steps, name = dynamics.layout.inner_steps, str(dtype).removeprefix("torch.")
-        warnings.warn(
-            f"the hypergradient of {steps} steps is computed in {name} ({where}), in which it "
-            "is inaccurate: a few percent to a third off for one step, more for more, measured "
-            "beside float64 (docs/precision.md). Use float32 where it matters, or silence diffopt.PrecisionWarning",
-            PrecisionWarning,
-            stacklevel=2,
-        )
+        return torch.get_autocast_dtype(place), "torch.autocast"
+    return params[0].dtype, "params"
+
+
+def warn_of_precision(dynamics: Dynamics, params: Sequence[Tensor]) -> None:
+    """Warn of a hypergradient in half precision."""
+    dtype, where = _precision(params)
+    steps, name = dynamics.layout.inner_steps, str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"the hypergradient of {steps} steps is computed in {name} ({where}), in which it is inaccurate: a few percent "
+        "to a third off for one step, more for more, measured beside float64 (docs/precision.md). Use float32 where it "
+        "matters, or silence diffopt.PrecisionWarning",
+        PrecisionWarning,
+        stacklevel=2,
+    )
 
 
 def refuse_bad_start(

@@ -78,10 +78,9 @@ class Dynamics:
     def _loss(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         """The loss of one task, called as its author wrote it."""
         layout = self.layout
-        inner = tree.unflatten(layout.params_structure, params)
-        args, batch = tree.unflatten(
-            layout.args_structure, [read[x.index] if isinstance(x, Slot) else x for x in layout.args_leaves]
-        )
+        inner = layout.params_structure.unflatten(params)
+        leaves = [read[x.index] if isinstance(x, Slot) else x for x in layout.args_leaves]
+        args, batch = layout.args_structure.unflatten(leaves)
         loss = self.loss(inner, *args, batch) if layout.has_batches else self.loss(inner, *args)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(

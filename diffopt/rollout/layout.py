@@ -71,7 +71,13 @@ class Inputs(NamedTuple):
 
     def detached(self) -> Inputs:
         """The same, cut off from whatever made them."""
-        return Inputs(*(Leaves([x.detach() for x in part]) for part in self))
+        params, buffers, read, hyperparameters = self
+        return Inputs(
+            Leaves(map(Tensor.detach, params)),
+            Leaves(map(Tensor.detach, buffers)),
+            Leaves(map(Tensor.detach, read)),
+            Leaves(map(Tensor.detach, hyperparameters)),
+        )
 
 
 class Names(NamedTuple):
@@ -213,8 +219,8 @@ class Layout:
 
     def split(self, state: Sequence[Tensor]) -> tuple[Leaves, Buffers]:
         """A state as params and named buffers."""
-        plain = tuple(state)
-        buffers, start = {}, self.params_count
+        plain, start = tuple(state), self.params_count
+        buffers: Buffers = {}
         for name, count in self.buffers_layout:
             buffers[name] = Leaves(plain[start : start + count])
             start += count

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.rollout.checks import Checks, apart_from, refuse_bad_start, refuse_non_finite, warn_of_precision
+from diffopt.rollout.checks import (
+    Checks,
+    apart_from,
+    is_imprecise,
+    refuse_bad_start,
+    refuse_non_finite,
+    warn_of_precision,
+)
 from diffopt.rollout.divergence import losses_at, refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.layout import Inputs
@@ -34,7 +41,8 @@ def unroll(problem: Problem) -> Outcome:
         return Outcome(tuple(state), losses, Record())
     if problem.check and not transforms.transforms_active():
         inputs = Inputs(*(Leaves(map(_refusing_non_finite, part)) for part in inputs))
-    if problem.check and torch.is_grad_enabled() and any(x.requires_grad for x in inputs.flat):
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.flat)
+    if problem.check and recorded and is_imprecise(problem.dynamics, inputs.params):
         warn_of_precision(problem.dynamics, inputs.params)
     watch = Watch(values=problem.check, levels=problem.popped)
     with derivatives.named_in_place_changes():

@@ -105,8 +105,10 @@ class Graph:
             return [None] * len(wanted)
         edges, weights = zip(*pairs, strict=True)
         inputs = [self._inputs[i] for i in wanted]
-        with named_missing_derivatives():
+        try:
             return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
+        except RuntimeError as error:
+            raise _named(error) from error
 
 
 class _Roots(torch.autograd.Function):
@@ -114,7 +116,7 @@ class _Roots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple([tensor.view_as(tensor) for tensor in tensors])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,7 +128,7 @@ def make_roots(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not tensors:
         return ()
     anchor = torch.empty(0, requires_grad=True, device=tensors[0].device)
-    return tuple(transforms.apply(_Roots, anchor, *(tensor.detach() for tensor in tensors)))
+    return tuple(transforms.apply(_Roots, anchor, *[tensor.detach() for tensor in tensors]))
 
 
 def is_root(node: Any) -> bool:
@@ -143,11 +145,16 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
-    if differentiable:
+    if differentiable and _COMPILED in sys.modules:
         _refuse_compiled(output, inputs)
-    with named_missing_derivatives():
+    try:
         total = output.sum() if output.ndim else output
         return torch.autograd.grad(total, inputs, create_graph=differentiable, allow_unused=True)
+    except RuntimeError as error:
+        raise _named(error) from error
+
+
+_COMPILED = "torch._functorch._aot_autograd.runtime_wrappers"
 
 
 def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -156,8 +163,6 @@ def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:
     The gradient of that has no second derivative. Torch says so only if something that its backward pass is given
     requires grad; else it is a constant, and a silent wrong number.
     """
-    if "torch._functorch._aot_autograd.runtime_wrappers" not in sys.modules:
-        return
     edges = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, inputs)}
     for node in autograd_graph.nodes([output.grad_fn], {node for node, _ in edges}):
         if type(node).__name__ == "CompiledFunctionBackward" and _leads_to(node, edges):
@@ -183,23 +188,29 @@ def named_missing_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, DiffoptError):
+        named = _named(error)
+        if named is error:
             raise
-        if "escaped from inside a function being vmapped" in str(error):
-            raise cast("DiffoptError", vmap_error(error)) from error
-        if not is_missing_derivative(error):
-            raise
-        raise missing_derivative(str(error).partition("\n")[0]) from error
+        raise named from error
+
+
+def _named(error: RuntimeError) -> Exception:
+    """The error to be raised in place of one of autograd's; itself, if there is none."""
+    if isinstance(error, DiffoptError):
+        return error
+    if "escaped from inside a function being vmapped" in str(error):
+        return cast("DiffoptError", vmap_error(error))
+    return missing_derivative(str(error).partition("\n")[0]) if is_missing_derivative(error) else error
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors as they are, with zeros in place of ``None``."""
-    return tuple(torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True))
+    return tuple([torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)])
 
 
 def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, detached, with zeros in place of ``None``."""
-    return tuple(torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tensors, like, strict=True))
+    return tuple([torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tensors, like, strict=True)])
 
 
 def pullback(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, TypeAlias, final
 
@@ -90,9 +91,7 @@ class Leaves(tuple[Tensor, ...]):
         """Elementwise product."""
         return _apply(torch.mul, _foreach.mul, self, other)
 
-    def __rmul__(self, other: Operand) -> Leaves:  # type: ignore[override]
-        """Elementwise product."""
-        return self * other
+    __rmul__ = __mul__  # type: ignore[assignment]
 
     def __truediv__(self, other: Operand) -> Leaves:
         """Elementwise quotient."""
@@ -112,16 +111,15 @@ class Leaves(tuple[Tensor, ...]):
 
     def minus(self, scale: Operand, other: Leaves) -> Leaves:
         """``self - scale * other``, in one operation where ``scale`` is a number (and rounded once, as torch.optim)."""
-        if not isinstance(scale, float | int) or self._cannot_hold(scale):
+        if not isinstance(scale, float | int) or (abs(scale) > _LEAST_MAXIMUM and self._cannot_hold(scale)):
             return self - scale * other
-        if _leaf_by_leaf(self):
+        if torch.is_grad_enabled() or transforms.current_level() is not None or not self:
             return Leaves([torch.add(a, b, alpha=-scale) for a, b in zip(self, other, strict=True)])
         return Leaves(_foreach.add(self, other, alpha=-scale))
 
     def _cannot_hold(self, scale: float) -> bool:
         """Whether a number is infinite in the dtype of a leaf: torch takes it as a factor, but not as ``alpha``."""
-        large = abs(scale) > _LEAST_MAXIMUM
-        return large and (abs(scale) > _MOST_INTEGER or any(abs(scale) > torch.finfo(x.dtype).max for x in self))
+        return abs(scale) > _MOST_INTEGER or any(abs(scale) > torch.finfo(x.dtype).max for x in self)
 
     def widened(self) -> Leaves:
         """Half-precision tensors in single precision; the others as they are."""
@@ -175,16 +173,14 @@ def _apply(
         return NotImplemented  # type: ignore[no-any-return]
     if isinstance(other, int) and abs(other) > _MOST_INTEGER:
         other = float(other)
-    if isinstance(other, Tensor) or _leaf_by_leaf(leaves):
+    # leaf by leaf also while a graph is recorded: that of a fused call keeps all its inputs, needed or not
+    if isinstance(other, Tensor) or torch.is_grad_enabled() or transforms.current_level() is not None or not leaves:
         if not isinstance(other, Leaves):
-            return Leaves([single(a, other) for a in leaves])
-        return Leaves([single(a, b) for a, b in zip(leaves, other, strict=True)])
+            return Leaves(map(single, leaves, repeat(other)))
+        if len(other) != len(leaves):
+            raise ValueError(f"{leaves} has {len(leaves)} leaves, expected as many as {other}")
+        return Leaves(map(single, leaves, other))
     return Leaves(every(leaves, other))
-
-
-def _leaf_by_leaf(leaves: Leaves) -> bool:
-    # Also while a graph is recorded: that of a fused call keeps all its inputs, needed or not.
-    return not leaves or torch.is_grad_enabled() or transforms.transforms_active()
 
 
 def root(x: Tensor) -> Tensor:

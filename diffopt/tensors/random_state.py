@@ -40,7 +40,7 @@ def restore(states: GeneratorStates, device: torch.device) -> None:
 
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
     """Whether random numbers were drawn between the two."""
-    return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return not all(map(torch.equal, before, after))
 
 
 @contextmanager

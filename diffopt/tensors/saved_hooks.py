@@ -75,12 +75,22 @@ class RecomputingAsBefore:
 
     def __enter__(self) -> None:
         """Notice hooks from here on, in this thread."""
+        global _evaluations
         self._outer, _here.noticing = _here.noticing, self
-        _notice(1)
+        with _lock:
+            _evaluations += 1
+            if _evaluations == 1:
+                _autograd._push_saved_tensors_default_hooks = _pushed
+                _autograd._pop_saved_tensors_default_hooks = _popped
 
     def __exit__(self, *exception: object) -> None:
         """Let things be as they were."""
-        _notice(-1)
+        global _evaluations
+        with _lock:
+            _evaluations -= 1
+            if _evaluations == 0:
+                _autograd._push_saved_tensors_default_hooks = _push
+                _autograd._pop_saved_tensors_default_hooks = _pop
         _here.noticing = self._outer
 
     def opened(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
@@ -108,18 +118,9 @@ class _Here(threading.local):
     noticing: RecomputingAsBefore | None = None
 
 
-_here, _lock, _evaluations = _Here(), threading.Lock(), 0
-
-
-def _notice(change: int) -> None:
-    """Count the evaluations that are running, in all threads: hooks are noticed while there are any."""
-    global _evaluations
-    with _lock:
-        _evaluations += change
-        if _evaluations == 0:
-            _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = _push, _pop
-        elif _evaluations == change == 1:
-            _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = _pushed, _popped
+_here, _lock = _Here(), threading.Lock()
+_evaluations = 0
+"""How many evaluations of losses are running, in all threads: hooks are noticed while there are any."""
 
 
 def _pushed(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:

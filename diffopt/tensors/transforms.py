@@ -19,9 +19,13 @@ _forward_ad: Any = torch.autograd.forward_ad
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 
 
+current_level: Callable[[], int | None] = _functorch.maybe_current_level
+"""The number of the innermost running ``torch.func`` transform; ``None``: there is none."""
+
+
 def transforms_active() -> bool:
     """Whether the caller runs inside a ``torch.func`` transform."""
-    return _functorch.maybe_current_level() is not None
+    return current_level() is not None
 
 
 def transform_level() -> int:
@@ -66,17 +70,17 @@ def outside_compile(function: Function) -> Function:
     return cast("Function", called)
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply``, past the inspection of signatures where no transform runs; all arguments by position."""
-    if transforms_active():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+def applying(function: type[torch.autograd.Function], first: Any, *tensors: Any) -> Callable[[], Any]:
+    """What ``function.apply(first, *tensors)`` does, past the inspection of signatures where no transform runs."""
+    if current_level() is not None:
+        return functools.partial(function.apply, first, *tensors)
     plain: Any = super(torch.autograd.Function, function)
-    return plain.apply(*map(_alive, arguments))
+    return functools.partial(plain.apply, first, *map(_functorch.unwrap_if_dead, tensors))  # of what has ended
 
 
-def _alive(argument: Any) -> Any:
-    """What is under the wrapper of a transform that has ended; anything else as it is."""
-    return _functorch.unwrap_if_dead(argument) if isinstance(argument, Tensor) else argument
+def apply(function: type[torch.autograd.Function], first: Any, *tensors: Any) -> Any:
+    """``function.apply(first, *tensors)``; see :func:`applying`."""
+    return applying(function, first, *tensors)()
 
 
 class Vmap(NamedTuple):
@@ -196,7 +200,7 @@ def below_vmap(
     (torch's own way, the vmap rule of an autograd function, costs as much as a step of a small problem.)
     """
     level = transform_level()
-    pairs = [_functorch._unwrap_batched(_alive(x), level) for x in tensors]
+    pairs = [_functorch._unwrap_batched(_functorch.unwrap_if_dead(x), level) for x in tensors]
     dims = tuple([dim for _, dim in pairs])
     layer = _functorch.pop_dynamic_layer_stack()
     try:
