@@ -56,7 +56,7 @@ def _step(
         losses = dynamics.losses(roots[:count], seen)
         found = derivatives.gradient(losses.sum(), roots, differentiable=True)
         if step == 1:
-            autograd_graph.refuse_broken_graph(autograd_graph.nodes([g.grad_fn for g in found if g is not None]))
+            autograd_graph.refuse_broken_graph([g.grad_fn for g in found if g is not None])
         # the mixed product, too: second derivatives are symmetric
         tangents = [*layout.params(moving), *([rate] if of_loss else [])]
         grads_moving = derivatives.pullback(found, roots[:count], tangents)

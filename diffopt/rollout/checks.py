@@ -64,7 +64,7 @@ class Checks:
             passes_tangents: plain code that forward-mode differentiation goes through.
         """
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
-        self._last, self._own_update = dynamics.layout.steps, _is_of_this_library(dynamics.optimizer.template)
+        self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
         self._drops_tangents = watch.values and not passes_tangents
         self._wrapped_are_held: bool | None = None
         self._looks_for_breaks, self._born = True, -1
@@ -121,7 +121,7 @@ class Checks:
         if versions != [leaf._version for leaf in state]:
             raise changed_in_place()
         if self._looks_for_breaks:
-            autograd_graph.refuse_broken_graph(autograd_graph.nodes([leaf.grad_fn for leaf in after]))
+            autograd_graph.refuse_broken_graph([leaf.grad_fn for leaf in after])
             self._looks_for_breaks = False
         if not self._own_update:
             self._refuse_captured(after, [*state, *hyperparameters, *grads])
@@ -217,11 +217,6 @@ class Checks:
 
 
 _NO_LEVELS = range(0)
-
-
-def _is_of_this_library(optimizer: object) -> bool:
-    """Whether an update is one of this library's, which read what they are given and nothing else."""
-    return type(optimizer).__module__.startswith("diffopt.optimizers.")
 
 
 def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, final
 
 from torch import Tensor
@@ -33,6 +34,11 @@ class Dynamics:
     loss: Callable[..., Tensor]
     optimizer: BoundOptimizer
     compile: bool = False
+
+    @cached_property
+    def own_update(self) -> bool:
+        """Whether the update is one of this library's, which computes every leaf by itself from what it is given."""
+        return type(self.optimizer.template).__module__.startswith("diffopt.optimizers.")
 
     def batched(self, level: Level) -> Dynamics:
         """The same problem with one more vmap around it."""
@@ -71,9 +77,10 @@ class Dynamics:
             raise named from error
 
     def _under_levels(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Any:
-        count, levels = len(params), self.layout.levels
-        dims = [((0,) * count + tuple([0 if own else None for own in level.own.read])) for level in levels]
-        return self._vmap(lambda *leaves: self._loss(leaves[:count], leaves[count:]), dims)(*params, *read)
+        count = len(params)
+        return self._vmap(lambda *leaves: self._loss(leaves[:count], leaves[count:]), self.layout.dims_of_loss)(
+            *params, *read
+        )
 
     def _loss(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         """The loss of one task, called as its author wrote it."""
@@ -145,7 +152,7 @@ class Dynamics:
         first, second = self.layout.state_count, self.layout.state_count + self.layout.params_count
         vmapped = self._vmap(
             lambda *leaves: tuple(self._update(leaves[:first], leaves[first:second], leaves[second:], step)),
-            [(0,) * second + tuple([0 if own else None for own in level.own.hyperparameters]) for level in levels],
+            self.layout.dims_of_update,
         )
         return Leaves(vmapped(*state, *grads, *hyperparameters))
 

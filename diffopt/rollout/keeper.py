@@ -49,7 +49,7 @@ class Keeper:
         if step == self.first:
             self._checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
             if self._checkpoint is None or self._checkpoint == "graph":
-                return Block(self._dynamics.layout, self._inputs, self._wanted, ground.state)
+                return Block(self._dynamics, self._inputs, self._wanted, ground.state)
         if isinstance(self._checkpoint, int) and (step - self.first) % self._checkpoint == 0:
             self._store(step, ground.state)
         return ground
@@ -64,7 +64,7 @@ class Keeper:
             count = self._last - self.first + 1
             self._checkpoint = math.isqrt(count - 1) + 1
             self._store(step, ground.before)
-            return Plain(self._dynamics.layout, self._inputs, ground.state)
+            return Plain(self._dynamics, self._inputs, ground.state)
         if step == self._last:
             self.graphs.append(ground)
         return ground

@@ -180,6 +180,23 @@ class Layout:
         return tuple([Place(part, i) for part, count in zip(_PARTS, counts, strict=True) for i in range(count)])
 
     @cached_property
+    def sizes_and_modes(self) -> tuple[list[int], list[str]]:
+        """Of the vmaps: their numbers of tasks, and what they say of random numbers."""
+        return [level.size for level in self.levels], [level.randomness for level in self.levels]
+
+    @cached_property
+    def dims_of_loss(self) -> list[tuple[int | None, ...]]:
+        """For each vmap, which of the params and of what the loss reads have its axis, as axis 0."""
+        own = (0,) * self.params_count
+        return [(*own, *[0 if has else None for has in level.own.read]) for level in self.levels]
+
+    @cached_property
+    def dims_of_update(self) -> list[tuple[int | None, ...]]:
+        """The same of the state, of its gradient and of the hyperparameters."""
+        own = (0,) * (self.state_count + self.params_count)
+        return [(*own, *[0 if has else None for has in level.own.hyperparameters]) for level in self.levels]
+
+    @cached_property
     def _runs_over_steps(self) -> bool:
         return any(self.stepped.read) or any(self.stepped.hyperparameters)
 

@@ -64,7 +64,7 @@ def roll_out(
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
     layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
-    ground: Block | Plain = Plain(layout, inputs, inputs.state)
+    ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted)
     steps = Checks(dynamics, watch, keep, known) if watch else dynamics
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile else None
@@ -115,7 +115,7 @@ def _finite_again(
     dynamics: Dynamics, inputs: Inputs, draws: Mapping[int, random_state.GeneratorStates]
 ) -> Iterator[bool]:
     """Take the steps of a rollout once more; yields whether the state after each is finite."""
-    ground = Plain(dynamics.layout, inputs, inputs.state)
+    ground = Plain(dynamics, inputs, inputs.state)
     for step in range(1, dynamics.layout.steps + 1):
         with random_state.replayed(draws.get(step), inputs.params[0].device):
             take_step(dynamics, ground, step)

@@ -34,7 +34,7 @@ class Replay:
 
         Their losses are written to their places in ``losses`` ``[..., T]``. ``apart``: see :class:`Block`.
         """
-        block = Block(self._dynamics.layout, self._inputs, self._rollout.wanted, state, apart=apart)
+        block = Block(self._dynamics, self._inputs, self._rollout.wanted, state, apart=apart)
         for step in range(first, last + 1):
             self._take(block, step, losses)
         after = block.state
@@ -46,7 +46,7 @@ class Replay:
 
         The losses on the way are written to their places in ``losses`` ``[..., T]``.
         """
-        ground, states = Plain(self._dynamics.layout, self._inputs, state), [state]
+        ground, states = Plain(self._dynamics, self._inputs, state), [state]
         for step in range(first, last):
             self._take(ground, step, losses)
             states.append(ground.state)

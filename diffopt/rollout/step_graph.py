@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from diffopt.rollout.layout import Inputs, Layout, Place
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.layout import Inputs, Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -62,7 +63,7 @@ class Block:
 
     def __init__(
         self,
-        layout: Layout,
+        dynamics: Dynamics,
         inputs: Inputs,
         wanted: Collection[Place],
         state: Sequence[Tensor],
@@ -74,7 +75,8 @@ class Block:
         ``apart``: of one step, in which the loss reads params of its own, the update those of the state: see
         :meth:`pullback_apart`.
         """
-        self._layout = layout
+        layout = self._layout = dynamics.layout
+        self._views = not dynamics.own_update
         self._stepped = [place for place in wanted if layout.runs_over_steps(place)]
         self._shared = [place for place in wanted if not layout.runs_over_steps(place)]
         with torch.enable_grad():
@@ -96,16 +98,17 @@ class Block:
     def slice(self, step: int) -> Slice:
         """What step ``step`` is computed from, joined to the graph where it is wanted.
 
-        The params are views: a leaf that the last update computed from another one must not carry that one's gradient
-        too.
+        The params are views, if the last update may have computed a leaf from another one, whose gradient it must not
+        carry too.
         """
         read, hyperparameters = self._layout.at_step(self._with_roots, step)
         if self._stepped:
             read, hyperparameters = self._joined(read, hyperparameters, step)
         params = self._apart
         if params is None:
-            own = tuple(self._now)[: self._layout.params_count]
-            params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own])
+            params = tuple(self._now)[: self._layout.params_count]
+            if self._views or not all([x.requires_grad for x in params]):
+                params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in params])
         return Slice(self._now, params, read, hyperparameters)
 
     def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:
@@ -190,9 +193,9 @@ class Plain:
 
     linked = False
 
-    def __init__(self, layout: Layout, inputs: Inputs, state: Leaves) -> None:
+    def __init__(self, dynamics: Dynamics, inputs: Inputs, state: Leaves) -> None:
         """Start at ``state``."""
-        self._layout, self._inputs, self.state = layout, inputs, state
+        self._layout, self._inputs, self.state = dynamics.layout, inputs, state
         self.grads: Sequence[Tensor] = ()
 
     def slice(self, step: int) -> Slice:

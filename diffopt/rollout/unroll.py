@@ -70,7 +70,7 @@ def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple
                 loss = checks.losses(params, read, step)
                 grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
-                    autograd_graph.refuse_broken_graph(autograd_graph.nodes(g.grad_fn for g in grads if g is not None))
+                    autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
             refuse_bad_start(dynamics, loss, grads, before, read)
         now = dynamics.update(now, derivatives.filled(grads, before), hyperparameters, step)

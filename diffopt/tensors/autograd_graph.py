@@ -38,17 +38,31 @@ def leaves_behind(loss: Tensor) -> list[Tensor]:
     return [node.variable for node in nodes([loss.grad_fn]) if hasattr(node, "variable")]
 
 
-def refuse_broken_graph(graph: Iterable[Any]) -> None:
-    """Refuse a graph, given by its nodes, with an operation whose derivative was declared missing."""
-    for node in graph:
-        if _may_be_broken(cast("Any", type(node))) and node.name().endswith(("Error", "NotImplemented")):
+def refuse_broken_graph(starts: Iterable[Any]) -> None:
+    """Refuse a graph, given by its last nodes, with an operation whose derivative was declared missing."""
+    pending = [node for node in {*starts} if node is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        kind = type(node)
+        if kind not in _sound and _may_be_broken(kind) and node.name().endswith(("Error", "NotImplemented")):
             raise missing_derivative(name_of_broken(node))
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
 
 
-@functools.cache
-def _may_be_broken(node_type: Any) -> bool:
+_sound: set[type] = set()
+"""Types of nodes that stand for one operation each, which has a derivative."""
+
+
+def _may_be_broken(kind: type) -> bool:
     """Whether a node of this type may stand for a missing derivative; most operations have a type of their own."""
-    return not str(node_type.__name__).endswith(("Backward0", "Backward1"))
+    if kind.__name__.endswith(("Backward0", "Backward1")):
+        _sound.add(kind)
+        return False
+    return True
 
 
 _NEVER = 2**63
@@ -69,19 +83,19 @@ def captured_nodes(starts: Iterable[Any], given: Sequence[Tensor], born: int = -
     if something besides the graph still holds it, for what a function makes for itself is let go when it returns (or,
     in a cycle, when collected).
     """
-    own, leaves = {x.grad_fn for x in given}, {id(x) for x in given}
+    own, leaves = {x.grad_fn for x in given}, set(map(id, given))
     if given[0].grad_fn is not None:
         born = number(given[0].grad_fn)
     own.discard(None)
     pending = [node for node in {*starts} if node not in own]
-    seen, suspects = {*own, *pending}, []
+    seen, suspects = own.union(pending), []
     while pending:  # (the loop that these checks cost most: half a microsecond a node)
         node = pending.pop()
         at = node._sequence_nr()
         if at < born or (at >= _NEVER and hasattr(node, "variable") and id(node.variable) not in leaves):
             suspects.append(node)
         for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
+            if parent not in seen and parent is not None:
                 seen.add(parent)
                 pending.append(parent)
     if not suspects or not _captured(suspects, own, leaves):

@@ -84,7 +84,7 @@ class Graph:
             roots = make_roots(inputs)
             outputs = function(roots)
             if check:
-                autograd_graph.refuse_broken_graph(autograd_graph.nodes(out.grad_fn for out in outputs))
+                autograd_graph.refuse_broken_graph([out.grad_fn for out in outputs])
             return Graph(roots, outputs)
 
     def nodes(self) -> list[Any]:
