@@ -27,7 +27,7 @@ def problem():
 @pytest.mark.parametrize("exact", [None, Unrolled(), MultiStep(1)])
 def test_a_problem_that_forgets_the_estimator_is_refused(problem, exact):
     """Whatever it runs instead: all its rows would be the same."""
-    with pytest.raises(diffopt.EstimatorError, match=r"expected it to pass the estimator on: write diffopt\.solve"):
+    with pytest.raises(diffopt.EstimatorError, match=r"expected it to pass the estimator on; write diffopt\.solve"):
         diffopt.compare(lambda rule: problem(Unrolled()), [FirstOrder()], exact=exact)
     with pytest.raises(diffopt.EstimatorError, match="pass the estimator on"):
         diffopt.compare(lambda rule: problem(None), [FirstOrder()], exact=exact)
@@ -136,7 +136,7 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     assert drawn == [row.estimator for row in whole.rows]
     assert whole.complete() == whole.rows
     with pytest.raises(
-        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers: StepsErr"
+        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers; StepsErr"
     ):
         table.complete()
 
