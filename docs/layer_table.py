@@ -32,7 +32,7 @@ class Row:
     twice: str
     tasks: str
     steps: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def measure(case: Case) -> Row:
     p = problem(case)
     finding = diffopt.check(p.loss, p.params, p.inputs[0], vmap=False)["second derivative"]
     if isinstance(finding.error, diffopt.WrongDerivativeError):
-        return Row(
-            case.name, "**wrong**", "**wrong**", "**wrong**", case.mend
-        )  # batched, it is as wrong as it is alone
+        return Row(case.name, "**wrong**", "**wrong**", "**wrong**", case.fix)  # batched, it is as wrong as it is alone
 
     def over_tasks() -> str:
         one = grad(partial(p.outer, Reverse(1)))
@@ -105,8 +103,8 @@ def measure(case: Case) -> Row:
         return _agreement(together, alone)
 
     twice = {"ok": "ok", "FAIL": f"`{type(finding.error).__name__}`"}.get(finding.outcome, "not comparable")
-    found = Row(case.name, twice, _outcome(over_tasks), _outcome(over_steps), case.mend)
-    return replace(found, mend="") if _columns(found)[1:] == ("ok",) * 3 else found
+    found = Row(case.name, twice, _outcome(over_tasks), _outcome(over_steps), case.fix)
+    return replace(found, fix="") if _columns(found)[1:] == ("ok",) * 3 else found
 
 
 def _columns(row: Row) -> tuple[str, str, str, str]:
@@ -135,7 +133,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     cells = _columns(row)[1:]
     errors = list(dict.fromkeys(cell for cell in cells if cell.startswith("`")))
     shown = ["no" if cell in errors else cell for cell in cells]
-    return (row.name, *shown, ", ".join(errors), row.mend)
+    return (row.name, *shown, ", ".join(errors), row.fix)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,7 @@ def _derivatives(rule: Rule, dtype: torch.dtype) -> Iterator[Finding]:
     seen: list[tuple[Trajectory, Cotangents]] = []
     point: Point = {kind: tuple(x.to(dtype) for x in rule.point[kind]) for kind in KINDS}
     found = gradient(partial(rule.setting.value, spied(rule.seeded(), seen)), point, rule.claims.inputs)
-    name, fix = (
-        str(dtype).removeprefix("torch."),
-        "check what pullback returns, and constants made in another precision",
-    )
+    name, fix = str(dtype).removeprefix("torch."), "check what pullback returns, constants made in another precision"
     yield holds(f"{name}: derivatives are finite", all(bool(g.isfinite().all()) for g in flat(found)), fix)
     if seen:
         yield holds(f"{name}: returns tensors like the inputs", _alike(*seen.pop()), fix)
@@ -176,9 +173,7 @@ def linearity(rule: Rule) -> Iterator[Finding]:
     one, other, mixed, none = (_pull(rule, c) for c in (dense, sparse, both, [0 * c for c in dense]))
     fix = "check constants, norms or signs of the adjoint; if it is not meant to be linear, declare linear=False"
     finite = all(bool(x.isfinite().all()) for found in (one, other, none) for x in flat(found))
-    yield holds(
-        "finite where the outer loss uses nothing or one leaf", finite, "check divisions by norms of the adjoint"
-    )
+    yield holds("finite where the outer loss uses nothing or one leaf", finite, "check divisions by adjoints' norms")
     parts: Point = {kind: tuple(2 * a - 3 * b for a, b in zip(one[kind], other[kind], strict=True)) for kind in KINDS}
     error = distance(mixed, parts, rule.claims.inputs)
     if not rule.claims.linear:
