@@ -87,7 +87,7 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
         ...     check_estimator(Straight())
         ... except diffopt.ConformanceError as error:
         ...     print(str(error).splitlines()[1][:51])
-        exact: got 1.6e+00, expected <= 1.0e-09; check sig
+        exact: got 1.6e+00, expected <= 1.0e-09; check sign
         >>> claims = Claims(exact="never", inputs=frozenset({"init"}), second_derivatives=False)
         >>> check_estimator(Straight(), claims=claims).broken
         ()
