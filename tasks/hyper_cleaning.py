@@ -81,7 +81,7 @@ class HyperCleaning:
                 )
             if len(labels) == 0 or labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < self.classes:
                 raise ProblemError(
-                    f"{side} has {len(labels)} labels of {labels.dtype}, or one out of range",
+                    f"{side} labels are {len(labels)} of {labels.dtype}, or one is out of range",
                     f"one or more of torch.int64 in 0 .. {self.classes - 1}",
                 )
         self._one_each("logits", self.logits)

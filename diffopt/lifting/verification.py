@@ -99,7 +99,9 @@ def named(name: str, advice: str) -> Iterator[None]:
     except LiftError as error:
         if error.got.startswith(name):
             raise
-        raise type(error)(f"{name} cannot be lifted: {error.got}", error.expected, error.fix or advice) from error
+        raise type(error)(
+            f"{name} cannot be lifted: {error.got}", error.expected, "; ".join(filter(None, (error.fix, advice)))
+        ) from error
 
 
 def form(params: Sequence[Tensor]) -> Form:
