@@ -68,6 +68,8 @@ NAMES = [
     "torch_errors",
     "derivatives_in_the_loss",
     "unrolled",
+    "error_fields",
+    "lift_refusals",
 ]
 
 
