@@ -891,8 +891,8 @@ FAULTS = [
     Fault(
         "an optimizer that is given a module's parameters is told nothing",
         "diffopt/tensors/hints.py",
-        '    if _is_of_module(value):\n        return "; an',
-        '    if False:\n        return "; an',
+        '    if _is_of_module(value):\n        return "an',
+        '    if False:\n        return "an',
         "functional",
     ),
     Fault(
@@ -1225,5 +1225,41 @@ FAULTS = [
         "        rule=estimator,\n",
         "",
         "compare_notes",
+    ),
+    # errors keep their parts
+    Fault(
+        "the text of an error leaves out its fix",
+        "diffopt/errors.py",
+        "{f'; {self.fix}' if self.fix else ''}",
+        "",
+        "error_fields",
+    ),
+    Fault(
+        "an error is copied by its text alone",
+        "diffopt/errors.py",
+        "return copyreg.__newobj__, (type(self), *self.args), self.__dict__",
+        "return type(self), self.args",
+        "error_fields",
+    ),
+    Fault(
+        "an error that a subclass made without parts has no text",
+        "diffopt/errors.py",
+        "            return super().__str__()",
+        '            return ""',
+        "error_fields",
+    ),
+    Fault(
+        "a lifted optimizer's error loses what was expected",
+        "diffopt/lifting/verification.py",
+        'cannot be lifted: {error.got}", error.expected,',
+        'cannot be lifted: {error.got}", "",',
+        "lift_refusals",
+    ),
+    Fault(
+        "an option's error is one sentence",
+        "diffopt/tensors/arguments.py",
+        'raise HyperparameterError(f"{where} is {describe(value)}", "True or False")',
+        'raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")',
+        "error_fields",
     ),
 ]

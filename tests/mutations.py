@@ -70,6 +70,8 @@ NAMES = [
     "unrolled",
     "reports",
     "solver_advice",
+    "error_fields",
+    "lift_refusals",
 ]
 
 

@@ -56,7 +56,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "truncated_long": (
         lambda: solve(estimator=Truncated(4)),
         diffopt.StepsError,
-        "expected at most 3, the inner problem",
+        "expected at most 3; the inner problem",
     ),
     "window_long": (
         lambda: solve(estimator=Binomial(1, window=9)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 from collections.abc import Callable
@@ -10,9 +11,15 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
+from in_parts import IN_PARTS, calls, error_classes, is_a_sentence, lacks_a_part, modules
 
-import diffopt.errors
+import diffopt
 from diffopt import ConformanceError, DiffoptError, DivergenceError, LossError, StepsError
+from diffopt.commands.estimator_names import estimator
+from diffopt.estimators import MultiStep, Reverse
+from diffopt.experiments.framework.run_folder import RunFolder
+from diffopt.tasks.data import check_split
 
 KINDS = [kind for kind in vars(diffopt.errors).values() if isinstance(kind, type) and issubclass(kind, DiffoptError)]
 EXTRA: dict[type[DiffoptError], dict[str, Any]] = {DivergenceError: {"step": 3}, ConformanceError: {"table": "a\nb"}}
@@ -101,3 +108,63 @@ def test_errors_come_back_from_other_processes() -> None:
             with pytest.raises(kind) as here:
                 fails(number)
             assert (caught.value.fix, str(caught.value)) == (here.value.fix, str(here.value))
+
+
+def test_what_is_raised_is_given_in_parts() -> None:
+    names = {"DiffoptError", *error_classes()}
+    made = {f"{path}:{call.lineno}": call for path, module in modules().items() for call in calls(module, names)}
+    assert [place for place, call in made.items() if lacks_a_part(call)] == []
+    assert [place for place, call in made.items() if is_a_sentence(call)] == []
+    assert all(any(place.startswith(part) for place in made) for part in IN_PARTS), "a part that raises nothing"
+
+
+@pytest.mark.parametrize(
+    ("source", "whole"),
+    [
+        ('LossError(f"{x} is 1, expected 2; add 1")', True),
+        ('LossError("1", fix="add 1")', True),
+        ('diffopt.LossError("1", "2; expected 3")', True),
+        ('LossError("1", "2", "; add 1")', True),
+        ('LossError("1", "2", "add 1: 2 is expected")', False),
+        ('LossError(got="1", expected=f"{x}")', False),
+        ('DivergenceError("1", "2", step=3)', False),
+    ],
+)
+def test_a_whole_sentence_is_noticed(source: str, whole: bool) -> None:
+    (call,) = calls(ast.parse(source), {"LossError", "DivergenceError"})
+    assert (lacks_a_part(call) or is_a_sentence(call)) == whole
+
+
+REAL: dict[str, tuple[Callable[[], Any], tuple[str, str, str]]] = {
+    "an option": (lambda: diffopt.SGD(0.1, nesterov="yes"), ("SGD: nesterov is str 'yes'", "True or False", "")),
+    "a class for an object": (
+        lambda: MultiStep(2, adjoint=Reverse),
+        ("MultiStep: adjoint is ", "an estimator such as Reverse()", "call it: adjoint=Reverse(...)"),
+    ),
+    "a hyperparameter": (
+        lambda: diffopt.solve(torch.sum, torch.ones(2), optimizer=diffopt.SGD(lambda t: 0.1), steps=1),
+        ("lr is function ", "a float or a tensor", "a function of the step: diffopt.Schedule("),
+    ),
+    "a module": (lambda: diffopt.functional(3), ("module is int 3", "a torch.nn.Module", "make it")),
+    "a lifted class": (
+        lambda: diffopt.from_torch(torch.optim.LBFGS),
+        ("LBFGS cannot be lifted: it evaluates", "a class whose step can be followed", "use SGD"),
+    ),
+    "a citation": (lambda: diffopt.cite([3]), ("cite was given list [3]", "an estimator, ", "give them one by one")),
+    "data": (lambda: check_split("all"), ("split is 'all'", "one of train, ", "")),
+    "a name": (lambda: estimator("reverse:0"), ("the estimator 'reverse:0' cannot be: ", "", "")),
+    "a run": (lambda: RunFolder("nowhere").header(), ("there is no run in nowhere", "one to resume", "check --out")),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_errors_have_their_parts(name: str) -> None:
+    call, parts = REAL[name]
+    with pytest.raises(DiffoptError) as caught:
+        call()
+    error = caught.value
+    found = (error.got, error.expected, error.fix)
+    assert all(part.startswith(start) for part, start in zip(found, parts, strict=True)), found
+    assert "" not in (error.got, error.expected)
+    assert str(error) == f"{error.got}, expected {error.expected}" + (f"; {error.fix}" if error.fix else "")
+    assert same(error, pickle.loads(pickle.dumps(error)))
