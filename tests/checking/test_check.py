@@ -42,6 +42,7 @@ def test_a_fault_is_found_by_its_check(name: str) -> None:
     parts = finding.error.got, finding.error.expected, finding.error.fix
     assert (finding.measured, finding.expected, finding.fix) == parts
     assert all(part in str(report) for part in parts)
+    assert ", expected " in str(finding.error)
     assert len(str(finding.error)) < 300
     with pytest.raises(diffopt.DiffoptError) as caught:
         report.raise_if_failed()
