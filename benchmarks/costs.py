@@ -19,6 +19,7 @@ from torch import Tensor
 import diffopt
 from diffopt import estimators, linear_solve
 from diffopt.adjoint.autograd_function import solves_behind
+from diffopt.reports import table
 
 WEIGHTS, EXAMPLES = 8, 20
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "costs.md"
@@ -193,8 +194,8 @@ def page() -> str:
         expected = Costs(*(setting.value(str(formula)) for formula in row.formulas))
         if found != expected:
             raise ArithmeticError(f"{row.rule} at {setting}: counted {found}, expected {expected}")
-    header = ["rule", "learned", "gradients", "HVPs", "depth", "stored", *map(str, SETTINGS)]
-    lines = [header, ["---"] * 6 + ["--:"] * len(SETTINGS)]
+    columns = ["rule", "learned", "gradients", "HVPs", "depth", "stored", *map(str, SETTINGS)]
+    lines = []
     for row in ROWS:
         formulas = [f"`{formula}`" for formula in row.formulas[:3]]
         cells = [
@@ -202,7 +203,7 @@ def page() -> str:
             for setting in SETTINGS
         ]
         lines.append([f"`{row.rule}`", row.learned, *formulas, stored(row.formulas), *cells])
-    return TEXT + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"{TEXT}{table(columns, lines, 'markdown', 'llllllr')}\n"
 
 
 def stored(costs: Costs) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -11,14 +12,10 @@ from benchmarks import pictures
 from benchmarks.goals import PEERS, Verdict, judge, ratio
 from benchmarks.measure import Result, Role
 from benchmarks.report import CELL_COLUMNS, GOAL_COLUMNS, Report, cell_rows, goal_rows
+from diffopt import reports
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+table = partial(reports.table, form="markdown", align="lr")
 
 
 def write(report: Report, docs: Path, again: Report | None = None) -> None:

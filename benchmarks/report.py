@@ -17,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.goals import PEERS, Verdict, ratio
 from benchmarks.measure import Measurement, Result, Role
+from diffopt.experiments.framework.console import grid
 
 LIBRARIES = ("torch", "higher", "torchopt", "numpy")
 
@@ -120,12 +121,9 @@ def _cell_row(m: Measurement, best: Measurement) -> tuple[str, ...]:
 
 def cell_table(result: Result) -> Table:
     """One cell as a table for the terminal."""
-    table = Table(title=f"{result.workload}  {result.setting}", title_justify="left", title_style="bold")
-    for i, column in enumerate(CELL_COLUMNS):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for m, row in zip(result.measurements, cell_rows(result), strict=True):
-        table.add_row(*row, style="bold" if m.role in (Role.OURS, Role.BIASED) else None)
-    return table
+    styles = ["bold" if m.role in (Role.OURS, Role.BIASED) else None for m in result.measurements]
+    title = f"{result.workload}  {result.setting}"
+    return grid(CELL_COLUMNS, cell_rows(result), title, "lr", len(CELL_COLUMNS), styles)
 
 
 GOAL_COLUMNS = ("cell", "method", "compared with", "", "goal", "measured", "", "by hand")
@@ -151,20 +149,12 @@ def _goal_row(verdict: Verdict) -> tuple[str, ...]:
 def goal_table(verdicts: list[Verdict]) -> Table:
     """The goals as a table for the terminal."""
     met = sum(verdict.met is True for verdict in verdicts)
-    table = Table(title=f"Goals: {met} of {len(verdicts)} met", title_justify="left", title_style="bold")
-    for i, column in enumerate(GOAL_COLUMNS):
-        table.add_column(column, justify="right" if i in (4, 5, 7) else "left", no_wrap=i > 2)
-    colours = {True: "green", False: "red", None: "yellow"}
-    for verdict, row in zip(verdicts, goal_rows(verdicts), strict=True):
-        table.add_row(*row, style=colours[verdict.met])
-    return table
+    styles = [{True: "green", False: "red", None: "yellow"}[verdict.met] for verdict in verdicts]
+    title = f"Goals: {met} of {len(verdicts)} met"
+    return grid(GOAL_COLUMNS, goal_rows(verdicts), title, "llllrrlr", styles=styles)
 
 
 def account_table(title: str, rows: list[tuple[str, float, int]]) -> Table:
     """A profiler's account as a table for the terminal."""
-    table = Table(title=f"Where the time goes: {title}", title_justify="left")
-    for i, column in enumerate(("operation", "own time, ms", "calls")):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for operation, milliseconds, calls in rows:
-        table.add_row(operation, f"{milliseconds:.2f}", str(calls))
-    return table
+    cells = [(operation, f"{milliseconds:.2f}", str(calls)) for operation, milliseconds, calls in rows]
+    return grid(("operation", "own time, ms", "calls"), cells, f"Where the time goes: {title}", "lr", 3)

@@ -53,10 +53,11 @@ def _refuse_what_is_not_cited(subject: Any) -> None:
     named = subject if isinstance(subject, type | FunctionType) else type(subject)
     rule = issubclass(named, kinds) if isinstance(named, type) else False
     if not rule and named.__module__.split(".")[0] != "diffopt":
-        each = "; give them one by one: cite(*them)" if isinstance(subject, list | tuple | set) else ""
+        each = "give them one by one: cite(*them)" if isinstance(subject, list | tuple | set) else ""
         raise EstimatorError(
-            f"cite was given {tree.describe(subject)}, expected an estimator, an optimizer, a solver, a solution, or a "
-            f"class or function of diffopt{each}"
+            f"cite was given {tree.describe(subject)}",
+            "an estimator, an optimizer, a solver, a solution, or a class or function of diffopt",
+            each,
         )
 
 
@@ -76,8 +77,9 @@ def _behind(solution: Solution[Any]) -> set[str]:
     nodes = solves_behind(torch.stack([leaf.sum() for leaf in leaves]).sum()) if leaves else []
     if not nodes:
         raise EstimatorError(
-            "the solution's tensors do not remember an estimator, expected those of a solve that something "
-            "differentiable went into (not by Unrolled()); give cite the estimator itself"
+            "the solution's tensors do not remember an estimator",
+            "those of a solve that something differentiable went into (not by Unrolled())",
+            "give cite the estimator itself",
         )
     calls = [node.call for node in nodes]
     # windows are a property of the steps: what went down into autograd is the rule within MultiStep

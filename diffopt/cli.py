@@ -64,32 +64,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, BrokenPipeError):
             _leave_standard_output()
-        print(f"diffopt: error: {_one_line(_explained(error))}", file=sys.stderr)
+        print(f"diffopt: error: {_one_line(str(_explained(error)))}", file=sys.stderr)
         return FAILED
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception) -> DiffoptError:
     """What was got, what was expected and what to do, for any error."""
     package = OPTIONAL_PACKAGES.get((getattr(error, "name", None) or "").partition(".")[0])
     reason = f"{type(error).__name__}: {_one_line(str(error))[:200]}"
     if isinstance(error, DiffoptError):
-        return str(error)
+        return error
     if isinstance(error, ModuleNotFoundError) and package is not None:
-        return (
-            f"this command needs the package {package}, which is not installed: pip install {package}, "
-            "or install the library with its extra [cli]"
+        return DiffoptError(
+            f"the package {package} is not installed",
+            "it for this command",
+            f"pip install {package}, or install the library with its extra [cli]",
         )
     if isinstance(error, BrokenPipeError):
-        return "what reads standard output has ended, expected it to read on: send the output to a file"
+        return DiffoptError("what reads standard output has ended", "it to read on", "send the output to a file")
     if isinstance(error, OSError):
         where = "a file" if error.filename is None else error.filename
         why = error.strerror or str(error)
         if error.errno in FULL:
-            return f"{where} cannot be written ({why}), expected room for it: make room, then continue with --resume"
-        return f"{where} cannot be used ({why}), expected a path to write to: check --out"
+            fix = "make room, then continue with --resume"
+            return DiffoptError(f"{where} cannot be written ({why})", "room for it", fix)
+        return DiffoptError(f"{where} cannot be used ({why})", "a path to write to", "check --out")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return f"there is not enough memory ({reason}), expected a smaller problem: fewer tasks, images or steps"
-    return f"{reason}; expected no such error: set {TRACEBACK}=1 to see where it comes from, and report it"
+        fix = "take fewer tasks, images or steps"
+        return DiffoptError(f"there is not enough memory ({reason})", "a smaller problem", fix)
+    return DiffoptError(reason, "no such error", f"set {TRACEBACK}=1 to see where it comes from, and report it")
 
 
 def _leave_standard_output() -> None:

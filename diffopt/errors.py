@@ -1,10 +1,14 @@
 """Every error this library raises on purpose: one class per kind of fault.
 
-A message says what was got, what was expected and what to check. All derive from :class:`DiffoptError`, and
-from the built-in exception (``ValueError``, ``TypeError``, ``RuntimeError``) that names the same kind of fault.
+A message says what was got, what was expected and what to check; an error keeps the three apart, and its text is
+composed here alone. All derive from :class:`DiffoptError`, and from the built-in exception (``ValueError``,
+``TypeError``, ``RuntimeError``) that names the same kind of fault.
 """
 
 from __future__ import annotations
+
+import copyreg
+from typing import Any
 
 __all__ = [
     "BatchesError",
@@ -44,7 +48,33 @@ __all__ = [
 
 
 class DiffoptError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library; its text is ``got, expected ...; fix``, without what is empty.
+
+    Attributes:
+        got: what was found, and where.
+        expected: what should have been there; may be empty.
+        fix: what to check or to do about it; may be empty.
+    """
+
+    got: str = ""
+    expected: str = ""
+    fix: str = ""
+
+    def __init__(self, got: str, expected: str = "", fix: str = "") -> None:
+        """Keep the three parts; ``args`` holds the text, as that of other exceptions does."""
+        self.got, self.expected, self.fix = got, expected, fix.removeprefix("; ")
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        """Compose the text; that of a subclass which does not hand its parts to this class is Python's own."""
+        if not self.got:
+            return super().__str__()
+        expected = f", expected {self.expected}" if self.expected else ""
+        return f"{self.got}{expected}{f'; {self.fix}' if self.fix else ''}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without ``__init__``, whose arguments a subclass may have changed: attributes are all."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class LossError(DiffoptError, TypeError):
@@ -58,9 +88,11 @@ class NonFiniteLossError(DiffoptError, ValueError):
 class DivergenceError(DiffoptError, ArithmeticError):
     """The inner optimizer left the finite numbers; ``step`` (from 1) is the first whose loss, or result, is not."""
 
-    def __init__(self, message: str, step: int) -> None:
-        """Keep the message and the first bad step."""
-        super().__init__(message)
+    def __init__(self, got: str, expected: str | int = "", fix: str = "", *, step: int | None = None) -> None:
+        """Keep the parts and the first bad step (by position, as in ``DivergenceError(message, step)``, too)."""
+        if step is None:
+            step, expected = int(expected), ""
+        super().__init__(got, str(expected), fix)
         self.step = step
 
 
@@ -179,7 +211,9 @@ class PrecisionWarning(UserWarning):
 class ConformanceError(DiffoptError, AssertionError):
     """An estimator or an optimizer is not what it claims to be; ``table`` holds all that was measured."""
 
-    def __init__(self, message: str, table: str) -> None:
-        """Keep the message and the table."""
-        super().__init__(message)
+    def __init__(self, got: str, expected: str = "", fix: str = "", *, table: str | None = None) -> None:
+        """Keep the parts and the table (by position, as in ``ConformanceError(message, table)``, too)."""
+        if table is None:
+            table, expected = expected, ""
+        super().__init__(got, expected, fix)
         self.table = table

@@ -66,9 +66,9 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
     # module's own objects (a copy would cost their memory, and some quantised classes lose what they know in a copy).
     def function(params: Params, /, *inputs: Any, **named_inputs: Any) -> Any:
         if not isinstance(params, Mapping) or params.keys() != named.keys():
-            raise StructureError(_other_names(params, named, frozen))
+            raise _other_names(params, named, frozen)
         if any(parameter.requires_grad for parameter in frozen.values()):
-            raise StructureError(_no_longer_frozen(frozen))
+            raise _no_longer_frozen(frozen)
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
         return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
 
@@ -79,43 +79,45 @@ def _parameters(module: Any) -> tuple[Params, Params]:
     """The parameters of a module by name: those that are to be trained, and the frozen ones."""
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
-        raise LeafError(f"module is {describe(module)}, expected a torch.nn.Module: make it, Linear(2, 1) for Linear")
+        raise LeafError(f"module is {describe(module)}", "a torch.nn.Module", "make it, Linear(2, 1) for Linear")
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(value):
-            raise LeafError(
-                f"{kind}: {name!r} is {describe(value)}, expected a tensor with a shape{hints.for_params(value)}"
-            )
+            raise LeafError(f"{kind}: {name!r} is {describe(value)}", "a tensor with a shape", hints.for_params(value))
     named = dict(module.named_parameters())
     trained: Params = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     if not named:
-        raise LeafError(f"{kind} has no parameters, expected one or more to train: a module without is a function")
+        raise LeafError(f"{kind} has no parameters", "one or more to train", "a module without is a function")
     if not trained:
         raise LeafError(
-            f"all {len(named)} parameters of {kind} are frozen (requires_grad=False), expected one or more to train: "
-            "call requires_grad_() on those"
+            f"all {len(named)} parameters of {kind} are frozen (requires_grad=False)",
+            "one or more to train",
+            "call requires_grad_() on those",
         )
     return trained, {name: parameter for name, parameter in named.items() if name not in trained}
 
 
-def _other_names(params: Any, names: Params, frozen: Params) -> str:
-    expected = f"expected the {len(names)} names that functional() returned"
+def _other_names(params: Any, names: Params, frozen: Params) -> StructureError:
+    expected = f"the {len(names)} names that functional() returned"
     if not isinstance(params, Mapping):
-        return f"params is {describe(params)}, {expected}, in a dictionary from name to tensor"
+        return StructureError(f"params is {describe(params)}", f"{expected}, in a dictionary from name to tensor")
     unknown = [name for name in params if name not in names]
     for name in unknown:
         if name in frozen:
-            return (
-                f"params[{name!r}] is a frozen parameter of the module, {expected}: the frozen ones are read from the "
-                "module; requires_grad_() it before you call functional() to have it among them"
+            return StructureError(
+                f"params[{name!r}] is a frozen parameter of the module",
+                expected,
+                "the frozen ones are read from the module; requires_grad_() it before you call functional() to have it "
+                "among them",
             )
     odd = [f"params[{name!r}] is missing" for name in names if name not in params]
     odd += [f"params[{name!r}] is unknown" for name in unknown]
-    return f"{', '.join(odd[:2])}, {expected}: {list(names)[:2]} ..."
+    return StructureError(", ".join(odd[:2]), f"{expected}: {list(names)[:2]} ...")
 
 
-def _no_longer_frozen(frozen: Params) -> str:
+def _no_longer_frozen(frozen: Params) -> StructureError:
     name = next(name for name, parameter in frozen.items() if parameter.requires_grad)
-    return (
-        f"{name!r} requires grad, expected a parameter that is frozen, as it was when functional() was called: "
-        "call functional() again to train it, or freeze it with requires_grad_(False)"
+    return StructureError(
+        f"{name!r} requires grad",
+        "a parameter that is frozen, as it was when functional() was called",
+        "call functional() again to train it, or freeze it with requires_grad_(False)",
     )

@@ -68,8 +68,9 @@ def mean_over_tasks(
     """
     if transforms.transforms_active():
         raise GradModeError(
-            "mean_over_tasks was called under a torch.func transform, expected plain code: it differentiates by "
-            "itself; call it outside, or use torch.func.vmap(task_loss, in_dims, chunk_size=...)"
+            "mean_over_tasks was called under a torch.func transform",
+            "plain code",
+            "it differentiates by itself; call it outside, or use torch.func.vmap(task_loss, in_dims, chunk_size=...)",
         )
     check_function("task_loss", task_loss, "a function task_loss(*args of one task)", LossError)
     task_chunk = check_integer("task_chunk", task_chunk, 1, also=(None,))
@@ -94,8 +95,8 @@ def _dims_of_leaves(args: Sequence[Any], leaves: Sequence[Any], in_dims: Any) ->
     right = all(dim is None or is_integer(dim) for dim in per_argument)
     if len(per_argument) != len(args) or not right:
         raise HyperparameterError(
-            f"in_dims is {tree.describe(in_dims)}, expected an integer or None, or one of these for each of "
-            f"{len(args)} arguments"
+            f"in_dims is {tree.describe(in_dims)}",
+            f"an integer or None, or one of these for each of {len(args)} arguments",
         )
     dims = [dim for arg, dim in zip(args, per_argument, strict=True) for _ in tree.flatten(arg)[0]]
     return [dim if isinstance(leaf, Tensor) else None for dim, leaf in zip(dims, leaves, strict=True)]
@@ -107,16 +108,18 @@ def _tasks(leaves: Sequence[Any], structure: tree.Structure, dims: Sequence[int 
         if dim is not None:
             if leaf.layout != torch.strided or leaf.is_nested:
                 raise ShapeError(
-                    f"args{path} is {tree.describe(leaf)}, sparse or nested, expected a dense one that can be divided "
-                    "among tasks: convert it, or loop over the tasks"
+                    f"args{path} is {tree.describe(leaf)}, sparse or nested",
+                    "a dense one that can be divided among tasks",
+                    "convert it, or loop over the tasks",
                 )
             if not -leaf.ndim <= dim < leaf.ndim:
                 raise ShapeError(
-                    f"args{path} is {tree.describe(leaf)}, expected an axis {tree.brief(dim)} that runs over tasks; "
-                    "check in_dims"
+                    f"args{path} is {tree.describe(leaf)}",
+                    f"an axis {tree.brief(dim)} that runs over tasks",
+                    "check in_dims",
                 )
             sizes[f"args{path}"] = leaf.shape[dim]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         shown = dict(list(sizes.items())[:4])
-        raise ShapeError(f"the axes that run over tasks have lengths {shown}, expected one common length >= 1")
+        raise ShapeError(f"the axes that run over tasks have lengths {shown}", "one common length >= 1")
     return next(iter(sizes.values()))

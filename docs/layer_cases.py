@@ -21,7 +21,7 @@ class Case:
     name: str
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    mend: str = ""
+    fix: str = ""
     context: Callable[[], Any] = nullcontext
     integers: int = 0
     """Inputs are whole numbers below this, if it is not zero."""

@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 import diffopt
 from diffopt.estimators import Binomial, Reverse
+from diffopt.reports import table
 
 STEPS = 2
 AGREES = 1e-6  # two ways to one number in float64; a wrong derivative is off by percents
@@ -31,7 +32,7 @@ class Row:
     twice: str
     tasks: str
     steps: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def measure(case: Case) -> Row:
     p = problem(case)
     finding = diffopt.check(p.loss, p.params, p.inputs[0], vmap=False)["second derivative"]
     if isinstance(finding.error, diffopt.WrongDerivativeError):
-        return Row(
-            case.name, "**wrong**", "**wrong**", "**wrong**", case.mend
-        )  # batched, it is as wrong as it is alone
+        return Row(case.name, "**wrong**", "**wrong**", "**wrong**", case.fix)  # batched, it is as wrong as it is alone
 
     def over_tasks() -> str:
         one = grad(partial(p.outer, Reverse(1)))
@@ -104,8 +103,8 @@ def measure(case: Case) -> Row:
         return _agreement(together, alone)
 
     twice = {"ok": "ok", "FAIL": f"`{type(finding.error).__name__}`"}.get(finding.outcome, "not comparable")
-    found = Row(case.name, twice, _outcome(over_tasks), _outcome(over_steps), case.mend)
-    return replace(found, mend="") if _columns(found)[1:] == ("ok",) * 3 else found
+    found = Row(case.name, twice, _outcome(over_tasks), _outcome(over_steps), case.fix)
+    return replace(found, fix="") if _columns(found)[1:] == ("ok",) * 3 else found
 
 
 def _columns(row: Row) -> tuple[str, str, str, str]:
@@ -123,19 +122,18 @@ def markdown() -> str:
     """What is safe in every column, in one line, and a table of the rest."""
     found = list(rows())
     safe = [row for row in found if _columns(row)[1:] == ("ok",) * 3]
-    lines = ["| layer | second derivative | many tasks | many steps | refused by | mend |", "|---|---|---|---|---|---|"]
-    lines += [_line(row) for row in found if row not in safe]
-    return "\n".join(
-        [f"**Safe in every way:** {'; '.join(row.name for row in safe)}.\n\n**Not, or not in every way:**\n", *lines]
-    )
+    columns = ("layer", "second derivative", "many tasks", "many steps", "refused by", "fix")
+    rest = table(columns, [_cells(row) for row in found if row not in safe], "markdown")
+    names = "; ".join(row.name for row in safe)
+    return f"**Safe in every way:** {names}.\n\n**Not, or not in every way:**\n\n{rest}"
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> tuple[str, ...]:
     """A line of the table: "no" where the layer is refused, and by which errors, once."""
     cells = _columns(row)[1:]
     errors = list(dict.fromkeys(cell for cell in cells if cell.startswith("`")))
     shown = ["no" if cell in errors else cell for cell in cells]
-    return f"| {' | '.join((row.name, *shown, ', '.join(errors), row.mend))} |"
+    return (row.name, *shown, ", ".join(errors), row.fix)
 
 
 if __name__ == "__main__":

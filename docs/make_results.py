@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.report import shown
+from diffopt.reports import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -54,7 +54,7 @@ def _claims_in_short(found: dict[str, dict[str, Any]]) -> str:
         for claim in results["claims"]
     ]
     return "\n".join(
-        ["## Every claim and its answer\n", *_table(("experiment", "claim", "source", "measured"), rows), ""]
+        ["## Every claim and its answer\n", _table(("experiment", "claim", "source", "measured"), rows), ""]
     )
 
 
@@ -64,12 +64,12 @@ def section(results: dict[str, Any]) -> str:
     lines += ["```sh", results["command"], "```\n", _conditions(results)]
     if results["left_out"]:
         lines += [f"Left out for want of time: {', '.join(results['left_out'])}.\n"]
-    for table in results["tables"]:
-        lines += [f"**{table['title']}**\n", *_table(table["columns"], table["rows"]), ""]
+    for found in results["tables"]:
+        lines += [f"**{found['title']}**\n", _table(found["columns"], found["rows"]), ""]
     claims = [
         (claim["text"], claim["source"], f"**{claim['answer']}**", claim["evidence"]) for claim in results["claims"]
     ]
-    lines += ["**Claims**\n", *_table(("claim", "source", "measured", "evidence"), claims), ""]
+    lines += ["**Claims**\n", _table(("claim", "source", "measured", "evidence"), claims), ""]
     if results["notes"]:
         lines += ["**Where we differ, and why**\n", *(f"- {note}" for note in results["notes"]), ""]
     return "\n".join(lines)
@@ -84,12 +84,8 @@ def _conditions(results: dict[str, Any]) -> str:
     )
 
 
-def _table(columns: Any, rows: Any) -> Iterator[str]:
-    rows = [tuple(map(shown, row)) for row in rows]
-    yield f"| {' | '.join(columns)} |"
-    yield "|---" * len(columns) + "|"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+def _table(columns: Any, rows: Any) -> str:
+    return table(columns, [tuple(map(shown, row)) for row in rows], "markdown")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import ast
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffopt.estimators import (
     Unrolled,
 )
 from diffopt.linear_solve import GMRES, ConjugateGradient
+from diffopt.reports import table
 from diffopt.testing import Finding, check_estimator, check_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +69,6 @@ OPTIMIZERS: dict[str, tuple[diffopt.Optimizer, Any]] = {
 }
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
 def _cell(findings: Sequence[Finding], claim: str) -> str:
     found = [f for f in findings if f.claim.startswith(claim)]
     limit = found[0].expected.replace("<= ", "\u2264\u00a0").replace(".0e", "e") if found else ""
@@ -86,7 +82,8 @@ def rules() -> str:
         findings = check_estimator(rule).findings
         held = f"{sum(f.held for f in findings)} of {len(findings)}"
         rows.append((f"`{name}`", held, *(_cell(findings, claim) for claim in ("exact", "vmap of grad", "linear"))))
-    return table(("rule", "claims that hold", "exact", "`vmap` beside a loop", "linear in the outer gradient"), rows)
+    header = ("rule", "claims that hold", "exact", "`vmap` beside a loop", "linear in the outer gradient")
+    return table(header, rows, "markdown")
 
 
 def optimizers() -> str:
@@ -98,7 +95,7 @@ def optimizers() -> str:
         derivatives = [float(f.measured) for f in findings if f.claim.endswith("derivative")]
         rows.append((name, f"{len(findings)}", f"{steps.measured}", f"{max(derivatives):.1e} of {len(derivatives)}"))
     header = ("optimizer", "claims that hold", "8 steps beside `torch.optim`", "worst derivative beside differences")
-    return table(header, rows)
+    return table(header, rows, "markdown")
 
 
 def tolerances(tree: ast.Module) -> list[float]:
@@ -126,8 +123,8 @@ def files_of_tests(folder: Path = TESTS, results: Path = RESULTS) -> str:
         text = re.sub(r"``(.*?)``", r"`\1`", " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split()))
         run = outcome.get(name.replace("/", "."), Counter())
         ran = [str(run["passed"]), str(run["skipped"])] if outcome else []
-        rows.append((f"`{name}`", text.replace("|", "\\|"), str(count), limits, *ran))
-    return table(header, rows)
+        rows.append((f"`{name}`", text, str(count), limits, *ran))
+    return table(header, rows, "markdown")
 
 
 def last_run(folder: Path) -> dict[str, Counter[str]]:

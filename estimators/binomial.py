@@ -70,6 +70,13 @@ class Binomial(Adjoint):
         read = ALL_INPUTS if second and self.scale else ALL_INPUTS - {"args", "batches"}
         return Claims("always" if self._is_exact(steps) else "never", read, second_derivatives=second)
 
+    def if_curved(self, number: float) -> str:
+        """The series' terms grow before they fall."""
+        return (
+            f"the terms of its series grow up to an order near {number:.0f}: distrust lower orders; "
+            "Krylov has no such limit"
+        )
+
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""
         check_within_steps("Binomial: window", self.window or 0, steps)

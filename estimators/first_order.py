@@ -28,6 +28,8 @@ class FirstOrder(Adjoint):
     Reference: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2. Derivations, section 3.1.
     """
 
+    if_wrong = "drops terms that matter here"
+
     def claims(self, steps: int) -> Claims:
         """Biased, and for the initial state only."""
         return Claims("never", frozenset({"init"}), second_derivatives=False)

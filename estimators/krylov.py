@@ -49,6 +49,7 @@ class Krylov(Adjoint):
     order: int
     rtol: float = 0.0
     chunk_size: int | None = None
+    if_unsolved = "take more orders"
 
     def __post_init__(self) -> None:
         """Check all options."""

@@ -43,6 +43,7 @@ class MultiStep(Estimator):
 
     window: int
     adjoint: Estimator = field(default_factory=Reverse)
+    if_wrong = "takes other steps"
 
     def __post_init__(self) -> None:
         """Check both options."""

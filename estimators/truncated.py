@@ -44,6 +44,7 @@ class Truncated(Adjoint):
     steps: int
     checkpoint: Checkpoint = None
     offload: bool = False
+    if_wrong = "drops terms that matter here"
 
     def __post_init__(self) -> None:
         """Check both options."""

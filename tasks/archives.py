@@ -68,7 +68,11 @@ def tar_members(path: Path, wanted: Mapping[str, int], limit: int) -> Iterator[M
                     # A negative size would send the reader back to where it was, for ever; a huge one would have it
                     # skip beyond the end, block by block.
                     if not 0 <= entry.size <= limit:
-                        raise DataError(f"{path} claims a file of {entry.size:,} bytes: the archive is damaged")
+                        raise DataError(
+                            f"{path} claims a file of {entry.size:,} bytes",
+                            f"0 to {limit:,}",
+                            "the archive is damaged: download it again",
+                        )
                     yield from _member(archive, entry, left, wanted, path)
                     if not left:
                         return
@@ -76,9 +80,15 @@ def tar_members(path: Path, wanted: Mapping[str, int], limit: int) -> Iterator[M
             raise
         except _BROKEN as error:
             raise DataError(
-                f"{path} cannot be read as a tar ({error}): the download was cut short or damaged"
+                f"{path} cannot be read as a tar ({error})",
+                "a whole archive",
+                "the download was cut short or damaged: download it again",
             ) from error
-    raise DataError(f"{path} has no file {' or '.join(sorted(left))}: this is another archive, or it was cut short")
+    raise DataError(
+        f"{path} has no file {' or '.join(sorted(left))}",
+        "an archive with it",
+        "this is another archive, or it was cut short",
+    )
 
 
 def _member(
@@ -89,9 +99,9 @@ def _member(
     if name is None or entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or entry.issparse():
         return
     if name not in left:
-        raise DataError(f"{path} holds {name} twice: this is another archive")
+        raise DataError(f"{path} holds {name} twice", "it once", "this is another archive")
     if entry.size > left.pop(name):
-        raise DataError(f"{path} holds {name} with {entry.size:,} bytes; expected {wanted[name]:,} at most")
+        raise DataError(f"{path} holds {name} with {entry.size:,} bytes", f"{wanted[name]:,} at most")
     stream = archive.extractfile(entry)  # opens the member for reading; writes nothing
     assert stream is not None
     yield Member(name, stream, entry.size)  # type: ignore[arg-type]
@@ -110,7 +120,11 @@ class _Bounded(io.RawIOBase):
         content = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(content)
         if self._left < 0:
-            raise DataError(f"{self._name} unpacks to more than {self._limit:,} bytes: this is no archive of this data")
+            raise DataError(
+                f"{self._name} unpacks to more bytes than there may be",
+                f"{self._limit:,} at most",
+                "this is no archive of this data",
+            )
         return content
 
 
@@ -131,19 +145,25 @@ def npz_arrays(content: bytes, name: str, expected: Mapping[str, tuple[str, int]
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             total = sum(entry.file_size for entry in archive.infolist())
         if total > limit:
-            raise DataError(f"{name} unpacks to {total:,} bytes; expected {limit:,} at most")
+            raise DataError(f"{name} unpacks to {total:,} bytes", f"{limit:,} at most")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             if lacking := sorted(expected.keys() - set(file.files)):
-                raise DataError(f"{name} lacks {', '.join(lacking)}; it holds {', '.join(map(repr, file.files[:8]))}")
+                raise DataError(
+                    f"{name} holds {', '.join(map(repr, file.files[:8])) or 'nothing'}",
+                    f"{', '.join(lacking)} too",
+                    "this is another file",
+                )
             arrays = {key: file[key] for key in expected}
     except DataError:
         raise
     except BROKEN_ZIP as error:
-        raise DataError(f"{name} cannot be read as .npz ({error}): the download was cut short or damaged") from error
+        raise DataError(
+            f"{name} cannot be read as .npz ({error})",
+            "a whole file",
+            "the download was cut short or damaged: download it again",
+        ) from error
     for key, (kind, axes) in expected.items():
         found = arrays[key]
         if not found.dtype.str[1:].startswith(kind) or found.ndim != axes:
-            raise DataError(
-                f"{name} holds {key} as {found.dtype} of shape {found.shape}; expected {axes} axes of {kind}"
-            )
+            raise DataError(f"{name} holds {key} as {found.dtype} of shape {found.shape}", f"{axes} axes of {kind}")
     return arrays

@@ -76,10 +76,13 @@ class Caltech101:
         classes = len(arrays["class_names"])
         if images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1] or codes.shape != (classes,):
             shapes = f"images {images.shape}, labels {labels.shape}, class_split {codes.shape}, {classes} names"
-            raise DataError(f"{SINGLE_FILE.name} holds {shapes}; expected [images, 32, 32, 3] and what belongs to it")
+            raise DataError(f"{SINGLE_FILE.name} holds {shapes}", "[images, 32, 32, 3] and what belongs to it")
         counts = np.bincount(labels, minlength=classes) if len(labels) and labels.min() >= 0 else np.zeros(0)
         if len(counts) != classes or (np.diff(labels) < 0).any():
-            raise DataError(f"{SINGLE_FILE.name} has labels that are not sorted, from 0 to {classes - 1}")
+            raise DataError(
+                f"{SINGLE_FILE.name} has labels that are not sorted, or miss a class",
+                f"all of 0 to {classes - 1}, sorted",
+            )
         chosen = codes == CODES.index(split)
         pictures = images[chosen[labels]]
         flat = channels_first(pictures, len(pictures), size)

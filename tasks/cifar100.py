@@ -84,14 +84,14 @@ def _chosen(members: Iterator[Member], names: tuple[str, ...], size: int, path: 
     meta, train, test = (tables[one.name] for one in EXTRACTED)
     official = [text(name) for name in _listed(meta, "fine_label_names", f"{path}: meta")]
     if sorted(official) != sorted(name for five in superclasses().values() for name in five):
-        raise DataError(f"{path}: meta names {len(official)} classes that are not the hundred of CIFAR-100")
+        raise DataError(f"{path}: meta names {len(official)} classes", "the hundred of CIFAR-100")
     halves = [_half(train, f"{path}: train"), _half(test, f"{path}: test")]
     pixels = np.concatenate([images for images, _ in halves])
     labels = np.concatenate([labels for _, labels in halves])
     rows = [np.flatnonzero(labels == official.index(name)) for name in names]
     counts = {len(places) for places in rows}
     if len(counts) > 1 or counts == {0}:
-        raise DataError(f"the classes in {path} have {sorted(counts)} images; expected as many (600) of each")
+        raise DataError(f"the classes in {path} have {sorted(counts)} images", "as many (600) of each")
     pictures = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[np.concatenate(rows)]
     return channels_first(pictures, len(pictures), size).reshape(len(names), -1, 3, size, size)
 
@@ -101,16 +101,16 @@ def _half(table: Any, name: str) -> tuple[Array, Array]:
     pixels = array(entry(table, "data", name), f"{name}: data")
     labels = array(entry(table, "fine_labels", name), f"{name}: fine_labels")
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
-        raise DataError(f"{name} has data {pixels.dtype} of shape {pixels.shape}; expected uint8 [images, 3072]")
+        raise DataError(f"{name} has data {pixels.dtype} of shape {pixels.shape}", "uint8 [images, 3072]")
     if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(f"{name} has {len(pixels)} images and labels of shape {labels.shape}; expected one label each")
+        raise DataError(f"{name} has {len(pixels)} images and labels of shape {labels.shape}", "one label each")
     if len(labels) and not 0 <= labels.min() <= labels.max() < 100:
-        raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to 99")
+        raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}", "0 to 99")
     return pixels, labels
 
 
 def _listed(table: Any, key: str, name: str) -> list[Any]:
     found = entry(table, key, name)
     if not isinstance(found, list):
-        raise DataError(f"{name} has {key} as {type(found).__name__}; expected a list of names")
+        raise DataError(f"{name} has {key} as {type(found).__name__}", "a list of names")
     return found

@@ -29,7 +29,7 @@ def data_folder(folder: str | Path | None = None) -> Path:
     """
     if folder is not None:
         if not isinstance(folder, str | Path):
-            raise DataError(f"folder is {describe(folder)}; expected a path, a str or a Path")
+            raise DataError(f"folder is {describe(folder)}", "a path, a str or a Path")
         return expanded(folder)
     if chosen := os.environ.get(ENVIRONMENT_VARIABLE):
         return expanded(chosen)
@@ -45,7 +45,7 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"{path} cannot be read ({error}); expected a path: write it without ~") from error
+        raise DataError(f"{path} cannot be read ({error})", "a path", "write it without ~") from error
 
 
 def check_split(split: str) -> None:
@@ -55,7 +55,7 @@ def check_split(split: str) -> None:
         DataError: it is not.
     """
     if split not in get_args(Split):
-        raise DataError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
+        raise DataError(f"split is {split!r}", f"one of {', '.join(get_args(Split))}")
 
 
 def check_size(size: int) -> None:
@@ -65,7 +65,7 @@ def check_size(size: int) -> None:
         ProblemError: ``size`` is below 1.
     """
     if size < 1:
-        raise ProblemError(f"size is {size}; expected the height and width of the images, 1 or more")
+        raise ProblemError(f"size is {size}", "the height and width of the images, 1 or more")
 
 
 def missing(what: str, places: Sequence[Path], accepted: str, origin: str) -> DataError:
@@ -80,7 +80,7 @@ def missing(what: str, places: Sequence[Path], accepted: str, origin: str) -> Da
     there = [place for place in places if is_there(place) and place.is_dir()]
     state = "it has none of the accepted files" if there else "there is no such folder"
     return DataError(
-        f"no {what} in {' or '.join(map(str, places))}: {state}. Put there {accepted}; {origin}. Or {HOW_TO_SET}"
+        f"no {what} in {' or '.join(map(str, places))}: {state}", accepted, f"put it there ({origin}), or {HOW_TO_SET}"
     )
 
 
@@ -144,10 +144,10 @@ class KnownFile:
         file, size = open_file(path)
         if self.size is not None and size != self.size:
             file.close()
-            raise DataError(f"{path} has {size:,} bytes; expected {self.size:,}. {_DAMAGED}")
+            raise DataError(f"{path} has {size:,} bytes", f"{self.size:,}", _DAMAGED)
         if limit is not None and size > limit:
             file.close()
-            raise DataError(f"{path} has {size:,} bytes; expected {limit:,} at most. {_DAMAGED}")
+            raise DataError(f"{path} has {size:,} bytes", f"{limit:,} at most", _DAMAGED)
         return path, file
 
     def _hash(self) -> hashlib._Hash:
@@ -156,7 +156,7 @@ class KnownFile:
     def _compare(self, path: Path, digest: str) -> None:
         name, expected = ("SHA-256", self.sha256) if self.sha256 else ("MD5", self.md5)
         if digest != expected:
-            raise DataError(f"{path} has {name} {digest}; expected {expected}. {_DAMAGED}")
+            raise DataError(f"{path} has {name} {digest}", expected, _DAMAGED)
 
 
 def read_one_of(alternatives: Sequence[KnownFile], folder: Path) -> bytes:
@@ -172,7 +172,7 @@ def read_one_of(alternatives: Sequence[KnownFile], folder: Path) -> bytes:
         if known.size == size:
             return known.read(folder)
     expected = " or ".join(f"{known.size:,}" for known in alternatives)
-    raise DataError(f"{path} has {size:,} bytes; expected {expected}. {_DAMAGED}")
+    raise DataError(f"{path} has {size:,} bytes", expected, _DAMAGED)
 
 
 def open_file(path: Path) -> tuple[BinaryIO, int]:
@@ -201,7 +201,7 @@ def plain_size(path: Path) -> int:
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise DataError(f"{path} cannot be read: it is a pipe or a device; expected a file: {HOW_TO_SET}")
+        raise DataError(f"{path} cannot be read: it is a pipe or a device", "a file", HOW_TO_SET)
     return found.st_size
 
 
@@ -220,7 +220,7 @@ def is_there(path: Path) -> bool:
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error to raise where the system will not let a file be read."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return DataError(f"{str(path)[:200]} cannot be read: {reason}; expected a file: {HOW_TO_SET}")
+    return DataError(f"{str(path)[:200]} cannot be read: {reason}", "a file", HOW_TO_SET)
 
 
-_DAMAGED = "The download was cut short or this is another file: delete it and download it again"
+_DAMAGED = "the download was cut short or this is another file: delete it and download it again"

@@ -73,13 +73,13 @@ def sample_episodes(
     classes, examples = _checked(images)
     if classes < way:
         raise DataError(
-            f"way is {way}, expected at most {classes}: there are only {classes} classes; lower it or take a larger "
-            "split"
+            f"way is {way}", f"at most {classes}", f"there are only {classes} classes; lower it or take a larger split"
         )
     if examples < shot + query:
         raise DataError(
-            f"shot + query is {shot} + {query}, expected at most {examples}: a class has only {examples} images; "
-            "lower one of them"
+            f"shot + query is {shot} + {query}",
+            f"at most {examples}",
+            f"a class has only {examples} images; lower one of them",
         )
     drawn = _drawn(images, way, shot + query, tasks, generator)
     support_inputs, support_targets = _one_side(drawn[:, :, :shot])
@@ -90,12 +90,12 @@ def sample_episodes(
 def _checked(images: Tensor | RaggedImages) -> tuple[int, int]:
     """The number of classes and of images in the smallest of them."""
     if not isinstance(images, Tensor | RaggedImages):
-        raise DataError(f"images is {describe(images)}; expected a uint8 tensor: convert it with torch.as_tensor")
+        raise DataError(f"images is {describe(images)}", "a uint8 tensor", "convert it with torch.as_tensor")
     stored, classes_axes = (images.flat, 1) if isinstance(images, RaggedImages) else (images, 2)
     if stored.dtype != torch.uint8 or stored.ndim - classes_axes not in (2, 3):
         kind = f"{str(stored.dtype).removeprefix('torch.')} of shape {tuple(stored.shape)}"
         axes = "images" if classes_axes == 1 else "classes, examples"
-        raise DataError(f"images are {kind}; expected uint8 [{axes}, (channels,) height, width]")
+        raise DataError(f"images are {kind}", f"uint8 [{axes}, (channels,) height, width]")
     if isinstance(images, RaggedImages):
         return len(images), int(images.counts.min())
     return images.shape[0], images.shape[1]

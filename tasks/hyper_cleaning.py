@@ -76,11 +76,14 @@ class HyperCleaning:
             if inputs.ndim != 2 or labels.shape != inputs.shape[:1] or inputs.shape[1] != self.inputs.shape[-1]:
                 shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
                 raise ProblemError(
-                    f"{side} inputs and labels have shapes {shapes}; expected [samples, features] and [samples], with "
-                    "as many features on every side"
+                    f"{side} inputs and labels have shapes {shapes}",
+                    "[samples, features] and [samples], with as many features on every side",
                 )
             if len(labels) == 0 or labels.dtype != torch.int64 or not 0 <= labels.min() <= labels.max() < self.classes:
-                raise ProblemError(f"{side} labels are not int64 in 0 .. {self.classes - 1}, or there are none")
+                raise ProblemError(
+                    f"{side} labels are {len(labels)} of {labels.dtype}, or one is out of range",
+                    f"one or more of torch.int64 in 0 .. {self.classes - 1}",
+                )
         self._one_each("logits", self.logits)
 
     @classmethod
@@ -125,7 +128,7 @@ class HyperCleaning:
         inputs, labels = [], []
         for side, count in zip(sides, counts, strict=True):
             if not 1 <= count <= len(side.labels):
-                raise ProblemError(f"{count} examples are asked for; expected 1 to {len(side.labels)}")
+                raise ProblemError(f"{count} examples are asked for", f"1 to {len(side.labels)}")
             chosen = torch.randperm(len(side.labels), generator=generator, device=generator.device)[:count].cpu()
             pictures = np.stack([resized(image, size) for image in side.images[chosen].numpy()])
             inputs.append(torch.from_numpy(pictures).flatten(1).to(generator.device, dtype) / 255)
@@ -185,7 +188,7 @@ class HyperCleaning:
     def _one_each(self, name: str, values: Tensor) -> None:
         if values.shape != self.labels.shape:
             shape, expected = tuple(values.shape), tuple(self.labels.shape)
-            raise ProblemError(f"{name} has shape {shape}; expected one per training example, {expected}")
+            raise ProblemError(f"{name} has shape {shape}", f"one per training example, {expected}")
 
 
 def redrawn(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
@@ -195,7 +198,7 @@ def redrawn(labels: Tensor, classes: int, fraction: float, generator: torch.Gene
         ProblemError: the fraction is no probability.
     """
     if not 0 <= fraction <= 1:
-        raise ProblemError(f"fraction is {fraction}; expected a probability, 0 to 1")
+        raise ProblemError(f"fraction is {fraction}", "a probability, 0 to 1")
     device = generator.device
     again = torch.rand(labels.shape, generator=generator, device=device) < fraction
     drawn = torch.randint(classes, labels.shape, generator=generator, device=device)

@@ -48,12 +48,18 @@ def decoded(content: bytes | memoryview, name: str, *, size: int, formats: tuple
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=formats) as image:
                 if image.width * image.height > _MOST_PIXELS:
-                    raise DataError(f"{name} claims {image.width}x{image.height} pixels: it is not decoded")
+                    raise DataError(
+                        f"{name} claims {image.width}x{image.height} pixels",
+                        f"{_MOST_PIXELS:,} at most",
+                        "it was not decoded",
+                    )
                 return np.asarray(_brought(image.convert("RGB"), size))
     except DataError:
         raise
     except (*BROKEN_IMAGE, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name} is not a readable {' or '.join(formats)} ({error}); obtain it again") from error
+        raise DataError(
+            f"{name} cannot be read ({error})", f"a whole {' or '.join(formats)}", "obtain it again"
+        ) from error
 
 
 def resized(image: Array, size: int) -> Array:

@@ -41,8 +41,8 @@ class BatchStatisticsNorm2d(nn.Module):
         # wrong without an error. The plain form followed by a plain scale and shift comes out right.
         if inputs.ndim != 4 or inputs.shape[1] != len(self.weight) or inputs[:, :1].numel() < 2:
             raise ProblemError(
-                f"inputs has shape {tuple(inputs.shape)}; expected [examples, {len(self.weight)}, height, width] with "
-                "two or more values per channel"
+                f"inputs has shape {tuple(inputs.shape)}",
+                f"[examples, {len(self.weight)}, height, width] with two or more values per channel",
             )
         normal = nn.functional.batch_norm(inputs, None, None, training=True, eps=self.eps)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]

@@ -73,11 +73,11 @@ class MetaTransfer:
         wrong = [(m, n) for m, n in self.pairs if not (0 <= m < sizes[0] and 0 <= n < sizes[1])]
         if wrong or len(set(self.pairs)) < len(self.pairs) or not self.pairs:
             raise ProblemError(
-                f"pairs is {self.pairs}; expected pairs (source stage, target stage), none twice, of {sizes[0]} and "
-                f"{sizes[1]} stages counted from 0"
+                f"pairs is {self.pairs}",
+                f"pairs (source stage, target stage), none twice, of {sizes[0]} and {sizes[1]} stages counted from 0",
             )
         if not 0 <= self.beta < math.inf:
-            raise ProblemError(f"beta is {self.beta}; expected a weight, 0 or more")
+            raise ProblemError(f"beta is {self.beta}", "a weight, 0 or more")
 
     def start(self, network: Network, generator: torch.Generator) -> Params:
         """The target's parameters with new maps between the channels beside them, each from ``+-1/sqrt(channels)``.
@@ -123,7 +123,7 @@ class MetaTransfer:
         """
         shapes = tuple(feature.shape[1] for feature in source)
         if shapes != self.source_channels:
-            raise ProblemError(f"the source's features have {shapes} channels; expected {self.source_channels}")
+            raise ProblemError(f"the source's features have {shapes} channels", f"{self.source_channels}")
         pooled = [feature.mean(dim=(2, 3)) for feature in source]
 
         def affine(kind: str, m: int, n: int) -> Tensor:

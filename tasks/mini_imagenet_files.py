@@ -34,21 +34,22 @@ def pickled_images(table: Any, name: str, split: Split, size: int) -> Tensor:
     """
     pixels = array(entry(table, "image_data", name), f"{name}: image_data")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (84, 84, 3):
-        raise DataError(
-            f"{name} has image_data {pixels.dtype} of shape {pixels.shape}; expected uint8 [images, 84, 84, 3]"
-        )
+        raise DataError(f"{name} has image_data {pixels.dtype} of shape {pixels.shape}", "uint8 [images, 84, 84, 3]")
     classes = entry(table, "class_dict", name)
     if not isinstance(classes, dict):
-        raise DataError(f"{name} has class_dict as {type(classes).__name__}; expected a dictionary of places by class")
+        raise DataError(f"{name} has class_dict as {type(classes).__name__}", "a dictionary of places by class")
     rows = {text(label): array(places, f"{name}: class_dict") for label, places in classes.items()}
     _check_classes(set(rows), split, name)
     for label, places in rows.items():
         _check_count(len(places) if places.ndim == 1 else 0, label, name)
         if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= len(pixels):
-            raise DataError(f"{name} places images of class {label} beyond the {len(pixels)} there are")
+            raise DataError(
+                f"{name} places images of class {label} beyond the last",
+                f"places among the {len(pixels)} images there are",
+            )
     order = np.concatenate([rows[label] for label in sorted(rows)])
     if len(np.unique(order)) != len(order):
-        raise DataError(f"{name} counts one image twice: its class_dict is damaged")
+        raise DataError(f"{name} counts one image twice", "each once", "its class_dict is damaged: obtain it again")
     images = channels_first((pixels[place] for place in order), len(order), size)
     return images.reshape(len(rows), -1, 3, size, size)
 
@@ -64,9 +65,7 @@ def listed_images(path: Path, split: Split, size: int) -> Tensor:
     for line, (name, label) in enumerate(_rows(path), start=2):
         # A list says which picture, never where: no name may lead out of the folder.
         if name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
-            raise DataError(
-                f"{path}, line {line}, names {name[:60]!r}; expected a file name such as n0153282900000005.jpg"
-            )
+            raise DataError(f"{path}, line {line}, names {name[:60]!r}", "a file name such as n0153282900000005.jpg")
         names.setdefault(label, []).append(name)
     _check_classes(set(names), split, str(path))
     for label, pictures in names.items():
@@ -83,19 +82,19 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     file, size = open_file(path)
     with file:
         if size > LARGEST_LIST:
-            raise DataError(f"{path} has {size:,} bytes; expected {LARGEST_LIST:,} at most: this is no list")
+            raise DataError(f"{path} has {size:,} bytes", f"{LARGEST_LIST:,} at most", "this is no list")
         content = file.read(LARGEST_LIST).decode("utf-8", errors="replace")
     rows = csv.reader(io.StringIO(content, newline=""))
     try:
         if next(rows, None) != ["filename", "label"]:
-            raise DataError(f"{path} does not begin with the line 'filename,label': this is another list")
+            raise DataError(f"{path} begins with another line", "'filename,label'", "this is another list")
         for row in rows:
             if row:
                 if len(row) != 2:
-                    raise DataError(f"{path}, line {rows.line_num}, has {len(row)} fields; expected filename and label")
+                    raise DataError(f"{path}, line {rows.line_num}, has {len(row)} fields", "filename and label")
                 yield row[0], row[1]
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}, cannot be read ({error})") from error
+        raise DataError(f"{path}, line {rows.line_num}, cannot be read ({error})", "a file name and a label") from error
 
 
 def _parent(folder: Path, label: str, name: str, short: str) -> Path:
@@ -106,14 +105,14 @@ def _parent(folder: Path, label: str, name: str, short: str) -> Path:
         if (Path(str(form).format(label=label)) / name).is_file():
             return form
     tried = ", ".join(str(Path(str(form).format(label=label)).relative_to(folder) / name) for form in forms)
-    raise DataError(f"the pictures are not beside the list: in {folder}, none of {tried} is there")
+    raise DataError(f"the pictures are not beside the list in {folder}", f"one of {tried}")
 
 
 def _picture(path: Path, size: int) -> Array:
     file, length = open_file(path)
     with file:
         if length > LARGEST_PICTURE:
-            raise DataError(f"{path} has {length:,} bytes; expected {LARGEST_PICTURE:,} at most")
+            raise DataError(f"{path} has {length:,} bytes", f"{LARGEST_PICTURE:,} at most")
         return decoded(file.read(LARGEST_PICTURE), str(path), size=size, formats=("JPEG", "PNG"))
 
 
@@ -123,14 +122,16 @@ def _check_classes(found: set[str], split: Split, name: str) -> None:
     for other in get_args(Split):
         if found == set(class_list("mini-imagenet", other)):
             raise DataError(
-                f"{name} holds the classes of split {other!r}, not of {split!r}: the file has the wrong name"
+                f"{name} holds the classes of split {other!r}",
+                f"those of {split!r}",
+                "the file has the wrong name: rename it",
             )
     expected = len(class_list("mini-imagenet", split))
     strangers = sorted(found - set(class_list("mini-imagenet", split)))
     foreign = f", {len(strangers)} of them foreign, such as {strangers[0][:20]!r}" if strangers else ""
-    raise DataError(f"{name} holds {len(found)} classes{foreign}; expected the {expected} of split {split!r}")
+    raise DataError(f"{name} holds {len(found)} classes{foreign}", f"the {expected} of split {split!r}")
 
 
 def _check_count(count: int, label: str, name: str) -> None:
     if count != IMAGES_PER_CLASS:
-        raise DataError(f"{name} has {count} images of class {label}; expected {IMAGES_PER_CLASS}: it was cut short")
+        raise DataError(f"{name} has {count} images of class {label}", f"{IMAGES_PER_CLASS}", "it was cut short")

@@ -108,7 +108,7 @@ class MNIST:
     def _chosen(cls, images: Array, labels: Array, split: Split, size: int, sources: tuple[str, ...]) -> MNIST:
         if labels.shape != images.shape[:1] or images.shape[1:] != (28, 28) or (len(labels) and labels.max() > 9):
             shapes = f"{images.shape} with labels {labels.shape}"
-            raise DataError(f"{sources[0]} holds images {shapes}; expected [images, 28, 28] and as many labels, 0 to 9")
+            raise DataError(f"{sources[0]} holds images {shapes}", "[images, 28, 28] and as many labels, 0 to 9")
         kept = {"train": slice(0, TRAINING), "validation": slice(TRAINING, None), "test": slice(0, None)}[split]
         images, labels = images[kept], labels[kept]
         brought = images.copy() if size == 28 else np.stack([resized(image, size) for image in images])
@@ -125,12 +125,16 @@ def idx_array(content: bytes, name: str, axes: int) -> Array:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             unpacked = file.read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} cannot be unpacked ({error}): the download was cut short or damaged") from error
+        raise DataError(
+            f"{name} cannot be unpacked ({error})",
+            "a whole file",
+            "the download was cut short or damaged: download it again",
+        ) from error
     start = 4 + 4 * axes
     if len(unpacked) < start or unpacked[:4] != bytes([0, 0, 8, axes]):
-        raise DataError(f"{name} begins with {unpacked[:4].hex()}; expected 000008{axes:02} (uint8, {axes} axes)")
+        raise DataError(f"{name} begins with {unpacked[:4].hex()}", f"000008{axes:02} (uint8, {axes} axes)")
     shape = tuple(int.from_bytes(unpacked[place : place + 4], "big") for place in range(4, start, 4))
     values = np.frombuffer(unpacked, dtype=np.uint8, offset=start)
     if int(np.prod(shape, dtype=object)) != len(values):
-        raise DataError(f"{name} has {len(values):,} values; its shape {shape} needs another number")
+        raise DataError(f"{name} has {len(values):,} values", f"as many as its shape {shape} has")
     return values.reshape(shape)

@@ -38,10 +38,10 @@ class MLP(nn.Module):
         """Build the layers and draw their weights."""
         super().__init__()
         if not isinstance(sizes, Sequence) or len(sizes) < 2:
-            raise ProblemError(f"sizes is {describe(sizes)}; expected two or more integers, such as (1, 40, 1)")
+            raise ProblemError(f"sizes is {describe(sizes)}", "two or more integers, such as (1, 40, 1)")
         sizes = [check_integer(f"sizes[{i}]", size, 1, kind=ProblemError) for i, size in enumerate(sizes)]
         if not callable(activation):
-            raise ProblemError(f"activation is {describe(activation)}; expected a function, such as torch.tanh")
+            raise ProblemError(f"activation is {describe(activation)}", "a function, such as torch.tanh")
         if generator is not None:
             check_generator("generator", generator, ProblemError)
         self.activation = activation

@@ -89,7 +89,7 @@ class Omniglot:
             DataError: the split is unknown, no usable file is there, or a file is not what its name says.
         """
         if split not in get_args(Split):
-            raise DataError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
+            raise DataError(f"split is {split!r}", f"one of {', '.join(get_args(Split))}")
         place = data_folder(folder)
         if is_there(place / SINGLE_FILE.name):
             loaded = cls._from_single_file(place, split)
@@ -109,7 +109,7 @@ class Omniglot:
             DataError: a file is missing, is not a zip, or does not hold what the layout promises.
         """
         if isinstance(paths, str | Path):
-            raise DataError(f"paths is {str(paths)!r}; expected a list of paths; put it in [ ]")
+            raise DataError(f"paths is {str(paths)!r}", "a list of paths", "put it in [ ]")
         named = [(str(path), expanded(path)) for path in paths]
         return cls._from_drawings(read_archives(named), [path.name for _, path in named])
 
@@ -149,5 +149,5 @@ def _archives(folder: Path, split: Split) -> list[KnownFile]:
     limit = "" if accepted else " (the official zips do not know the Vinyals splits)"
     state = "it has none of the accepted files" if folder.is_dir() else "there is no such folder"
     raise DataError(
-        f"no Omniglot data for {split!r} in {folder}: {state}, expected {names}{limit}; see {ORIGIN}, or {HOW_TO_SET}"
+        f"no Omniglot data for {split!r} in {folder}: {state}", f"{names}{limit}", f"see {ORIGIN}, or {HOW_TO_SET}"
     )

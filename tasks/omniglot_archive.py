@@ -62,17 +62,15 @@ def read_archives(archives: Sequence[tuple[str, Path | BinaryIO]]) -> Drawings:
         found = _read_one(name, file)
         for key in found.keys() & drawn.keys():
             if not np.array_equal(found[key], drawn[key]):
-                raise DataError(
-                    f"{name} holds {'/'.join(key)} with other drawings than an earlier zip; expected the same"
-                )
+                raise DataError(f"{name} holds {'/'.join(key)} with other drawings than an earlier zip", "the same")
         drawn |= found
     names = [name for name, _ in archives]
     if not drawn:
         example = "images_background/Greek/character01/0394_01.png"
-        raise DataError(f"no drawings in {names}; expected members such as {example}")
+        raise DataError(f"no drawings in {names}", f"members such as {example}")
     counts = {len(images) for images in drawn.values()}
     if len(counts) > 1:
-        raise DataError(f"the characters in {names} have {sorted(counts)} drawings; expected as many (20) of each")
+        raise DataError(f"the characters in {names} have {sorted(counts)} drawings", "as many (20) of each")
     keys = sorted(drawn)
     images = np.stack([np.stack(drawn[key]) for key in keys])
     return Drawings(images, tuple(alphabet for alphabet, _ in keys), tuple(character for _, character in keys))
@@ -83,7 +81,7 @@ def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[np
     drawn: defaultdict[tuple[str, str], list[npt.NDArray[np.uint8]]] = defaultdict(list)
     try:
         if isinstance(file, Path) and (size := plain_size(file)) > LARGEST_ZIP:
-            raise DataError(f"{name} has {size:,} bytes; expected {LARGEST_ZIP:,} at most: this is another file")
+            raise DataError(f"{name} has {size:,} bytes", f"{LARGEST_ZIP:,} at most", "this is another file")
         with zipfile.ZipFile(file) as archive:
             for member in sorted(archive.infolist(), key=lambda one: one.filename):
                 if match := _MEMBER.fullmatch(member.filename):
@@ -92,7 +90,7 @@ def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[np
     except DataError:
         raise
     except BROKEN_ZIP as error:
-        raise DataError(f"{name} cannot be read ({str(error)[:80]}); expected a zip: download it again") from error
+        raise DataError(f"{name} cannot be read ({str(error)[:80]})", "a zip", "download it again") from error
     return dict(drawn)
 
 
@@ -100,8 +98,9 @@ def _content(name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> by
     """One member, whose size is looked at before anything is unpacked; no more than it claims comes out of it."""
     if member.file_size > LARGEST_DRAWING:
         raise DataError(
-            f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes; expected a drawing of "
-            f"{LARGEST_DRAWING:,} at most: this is another file"
+            f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes",
+            f"a drawing of {LARGEST_DRAWING:,} at most",
+            "this is another file",
         )
     return archive.read(member)
 
@@ -115,12 +114,12 @@ def _decode(name: str, content: bytes) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             if image.size != OFFICIAL_SIZE:
-                raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels; expected 105x105")
+                raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels", "105x105")
             ink = 255 - np.asarray(image.convert("L"))
     except DataError:
         raise
     except BROKEN_IMAGE as error:
         raise DataError(
-            f"{name} is not a readable image ({str(error)[:80]}); expected a PNG: download the zip again"
+            f"{name} is not a readable image ({str(error)[:80]})", "a PNG", "download the zip again"
         ) from error
     return np.asarray(Image.fromarray(ink).resize(SIZE, Image.Resampling.BILINEAR))

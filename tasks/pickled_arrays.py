@@ -44,9 +44,7 @@ class PickledNumber:
             DataError: it is none of the plain kinds: booleans, integers and floats of a fixed size.
         """
         if self.code not in _KINDS or self.order not in ("=", "|", "<", ">"):
-            raise DataError(
-                f"{name} holds an array of {shown(self.order + self.code)}; expected plain numbers, such as u1"
-            )
+            raise DataError(f"{name} holds an array of {shown(self.order + self.code)}", "plain numbers, such as u1")
         return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)  # type: ignore[arg-type]
 
 
@@ -67,14 +65,16 @@ class PickledArray:
             DataError: shape, kind of number and number of bytes contradict each other.
         """
         if not isinstance(self.number, PickledNumber) or not isinstance(self.data, (bytes, bytearray)):
-            raise DataError(f"{name} holds an array that is not made of plain numbers")
+            raise DataError(f"{name} holds an array of other things", "plain numbers")
         dtype = self.number.dtype(name)
         shape = self.shape
         if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in shape[: _MOST_AXES + 1]):
-            raise DataError(f"{name} holds an array whose shape is not made of integers")
+            raise DataError(f"{name} holds an array with a shape of other things", "a shape of integers")
         if len(shape) > _MOST_AXES:
-            raise DataError(f"{name} holds an array of {len(shape)} axes; expected {_MOST_AXES} at most")
+            raise DataError(f"{name} holds an array of {len(shape)} axes", f"{_MOST_AXES} at most")
         if math.prod(shape) * dtype.itemsize != len(self.data):
-            raise DataError(f"{name} holds an array {shape} of {dtype} in {len(self.data):,} bytes: they do not fit")
+            raise DataError(
+                f"{name} holds an array {shape} of {dtype} in {len(self.data):,} bytes", "as many as that takes"
+            )
         flat = np.frombuffer(self.data, dtype=dtype).astype(dtype.newbyteorder("="), copy=False)
         return flat.reshape(shape, order="F" if self.columns_first else "C")

@@ -39,7 +39,7 @@ def load_pickle(path: Path, limit: int) -> Any:
     file, size = open_file(path)
     with file:
         if size > limit:
-            raise DataError(f"{path} has {size:,} bytes; expected {limit:,} at most: this is another file")
+            raise DataError(f"{path} has {size:,} bytes", f"{limit:,} at most", "this is another file")
         return read_pickle(file, size, str(path))
 
 
@@ -60,7 +60,11 @@ def read_pickle(stream: BinaryIO, size: int, name: str) -> Any:
     except DataError:
         raise
     except _BROKEN as error:
-        raise DataError(f"{name} is not a whole pickle ({error}): the download was cut short or damaged") from error
+        raise DataError(
+            f"{name} cannot be read ({error})",
+            "a whole pickle",
+            "the download was cut short or damaged: download it again",
+        ) from error
 
 
 def entry(table: Any, key: str, name: str) -> Any:
@@ -70,12 +74,12 @@ def entry(table: Any, key: str, name: str) -> Any:
         DataError: ``table`` is no dictionary or has no such key.
     """
     if not isinstance(table, dict):
-        raise DataError(f"{name} holds a {type(table).__name__}; expected a dictionary with the key {key!r}")
+        raise DataError(f"{name} holds a {type(table).__name__}", f"a dictionary with the key {key!r}")
     for spelled in (key, key.encode()):
         if spelled in table:
             return table[spelled]
     keys = ", ".join(shown(one) for one in list(table)[:8]) or "none"
-    raise DataError(f"{name} has no key {key!r}; its keys are {keys}: this is another file")
+    raise DataError(f"{name} has the keys {keys}", f"{key!r} among them", "this is another file")
 
 
 def array(value: Any, name: str) -> Array:
@@ -88,7 +92,7 @@ def array(value: Any, name: str) -> Array:
         return value.numpy(name)
     if isinstance(value, list) and all(type(one) is int and -(2**63) <= one < 2**63 for one in value):
         return np.array(value, dtype=np.int64)
-    raise DataError(f"{name} is a {type(value).__name__}; expected a numpy array")
+    raise DataError(f"{name} is a {type(value).__name__}", "a numpy array")
 
 
 class _Name(Enum):
@@ -130,7 +134,7 @@ class _Machine:
     def result(self) -> Any:
         """The one value left at the end."""
         if len(self.stack) != 1 or self.marks:
-            raise DataError(f"{self.name} is not a whole pickle: it leaves {len(self.stack)} values")
+            raise DataError(f"{self.name} leaves {len(self.stack)} values", "one, as of a whole pickle")
         return self.stack[0]
 
     def follow(self, opcode: str, argument: Any) -> None:
@@ -179,7 +183,11 @@ class _Machine:
         elif opcode in ("APPEND", "SETITEM"):
             start = len(stack) - (1 if opcode == "APPEND" else 2)
         else:
-            raise DataError(f"{self.name} uses the opcode {opcode}, which data has no need of: it is not read")
+            raise DataError(
+                f"{self.name} uses the opcode {opcode}",
+                "those that data needs",
+                "nothing of it was run: do not open this file with pickle",
+            )
         values = stack[start:]
         del stack[start:]
         if opcode in ("LIST", "DICT"):
@@ -190,7 +198,7 @@ class _Machine:
         elif opcode in ("DICT", "SETITEMS", "SETITEM") and isinstance(filled, dict) and len(values) % 2 == 0:
             keys = values[::2]
             if not all(isinstance(key, (str, bytes, int)) for key in keys):
-                raise DataError(f"{self.name} has a dictionary whose keys are no strings or integers")
+                raise DataError(f"{self.name} has a dictionary with other keys", "strings and integers")
             filled.update(zip(keys, values[1::2], strict=True))
         else:
             raise ValueError(f"{opcode} on a {type(filled).__name__}")
@@ -203,8 +211,9 @@ class _Machine:
             return _Name(usual)
         except ValueError:
             raise DataError(
-                f"{self.name} names {shown(spelled.replace(' ', '.'))}; expected numpy arrays and plain values only. "
-                "Nothing of it was run: do not open this file with pickle"
+                f"{self.name} names {shown(spelled.replace(' ', '.'))}",
+                "numpy arrays and plain values only",
+                "nothing of it was run: do not open this file with pickle",
             ) from None
 
     def _called(self, function: Any, arguments: Any) -> Any:
@@ -223,7 +232,9 @@ class _Machine:
             return values[0].encode("latin-1")
         if function is _Name.BYTES and values == ():
             return b""
-        raise DataError(f"{self.name} calls {_described(function)} in a way that numpy's arrays are not pickled in")
+        raise DataError(
+            f"{self.name} calls {_described(function)} in another way", "one in which numpy's arrays are pickled"
+        )
 
     def _built(self, subject: Any, state: Any) -> Any:
         """An array, or a kind of number, told its state."""
@@ -231,12 +242,10 @@ class _Machine:
             _, subject.shape, subject.number, subject.columns_first, subject.data = state
         elif isinstance(subject, PickledNumber) and isinstance(state, tuple) and 8 <= len(state) <= 9:
             if state[2:5] != (None, None, None):
-                raise DataError(f"{self.name} holds an array of records; expected plain numbers")
+                raise DataError(f"{self.name} holds an array of records", "plain numbers")
             subject.order = text(state[1])
         else:
-            raise DataError(
-                f"{self.name} gives a state to {_described(subject)}; expected only numpy arrays to have one"
-            )
+            raise DataError(f"{self.name} gives a state to {_described(subject)}", "only numpy arrays to have one")
         return subject
 
 

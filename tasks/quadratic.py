@@ -52,10 +52,10 @@ class Quadratic:
         dimension = self.target.numel()
         if self.target.shape != (dimension,) or self.hessian.shape != (dimension, dimension):
             shapes = f"{tuple(self.hessian.shape)} and {tuple(self.target.shape)}"
-            raise ProblemError(f"hessian and target have shapes {shapes}; expected [d, d] and [d] with one d")
+            raise ProblemError(f"hessian and target have shapes {shapes}", "[d, d] and [d] with one d")
         if not torch.allclose(self.hessian, self.hessian.mT):
             raise ProblemError(
-                "the hessian is not symmetric, expected A = A': pass (A + A') / 2, which gives the same inner loss"
+                "the hessian is not symmetric", "A = A'", "pass (A + A') / 2, which gives the same inner loss"
             )
 
     @classmethod
@@ -75,8 +75,8 @@ class Quadratic:
             ProblemError: the dimension is too small.
         """
         check_generator("generator", generator, ProblemError)
-        fix = " (at least 2 if not definite)"
-        dimension = check_integer("dimension", dimension, 1 if definite else 2, kind=ProblemError, fix=fix)
+        note = " (at least 2 if not definite)"
+        dimension = check_integer("dimension", dimension, 1 if definite else 2, kind=ProblemError, note=note)
         device = generator.device
         uniform = torch.rand(dimension, generator=generator, dtype=dtype, device=device)
         if definite:
@@ -111,8 +111,9 @@ class Quadratic:
         smallest = float(torch.linalg.eigvalsh(self.hessian.detach())[0])
         if smallest <= 0:
             raise ProblemError(
-                f"the smallest eigenvalue is {smallest:.3g}, expected one above 0: the inner loss has no unique "
-                "minimiser; use Quadratic.random(..., definite=True)"
+                f"the smallest eigenvalue is {smallest:.3g}",
+                "one above 0",
+                "the inner loss has no unique minimiser; use Quadratic.random(..., definite=True)",
             )
         self._check_shape(linear=linear)
         minimiser: Tensor = torch.linalg.solve(self.hessian, linear)
@@ -164,5 +165,5 @@ class Quadratic:
         """Refuse vectors that do not fit the hessian."""
         for name, vector in vectors.items():
             if vector.shape != self.target.shape:
-                shapes = f"{tuple(vector.shape)}; expected {tuple(self.target.shape)}"
-                raise ProblemError(f"{name} has shape {shapes}, one entry per dimension of the hessian")
+                expected = f"{tuple(self.target.shape)}, one entry per dimension of the hessian"
+                raise ProblemError(f"{name} has shape {tuple(vector.shape)}", expected)

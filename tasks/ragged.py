@@ -37,14 +37,14 @@ class RaggedImages:
         """Refuse counts that do not belong to the images."""
         if self.counts.dtype != torch.int64 or self.counts.ndim != 1 or len(self.counts) == 0:
             kind = f"{str(self.counts.dtype).removeprefix('torch.')} of shape {tuple(self.counts.shape)}"
-            raise DataError(f"counts is {kind}; expected int64 [classes], one class or more")
+            raise DataError(f"counts is {kind}", "int64 [classes], one class or more")
         if self.counts.device != self.flat.device:
-            raise DataError(f"counts is on {self.counts.device} and the images on {self.flat.device}; use one device")
+            raise DataError(
+                f"counts is on {self.counts.device}", f"{self.flat.device} as the images", "move one with .to()"
+            )
         if int(self.counts.min()) < 1 or int(self.counts.sum()) != len(self.flat):
             counted = f"{int(self.counts.sum())} images, the smallest class with {int(self.counts.min())}"
-            raise DataError(
-                f"counts says {counted}; expected the {len(self.flat)} images there are, and no empty class"
-            )
+            raise DataError(f"counts says {counted}", f"the {len(self.flat)} images there are, and no empty class")
 
     def __len__(self) -> int:
         """The number of classes."""

@@ -52,7 +52,7 @@ class ResNet12(nn.Module):
         super().__init__()
         if len(filters) != 4 or min(in_channels, way, *filters) < 1:
             sizes = f"in_channels {in_channels}, way {way}, filters {tuple(filters)}"
-            raise ProblemError(f"{sizes}; expected 1 or more of each, and four numbers of filters")
+            raise ProblemError(sizes, "1 or more of each, and four numbers of filters")
         inputs = (in_channels, *filters[:3])
         self.blocks = nn.Sequential(*(_Block(n, m, generator) for n, m in zip(inputs, filters, strict=True)))
         self.head = linear(filters[3], way, generator)
@@ -65,7 +65,7 @@ class ResNet12(nn.Module):
         """
         if min(inputs.shape[-2:]) < SMALLEST_IMAGE:
             size = tuple(inputs.shape[-2:])
-            raise ProblemError(f"images are {size[0]}x{size[1]}; expected {SMALLEST_IMAGE} pixels or more each way")
+            raise ProblemError(f"images are {size[0]}x{size[1]}", f"{SMALLEST_IMAGE} pixels or more each way")
         logits: Tensor = self.head(self.blocks(inputs).mean(dim=(-2, -1)))
         return logits
 

@@ -52,8 +52,8 @@ class Ridge:
             if inputs.ndim != 2 or targets.shape != inputs.shape[:1] or inputs.shape[1] != self.inputs.shape[-1]:
                 shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
                 raise ProblemError(
-                    f"inputs and targets have shapes {shapes}; expected [samples, features] and [samples], "
-                    "with as many features in training as in validation"
+                    f"inputs and targets have shapes {shapes}",
+                    "[samples, features] and [samples], with as many features in training as in validation",
                 )
 
     @classmethod
@@ -150,4 +150,4 @@ class Ridge:
         features = self.inputs.shape[1]
         if log_penalty.shape != (features,):
             shape = tuple(log_penalty.shape)
-            raise ProblemError(f"log_penalty has shape {shape}; expected one entry per feature, ({features},)")
+            raise ProblemError(f"log_penalty has shape {shape}", f"one entry per feature, ({features},)")

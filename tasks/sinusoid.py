@@ -58,7 +58,7 @@ class Sinusoid:
         tasks = check_integer("tasks", tasks, 1, kind=ProblemError)
         check_generator("generator", generator, ProblemError)
         if not dtype.is_floating_point:
-            raise ProblemError(f"dtype is {dtype}; expected a floating one, such as torch.float32")
+            raise ProblemError(f"dtype is {dtype}", "a floating one, such as torch.float32")
 
         def uniform(low: float, high: float, points: int) -> Tensor:
             draw = torch.rand(tasks, points, 1, generator=generator, dtype=dtype, device=generator.device)

@@ -124,7 +124,7 @@ class PlainStages(nn.Module):
 def _check(in_channels: int, classes: int, channels: Sequence[int], depth: int) -> None:
     if min(in_channels, classes, depth, len(channels), *channels) < 1:
         sizes = f"in_channels {in_channels}, classes {classes}, channels {tuple(channels)}, depth {depth}"
-        raise ProblemError(f"{sizes}; expected 1 or more of each, and one stage or more")
+        raise ProblemError(sizes, "1 or more of each, and one stage or more")
 
 
 def _plain(in_channels: int, channels: int, layers: int, generator: torch.Generator | None) -> list[nn.Module]:

@@ -107,13 +107,11 @@ def _labels(table: Any, name: str, split: Split) -> tuple[Array, tuple[str, ...]
     names = entry(table, "label_specific_str", name)
     if not isinstance(names, list) or len(names) != classes:
         count = len(names) if isinstance(names, list) else type(names).__name__
-        raise DataError(
-            f"{name} has label_specific_str of {count}; expected the names of {classes} classes of {split!r}"
-        )
+        raise DataError(f"{name} has label_specific_str of {count}", f"the names of {classes} classes of {split!r}")
     if labels.shape != (images,) or labels.dtype.kind not in "iu":
-        raise DataError(f"{name} has labels {labels.dtype} of shape {labels.shape}; expected {images:,} integers")
+        raise DataError(f"{name} has labels {labels.dtype} of shape {labels.shape}", f"{images:,} integers")
     if labels.min() < 0 or labels.max() >= classes or len(np.unique(labels)) != classes:
-        raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}; expected all of 0 to {classes - 1}")
+        raise DataError(f"{name} has labels from {labels.min()} to {labels.max()}", f"all of 0 to {classes - 1}")
     return labels.astype(np.int64), tuple(text(one) for one in names)
 
 
@@ -123,14 +121,14 @@ def _decoded(
     """The pictures, sorted by class, and the classes' names."""
     if not isinstance(encoded, list) or len(encoded) != len(labels):
         count = f"a list of {len(encoded):,}" if isinstance(encoded, list) else f"a {type(encoded).__name__}"
-        raise DataError(f"{name} holds {count}; expected a list of {len(labels):,} encoded pictures")
+        raise DataError(f"{name} holds {count}", f"a list of {len(labels):,} encoded pictures")
 
     def pictures() -> Iterator[Array]:
         for place in np.argsort(labels, kind="stable"):
             item = encoded[place]
             content = array(item, f"{name}: picture {place}").tobytes() if isinstance(item, PickledArray) else item
             if not isinstance(content, bytes):
-                raise DataError(f"{name}: picture {place} is of {type(item).__name__}; expected an encoded picture")
+                raise DataError(f"{name}: picture {place} is of {type(item).__name__}", "an encoded picture")
             yield decoded(content, f"{name}: picture {place}", size=size)
 
     flat = channels_first(pictures(), len(labels), size)

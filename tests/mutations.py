@@ -68,6 +68,10 @@ NAMES = [
     "torch_errors",
     "derivatives_in_the_loss",
     "unrolled",
+    "reports",
+    "solver_advice",
+    "error_fields",
+    "lift_refusals",
 ]
 
 

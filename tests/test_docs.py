@@ -253,7 +253,7 @@ def test_the_table_of_layers(module, name):
     (case,) = [case for case in table.CASES if case.name == name]
     row = table.measure(case)
     assert (row.twice, row.tasks, row.steps) == EXPECTED[name]
-    assert bool(row.mend) == (EXPECTED[name] != ("ok", "ok", "ok"))
+    assert bool(row.fix) == (EXPECTED[name] != ("ok", "ok", "ok"))
 
 
 def test_the_verification_page_names_tests_that_exist(checkout: Path, pages):

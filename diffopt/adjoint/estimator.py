@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 
@@ -23,7 +23,14 @@ class Estimator(ABC):
     """How a solution is differentiated: a small frozen object passed to :func:`diffopt.solve`.
 
     Almost every estimator is an :class:`Adjoint`; derive from that to write one.
+
+    Attributes:
+        if_wrong: why it may be far off, said by :func:`diffopt.compare` where it is; empty: no reason is known.
+        if_unsolved: what to do about a large ``residual`` in its diagnostics, said likewise.
     """
+
+    if_wrong: ClassVar[str] = ""
+    if_unsolved: ClassVar[str] = ""
 
     @abstractmethod
     def run(self, problem: Problem) -> Outcome:
@@ -32,6 +39,10 @@ class Estimator(ABC):
     def claims(self, steps: int) -> Claims:
         """What holds of this estimator on ``steps`` inner steps; unless overridden, everything."""
         return Claims()
+
+    def if_curved(self, number: float) -> str:
+        """What :func:`diffopt.compare` says of it where the curvature over the rollout is ``number`` > 1; or ``""``."""
+        return ""
 
 
 class Adjoint(Estimator):

@@ -18,7 +18,6 @@ from diffopt.checking.probes import (
     probe_purity,
     probe_repetition,
     probe_vmap,
-    refused,
 )
 from diffopt.checking.second_derivative import probe_second_derivative
 from diffopt.errors import DiffoptError, GradModeError
@@ -35,7 +34,7 @@ def check(
     second_derivative: bool = True,
     vmap: bool = True,
 ) -> Report:
-    r"""Look at one inner problem from all sides and say what is not fit, what it means, and the mend.
+    r"""Look at one inner problem from all sides and say what is not fit, what it means, and the fix.
 
     ======================  =========================================================================================
     scalar, finite          the loss is one floating scalar, and finite
@@ -79,15 +78,16 @@ def check(
         >>> report.ok
         True
         >>> diffopt.check(lambda w: w.detach().square().sum(), w).failures[0].error
-        DisconnectedError('the inner loss does not depend on params, expected a gradient: use the params it is given; do not detach them or leave torch (.item(), .numpy())')
+        DisconnectedError('the inner loss does not depend on params, expected a gradient; use the params it is given; do not detach them or leave torch (.item(), .numpy())')
     """  # noqa: E501  (an error's representation cannot be broken)
     directions = check_integer("check: directions", directions, 1, high=MOST + 1, fix=f" (and at most {MOST})")
     check_flag("check: second_derivative", second_derivative)
     check_flag("check: vmap", vmap)
     if transforms.transforms_active() or torch.is_inference_mode_enabled():
         raise GradModeError(
-            "check was called under a torch.func transform or in inference mode, expected plain code: call it once, "
-            f"outside, on one task{hints.in_inference_mode()}"
+            "check was called under a torch.func transform or in inference mode",
+            "plain code",
+            f"call it once, outside, on one task{hints.in_inference_mode()}",
         )
     probes: dict[str, Callable[[Subject], Finding] | None] = {
         "depends on params": probe_dependence,
@@ -120,7 +120,7 @@ def _start(loss: Callable[..., Tensor], params: Any, args: tuple[Any, ...]) -> t
         subject = Subject.of(loss, params, args)
         return subject, probe_loss(subject)
     except DiffoptError as error:
-        return None, refused("scalar, finite", error)
+        return None, Finding.of("scalar, finite", error)
 
 
 def _found(name: str, probe: Callable[[Subject], Finding], subject: Subject) -> Finding:
@@ -128,4 +128,4 @@ def _found(name: str, probe: Callable[[Subject], Finding], subject: Subject) -> 
     try:
         return probe(subject)
     except DiffoptError as error:
-        return refused(name, error)
+        return Finding.of(name, error)

@@ -147,6 +147,7 @@ def _named_faults() -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())[:150]
         raise LossError(
-            f"the inner loss raised {type(error).__name__} ({said}), expected it to run as loss(params, *args); check "
-            "its arguments' order, shapes and dtypes"
+            f"the inner loss raised {type(error).__name__} ({said})",
+            "it to run as loss(params, *args)",
+            "check its arguments' order, shapes and dtypes",
         ) from error

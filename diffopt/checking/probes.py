@@ -1,4 +1,7 @@
-"""The probes behind :func:`diffopt.check`: each looks at one property of a loss and returns a finding."""
+"""The probes behind :func:`diffopt.check`: each looks at one property of a loss and returns what it found.
+
+A probe that finds a fault raises the error of it, which :func:`diffopt.check` makes a finding.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import Tensor
 from diffopt.checking.inner_loss import Subject
 from diffopt.errors import (
     CapturedTensorError,
-    DiffoptError,
     DisconnectedError,
     InPlaceError,
     NonFiniteGradientError,
@@ -26,19 +28,6 @@ from diffopt.tensors.captures import mend_for, named_tensors, names_of
 from diffopt.tensors.leaves import all_finite
 
 
-def failed(check: str, kind: type[DiffoptError], measured: str, expected: str, mend: str) -> Finding:
-    """A finding that is an error, whose message says all three."""
-    return Finding(check, "FAIL", measured, mend, kind(f"{measured}, expected {expected}: {mend}"))
-
-
-def refused(check: str, error: DiffoptError) -> Finding:
-    """A finding for an error that something else has raised."""
-    measured, _, rest = str(error).rpartition(", expected ")
-    measured, rest = (measured, rest) if measured else (rest, "")
-    expected, _, mend = rest.replace("; ", ": ", 1).partition(": ")
-    return Finding(check, "FAIL", measured, mend or (f"give it {expected}" if expected else ""), error)
-
-
 def short(names: Sequence[str]) -> str:
     """A list of names, the first three of many."""
     return ", ".join([*names[:3], f"... ({len(names)} in all)"] if len(names) > 3 else names)
@@ -49,12 +38,13 @@ def probe_loss(subject: Subject) -> Finding:
     value = subject.value()
     kind = str(value.dtype).removeprefix("torch.")
     if not all_finite([value]):
-        return failed(
+        return Finding.of(
             "scalar, finite",
-            NonFiniteLossError,
-            f"the inner loss is {float(value)} at params",
-            "a finite number",
-            "check the data and the initialisation",
+            NonFiniteLossError(
+                f"the inner loss is {float(value)} at params",
+                "a finite number",
+                "check the data and the initialisation",
+            ),
         )
     return Finding("scalar, finite", "ok", f"{float(value):.4g}, {kind}")
 
@@ -66,27 +56,23 @@ def probe_dependence(subject: Subject) -> Finding:
     own = dict(zip(subject.params_paths, grads, strict=False))
     missing = [path for path, grad in own.items() if grad is None]
     if len(missing) == len(own):
-        return failed(
-            check,
-            DisconnectedError,
+        raise DisconnectedError(
             "the inner loss does not depend on params",
             "a gradient",
             "use the params it is given; do not detach them or leave torch (.item(), .numpy())",
         )
     wrong = [path for path, grad in own.items() if grad is not None and not all_finite([grad])]
     if wrong:
-        return failed(
-            check,
-            NonFiniteGradientError,
+        raise NonFiniteGradientError(
             f"the inner gradient is NaN or infinite in {short(wrong)}",
             "finite numbers",
             "check for roots, norms or logarithms at zero",
         )
     size = torch.stack([grad.double().norm() for grad in own.values() if grad is not None]).norm()
     if missing:
-        return Finding(check, "note", f"all but {short(missing)}", "leave these out, or use them in the loss")
+        return Finding(check, "note", f"all but {short(missing)}", fix="leave these out, or use them in the loss")
     if float(size) == 0:
-        return Finding(check, "note", "the gradient is exactly zero", "start where it is not")
+        return Finding(check, "note", "the gradient is exactly zero", fix="start where it is not")
     return Finding(check, "ok", f"gradient of norm {float(size):.2g} in {len(own)} leaves")
 
 
@@ -97,9 +83,7 @@ def probe_captures(subject: Subject) -> Finding:
         loss = subject.loss(roots[: len(subject.params)], args)
     nodes = autograd_graph.captured_nodes([loss.grad_fn], roots) if loss.requires_grad else []
     if nodes:
-        return failed(
-            "nothing captured",
-            CapturedTensorError,
+        raise CapturedTensorError(
             f"the inner loss captured {names_of(nodes, [subject.dynamics.loss])}, which requires grad",
             "every such tensor among its arguments",
             mend_for(nodes),
@@ -127,7 +111,7 @@ def probe_arguments(subject: Subject) -> Finding:
             check,
             "note",
             f"{short(silent)}: requires grad, but the inner gradient does not depend on it: hypergradient zero",
-            "use it in a term with params, or do not learn it",
+            fix="use it in a term with params, or do not learn it",
         )
     return Finding(check, "ok", f"hypergradient for {short(names)}; {len(subject.args) - len(names)} constants")
 
@@ -138,7 +122,7 @@ def probe_repetition(subject: Subject) -> Finding:
     held = HiddenState(subject.dynamics.loss)
     loss, grads = _evaluated(subject)
     if held.has_moved() and held.matters(partial(_evaluated, subject), loss, grads, exactly=True):
-        return refused(check, held.error())
+        raise held.error()
     first = subject.value()
     with torch.enable_grad(), subject.replayed():
         roots, args = subject.roots()
@@ -146,9 +130,7 @@ def probe_repetition(subject: Subject) -> Finding:
         draws = random_state.changed(subject.generators, random_state.snapshot(device))
     tolerance = max(1e-3, 4 * torch.finfo(first.dtype).eps)  # looser than round-off, which may differ on a GPU
     if not torch.isclose(again, first, rtol=tolerance, atol=1e-6):
-        return failed(
-            check,
-            RandomnessError,
+        raise RandomnessError(
             f"the inner loss was {float(first):.6g}, and {float(again):.6g} at the same params again",
             "the same number",
             "draw from torch's global generator, or pass the numbers in batches; keep no state in the loss",
@@ -158,7 +140,7 @@ def probe_repetition(subject: Subject) -> Finding:
             check,
             "note",
             "draws from torch's generator: solve draws the same numbers again in the backward pass",
-            "vmap needs randomness='different' or 'same'; Binomial, Krylov and Implicit refuse such a loss",
+            fix="vmap needs randomness='different' or 'same'; Binomial, Krylov and Implicit refuse such a loss",
         )
     return Finding(check, "ok", f"two calls differ by {abs(float(again - first)):.1g}")
 
@@ -180,9 +162,7 @@ def probe_purity(subject: Subject) -> Finding:
     subject.value()
     changed = [name for name, version in versions.items() if watched[name]._version != version]
     if changed:
-        return failed(
-            check,
-            InPlaceError,
+        raise InPlaceError(
             f"the inner loss changes {short(changed)} in place",
             "a function without side effects",
             "write x = x + y for x += y; batch norm: track_running_stats=False, or GroupNorm",
@@ -208,9 +188,7 @@ def probe_vmap(subject: Subject) -> Finding:
                 worst, where = error, name if name == "the loss" else f"the gradient of {name}"
     tolerance = 10 * torch.finfo(losses.dtype).eps ** 0.5
     if not worst <= tolerance:
-        return failed(
-            check,
-            VmapError,
+        raise VmapError(
             f"under vmap {where} is {worst:.1e} off that of a loop",
             "the same numbers",
             "look for operations that mix tasks or read a shape; or loop over the tasks",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.checking.inner_loss import Subject
-from diffopt.checking.probes import failed, short
+from diffopt.checking.probes import short
 from diffopt.errors import DiffoptError, NonFiniteGradientError, WrongDerivativeError
 from diffopt.reports import Finding
 from diffopt.tensors import autograd_graph, derivatives
@@ -82,13 +82,12 @@ def probe_second_derivative(subject: Subject, directions: int) -> Finding:
     worst = max(found, key=lambda c: c.error)
     if worst.error <= setting.rtol:
         text = f"HVP within {worst.error:.1e} of differences along {directions} directions ({name}{remark})"
-        return Finding(CHECK, "note" if remark else "ok", text, "second derivatives leave kinks out" if remark else "")
+        kinks = "second derivatives leave kinks out" if remark else ""
+        return Finding(CHECK, "note" if remark else "ok", text, fix=kinks)
     if not worst.smooth:
         text = f"differences of the gradient do not settle ({name}): the loss has kinks all around params"
-        return Finding(CHECK, "note", text, "expect noisy hypergradients; smooth the loss, or use ESJacobian(...)")
-    return failed(
-        CHECK,
-        WrongDerivativeError,
+        return Finding(CHECK, "note", text, fix="expect noisy hypergradients; smooth the loss, or use ESJacobian(...)")
+    raise WrongDerivativeError(
         f"autograd's second derivative is {worst.error:.0%} off finite differences, most in {worst.worst}",
         f"at most {setting.rtol:.0e}",
         "look for weight_norm, detach(), .item(), no_grad or a function of your own whose backward is not "
@@ -133,8 +132,9 @@ def _products(subject: Subject, direction: _Direction) -> tuple[list[Tensor], li
     if not all_finite(products):
         wrong = [path for path, x in zip(subject.paths, products, strict=True) if not all_finite([x])]
         raise NonFiniteGradientError(
-            f"the second derivative is NaN or infinite in {wrong[0]}, expected finite numbers: check for roots, norms "
-            "or logarithms at zero"
+            f"the second derivative is NaN or infinite in {wrong[0]}",
+            "finite numbers",
+            "check for roots, norms or logarithms at zero",
         )
     return products[:count], products[count:]
 

@@ -10,7 +10,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor
 
 import diffopt
@@ -39,6 +38,7 @@ from diffopt.experiments.framework.few_shot_problem import (
 from diffopt.experiments.framework.files import replacing
 from diffopt.experiments.framework.penalties import STEPS, Penalties
 from diffopt.linear_solve import ConjugateGradient
+from diffopt.reports import table
 
 RULES = (
     Unrolled(),
@@ -69,6 +69,7 @@ def show(folder: Path) -> None:
     before = evaluate(problem, untrained, adaptation, 600)
     _meta_train(problem, adaptation)
     after = evaluate(problem, problem.params, adaptation, 600)
+    console.print(f"Mean squared error on {after.episodes} new sine waves (+- 95 % confidence)")
     console.print(_error_table(before, after))
 
     console.print(
@@ -100,13 +101,12 @@ def _meta_train(problem: FewShot, adaptation: Adaptation) -> None:
         outer.step()
 
 
-def _error_table(before: Evaluation, after: Evaluation) -> Table:
-    table = Table(title=f"Mean squared error on {after.episodes} new sine waves (+- 95 % confidence)")
-    for column in ("initial parameters", "as they are", "adapted to 10 points"):
-        table.add_column(column, justify="left" if column.startswith("initial") else "right")
-    for name, row in (("random", before), ("meta-trained", after)):
-        table.add_row(name, *(f"{cell.mean:.2f} +- {cell.half_width:.2f}" for cell in (row.before, row.after)))
-    return table
+def _error_table(before: Evaluation, after: Evaluation) -> str:
+    rows = [
+        (name, *(f"{cell.mean:.2f} +- {cell.half_width:.2f}" for cell in (found.before, found.after)))
+        for name, found in (("random", before), ("meta-trained", after))
+    ]
+    return table(("initial parameters", "as they are", "adapted to 10 points"), rows, align="lr")
 
 
 def _draw(problem: FewShot, untrained: Params, adaptation: Adaptation, path: Path) -> None:

@@ -79,20 +79,20 @@ def estimator(name: str) -> Estimator:
     kind, colon, argument = name.partition(":")
     rule = _RULES.get(kind)
     if rule is None:
-        raise EstimatorNameError(f"there is no estimator {name[:30]!r}, expected one of {KNOWN_NAMES}")
+        raise EstimatorNameError(f"there is no estimator {name[:30]!r}", f"one of {KNOWN_NAMES}")
     if not colon and rule.alone is not None:
         return rule.alone()
     if rule.given is None:
-        raise EstimatorNameError(f"the estimator {name!r} has an argument, expected none: write {kind}")
-    form = f"expected {kind}:{rule.form}, where K is an integer"
+        raise EstimatorNameError(f"the estimator {name!r} has an argument", "none", f"write {kind}")
+    form = f"{kind}:{rule.form}, where K is an integer"
     if not argument:
-        raise EstimatorNameError(f"the estimator {name!r} lacks its argument, {form}")
+        raise EstimatorNameError(f"the estimator {name!r} lacks its argument", form)
     try:
         return rule.given(argument)
     except DiffoptError as error:  # the rule's own check of its range
-        raise EstimatorNameError(f"the estimator {name!r} cannot be: {error}") from error
+        raise EstimatorNameError(f"the estimator {name!r} cannot be: {error.got}", error.expected, error.fix) from error
     except ValueError as error:
-        raise EstimatorNameError(f"the estimator {name!r} has the argument {argument[:30]!r}, {form}") from error
+        raise EstimatorNameError(f"the estimator {name!r} has the argument {argument[:30]!r}", form) from error
 
 
 def estimator_name(text: str) -> str:

@@ -64,7 +64,9 @@ def run(given: argparse.Namespace) -> int:
     if given.name is None:
         if given.list:
             return list_all()
-        raise OptionError(f"name an experiment ({', '.join(catalogue.NAMES)}), or ask for --list")
+        raise OptionError(
+            "no experiment is named", f"one of {', '.join(catalogue.NAMES)}", "name one, or ask for --list"
+        )
     experiment = catalogue.experiment(given.name)
     if given.list:
         return list_one(experiment)
@@ -79,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
         scale, changes = given.scale or "standard", tuple(given.changes)
         seed, place, threads = given.seed or 0, given.device or "cpu", given.threads or 1
     if place != "cpu" and experiment.needs.minutes_gpu is None:
-        raise OptionError(f"--device is {place}, but {given.name} runs on the CPU only: leave --device out")
+        raise OptionError(f"--device is {place}", f"cpu: {given.name} runs on it only", "leave --device out")
     settings = changed(getattr(experiment, scale), changes)
     header = Header.now(given.name, scale, changes, settings, seed, place, threads)
     if given.resume:
@@ -107,11 +109,11 @@ def changed(settings: Any, changes: tuple[str, ...]) -> Any:
     for change in changes:
         name, equals, text = change.partition("=")
         if name not in known or not equals:
-            raise OptionError(f"--set {change}: expected SETTING=VALUE, with one of {', '.join(known)}")
+            raise OptionError(f"--set {change}", f"SETTING=VALUE, with one of {', '.join(known)}")
         try:
             settings = replace(settings, **{name: known[name].metadata["parse"](text)})
         except (argparse.ArgumentTypeError, ValueError) as error:
-            raise OptionError(f"--set {change}: {error}") from error
+            raise OptionError(f"--set {change} does not fit ({error})", f"a value of {name}") from error
     return settings
 
 
@@ -128,8 +130,9 @@ def _agree(given: argparse.Namespace, stored: Any) -> None:
     for what, (now, then) in asked.items():
         if now is not None and now != then:
             raise OptionError(
-                f"{what} is {now}, but the run to resume was started with {then}: leave it out, or start a new run in "
-                "another --out"
+                f"{what} is {now}",
+                f"{then}, with which the run to resume was started",
+                "leave it out, or start a new run in another --out",
             )
 
 
@@ -139,5 +142,5 @@ def _same(now: Any, then: Any) -> None:
         mine, stored = getattr(now, item.name), getattr(then, item.name)
         if mine != stored:
             raise OptionError(
-                f"{item.name} is {mine} here, but {stored} in the run to resume: start a new run in another --out"
+                f"{item.name} is {mine} here", f"{stored} as in the run to resume", "start a new run in another --out"
             )

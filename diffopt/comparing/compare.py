@@ -94,13 +94,15 @@ def compare(
     leaves = [leaf for leaf in leaves_behind(loss) if id(leaf) in lasting]
     if not leaves:
         raise DisconnectedError(
-            "the outer loss depends on no tensor that requires grad and outlives a call, expected one: nothing to "
-            "compare. Make the meta-parameters once, outside the function"
+            "the outer loss depends on no tensor that requires grad and outlives a call",
+            "one to compare the hypergradients of",
+            "make the meta-parameters once, outside the function",
         )
     if not solves:
         raise EstimatorError(
-            f"the problem ran no solve with the estimator that it was given ({brief(reference_rule)}), expected it to "
-            "pass the estimator on: write diffopt.solve(..., estimator=estimator)"
+            f"the problem ran no solve with the estimator that it was given ({brief(reference_rule)})",
+            "it to pass the estimator on",
+            "write diffopt.solve(..., estimator=estimator)",
         )
     _refuse_change(loss, again)
     del again
@@ -110,13 +112,14 @@ def compare(
     reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
     if float(reference.norm()) == 0:
         raise DisconnectedError(
-            "the exact hypergradient is zero, expected one to compare with: choose another start or outer loss"
+            "the exact hypergradient is zero", "one to compare with", "choose another start or outer loss"
         )
     rows = tuple(_tried(run, estimator, leaves, reference, int(repeats)) for estimator in estimators)
     if rows and all(row.failure for row in rows):
         raise EstimatorError(
-            f"every estimator failed, expected one that this problem can be differentiated by; {rows[0].estimator}: "
-            f"{rows[0].failure}"
+            "every estimator failed",
+            "one that this problem can be differentiated by",
+            f"{rows[0].estimator}: {rows[0].failure}",
         )
     return Comparison(rows, curvature, notes(rows, curvature))
 
@@ -126,7 +129,7 @@ def _checked(
 ) -> tuple[Callable[[Estimator], Tensor], Estimator]:
     """The problem as a function and the rule to compare with, once all arguments are found right."""
     if not isinstance(estimators, list | tuple):
-        raise EstimatorError(f"estimators is {describe(estimators)}, expected a list of them; put it in [ ]")
+        raise EstimatorError(f"estimators is {describe(estimators)}", "a list of them", "put it in [ ]")
     for i, estimator in enumerate(estimators):
         check_instance(f"estimators[{i}]", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
     check_instance("exact", exact, Estimator, "a diffopt.estimators object", EstimatorError, also=(None,))
@@ -147,7 +150,7 @@ def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
             raise
         raise wrong from error
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        raise LossError(f"the problem returned {describe(loss)}, expected one floating scalar tensor; reduce it")
+        raise LossError(f"the problem returned {describe(loss)}", "one floating scalar tensor", "reduce it")
     return loss
 
 
@@ -175,8 +178,9 @@ def _refuse_change(before: Tensor, after: Tensor) -> None:
     if not both_nan and not math.isclose(first, second, rel_tol=torch.finfo(before.dtype).eps ** (1 / 3)):
         raise RandomnessError(
             f"the problem's outer loss was {first:.6g}, and {second - first:+.1e} from there at the next call with the "
-            "same estimator, expected the same problem at every call: draw random numbers once, outside, or begin it "
-            "with torch.manual_seed(0); keep no state in it"
+            "same estimator",
+            "the same problem at every call",
+            "draw random numbers once, outside, or begin it with torch.manual_seed(0); keep no state in it",
         )
 
 
@@ -234,6 +238,7 @@ def _row(
         residual=krylov_residual(records),
         random=estimator.claims(max(solves, default=1)).random,
         used=bool(solves),
+        rule=estimator,
     )
 
 

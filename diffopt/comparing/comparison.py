@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
+from diffopt.adjoint.estimator import Estimator
 from diffopt.comparing.curvature import Stationarity
 from diffopt.errors import EstimatorError
+from diffopt.reports import table
 from diffopt.tensors.tree import flatten
 
 
@@ -34,6 +36,7 @@ class Row:
         random: whether the rule draws random numbers of its own, so that another call has another error.
         used: whether the problem ran a solve with this estimator.
         failure: the error that stopped it, such as ``"VmapError: ..."``; ``None``: none did.
+        rule: the estimator itself, whose ``if_wrong`` and the like the notes quote.
     """
 
     estimator: str
@@ -50,6 +53,7 @@ class Row:
     random: bool = False
     used: bool = True
     failure: str | None = None
+    rule: Estimator | None = field(default=None, repr=False, compare=False)
 
 
 _HEADERS = ("estimator", "rel. error", "cosine", "gradients", "HVPs", "depth", "states", "time [ms]", "peak [MB]")
@@ -78,23 +82,13 @@ class Comparison:
     def __str__(self) -> str:
         """A table for the terminal."""
         header, *body = self.cells()
-        measured = [header, *(cells for cells, row in zip(body, self.rows, strict=True) if row.failure is None)]
-        widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
-        first = max(len(name) for name, *_ in (header, *body))
-
-        def line(cells: tuple[str, ...]) -> str:
-            numbers = [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
-            return "  ".join([f"{cells[0]:{first}}", *(numbers if cells in measured else cells[1:2])])
-
-        lines = [line(cells) for cells in (header, *body)]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes])
+        rows = [cells[: 2 if row.failure else None] for cells, row in zip(body, self.rows, strict=True)]
+        return "\n".join([table(header, rows, align="lr"), *self.notes])
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
-        header, *rows = (f"| {' | '.join(row)} |" for row in self.cells())
-        return "\n".join(
-            [header, "|---" + "|--:" * (len(_HEADERS) - 1) + "|", *rows, *(f"\n{note}" for note in self.notes)]
-        )
+        header, *rows = self.cells()
+        return "\n".join([table(header, rows, "markdown", "lr"), *(f"\n{note}" for note in self.notes)])
 
     def _repr_markdown_(self) -> str:
         """How a notebook shows it."""
@@ -108,7 +102,7 @@ class Comparison:
         """
         for row in self.rows:
             if row.failure is not None:
-                raise EstimatorError(f"{row.estimator} failed, expected a row of numbers: {row.failure}")
+                raise EstimatorError(f"{row.estimator} failed", "a row of numbers", row.failure)
         return self.rows
 
     def plot(self, path: str | Path) -> Path:
@@ -145,11 +139,11 @@ class Comparison:
         return Path(path)
 
 
-def failed_row(estimator: Any, error: Exception) -> Row:
+def failed_row(estimator: Estimator, error: Exception) -> Row:
     """The line of an estimator that an error has stopped."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     nothing = math.nan
-    return Row(brief(estimator), nothing, nothing, None, None, None, None, nothing, None, failure=text)
+    return Row(brief(estimator), nothing, nothing, None, None, None, None, nothing, None, failure=text, rule=estimator)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -170,11 +164,11 @@ def brief(value: Any) -> str:
     """The call that makes an estimator or a solver, options at their default left out."""
     if not is_dataclass(value):
         return repr(value)
-    options = [(field, getattr(value, field.name)) for field in fields(value)]
+    options = [(one, getattr(value, one.name)) for one in fields(value)]
     shown = [
-        f"{field.name}={brief(option)}"
-        for field, option in options
-        if _differs(option, field.default_factory() if field.default_factory is not MISSING else field.default)
+        f"{one.name}={brief(option)}"
+        for one, option in options
+        if _differs(option, one.default_factory() if one.default_factory is not MISSING else one.default)
     ]
     return f"{type(value).__name__}({', '.join(shown)})"
 

@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from diffopt.comparing.comparison import Row
 from diffopt.comparing.curvature import Stationarity
 
-FORGETFUL = ("Truncated", "FirstOrder")
-"""Rules that drop terms; the errors of the others have other causes."""
-
 
 def notes(rows: Sequence[Row], curvature: float | None) -> tuple[str, ...]:
     """Those on the problem, then those on each estimator."""
@@ -20,11 +17,9 @@ def _problem_notes(rows: Sequence[Row], curvature: float | None) -> Iterator[str
     if curvature is None:
         return
     yield f"curvature over the rollout, T * lr * lambda_max or its like: {curvature:.2g}"
-    if curvature > 1 and any(row.estimator.startswith("Binomial") for row in rows):
-        yield (
-            f"Binomial: the terms of its series grow up to an order near {curvature:.0f}: distrust lower orders; "
-            "Krylov has no such limit"
-        )
+    if curvature > 1:
+        rules = {type(row.rule).__name__: row.rule.if_curved(curvature) for row in rows if row.rule is not None}
+        yield from (f"{name}: {text}" for name, text in rules.items() if text)
 
 
 def _row_notes(row: Row) -> Iterator[str]:
@@ -37,12 +32,13 @@ def _row_notes(row: Row) -> Iterator[str]:
         yield "one random draw, of which another has another error"
     if row.stationarity is not None:
         yield _fixed_point_note(row, row.stationarity)
-    elif row.estimator.startswith(FORGETFUL) and row.relative_error > 0.5:
-        yield f"drops terms that matter here{_size(row, ': ')}"
+    elif row.rule is not None and row.rule.if_wrong and row.relative_error > 0.5:
+        yield f"{row.rule.if_wrong}{_size(row, ': ')}"
     elif row.relative_error >= 1:
-        yield f"{'takes other steps: ' * row.estimator.startswith('MultiStep')}{_size(row).strip()}"
+        yield _size(row)
     if row.residual is not None and row.residual > 0.01:
-        yield f"its own residual is {row.residual:.2g}; trust it below 0.01, or take more orders"
+        fix = row.rule.if_unsolved if row.rule is not None else ""
+        yield f"its own residual is {row.residual:.2g}; trust it below 0.01{', or ' * bool(fix)}{fix}"
 
 
 def _size(row: Row, before: str = "") -> str:

@@ -105,7 +105,7 @@ def _kind(key: Any, values: list[Any]) -> Literal["count", "buffer", "constant"]
             return "buffer"
     looks = " ".join(str(getattr(first, "text", first)).split())[:60]
     what = "only after its first step" if first is _MISSING else f"which is {looks}"
-    raise LiftError(f"it keeps {key!r}, {what}; expected floating tensors, numbers and counts of the steps")
+    raise LiftError(f"it keeps {key!r}, {what}", "floating tensors, numbers and counts of the steps")
 
 
 def restore(store: Store, kept: Sequence[Memory], waiting: dict[str, Iterator[Tensor]], step: int) -> None:
@@ -130,7 +130,9 @@ def collected(stores: Sequence[Store], layout: Layout, step: int, device: torch.
         late = [key for key in store if key not in {memory.key for memory in kept}]
         late += [m.key for m in kept if m.key not in store or _has_changed(m, store[m.key], step)]
         if late:
-            raise LiftError(f"it makes, drops or changes {late[0]!r} only some steps after its first")
+            raise LiftError(
+                f"it makes, drops or changes {late[0]!r} only some steps after its first", "the same at every step"
+            )
         for memory in kept:
             if memory.kind == "buffer":
                 value = store[memory.key]

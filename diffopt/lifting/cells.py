@@ -49,7 +49,7 @@ class Cell(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to compute with the scalar that a cell is by itself."""
-        raise LiftError(f"the step hands a tensor to {_operation(func)[0]} in a way that cannot be followed")
+        raise LiftError(f"its step hands a tensor to {_operation(func)[0]}", "operations of torch that can be followed")
 
 
 # What a cell is by itself: a scalar, so that torch takes it where it wants a number, as in add(x, alpha=cell); and NaN,
@@ -102,7 +102,9 @@ class AsPureFunction(TorchFunctionMode):
             if answer is not _NOTHING:
                 return answer
         if name.startswith(("_foreach", "_fused")):
-            raise LiftError(f"its step calls torch.{name}, which cannot be batched over tasks; pass foreach=False")
+            raise LiftError(
+                f"its step calls torch.{name}", "operations that can be batched over tasks", "pass foreach=False"
+            )
         target = args[0] if in_place else options.pop("out", None)
         read: list[Cell] = []
         values, options = _read(args, read), _read(options, read)
@@ -146,7 +148,8 @@ def _number(name: str, value: Tensor, read: list[Cell]) -> Cell:
     """A Python number, kept as a tensor of its precision, so that it keeps its derivative."""
     if name != "item":
         raise LiftError(
-            f"its step makes a Python number of a tensor ({name}, as math.sqrt does): no derivative is left"
+            f"its step makes a Python number of a tensor ({name}, as math.sqrt does)",
+            "operations of torch, which keep the derivative",
         )
     return _wrapped(value.double() if value.is_floating_point() else value, read)  # type: ignore[no-any-return]
 
@@ -156,13 +159,17 @@ def _read(x: Any, read: list[Cell]) -> Any:
     if isinstance(x, Cell):
         for source, seen in x.sources:
             if source.value is not seen and _share_memory(x.value, seen):
-                raise LiftError("its step reads a view of a tensor that was changed in place after the view was made")
+                raise LiftError(
+                    "its step reads a view of a tensor that was changed in place after the view was made",
+                    "a view made after it",
+                )
         read.append(x)
         return x.value
     if isinstance(x, Tensor) and x.requires_grad:
         raise LiftError(
-            "its step reads a tensor that requires grad and that it was not given; give it as an option, as in "
-            "from_torchopt(torchopt.adam, lr=lr)"
+            "its step reads a tensor that requires grad and that it was not given",
+            "it among the options",
+            "give it as one, as in from_torchopt(torchopt.adam, lr=lr)",
         )
     if isinstance(x, list | tuple):
         items = [_read(item, read) for item in x]
@@ -185,12 +192,13 @@ def _wrapped(result: Any, read: list[Cell], constant: bool = False) -> Any:
 def _put(target: Any, name: str, value: Tensor, constant: bool) -> Cell:
     """Put a value into the cell of an in-place operation."""
     if not isinstance(target, Cell):
-        raise LiftError(f"its step changes a tensor in place ({name}) that is neither a parameter nor state")
+        raise LiftError(f"its step changes another tensor in place ({name})", "changes of parameters and of state only")
     if any(source is not target and _share_memory(target.value, seen) for source, seen in target.sources):
-        raise LiftError(f"its step changes a view of another tensor in place ({name})")
+        raise LiftError(f"its step changes a view of another tensor in place ({name})", "changes of whole tensors")
     if value.shape != target.value.shape and "squeeze" not in name:
         raise LiftError(
-            f"its step changes a tensor of shape {tuple(target.value.shape)} in place into one of {tuple(value.shape)}"
+            f"its step changes a tensor in place into one of shape {tuple(value.shape)}",
+            f"its own shape {tuple(target.value.shape)}",
         )
     target.value, target.constant, target.sources = value.to(target.value.dtype), constant, ()
     return target
@@ -202,7 +210,7 @@ def _functional(name: str, func: Any, in_place: bool) -> Callable[..., Any]:
         return lambda *values, **options: apply_rule(name, values, options)
     found: Callable[..., Any] | None = getattr(Tensor, name, None) if in_place else func
     if found is None:
-        raise LiftError(f"its step calls {name}_, which has no form that is not in place")
+        raise LiftError(f"its step calls {name}_", "operations that torch has in a form that is not in place")
     return found
 
 
@@ -210,7 +218,11 @@ def _decide(condition: Tensor) -> bool:
     """The one truth value of a condition, which under vmap must be the same for all tasks."""
     plain = transforms.plain(condition).bool()
     if bool(plain.all()) != bool(plain.any()):
-        raise BranchError("its step branches on a number in which the tasks of a vmap differ; loop over the tasks")
+        raise BranchError(
+            "its step branches on a number in which the tasks of a vmap differ",
+            "the same branch for all",
+            "loop over the tasks",
+        )
     return bool(plain.all())
 
 

@@ -15,10 +15,11 @@ from diffopt.lifting.torch_rule import TorchClass, TorchRule
 from diffopt.optimizers.base import Optimizer
 from diffopt.tensors import hints, tree
 
+# the class -> why it cannot be lifted, and what to use instead
 _REFUSED = {
-    "LBFGS": "it evaluates the loss itself, through a closure; use SGD, or diffopt.implicit at its minimiser",
-    "SparseAdam": "it takes sparse gradients, and inner gradients are dense; use diffopt.Adam",
-    "Muon": "it rounds to bfloat16 in every step, which leaves no useful derivative; use diffopt.Preconditioned",
+    "LBFGS": ("it evaluates the loss itself, through a closure", "use SGD, or diffopt.implicit at its minimiser"),
+    "SparseAdam": ("it takes sparse gradients, and inner gradients are dense", "use diffopt.Adam"),
+    "Muon": ("it rounds to bfloat16 in every step, which leaves no useful derivative", "use diffopt.Preconditioned"),
 }
 _SWITCHES = {
     "foreach": "the lifted step goes tensor by tensor",
@@ -71,8 +72,9 @@ def from_torch(optimizer: type[torch.optim.Optimizer], /, **options: Any) -> Opt
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         kind = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else torch.optim.Adam
         raise OptimizerError(
-            f"from_torch got {tree.describe(optimizer)}, expected an optimizer class, and its options by name: "
-            f"from_torch({hints.name_of_torch(kind)}, lr=0.1)"
+            f"from_torch got {tree.describe(optimizer)}",
+            "an optimizer class, and its options by name",
+            f"write from_torch({hints.name_of_torch(kind)}, lr=0.1)",
         )
     _refuse_by_name(optimizer, options)
     defaults = defaults_of(cast("Any", optimizer))
@@ -87,15 +89,20 @@ def from_torch(optimizer: type[torch.optim.Optimizer], /, **options: Any) -> Opt
 def _refuse_by_name(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
     for base in kind.__mro__:
         if base.__name__ in _REFUSED and base.__module__.startswith("torch.optim"):
-            raise LiftError(f"{kind.__name__} cannot be lifted: {_REFUSED[base.__name__]}")
+            why, fix = _REFUSED[base.__name__]
+            raise LiftError(f"{kind.__name__} cannot be lifted: {why}", "a class whose step can be followed", fix)
     for name, reason in _SWITCHES.items():
         if options.get(name):
             raise HyperparameterError(
-                f"{kind.__name__}: {name}={tree.brief(options[name])} has no meaning here: {reason}; omit it"
+                f"{kind.__name__}: {name}={tree.brief(options[name])} has no meaning here: {reason}",
+                "it left out",
+                "omit it",
             )
     if "params" in options:
         raise HyperparameterError(
-            f"{kind.__name__}: params go to solve, not here; an option per leaf is a tree: lr={{'w': 0.1, 'b': 0.2}}"
+            f"{kind.__name__}: params were given",
+            "options only: params go to solve",
+            "an option per leaf is a tree: lr={'w': 0.1, 'b': 0.2}",
         )
 
 

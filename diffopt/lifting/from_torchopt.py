@@ -61,14 +61,14 @@ def from_torchopt(transformation: Any, /, **options: Any) -> Optimizer:
     makes = callable(transformation) and isinstance(transformation, Hashable)
     if not (ready or makes) or (ready and options):
         raise OptimizerError(
-            f"from_torchopt got {tree.describe(transformation)}{' and options' if options else ''}, expected a pair "
-            "(init, update), or a function that makes one and its options"
+            f"from_torchopt got {tree.describe(transformation)}{' and options' if options else ''}",
+            "a pair (init, update), or a function that makes one and its options",
         )
     taken, learned = taken_apart(options, {} if ready else defaults_of(transformation))
     for name, option in taken.learned().items():
         if option.per_leaf:
             raise HyperparameterError(
-                f"{name} is {tree.describe(learned[name])}, expected a number, a scalar tensor or a Schedule of them"
+                f"{name} is {tree.describe(learned[name])}", "a number, a scalar tensor or a Schedule of them"
             )
     original = Pair(transformation, taken)
     _check(original)
@@ -99,9 +99,9 @@ class Pair:
         try:
             pair = self.source if isinstance(self.source, tuple) else self.source(**self.options.at(values))
         except (TypeError, ValueError) as error:
-            raise HyperparameterError(f"{self.name}: {str(error)[:200]}; expected options that it takes") from error
+            raise HyperparameterError(f"{self.name}: {str(error)[:200]}", "options that it takes") from error
         if not _is_pair(pair):
-            raise OptimizerError(f"{self.name} returned {tree.describe(pair)}, expected a pair (init, update)")
+            raise OptimizerError(f"{self.name} returned {tree.describe(pair)}", "a pair (init, update)")
         init, update = pair
         names = inspect.signature(update).parameters
         options = {"inplace": False} if "inplace" in names else {}

@@ -99,7 +99,7 @@ def apply_rule(name: str, values: Sequence[Any], options: Mapping[str, Any]) -> 
         if signature is not None:
             signature.bind(*values, **named)
     except TypeError as error:
-        raise LiftError(f"its step calls {name} with arguments that it cannot be followed with: {error}") from error
+        raise LiftError(f"its step calls {name} in another way ({error})", "arguments that torch names") from error
     return rule(*values, **named)
 
 

@@ -141,6 +141,6 @@ def _fixed(name: str, value: Any) -> Any:
         hash(value)
     except TypeError:
         raise HyperparameterError(
-            f"{name} is {tree.describe(value)}, expected a number, a switch, a tensor, a tree or a Schedule"
+            f"{name} is {tree.describe(value)}", "a number, a switch, a tensor, a tree or a Schedule"
         ) from None
     return value

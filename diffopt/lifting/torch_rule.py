@@ -62,7 +62,7 @@ class TorchClass:
         try:
             instances = [self.make(part, values) for part in parts]
         except Exception as error:
-            raise HyperparameterError(f"{self.name}: {str(error)[:200]}; expected options that it takes") from error
+            raise HyperparameterError(f"{self.name}: {str(error)[:200]}", "options that it takes") from error
         attributes = list(map(_attributes, instances))
         seen = []
         for step in range(1, steps + 1):
@@ -74,11 +74,11 @@ class TorchClass:
             stores = [s for instance, part in zip(instances, parts, strict=True) for s in _stores(instance, part)]
             seen.append([kept_buffers.glimpse({k: None if k == "params" else v for k, v in s.items()}) for s in stores])
         if sum(len(instance.state) for instance in instances) > len(params):
-            raise LiftError("it keeps state that belongs to no parameter")
+            raise LiftError("it keeps state that belongs to no parameter", "state of each parameter")
         for before, after in zip(attributes, map(_attributes, instances), strict=True):
             changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             if changed:
-                raise LiftError(f"its attribute {changed[0]!r} changes from step to step, and only its state may")
+                raise LiftError(f"its attribute {changed[0]!r} changes from step to step", "changes of its state only")
         return [p.detach() for p in params], seen
 
 
@@ -162,7 +162,7 @@ def _refuse_late_changes(
         known = {memory.key for memory in kept}
         changed = [key for key in {**old, **new} if key not in known and old.get(key) is not new.get(key)]
         if changed:
-            raise LiftError(f"it changes {changed[0]!r} only some steps after its first")
+            raise LiftError(f"it changes {changed[0]!r} only some steps after its first", "the same at every step")
 
 
 @functools.lru_cache(maxsize=256)

@@ -77,7 +77,7 @@ def guarded(function: Callable[..., Result], *args: Any) -> Result:
         raise
     except Exception as error:
         what = " ".join(str(error).split())[:120]
-        raise LiftError(f"its step raises {type(error).__name__}: {what}") from error
+        raise LiftError(f"its step raises {type(error).__name__}: {what}", "a step that runs") from error
 
 
 def run(optimizer: Optimizer, params: list[Tensor], gradients: Gradients, steps: int) -> Leaves:
@@ -97,9 +97,11 @@ def named(name: str, advice: str) -> Iterator[None]:
     try:
         yield
     except LiftError as error:
-        if str(error).startswith(name):
+        if error.got.startswith(name):
             raise
-        raise type(error)(f"{name} cannot be lifted: {error}; {advice}") from error
+        raise type(error)(
+            f"{name} cannot be lifted: {error.got}", error.expected, "; ".join(filter(None, (error.fix, advice)))
+        ) from error
 
 
 def form(params: Sequence[Tensor]) -> Form:
@@ -175,7 +177,7 @@ def _check_values(lift: Lift, experiment: _Experiment) -> None:
     before = torch.get_rng_state()
     expected = experiment.finals(lift.original, _point(lift))[1]
     if not torch.equal(before, torch.get_rng_state()):
-        raise LiftError("it draws random numbers")
+        raise LiftError("it draws random numbers", "none")
     got = experiment.finals(lift.run_lifted, _leaves(_point(lift)))[1]
     compare_values(got, expected, STEPS, bool(lift.samples))
 
@@ -188,7 +190,10 @@ def compare_values(got: Sequence[Tensor], expected: Sequence[Tensor], steps: int
     allowed = max(64 * max(torch.finfo(x.dtype).eps for x in expected), 1e-6 if learned else 1e-11)
     error = _difference(got, expected)
     if not error <= allowed:
-        raise LiftError(f"after {steps} steps on {Leaves(expected)} it differs from the original by {error:.1e}")
+        raise LiftError(
+            f"after {steps} steps on {Leaves(expected)} it differs from the original by {error:.1e}",
+            f"at most {allowed:.1e}",
+        )
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -205,7 +210,7 @@ def _check_derivatives(lift: Lift, experiment: _Experiment) -> None:
         found = torch.autograd.grad(moved, list(leaves.values()), allow_unused=True, materialize_grads=True)
         if not bool(torch.stack(found).isfinite().all()):
             where = " where a coordinate's gradient is always zero" if dead else ""
-            raise LiftError(f"its derivative is NaN or infinite{where}")
+            raise LiftError(f"its derivative is NaN or infinite{where}", "finite numbers")
         for name, got in zip(leaves, found, strict=True):
             _compare_with_differences(lift, experiment, name, float(got), dead)
 
@@ -225,7 +230,7 @@ def _compare_with_differences(lift: Lift, experiment: _Experiment, name: str, go
         expected = (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * step)
         if abs(got - expected) <= 1e-3 * abs(expected) + 1e-5 * max(map(abs, values)):
             return
-    raise LiftError(f"its derivative by {name} is {got:.4g}, and by differences of the original {expected:.4g}")
+    raise LiftError(f"its derivative by {name} is {got:.4g}", f"{expected:.4g} as by differences of the original")
 
 
 def _check_batches(lift: Lift, experiment: _Experiment) -> None:
@@ -246,4 +251,4 @@ def _check_batches(lift: Lift, experiment: _Experiment) -> None:
     )
     error = _difference(got, expected)
     if not error <= 1e-6:
-        raise LiftError(f"under vmap it differs from a loop over the tasks by {error:.1e}")
+        raise LiftError(f"under vmap it differs from a loop over the tasks by {error:.1e}", "at most 1e-06")

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -128,9 +128,19 @@ def power_of_two(sizes: Tensor) -> Tensor:
 
 
 class LinearSolver(ABC):
-    """Solves ``A x = b``; see the package's docstring. ``throw``: raise if a system is not solved."""
+    """Solves ``A x = b``; see the package's docstring.
+
+    Attributes:
+        throw: raise if a system is not solved.
+        needs: what it expects of ``A``, said in the error where it breaks down.
+        if_broken: what to do then.
+        if_unsolved: what to do where its residual is too large.
+    """
 
     throw: bool
+    needs: ClassVar[str] = "a matrix that is not singular"
+    if_broken: ClassVar[str] = "try another solver"
+    if_unsolved: ClassVar[str] = "allow it more products"
 
     @abstractmethod
     def iterate(
@@ -193,7 +203,7 @@ class LinearSolver(ABC):
         leaves, structure = tree.flatten(b)
         leaves = usable_leaves(leaves, lambda: [f"b{path}" for path in tree.paths(structure)])
         if not leaves or not all(isinstance(x, Tensor) and is_calculable(x) and x.numel() for x in leaves):
-            raise LeafError(f"b is {tree.describe(b)}, expected a tree of dense floating tensors, none of them empty")
+            raise LeafError(f"b is {tree.describe(b)}", "a tree of dense floating tensors, none of them empty")
         check_function("matvec", matvec, "a function x -> A x; pass lambda x: A @ x", LinearSolveError)
 
         def product(x: Leaves) -> Leaves:
@@ -201,10 +211,10 @@ class LinearSolver(ABC):
             out, out_structure = tree.flatten(result)
             tensors = all(isinstance(y, Tensor) for y in out)
             if not tensors or out_structure != structure or [y.shape for y in out] != [y.shape for y in leaves]:
-                raise ShapeError(f"matvec returned {tree.describe(result)}, expected a tree like b: {Leaves(leaves)}")
+                raise ShapeError(f"matvec returned {tree.describe(result)}", f"a tree like b: {Leaves(leaves)}")
             if [y.dtype for y in out] != [y.dtype for y in leaves]:
                 raise DtypeError(
-                    f"matvec returned {[y.dtype for y in out]}, expected the dtypes of b: {[y.dtype for y in leaves]}"
+                    f"matvec returned {[y.dtype for y in out]}", f"the dtypes of b: {[y.dtype for y in leaves]}"
                 )
             return Leaves(out)
 
@@ -222,19 +232,19 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
     if found != structure:
         odd = tree.differences(name, value, structure)
         raise StructureError(
-            f"{name} is {tree.describe(value)}, expected a tree with the structure of {model_name}: "
-            f"{', '.join(odd[:2]) or 'other kinds of branches'}"
+            f"{name} is {tree.describe(value)}",
+            f"a tree with the structure of {model_name}: {', '.join(odd[:2]) or 'other kinds of branches'}",
         )
     for path, x, like in zip(tree.paths(structure), leaves, model, strict=True):
         where = f"{name}{path}"
         if isinstance(x, Tensor):
             refuse_unusable(x, lambda where=where: where)  # type: ignore[misc]
         if not isinstance(x, Tensor) or x.shape != like.shape:
-            raise ShapeError(f"{where} is {tree.describe(x)}, expected the shape {tuple(like.shape)} of {model_name}")
+            raise ShapeError(f"{where} is {tree.describe(x)}", f"the shape {tuple(like.shape)} of {model_name}")
         if x.dtype != like.dtype:
-            raise DtypeError(f"{where} is {x.dtype}, expected {like.dtype} as in {model_name}; convert it with .to()")
+            raise DtypeError(f"{where} is {x.dtype}", f"{like.dtype} as in {model_name}", "convert it with .to()")
         if x.device != like.device:
-            raise DeviceError(f"{where} is on {x.device}, expected {like.device} as {model_name}; move it with .to()")
+            raise DeviceError(f"{where} is on {x.device}", f"{like.device} as {model_name}", "move it with .to()")
     return Leaves(leaves)
 
 
@@ -246,7 +256,7 @@ def refuse_not_finite(solver: LinearSolver, **trees: Any) -> None:
         leaves, structure = tree.flatten(value)
         for path, x in zip(tree.paths(structure), leaves, strict=True):
             if x is not None and not all_finite([x]):
-                raise LinearSolveError(f"{name}{path} holds NaN or infinite numbers, expected finite ones; check it")
+                raise LinearSolveError(f"{name}{path} holds NaN or infinite numbers", "finite ones", "check it")
 
 
 def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
@@ -256,39 +266,16 @@ def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
     name = type(solver).__name__
     worst, used = float(found.residual.max()), int(found.iterations.max())
     if bool(found.breakdown.any()):
-        needs, mend = _BROKEN.get(name, ("a matrix that is not singular", "Another solver may be"))
         raise LinearSolveError(
-            f"{name} broke down after {used} products (residual {worst:.1e}), expected {needs}. Is the inner problem "
-            f"at a minimum, and all finite? {mend}"
+            f"{name} broke down after {used} products (residual {worst:.1e})",
+            solver.needs,
+            f"{solver.if_broken}; is the inner problem at a minimum, and all finite?",
         )
     raise LinearSolveError(
-        f"{name} did not converge: residual {worst:.1e} after {used} products, expected one within its tolerance. "
-        f"{_UNSOLVED.get(name, 'Allow it more products')}, or pass throw=False to take the solution as it is"
+        f"{name} did not converge: residual {worst:.1e} after {used} products",
+        "one within its tolerance",
+        f"{solver.if_unsolved}, or pass throw=False to take the solution as it is",
     )
-
-
-# by the solver's name: what it needs of a matrix, and what to do where it has not got that
-_BROKEN = {
-    "ConjugateGradient": (
-        "a symmetric positive definite matrix; it has a direction of curvature <= 0",
-        "GMRES needs neither (under Adam it is not symmetric), Dense(damping=...) damps",
-    ),
-    "Neumann": ("step_size * A between 0 and 2; the series diverged", "Take a smaller step_size, or GMRES"),
-    "GMRES": ("a matrix that is not singular", "Dense(damping=...) damps"),
-    "Dense": ("a matrix that is not singular", "A larger damping makes it so"),
-    "Nystrom": (
-        "a symmetric positive semidefinite matrix of that rank at least",
-        "Take GMRES if it is not symmetric (under Adam), else a smaller rank or a larger damping",
-    ),
-}
-# and what to do where its residual is too large
-_UNSOLVED = {
-    "ConjugateGradient": "Allow a larger max_iterations or rtol, take GMRES if A is not symmetric (under Adam)",
-    "Neumann": "Allow more terms or a larger rtol, take ConjugateGradient or GMRES",
-    "GMRES": "Allow a larger max_iterations or rtol, take Dense(damping=...) if A is singular",
-    "Dense": "Solve in single precision",
-    "Nystrom": "The residual is larger than b itself: take a larger rank or damping",
-}
 
 
 def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None:

@@ -43,6 +43,11 @@ class ConjugateGradient(LinearSolver):
     max_iterations: int = 100
     rtol: float = 1e-5
     throw: bool = True
+    needs = "a symmetric positive definite matrix"
+    if_broken = (
+        "it has a direction of curvature <= 0: take GMRES (under Adam it is not symmetric), or Dense(damping=...)"
+    )
+    if_unsolved = "allow a larger max_iterations or rtol, take GMRES if A is not symmetric (under Adam)"
 
     def __post_init__(self) -> None:
         """Check the options."""

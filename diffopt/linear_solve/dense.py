@@ -31,6 +31,8 @@ class Dense(LinearSolver):
 
     damping: float = 0.0
     throw: bool = True
+    if_broken = "a larger damping makes it so"
+    if_unsolved = "solve in single precision"
 
     def __post_init__(self) -> None:
         """Check the damping."""

@@ -40,6 +40,8 @@ class GMRES(LinearSolver):
     max_iterations: int = 20
     rtol: float = 1e-5
     throw: bool = True
+    if_broken = "Dense(damping=...) damps"
+    if_unsolved = "allow a larger max_iterations or rtol, take Dense(damping=...) if A is singular"
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -44,6 +44,9 @@ class Neumann(LinearSolver):
     rtol: float | None = 1e-5
     throw: bool = True
     power_iterations: int = 10
+    needs = "step_size * A between 0 and 2"
+    if_broken = "the series diverged: take a smaller step_size, or GMRES"
+    if_unsolved = "allow more terms or a larger rtol, take ConjugateGradient or GMRES"
 
     def __post_init__(self) -> None:
         """Check the options."""

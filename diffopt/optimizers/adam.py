@@ -85,9 +85,7 @@ class AdamW(Optimizer):
 def _check_adam(optimizer: Adam | AdamW) -> None:
     Options(optimizer).flag("amsgrad", "maximize")
     if not isinstance(optimizer.betas, tuple | list) or len(optimizer.betas) != 2:
-        raise HyperparameterError(
-            f"{type(optimizer).__name__}: betas is {describe(optimizer.betas)}, expected two numbers"
-        )
+        raise HyperparameterError(f"{type(optimizer).__name__}: betas is {describe(optimizer.betas)}", "two numbers")
     check_range(optimizer, lr=POSITIVE, eps=POSITIVE, weight_decay=POSITIVE, betas=(0, 1))
 
 

@@ -77,11 +77,12 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
     """
     if not isinstance(optimizer, Optimizer):
         fix = hints.for_optimizer(optimizer)
-        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer such as SGD{fix}")
+        raise OptimizerError(f"optimizer is {tree.describe(optimizer)}", "a diffopt.Optimizer such as SGD", fix)
     if not is_dataclass(optimizer):
         raise OptimizerError(
-            f"{type(optimizer).__name__} is not a dataclass, expected its hyperparameters to be the fields of one; "
-            "decorate the class with @dataclass(frozen=True)"
+            f"{type(optimizer).__name__} is not a dataclass",
+            "its hyperparameters to be the fields of one",
+            "decorate the class with @dataclass(frozen=True)",
         )
     binder = _Binder(params, structure, steps)
     values = []
@@ -155,9 +156,7 @@ class _Binder:
         inner = plain_tree(value.values if scheduled else value)
         inner = usable(inner, lambda: name) if isinstance(inner, Tensor) else inner
         if scheduled and (isinstance(inner, int | float) or (isinstance(inner, Tensor) and inner.ndim == 0)):
-            raise StepsError(
-                f"the schedule of {name} is {tree.describe(inner)}, expected {self.steps} values, one a step"
-            )
+            raise StepsError(f"the schedule of {name} is {tree.describe(inner)}", f"{self.steps} values, one a step")
         if scheduled and _is_list_of_numbers(inner):
             self._check_length(name, len(inner))
             return lambda step, params, now: float(inner[step - 1])
@@ -166,7 +165,7 @@ class _Binder:
         if isinstance(inner, Tensor) and inner.ndim == int(scheduled):
             self._check_floating(name, inner)
             if inner.device.type == "meta":
-                raise DeviceError(f"{name} is on meta, expected {self.params[0].device} as params; make it there")
+                raise DeviceError(f"{name} is on meta", f"{self.params[0].device} as params", "make it there")
             if scheduled:
                 self._check_length(name, len(inner))
             slot = self._slot(inner, scheduled)
@@ -187,7 +186,7 @@ class _Binder:
             return float(value)
         if not isinstance(value, Tensor):
             raise HyperparameterError(
-                f"{where} is {tree.describe(value)}, expected a float or a tensor{self._meant(value, scheduled)}"
+                f"{where} is {tree.describe(value)}", "a float or a tensor", self._meant(value, scheduled)
             )
         value = usable(value, lambda: where)
         self._check_floating(where, value)
@@ -197,16 +196,17 @@ class _Binder:
             shape = shape[1:]
         if shape not in ((), tuple(leaf.shape)):
             raise ShapeError(
-                f"{where} has shape {shape}, expected () or the shape {tuple(leaf.shape)} of the parameter there"
-                f"{self._meant(value, scheduled)}"
+                f"{where} has shape {shape}",
+                f"() or the shape {tuple(leaf.shape)} of the parameter there",
+                self._meant(value, scheduled),
             )
         if value.dtype != leaf.dtype:
             raise DtypeError(
-                f"{where} is {value.dtype}, expected {leaf.dtype} as the parameter there; convert one with .to()"
+                f"{where} is {value.dtype}", f"{leaf.dtype} as the parameter there", "convert one with .to()"
             )
         if value.device != leaf.device:
             raise DeviceError(
-                f"{where} is on {value.device}, expected {leaf.device} as the parameter there; move one with .to()"
+                f"{where} is on {value.device}", f"{leaf.device} as the parameter there", "move one with .to()"
             )
         return self._slot(value, scheduled)
 
@@ -217,10 +217,11 @@ class _Binder:
             found, odd = tree.flatten(value)[1], ""
             if found.type is not None and (not meant or found.type is self.structure.type):
                 named = tree.differences(name, value, self.structure, deeper=True)
-                odd = f"; {(named or ['it has other kinds of branches'])[0]}"
+                odd = f" ({(named or ['it has other kinds of branches'])[0]})"
             raise StructureError(
-                f"{name} is {tree.describe(value)}: expected a float, a scalar tensor, a Schedule, or a tree with the "
-                f"structure of params{odd}{meant}"
+                f"{name} is {tree.describe(value)}{odd}",
+                "a float, a scalar tensor, a Schedule, or a tree with the structure of params",
+                meant,
             ) from error
 
     def _meant(self, value: Any, scheduled: bool) -> str:
@@ -229,11 +230,11 @@ class _Binder:
 
     def _check_length(self, name: str, length: int) -> None:
         if length != self.steps:
-            raise StepsError(f"the schedule of {name} has {length} entries, expected one per step: {self.steps}")
+            raise StepsError(f"the schedule of {name} has {length} entries", f"one per step: {self.steps}")
 
     def _check_floating(self, name: str, value: Tensor) -> None:
         if not value.is_floating_point():
-            raise DtypeError(f"{name} is a {value.dtype} tensor, expected a floating dtype")
+            raise DtypeError(f"{name} is a {value.dtype} tensor", "a floating dtype")
 
 
 def _fit(value: Tensor, leaf: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def check_range(optimizer: Optimizer, *optional: str, **ranges: tuple[float, flo
                 none = "None, or " if name in optional else ""
                 inside = f"{low:g} <= {name} < {high:g}" if low > -math.inf else f"a finite {name}"
                 raise HyperparameterError(
-                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}, expected {none}{inside}"
+                    f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}", f"{none}{inside}"
                 )
 
 
@@ -47,9 +47,9 @@ def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:
         least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # half of which rounds to 0
         if isinstance(eps, int | float) and 0 < eps <= least / 2:
             raise HyperparameterError(
-                f"{type(optimizer).__name__}: eps is {eps!r}, which is 0 in {dtype}, expected a number above "
-                f"{least:.0e}: a coordinate without gradient would become "
-                "NaN. Give a larger eps, or params in another dtype"
+                f"{type(optimizer).__name__}: eps is {eps!r}, which is 0 in {dtype}",
+                f"a number above {least:.0e}",
+                "a coordinate without gradient would become NaN. Give a larger eps, or params in another dtype",
             )
 
 

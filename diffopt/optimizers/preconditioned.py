@@ -44,9 +44,7 @@ class Preconditioned(Optimizer):
         make_plain(self)
         check_range(self, "diagonal", lr=POSITIVE, diagonal=FINITE)
         if self.diagonal is None and self.factors is None:
-            raise HyperparameterError(
-                "Preconditioned: diagonal and factors are None, expected one or both; SGD has neither"
-            )
+            raise HyperparameterError("Preconditioned: diagonal and factors are None", "one or both", "SGD has neither")
 
     def init(self, params: Leaves) -> Buffers:
         """No buffers."""
@@ -64,15 +62,15 @@ def _multiply_axes(tensor: Tensor, matrices: tuple[Tensor | None, ...]) -> Tenso
     """``tensor`` with axis ``i`` multiplied by ``matrices[i]``."""
     if not isinstance(matrices, tuple | list) or len(matrices) != tensor.ndim:
         raise ShapeError(
-            f"Preconditioned: factors holds {describe(matrices)} for a leaf of shape {tuple(tensor.shape)}, expected a "
-            f"tuple of {tensor.ndim} matrices, one per axis (None for the identity)"
+            f"Preconditioned: factors holds {describe(matrices)} for a leaf of shape {tuple(tensor.shape)}",
+            f"a tuple of {tensor.ndim} matrices, one per axis (None for the identity)",
         )
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
             if not isinstance(matrix, Tensor) or matrix.shape != (tensor.shape[axis],) * 2:
                 raise ShapeError(
-                    f"Preconditioned: factor {axis} is {describe(matrix)}, expected the shape "
-                    f"{(tensor.shape[axis],) * 2} for a leaf of shape {tuple(tensor.shape)}"
+                    f"Preconditioned: factor {axis} is {describe(matrix)}",
+                    f"the shape {(tensor.shape[axis],) * 2} for a leaf of shape {tuple(tensor.shape)}",
                 )
             moved = tensor.movedim(axis, 0)
             tensor = (matrix @ moved.reshape(len(moved), -1)).reshape(moved.shape).movedim(0, axis)

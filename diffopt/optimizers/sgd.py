@@ -45,8 +45,8 @@ class SGD(Optimizer):
         check_range(self, lr=POSITIVE, momentum=POSITIVE, weight_decay=POSITIVE, dampening=FINITE)
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise HyperparameterError(
-                f"SGD: nesterov=True with momentum {self.momentum} and dampening {self.dampening}, expected "
-                "momentum > 0 and dampening 0"
+                f"SGD: nesterov=True with momentum {self.momentum} and dampening {self.dampening}",
+                "momentum > 0 and dampening 0",
             )
 
     def init(self, params: Leaves) -> Buffers:

@@ -1,4 +1,4 @@
-"""The one validator of arguments and options: every message says where, what was got and what was expected.
+"""The one validator of arguments and options: every error says where, what was got, what was expected and the fix.
 
 Each check returns the value as it is to be used, numbers of numpy as Python's own. What is accepted besides is named in
 ``also``, such as ``also=(None,)``. Values are looked at by their type first: ``==``, a truth or a ``repr`` of a
@@ -28,7 +28,7 @@ def check_flag(where: str, value: Any) -> bool:
     """Refuse what is neither ``True`` nor ``False``."""
     flag = plain(value)
     if not isinstance(flag, bool):
-        raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")
+        raise HyperparameterError(f"{where} is {describe(value)}", "True or False")
     return flag
 
 
@@ -39,15 +39,20 @@ def check_integer(
     *,
     also: tuple[str | None, ...] = (),
     kind: type[DiffoptError] = HyperparameterError,
+    note: str = "",
     fix: str = "",
     high: float = math.inf,
 ) -> Any:
-    """Refuse what is not an integer of ``low <= value < high``; ``fix`` is the end of the message."""
+    """Refuse what is not an integer of ``low <= value < high``.
+
+    ``note`` is what else is to be said of what is expected, with the space before it; ``fix``: what to do.
+    """
     number = plain(value)
     if _is_among(number, also):
         return number
     if not is_integer(number) or not low <= number < high:
-        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'an integer >= {low}')}{fix}")
+        note, fix = (note + fix, "") if fix.startswith(" ") else (note, fix)
+        raise kind(f"{where} is {describe(number)}", _either(also, f"an integer >= {low}{note}"), fix)
     return int(number)
 
 
@@ -74,22 +79,20 @@ def check_number(
     if not right or not math.isfinite(found):
         least = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
         most = "" if high == math.inf else f"{' and' if least else ''} {'<=' if up_to else '<'} {high:g}"
-        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'a finite number{least}{most}')}")
+        raise kind(f"{where} is {describe(number)}", _either(also, f"a finite number{least}{most}"))
     return found if abs(number) > _LARGEST else number
 
 
 def check_within_steps(where: str, count: int, steps: int) -> None:
     """Refuse more of an inner problem's steps than it has."""
     if count > steps:
-        raise StepsError(
-            f"{where} is {brief(count)}, expected at most {steps}, the inner problem has only {steps} steps"
-        )
+        raise StepsError(f"{where} is {brief(count)}", f"at most {steps}", f"the inner problem has only {steps} steps")
 
 
 def check_choice(where: str, value: Any, *choices: str) -> str:
     """Refuse what is none of these words."""
     if not _is_among(value, choices):
-        raise HyperparameterError(f"{where} is {describe(value)}, expected {_either(choices[:-1], repr(choices[-1]))}")
+        raise HyperparameterError(f"{where} is {describe(value)}", _either(choices[:-1], repr(choices[-1])))
     return str(value)
 
 
@@ -101,25 +104,27 @@ def check_instance(
     error: type[DiffoptError] = HyperparameterError,
     *,
     also: tuple[None, ...] = (),
+    fix: str = "",
 ) -> Any:
     """Refuse what is no object of this class; of the class itself, say that it is to be called."""
     if not isinstance(value, kind) and not _is_among(value, also):
         uncalled = isinstance(value, type) and issubclass(value, kind)
-        call = f"; call it: {where.rpartition(' ')[2]}={value.__name__}(...)" if uncalled else ""
-        raise error(f"{where} is {describe(value)}, expected {_either(also, expected)}{call}")
+        call = f"call it: {where.rpartition(' ')[2]}={value.__name__}(...)" if uncalled else fix
+        raise error(f"{where} is {describe(value)}", _either(also, expected), call)
     return value
 
 
-def check_function(where: str, value: Any, expected: str, error: type[DiffoptError]) -> None:
+def check_function(where: str, value: Any, expected: str, error: type[DiffoptError], fix: str = "") -> None:
     """Refuse what cannot be called, and a class, whose call would only make an object."""
     if not callable(value) or isinstance(value, type):
-        make = "; that is a class: pass an object of it" if isinstance(value, type) else ""
-        raise error(f"{where} is {describe(value)}, expected {expected}{make}")
+        make = "that is a class: pass an object of it" if isinstance(value, type) else fix
+        raise error(f"{where} is {describe(value)}", expected, make)
 
 
 def check_generator(where: str, value: Any, kind: type[DiffoptError] = HyperparameterError) -> None:
     """Refuse what is not a source of random numbers."""
-    check_instance(where, value, torch.Generator, "a torch.Generator; make one and seed it with manual_seed()", kind)
+    make = "make one and seed it with manual_seed()"
+    check_instance(where, value, torch.Generator, "a torch.Generator", kind, fix=make)
 
 
 def check_floating(kind: type[DiffoptError], **tensors: Any) -> None:
@@ -127,14 +132,14 @@ def check_floating(kind: type[DiffoptError], **tensors: Any) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise kind(f"{name} is {describe(x)}, expected a floating tensor; convert it with torch.as_tensor")
+            raise kind(f"{name} is {describe(x)}", "a floating tensor", "convert it with torch.as_tensor")
         refuse_unusable(x, lambda name=name: name)  # type: ignore[misc]
         if (x.dtype, x.device) != (first.dtype, first.device):
-            raise kind(f"{name} is {describe(x)}, expected {first.dtype} on {first.device} as {first_name}; use .to()")
+            raise kind(f"{name} is {describe(x)}", f"{first.dtype} on {first.device} as {first_name}", "use .to()")
         if not is_calculable(x):
-            raise kind(f"{name} is {describe(x)} and {x.layout}, expected a dense tensor of numbers; use .to_dense()")
+            raise kind(f"{name} is {describe(x)} and {x.layout}", "a dense tensor of numbers", "use .to_dense()")
         if not bool(x.isfinite().all()):
-            raise kind(f"{name} holds NaN or infinite numbers, expected finite ones; check the data")
+            raise kind(f"{name} holds NaN or infinite numbers", "finite ones", "check the data")
 
 
 @final

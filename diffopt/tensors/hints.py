@@ -133,17 +133,17 @@ def for_optimizer(value: Any) -> str:
 def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
     """What to write for several values, or a function, where one value is expected; empty if it is neither."""
     if _is_of_module(value):
-        return "; an optimizer takes no parameters here: they are solve's second argument, solve(loss, params, ...)"
+        return "an optimizer takes no parameters here: they are solve's second argument, solve(loss, params, ...)"
     if isinstance(value, LRScheduler):
-        return "; a scheduler's values, one for each step: diffopt.Schedule(values)"
+        return "a scheduler's values, one for each step: diffopt.Schedule(values)"
     if callable(value) and not isinstance(value, type | Tensor | torch.nn.Module):
-        return "; a function of the step: diffopt.Schedule([lr(t) for t in range(steps)])"
+        return "a function of the step: diffopt.Schedule([lr(t) for t in range(steps)])"
     listed = isinstance(plain_list(value), list | tuple)
     if scheduled:
-        return "; torch.stack the entries of a Schedule into one tensor" if listed else ""
+        return "torch.stack the entries of a Schedule into one tensor" if listed else ""
     one_each = isinstance(value, Tensor) and value.ndim == 1 and len(value) == steps
     own = "; a field of several numbers: metadata=diffopt.optimizers.EACH" if listed else ""
-    return f"; one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
+    return f"one value for each step: diffopt.Schedule(values){own}" if listed or one_each else ""
 
 
 def for_loss(value: Any) -> str:

@@ -207,9 +207,10 @@ class _Unpack:
 
 def _recomputation_error(what: str) -> RecomputationError:
     return RecomputationError(
-        f"a checkpoint in the inner loss reads {what} in the backward pass only, expected what its forward pass read: "
-        "functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: functional_call(block, q, "
-        "(x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')"
+        f"a checkpoint in the inner loss reads {what} in the backward pass only",
+        "what its forward pass read",
+        "functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: "
+        "functional_call(block, q, (x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt')",
     )
 
 

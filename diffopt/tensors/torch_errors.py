@@ -82,9 +82,10 @@ def is_in_place(error: Exception) -> bool:
 def changed_in_place() -> InPlaceError:
     """The error for a loss or an update that changes what it was given."""
     return InPlaceError(
-        "the inner loss or the optimizer's update (or code between solve and backward) changes a tensor it was given, "
-        "or one that its gradient needs, in place, expected functions without side effects: write x = x + y for x += "
-        "y, x.add(y) for x.add_(y); no out="
+        "the inner loss or the optimizer's update (or code between solve and backward) changes a tensor it was "
+        "given, or one that its gradient needs, in place",
+        "functions without side effects",
+        "write x = x + y for x += y, x.add(y) for x.add_(y); no out=",
     )
 
 
@@ -98,17 +99,19 @@ def missing_derivative(what: str) -> MissingDerivativeError:
     mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
     which, room = "derivative" if _FIRST in what else "second derivative", min(110, 160 - len(mend))
     return MissingDerivativeError(
-        f"an operation in the inner loss has no {which} ({what[:room]}), expected operations that can be "
-        f"differentiated twice: {mend}"
+        f"an operation in the inner loss has no {which} ({what[:room]})",
+        "operations that can be differentiated twice",
+        mend,
     )
 
 
 def hooks_around_transforms() -> GradModeError:
     """The error for a loss that uses ``torch.func`` where saved-tensor hooks are set."""
     return GradModeError(
-        "the inner loss uses torch.func where saved-tensor hooks are set (torch.utils.checkpoint, save_on_cpu), which "
-        "torch refuses, expected one without the other: take the hooks away, or use an estimator that keeps those "
-        "around the solve out, such as Reverse()"
+        "the inner loss uses torch.func where saved-tensor hooks are set (torch.utils.checkpoint, save_on_cpu), "
+        "which torch refuses",
+        "one without the other",
+        "take the hooks away, or use an estimator that keeps those around the solve out, such as Reverse()",
     )
 
 
@@ -116,16 +119,19 @@ def ended_iterator() -> HiddenStateError:
     """The error for a loss that asks an ended iterator for more."""
     return HiddenStateError(
         "the inner loss asks an iterator for more (next(...)), and it has ended: evaluations move it on, and "
-        "estimators may compute a step again; expected a loss that reads its arguments only. Pass the data of all "
-        "steps in batches, stacked"
+        "estimators may compute a step again",
+        "a loss that reads its arguments only",
+        "pass the data of all steps in batches, stacked",
     )
 
 
 def forward_mode_error(what: str = "an input of solve") -> MissingDerivativeError:
     """The error for a solve that is differentiated in forward mode."""
     return MissingDerivativeError(
-        f"{what} carries a tangent of forward-mode differentiation, expected none: no adjoint rule passes it "
-        "on. Use backward(), torch.func.grad or jacrev (for forward mode inside, estimator=ForwardMode())"
+        f"{what} carries a tangent of forward-mode differentiation",
+        "none",
+        "no adjoint rule passes it on. Use backward(), torch.func.grad or jacrev (for forward mode inside, "
+        "estimator=ForwardMode())",
     )
 
 
@@ -161,8 +167,9 @@ def signature_error(
         signature.bind(*[None] * count)
     except TypeError as mismatch:
         return LossError(
-            f"{what} takes {str(signature)[:80]} and was given {count} arguments ({mismatch}), expected {expected}; "
-            "change its arguments"
+            f"{what} takes {str(signature)[:80]} and was given {count} arguments ({mismatch})",
+            expected,
+            "change its arguments",
         )
     return _refused_by_itself(error, what, function, expected)
 
@@ -175,8 +182,9 @@ def _refused_by_itself(error: TypeError, what: str, function: Callable[..., Any]
     if last is None or not str(last.tb_frame.f_globals.get("__name__")).startswith("diffopt."):
         return None
     return LossError(
-        f"{what} is {tree.describe(function)}, which refuses its arguments ({str(error)[:80]}), expected {expected}; "
-        "wrap it in a function that calls it rightly"
+        f"{what} is {tree.describe(function)}, which refuses its arguments ({str(error)[:80]})",
+        expected,
+        "wrap it in a function that calls it rightly",
     )
 
 
@@ -188,7 +196,7 @@ def device_error(
     if not elsewhere or not any(word in str(error) for word in ("device", "meta")):
         return None
     name = elsewhere[0]
-    return DeviceError(f"{name} is on {given[name].device}, expected {device} as {model}; move it with .to()")
+    return DeviceError(f"{name} is on {given[name].device}", f"{device} as {model}", "move it with .to()")
 
 
 def inference_error(
@@ -199,8 +207,9 @@ def inference_error(
     if not made or "nference tensor" not in str(error):
         return None
     return GradModeError(
-        f"{made[0]} was made in torch.inference_mode, and {what} needs it for its gradient, expected an "
-        f"ordinary tensor: clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}"
+        f"{made[0]} was made in torch.inference_mode, and {what} needs it for its gradient",
+        "an ordinary tensor",
+        f"clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}",
     )
 
 
@@ -208,7 +217,7 @@ def mixed_error(error: Exception, what: str, fix: str) -> DeviceError | None:
     """The error for operations between distributed and ordinary tensors; ``None`` if ``error`` is of another kind."""
     if "mixed torch.Tensor and DTensor" not in str(error):
         return None
-    return DeviceError(f"{what} computes with a DTensor and an ordinary tensor at once, expected one kind: {fix}")
+    return DeviceError(f"{what} computes with a DTensor and an ordinary tensor at once", "one kind", fix)
 
 
 def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError | None:
@@ -216,11 +225,12 @@ def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError |
     said = str(error)
     if "randomness error mode" in said:
         return RandomnessError(
-            f"{what} draws random numbers under vmap, which expected none: say randomness='different' (to vmap, or to "
-            "mean_over_tasks) for numbers of each task's own, or 'same'"
+            f"{what} draws random numbers under vmap",
+            "none",
+            "say randomness='different' (to vmap, or to mean_over_tasks) for numbers of each task's own, or 'same'",
         )
     for part, mend in _VMAP.items():
         if part in said:
             first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]
-            return VmapError(f"{what} cannot run under vmap ({first} ...), expected code that can: {mend}")
+            return VmapError(f"{what} cannot run under vmap ({first} ...)", "code that can", mend)
     return None

@@ -28,8 +28,9 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
         return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
     except RecursionError as error:
         raise StructureError(
-            f"a tree that was given holds itself, or has branches without end: {describe(tree)}, expected branches "
-            "that end in leaves; look for a list or a dict that was put into itself"
+            f"a tree that was given holds itself, or has branches without end: {describe(tree)}",
+            "branches that end in leaves",
+            "look for a list or a dict that was put into itself",
         ) from error
 
 

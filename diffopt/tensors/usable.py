@@ -50,20 +50,22 @@ def refuse_unusable(tensor: Tensor, name: Callable[[], str]) -> None:
     """Refuse what :func:`usable` refuses."""
     if torch.nn.parameter.is_lazy(tensor):
         fix = hints.for_params(tensor)
-        raise LeafError(f"{name()} is {describe(tensor)}, expected a tensor with a shape{fix}")
+        raise LeafError(f"{name()} is {describe(tensor)}", "a tensor with a shape", fix)
     if transforms.has_escaped(tensor):
         raise VmapError(
-            f"{name()} belongs to a torch.func.vmap that has ended, expected a tensor of code that still runs: return "
-            "it from the function under vmap, and use what vmap returns"
+            f"{name()} belongs to a torch.func.vmap that has ended",
+            "a tensor of code that still runs",
+            "return it from the function under vmap, and use what vmap returns",
         )
     if isinstance(tensor, FakeTensor):
         raise DeviceError(
-            f"{name()} is a FakeTensor, which holds no numbers, expected one that does: make it outside FakeTensorMode"
+            f"{name()} is a FakeTensor, which holds no numbers", "one that does", "make it outside FakeTensorMode"
         )
     if tensor.is_nested and tensor.layout == torch.strided:
         raise LeafError(
-            f"{name()} is nested in the strided layout, expected one that autograd can save: make it with "
-            "layout=torch.jagged, or take torch.nested.to_padded_tensor of it"
+            f"{name()} is nested in the strided layout",
+            "one that autograd can save",
+            "make it with layout=torch.jagged, or take torch.nested.to_padded_tensor of it",
         )
     if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
-        raise LeafError(f"{name()} is laid out for mkldnn, expected a dense tensor: convert it with .to_dense()")
+        raise LeafError(f"{name()} is laid out for mkldnn", "a dense tensor", "convert it with .to_dense()")

@@ -9,8 +9,8 @@
 What a rule claims is its :class:`diffopt.estimators.Claims`; the default claims everything.
 """
 
+from diffopt.reports import Finding, Report
 from diffopt.testing.estimators import check_estimator
 from diffopt.testing.optimizers import check_optimizer
-from diffopt.testing.report import Finding, Report
 
 __all__ = ["Finding", "Report", "check_estimator", "check_optimizer"]

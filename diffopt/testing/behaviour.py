@@ -13,13 +13,14 @@ from torch import Tensor
 from diffopt.adjoint.claims import KINDS, Kind
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import MissingDerivativeError, RandomnessError, SecondDerivativeError
+from diffopt.reports import Finding
 from diffopt.rollout.record import Counts
 from diffopt.testing.counting_losses import Tally, noisy, once_differentiable, spied
 from diffopt.testing.estimator_case import Rule
+from diffopt.testing.findings import above, at_most, decided, equal, holds, raises
 from diffopt.testing.problem import Point, distance, flat, gradient, leaves, outer_loss
-from diffopt.testing.report import Finding, above, at_most, equal, holds, raises
 
-_STATE = "what a call leaves behind for the next one: caches, warm starts, counters"
+_STATE = "check what a call leaves behind for the next one: caches, warm starts, counters"
 
 
 def repeatability(rule: Rule) -> Iterator[Finding]:
@@ -54,8 +55,8 @@ def side_effects(rule: Rule) -> Iterator[Finding]:
     value = rule.setting.value(estimator, made)
     torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
     same = all(torch.equal(a, b) and b._version == 0 for a, b in zip(before, flat(made), strict=True))
-    yield holds("leaves its inputs alone", same, "operations in place")
-    yield holds("writes no .grad", all(x.grad is None for x in flat(made)), "calls of .backward()")
+    yield holds("leaves its inputs alone", same, "avoid operations in place")
+    yield holds("writes no .grad", all(x.grad is None for x in flat(made)), "leave out calls of .backward()")
     if not rule.claims.random:
         drawn = not torch.equal(state, torch.get_rng_state())
         yield holds("draws nothing from torch's generator", not drawn, "declare random=True, or draw nothing")
@@ -69,40 +70,40 @@ def random_losses(rule: Rule) -> Iterator[Finding]:
     torch.manual_seed(0)
     expected = gradient(lambda point: outer_loss(setting.by_hand(point)), rule.point)
     stream = torch.get_rng_state()
-    claim, look = "a loss with dropout: exact or refused", "the numbers drawn in the backward pass (record.replay)"
+    claim, fix = "a loss with dropout: exact or refused", "check the numbers drawn in the backward pass (record.replay)"
     try:
         found = rule.gradient(setting)
     except RandomnessError as error:
-        yield Finding(claim, True, type(error).__name__, "exact or RandomnessError", look)
+        yield decided(claim, True, type(error).__name__, "exact or RandomnessError", fix)
         return
-    yield at_most(claim, distance(found, expected, rule.claims.inputs), rule.claims.tolerance, look)
+    yield at_most(claim, distance(found, expected, rule.claims.inputs), rule.claims.tolerance, fix)
     same = torch.equal(stream, torch.get_rng_state())
-    yield holds("a loss with dropout: the generator moves on as in a loop", same, look)
+    yield holds("a loss with dropout: the generator moves on as in a loop", same, fix)
 
 
 def second_derivatives(rule: Rule) -> Iterator[Finding]:
     """A loss without second derivatives is differentiated, or refused."""
     setting = replace(rule.setting, loss=once_differentiable)
     if rule.claims.second_derivatives:
-        look = "that a missing second derivative is noticed, or declare second_derivatives=False"
+        fix = "check that a missing second derivative is noticed, or declare second_derivatives=False"
         claim = "refuses a loss without second derivatives"
-        yield raises(claim, MissingDerivativeError, lambda: rule.gradient(setting), look)
+        yield raises(claim, MissingDerivativeError, lambda: rule.gradient(setting), fix)
     else:
         error = distance(rule.gradient(setting), rule.found, rule.claims.inputs)
-        look = "second derivatives of the loss, or declare second_derivatives=True"
-        yield at_most("needs no second derivatives", error, rule.claims.tolerance, look)
+        fix = "take no second derivatives of the loss, or declare second_derivatives=True"
+        yield at_most("needs no second derivatives", error, rule.claims.tolerance, fix)
 
 
 def second_order(rule: Rule) -> Iterator[Finding]:
     """The hypergradient is differentiated again, or that is refused."""
     if not rule.claims.twice:
-        look = "operations that autograd records in the backward pass; or declare twice=True"
-        yield raises("refuses to be differentiated twice", SecondDerivativeError, lambda: _twice(rule), look)
+        fix = "check for operations that autograd records in the backward pass; or declare twice=True"
+        yield raises("refuses to be differentiated twice", SecondDerivativeError, lambda: _twice(rule), fix)
         return
     slope = _total(_twice(rule))
     high, low = (_total(rule.gradient(point=_moved(rule.point, rule.claims.inputs, step))) for step in (1e-5, -1e-5))
     error = abs(slope - (high - low) / 2e-5) / abs(slope)
-    yield at_most("its derivative is that of central differences", error, 1e-6, "what of run() autograd records")
+    yield at_most("its derivative is that of central differences", error, 1e-6, "check what of run() autograd records")
 
 
 def _twice(rule: Rule) -> Point:
@@ -142,41 +143,41 @@ def reports(rule: Rule) -> Iterator[Finding]:
         yield equal("reports nothing", told, (0,) * 5, "declare reports=True, or leave counts and kept at zero")
         return
     yield from _counted(counts, tally)
-    look = "what is stored besides the record"
-    yield at_most("bytes of states that outlive the rollout: reported", alive, kept.bytes, look)
+    fix = "check what is stored besides the record"
+    yield at_most("bytes of states that outlive the rollout: reported", alive, kept.bytes, fix)
     del solution, value
     gc.collect()
-    yield at_most("bytes of states that outlive the backward pass", tally.bytes_alive(), 0, look)
+    yield at_most("bytes of states that outlive the backward pass", tally.bytes_alive(), 0, fix)
 
 
 def _counted(counts: Counts, tally: Tally) -> Iterator[Finding]:
     """Every batch of products that the loss saw counts, without what it was padded with; a product takes a gradient."""
-    look = "record.counts: add_products for each batch of products, gradients for each evaluation"
+    fix = "check record.counts: add_products for each batch of products, gradients for each evaluation"
     gradients, products, batches = tally.gradients, tally.products, tally.depth
     claim = "products: one per batch that the loss saw at least, all in them at most"
-    yield _between(claim, counts.products, batches, products, look)
+    yield _between(claim, counts.products, batches, products, fix)
     claim = "depth: the batches that the loss saw, or fewer if some need not wait"
-    yield _between(claim, counts.depth, min(1, batches), batches, look)
+    yield _between(claim, counts.depth, min(1, batches), batches, fix)
     claim = "gradients: those that the loss saw, but for one per product"
-    yield _between(claim, counts.gradients, gradients - products, gradients, look)
+    yield _between(claim, counts.gradients, gradients - products, gradients, fix)
 
 
-def _between(claim: str, measured: int, low: int, high: int, look: str) -> Finding:
-    return Finding(claim, low <= measured <= high, str(measured), f"{low} to {high}", look)
+def _between(claim: str, measured: int, low: int, high: int, fix: str) -> Finding:
+    return decided(claim, low <= measured <= high, measured, f"{low} to {high}", fix)
 
 
 def work(rule: Rule) -> Iterator[Finding]:
     """What nobody wants is not computed."""
     tally, _ = _work(rule, frozenset())
-    look = "what is computed where nothing requires grad"
-    yield at_most("no input wanted: gradients", tally.gradients, rule.setting.steps, look)
-    yield at_most("no input wanted: products", tally.products, 0, look)
+    fix = "check what is computed where nothing requires grad"
+    yield at_most("no input wanted: gradients", tally.gradients, rule.setting.steps, fix)
+    yield at_most("no input wanted: products", tally.products, 0, fix)
     for kind in sorted(rule.claims.inputs):
         tally, idle = _work(rule, frozenset({kind}))
-        look = f"terms that are computed although only {kind} wants a hypergradient (trajectory.wanted)"
-        yield at_most(f"only {kind} wanted: terms for others", idle, 0, look)
+        fix = f"leave out terms that are computed although only {kind} wants a hypergradient (trajectory.wanted)"
+        yield at_most(f"only {kind} wanted: terms for others", idle, 0, fix)
         if kind in ("init", "hyperparameters"):
-            yield at_most(f"only {kind} wanted: derivatives in what the loss reads", tally.read, 0, look)
+            yield at_most(f"only {kind} wanted: derivatives in what the loss reads", tally.read, 0, fix)
 
 
 def _work(rule: Rule, kinds: frozenset[Kind]) -> tuple[Tally, int]:

@@ -7,11 +7,12 @@ import torch
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Estimator
 from diffopt.errors import ConformanceError, EstimatorError, StepsError
+from diffopt.reports import Report
 from diffopt.tensors.arguments import check_instance, check_integer
 from diffopt.testing import behaviour, gradients, tasks
 from diffopt.testing.estimator_case import Rule
+from diffopt.testing.findings import run, title
 from diffopt.testing.problem import Setting
-from diffopt.testing.report import Report, run, title
 
 _CHECKS = (
     gradients.derivatives,
@@ -86,7 +87,7 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
         ...     check_estimator(Straight())
         ... except diffopt.ConformanceError as error:
         ...     print(str(error).splitlines()[1][:51])
-        exact: got 1.6e+00, expected <= 1.0e-09; check: sig
+        exact: got 1.6e+00, expected <= 1.0e-09; check sign
         >>> claims = Claims(exact="never", inputs=frozenset({"init"}), second_derivatives=False)
         >>> check_estimator(Straight(), claims=claims).broken
         ()
@@ -102,5 +103,5 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
             rule.found  # noqa: B018
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            raise ConformanceError(f"{name} does not run on {steps} steps: {text}", text) from error
+            raise ConformanceError(f"{name} does not run on {steps} steps: {text}", table=text) from error
         return run(name, rule, _CHECKS)

@@ -13,11 +13,12 @@ from torch import Tensor
 from diffopt.adjoint.claims import KINDS, Kind
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import DiffoptError
+from diffopt.reports import Finding
 from diffopt.solve import Solution
 from diffopt.testing.counting_losses import spied
 from diffopt.testing.estimator_case import Rule, Sample
+from diffopt.testing.findings import above, at_most, decided, holds
 from diffopt.testing.problem import Point, Setting, differences, distance, flat, gradient, leaves, state_loss
-from diffopt.testing.report import Finding, above, at_most, holds
 
 CONVERGED = 150
 """Steps after which the problem no longer moves (to 1e-13)."""
@@ -29,21 +30,21 @@ def derivatives(rule: Rule) -> Iterator[Finding]:
     try:
         yield from _derivatives(rule, torch.float32)
     except DiffoptError as error:
-        look = "limits that single precision cannot keep"
-        yield Finding("float32: works or is refused", True, type(error).__name__, "a DiffoptError", look)
+        fix = "check limits that single precision cannot keep"
+        yield decided("float32: works or is refused", True, type(error).__name__, "a DiffoptError", fix)
 
 
 def _derivatives(rule: Rule, dtype: torch.dtype) -> Iterator[Finding]:
     seen: list[tuple[Trajectory, Cotangents]] = []
     point: Point = {kind: tuple(x.to(dtype) for x in rule.point[kind]) for kind in KINDS}
     found = gradient(partial(rule.setting.value, spied(rule.seeded(), seen)), point, rule.claims.inputs)
-    name, look = str(dtype).removeprefix("torch."), "what pullback returns; constants made in another precision"
-    yield holds(f"{name}: derivatives are finite", all(bool(g.isfinite().all()) for g in flat(found)), look)
+    name, fix = str(dtype).removeprefix("torch."), "check what pullback returns, constants made in another precision"
+    yield holds(f"{name}: derivatives are finite", all(bool(g.isfinite().all()) for g in flat(found)), fix)
     if seen:
-        yield holds(f"{name}: returns tensors like the inputs", _alike(*seen.pop()), look)
+        yield holds(f"{name}: returns tensors like the inputs", _alike(*seen.pop()), fix)
     if dtype == torch.float32 and not rule.claims.random:
         off = distance(found, rule.found, rule.claims.inputs)
-        yield at_most("float32: the numbers of float64", off, max(1e-3, 10 * rule.claims.tolerance), look)
+        yield at_most("float32: the numbers of float64", off, max(1e-3, 10 * rule.claims.tolerance), fix)
 
 
 def _alike(trajectory: Trajectory, result: Cotangents) -> bool:
@@ -65,9 +66,9 @@ def steps(rule: Rule) -> Iterator[Finding]:
         for name, p in zip(rule.setting.names, by_hand, strict=True)
     )
     if rule.claims.own_steps:
-        yield above("takes steps of its own", error, 1e-9, "own_steps: the solution is the optimizer's")
+        yield above("takes steps of its own", error, 1e-9, "declare own_steps=False: the solution is the optimizer's")
     else:
-        yield at_most("takes the optimizer's steps", error, 1e-12, "run(), or declare own_steps")
+        yield at_most("takes the optimizer's steps", error, 1e-12, "check run(), or declare own_steps=True")
 
 
 def exactness(rule: Rule) -> Iterator[Finding]:
@@ -75,21 +76,21 @@ def exactness(rule: Rule) -> Iterator[Finding]:
     claims, found, expected = rule.claims, rule.sampled, rule.expected(rule.setting, rule.point)
     error, limit = rule.error(found, expected), rule.limit(found, expected)
     if claims.exact != "always":
-        look = "declare exact='always': it is, on a problem of few steps whose curvature changes"
-        yield above("biased", error, limit + 9 * claims.tolerance, look)
+        fix = "declare exact='always': it is, on a problem of few steps whose curvature changes"
+        yield above("biased", error, limit + 9 * claims.tolerance, fix)
     else:
-        look = "signs, dropped terms and steps; if it is not meant to be exact, declare exact='never'"
-        yield at_most("exact", error, limit, look)
+        fix = "check signs, dropped terms and steps; if it is not meant to be exact, declare exact='never'"
+        yield at_most("exact", error, limit, fix)
     if claims.random:
-        look = "the spread of the draws: too wide to tell a right mean from a wrong one"
-        yield at_most("precise enough to test", limit, 0.9, look)
+        fix = "narrow the spread of the draws: it is too wide to tell a right mean from a wrong one"
+        yield at_most("precise enough to test", limit, 0.9, fix)
     elif claims.exact == "always":
         setting = replace(rule.setting, optimizer="adam")
-        yield _exact(rule, "exact with Adam", setting, "what of the rule is right for gradient descent only")
+        yield _exact(rule, "exact with Adam", setting, "check what of the rule is right for gradient descent only")
     if claims.exact == "at the fixed point":
         setting = replace(rule.setting, steps=CONVERGED, stepped=False)
-        look = "the system solved at the fixed point, its solver's tolerance, the terms of the last step"
-        yield _exact(rule, "exact at the fixed point", setting, look)
+        fix = "check the system solved at the fixed point, its solver's tolerance, the terms of the last step"
+        yield _exact(rule, "exact at the fixed point", setting, fix)
 
 
 def whole_state(rule: Rule) -> Iterator[Finding]:
@@ -105,15 +106,15 @@ def whole_state(rule: Rule) -> Iterator[Finding]:
     else:
         expected = gradient(lambda point: state_loss(*setting.state_by_hand(point)), point)
     found = Sample(gradient(value, point, claims.inputs), 0.0)
-    look = "the cotangent of buffers; to which step the term of a schedule goes (layout.runs_over_steps, slice_at)"
+    fix = "check the cotangent of buffers, and to which step the term of a schedule goes (layout.runs_over_steps, slice_at)"
     claim = "exact in the final buffers, and for schedules"
-    yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), look)
+    yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), fix)
 
 
-def _exact(rule: Rule, claim: str, setting: Setting, look: str) -> Finding:
+def _exact(rule: Rule, claim: str, setting: Setting, fix: str) -> Finding:
     point = setting.point(1)
     found, expected = rule.sample(setting, point), rule.expected(setting, point)
-    return at_most(claim, rule.error(found, expected), rule.limit(found, expected), look)
+    return at_most(claim, rule.error(found, expected), rule.limit(found, expected), fix)
 
 
 def inputs(rule: Rule) -> Iterator[Finding]:
@@ -124,21 +125,21 @@ def inputs(rule: Rule) -> Iterator[Finding]:
             continue
         alone = rule.gradient(kinds=frozenset({kind}))
         size = max(float(x.abs().max()) for x in alone[kind])
-        yield above(f"{kind}: has a hypergradient", size, 1e-9, f"the terms of {kind}, or leave it out of inputs")
+        yield above(f"{kind}: has a hypergradient", size, 1e-9, f"check the terms of {kind}, or leave it out of inputs")
         if not rule.claims.random:
             error = distance(alone, rule.found, frozenset({kind}))
-            look = "what depends on trajectory.wanted and wanted_state"
-            yield at_most(f"{kind}: the same alone", error, rule.claims.tolerance, look)
+            fix = "check what depends on trajectory.wanted and wanted_state"
+            yield at_most(f"{kind}: the same alone", error, rule.claims.tolerance, fix)
 
 
 def _nothing(rule: Rule, kind: Kind) -> Finding:
-    claim, look = f"{kind}: gets exact zeros", f"what is returned for {kind}, or add it to inputs"
+    claim, fix = f"{kind}: gets exact zeros", f"check what is returned for {kind}, or add it to inputs"
     alone: frozenset[Kind] = frozenset({kind})
     try:
         found = [rule.gradient(kinds=kinds)[kind] for kinds in (alone, rule.claims.inputs | alone)]
     except DiffoptError as error:
-        return Finding(claim, True, type(error).__name__, "0 or a DiffoptError", look)
-    return at_most(claim, max(float(x.abs().max()) for row in found for x in row), 0.0, look)
+        return decided(claim, True, type(error).__name__, "0 or a DiffoptError", fix)
+    return at_most(claim, max(float(x.abs().max()) for row in found for x in row), 0.0, fix)
 
 
 def forms(rule: Rule) -> Iterator[Finding]:
@@ -156,9 +157,9 @@ def forms(rule: Rule) -> Iterator[Finding]:
     each = dict(rule.gradient(rule.setting, copies, kinds))
     for kind in stepped:
         each[kind] = tuple(x.sum(0) for x in each[kind])
-    look = "to which step the direct term of a batch or a schedule goes (layout.runs_over_steps, slice_at)"
+    fix = "check to which step the direct term of a batch or a schedule goes (layout.runs_over_steps, slice_at)"
     error = distance(each, once, kinds)
-    yield at_most("batches and schedules: sum to the number's own", error, rule.claims.tolerance, look)
+    yield at_most("batches and schedules: sum to the number's own", error, rule.claims.tolerance, fix)
 
 
 def linearity(rule: Rule) -> Iterator[Finding]:
@@ -170,17 +171,17 @@ def linearity(rule: Rule) -> Iterator[Finding]:
     sparse = [torch.ones_like(x) if i == 0 else torch.zeros_like(x) for i, x in enumerate(shapes)]
     both = [2 * a - 3 * b for a, b in zip(dense, sparse, strict=True)]
     one, other, mixed, none = (_pull(rule, c) for c in (dense, sparse, both, [0 * c for c in dense]))
-    look = "constants, norms or signs of the adjoint; if it is not meant to be linear, declare linear=False"
+    fix = "check constants, norms or signs of the adjoint; if it is not meant to be linear, declare linear=False"
     finite = all(bool(x.isfinite().all()) for found in (one, other, none) for x in flat(found))
-    yield holds("finite where the outer loss uses nothing or one leaf", finite, "divisions by norms of the adjoint")
+    yield holds("finite where the outer loss uses nothing or one leaf", finite, "check divisions by adjoints' norms")
     parts: Point = {kind: tuple(2 * a - 3 * b for a, b in zip(one[kind], other[kind], strict=True)) for kind in KINDS}
     error = distance(mixed, parts, rule.claims.inputs)
     if not rule.claims.linear:
-        look = "declare linear=True: it is"
-        yield above("not linear in the outer gradient", error, 10 * rule.claims.tolerance, look)
+        fix = "declare linear=True: it is"
+        yield above("not linear in the outer gradient", error, 10 * rule.claims.tolerance, fix)
         return
-    yield at_most("linear in the outer gradient", error, rule.claims.tolerance, look)
-    yield at_most("zero for a zero outer gradient", max(float(x.abs().max()) for x in flat(none)), 0.0, look)
+    yield at_most("linear in the outer gradient", error, rule.claims.tolerance, fix)
+    yield at_most("zero for a zero outer gradient", max(float(x.abs().max()) for x in flat(none)), 0.0, fix)
 
 
 def _outputs(solution: Solution[Any]) -> list[Tensor]:
@@ -202,5 +203,5 @@ def leaf_order(rule: Rule) -> Iterator[Finding]:
     if rule.claims.random:
         return
     error = distance(rule.gradient(replace(rule.setting, names=("z", "y", "x"))), rule.found, rule.claims.inputs)
-    look = "what is done to one leaf or by position"
-    yield at_most("the order of the leaves does not matter", error, rule.claims.tolerance, look)
+    fix = "check what is done to one leaf or by position"
+    yield at_most("the order of the leaves does not matter", error, rule.claims.tolerance, fix)

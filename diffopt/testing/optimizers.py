@@ -13,11 +13,12 @@ from torch import Tensor
 from diffopt.errors import OptimizerError, StepsError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import bind
+from diffopt.reports import Finding, Report
 from diffopt.tensors import hints, tree
 from diffopt.tensors.arguments import check_integer
+from diffopt.testing.findings import at_most, equal, holds, run, title
 from diffopt.testing.hyperparameters import bare, changed, forms, with_forms
 from diffopt.testing.optimizer_case import Inputs, Trial, wavy
-from diffopt.testing.report import Finding, Report, at_most, equal, holds, run, title
 
 
 def check_optimizer(
@@ -75,10 +76,8 @@ def check_optimizer(
         the steps of SGD: got 8.5e-0
     """
     if not isinstance(optimizer, Optimizer) or not is_dataclass(optimizer):
-        fix = hints.for_optimizer(optimizer)
-        raise OptimizerError(
-            f"optimizer is {tree.describe(optimizer)}, expected a diffopt.Optimizer and a dataclass{fix}"
-        )
+        got, fix = f"optimizer is {tree.describe(optimizer)}", hints.for_optimizer(optimizer)
+        raise OptimizerError(got, "a diffopt.Optimizer and a dataclass", fix)
     steps = check_integer("steps", steps, 2, kind=StepsError)
     if params is None:
         generator = torch.Generator().manual_seed(0)
@@ -100,20 +99,20 @@ def _cast(trial: Trial, dtype: torch.dtype) -> Trial:
 
 def contract(trial: Trial) -> Iterator[Finding]:
     """What ``init`` and ``update`` return looks alike at every step."""
-    layouts, look = list[dict[str, Any]](), "Leaves([...]) around lists of tensors, and a dict of such buffers"
+    layouts, fix = list[dict[str, Any]](), "return Leaves([...]) around lists of tensors, and a dict of such buffers"
     for step in trial.walk():
         for params, buffers in ((step.params, step.buffers), step.taken()):
             parts = {"params": params, **buffers}
             kinds = {type(part).__name__ for part in parts.values()}
             if kinds != {"Leaves"}:
-                yield equal(f"step {step.number} takes and returns", kinds, {"Leaves"}, look)
+                yield equal(f"step {step.number} takes and returns", kinds, {"Leaves"}, fix)
                 return
             layouts.append({name: [(x.shape, x.dtype) for x in parts[name]] for name in sorted(parts)})
     different = sum(layout != layouts[0] for layout in layouts)
-    look = "buffers by the same names, shapes and dtypes from init on, at every step"
-    yield at_most("states that differ in structure from the first", different, 0, look)
+    fix = "return buffers by the same names, shapes and dtypes from init on, at every step"
+    yield at_most("states that differ in structure from the first", different, 0, fix)
     kind: Any = type(trial.optimizer)
-    yield holds("is a frozen dataclass", kind.__dataclass_params__.frozen, "@dataclass(frozen=True)")
+    yield holds("is a frozen dataclass", kind.__dataclass_params__.frozen, "write @dataclass(frozen=True)")
 
 
 def purity(trial: Trial) -> Iterator[Finding]:
@@ -126,8 +125,8 @@ def purity(trial: Trial) -> Iterator[Finding]:
         kept &= all(torch.equal(old, x) and version == x._version for (old, version), x in pairs)
         results = ([*p, *(x for name in sorted(b) for x in b[name])] for p, b in ((one, first), (two, second)))
         repeated &= all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    yield holds("changes nothing that it is given", kept, "operations in place: x += y, x.add_(y)")
-    yield holds("repeats itself", repeated, "state outside the buffers, random numbers")
+    yield holds("changes nothing that it is given", kept, "avoid operations in place: x += y, x.add_(y)")
+    yield holds("repeats itself", repeated, "check for state outside the buffers, random numbers")
 
 
 def derivatives(trial: Trial) -> Iterator[Finding]:
@@ -141,8 +140,8 @@ def derivatives(trial: Trial) -> Iterator[Finding]:
         slope, expected = float((found[name] * direction).sum()), _slope(trial, inputs, name, direction, width)
         # the values' round-off, some 1e-14, in the differences: 1e-5 of that is what the claim below allows for
         error = abs(slope - expected) / max(abs(slope), abs(expected), 1e-9 / width * size)
-        look = f"how {name} enters the update: .detach(), .item(), float(), torch.no_grad()"
-        yield at_most(f"{name}: derivative", error, 1e-5, look)
+        fix = f"check how {name} enters the update: .detach(), .item(), float(), torch.no_grad()"
+        yield at_most(f"{name}: derivative", error, 1e-5, fix)
 
 
 def _width(x: Tensor) -> float:
@@ -168,8 +167,8 @@ def tasks(trial: Trial) -> Iterator[Finding]:
         if not batched:
             continue
         rows = [{**trial.inputs, **{name: f * trial.inputs[name] for name in batched}} for f in (1.0, 0.9, 0.8)]
-        look = "norms and sums over more than a coordinate, if elementwise is set; what depends on shapes"
-        yield at_most(f"vmap over {what}: as in a loop", _off(trial, rows, batched), 1e-9, look)
+        fix = "check norms and sums over more than a coordinate, if elementwise is set, and what depends on shapes"
+        yield at_most(f"vmap over {what}: as in a loop", _off(trial, rows, batched), 1e-9, fix)
 
 
 def _off(trial: Trial, rows: list[Inputs], batched: list[str]) -> float:
@@ -197,9 +196,9 @@ def equal_forms(trial: Trial) -> Iterator[Finding]:
                 continue
             error, note = _compared(replace(trial, optimizer=with_forms(trial.optimizer, {name: x})), others, usual)
             worst, notes = max(worst, error), notes + [f"{form}: {note}"] * bool(note)
-        look = f"arithmetic with {name} that is not that of Leaves"
+        fix = f"check arithmetic with {name} that is not that of Leaves"
         said = f" ({', '.join(notes)})" if notes else ""
-        yield at_most(f"{name}: the same in every form{said}", worst, 1e-12, look)
+        yield at_most(f"{name}: the same in every form{said}", worst, 1e-12, fix)
 
 
 def _compared(trial: Trial, inputs: Inputs, usual: list[Tensor]) -> tuple[float, str]:
@@ -215,8 +214,8 @@ def zero_gradients(trial: Trial) -> Iterator[Finding]:
     losses = {"one coordinate has": _dead, "nothing has": lambda params, target: 0 * wavy(params, target)}
     for what, loss in losses.items():
         found = [*trial.final(trial.inputs, loss), *trial.gradient(trial.inputs, loss).values()]
-        look = "roots and quotients at zero: Leaves.sqrt has slope 0 there, torch.sqrt an infinite one"
-        yield holds(f"finite where {what} no gradient", all(bool(x.isfinite().all()) for x in found), look)
+        fix = "check roots and quotients at zero: Leaves.sqrt has slope 0 there, torch.sqrt an infinite one"
+        yield holds(f"finite where {what} no gradient", all(bool(x.isfinite().all()) for x in found), fix)
 
 
 def _dead(params: Any, target: Tensor) -> Tensor:
@@ -230,9 +229,9 @@ def dtypes(trial: Trial) -> Iterator[Finding]:
     narrow = _cast(trial, torch.float32)
     found = narrow.final({name: x.to(torch.float32) for name, x in narrow.inputs.items()})
     kinds = {str(x.dtype) for x in found}
-    yield equal("float32 stays float32", kinds, {"torch.float32"}, "constants made in another precision")
+    yield equal("float32 stays float32", kinds, {"torch.float32"}, "check constants made in another precision")
     error = max(_error(a, b) for a, b in zip(found, wide, strict=True))
-    yield at_most("float32: the numbers of float64", error, 1e-3, "numbers that single precision cannot hold")
+    yield at_most("float32: the numbers of float64", error, 1e-3, "check numbers that single precision cannot hold")
 
 
 def torch_optim(trial: Trial) -> Iterator[Finding]:
@@ -249,8 +248,8 @@ def torch_optim(trial: Trial) -> Iterator[Finding]:
         error = max(_error(a, b.detach()) for a, b in zip(step.taken()[0], params, strict=True))
         first = first or (step.number if not error <= 1e-10 else 0)
         worst = max(worst, error)
-    look = f"step {first}" if first else "every step"
-    yield at_most(f"the steps of {type(reference).__name__}", worst, 1e-10, f"{look}, the first that differs")
+    fix = f"step {first}" if first else "every step"
+    yield at_most(f"the steps of {type(reference).__name__}", worst, 1e-10, f"check {fix}, the first that differs")
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

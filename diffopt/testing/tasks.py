@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diffopt.adjoint.claims import KINDS, Kind
 from diffopt.errors import DiffoptError
+from diffopt.reports import Finding
 from diffopt.testing.estimator_case import DRAWS, Rule, Sample, mean
+from diffopt.testing.findings import above, at_most, raises
 from diffopt.testing.problem import Point, distance, flat, gradient, like
-from diffopt.testing.report import Finding, above, at_most, raises
 
 TASKS = 3
 COPIES = 400
@@ -21,16 +22,16 @@ COPIES = 400
 
 Dims: TypeAlias = dict[Kind, tuple[int | None, ...]]
 _SHARED: Dims = {"init": (None,) * 3, "args": (None,) * 2, "batches": (None,), "hyperparameters": (None,) * 3}
-_LOOK = "which axes belong to tasks (layout.levels); sums and norms over all of a stacked tensor mix tasks"
+_FIX = "check which axes belong to tasks (layout.levels); sums and norms over all of a stacked tensor mix tasks"
 
 
 def tasks(rule: Rule) -> Iterator[Finding]:
     """Partly batched inputs, on any axis, vmapped once and twice, differentiated inside and outside."""
     if not rule.claims.vmap:
-        look = "raise a DiffoptError where trajectory.tasks_shape is not empty, or declare vmap=True"
+        fix = "raise a DiffoptError where trajectory.tasks_shape is not empty, or declare vmap=True"
         point, dims = _batches_of_tasks(rule)
-        yield raises("refuses vmap, then backward", DiffoptError, lambda: _backward(rule, point, dims), look)
-        yield raises("refuses vmap of grad", DiffoptError, lambda: _inside(rule, point, [dims]), look)
+        yield raises("refuses vmap, then backward", DiffoptError, lambda: _backward(rule, point, dims), fix)
+        yield raises("refuses vmap of grad", DiffoptError, lambda: _inside(rule, point, [dims]), fix)
     elif rule.claims.random:
         yield from _in_the_mean(rule)
     else:
@@ -85,11 +86,11 @@ def _as_in_a_loop(rule: Rule) -> Iterator[Finding]:
     rows: Point = {kind: _stack(alone, kind) for kind in KINDS}
     together: Point = {kind: x if kind == "batches" else tuple(y.sum(0) for y in x) for kind, x in rows.items()}
     error = distance(_backward(rule, point, dims), together, rule.claims.inputs)
-    yield at_most("vmap, then backward: as in a loop", error, limit, _LOOK)
+    yield at_most("vmap, then backward: as in a loop", error, limit, _FIX)
     error = distance(_inside(rule, point, [dims]), rows, rule.claims.inputs)
-    yield at_most("vmap of grad: as in a loop", error, limit, _LOOK)
+    yield at_most("vmap of grad: as in a loop", error, limit, _FIX)
     error = _nested(rule, point)
-    yield at_most("vmap of vmap, on other axes: as in a loop", error, limit, _LOOK)
+    yield at_most("vmap of vmap, on other axes: as in a loop", error, limit, _FIX)
 
 
 def _nested(rule: Rule, point: Point) -> float:
@@ -127,10 +128,10 @@ def _in_the_mean(rule: Rule) -> Iterator[Finding]:
     batch = mean(rule.point, [[x[i] for x in flat(found)] for i in range(COPIES)])
     loop = rule.sampled
     limit = rule.limit(Sample(loop.mean, math.hypot(batch.noise, loop.noise)), loop.mean)
-    yield at_most("vmap of grad: the mean of a loop", rule.error(batch, loop.mean), limit, _LOOK)
+    yield at_most("vmap of grad: the mean of a loop", rule.error(batch, loop.mean), limit, _FIX)
     spread = batch.noise * COPIES**0.5 / (loop.noise * DRAWS**0.5)
-    look = "draw for each task, not once for all: its spread, relative to that of a loop's draws"
-    yield above("vmap: every task draws for itself", spread, 0.1, look)
+    fix = "draw for each task, not once for all: its spread, relative to that of a loop's draws"
+    yield above("vmap: every task draws for itself", spread, 0.1, fix)
 
 
 def _stack(rows: Sequence[Point], kind: Kind) -> tuple[Tensor, ...]:

@@ -39,7 +39,10 @@ def test_a_fault_is_found_by_its_check(name: str) -> None:
     assert isinstance(finding.error, diffopt.DiffoptError)
     with pytest.raises(kind, match=f"(?s){said}"):
         raise finding.error
-    assert finding.mend
+    parts = finding.error.got, finding.error.expected, finding.error.fix
+    assert (finding.measured, finding.expected, finding.fix) == parts
+    assert all(part in str(report) for part in parts)
+    assert ", expected " in str(finding.error)
     assert len(str(finding.error)) < 300
     with pytest.raises(diffopt.DiffoptError) as caught:
         report.raise_if_failed()
@@ -56,7 +59,7 @@ def test_no_false_alarm(name: str) -> None:
     assert [finding.check for finding in report.findings] == list(CHECKS)
 
 
-def test_attention_by_its_mend_is_fit() -> None:
+def test_attention_by_its_fix_is_fit() -> None:
     with sdpa_kernel([SDPBackend.MATH]):
         assert diffopt.check(*attention()).ok
 
@@ -151,11 +154,11 @@ def test_what_is_not_asked_for_is_not_run() -> None:
 
 def test_the_table_says_everything() -> None:
     text = str(diffopt.check(*normed(utils.parametrizations.weight_norm)))
-    assert text.splitlines()[0].split() == ["check", "outcome", "what", "was", "measured"]
+    assert text.splitlines()[0].split() == ["check", "outcome", "measured"]
     assert all(check in text for check in CHECKS)
-    assert "mend: look for weight_norm" in text
-    assert text.endswith("not fit: 1 of 8 checks failed")
-    assert str(diffopt.check(*FIT["square"]())).endswith("fit")
+    assert "\n    expected at most 1e-03; fix: look for weight_norm" in text
+    assert text.endswith("\n1 of 8 checks failed")
+    assert str(diffopt.check(*FIT["square"]())).endswith("\nnone of 8 checks failed")
 
 
 def test_nothing_of_the_callers_is_changed() -> None:

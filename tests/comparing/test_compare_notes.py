@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from compared import STEPS, quadratic_problem
 
 import diffopt
-from diffopt.comparing.comparison import brief
+from diffopt.comparing.comparison import Row, brief
 from diffopt.comparing.curvature import krylov_residual
+from diffopt.comparing.notes import notes
 from diffopt.estimators import (
     Binomial,
     ESJacobian,
+    Estimator,
     FirstOrder,
     Implicit,
     Krylov,
@@ -141,3 +145,85 @@ def test_stationarity_is_judged_by_the_next_step(problem, tasks):
     assert moot.relative_error == pytest.approx(1)
     assert "is at its fixed point: one more step" in nothing
     assert "but the error is 100%: a fixed point does not depend on the start" in nothing
+
+
+@dataclass(frozen=True)
+class TruncatedOtherwise(Estimator):
+    """A user's own rule, whose name begins as that of a shipped one does."""
+
+    def run(self, problem):
+        return Truncated(0).run(problem)
+
+
+class BinomialLike(TruncatedOtherwise):
+    """One that says for itself what is to be known of it."""
+
+    if_wrong = "looks at {half} of the steps"
+    if_unsolved = "sum up more rows"
+
+    def if_curved(self, number):
+        return f"rounds off {number:.1f} digits" if number > 2 else ""
+
+
+def row(rule, error=0.1, **numbers):
+    return replace(Row(brief(rule), error, 1.0, 0, 0, 0, 0, 0.0, 0.0, rule=rule), **numbers)
+
+
+def test_a_users_own_rule_is_noted_in_its_own_words(problem):
+    found = diffopt.compare(problem, [BinomialLike(), TruncatedOtherwise(), Truncated(0)], repeats=1)
+    error = found.rows[0].relative_error
+    zero = f"no nearer to the exact hypergradient than zero is (error {error:.0%}, cosine {found.rows[0].cosine:+.2f})"
+    assert error > 1
+    assert [row.rule for row in found.rows] == [BinomialLike(), TruncatedOtherwise(), Truncated(0)]
+    assert found.notes[1:] == (
+        f"BinomialLike(): looks at {{half}} of the steps: {zero}",
+        f"TruncatedOtherwise(): {zero}",
+        f"Truncated(steps=0): drops terms that matter here: {zero}",
+    )
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.4, False), (0.6, True), (2.0, True)])
+@pytest.mark.parametrize("rule", [BinomialLike(), Truncated(1), FirstOrder(), MultiStep(2)], ids=brief)
+def test_why_a_rule_is_wrong_is_said_where_it_is_more_than_half_off(rule, error, said):
+    (text,) = notes([row(rule, error)], None) or ("",)
+    assert (f"{rule.if_wrong} (error 60%" in text or f"{rule.if_wrong}: no nearer" in text) == said
+    (text,) = notes([row(TruncatedOtherwise(), error)], None) or ("",)
+    assert (text != "") == (error >= 1)
+
+
+def test_what_a_rule_says_of_the_curvature_is_said_once_for_all_of_its_rows():
+    rows = [row(rule) for rule in (Binomial(1), Binomial(2), BinomialLike(), TruncatedOtherwise(), Reverse())]
+    first, *said = notes(rows, 3.14)
+    assert first.endswith(": 3.1")
+    assert said == [
+        "Binomial: the terms of its series grow up to an order near 3: distrust lower orders; Krylov has no such limit",
+        "BinomialLike: rounds off 3.1 digits",
+    ]
+    assert len(notes(rows, 1.5)) == 2
+    assert len(notes(rows, 0.9)) == 1
+    assert notes(rows, None) == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "fix"),
+    [(Krylov(1), ", or take more orders"), (BinomialLike(), ", or sum up more rows"), (TruncatedOtherwise(), "")],
+    ids=["Krylov", "advised", "silent"],
+)
+def test_what_to_do_about_a_residual_is_the_rules_own(rule, fix):
+    (text,) = notes([row(rule, residual=0.25)], None)
+    assert text == f"{brief(rule)}: its own residual is 0.25; trust it below 0.01{fix}"
+    assert notes([row(rule, residual=0.005)], None) == ()
+
+
+def test_a_row_without_its_rule_is_judged_by_its_numbers():
+    """As a program may make one, or keep it from before."""
+    plain = replace(row(Truncated(0), 2.0, residual=0.5), rule=None)
+    assert notes([plain], 3.0)[1:] == (
+        "Truncated(steps=0): no nearer to the exact hypergradient than zero is (error 200%, cosine +1.00)",
+        "Truncated(steps=0): its own residual is 0.5; trust it below 0.01",
+    )
+
+
+def test_a_row_of_a_failed_rule_holds_the_rule_too(problem):
+    rows = diffopt.compare(problem, [Truncated(STEPS + 1), Reverse()], repeats=1).rows
+    assert [row.rule for row in rows] == [Truncated(STEPS + 1), Reverse()]

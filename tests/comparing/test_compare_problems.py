@@ -27,7 +27,7 @@ def problem():
 @pytest.mark.parametrize("exact", [None, Unrolled(), MultiStep(1)])
 def test_a_problem_that_forgets_the_estimator_is_refused(problem, exact):
     """Whatever it runs instead: all its rows would be the same."""
-    with pytest.raises(diffopt.EstimatorError, match=r"expected it to pass the estimator on: write diffopt\.solve"):
+    with pytest.raises(diffopt.EstimatorError, match=r"expected it to pass the estimator on; write diffopt\.solve"):
         diffopt.compare(lambda rule: problem(Unrolled()), [FirstOrder()], exact=exact)
     with pytest.raises(diffopt.EstimatorError, match="pass the estimator on"):
         diffopt.compare(lambda rule: problem(None), [FirstOrder()], exact=exact)
@@ -117,7 +117,7 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     rules = [Truncated(STEPS + 1), Reverse(1), FirstOrder()]
     table = diffopt.compare(problem, rules, repeats=1)
     text = str(table).splitlines()
-    message = f"StepsError: Truncated: steps is {STEPS + 1}, expected at most {STEPS}, the inner problem has only "
+    message = f"StepsError: Truncated: steps is {STEPS + 1}, expected at most {STEPS}; the inner problem has only "
     message += f"{STEPS} steps"
     assert table.rows[0].failure == message
     assert math.isnan(table.rows[0].relative_error)
@@ -136,7 +136,7 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     assert drawn == [row.estimator for row in whole.rows]
     assert whole.complete() == whole.rows
     with pytest.raises(
-        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers: StepsErr"
+        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers; StepsErr"
     ):
         table.complete()
 

@@ -204,7 +204,7 @@ def test_files_of_two_runs_are_not_mixed(toy, refused, tmp_path, name):
 def test_a_changed_number_in_the_log_of_a_reproduction_is_not_resumed(toy, refused, tmp_path, line):
     assert toy(tmp_path) == 0
     number_changed(tmp_path / "metrics.jsonl", line)
-    assert f"line {line + 1}, was changed" in refused(tmp_path, "reproduce", "toy", "--resume")
+    assert f"line {line + 1}, has another checksum: it was changed" in refused(tmp_path, "reproduce", "toy", "--resume")
 
 
 @pytest.mark.parametrize("lost", ["unit", "values", "seconds", "processor_seconds", "checksum"])
@@ -233,10 +233,10 @@ def test_a_reproduction_of_an_earlier_version_is_resumed(toy, tmp_path):
 def test_the_state_of_another_run_is_not_gone_on_from(tmp_path):
     Work(0, unit="a", store=tmp_path / "a.pt", run="x").save({"x": 1})
     assert Work(0, unit="a", store=tmp_path / "a.pt", run="x").saved() == {"x": 1}
-    with pytest.raises(CheckpointError, match=r"by a run with another run\.json: delete it: the unit is then computed"):
+    with pytest.raises(CheckpointError, match=r"by a run with another run\.json, expected one of this run; delete it"):
         Work(0, unit="a", store=tmp_path / "a.pt", run="y").saved()
     save_tensors({"unit": "a", "seconds": "x", "state": {}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="does not hold the state of a unit"):
+    with pytest.raises(CheckpointError, match="expected the state of a unit"):
         Work(0, unit="a", store=tmp_path / "a.pt").saved()
 
 
@@ -357,7 +357,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line, name in zip(done.stderr.splitlines(), limits, strict=True):
-        assert re.search(rf"error: .*{name.strip()} cannot be written .*expected room for it: make room, then", line)
+        assert re.search(rf"error: .*{name.strip()} cannot be written .*expected room for it; make room, then", line)
     assert not list(tmp_path.rglob("*.partial"))
     assert main([*TRAIN, "--out", str(tmp_path / "0")]) == 0  # nothing but an empty log was left
     for number in (1, 2):

@@ -214,7 +214,7 @@ class KeepsAScalar(Doing):
 
 def test_an_option_for_each_coordinate_that_does_not_fit_the_state():
     lr = {"a": torch.full((2, 3), 0.1)}
-    with pytest.raises(LiftError, match=r"of shape \(\) in place into one of \(2, 3\)"):
+    with pytest.raises(LiftError, match=r"in place into one of shape \(2, 3\), expected its own shape \(\)"):
         diffopt.solve(
             lambda p: p["a"].square().sum(), {"a": torch.ones(2, 3)}, optimizer=from_torch(KeepsAScalar, lr=lr), steps=2
         )

@@ -211,7 +211,7 @@ def torch_dampened(params):
 
 BROKEN: dict[str, tuple[diffopt.Optimizer, Any, str]] = {
     "wrong sign": (Ascending(), torch_sgd, "the steps of SGD: got"),
-    "wrong first step": (Undampened(0.1, 0.5, 0.3), torch_dampened, "check: step 1, the first that differs"),
+    "wrong first step": (Undampened(0.1, 0.5, 0.3), torch_dampened, "check step 1, the first that differs"),
     "detached gradient": (Detached(), None, "target: derivative: got 1.0e+00"),
     "detached params": (DetachedParams(), None, "init0: derivative"),
     "detached step size": (DetachedLr(), None, "lr: derivative: got 1.0e+00"),
@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[diffopt.Optimizer, Any, str]] = {
     "in place on buffers": (Impure(), None, "changes nothing that it is given: got no"),
     "stateful": (Stateful(), None, "repeats itself: got no"),
     "random": (Noisy(), None, "repeats itself: got no"),
-    "wrong dtype": (Widening(), None, "dtypes: got an error, expected none; check: OptimizerError"),
+    "wrong dtype": (Widening(), None, "dtypes: got OptimizerError, expected no error; "),
     "wrong dtype later": (WideningLater(), None, "float32 stays float32: got {'torch.float64'}"),
     "half precision": (Halving(), None, "float32: the numbers of float64"),
     "mixes tasks": (Norms(), None, "vmap over params: as in a loop"),

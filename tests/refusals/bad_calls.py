@@ -56,7 +56,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "truncated_long": (
         lambda: solve(estimator=Truncated(4)),
         diffopt.StepsError,
-        "expected at most 3, the inner problem",
+        "expected at most 3; the inner problem",
     ),
     "window_long": (
         lambda: solve(estimator=Binomial(1, window=9)),
@@ -119,7 +119,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implicit_indefinite": (
         lambda: implicit(0 * W.detach(), loss=lambda w, a: w[0] ** 2 - w[1] ** 2 + (0 * a).sum()),
         diffopt.LinearSolveError,
-        "broke down .*expected a symmetric positive definite matrix; .*Is the inner problem at a minimum",
+        "broke down .*expected a symmetric positive definite matrix; .*is the inner problem at a minimum",
     ),
     "implicit_unconverged": (
         lambda: implicit(
@@ -128,7 +128,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             solver=ConjugateGradient(max_iterations=1),
         ),
         diffopt.LinearSolveError,
-        "did not converge: .*expected one within its tolerance. Allow a larger max_iterations",
+        "did not converge: .*expected one within its tolerance; allow a larger max_iterations",
     ),
     "implicit_diverging_series": (
         lambda: implicit(solver=Neumann(step_size=10.0)),
@@ -171,7 +171,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "compare_constant": (
         lambda: compared(lambda r: torch.tensor(1.0)),
         diffopt.DisconnectedError,
-        "expected one: nothing to compare. Make",
+        "expected one to compare the hypergradients of; make",
     ),
     "compare_forgets": (
         lambda: compared(lambda r: problem(None), [Reptile()], exact=Truncated(2)),
@@ -181,7 +181,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "compare_changes": (
         lambda: compared(lambda r: problem(r) * next(COUNT)),
         diffopt.RandomnessError,
-        r"outer loss was .*, and \+1\.5e\+00 from there.* expected the same problem at every call: draw",
+        r"outer loss was .*, and \+1\.5e\+00 from there.* expected the same problem at every call; draw",
     ),
     "compare_zero": (
         lambda: compared(lambda r: 0 * problem(r)),

@@ -139,7 +139,7 @@ COMMANDS: dict[str, Command] = {
     "estimator_without_number": Command(train("--estimator", "truncated"), "lacks its argument, expected truncated:K"),
     "estimator_with_a_word": Command(train("--estimator", "krylov:x"), "the argument 'x', expected krylov:K"),
     "estimator_too_long": Command(
-        train("--estimator", "truncated:9"), "expected at most 1, the inner problem has only"
+        train("--estimator", "truncated:9"), "expected at most 1; the inner problem has only"
     ),
     "divergence": Command(
         train("--inner-lr", "1e30"), "NaN or infinite, expected finite numbers.*take fewer or smaller steps"
@@ -158,7 +158,7 @@ COMMANDS: dict[str, Command] = {
     "demo_out_is_a_file": Command(
         lambda folder: ["demo", "--out", str(folder / "run" / "curve.png")], "cannot be used .*, expected a path"
     ),
-    "run_in_the_way": Command(train(out="run"), "already holds a run, expected an unused folder: add --resume"),
+    "run_in_the_way": Command(train(out="run"), "already holds a run, expected an unused folder; add --resume"),
     "omniglot_no_folder": Command(
         lambda folder: ["train", "omniglot", "--data-dir", str(folder / "none"), "--out", str(folder / "new")],
         "there is no such folder, expected omniglot_28.npz or .*--data-dir",
@@ -173,7 +173,7 @@ COMMANDS: dict[str, Command] = {
         plain("compare", "quadratic", "--estimators", "reverse,,"), "no estimator '', expected one"
     ),
     "compare_too_long": Command(
-        plain("compare", "quadratic", "--estimators", "truncated:99"), "steps is 99, expected at most 20, the inner"
+        plain("compare", "quadratic", "--estimators", "truncated:99"), "steps is 99, expected at most 20; the inner"
     ),
     "compare_repeats": Command(plain("compare", "quadratic", "--repeats", "0"), f"--repeats: got '0', {WHOLE}"),
     "compare_picture": Command(
@@ -186,20 +186,20 @@ COMMANDS: dict[str, Command] = {
     "compare_picture_of_nobody": Command(plain("compare", "quadratic", "--out", "~no such user/x.png"), "without ~"),
     "demo_flag": Command(plain("demo", "--wibble"), "unrecognized arguments: --wibble"),
     "nothing_to_resume": Command(
-        train("--resume"), "there is no checkpoint .*expected one: check --out, or start without"
+        train("--resume"), "there is no checkpoint .*expected one; check --out, or start without"
     ),
     "resume_other_option": Command(
         lambda folder: [*train("--resume", out="run")(folder), "--inner-lr", "0.5"],
-        "--inner-lr is 0.5, expected 0.01, with which the run to resume was started: leave --inner-lr out",
+        "--inner-lr is 0.5, expected 0.01, with which the run to resume was started; leave --inner-lr out",
     ),
     "resume_other_problem": Command(
         lambda folder: ["train", "omniglot", "--out", str(folder / "run"), "--resume"],
-        "is of diffopt train sinusoid, expected omniglot: check --out",
+        "is of diffopt train sinusoid, expected omniglot; check --out",
     ),
 }
 CHECKPOINTS: dict[str, Command] = {
     "empty": Command(
-        resume_files(lambda p: (p / "checkpoint.pt").write_bytes(b"")), f"readable .*expected a whole one: {COPY[:20]}"
+        resume_files(lambda p: (p / "checkpoint.pt").write_bytes(b"")), f"readable .*expected a whole one; {COPY[:20]}"
     ),
     "cut_short": Command(
         resume_files(lambda p: (p / "checkpoint.pt").write_bytes((p / "checkpoint.pt").read_bytes()[:-1000])),
@@ -209,11 +209,11 @@ CHECKPOINTS: dict[str, Command] = {
         resume_files(lambda p: (p / "checkpoint.pt").write_bytes(b"hello")), "not a readable .*a whole one"
     ),
     "flipped_bit": Command(
-        resume_files(flip), rf"not a readable checkpoint .*its checksum does not fit.*, expected a whole one: {COPY}"
+        resume_files(flip), rf"not a readable checkpoint .*its checksum does not fit.*, expected a whole one; {COPY}"
     ),
     "another_log": Command(
         resume_files(lambda p: (p / "metrics.jsonl").write_bytes(b"{}\n" * 9)),
-        "metrics.jsonl has been changed since .*expected the same lines: restore it from a copy, or start again",
+        "metrics.jsonl has been changed since .*expected the same lines; restore it from a copy, or start again",
     ),
     "runs_code": Command(
         resume_files(lambda p: torch.save({"format": 1, "params": Path}, p / "checkpoint.pt")),
@@ -224,17 +224,17 @@ CHECKPOINTS: dict[str, Command] = {
         "not written by diffopt train, expected one",
     ),
     "other_version": Command(
-        resume(put("format", value=99)), "another version of diffopt, expected format 1: resume with"
+        resume(put("format", value=99)), "another version of diffopt, expected format 1; resume with"
     ),
     "no_format": Command(resume(drop("format")), "not written by diffopt train, expected one"),
     "part_missing": Command(resume(drop("params")), "by another version of diffopt, expected format 1"),
     "other_problem": Command(resume(put("problem", value="x")), "is of diffopt train x, expected sinusoid"),
-    "params_list": Command(resume(put("params", value=[1])), rf"its params is list \[1\], expected a dict: {COPY}"),
+    "params_list": Command(resume(put("params", value=[1])), rf"its params is list \[1\], expected a dict; {COPY}"),
     "param_missing": Command(resume(drop("params", "first")), r"its params\['.*'\] is missing, expected those of 6"),
     "param_unknown": Command(resume(put("params", "x", value=1)), r"its params\['x'\] is unknown, expected those of 6"),
     "param_shape": Command(
         resume(put("params", "first", value=torch.zeros(7))),
-        rf"its params\['.*'\] is .*\(7,\).*expected .*\(40, 1\): {COPY}",
+        rf"its params\['.*'\] is .*\(7,\).*expected .*\(40, 1\); {COPY}",
     ),
     "param_dtype": Command(
         resume(put("params", "first", value=torch.Tensor.double)), "float64 .*expected torch.float32"
@@ -266,7 +266,7 @@ CHECKPOINTS: dict[str, Command] = {
     ),
     "option_out_of_range": Command(
         resume(put("options", "steps", value=0)),
-        "the stored option 'steps' is 0 .*expected one that --steps takes: start a new",
+        "the stored option 'steps' is 0 .*expected one that --steps takes; start a new",
     ),
     "log_cut_short": Command(
         resume_files(lambda p: (p / "metrics.jsonl").write_bytes(b"")),

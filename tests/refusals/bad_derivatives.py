@@ -85,7 +85,7 @@ def hidden_checkpoint() -> Any:
 
 GENERATOR = torch.Generator().manual_seed(0)
 NUMPY = np.random.default_rng(0)
-SECOND = "has no second derivative .*expected operations that can be differentiated twice: "
+SECOND = "has no second derivative .*expected operations that can be differentiated twice; "
 
 
 def with_tangent() -> None:
@@ -193,19 +193,19 @@ ROWS: dict[str, Row] = {
         "second derivative",
         with_tangent,
         diffopt.MissingDerivativeError,
-        "carries a tangent of forward-mode differentiation, expected none: .*Use backward",
+        "carries a tangent of forward-mode differentiation, expected none; .*Use backward",
     ),
     "forward_mode_of_functions": Row(
         "second derivative",
         lambda: jvp(partial(solve, square), (tensor(1, 2),), (tensor(1, 1),)),
         diffopt.MissingDerivativeError,
-        "carries a tangent of forward-mode differentiation, expected none: .*Use backward",
+        "carries a tangent of forward-mode differentiation, expected none; .*Use backward",
     ),
     "branch_vmap": Row(
         "vmap",
         lambda: vmap(partial(solve, lambda w: w.sum() if w.sum() > 0 else -w.sum()))(torch.ones(2, 3)),
         diffopt.VmapError,
-        r"cannot run under vmap \(.*data-dependent.*expected code that can: write torch.where",
+        r"cannot run under vmap \(.*data-dependent.*expected code that can; write torch.where",
     ),
     "item_vmap": Row(
         "vmap",
@@ -240,7 +240,7 @@ ROWS: dict[str, Row] = {
         "random numbers",
         lambda: vmap(partial(solve, lambda w: F.dropout(w).sum()))(torch.ones(2, 3)),
         diffopt.RandomnessError,
-        "random numbers under vmap, which expected none: say randomness='different'",
+        "random numbers under vmap, expected none; say randomness='different'",
     ),
     "changed_since": Row(
         "random numbers",
@@ -271,7 +271,7 @@ ROWS: dict[str, Row] = {
         "computed again",
         lambda: solve(lambda w: (w * next(ENDED)).sum() ** 2),
         diffopt.HiddenStateError,
-        "asks an iterator for more .*expected a loss that reads its arguments only. Pass the data of all steps in",
+        "asks an iterator for more .*expected a loss that reads its arguments only; pass the data of all steps in",
     ),
     "spectral_norm": Row(
         "computed again",

@@ -219,12 +219,12 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lifted_instance": (
         lambda: diffopt.from_torch(torch.optim.NAdam([tensor(1)])),
         diffopt.OptimizerError,
-        r"got NAdam .*expected an optimizer class, .*: from_torch\(torch\.optim\.NAdam, lr=0\.1\)",
+        r"got NAdam .*expected an optimizer class, .*; write from_torch\(torch\.optim\.NAdam, lr=0\.1\)",
     ),
     "lifted_number": (
         lambda: diffopt.from_torch(0.1),
         diffopt.OptimizerError,
-        r"got float 0\.1, expected an optimizer class, .*: from_torch\(torch\.optim\.Adam, lr=0\.1\)",
+        r"got float 0\.1, expected an optimizer class, .*; write from_torch\(torch\.optim\.Adam, lr=0\.1\)",
     ),
     "battery_of_a_torch_class": (
         lambda: diffopt.testing.check_optimizer(torch.optim.AdamW),

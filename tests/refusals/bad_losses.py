@@ -157,7 +157,7 @@ OTHERS = {
         "in place",
         lambda: solve(in_place),
         diffopt.InPlaceError,
-        "changes a tensor it was given, .* in place, expected functions without side effects: write x = x",
+        "changes a tensor it was given, .* in place, expected functions without side effects; write x = x",
     ),
     "params_in_place_unrolled": Row(
         "in place", lambda: backward(loss=in_place, estimator=Unrolled()), diffopt.InPlaceError, "write x = x"

@@ -41,12 +41,12 @@ def unfrozen_later() -> Any:
 # name -> the call, what the message says
 MODULES: dict[str, tuple[Callable[[], Any], str]] = {
     "a_function": (lambda: diffopt.functional(lambda x: x), "module is function .*expected a torch.nn.Module"),
-    "a_class": (lambda: diffopt.functional(nn.Linear), r"expected a torch.nn.Module: make it, Linear\(2, 1\) for"),
+    "a_class": (lambda: diffopt.functional(nn.Linear), r"expected a torch.nn.Module; make it, Linear\(2, 1\) for"),
     "parameters": (lambda: diffopt.functional(linear().parameters()), "module is generator .*expected a torch"),
     "no_parameters": (lambda: diffopt.functional(nn.ReLU()), "ReLU has no parameters, expected one or more to train"),
     "all_frozen": (
         lambda: diffopt.functional(linear().requires_grad_(False)),
-        r"all 2 parameters of Linear are frozen .*expected one or more to train: call requires_grad_\(\)",
+        r"all 2 parameters of Linear are frozen .*expected one or more to train; call requires_grad_\(\)",
     ),
     "lazy": (
         lambda: diffopt.functional(nn.Sequential(nn.LazyLinear(2))),

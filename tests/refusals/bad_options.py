@@ -163,7 +163,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several_numbers_for_a_tree": (
         lambda: check_optimizer(Averaging()),
         diffopt.StructureError,
-        r"betas is tuple \(0\.9, 0\.99\): expected a float, .*: metadata=diffopt\.optimizers\.EACH",
+        r"betas is tuple \(0\.9, 0\.99\), expected a float, .*: metadata=diffopt\.optimizers\.EACH",
     ),
     "offload_graph": (
         lambda: Truncated(1, "graph", offload=True),

@@ -21,8 +21,8 @@ def solved(matrix: Tensor, b: Any = None, solver: Any = CONJUGATE, **options: An
     return solver.solve(lambda x: matrix @ x, tensor(1, 1) if b is None else b, **options)
 
 
-MINIMUM = "Is the inner problem at a minimum, and all finite\\? "
-SYMMETRIC = "expected a symmetric positive definite matrix; .*GMRES needs neither \\(under Adam it is not symmetric"
+MINIMUM = "; is the inner problem at a minimum, and all finite\\?"
+SYMMETRIC = "expected a symmetric positive definite matrix; .*take GMRES \\(under Adam it is not symmetric"
 SOLVERS: dict[str, Bad] = {
     "indefinite": (lambda: solved(-EYE), diffopt.LinearSolveError, f"{SYMMETRIC}.*Dense\\(damping"),
     "singular": (lambda: solved(0 * EYE), diffopt.LinearSolveError, "broke down .*expected a symmetric positive d"),
@@ -44,22 +44,22 @@ SOLVERS: dict[str, Bad] = {
     "dense_singular": (
         lambda: solved(0 * EYE, solver=Dense()),
         diffopt.LinearSolveError,
-        f"expected a matrix that is not singular. {MINIMUM}A larger damping makes it so",
+        f"expected a matrix that is not singular; a larger damping makes it so{MINIMUM}",
     ),
     "neumann_diverges": (
         lambda: solved(EYE, solver=Neumann(step_size=3.0)),
         diffopt.LinearSolveError,
-        r"expected step_size \* A between 0 and 2; .* Take a smaller step_size, or GMRES",
+        r"expected step_size \* A between 0 and 2; .* take a smaller step_size, or GMRES",
     ),
     "nystrom_singular": (
         lambda: solved(torch.ones_like(EYE), solver=Nystrom(2, damping=1e-3)),
         diffopt.LinearSolveError,
-        f"Nystrom broke down .*expected .* of that rank at least. {MINIMUM}Take GMRES .*or a larger damping",
+        f"Nystrom broke down .*expected .* of that rank at least; take GMRES .*or a larger damping{MINIMUM}",
     ),
     "nystrom_rank": (
         lambda: solved(tensor(2, 1, 1, 2).view(2, 2), solver=Nystrom(1, damping=1e-3)),
         diffopt.LinearSolveError,
-        "Nystrom did not converge: .*expected .*The residual is larger than b itself: take a larger rank or damping",
+        "Nystrom did not converge: .*expected .*the residual is larger than b itself: take a larger rank or damping",
     ),
     "nan": (
         lambda: solved(EYE, {"x": tensor(float("nan"))}),

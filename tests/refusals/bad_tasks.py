@@ -61,7 +61,7 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     "episodes_generator": (lambda: episodes(generator=0), f"generator is int 0, {GENERATOR}"),
     "quadratic_shapes": (
         lambda: Quadratic(torch.eye(2), torch.ones(3)),
-        r"\(2, 2\) and \(3,\); expected \[d, d\] and \[d\]",
+        r"\(2, 2\) and \(3,\), expected \[d, d\] and \[d\]",
     ),
     "quadratic_not_symmetric": (
         lambda: Quadratic(tensor(1, 2, 0, 1).view(2, 2), tensor(1, 1)),
@@ -96,19 +96,19 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "quadratic_start": (
         lambda: quadratic().hypergradient(tensor(1), EYE[0], 0.1, 1),
-        r"initial has shape \(1,\); expected \(2,",
+        r"initial has shape \(1,\), expected \(2,",
     ),
     "quadratic_params": (
         lambda: quadratic().loss(tensor(1), EYE[0]),
-        r"params has shape \(1,\); expected \(2,\), one entry",
+        r"params has shape \(1,\), expected \(2,\), one entry",
     ),
     "quadratic_indefinite": (
         lambda: Quadratic(-EYE, EYE[0]).minimiser(EYE[0]),
-        "smallest eigenvalue is -1, expected one above 0: .*definite=True",
+        "smallest eigenvalue is -1, expected one above 0; .*definite=True",
     ),
     "ridge_rows": (
         lambda: rows(torch.ones(3, 2), torch.ones(4)),
-        r"\(3, 2\) and \(4,\); expected \[samples, features\]",
+        r"\(3, 2\) and \(4,\), expected \[samples, features\]",
     ),
     "ridge_features": (
         lambda: rows(torch.ones(3, 4), torch.ones(3)),
@@ -123,19 +123,19 @@ PROBLEMS: dict[str, tuple[Callable[[], Any], str]] = {
     "ridge_noise": (lambda: ridge(noise="x"), "noise is str 'x', expected a finite number >= 0"),
     "ridge_penalty": (
         lambda: ridge().hypergradient(tensor(1)),
-        r"log_penalty has shape \(1,\); expected one entry per feature",
+        r"log_penalty has shape \(1,\), expected one entry per feature",
     ),
     "sinusoid_shots": (lambda: Sinusoid(1.5, 1), f"shots is float 1.5, {WHOLE}"),
     "sinusoid_queries": (lambda: Sinusoid(1, 0), f"queries is int 0, {WHOLE}"),
     "sinusoid_tasks": (lambda: Sinusoid().sample(0, source()), f"tasks is int 0, {WHOLE}"),
     "sinusoid_generator": (lambda: Sinusoid().sample(1, 0), f"generator is int 0, {GENERATOR}"),
-    "sinusoid_dtype": (lambda: Sinusoid().sample(1, source(), torch.int64), "torch.int64; expected a floating one"),
-    "mlp_one_size": (lambda: MLP((3,)), r"sizes is tuple \(3,\); expected two or more integers, such as"),
-    "mlp_number": (lambda: MLP(3), "sizes is int 3; expected two or more integers"),
+    "sinusoid_dtype": (lambda: Sinusoid().sample(1, source(), torch.int64), "torch.int64, expected a floating one"),
+    "mlp_one_size": (lambda: MLP((3,)), r"sizes is tuple \(3,\), expected two or more integers, such as"),
+    "mlp_number": (lambda: MLP(3), "sizes is int 3, expected two or more integers"),
     "mlp_size": (lambda: MLP((1, 2.5)), rf"sizes\[1\] is float 2.5, {WHOLE}"),
     "mlp_activation": (
         lambda: MLP((1, 1), activation="relu"),
-        "activation is str 'relu'; expected a function, such as",
+        "activation is str 'relu', expected a function, such as",
     ),
     "mlp_generator": (lambda: MLP((1, 1), generator=0), f"generator is int 0, {GENERATOR}"),
     "conv4_way": (lambda: Conv4(1, 0), f"way is int 0, {WHOLE}"),
@@ -172,22 +172,22 @@ def archive(path: Path) -> Omniglot:
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "episodes_too_few_classes": (
         lambda: episodes(way=9),
-        "way is 9, expected at most 5: there are only 5 classes; lower",
+        "way is 9, expected at most 5; there are only 5 classes; lower",
     ),
     "episodes_too_few_images": (
         lambda: episodes(shot=9),
-        r"9 \+ 1, expected at most 4: a class has only 4 images; lower",
+        r"9 \+ 1, expected at most 4; a class has only 4 images; lower",
     ),
-    "episodes_floats": (lambda: episodes(IMAGES.float()), rf"float32 of shape \(5, 4, 8, 8\); {UINT8}"),
-    "episodes_axes": (lambda: episodes(IMAGES[0]), rf"shape \(4, 8, 8\); {UINT8}"),
-    "episodes_numpy": (lambda: episodes(IMAGES.numpy()), "images is ndarray .*expected a uint8 tensor: convert"),
+    "episodes_floats": (lambda: episodes(IMAGES.float()), rf"float32 of shape \(5, 4, 8, 8\), {UINT8}"),
+    "episodes_axes": (lambda: episodes(IMAGES[0]), rf"shape \(4, 8, 8\), {UINT8}"),
+    "episodes_numpy": (lambda: episodes(IMAGES.numpy()), "images is ndarray .*expected a uint8 tensor; convert"),
     "omniglot_split": (
         lambda: in_folder(None, lambda p: Omniglot.load(p.parent, split="train")),
-        "'train'; expected one of",
+        "'train', expected one of",
     ),
     "omniglot_folder": (
         lambda: Omniglot.load(3, split="background"),
-        "folder is int 3; expected a path, a str or a Path",
+        "folder is int 3, expected a path, a str or a Path",
     ),
     "omniglot_no_folder": (
         lambda: in_folder(None, lambda p: Omniglot.load(p.parent / "none", split="evaluation")),
@@ -200,7 +200,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "omniglot_cut_short": (
         lambda: in_folder(b"PK", background, "images_background.zip"),
-        "has 2 bytes; expected 9,464,212. .*download it again",
+        "has 2 bytes, expected 9,464,212. .*download it again",
     ),
     "omniglot_other_bytes": (
         lambda: in_folder(bytes(5_524_973), background, "omniglot_28.npz"),
@@ -208,16 +208,16 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "omniglot_not_a_list": (
         lambda: Omniglot.from_archives("x.zip"),
-        r"paths is 'x.zip'; expected a list .*put it in \[ \]",
+        r"paths is 'x.zip', expected a list .*put it in \[ \]",
     ),
-    "omniglot_no_archives": (lambda: Omniglot.from_archives([]), r"no drawings in \[\]; expected members such as"),
+    "omniglot_no_archives": (lambda: Omniglot.from_archives([]), r"no drawings in \[\], expected members such as"),
     "omniglot_no_archive": (
         lambda: in_folder(None, archive),
-        "cannot be read .*No such file.*expected a zip: download it again",
+        "cannot be read .*No such file.*expected a zip; download it again",
     ),
     "omniglot_not_a_zip": (
         lambda: in_folder(b"PK\x03\x04", archive),
-        "cannot be read .*expected a zip: download it again",
+        "cannot be read .*expected a zip; download it again",
     ),
     "omniglot_no_drawings": (
         lambda: in_folder({"x/readme.txt": b""}, archive),
@@ -225,7 +225,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "omniglot_no_picture": (
         lambda: in_folder({"x/A/character01/0001_01.png": b"?"}, archive),
-        "not a readable image .*expected a PNG: download",
+        "not a readable image .*expected a PNG; download",
     ),
 }
 ROWS: dict[str, Row] = {

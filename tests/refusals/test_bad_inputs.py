@@ -12,6 +12,7 @@ import pytest
 import torch
 from bad_inputs import COMMAND_LINES, ROWS
 from bad_row import backward, solve, tensor
+from in_parts import was_raised_there
 
 import diffopt
 from diffopt import SGD, DiffoptError
@@ -46,6 +47,10 @@ def test_a_bad_input_is_answered_by_a_typed_error(name: str) -> None:
     assert row.path in message
     assert "expected" in message
     assert len(message) < MOST
+    if was_raised_there(caught.value):
+        got, expected, fix = caught.value.got, caught.value.expected, caught.value.fix
+        assert "" not in (got, expected)
+        assert message == f"{got}, expected {expected}{'; ' * bool(fix)}{fix}"
     # a loss that draws moves torch's generator as a plain loop would; nothing else moves it, and nothing else moves
     assert (state() != before) == row.moves
     assert state()[:-1] == before[:-1]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+from in_parts import error_classes
 
 import diffopt
 from diffopt import DiffoptError
@@ -17,17 +16,7 @@ ENTRY = re.compile(r"### `(\w+)`\n\nAlso an? `(\w+)`[.,] ?(.+?)\n\n\*Mend:\* (.+
 
 @pytest.fixture(scope="module")
 def classes() -> dict[str, type[DiffoptError]]:
-    """Every error class in any module of the library, by name."""
-    for module in pkgutil.walk_packages(diffopt.__path__, "diffopt."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    found, pending = {}, [DiffoptError]
-    while pending:
-        for kind in pending.pop().__subclasses__():
-            if kind.__module__.startswith("diffopt."):
-                found[kind.__name__] = kind
-                pending.append(kind)
-    return found
+    return error_classes()
 
 
 @pytest.fixture(scope="module")

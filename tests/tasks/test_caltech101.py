@@ -60,7 +60,7 @@ def test_a_size_and_episodes(made, write, generator):
     assert np.array_equal(loaded.images[1][0].permute(1, 2, 0).numpy(), np.asarray(picture))
     episodes = sample_episodes(loaded.images, way=2, shot=1, query=2, tasks=3, generator=generator)
     assert episodes.query_inputs.shape == (3, 4, 3, 20, 20)
-    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 2, expected at most 3: a class has only 3 images"):
+    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 2, expected at most 3; a class has only 3 images"):
         sample_episodes(loaded.images, way=2, shot=2, query=2, tasks=3, generator=generator)
 
 
@@ -69,9 +69,9 @@ def test_a_size_and_episodes(made, write, generator):
     [
         ({"images": np.zeros((18, 32, 31, 3), np.uint8)}, r"images \(18, 32, 31, 3\).*expected \[images, 32, 32, 3\]"),
         ({"labels": np.zeros(17, np.int16)}, r"labels \(17,\)"),
-        ({"labels": np.repeat([3, 2, 1, 0], [6, 4, 5, 3])}, "labels that are not sorted, from 0 to 3"),
-        ({"labels": np.repeat([0, 1, 2, 4], COUNTS)}, "labels that are not sorted, from 0 to 3"),
-        ({"labels": np.repeat([-1, 1, 2, 3], COUNTS)}, "labels that are not sorted, from 0 to 3"),
+        ({"labels": np.repeat([3, 2, 1, 0], [6, 4, 5, 3])}, "labels that are not sorted.*, expected all of 0 to 3"),
+        ({"labels": np.repeat([0, 1, 2, 4], COUNTS)}, "labels that are not sorted.*, expected all of 0 to 3"),
+        ({"labels": np.repeat([-1, 1, 2, 3], COUNTS)}, "labels that are not sorted.*, expected all of 0 to 3"),
         ({"class_split": np.array([0, 1], np.int8)}, r"class_split \(2,\), 4 names"),
         ({"images": np.zeros((18, 32, 32, 3))}, "holds images as float64"),
     ],
@@ -87,14 +87,14 @@ def test_missing_data_says_what_to_do(tmp_path):
         Caltech101.load(tmp_path, split="test")
     for part in (
         str(tmp_path),
-        "Put there caltech101_32.npz",
+        "expected caltech101_32.npz",
         "https://data.caltech.edu",
         "`class_split`",
         "--data-dir",
     ):
         assert part in str(error.value)
     (tmp_path / "caltech101_32.npz").write_bytes(b"short")
-    with pytest.raises(DataError, match="has 5 bytes; expected 16,497,180"):
+    with pytest.raises(DataError, match="has 5 bytes, expected 16,497,180"):
         Caltech101.load(tmp_path, split="test")
     with pytest.raises(DataError, match="split is 'val'"):
         Caltech101.load(tmp_path, split="val")

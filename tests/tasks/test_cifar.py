@@ -117,9 +117,9 @@ def test_episodes(archive, generator):
     images = CIFARFS.from_archive(archive, split="validation").images
     episodes = sample_episodes(images, way=5, shot=1, query=3, tasks=2, generator=generator)
     assert episodes.support_inputs.shape == (2, 5, 3, 32, 32)
-    with pytest.raises(DataError, match=r"shot . query is 2 . 3, expected at most 4: a class has only 4 images"):
+    with pytest.raises(DataError, match=r"shot . query is 2 . 3, expected at most 4; a class has only 4 images"):
         sample_episodes(images, way=5, shot=2, query=3, tasks=2, generator=generator)
-    with pytest.raises(DataError, match="way is 17, expected at most 16: there are only 16 classes"):
+    with pytest.raises(DataError, match="way is 17, expected at most 16; there are only 16 classes"):
         sample_episodes(images, way=17, shot=1, query=3, tasks=2, generator=generator)
 
 
@@ -141,18 +141,18 @@ def test_load_takes_the_archive_or_what_was_extracted(archive, made, monkeypatch
     assert torch.equal(extracted.images, expected.images)
     assert extracted.sources == tuple(f"cifar-100-python/{name}" for name in ("meta", "train", "test"))
     (tmp_path / "cifar-100-python" / "test").write_bytes(b"other")
-    with pytest.raises(DataError, match=r"test has MD5 \w+; expected \w+\..*download it again"):
+    with pytest.raises(DataError, match=r"test has MD5 \w+, expected \w+; .*download it again"):
         CIFARFS.load(tmp_path, split="test")
 
 
 def test_the_official_archive_is_known_by_size_and_checksum(tmp_path):
     path = tmp_path / "cifar-100-python.tar.gz"
     path.write_bytes(b"cut short")
-    with pytest.raises(DataError, match=r"has 9 bytes; expected 169,001,437\. The download was cut short"):
+    with pytest.raises(DataError, match=r"has 9 bytes, expected 169,001,437; the download was cut short"):
         CIFARFS.load(tmp_path, split="train")
     with path.open("wb") as file:
         file.truncate(169_001_437)  # a hole: takes no room
-    with pytest.raises(DataError, match=r"has SHA-256 \w+; expected 85cd44d02ba6"):
+    with pytest.raises(DataError, match=r"has SHA-256 \w+, expected 85cd44d02ba6"):
         FC100.load(tmp_path, split="train")
 
 
@@ -160,11 +160,11 @@ def test_missing_data_says_what_to_do(tmp_path):
     for data_set, name in ((CIFARFS, "CIFAR-FS"), (FC100, "FC100")):
         with pytest.raises(DataError, match=f"no {name} data for split 'test' in .*: it has none of the") as error:
             data_set.load(tmp_path, split="test")
-        for part in (str(tmp_path), "Put there cifar-100-python.tar.gz", "www.cs.toronto.edu", "--data-dir"):
+        for part in (str(tmp_path), "expected cifar-100-python.tar.gz", "www.cs.toronto.edu", "--data-dir"):
             assert part in str(error.value)
         with pytest.raises(DataError, match="there is no such folder"):
             data_set.load(tmp_path / "absent", split="test")
-        with pytest.raises(DataError, match="split is 'val'; expected one of train, validation, test"):
+        with pytest.raises(DataError, match="split is 'val', expected one of train, validation, test"):
             data_set.load(tmp_path, split="val")
         with pytest.raises(DataError, match="split is 'val'"):
             data_set.from_archive(tmp_path / "absent", split="val")
@@ -182,18 +182,22 @@ BROKEN = {
     "wrong shape": (
         "train",
         lambda t: t | {"data": t["data"][:, :3071]},
-        r"uint8 of shape \(300, 3071\); expected uint8",
+        r"uint8 of shape \(300, 3071\), expected uint8",
     ),
     "wrong dtype": ("test", lambda t: t | {"data": t["data"].astype(np.int32)}, "test has data int32"),
-    "no data": ("train", lambda t: without(t, "data"), "train has no key 'data'; its keys are 'filenames'"),
-    "cifar-10": ("train", lambda t: without(t, "fine_labels") | {"labels": []}, "no key 'fine_labels'"),
+    "no data": ("train", lambda t: without(t, "data"), "train has the keys 'filenames', .* expected 'data' among them"),
+    "cifar-10": ("train", lambda t: without(t, "fine_labels") | {"labels": []}, "expected 'fine_labels' among them"),
     "too few labels": ("train", lambda t: t | {"fine_labels": [0] * 299}, r"300 images and labels of shape \(299,\)"),
-    "a label beyond": ("train", lambda t: t | {"fine_labels": [100] * 300}, "labels from 100 to 100; expected 0 to 99"),
-    "labels in words": ("train", lambda t: t | {"fine_labels": "apple"}, "fine_labels is a bytes; expected a numpy"),
-    "one class too many": ("train", lambda t: t | {"fine_labels": [0] * 300}, "have .* images; expected as many .600."),
-    "other classes": ("meta", lambda t: t | {"fine_label_names": ["cat"] * 10}, "names 10 classes that are not the"),
-    "no list": ("meta", lambda t: t | {"fine_label_names": 3}, "fine_label_names as int; expected a list"),
-    "a list": ("meta", lambda t: [1, 2], "holds a list; expected a dictionary with the key 'fine_label_names'"),
+    "a label beyond": ("train", lambda t: t | {"fine_labels": [100] * 300}, "labels from 100 to 100, expected 0 to 99"),
+    "labels in words": ("train", lambda t: t | {"fine_labels": "apple"}, "fine_labels is a bytes, expected a numpy"),
+    "one class too many": ("train", lambda t: t | {"fine_labels": [0] * 300}, "have .* images, expected as many .600."),
+    "other classes": (
+        "meta",
+        lambda t: t | {"fine_label_names": ["cat"] * 10},
+        "names 10 classes, expected the hundred",
+    ),
+    "no list": ("meta", lambda t: t | {"fine_label_names": 3}, "fine_label_names as int, expected a list"),
+    "a list": ("meta", lambda t: [1, 2], "holds a list, expected a dictionary with the key 'fine_label_names'"),
 }
 
 

@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_is_a_typed_error(load, folder):
 
 def test_an_archive_of_drawings_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.zip")
-    with pytest.raises(DataError, match=r"a\.zip cannot be read: it is a pipe or a device; expected a file"):
+    with pytest.raises(DataError, match=r"a\.zip cannot be read: it is a pipe or a device, expected a file"):
         Omniglot.from_archives([tmp_path / "a.zip"])
     with pytest.raises(DataError, match="it is a pipe"):
         open_file(tmp_path / "a.zip")
@@ -101,7 +101,7 @@ def test_a_drawing_that_unpacks_to_gigabytes_is_refused_by_its_size(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(DRAWING, "w") as file:
         for _ in range(2 + limit // 10_000):
             file.write(bytes(10_000))
-    with pytest.raises(DataError, match=rf"holds {DRAWING} with .* bytes; expected a drawing of {limit:,} at most"):
+    with pytest.raises(DataError, match=rf"holds {DRAWING} with .* bytes, expected a drawing of {limit:,} at most"):
         Omniglot.from_archives([path])
 
 
@@ -110,14 +110,14 @@ def test_a_drawing_that_is_larger_than_it_claims_gives_no_more_than_that(tmp_pat
     content, size = path.read_bytes(), struct.pack("<I", len(drawing()) + 200_000)
     assert content.count(size) == 2  # before the member and in the list at the end
     path.write_bytes(content.replace(size, struct.pack("<I", 300)))
-    with pytest.raises(DataError, match=r"cannot be read .*expected a zip: download it again"):
+    with pytest.raises(DataError, match=r"cannot be read .*expected a zip; download it again"):
         Omniglot.from_archives([path])
 
 
 def test_a_zip_beyond_all_drawings_is_not_even_opened(tmp_path, monkeypatch):
     path = zipped(tmp_path / "a.zip", {DRAWING: drawing()})
     monkeypatch.setattr(omniglot_archive, "LARGEST_ZIP", path.stat().st_size - 1)
-    with pytest.raises(DataError, match=r"expected .* at most: this is another file"):
+    with pytest.raises(DataError, match=r"expected .* at most; this is another file"):
         Omniglot.from_archives([path])
 
 
@@ -146,7 +146,7 @@ def test_an_encrypted_drawing_is_a_typed_error(tmp_path, flag):
     for start, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         content[content.index(start) + place] |= flag
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match=r"cannot be read .*expected a zip: download it again"):
+    with pytest.raises(DataError, match=r"cannot be read .*expected a zip; download it again"):
         Omniglot.from_archives([path])
 
 
@@ -156,7 +156,7 @@ def test_a_method_of_packing_that_is_not_known_is_a_typed_error(tmp_path):
     for start, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         content[content.index(start) + place] = 99
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match=r"cannot be read .*expected a zip: download it again"):
+    with pytest.raises(DataError, match=r"cannot be read .*expected a zip; download it again"):
         Omniglot.from_archives([path])
 
 
@@ -164,5 +164,5 @@ def test_a_file_of_unknown_size_is_read_up_to_a_limit(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     known = KnownFile("a", None, md5="827ccb0eea8a706c4c34a16891f84e7b")
     assert known.read(tmp_path, limit=5) == b"12345"
-    with pytest.raises(DataError, match="has 5 bytes; expected 4 at most"):
+    with pytest.raises(DataError, match="has 5 bytes, expected 4 at most"):
         known.read(tmp_path, limit=4)

@@ -25,10 +25,10 @@ def test_every_other_file_is_refused(way, tmp_path):
     path = tmp_path / "a"
     path.write_bytes(CONTENT[:-1] + b"?")
     for known, message in [
-        (KnownFile("a", len(CONTENT), SHA256), f"has SHA-256 .*; expected {SHA256}"),
-        (KnownFile("a", None, md5=MD5), f"has MD5 .*; expected {MD5}"),
+        (KnownFile("a", len(CONTENT), SHA256), f"has SHA-256 .*, expected {SHA256}"),
+        (KnownFile("a", None, md5=MD5), f"has MD5 .*, expected {MD5}"),
         (KnownFile("a", len(CONTENT), SHA256, MD5), "has SHA-256"),
-        (KnownFile("a", 3, SHA256), f"has {len(CONTENT):,} bytes; expected 3"),
+        (KnownFile("a", 3, SHA256), f"has {len(CONTENT):,} bytes, expected 3"),
         (KnownFile("b", 3, SHA256), "b cannot be read: No such file"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -49,7 +49,7 @@ def test_one_of_several_forms_is_chosen_by_its_size(tmp_path):
     with pytest.raises(DataError, match="has SHA-256"):
         read_one_of((known, other), tmp_path)
     path.write_bytes(b"hell")
-    with pytest.raises(DataError, match=f"has 4 bytes; expected {len(CONTENT):,} or 5"):
+    with pytest.raises(DataError, match=f"has 4 bytes, expected {len(CONTENT):,} or 5"):
         read_one_of((known, other), tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         read_one_of((known, other), tmp_path / "absent")

@@ -146,19 +146,21 @@ def test_errors_name_the_fault(problem):
         change(labels=problem.labels[1:])
     with pytest.raises(ProblemError, match=r"training inputs and labels have shapes \(120, 10\) and \(119,\)"):
         change(true_labels=problem.labels[1:])
-    with pytest.raises(ProblemError, match=r"validation inputs .* \(200, 9\) and \(200,\); .* as many features"):
+    with pytest.raises(ProblemError, match=r"validation inputs .* \(200, 9\) and \(200,\), .* as many features"):
         change(validation_inputs=problem.validation_inputs[:, 1:])
-    with pytest.raises(ProblemError, match=r"test labels are not int64 in 0 .. 2"):
+    with pytest.raises(
+        ProblemError, match=r"test labels are 500 of torch.int32, .* expected .* of torch.int64 in 0 .. 2"
+    ):
         change(test_labels=problem.test_labels.int())
-    with pytest.raises(ProblemError, match=r"training labels are not int64 in 0 .. 1, or there are none"):
+    with pytest.raises(ProblemError, match=r"training labels are .* or one is out of range, expected .* in 0 .. 1"):
         change(classes=2)
-    with pytest.raises(ProblemError, match=r"test labels .* there are none"):
+    with pytest.raises(ProblemError, match=r"test labels are 0 of .*, expected one or more"):
         change(test_inputs=problem.test_inputs[:0], test_labels=problem.test_labels[:0])
-    with pytest.raises(ProblemError, match=r"logits has shape \(120, 1\); expected one per training example, \(120,\)"):
+    with pytest.raises(ProblemError, match=r"logits has shape \(120, 1\), expected one per training example, \(120,\)"):
         change(logits=problem.logits[:, None])
-    with pytest.raises(ProblemError, match=r"weights has shape \(119,\); expected one per training example, \(120,\)"):
+    with pytest.raises(ProblemError, match=r"weights has shape \(119,\), expected one per training example, \(120,\)"):
         problem.loss(problem.start(), problem.logits[1:])
-    with pytest.raises(ProblemError, match=r"logits has shape \(\); expected"):
+    with pytest.raises(ProblemError, match=r"logits has shape \(\), expected"):
         problem.f1(torch.tensor(0.0))
 
 
@@ -184,7 +186,7 @@ def test_the_real_problem(data_folder):
     with pytest.raises(ProblemError, match="size is 0"):
         load(0, size=0)
     for options in ({"samples": 0}, {"validation_samples": 10_001}):
-        with pytest.raises(ProblemError, match="examples are asked for; expected 1 to"):
+        with pytest.raises(ProblemError, match="examples are asked for, expected 1 to"):
             load(0, **options)
 
 

@@ -201,7 +201,7 @@ def test_bad_values_are_refused(problem, generator):
     for beta in (-1.0, math.inf, math.nan):
         with pytest.raises(ProblemError, match="beta is"):
             replace(task, beta=beta)
-    with pytest.raises(ProblemError, match=r"\(3, 2\) channels; expected \(2, 3\)"):
+    with pytest.raises(ProblemError, match=r"\(3, 2\) channels, expected \(2, 3\)"):
         task.weights(meta, source[::-1])
     for network in (PlainStages, ResidualStages):
         for sizes in ((0, 3, (2,), 1), (1, 0, (2,), 1), (1, 3, (), 1), (1, 3, (2, 0), 1), (1, 3, (2,), 0)):

@@ -82,7 +82,7 @@ def test_the_archive_is_read_once_its_checksum_is_right(tmp_path, monkeypatch):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    with pytest.raises(DataError, match=r"tar\.gz has MD5 \w+; expected b38f1eb4251fb9459ecc8e7febf9b2eb"):
+    with pytest.raises(DataError, match=r"tar\.gz has MD5 \w+, expected b38f1eb4251fb9459ecc8e7febf9b2eb"):
         MiniImageNet.load(tmp_path, split="validation")
     digest = hashlib.md5((tmp_path / "mini-imagenet.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(mini_imagenet, "ARCHIVE", KnownFile("mini-imagenet.tar.gz", None, md5=digest))
@@ -152,7 +152,7 @@ def test_pictures_of_other_kinds_become_rgb(tmp_path, generator):
     assert np.abs(loaded.images[0, 2].permute(1, 2, 0).numpy().astype(int) - smooth).max() < 12, "JPEG loses a little"
     episodes = sample_episodes(loaded.images, way=5, shot=1, query=2, tasks=2, generator=generator)
     assert episodes.query_inputs.shape == (2, 10, 3, 84, 84)
-    with pytest.raises(DataError, match="expected at most 3: a class has only 3 images"):
+    with pytest.raises(DataError, match="expected at most 3; a class has only 3 images"):
         sample_episodes(loaded.images, way=5, shot=1, query=15, tasks=2, generator=generator)
 
 
@@ -161,10 +161,13 @@ def renamed(classes):
 
 
 BROKEN = {
-    "another split": (lambda t: made("test"), "holds the classes of split 'test', not of 'validation': the file has"),
+    "another split": (
+        lambda t: made("test"),
+        "holds the classes of split 'test', expected those of 'validation'; the file has",
+    ),
     "a class less": (
         lambda t: t | {"class_dict": dict(list(t["class_dict"].items())[1:])},
-        "15 classes; expected the 16",
+        "15 classes, expected the 16",
     ),
     "a foreign class": (
         lambda t: t | {"class_dict": renamed(t["class_dict"])},
@@ -172,24 +175,27 @@ BROKEN = {
     ),
     "an image less": (
         lambda t: t | {"class_dict": t["class_dict"] | {"n01855672": [0, 1]}},
-        "has 2 images of class n01855672; expected 3: it was cut short",
+        "has 2 images of class n01855672, expected 3; it was cut short",
     ),
     "an image twice": (lambda t: t | {"class_dict": t["class_dict"] | {"n01855672": [0, 1, 2]}}, "one image twice"),
     "beyond the end": (
         lambda t: t | {"image_data": t["image_data"][:-1]},
-        "images of class n0.* beyond the 47 there are",
+        "images of class n0.* beyond the last, expected .* the 47 images there are",
     ),
-    "before the start": (lambda t: t | {"class_dict": t["class_dict"] | {"n01855672": [0, -1, 2]}}, "beyond the 48"),
+    "before the start": (
+        lambda t: t | {"class_dict": t["class_dict"] | {"n01855672": [0, -1, 2]}},
+        "expected places among the 48",
+    ),
     "places in words": (lambda t: t | {"class_dict": t["class_dict"] | {"n01855672": "a"}}, "class_dict is a str"),
     "another shape": (
         lambda t: t | {"image_data": t["image_data"][:, :80]},
-        r"of shape \(48, 80, 84, 3\); expected uint8",
+        r"of shape \(48, 80, 84, 3\), expected uint8",
     ),
     "another dtype": (lambda t: t | {"image_data": t["image_data"] / 255}, "image_data float64 of shape"),
-    "no images": (lambda t: {"data": t["image_data"]}, "no key 'image_data'; its keys are 'data'"),
-    "no classes": (lambda t: {"image_data": t["image_data"]}, "no key 'class_dict'"),
-    "a list of classes": (lambda t: t | {"class_dict": [1]}, "class_dict as list; expected a dictionary"),
-    "a list": (lambda t: [1], "holds a list; expected a dictionary"),
+    "no images": (lambda t: {"data": t["image_data"]}, "the keys 'data', expected 'image_data' among them"),
+    "no classes": (lambda t: {"image_data": t["image_data"]}, "expected 'class_dict' among them"),
+    "a list of classes": (lambda t: t | {"class_dict": [1]}, "class_dict as list, expected a dictionary"),
+    "a list": (lambda t: [1], "holds a list, expected a dictionary"),
 }
 
 
@@ -207,12 +213,12 @@ def test_pickles_cut_short_too_large_or_with_a_call_are_refused(tmp_path, monkey
     content = python2_pickle(made("validation"))
     for end in (0, 10, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:end])
-        with pytest.raises(DataError, match=r"not a whole pickle .* cut short or damaged"):
+        with pytest.raises(DataError, match=r"cannot be read .*, expected a whole pickle; .* cut short or damaged"):
             MiniImageNet.load(tmp_path, split="validation")
     path.write_bytes(content)
     with monkeypatch.context() as patch:
         patch.setattr(mini_imagenet, "LARGEST_PICKLE", 1000)
-        with pytest.raises(DataError, match=r"bytes; expected 1,000 at most"):
+        with pytest.raises(DataError, match=r"bytes, expected 1,000 at most"):
             MiniImageNet.load(tmp_path, split="validation")
     mark = tmp_path / "mark"
     path.write_bytes(b"\x80\x02cposix\nsystem\n" + f"U{chr(len(str(mark)) + 6)}touch {mark}".encode() + b"\x85R.")
@@ -224,15 +230,15 @@ def test_pickles_cut_short_too_large_or_with_a_call_are_refused(tmp_path, monkey
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("../../etc/passwd,n01855672", r"line 2, names '\.\./\.\./etc/passwd'; expected a file name"),
+        ("../../etc/passwd,n01855672", r"line 2, names '\.\./\.\./etc/passwd', expected a file name"),
         ("/etc/passwd,n01855672", "names '/etc/passwd'"),
         ("..\\x.jpg,n01855672", "expected a file name"),
         ("..,n01855672", "expected a file name"),
         (",n01855672", "names ''"),
-        ("a.jpg", "line 2, has 1 fields; expected filename and label"),
+        ("a.jpg", "line 2, has 1 fields, expected filename and label"),
         ("a.jpg,n01855672,x", "line 2, has 3 fields"),
         ("a.jpg,n99999999", "17 classes, 1 of them foreign, such as 'n99999999'"),
-        ("a.jpg,n01855672", "has 4 images of class n01855672; expected 3"),
+        ("a.jpg,n01855672", "has 4 images of class n01855672, expected 3"),
         ('"' + "x" * 200_000 + '",n01855672', "line 2, cannot be read .field larger"),
     ],
 )
@@ -246,17 +252,19 @@ def test_lists_of_another_content_are_refused(line, message, tmp_path):
 def test_lists_without_a_header_or_too_large_are_refused(tmp_path, monkeypatch):
     lines, pictures = picture_files("validation")
     write_pictures(tmp_path, lines[1:], pictures, "images", "validation")
-    with pytest.raises(DataError, match="does not begin with the line 'filename,label'"):
+    with pytest.raises(DataError, match="begins with another line, expected 'filename,label'"):
         MiniImageNet.load(tmp_path, split="validation")
     monkeypatch.setattr(mini_imagenet_files, "LARGEST_LIST", 100)
-    with pytest.raises(DataError, match="expected 100 at most: this is no list"):
+    with pytest.raises(DataError, match="expected 100 at most; this is no list"):
         MiniImageNet.load(tmp_path, split="validation")
 
 
 def test_pictures_missing_damaged_or_too_large_are_refused(tmp_path, monkeypatch):
     lines, pictures = picture_files("validation")
     (tmp_path / "val.csv").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"not beside the list: .* none of images/n01855672\d+\.jpg, n01855672/n01"):
+    with pytest.raises(
+        DataError, match=r"not beside the list in .*, expected one of images/n01855672\d+\.jpg, n01855672/n01"
+    ):
         MiniImageNet.load(tmp_path, split="validation")
     write_pictures(tmp_path, lines, pictures, "images", "validation")
     label = class_list("mini-imagenet", "validation")[-1]
@@ -264,7 +272,7 @@ def test_pictures_missing_damaged_or_too_large_are_refused(tmp_path, monkeypatch
     whole = path.read_bytes()
     for content in (b"", b"GIF89a", whole[: len(whole) // 2], whole[:40], encoded(np.zeros((9, 9), np.uint8), "GIF")):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"00000002\.jpg is not a readable JPEG or PNG"):
+        with pytest.raises(DataError, match=r"00000002\.jpg cannot be read .*, expected a whole JPEG or PNG"):
             MiniImageNet.load(tmp_path, split="validation")
     path.unlink()
     with pytest.raises(DataError, match=r"00000002\.jpg cannot be read: No such file"):

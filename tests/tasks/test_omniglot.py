@@ -102,7 +102,7 @@ def test_archives_that_agree_are_joined_and_others_refused(drawn_archive, tmp_pa
     [
         ({"x/readme.txt": b"hello"}, "no drawings in"),
         ({"x/A/character01/0001_01.png": b"not a picture"}, "not a readable image"),
-        ({"x/A/character01/0001_01.png": png((28, 28))}, "is 28x28 pixels; expected 105x105"),
+        ({"x/A/character01/0001_01.png": png((28, 28))}, "is 28x28 pixels, expected 105x105"),
         (
             {f"x/A/character{which}.png": png() for which in ("01/0001_01", "02/0002_01", "02/0002_02")},
             r"have \[1, 2\] drawings",
@@ -117,7 +117,7 @@ def test_archives_of_another_layout_are_refused(members, message, tmp_path):
 
 def test_files_that_are_no_archives_are_refused(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(DataError, match=r"cut\.zip cannot be read .*; expected a zip"):
+    with pytest.raises(DataError, match=r"cut\.zip cannot be read .*, expected a zip"):
         Omniglot.from_archives([tmp_path / "cut.zip"])
     with pytest.raises(DataError, match=r"absent\.zip cannot be read .*No such file"):
         Omniglot.from_archives([tmp_path / "absent.zip"])
@@ -126,13 +126,13 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
 def test_a_wrong_size_and_a_wrong_checksum_are_refused(known_archive, tmp_path):
     content = known_archive.path.read_bytes()
     (tmp_path / "images_background.zip").write_bytes(content[:-1])
-    with pytest.raises(DataError, match=rf"has {len(content) - 1:,} bytes; expected {len(content):,}.*again"):
+    with pytest.raises(DataError, match=rf"has {len(content) - 1:,} bytes, expected {len(content):,}.*again"):
         Omniglot.load(tmp_path, split="background")
     (tmp_path / "images_background.zip").write_bytes(content[:-1] + b"?")
     with pytest.raises(DataError, match=r"has SHA-256 .* expected .*download it again"):
         Omniglot.load(tmp_path, split="background")
     (tmp_path / "omniglot_28.npz").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"omniglot_28\.npz has 5 bytes; expected 5,524,973"):
+    with pytest.raises(DataError, match=r"omniglot_28\.npz has 5 bytes, expected 5,524,973"):
         Omniglot.load(tmp_path, split="vinyals-test")
 
 
@@ -145,7 +145,7 @@ def test_missing_data_says_what_to_do(tmp_path, known_archive):
         Omniglot.load(tmp_path, split="evaluation")
     with pytest.raises(DataError, match=r"expected omniglot_28\.npz .the official zips do not know the Vin"):
         Omniglot.load(known_archive.path.parent, split="vinyals-train")
-    with pytest.raises(DataError, match="split is 'train'; expected one of background, evaluation, vinyals-"):
+    with pytest.raises(DataError, match="split is 'train', expected one of background, evaluation, vinyals-"):
         Omniglot.load(tmp_path, split="train")
     (tmp_path / "images_evaluation.zip").mkdir()
     with pytest.raises(DataError, match=r"images_evaluation\.zip"):

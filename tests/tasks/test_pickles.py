@@ -196,11 +196,11 @@ def test_the_attacks_above_do_run_under_pickle(tmp_path):
 
 
 def test_the_message_names_what_was_refused():
-    with pytest.raises(DataError, match=r"some\.pkl names '(posix|nt)\.system'; expected numpy arrays.*not open"):
+    with pytest.raises(DataError, match=r"some\.pkl names '(posix|nt)\.system', expected numpy arrays.*not open"):
         read(pickle.dumps(Calls(os.system, "true"), 2))
-    with pytest.raises(DataError, match=r"calls numpy\.ndarray in a way"):
+    with pytest.raises(DataError, match=r"calls numpy\.ndarray in another way"):
         read(b"\x80\x02cnumpy\nndarray\nK\x01\x85R.")
-    with pytest.raises(DataError, match=r"calls numpy\.core\.multiarray\._reconstruct in a way"):
+    with pytest.raises(DataError, match=r"calls numpy\.core\.multiarray\._reconstruct in another way"):
         read(b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\nK\x00U\x01b\x87R.")
     with pytest.raises(DataError, match="an array of records"):
         read(b"\x80\x02cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NU\x01aNK\x01K\x01K\x00tb.")
@@ -284,7 +284,7 @@ def test_deep_and_circular_values_are_no_trap():
         array(read(deep), "it")
     before, after = b"(J\x00\x00\x00\x00tcnumpy\ndtype", b")" + b"\x85" * 200_000 + b"cnumpy\ndtype"
     content = python2_pickle(np.zeros(0, np.uint8)).replace(before, after)
-    with pytest.raises(DataError, match="shape is not made of integers"):
+    with pytest.raises(DataError, match="expected a shape of integers"):
         array(read(content), "it")
     circular = read(b"\x80\x02]q\x00h\x00a.")
     assert circular[0] is circular
@@ -295,7 +295,7 @@ def test_deep_and_circular_values_are_no_trap():
 def test_cut_short_wherever_is_refused():
     content = python2_pickle({"data": np.arange(5)})
     for end in range(len(content) - 1):
-        with pytest.raises(DataError, match=r"not a whole pickle|holds an array"):
+        with pytest.raises(DataError, match=r"a whole pickle|holds an array"):
             array(entry(read(content[:end]), "data", "it"), "it")
 
 
@@ -309,9 +309,9 @@ def test_files_and_keys_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="expected 10 at most"):
         load_pickle(path, 10)
     assert load_pickle(path, 1000) == [0] * 50
-    with pytest.raises(DataError, match=r"it has no key 'data'; its keys are 'a', 'b', 'int'"):
+    with pytest.raises(DataError, match=r"it has the keys 'a', 'b', 'int', expected 'data' among them"):
         entry({b"a": 1, "b": 2, 3: 3}, "data", "it")
-    with pytest.raises(DataError, match="it is a str; expected a numpy array"):
+    with pytest.raises(DataError, match="it is a str, expected a numpy array"):
         array("x", "it")
     with pytest.raises(DataError, match="it is a list"):
         array([1, 2.0], "it")

@@ -83,22 +83,22 @@ def test_a_class_is_a_view_of_its_images():
 def test_errors_name_the_fault(generator):
     images = numbered([4, 9], 3, 5, 5)
     sizes = {"way": 2, "tasks": 1, "generator": generator}
-    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 3, expected at most 4: a class has only 4 images"):
+    with pytest.raises(DataError, match=r"shot \+ query is 2 \+ 3, expected at most 4; a class has only 4 images"):
         sample_episodes(images, shot=2, query=3, **sizes)
-    with pytest.raises(DataError, match="way is 3, expected at most 2: there are only 2 classes"):
+    with pytest.raises(DataError, match="way is 3, expected at most 2; there are only 2 classes"):
         sample_episodes(images, shot=1, query=3, **sizes | {"way": 3})
-    with pytest.raises(DataError, match=r"float32 of shape \(13, 3, 5, 5\); expected uint8 \[images, \(channels"):
+    with pytest.raises(DataError, match=r"float32 of shape \(13, 3, 5, 5\), expected uint8 \[images, \(channels"):
         sample_episodes(RaggedImages(images.flat.float(), images.counts), shot=1, query=1, **sizes)
-    with pytest.raises(DataError, match=r"uint8 of shape \(13, 75\); expected uint8 \[images"):
+    with pytest.raises(DataError, match=r"uint8 of shape \(13, 75\), expected uint8 \[images"):
         sample_episodes(RaggedImages(images.flat.flatten(1), images.counts), shot=1, query=1, **sizes)
     flat = torch.zeros(5, 2, 2, dtype=torch.uint8)
-    with pytest.raises(DataError, match="counts says 6 images, the smallest class with 3; expected the 5 images"):
+    with pytest.raises(DataError, match="counts says 6 images, the smallest class with 3, expected the 5 images"):
         RaggedImages(flat, torch.tensor([3, 3]))
-    with pytest.raises(DataError, match=r"the smallest class with 0; expected .* no empty class"):
+    with pytest.raises(DataError, match=r"the smallest class with 0, expected .* no empty class"):
         RaggedImages(flat, torch.tensor([5, 0]))
-    with pytest.raises(DataError, match=r"counts is float32 of shape \(1,\); expected int64"):
+    with pytest.raises(DataError, match=r"counts is float32 of shape \(1,\), expected int64"):
         RaggedImages(flat, torch.tensor([5.0]))
     with pytest.raises(DataError, match=r"counts is int64 of shape \(0,\)"):
         RaggedImages(flat, torch.tensor([], dtype=torch.int64))
-    with pytest.raises(DataError, match="counts is on meta and the images on cpu"):
+    with pytest.raises(DataError, match="counts is on meta, expected cpu as the images"):
         RaggedImages(flat, torch.tensor([5], device="meta"))

@@ -167,11 +167,11 @@ def test_second_derivatives_are_finite_differences(tasks):
 
 
 def test_errors_name_the_fault(generator):
-    with pytest.raises(ProblemError, match=r"way 0, filters \(64, 160, 320, 640\); expected 1 or more of each"):
+    with pytest.raises(ProblemError, match=r"way 0, filters \(64, 160, 320, 640\), expected 1 or more of each"):
         ResNet12(3, 0)
-    with pytest.raises(ProblemError, match=r"filters \(4, 4, 4\); .* four numbers of filters"):
+    with pytest.raises(ProblemError, match=r"filters \(4, 4, 4\), .* four numbers of filters"):
         ResNet12(3, 5, (4, 4, 4))
-    with pytest.raises(ProblemError, match=r"filters .*0.*; expected 1 or more"):
+    with pytest.raises(ProblemError, match=r"filters .*0.*, expected 1 or more"):
         ResNet12(3, 5, (4, 4, 0, 4))
-    with pytest.raises(ProblemError, match="images are 16x15; expected 16 pixels or more each way"):
+    with pytest.raises(ProblemError, match="images are 16x15, expected 16 pixels or more each way"):
         ResNet12(3, 5, SMALL, generator=generator)(torch.zeros(2, 3, 16, 15))

@@ -114,7 +114,7 @@ LINEARITY = {
     "points nowhere": (saying(Reptile(), linear=True), "zero for a zero outer gradient"),
     "NaN at a zero cotangent": (
         Changed(before=normalised_by_leaf, said=NOT_LINEAR),
-        "linearity: got an error, expected none; check: NonFiniteGradientError",
+        "linearity: got NonFiniteGradientError, expected no error; ",
     ),
 }
 
@@ -127,7 +127,7 @@ TASKS = {
     ),
     "claims not to batch, does": (saying(Reverse(), vmap=False), "refuses vmap, then backward: got no error"),
     "refuses batches by an untyped error": (RefusesBatches(ValueError), "refuses vmap of grad: got ValueError"),
-    "claims to batch, refuses": (Saying(RefusesBatches(), EXACT), "tasks: got an error"),
+    "claims to batch, refuses": (Saying(RefusesBatches(), EXACT), "tasks: got GradModeError, expected no error; "),
     "one draw for all tasks": (
         Changed(noisy, said=RANDOM),
         "every task draws for itself: got",
@@ -213,10 +213,10 @@ def test_a_broken_optimizer_is_caught(name):
 def test_the_error_names_the_claim_the_number_the_limit_and_what_to_check():
     with pytest.raises(diffopt.ConformanceError) as caught:
         check_estimator(Changed(negated))
-    text = "exact: got 2.0e+00, expected <= 1.0e-09; check: signs, dropped terms and steps"
+    text = "exact: got 2.0e+00, expected <= 1.0e-09; check signs, dropped terms and steps"
     assert text in str(caught.value)
     assert "exact                      " in caught.value.table
-    assert caught.value.table.count("BROKEN") == str(caught.value).count("; check:") >= 2
+    assert caught.value.table.count("  FAIL  ") == caught.value.table.count("\n    fix: check ") >= 2
 
 
 def test_an_honest_refusal_of_batches_passes():

@@ -184,8 +184,9 @@ def test_the_steps_decide_what_is_claimed():
 def test_the_report_is_a_table():
     lines = str(check_estimator(Reverse())).splitlines()
     assert lines[0] == "Reverse()"
-    assert lines[1].split() == ["claim", "measured", "expected"]
-    assert all("  holds  " in line for line in lines[3:])
+    assert lines[1].split() == ["check", "outcome", "measured", "expected"]
+    assert all("  ok  " in line for line in lines[3:-1])
+    assert lines[-1] == f"none of {len(lines) - 4} checks failed"
 
 
 def test_the_battery_leaves_torchs_generator_alone():

@@ -27,7 +27,7 @@ def experiment(name: str) -> Experiment[Any]:
         ExperimentError: there is none; the message lists all.
     """
     if name not in NAMES:
-        raise ExperimentError(f"there is no experiment {name!r}; known: {', '.join(NAMES)}")
+        raise ExperimentError(f"there is no experiment {name!r}", f"one of {', '.join(NAMES)}")
     module = importlib.import_module(f"diffopt.experiments.{name.replace('-', '_')}")
     found: Experiment[Any] = module.EXPERIMENT
     return found

@@ -64,17 +64,16 @@ class Checkpoint:
             CheckpointError: there is none, it is damaged, or another version or program wrote it.
         """
         if not path.is_file():
-            raise CheckpointError(
-                f"there is no checkpoint {path}, expected one: check --out, or start without --resume"
-            )
+            raise CheckpointError(f"there is no checkpoint {path}", "one", "check --out, or start without --resume")
         content = load_tensors(path)
         names = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or "format" not in content:
-            raise CheckpointError(f"{path} was not written by diffopt train, expected one that was: check --out")
+            raise CheckpointError(f"{path} was not written by diffopt train", "one that was", "check --out")
         if content.pop("format") != FORMAT or {*content, "log"} != names:
             raise CheckpointError(
-                f"{path} was written by another version of diffopt, expected format {FORMAT}: "
-                "resume with that version, or start without --resume in another --out"
+                f"{path} was written by another version of diffopt",
+                f"format {FORMAT}",
+                "resume with that version, or start without --resume in another --out",
             )
         check_content(path, content)
         return cls(**content)
@@ -93,7 +92,7 @@ class MetricsLog:
         self.path, self.rows = path, list[dict[str, Any]]()
         self._digest, self._end = hashlib.sha256(), 0
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise CheckpointError(f"{path} is not a plain file, expected the log of a run: choose another --out")
+            raise CheckpointError(f"{path} is not a plain file", "the log of a run", "choose another --out")
         self._file = path.open("a+b" if new else "r+b")
         try:
             lock(self._file, path)
@@ -115,8 +114,7 @@ class MetricsLog:
         mend = "restore it from a copy, or start again in another --out"
         if count is not None and len(lines) < count:
             raise CheckpointError(
-                f"{self.path} has {len(lines)} lines, expected {count} as when the checkpoint beside it was written: "
-                f"{mend}"
+                f"{self.path} has {len(lines)} lines", f"{count} as when the checkpoint beside it was written", mend
             )
         try:
             self.rows = [json.loads(line) for line in lines]
@@ -124,14 +122,13 @@ class MetricsLog:
                 raise ValueError("no dictionary")
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path} has a line that is no JSON ({str(error)[:60]}), expected the log of this run: {mend}"
+                f"{self.path} has a line that is no JSON ({str(error)[:60]})", "the log of this run", mend
             ) from error
         kept = b"".join(lines)
         self._digest, self._end = hashlib.sha256(kept), len(kept)
         if digest not in ("", self.digest):
             raise CheckpointError(
-                f"{self.path} has been changed since the checkpoint beside it was written, expected the same lines: "
-                f"{mend}"
+                f"{self.path} has been changed since the checkpoint beside it was written", "the same lines", mend
             )
 
     def cut(self) -> None:
@@ -179,6 +176,7 @@ class MetricsLog:
 def left_over(path: Path) -> CheckpointError:
     """The error where a new run would take the place of what is left of another."""
     return CheckpointError(
-        f"{path} is left of a run that cannot be continued; expected an unused folder, for nothing is overwritten: "
-        "choose another --out, or move it away"
+        f"{path} is left of a run that cannot be continued",
+        "an unused folder, for nothing is overwritten",
+        "choose another --out, or move it away",
     )

@@ -72,4 +72,4 @@ def cannot_be_put_back(path: Path, what: str, error: Exception) -> CheckpointErr
 
 
 def _wrong(path: Path, part: str, got: str, expected: str) -> CheckpointError:
-    return CheckpointError(f"{path}: its {part} is {got}, expected {expected}: {MEND}")
+    return CheckpointError(f"{path}: its {part} is {got}", expected, MEND)

@@ -74,9 +74,7 @@ def load_tensors(path: Path, mend: str = MEND) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever a damaged or foreign file makes it meet
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint ({reason}), expected a whole one: {mend}"
-        ) from error
+        raise CheckpointError(f"{path} is not a readable checkpoint ({reason})", "a whole one", mend) from error
 
 
 def sealed(archive: bytes) -> bytes:
@@ -136,8 +134,9 @@ def lock(file: BinaryIO, path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(
-                f"another process is writing {path}, expected one at a time: wait until it has ended, or choose "
-                "another --out"
+                f"another process is writing {path}",
+                "one at a time",
+                "wait until it has ended, or choose another --out",
             ) from error
         except OSError:
             pass
@@ -152,8 +151,9 @@ def check_alone() -> None:
     rank = os.environ.get("RANK", "")
     if rank.isdecimal() and int(rank) > 0:
         raise CheckpointError(
-            f"RANK is {rank[:20]}: this command is one process of several, which would write one folder; expected one "
-            "process: start it without torchrun, or unset RANK"
+            f"RANK is {rank[:20]}: this command is one process of several, which would write one folder",
+            "one process",
+            "start it without torchrun, or unset RANK",
         )
 
 

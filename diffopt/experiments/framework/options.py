@@ -89,7 +89,7 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise OptionError(f"--out is {path[:80]} ({error}), expected a path: write it without ~") from error
+        raise OptionError(f"--out is {path[:80]} ({error})", "a path", "write it without ~") from error
 
 
 def yes_or_no(text: str) -> bool:
@@ -146,8 +146,9 @@ def read(kind: type[Options], given: argparse.Namespace, stored: dict[str, Any] 
     for name, value in explicit.items():
         if name in stored and stored[name] != value:
             raise OptionError(
-                f"{flag(name)} is {_plain(value)}, expected {_plain(stored[name])}, with which the run to resume was "
-                f"started: leave {flag(name)} out, or start a new run in another --out"
+                f"{flag(name)} is {_plain(value)}",
+                f"{_plain(stored[name])}, with which the run to resume was started",
+                f"leave {flag(name)} out, or start a new run in another --out",
             )
     return kind(**{**{name: stored[name] for name in names if name in stored}, **explicit})
 
@@ -162,7 +163,7 @@ def check_stored(kind: type[Any], stored: dict[str, Any], free: Sequence[str]) -
     for name in [*own, *stored]:
         if name not in own or name not in stored:
             state = "missing" if name in own else "unknown"
-            raise OptionError(f"the stored option {name!r} is {state}, expected those of this version: start a new run")
+            raise OptionError(f"the stored option {name!r} is {state}", "those of this version", "start a new run")
         item, value = own[name], stored[name]
         choices = item.metadata["choices"]
         try:
@@ -172,8 +173,9 @@ def check_stored(kind: type[Any], stored: dict[str, Any], free: Sequence[str]) -
                 item.metadata["parse"](str(value))
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise OptionError(
-                f"the stored option {name!r} is {_plain(value)[:40]} ({str(error)[:70]}), expected one that "
-                f"{flag(name)} takes: start a new run"
+                f"the stored option {name!r} is {_plain(value)[:40]} ({str(error)[:70]})",
+                f"one that {flag(name)} takes",
+                "start a new run",
             ) from error
 
 

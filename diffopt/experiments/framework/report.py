@@ -8,10 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table as RichTable
-
-from diffopt.experiments.framework.console import plain_console
+from diffopt.experiments.framework.console import grid, plain_console
 from diffopt.experiments.framework.experiment import Cell, Experiment, Summary
 from diffopt.experiments.framework.run_folder import Header
 
@@ -59,19 +56,13 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """Print tables, claims, what was left out, and where the files are."""
     console = plain_console()
     for table in results["tables"]:
-        grid = RichTable(title=table["title"], box=box.SIMPLE_HEAD, title_justify="left")
-        for i, column in enumerate(table["columns"]):
-            numbers = any(isinstance(row[i], int | float) for row in table["rows"])
-            grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
-        for row in table["rows"]:
-            grid.add_row(*(shown(cell) for cell in row))
-        console.print(grid)
-    claims = RichTable(title="What the paper claims, and what was measured", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("claim", "source", "measured", "evidence"):
-        claims.add_column(column, overflow="fold")
-    for claim in results["claims"]:
-        claims.add_row(claim["text"], claim["source"], claim["answer"], claim["evidence"])
-    console.print(claims)
+        columns, rows = table["columns"], table["rows"]
+        numbers = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+        align = "".join("r" if each else "l" for each in numbers)
+        console.print(grid(columns, [tuple(map(shown, row)) for row in rows], table["title"], align))
+    claims = [(claim["text"], claim["source"], claim["answer"], claim["evidence"]) for claim in results["claims"]]
+    title = "What the paper claims, and what was measured"
+    console.print(grid(("claim", "source", "measured", "evidence"), claims, title))
     for note in results["notes"]:
         console.print(f"- {note}")
     if results["left_out"]:

@@ -121,7 +121,9 @@ class RunFolder:
         """
         if self.header_path.exists():
             raise CheckpointError(
-                f"{self.folder} already holds a run: add --resume to continue it, or choose another --out"
+                f"{self.folder} already holds a run",
+                "an unused folder",
+                "add --resume to continue it, or choose another --out",
             )
         for path in (self.metrics_path, self.results_path):
             if path.is_file() and path.stat().st_size:
@@ -167,10 +169,10 @@ class RunFolder:
         mend = "restore it from a copy, or start again in another --out"
         if digest not in (None, header.fingerprint()):
             raise CheckpointError(
-                f"{self.header_path} has been changed since the run was started (its checksum does not fit): {mend}"
+                f"{self.header_path} has been changed since the run was started", "one that fits its checksum", mend
             )
         if not self.metrics_path.is_file():
-            raise CheckpointError(f"there is no {self.metrics_path}, expected the log of finished units: {mend}")
+            raise CheckpointError(f"there is no {self.metrics_path}", "the log of finished units", mend)
         log = MetricsLog(self.metrics_path, new=False)
         try:
             log.read()
@@ -180,8 +182,9 @@ class RunFolder:
             names = [row["unit"] for row in log.rows]
             if len(set(names)) < len(names) or not set(names) <= units:
                 raise CheckpointError(
-                    f"{self.metrics_path} holds units twice or units that the experiment has not: another version of "
-                    "diffopt wrote it; start again in another --out"
+                    f"{self.metrics_path} holds units twice, or units that the experiment has not",
+                    "some of its units, each once",
+                    "another version of diffopt wrote it: start again in another --out",
                 )
             log.cut()
         except BaseException:
@@ -192,7 +195,9 @@ class RunFolder:
     def _stored(self) -> tuple[Header, str | None]:
         """The header and its checksum, which those of diffopt 0.1 have not."""
         if not self.header_path.is_file():
-            raise CheckpointError(f"there is no run in {self.folder}: check --out, or start without --resume")
+            raise CheckpointError(
+                f"there is no run in {self.folder}", "one to resume", "check --out, or start without --resume"
+            )
         try:
             content = json.loads(self.header_path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
@@ -204,8 +209,9 @@ class RunFolder:
             return header, digest
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.header_path} cannot be read by this version of diffopt ({str(error)[:80]}): start again in "
-                "another --out"
+                f"{self.header_path} cannot be read by this version of diffopt ({str(error)[:80]})",
+                "one that it wrote",
+                "start again in another --out",
             ) from error
 
     def store(self, unit: str) -> Path:
@@ -225,8 +231,8 @@ def json_row(unit: str, row: Row) -> Row:
         same: Row = json.loads(json.dumps(row, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ExperimentError(
-            f"the unit {unit} returned what JSON cannot hold ({error}); expected a dictionary of finite numbers, "
-            "texts, lists and dictionaries"
+            f"the unit {unit} returned what JSON cannot hold ({error})",
+            "a dictionary of finite numbers, texts, lists and dictionaries",
         ) from error
     return same
 
@@ -242,11 +248,13 @@ def _check_row(row: dict[str, Any], fingerprint: str | None, where: str, mend: s
     numbers = [row.get(name) for name in ("seconds", "processor_seconds")]
     plain = all(isinstance(number, int | float) for number in numbers) and isinstance(row.get("values"), dict)
     if not plain or not isinstance(row.get("unit"), str):
-        raise CheckpointError(f"{where} is no finished unit, expected its name, its times and its values: {mend}")
+        raise CheckpointError(f"{where} is no finished unit", "its name, its times and its values", mend)
     content = {key: value for key, value in row.items() if key != "checksum"}
     if fingerprint and row.get("checksum") != checksum([fingerprint, content]):
         raise CheckpointError(
-            f"{where} was changed, or computed under another run.json (its checksum does not fit): {mend}"
+            f"{where} has another checksum: it was changed, or computed under another run.json",
+            "the line that was written",
+            mend,
         )
 
 

@@ -48,7 +48,9 @@ class Runner:
         self.units: Sequence[Unit] = tuple(experiment.units(settings))
         names = {unit.name for unit in self.units}
         if not self.units or len(names) < len(self.units):
-            raise ExperimentError(f"the experiment {experiment.name} has no units, or two of one name")
+            raise ExperimentError(
+                f"the experiment {experiment.name} has no units, or two of one name", "one or more, of different names"
+            )
         self.interrupt, self.started = Interrupt(), time.monotonic()
         self.log: MetricsLog = folder.log(header, names) if resume else folder.start(header)
 

@@ -35,8 +35,9 @@ class RunFolder:
         """
         if self.checkpoint_path.exists():
             raise CheckpointError(
-                f"{self.folder} already holds a run, expected an unused folder: add --resume to continue it, or choose "
-                "another --out"
+                f"{self.folder} already holds a run",
+                "an unused folder",
+                "add --resume to continue it, or choose another --out",
             )
         if self.metrics_path.is_file() and self.metrics_path.stat().st_size:
             raise left_over(self.metrics_path)
@@ -69,8 +70,7 @@ class RunFolder:
             checkpoint = Checkpoint.load(self.checkpoint_path)
             if checkpoint.problem != problem:
                 raise CheckpointError(
-                    f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}, expected {problem}: check "
-                    "--out"
+                    f"{self.checkpoint_path} is of diffopt train {checkpoint.problem[:20]}", problem, "check --out"
                 )
             log.read(checkpoint.lines, checkpoint.log)
         except BaseException:

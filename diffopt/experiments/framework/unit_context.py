@@ -87,12 +87,14 @@ class Work:
         mend = "delete it: the unit is then computed from its start"
         content = load_tensors(self._store, mend)
         if not isinstance(content, dict) or content.get("unit") != self._unit:
-            raise CheckpointError(f"{self._store} was not written by the unit {self._unit}: {mend}")
+            raise CheckpointError(
+                f"{self._store} was written by something else", f"the state of the unit {self._unit}", mend
+            )
         if self._run and content.get("run", self._run) != self._run:  # diffopt 0.1 did not write it
-            raise CheckpointError(f"{self._store} was written by a run with another run.json: {mend}")
+            raise CheckpointError(f"{self._store} was written by a run with another run.json", "one of this run", mend)
         seconds, state = content.get("seconds"), content.get("state")
         if not isinstance(seconds, list) or len(seconds) != 2 or not isinstance(state, dict):
-            raise CheckpointError(f"{self._store} does not hold the state of a unit: {mend}")
+            raise CheckpointError(f"{self._store} holds something else", "the state of a unit", mend)
         self._before = (float(seconds[0]), float(seconds[1]))
         return state
 
