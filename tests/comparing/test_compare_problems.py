@@ -117,7 +117,7 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     rules = [Truncated(STEPS + 1), Reverse(1), FirstOrder()]
     table = diffopt.compare(problem, rules, repeats=1)
     text = str(table).splitlines()
-    message = f"StepsError: Truncated: steps is {STEPS + 1}, expected at most {STEPS}, the inner problem has only "
+    message = f"StepsError: Truncated: steps is {STEPS + 1}, expected at most {STEPS}; the inner problem has only "
     message += f"{STEPS} steps"
     assert table.rows[0].failure == message
     assert math.isnan(table.rows[0].relative_error)
