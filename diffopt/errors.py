@@ -62,7 +62,7 @@ class DiffoptError(Exception):
 
     def __init__(self, got: str, expected: str = "", fix: str = "") -> None:
         """Keep the three parts; ``args`` holds the text, as that of other exceptions does."""
-        self.got, self.expected, self.fix = got, expected, fix.removeprefix("; ")
+        self.got, self.expected, self.fix = got, expected, fix
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -88,11 +88,9 @@ class NonFiniteLossError(DiffoptError, ValueError):
 class DivergenceError(DiffoptError, ArithmeticError):
     """The inner optimizer left the finite numbers; ``step`` (from 1) is the first whose loss, or result, is not."""
 
-    def __init__(self, got: str, expected: str | int = "", fix: str = "", *, step: int | None = None) -> None:
-        """Keep the parts and the first bad step (by position, as in ``DivergenceError(message, step)``, too)."""
-        if step is None:
-            step, expected = int(expected), ""
-        super().__init__(got, str(expected), fix)
+    def __init__(self, got: str, expected: str = "", fix: str = "", *, step: int) -> None:
+        """Keep the parts and the first bad step."""
+        super().__init__(got, expected, fix)
         self.step = step
 
 
@@ -211,9 +209,7 @@ class PrecisionWarning(UserWarning):
 class ConformanceError(DiffoptError, AssertionError):
     """An estimator or an optimizer is not what it claims to be; ``table`` holds all that was measured."""
 
-    def __init__(self, got: str, expected: str = "", fix: str = "", *, table: str | None = None) -> None:
-        """Keep the parts and the table (by position, as in ``ConformanceError(message, table)``, too)."""
-        if table is None:
-            table, expected = expected, ""
+    def __init__(self, got: str, expected: str = "", fix: str = "", *, table: str) -> None:
+        """Keep the parts and the table."""
         super().__init__(got, expected, fix)
         self.table = table

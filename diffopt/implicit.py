@@ -191,8 +191,9 @@ def implicit_gradients(
     """
     if transforms.transforms_active():
         raise GradModeError(
-            "implicit_gradients was called under a torch.func transform, expected plain code; call it outside, or use "
-            "diffopt.implicit there"
+            "implicit_gradients was called under a torch.func transform",
+            "plain code",
+            "call it outside, or use diffopt.implicit there",
         )
     rule = _AtSolution(_checked_solver(solver), None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)

@@ -154,8 +154,9 @@ def checked_problem(
     check_flag("check", check)
     if torch.is_inference_mode_enabled():
         raise GradModeError(
-            "solve was called in torch.inference_mode, expected a mode that allows inner gradients: use torch.no_grad()"
-            f"{hints.in_inference_mode()}"
+            "solve was called in torch.inference_mode",
+            "a mode that allows inner gradients",
+            f"use torch.no_grad(){hints.in_inference_mode()}",
         )
     check_function("loss", loss, "a function loss(params, *args)", LossError)
     leaves, structure = params_leaves(params)
@@ -188,13 +189,14 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, L
     buffers = bound.at(1, params, now).init(params)
     name = type(bound.template).__name__
     if not isinstance(buffers, dict) or not all([isinstance(buffer, Leaves) for buffer in buffers.values()]):
-        raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}, expected a dict from name to Leaves")
+        raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}", "a dict from name to Leaves")
     for key, buffer in buffers.items():
         for leaf in buffer:
             if not leaf.is_floating_point():
                 raise OptimizerError(
-                    f"{name}.init returned {tree.describe(leaf)} in {key!r}, expected floating tensors; make a flag or "
-                    "a count a floating one (update is given the number of its step)"
+                    f"{name}.init returned {tree.describe(leaf)} in {key!r}",
+                    "floating tensors",
+                    "make a flag or a count a floating one (update is given the number of its step)",
                 )
     return buffers
 

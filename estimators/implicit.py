@@ -58,7 +58,7 @@ class Implicit(Adjoint):
     def keep(self, steps: int) -> Keep:
         """No step: the final state is enough, and the graph of one step in the backward pass."""
         if steps == 0:
-            raise StepsError("Implicit: the inner problem has no step, expected one whose fixed point was reached")
+            raise StepsError("Implicit: the inner problem has no step", "one whose fixed point was reached")
         return Keep(first=steps + 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:

@@ -163,8 +163,10 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         raise SecondDerivativeError(
-            "a hypergradient is being differentiated again, expected once: this estimator gives first derivatives "
-            "only; use estimator=diffopt.estimators.Unrolled(), which can be differentiated to any order"
+            "a hypergradient is being differentiated again",
+            "once",
+            "this estimator gives first derivatives only; use estimator=diffopt.estimators.Unrolled(), which can "
+            "be differentiated to any order",
         )
 
     @staticmethod
@@ -215,9 +217,11 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
         if not is_in_place(error):
             raise
         raise InPlaceError(
-            "a tensor that was given to solve, or that it returned, has been changed in place before the backward pass "
-            "that needs it, expected it to stay as it was until then. The usual cause is an outer optimizer's step() "
-            "before backward(): take the hypergradient first, or pass a clone()"
+            "a tensor that was given to solve, or that it returned, has been changed in place before the backward "
+            "pass that needs it",
+            "it to stay as it was until then",
+            "the usual cause is an outer optimizer's step() before backward(): take the hypergradient first, or "
+            "pass a clone()",
         ) from error
 
 
@@ -228,8 +232,10 @@ def _usable(call: Call, inputs: Inputs) -> Record:
         return record
     if old.draws and call.restacked:
         raise RandomnessError(
-            "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did not "
-            "run under (jacrev?), expected the same one: the numbers cannot be drawn again; loop instead of vmap"
+            "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did "
+            "not run under (jacrev?)",
+            "the same one",
+            "the numbers cannot be drawn again; loop instead of vmap",
         )
     again = _rolled_out_again(call, inputs, wanted)
     if again.hidden_state is not None:

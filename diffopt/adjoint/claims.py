@@ -65,4 +65,4 @@ class Claims:
         options.number("tolerance", 1e-10, 0.1, up_to=True)
         options.flag(*(field.name for field in fields(self) if isinstance(field.default, bool)))
         if not isinstance(self.inputs, Set) or not self.inputs or not frozenset(self.inputs) <= ALL_INPUTS:
-            raise HyperparameterError(f"Claims: inputs is {describe(self.inputs)}, expected a set of some of {KINDS}")
+            raise HyperparameterError(f"Claims: inputs is {describe(self.inputs)}", f"a set of some of {KINDS}")

@@ -115,6 +115,7 @@ def refuse_changes(problem: Problem, before: list[int]) -> None:
         called = (*names.params, *names.read, *names.hyperparameters)
         changed = next(name for name, old, new in zip(called, before, after, strict=True) if old != new)
         raise InPlaceError(
-            f"the inner loss (or the optimizer) has changed {changed} in place, expected it to stay as it was: write "
-            "x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False"
+            f"the inner loss (or the optimizer) has changed {changed} in place",
+            "it to stay as it was",
+            "write x = x + y for x += y; of a batch norm's buffers pass clones, or use track_running_stats=False",
         )

@@ -39,8 +39,9 @@ def implicit_pullback(
     """
     if trajectory.rollout.draws:
         raise RandomnessError(
-            "the inner loss draws random numbers, expected a step with a fixed point to differentiate; "
-            "use Reverse() or Truncated()"
+            "the inner loss draws random numbers",
+            "a step with a fixed point to differentiate",
+            "use Reverse() or Truncated()",
         )
     layout, tasks, counts = trajectory.layout, trajectory.tasks, trajectory.record.counts
     count, last = layout.state_count, layout.steps

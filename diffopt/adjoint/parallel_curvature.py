@@ -38,8 +38,10 @@ class ParallelCurvature:
     def __init__(self, trajectory: Trajectory, first: int, chunk_size: int | None, *, again: bool) -> None:
         if trajectory.rollout.draws:
             raise RandomnessError(
-                "the inner loss draws random numbers, expected none: this estimator evaluates many steps at once, and "
-                "they cannot be drawn again as they were; pass them in batches, or use Reverse() or Truncated()"
+                "the inner loss draws random numbers",
+                "none",
+                "this estimator evaluates many steps at once, and they cannot be drawn again as they were; pass "
+                "them in batches, or use Reverse() or Truncated()",
             )
         self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
         self._read: list[Place] = trajectory.wanted_of("read")

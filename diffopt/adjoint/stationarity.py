@@ -64,11 +64,15 @@ class Point:
             return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
 
 
-_FURTHER = "Minimise further, check that the loss is the one that was minimised, or set stationarity"
-_KINK = (
-    "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero, expected a smooth "
-    "loss: pass as params only those off the kink (of Lasso: not zero), or make it smooth, as by (w**2 + eps).sqrt()"
-)
+_FURTHER = "minimise further, check that the loss is the one that was minimised, or set stationarity"
+
+
+def _kink() -> StationarityError:
+    return StationarityError(
+        "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero",
+        "a smooth loss",
+        "pass as params only those off the kink (of Lasso: not zero), or make it smooth, as by (w**2 + eps).sqrt()",
+    )
 
 
 def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -> None:
@@ -78,10 +82,11 @@ def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -
     size, scale = tasks.norm(at.gradient), tasks.norm(at.params)
     if not bool((size <= allowed * (1 + scale)).all()):
         if at.at_a_kink(tasks, 64):
-            raise StationarityError(_KINK)
+            raise _kink()
         raise StationarityError(
-            f"the gradient of the loss at params has norm {float(size.max()):.1e}, expected at most {allowed:.0e} * "
-            f"(1 + |params|): implicit gradients need a stationary point. {_FURTHER}"
+            f"the gradient of the loss at params has norm {float(size.max()):.1e}",
+            f"at most {allowed:.0e} * (1 + |params|)",
+            _FURTHER,
         )
 
 
@@ -91,7 +96,7 @@ def refuse_kink(at: Point, tasks: Tasks) -> None:
     One between two pieces of a network of kinks, such as of ReLUs, is as good as the gradient there is small.
     """
     if at.at_a_kink(tasks, 1e-6):
-        raise StationarityError(_KINK)
+        raise _kink()
 
 
 def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) -> None:
@@ -105,7 +110,7 @@ def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) ->
     step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
     if not bool((step <= 10 * allowed * (1 + tasks.norm(at.params))).all()):
         raise StationarityError(
-            f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step), expected at "
-            f"most {10 * allowed:.0e} * (1 + |params|): the gradient is small only in the loss's units. "
-            f"{_FURTHER}"
+            f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step)",
+            f"at most {10 * allowed:.0e} * (1 + |params|)",
+            f"the gradient is small only in the loss's units: {_FURTHER}",
         )

@@ -38,8 +38,9 @@ class StepByStep:
         kept = trajectory.rollout
         if trajectory.steps and not len(kept.states) == len(kept.gradients) == trajectory.steps:
             raise EstimatorError(
-                f"StepByStep: {len(kept.states)} states and {len(kept.gradients)} gradients were kept, expected "
-                f"{trajectory.steps} of each; return Keep(first=1, checkpoint=1, gradients=True) from keep()"
+                f"StepByStep: {len(kept.states)} states and {len(kept.gradients)} gradients were kept",
+                f"{trajectory.steps} of each",
+                "return Keep(first=1, checkpoint=1, gradients=True) from keep()",
             )
         self._trajectory, self._direct = trajectory, DirectTerms(trajectory)
         self._losses = trajectory.losses_to_replay()

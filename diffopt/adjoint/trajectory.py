@@ -136,8 +136,9 @@ class Trajectory:
         """
         if first != self.rollout.first:
             raise EstimatorError(
-                f"sweep(first={first}): the rule keeps steps from {self.rollout.first} on, expected the same number; "
-                f"return Keep(first={first}) from keep()"
+                f"sweep(first={first}): the rule keeps steps from {self.rollout.first} on",
+                "the same number",
+                f"return Keep(first={first}) from keep()",
             )
         stored = isinstance(self.rollout.kept.checkpoint, int)
         done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and stored else None

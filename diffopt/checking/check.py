@@ -80,7 +80,7 @@ def check(
         >>> diffopt.check(lambda w: w.detach().square().sum(), w).failures[0].error
         DisconnectedError('the inner loss does not depend on params, expected a gradient; use the params it is given; do not detach them or leave torch (.item(), .numpy())')
     """  # noqa: E501  (an error's representation cannot be broken)
-    directions = check_integer("check: directions", directions, 1, high=MOST + 1, fix=f" (and at most {MOST})")
+    directions = check_integer("check: directions", directions, 1, high=MOST + 1, note=f" (and at most {MOST})")
     check_flag("check: second_derivative", second_derivative)
     check_flag("check: vmap", vmap)
     if transforms.transforms_active() or torch.is_inference_mode_enabled():

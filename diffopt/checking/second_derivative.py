@@ -126,7 +126,7 @@ def _products(subject: Subject, direction: _Direction) -> tuple[list[Tensor], li
     """``H u`` and ``M' u`` by autograd twice, zeros where nothing depends on an input."""
     roots, _, grads = subject.gradients(differentiable=True)
     count = len(direction.params)
-    autograd_graph.refuse_broken_graph(autograd_graph.nodes(g.grad_fn for g in grads[:count] if g is not None))
+    autograd_graph.refuse_broken_graph([g.grad_fn for g in grads[:count] if g is not None])
     with torch.enable_grad():
         products = list(derivatives.pullback(grads[:count], roots, direction.params))
     if not all_finite(products):

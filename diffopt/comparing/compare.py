@@ -133,10 +133,10 @@ def _checked(
     for i, estimator in enumerate(estimators):
         check_instance(f"estimators[{i}]", estimator, Estimator, "a diffopt.estimators object", EstimatorError)
     check_instance("exact", exact, Estimator, "a diffopt.estimators object", EstimatorError, also=(None,))
-    check_integer("compare: repeats", repeats, 1, high=MOST + 1, fix=f" (and at most {MOST})")
+    check_integer("compare: repeats", repeats, 1, high=MOST + 1, note=f" (and at most {MOST})")
     if isinstance(problem, Comparable):
         return problem.compare_loss, exact or Reverse()
-    check_function("problem", problem, "a function of an estimator; see the example", LossError)
+    check_function("problem", problem, "a function of an estimator", LossError, "see the example")
     return cast("Callable[[Estimator], Tensor]", problem), exact or Reverse()
 
 

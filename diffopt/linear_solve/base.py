@@ -204,7 +204,7 @@ class LinearSolver(ABC):
         leaves = usable_leaves(leaves, lambda: [f"b{path}" for path in tree.paths(structure)])
         if not leaves or not all(isinstance(x, Tensor) and is_calculable(x) and x.numel() for x in leaves):
             raise LeafError(f"b is {tree.describe(b)}", "a tree of dense floating tensors, none of them empty")
-        check_function("matvec", matvec, "a function x -> A x; pass lambda x: A @ x", LinearSolveError)
+        check_function("matvec", matvec, "a function x -> A x", LinearSolveError, "pass lambda x: A @ x")
 
         def product(x: Leaves) -> Leaves:
             result = matvec(tree.unflatten(structure, x.tensors))

@@ -229,9 +229,11 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
 
 def _wrapped_error() -> CapturedTensorError:
     return CapturedTensorError(
-        "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without being "
-        "given it: it captured it, expected among the arguments. Pass it in *args (or batches), by itself or in a "
-        "dict, a list or a tuple, also if it is a constant; or make it inside the loss"
+        "the inner loss (or the optimizer) reads a tensor of a torch.func transform around the solve without "
+        "being given it: it captured it",
+        "among the arguments",
+        "pass it in *args (or batches), by itself or in a dict, a list or a tuple, also if it is a constant; or "
+        "make it inside the loss",
     )
 
 
@@ -240,7 +242,9 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
     if nodes:
         raise CapturedTensorError(
             f"{what} reads {names_of(nodes, functions)} without being given it: it captured it, and gives it no "
-            f"hypergradient; expected among the arguments. {mend_for(nodes, functions)}"
+            "hypergradient",
+            "among the arguments",
+            mend_for(nodes, functions),
         )
 
 
@@ -280,15 +284,18 @@ def refuse_bad_start(
     """Refuse a first loss that does not depend on params or is not finite."""
     if all(grad is None for grad in grads):
         raise DisconnectedError(
-            "the inner loss does not depend on params, expected a gradient: check that the loss uses the params it is "
-            "given, and does not detach them or leave torch (.item(), .numpy())"
+            "the inner loss does not depend on params",
+            "a gradient",
+            "check that the loss uses the params it is given, and does not detach them or leave torch (.item(), "
+            ".numpy())",
         )
     values = transforms.plain(losses)
     if not (math.isfinite(values) if values.ndim == 0 else bool(values.isfinite().all())):
         named = not_finite(dynamics.layout, params, read, (), 1)
         raise NonFiniteLossError(
-            f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params, expected a "
-            f"finite number; {named or 'check the data and the initialisation'}"
+            f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params",
+            "a finite number",
+            named or "check the data and the initialisation",
         )
 
 
@@ -309,9 +316,11 @@ def refuse_other_losses(again: Tensor, losses: Tensor, autocast: derivatives.Aut
     if not bool(same.all()):
         step = int((~same).nonzero()[0, 0]) + 1
         raise RandomnessError(
-            f"the inner loss of step {step} came out differently in the backward pass, expected the same number: it "
-            "draws from numpy (or another thread drew), keeps a state, or reads what changed since the solve "
-            "(data, module.eval()). Draw from torch's global generator, pass data in batches, or use Reverse('graph')"
+            f"the inner loss of step {step} came out differently in the backward pass",
+            "the same number",
+            "it draws from numpy (or another thread drew), keeps a state, or reads what changed since the solve "
+            "(data, module.eval()). Draw from torch's global generator, pass data in batches, or use "
+            "Reverse('graph')",
         )
 
 
@@ -322,6 +331,7 @@ def refuse_non_finite(cotangent: Sequence[Tensor]) -> None:
         finite = "is finite" if all_finite(cotangent) else "is not finite itself: check that loss"
         outer = f"The gradient of the outer loss at the solution {finite}. "
     raise NonFiniteGradientError(
-        f"the hypergradient is NaN or infinite, expected finite numbers. {outer}Check for roots, norms or logarithms "
-        "at zero in the inner loss, or take fewer or smaller steps"
+        "the hypergradient is NaN or infinite",
+        "finite numbers",
+        f"{outer}Check for roots, norms or logarithms at zero in the inner loss, or take fewer or smaller steps",
     )

@@ -108,8 +108,9 @@ def refuse_stale(losses: Tensor, expected: Tensor) -> None:
     tolerance = _tolerance(expected)
     if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise CapturedTensorError(
-            "compile=True: the inner loss has changed since it was compiled: what it reads by closure, from a global "
-            "or an attribute was frozen then. Pass it in *args (or batches)"
+            "compile=True: the inner loss has changed since it was compiled",
+            "the same loss: what it reads by closure, from a global or an attribute was frozen then",
+            "pass it in *args (or batches)",
         )
 
 

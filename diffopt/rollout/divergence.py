@@ -33,9 +33,10 @@ def refuse_divergence(
     if step == 1 and what == "the state after" and not reason:
         _refuse_bad_first_gradient(dynamics, inputs)
     raise DivergenceError(
-        f"the inner optimizer diverged: {what} step {step} of {steps} is not finite, expected finite numbers; "
-        f"{reason or _DIVERGED}",
-        step,
+        f"the inner optimizer diverged: {what} step {step} of {steps} is not finite",
+        "finite numbers",
+        reason or _DIVERGED,
+        step=step,
     )
 
 
@@ -71,9 +72,11 @@ def _refuse_bad_first_gradient(dynamics: Dynamics, inputs: Inputs) -> None:
         bad = values[~values.isfinite()]
         if bad.numel():
             raise NonFiniteGradientError(
-                f"the gradient of the inner loss by params{path} is {float(bad[0])} at the initial params, though the "
-                "loss is finite there, expected finite numbers: check for roots, norms or logarithms at zero in the "
-                "inner loss (add a small number under them), or try another initialisation"
+                f"the gradient of the inner loss by params{path} is {float(bad[0])} at the initial params, though "
+                "the loss is finite there",
+                "finite numbers",
+                "check for roots, norms or logarithms at zero in the inner loss (add a small number under them), "
+                "or try another initialisation",
             )
 
 

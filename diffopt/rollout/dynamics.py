@@ -91,12 +91,11 @@ class Dynamics:
         loss = self.loss(inner, *args, batch) if layout.has_batches else self.loss(inner, *args)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
-                f"the inner loss returned {tree.describe(loss)}, expected one floating scalar tensor; "
-                f"{hints.for_loss(loss)}"
+                f"the inner loss returned {tree.describe(loss)}", "one floating scalar tensor", hints.for_loss(loss)
             )
         if loss.device != params[0].device:
             raise DeviceError(
-                f"the inner loss returned a number on {loss.device}, expected {params[0].device} as params; move data"
+                f"the inner loss returned a number on {loss.device}", f"{params[0].device} as params", "move data"
             )
         return loss
 
@@ -174,21 +173,20 @@ class Dynamics:
         """Refuse an update that does not return a state like the one it got."""
         name, layout = self.layout.optimizer_name, self.layout.buffers_layout
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-            raise OptimizerError(f"{name}.update returned {tree.describe(result)}, expected (params, buffers)")
+            raise OptimizerError(f"{name}.update returned {tree.describe(result)}", "(params, buffers)")
         expected = {"params": self.layout.params_count, **dict(layout)}
         got = {"params": result[0], **result[1]}
         if set(got) != set(expected):
             raise OptimizerError(
-                f"{name}.update returned buffers {sorted(result[1])}, expected those that init made: "
-                f"{sorted(dict(layout))}"
+                f"{name}.update returned buffers {sorted(result[1])}", f"those that init made: {sorted(dict(layout))}"
             )
         start = 0
         for part, count in expected.items():
             old, new = tuple(state)[start : start + count], got[part]
             if not isinstance(new, Leaves) or [(x.shape, x.dtype) for x in new] != [(x.shape, x.dtype) for x in old]:
                 raise OptimizerError(
-                    f"{name}.update returned {tree.describe(new)} for {part}, expected the shapes and dtypes it got: "
-                    f"{Leaves(old)}"
+                    f"{name}.update returned {tree.describe(new)} for {part}",
+                    f"the shapes and dtypes it got: {Leaves(old)}",
                 )
             start += count
 

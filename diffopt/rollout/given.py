@@ -25,45 +25,44 @@ MOST_STEPS = 2**31 - 1
 
 def checked_steps(steps: Any) -> int:
     """The number of steps; what is not one is refused."""
-    hint = "; write int(steps)" if isinstance(steps, float | Tensor) else ""
-    fix = f" (and below 2**31){hint}"
-    return int(check_integer("steps", steps, 0, high=MOST_STEPS + 1, kind=StepsError, fix=fix))
+    hint = "write int(steps)" if isinstance(steps, float | Tensor) else ""
+    return int(
+        check_integer("steps", steps, 0, high=MOST_STEPS + 1, kind=StepsError, note=" (and below 2**31)", fix=hint)
+    )
 
 
 def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     """The leaves of the parameters, each one that can be optimised."""
     if isinstance(params, torch.nn.Module):
-        raise LeafError(
-            f"params is the module {type(params).__name__}, expected a tree of tensors{hints.for_params(params)}"
-        )
+        raise LeafError(f"params is the module {type(params).__name__}", "a tree of tensors", hints.for_params(params))
     leaves, structure = tree.flatten(params)
     if not leaves:
-        raise LeafError("params is an empty tree, expected at least one floating tensor")
+        raise LeafError("params is an empty tree", "at least one floating tensor")
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
         if not _is_dense_floating(leaf):
             fix = hints.for_params(leaf)
-            raise LeafError(f"params{path} is {tree.describe(leaf)}, expected a dense floating tensor{fix}")
+            raise LeafError(f"params{path} is {tree.describe(leaf)}", "a dense floating tensor", fix)
         if leaf.is_nested:
-            raise LeafError(f"params{path} is a nested tensor, expected a dense floating one; pass a list of tensors")
+            raise LeafError(f"params{path} is a nested tensor", "a dense floating one", "pass a list of tensors")
         refuse_unusable(leaf, lambda path=path: f"params{path}")  # type: ignore[misc]
         if leaf.dtype not in DTYPES:
             raise LeafError(
-                f"params{path} is {tree.describe(leaf)}, expected a dtype that can be calculated with: convert it with "
-                ".to(torch.float32)"
+                f"params{path} is {tree.describe(leaf)}",
+                "a dtype that can be calculated with",
+                "convert it with .to(torch.float32)",
             )
         if leaf.is_inference():
             raise GradModeError(
-                f"params{path} was made in torch.inference_mode, expected a tensor that can be differentiated: clone() "
-                f"it, or make it under torch.no_grad(){hints.in_inference_mode()}"
+                f"params{path} was made in torch.inference_mode",
+                "a tensor that can be differentiated",
+                f"clone() it, or make it under torch.no_grad(){hints.in_inference_mode()}",
             )
         if leaf.numel() == 0:
-            raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty, expected at least one number")
+            raise LeafError(f"params{path} has shape {tuple(leaf.shape)}: it is empty", "at least one number")
         if leaf.device != leaves[0].device:
-            raise DeviceError(
-                f"params{path} is on {leaf.device}, expected {leaves[0].device} as the first leaf: move it"
-            )
+            raise DeviceError(f"params{path} is on {leaf.device}", f"{leaves[0].device} as the first leaf", "move it")
         if leaf.device.type == "meta":
-            raise DeviceError(f"params{path} is on meta, expected a device that holds numbers: to_empty() and fill it")
+            raise DeviceError(f"params{path} is on meta", "a device that holds numbers", "to_empty() and fill it")
     return leaves, structure
 
 
@@ -79,9 +78,10 @@ def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
         for path, own, leaf in zip(tree.paths(structure), parameters, leaves, strict=True):
             if own and not leaf.requires_grad:
                 raise LeafError(
-                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not, expected "
-                    "what is to be trained: solve trains all of params. diffopt.functional(module) leaves frozen ones "
-                    "out; or pass them in *args; or .detach() it to train it from a constant start"
+                    f"params{path} is a frozen parameter (requires_grad=False) among others that are not",
+                    "what is to be trained",
+                    "solve trains all of params. diffopt.functional(module) leaves frozen ones out; or pass them "
+                    "in *args; or .detach() it to train it from a constant start",
                 )
 
 
@@ -98,20 +98,19 @@ def check_batches(batches: Any, steps: int) -> None:
     leaves, structure = tree.flatten(batches)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         fix = hints.for_batches(batches, steps)
-        raise BatchesError(
-            f"batches is {tree.describe(batches)}, expected a tree of tensors with {steps} entries each{fix}"
-        )
+        raise BatchesError(f"batches is {tree.describe(batches)}", f"a tree of tensors with {steps} entries each", fix)
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != steps:
             raise BatchesError(
-                f"batches{path} is {tree.describe(leaf)}, expected a tensor whose first axis has length "
-                f"steps = {steps}, one entry per inner step{hints.for_batches(batches, steps)}"
+                f"batches{path} is {tree.describe(leaf)}",
+                f"a tensor whose first axis has length steps = {steps}, one entry per inner step",
+                hints.for_batches(batches, steps),
             )
     if _is_one_batch_per_step(batches, steps):
         raise BatchesError(
-            f"batches is a {type(batches).__name__} of {steps} alike, perhaps one batch for each step, expected a tree "
-            f"of tensors that run over steps. Batches: {hints.stacked(batches, steps)}. Tensors that run over steps: "
-            "put them into a tuple or a dict"
+            f"batches is a {type(batches).__name__} of {steps} alike, perhaps one batch for each step",
+            "a tree of tensors that run over steps",
+            f"Batches: {hints.stacked(batches, steps)}. Tensors that run over steps: put them into a tuple or a dict",
         )
 
 

@@ -83,14 +83,17 @@ class HiddenState:
         names = [f"`{name}`" for name, x in held.items() if id(transforms.unwrapped(x)) in moved]
         if not names and self._have_drawn():
             return RandomnessError(
-                "the inner loss draws from a generator of its own, expected torch's global one: this estimator "
-                "computes steps again, and would get other numbers. Pass them in batches, or use Reverse('graph')"
+                "the inner loss draws from a generator of its own",
+                "torch's global one",
+                "this estimator computes steps again, and would get other numbers. Pass them in batches, or use "
+                "Reverse('graph')",
             )
         shown = (names[0][-40:] + " ..." * (len(names) > 1)) if names else "in a number or another object"
         return HiddenStateError(
-            f"the inner loss keeps a state, {shown}, that its evaluations move and read, expected the "
-            "same number again: this estimator computes steps again, when later ones have moved it. Use "
-            "Reverse('graph') or Unrolled(); or freeze it (module.eval()), or pass it in *args"
+            f"the inner loss keeps a state, {shown}, that its evaluations move and read",
+            "the same number again",
+            "this estimator computes steps again, when later ones have moved it. Use Reverse('graph') or "
+            "Unrolled(); or freeze it (module.eval()), or pass it in *args",
         )
 
     def _have_drawn(self) -> bool:

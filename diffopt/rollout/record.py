@@ -51,8 +51,7 @@ def check_checkpoint(options: Any) -> None:
     checked.flag("offload")
     if options.offload and options.checkpoint == "graph":
         raise HyperparameterError(
-            f"{type(options).__name__}: offload=True with checkpoint='graph', expected one that stores states: 1, k or "
-            "'sqrt'"
+            f"{type(options).__name__}: offload=True with checkpoint='graph'", "one that stores states: 1, k or 'sqrt'"
         )
 
 

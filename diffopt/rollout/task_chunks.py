@@ -90,7 +90,7 @@ class Call:
             raise named from error
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
-                f"task_loss returned {tree.describe(loss)}, expected one floating scalar tensor; {hints.for_loss(loss)}"
+                f"task_loss returned {tree.describe(loss)}", "one floating scalar tensor", hints.for_loss(loss)
             )
         return loss
 
@@ -102,7 +102,7 @@ def mean(call: Call) -> Tensor:
     except RuntimeError as error:
         if isinstance(error, DiffoptError) or not torch_errors.is_in_place(error):
             raise
-        raise InPlaceError(f"task_loss changes what it was given in place, {_AS_IT_WAS}") from error
+        raise InPlaceError("task_loss changes what it was given in place", *_AS_IT_WAS) from error
     return result
 
 
@@ -171,13 +171,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-_AS_IT_WAS = "expected it to stay as it was: write x = x + y for x += y, x.add(y) for x.add_(y); no out="
+_AS_IT_WAS = ("it to stay as it was", "write x = x + y for x += y, x.add(y) for x.add_(y); no out=")
 
 
 def _refuse_changes(call: Call, tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
     for name, x, version in zip(call.names(), tensors, versions, strict=True):
         if transforms.version(x) != version:
-            raise InPlaceError(f"task_loss has changed {name} in place, {_AS_IT_WAS}")
+            raise InPlaceError(f"task_loss has changed {name} in place", *_AS_IT_WAS)
 
 
 class _Products(torch.autograd.Function):
@@ -190,6 +190,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         raise SecondDerivativeError(
-            "the gradient of mean_over_tasks is being differentiated again, expected once: it has been summed up; for "
-            "second derivatives use torch.func.vmap(task_loss)(...).mean() and estimator=Unrolled()"
+            "the gradient of mean_over_tasks is being differentiated again",
+            "once",
+            "it has been summed up; for second derivatives use torch.func.vmap(task_loss)(...).mean() and "
+            "estimator=Unrolled()",
         )

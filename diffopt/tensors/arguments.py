@@ -51,7 +51,6 @@ def check_integer(
     if _is_among(number, also):
         return number
     if not is_integer(number) or not low <= number < high:
-        note, fix = (note + fix, "") if fix.startswith(" ") else (note, fix)
         raise kind(f"{where} is {describe(number)}", _either(also, f"an integer >= {low}{note}"), fix)
     return int(number)
 

@@ -244,10 +244,10 @@ def mend_for(nodes: Sequence[Any], functions: Sequence[object] = ()) -> str:
                 return f"`{name}` is {hints.for_arguments(value)}"
         for name, value in given.values.items():
             if isinstance(value, Iterator):
-                return f"It may come from `{name}`, {hints.for_arguments(value)}"
+                return f"it may come from `{name}`, {hints.for_arguments(value)}"
     if any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in nodes):
-        return "Pass it in *args; if it is a module's, pass and call what diffopt.functional(module) returns"
-    return "Pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
+        return "pass it in *args; if it is a module's, pass and call what diffopt.functional(module) returns"
+    return "pass it in *args or batches; a constant: .detach() or requires_grad_(False)"
 
 
 def _is_at(tensor: Tensor, node: Any) -> bool:

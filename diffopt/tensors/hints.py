@@ -23,20 +23,20 @@ _OF_MODULE = "write function, params = diffopt.functional(module): pass params, 
 def for_params(value: Any) -> str:
     """The fix for a leaf of ``params`` that cannot be optimised; empty if none is known."""
     if isinstance(value, torch.nn.Module):
-        return f"; {_OF_MODULE}"
+        return _OF_MODULE
     if isinstance(value, Tensor):
         return _for_tensor(value)
     if isinstance(value, torch.optim.Optimizer):
-        return f"; {_OF_MODULE}"
+        return _OF_MODULE
     if isinstance(value, Iterator | ItemsView | KeysView | ValuesView):
-        return f"; {_OF_MODULE}" if _is_of_module(value) else "; pass list(...) of it, or dict(...) of pairs"
+        return _OF_MODULE if _is_of_module(value) else "pass list(...) of it, or dict(...) of pairs"
     if isinstance(value, str):
-        return "; pass dict(...) of pairs of names and tensors"
+        return "pass dict(...) of pairs of names and tensors"
     if isinstance(value, torch.utils.data.DataLoader | torch.utils.data.Dataset):
-        return "; data goes in *args or batches"
+        return "data goes in *args or batches"
     if isinstance(value, int | float) or type(value).__module__ == "numpy":
-        return "; convert it with torch.as_tensor (a constant of the loss goes in *args)"
-    return f"; it is {for_object(value)}" if holds_by_name(value) else ""
+        return "convert it with torch.as_tensor (a constant of the loss goes in *args)"
+    return f"it is {for_object(value)}" if holds_by_name(value) else ""
 
 
 def _is_of_module(value: Any) -> bool:
@@ -46,12 +46,12 @@ def _is_of_module(value: Any) -> bool:
 
 def _for_tensor(value: Tensor) -> str:
     if torch.nn.parameter.is_lazy(value):
-        return "; call the lazy module once, on data, before you take its parameters"
+        return "call the lazy module once, on data, before you take its parameters"
     if value.layout != torch.strided and not value.is_nested:
-        return "; convert it with .to_dense()"
+        return "convert it with .to_dense()"
     if value.is_complex():
-        return "; optimise torch.view_as_real of it"
-    return "; convert it with .to(), or pass it in *args if it is a constant of the loss" if not value.is_nested else ""
+        return "optimise torch.view_as_real of it"
+    return "convert it with .to(), or pass it in *args if it is a constant of the loss" if not value.is_nested else ""
 
 
 def holds_by_name(value: Any) -> bool:
@@ -88,12 +88,12 @@ def for_batches(value: Any, steps: int) -> str:
     """The fix for batches that are not stacked; empty if none is known."""
     if isinstance(value, list | tuple) and len(value) > 0:
         many = isinstance(value, list) or not isinstance(value[0], Tensor)
-        return f"; if it is a list of batches, {stacked(value, steps)}" if many else ""
+        return f"if it is a list of batches, {stacked(value, steps)}" if many else ""
     if isinstance(value, torch.utils.data.DataLoader | Iterator | torch.utils.data.Dataset):
-        return f"; take {steps} batches in a list and stack them: tuple(torch.stack(x) for x in zip(*list_of_batches))"
+        return f"take {steps} batches in a list and stack them: tuple(torch.stack(x) for x in zip(*list_of_batches))"
     if callable(value):
-        return f"; call it for every step, and torch.stack what it returns: range({steps})"
-    return "; convert it with torch.as_tensor" if type(value).__module__ == "numpy" else ""
+        return f"call it for every step, and torch.stack what it returns: range({steps})"
+    return "convert it with torch.as_tensor" if type(value).__module__ == "numpy" else ""
 
 
 def stacked(batches: Any, steps: int) -> str:
@@ -122,12 +122,12 @@ def for_optimizer(value: Any) -> str:
     if issubclass(kind, torch.optim.Optimizer):
         name = name_of_torch(kind)
         native = f"write diffopt.{kind.__name__}(lr=...), or " if kind.__name__ in NATIVE and "." in name else ""
-        return f"; {native}lift the class: diffopt.from_torch({name}, lr=...)"
+        return f"{native}lift the class: diffopt.from_torch({name}, lr=...)"
     if issubclass(kind, LRScheduler):
-        return "; a learning rate that changes is lr=diffopt.Schedule(values), one a step"
+        return "a learning rate that changes is lr=diffopt.Schedule(values), one a step"
     if isinstance(value, tuple) and len(value) == 2 and all(map(callable, value)):
-        return "; lift a pair (init, update): diffopt.from_torchopt(pair)"
-    return "; call it, as in SGD(lr=0.1)" if isinstance(value, type) else ""
+        return "lift a pair (init, update): diffopt.from_torchopt(pair)"
+    return "call it, as in SGD(lr=0.1)" if isinstance(value, type) else ""
 
 
 def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:

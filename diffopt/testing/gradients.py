@@ -106,7 +106,7 @@ def whole_state(rule: Rule) -> Iterator[Finding]:
     else:
         expected = gradient(lambda point: state_loss(*setting.state_by_hand(point)), point)
     found = Sample(gradient(value, point, claims.inputs), 0.0)
-    fix = "check the cotangent of buffers, and to which step the term of a schedule goes (layout.runs_over_steps, slice_at)"
+    fix = "check the cotangent of buffers, and to which step the term of a schedule goes (layout.slice_at)"
     claim = "exact in the final buffers, and for schedules"
     yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), fix)
 

@@ -14,18 +14,7 @@ from diffopt import DiffoptError
 
 ROOT = Path(diffopt.__file__).resolve().parents[1]
 
-IN_PARTS = (
-    "diffopt/citation.py",
-    "diffopt/cli.py",
-    "diffopt/commands",
-    "diffopt/experiments",
-    "diffopt/functional.py",
-    "diffopt/lifting",
-    "diffopt/mean_over_tasks.py",
-    "diffopt/optimizers",
-    "diffopt/tensors",
-    "tasks",
-)
+IN_PARTS = ("diffopt", "estimators", "tasks")
 """Files and folders."""
 
 

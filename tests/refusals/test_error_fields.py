@@ -91,11 +91,6 @@ def test_a_class_that_leaves_the_arguments_alone_has_pythons_text() -> None:
     assert CodeError(7).fix == ""
 
 
-def test_a_step_and_a_table_may_come_by_position() -> None:
-    assert (DivergenceError("a", 3).step, str(DivergenceError("a", 3))) == (3, "a")
-    assert (ConformanceError("a", "b").table, str(ConformanceError("a", "b"))) == ("b", "a")
-
-
 def fails(number: int) -> None:
     raise [StepsError(*PARTS), DivergenceError(*PARTS, step=3), LooseLayerError(4)][number]
 
