@@ -68,6 +68,9 @@ NAMES = [
     "torch_errors",
     "derivatives_in_the_loss",
     "unrolled",
+    "recomputation",
+    "hidden_state",
+    "captures",
 ]
 
 
@@ -86,6 +89,8 @@ def survives(fault: Fault, copy: Path) -> bool:
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     file.write_text(text)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not failed:  # no test has failed: none has been run
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     print(f"{'SURVIVED' if done.returncode == 0 else 'caught  '}  {fault.what}", *failed[:1], sep="\n            ")
     return done.returncode == 0
 

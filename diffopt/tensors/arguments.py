@@ -40,14 +40,18 @@ def check_integer(
     also: tuple[str | None, ...] = (),
     kind: type[DiffoptError] = HyperparameterError,
     fix: str = "",
-    high: float = math.inf,
+    high: int = 2**63,
 ) -> Any:
-    """Refuse what is not an integer of ``low <= value < high``; ``fix`` is the end of the message."""
+    """Refuse what is not an integer of ``low <= value < high``; ``fix`` is the end of the message.
+
+    Torch has no integers from ``2**63`` on, and so much of anything is a mistake.
+    """
     number = plain(value)
     if _is_among(number, also):
         return number
     if not is_integer(number) or not low <= number < high:
-        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'an integer >= {low}')}{fix}")
+        most = " and < 2**63" if high == 2**63 and is_integer(number) and number >= high else ""
+        raise kind(f"{where} is {describe(number)}, expected {_either(also, f'an integer >= {low}{most}')}{fix}")
     return int(number)
 
 

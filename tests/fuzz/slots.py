@@ -20,9 +20,9 @@ _MOST = 400
 """Characters of a message, with room for the name of a place."""
 INTEGERS = frozenset({"zero", "int_enum", "numpy_integer"})
 NUMBERS = INTEGERS | {"float", "numpy_float", "numpy_float32", "numpy_zero_d", "beyond_64_bits"}
-SCALARS = NUMBERS | {"float_tensor", "half_tensor", "tensor_subclass", "infinite_tensor", "nan_tensor"}
-FLAGS = frozenset({"true", "numpy_bool"})
 _TENSORS = frozenset({"tensor_subclass", "inference_tensor"})
+SCALARS = NUMBERS | _TENSORS | {"float_tensor", "half_tensor", "infinite_tensor", "nan_tensor"}
+FLAGS = frozenset({"true", "numpy_bool"})
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ CALLS: dict[str, Slot] = {
     **_by_option(
         mean,
         in_dims=frozenset({"negative"}),
-        task_chunk=frozenset({"none", "int_enum", "numpy_integer", "beyond_64_bits", "huge_integer"}),
+        task_chunk=frozenset({"none", "int_enum", "numpy_integer"}),
         randomness=frozenset[str](),
         check=FLAGS,
     ),
@@ -191,7 +191,7 @@ _OPTIONAL = {"window", "chunk_size", "checkpoint", "center", "diagonal", "factor
 def _right(name: str, default: Any) -> frozenset[str]:
     right = FLAGS if isinstance(default, bool) else INTEGERS if isinstance(default, int) else SCALARS
     if name in ("order", "window", "chunk_size", "steps", "directions", "rank", "seed", "checkpoint") or "iter" in name:
-        right = INTEGERS | {"beyond_64_bits", "huge_integer"}
+        right = INTEGERS
     if name in ("dampening", "scale", "center", "diagonal"):
         right = right | {"negative", "minus_infinity"}
     if name == "generator":
