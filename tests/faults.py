@@ -929,21 +929,21 @@ FAULTS = [
         "diffopt/adjoint/autograd_function.py",
         "partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()",
         "partial(transforms.apply, _Pullback, call, *saved), 0",
-        "modes",
+        "gradient_batches",
     ),
     Fault(
         "the old vmap's level is forgotten where its gradients are handed back",
         "diffopt/tensors/transforms.py",
         "tuple(old._add_batch_dim(result, 0, level) for result in results)",
         "tuple(result[0] for result in results)",
-        "modes",
+        "gradient_batches",
     ),
     Fault(
         "a change between solve and backward is torch's own error",
         "diffopt/adjoint/autograd_function.py",
         "        if not is_in_place(error):\n            raise\n        raise InPlaceError(",
         "        if error:\n            raise\n        raise InPlaceError(",
-        "modes",
+        "changes_before_backward",
     ),
     Fault(
         "torch.compile traces into a solve",
@@ -1258,8 +1258,8 @@ FAULTS = [
             (
                 "a user's update is looked at in the first step only",
                 "rollout/checks",
-                'if step == 1 or not type(self.dynamics.optimizer.template).__module__.startswith("diffopt.optimizers."):',
-                "if step == 1:",
+                "if step == 1 or not type(self.dynamics.optimizer.template)",
+                "if step == 1 or not type(self.dynamics)",
             ),
             (
                 "captured tangents are passed over",

@@ -60,6 +60,8 @@ NAMES = [
     "functional",
     "public_names",
     "modes",
+    "gradient_batches",
+    "changes_before_backward",
     "complex",
     "compiled_arguments",
     "random_threads",

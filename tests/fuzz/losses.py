@@ -100,8 +100,9 @@ SPECIAL: dict[str, Callable[[Tensor, Scope], Tensor]] = {
     "gradient_penalty": _gradient_penalty,
     "func_grad": lambda x, s: torch.func.grad(lambda y: (torch.tanh(y) * x).sum())(x),
     "func_jvp": lambda x, s: torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1],
-    "func_jacfwd": lambda x, s: torch.func.jacfwd(lambda y: torch.tanh(y) * y)(x).sum(0),
-    "func_hessian": lambda x, s: torch.func.hessian(lambda y: torch.tanh(y).pow(2).sum())(x).sum(0),
+    # (of a copy: torch gives an expanded tensor no tangent)
+    "func_jacfwd": lambda x, s: torch.func.jacfwd(lambda y: torch.tanh(y) * y)(x.clone()).sum(0),
+    "func_hessian": lambda x, s: torch.func.hessian(lambda y: torch.tanh(y).pow(2).sum())(x.clone()).sum(0),
     "func_vmap": lambda x, s: torch.func.vmap(lambda y: torch.sin(y) * y)(x),
     "checkpoint": lambda x, s: checkpoint(lambda y: torch.tanh(y).sin(), x, use_reentrant=False),
     "nested": _nested,

@@ -69,7 +69,9 @@ def test_second_derivatives_in_half_precision_are_warned_of_once(rule: Any, kind
     dtype, autocast = HALVES[kind]
     messages = told(rule, dtype, autocast=autocast)
     assert len(messages) == 1
-    assert ("is computed in bfloat16 (torch.autocast)" if autocast else f"is computed in {kind} (params)") in messages[0]
+    assert ("is computed in bfloat16 (torch.autocast)" if autocast else f"is computed in {kind} (params)") in messages[
+        0
+    ]
     assert "Use float32 where it matters, or silence diffopt.PrecisionWarning" in messages[0]
 
 
