@@ -1290,4 +1290,19 @@ FAULTS = [
         "            relative, 1e9, f",
         "warnings_of_estimates",
     ),
+    # integers that nothing can count up to
+    Fault(
+        "an option counts beyond all integers",
+        "diffopt/tensors/arguments.py",
+        "not low <= number < high:\n        most",
+        "not low <= number:\n        most",
+        "odd_arguments",
+    ),
+    Fault(
+        "the power method may take any number of products",
+        "diffopt/linear_solve/neumann.py",
+        '"power_iterations", 1, high=MOST + 1,',
+        '"power_iterations", 1,',
+        "linear_solve_refusals",
+    ),
 ]
