@@ -1258,8 +1258,8 @@ FAULTS = [
             (
                 "a user's update is looked at in the first step only",
                 "rollout/checks",
-                "if step == 1 or not type(self.dynamics.optimizer.template)",
-                "if step == 1 or not type(self.dynamics)",
+                '.__module__.startswith("diffopt.optimizers."):',
+                '.__module__.startswith(""):',
             ),
             (
                 "captured tangents are passed over",
