@@ -61,8 +61,8 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "smooth_absolute": lambda x: torch.sqrt(0.1 + x * x).mean(),
     "logsumexp": lambda x: torch.logsumexp(x, 0),
     "pseudo_huber": lambda x: F.softplus(x).mean(),
-    # About half the mean: the variance of one number is zero whatever the number, and so is its gradient, of which rules
-    # that divide by the size of gradients (RMSprop) may make anything.
+    # About half the mean: the variance of one number is zero whatever the number, and so is its gradient, of which
+    # rules that divide by the size of gradients (RMSprop) may make anything.
     "variance": lambda x: (x - 0.5 * x.mean()).square().mean(),
     "cross_entropy": lambda x: F.cross_entropy(torch.stack([x, x.sin(), -x], -1), torch.arange(len(x)) % 3),
     "mse": lambda x: F.mse_loss(x, torch.ones_like(x)),
