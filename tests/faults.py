@@ -929,21 +929,21 @@ FAULTS = [
         "diffopt/adjoint/autograd_function.py",
         "partial(transforms.apply, _Pullback, call, *saved), transforms.grads_batched()",
         "partial(transforms.apply, _Pullback, call, *saved), 0",
-        "modes",
+        "gradient_batches",
     ),
     Fault(
         "the old vmap's level is forgotten where its gradients are handed back",
         "diffopt/tensors/transforms.py",
         "tuple(old._add_batch_dim(result, 0, level) for result in results)",
         "tuple(result[0] for result in results)",
-        "modes",
+        "gradient_batches",
     ),
     Fault(
         "a change between solve and backward is torch's own error",
         "diffopt/adjoint/autograd_function.py",
         "        if not is_in_place(error):\n            raise\n        raise InPlaceError(",
         "        if error:\n            raise\n        raise InPlaceError(",
-        "modes",
+        "changes_before_backward",
     ),
     Fault(
         "torch.compile traces into a solve",
@@ -1261,5 +1261,168 @@ FAULTS = [
         'raise HyperparameterError(f"{where} is {describe(value)}", "True or False")',
         'raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")',
         "error_fields",
+    # recomputation inside a loss, and hooks around a solve
+    *(
+        Fault(what, "diffopt/tensors/saved_hooks.py", old, new, "recomputation")
+        for what, old, new in [
+            (
+                "a recomputation reads the module's own weights",
+                "            members[name] = x\n        try:",
+                "            members[name] = members.get(name)\n        try:",
+            ),
+            (
+                "modules keep the weights of a recomputation",
+                "                members[name] = own\n",
+                "                members[name] = members[name]\n",
+            ),
+            ("modules that run are not looked for", "for running in _running_modules():", "for running in ():"),
+            (
+                "a recomputation may read any parameter",
+                "        self._refuse_others(list(reads.read.values()))\n        return",
+                "        return",
+            ),
+            (
+                "what a recomputation makes for itself is refused",
+                "makes = func is torch.ops.aten.lift_fresh.default",
+                "makes = False",
+            ),
+            (
+                "a recomputation may not read what the loss was given",
+                "reads.known.update(_address(x) for x in self._given)",
+                "reads.known.update(())",
+            ),
+            (
+                "a checkpoint of another shape is torch's own error",
+                "except CheckpointError as error:",
+                "except ZeroDivisionError as error:",
+            ),
+            (
+                "hooks around a solve pack its graphs",
+                "while (pair := _top()) is not None:",
+                "while (pair := None) is not None:",
+            ),
+            ("hooks around a solve are gone after it", "in reversed(outer):", "in ():"),
+            ("torch's functions stay replaced", "if _evaluations == 0:", "if _evaluations < 0:"),
+        ]
+    ),
+    # state that a loss keeps
+    Fault(
+        "a state that moves is not judged",
+        "diffopt/rollout/stepper.py",
+        "step in (1, self.dynamics.steps) and self._held.has_moved()",
+        "step < 0",
+        "hidden_state",
+    ),
+    Fault(
+        "a state is judged at the first step only",
+        "diffopt/rollout/stepper.py",
+        "step in (1, self.dynamics.steps) and self._held.has_moved()",
+        "step == 1 and self._held.has_moved()",
+        "hidden_state",
+    ),
+    Fault(
+        "a large graph is given up although the loss keeps a state",
+        "diffopt/rollout/stepper.py",
+        "if large and not self._keeps_state(state, losses, step):",
+        "if large:",
+        "hidden_state",
+    ),
+    Fault(
+        "a second backward pass computes steps of any loss again",
+        "diffopt/adjoint/autograd_function.py",
+        "call.keep, again, Watch(state=call.watch.values))",
+        "call.keep, again, Watch())",
+        "hidden_state",
+    ),
+    *(
+        Fault(what, "diffopt/rollout/hidden_state.py", old, new, "hidden_state")
+        for what, old, new in [
+            ("numbers and objects are no state", "list(map(id, self._in_places())) != self._addresses", "False"),
+            ("running statistics are no state", "or not all(torch.equal(x, before)", "or not all(True"),
+            ("a generator of the loss's own is no state", "            or self._have_drawn()\n", ""),
+            ("a look at a state moves it on", "                x.data.copy_(numbers)", "                pass"),
+            (
+                "a look at a state leaves its lists and attributes moved",
+                "                _refill(container, old)",
+                "                pass",
+            ),
+            (
+                "a look at a state leaves a variable moved",
+                "                    cell.cell_contents = content",
+                "                    pass",
+            ),
+            (
+                "a look at a state leaves a generator moved",
+                "                generator.set_state(state)",
+                "                pass",
+            ),
+            ("a state is compared loosely", "_same(value, losses, True)", "torch.allclose(value, losses, rtol=1e-6)"),
+        ]
+    ),
+    # captured tensors
+    *(
+        Fault(what, f"diffopt/{file}.py", old, new, "captures")
+        for what, file, old, new in [
+            (
+                "captured tensors are looked for at the first step only",
+                "rollout/checks",
+                "        if self.watch.captures:\n            starts",
+                "        if self.watch.captures and self._born < 0:\n            starts",
+            ),
+            (
+                "wrapped tensors are looked for at the first step only",
+                "rollout/checks",
+                "return self.watch.levels if step == 1 or self._wrapped_are_held else range(0)",
+                "return self.watch.levels if step == 1 else range(0)",
+            ),
+            (
+                "a user's update is looked at in the first step only",
+                "rollout/checks",
+                '.__module__.startswith("diffopt.optimizers."):',
+                '.__module__.startswith(""):',
+            ),
+            (
+                "captured tangents are passed over",
+                "rollout/checks",
+                "if self._drops_tangents and transforms.in_dual_level():",
+                "if False:",
+            ),
+            ("captured results of operations are passed over", "tensors/autograd_graph", "if at < born or (", "if ("),
+            (
+                "a leaf that the loss makes for itself is captured",
+                "tensors/autograd_graph",
+                "if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
+                "if leaf is not None:",
+            ),
+        ]
+    ),
+    Fault(
+        "a compiled function is compared where it was traced",
+        "diffopt/rollout/compiled.py",
+        "others = [_moved(x, i) for i, x in enumerate(arguments)]",
+        "others = list(arguments)",
+        "compiled",
+    ),
+    Fault(
+        "a binomial estimate outside its range is not warned of",
+        "estimators/binomial.py",
+        "            relative, 1.0, f",
+        "            relative, 1e9, f",
+        "warnings_of_estimates",
+    ),
+    # integers that nothing can count up to
+    Fault(
+        "an option counts beyond all integers",
+        "diffopt/tensors/arguments.py",
+        "not low <= number < high:\n        most",
+        "not low <= number:\n        most",
+        "odd_arguments",
+    ),
+    Fault(
+        "the power method may take any number of products",
+        "diffopt/linear_solve/neumann.py",
+        '"power_iterations", 1, high=MOST + 1,',
+        '"power_iterations", 1,',
+        "linear_solve_refusals",
     ),
 ]

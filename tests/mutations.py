@@ -60,6 +60,8 @@ NAMES = [
     "functional",
     "public_names",
     "modes",
+    "gradient_batches",
+    "changes_before_backward",
     "complex",
     "compiled_arguments",
     "random_threads",
@@ -72,6 +74,9 @@ NAMES = [
     "solver_advice",
     "error_fields",
     "lift_refusals",
+    "recomputation",
+    "hidden_state",
+    "captures",
 ]
 
 
@@ -90,6 +95,8 @@ def survives(fault: Fault, copy: Path) -> bool:
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     file.write_text(text)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not failed:  # no test has failed: none has been run
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     print(f"{'SURVIVED' if done.returncode == 0 else 'caught  '}  {fault.what}", *failed[:1], sep="\n            ")
     return done.returncode == 0
 

@@ -5,6 +5,7 @@ The reference there, the plain loop, is itself compared with differences and wit
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -33,6 +34,25 @@ def bench(checkout: Path) -> Iterator[ModuleType]:
         importlib.import_module("benchmarks.__main__")
         importlib.import_module("benchmarks.document")
         yield importlib.import_module("benchmarks")
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = {path.relative_to(FOLDER.parent).as_posix(): path for path in sorted(FOLDER.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_every_name_that_a_benchmark_imports_is_where_it_says(bench, file):
+    """Also those imported within functions: a benchmark that is seldom run must not break where something moves."""
+    importlib.import_module(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    for node in ast.walk(ast.parse(MODULES[file].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("diffopt", "benchmarks"):
+            source = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not has(source, name.name)] == []
+
+
+def has(source, name):
+    """Whether a module has this name, or a module of it beside it."""
+    return hasattr(source, name) or importlib.util.find_spec(f"{source.__name__}.{name}") is not None
 
 
 def smoke_cells(bench, workload):

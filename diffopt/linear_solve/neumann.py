@@ -18,6 +18,7 @@ from diffopt.linear_solve.base import (
     check_options,
     relative_bound,
 )
+from diffopt.tensors.arguments import MOST, Options
 from diffopt.tensors.leaves import Leaves
 
 
@@ -33,7 +34,7 @@ class Neumann(LinearSolver):
         terms: how many terms; stops when converged.
         step_size: ``a``; ``None``: one over the largest eigenvalue, estimated by ``power_iterations`` products.
         rtol, throw: as in :class:`ConjugateGradient`; ``rtol=None`` takes any residual that has not grown.
-        power_iterations: for the estimate.
+        power_iterations: for the estimate; 10,000 at most, for all of them are made.
 
     Reference: Lorraine, Vicol and Duvenaud (2020), "Optimizing Millions of Hyperparameters by Implicit
     Differentiation", section 4. Derivations, sections 6.1 and 6.6.
@@ -50,7 +51,8 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self, "rtol", "step_size", terms=1, step_size=TINY, rtol=0.0, power_iterations=1)
+        check_options(self, "rtol", "step_size", terms=1, step_size=TINY, rtol=0.0)
+        Options(self).integer("power_iterations", 1, high=MOST + 1, fix=f" (and at most {MOST})")
 
     def iterate(
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float

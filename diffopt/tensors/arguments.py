@@ -41,17 +41,19 @@ def check_integer(
     kind: type[DiffoptError] = HyperparameterError,
     note: str = "",
     fix: str = "",
-    high: float = math.inf,
+    high: int = 2**63,
 ) -> Any:
     """Refuse what is not an integer of ``low <= value < high``.
 
-    ``note`` is what else is to be said of what is expected, with the space before it; ``fix``: what to do.
+    Torch has no integers from ``2**63`` on, and so much of anything is a mistake. ``note`` is what else is to be said of
+    what is expected, with the space before it; ``fix``: what to do.
     """
     number = plain(value)
     if _is_among(number, also):
         return number
     if not is_integer(number) or not low <= number < high:
-        raise kind(f"{where} is {describe(number)}", _either(also, f"an integer >= {low}{note}"), fix)
+        most = " and < 2**63" if high == 2**63 and is_integer(number) and number >= high else ""
+        raise kind(f"{where} is {describe(number)}", _either(also, f"an integer >= {low}{most}{note}"), fix)
     return int(number)
 
 

@@ -106,12 +106,13 @@ def missing_derivative(what: str) -> MissingDerivativeError:
 
 
 def hooks_around_transforms() -> GradModeError:
-    """The error for a loss that uses ``torch.func`` where saved-tensor hooks are set."""
+    """The error for ``torch.func`` where saved-tensor hooks are set."""
     return GradModeError(
-        "the inner loss uses torch.func where saved-tensor hooks are set (torch.utils.checkpoint, save_on_cpu), "
+        "torch.func and saved-tensor hooks (torch.utils.checkpoint, save_on_cpu) meet in the inner loss or around it, "
         "which torch refuses",
         "one without the other",
-        "take the hooks away, or use an estimator that keeps those around the solve out, such as Reverse()",
+        "take a checkpoint out of the loss (Reverse('sqrt') stores less around it); hooks around the solve are kept out "
+        "by estimators such as Reverse()",
     )
 
 

@@ -64,6 +64,17 @@ def test_a_hypergradient_that_overflows_is_refused(learned: str, rule: Any) -> N
     assert leaf.grad is None
 
 
+@pytest.mark.parametrize("rule", [Unrolled(), Reverse(), Reverse(1)], ids=str)
+def test_a_derivative_that_is_infinite_is_refused_though_the_loss_is_finite(rule: Any) -> None:
+    """That of a root at zero."""
+    a = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    end = run(lambda w, a: w.square().sum() + a.abs().sqrt().sum() * w.sum(), w, a, rule=rule, steps=3, lr=0.1)
+    assert bool(end.isfinite().all())
+    with pytest.raises(diffopt.NonFiniteGradientError, match="is NaN or infinite"):
+        torch.autograd.grad(end.sum(), a)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_one_that_fits_is_not(rule: Any) -> None:
     c = tensor(0.5).requires_grad_()

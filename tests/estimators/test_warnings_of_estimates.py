@@ -22,7 +22,7 @@ def loss(w: Tensor, c: Tensor) -> Tensor:
     return 0.5 * (CURVATURE * c * w.square()).sum()
 
 
-def solution(rule: Any, lr: float, *, check: bool = True, steps: int = STEPS, c: Tensor | None = None) -> Any:
+def solution(rule: Any, lr: float | Tensor, *, check: bool = True, steps: int = STEPS, c: Tensor | None = None) -> Any:
     c = torch.ones((), dtype=torch.float64, requires_grad=True) if c is None else c
     start = torch.tensor([1.0, -1.0], dtype=torch.float64)
     return diffopt.solve(loss, start, c, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule, check=check)
@@ -74,7 +74,7 @@ def test_options_of_binomial_are_in_what_it_says(rule: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "lr", "bad"), [(2, 0.05, False), (1, 0.9, True), (2, 0.9, True), (STEPS, 0.9, False)]
+    ("order", "lr", "bad"), [(4, 0.02, False), (2, 0.05, False), (1, 0.9, True), (2, 0.9, True), (STEPS, 0.9, False)]
 )
 def test_krylov_warns_of_a_large_residual(order: int, lr: float, bad: bool) -> None:
     solved = solution(Krylov(order), lr)
@@ -86,6 +86,7 @@ def test_krylov_warns_of_a_large_residual(order: int, lr: float, bad: bool) -> N
     assert [w.category for w in caught] == [diffopt.EstimateWarning] * bad
     if bad:
         assert f"Krylov(order={order}): the relative residual" in str(caught[0].message)
+        assert "expected at most 0.5" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("rule", [Binomial(1), Krylov(1), MultiStep(2, Binomial(1))], ids=str)
@@ -100,7 +101,7 @@ def test_the_warning_is_silenced_by_class_and_by_check(rule: Any) -> None:
             if category is not None:
                 warnings.simplefilter("ignore", category)
             found.append(torch.autograd.grad(end, c)[0])
-    assert torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
     with pytest.warns(diffopt.EstimateWarning, match=r"Use a higher order, fewer or smaller steps, or Reverse\(\)"):
         solution(rule, 0.9).params.square().sum().backward()
 
@@ -122,6 +123,16 @@ def test_one_task_of_many_is_enough(rule: Any, style: str) -> None:
     with pytest.warns(diffopt.EstimateWarning):
         run(torch.tensor([0.1, 15.0, 0.2], dtype=torch.float64))
     run(torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("rates", "bad"), [([0.01, 0.02], False), ([0.01, 0.9], True)])
+def test_a_learning_rate_of_each_task_is_judged_by_its_own(rates: list[float], bad: bool) -> None:
+    c = torch.ones((), dtype=torch.float64, requires_grad=True)
+    ends = vmap(lambda lr: solution(Binomial(1), lr, c=c).params)(torch.tensor(rates, dtype=torch.float64))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ends.sum().backward()
+    assert [w.category for w in caught] == [diffopt.EstimateWarning] * bad
 
 
 def test_diagnostics_of_tasks_are_one_number_each() -> None:

@@ -61,7 +61,9 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "smooth_absolute": lambda x: torch.sqrt(0.1 + x * x).mean(),
     "logsumexp": lambda x: torch.logsumexp(x, 0),
     "pseudo_huber": lambda x: F.softplus(x).mean(),
-    "variance": lambda x: (x - x.mean()).square().mean(),
+    # About half the mean: the variance of one number is zero whatever the number, and so is its gradient, of which
+    # rules that divide by the size of gradients (RMSprop) may make anything.
+    "variance": lambda x: (x - 0.5 * x.mean()).square().mean(),
     "cross_entropy": lambda x: F.cross_entropy(torch.stack([x, x.sin(), -x], -1), torch.arange(len(x)) % 3),
     "mse": lambda x: F.mse_loss(x, torch.ones_like(x)),
 }
@@ -100,8 +102,9 @@ SPECIAL: dict[str, Callable[[Tensor, Scope], Tensor]] = {
     "gradient_penalty": _gradient_penalty,
     "func_grad": lambda x, s: torch.func.grad(lambda y: (torch.tanh(y) * x).sum())(x),
     "func_jvp": lambda x, s: torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1],
-    "func_jacfwd": lambda x, s: torch.func.jacfwd(lambda y: torch.tanh(y) * y)(x).sum(0),
-    "func_hessian": lambda x, s: torch.func.hessian(lambda y: torch.tanh(y).pow(2).sum())(x).sum(0),
+    # (of a copy: torch gives an expanded tensor no tangent)
+    "func_jacfwd": lambda x, s: torch.func.jacfwd(lambda y: torch.tanh(y) * y)(x.clone()).sum(0),
+    "func_hessian": lambda x, s: torch.func.hessian(lambda y: torch.tanh(y).pow(2).sum())(x.clone()).sum(0),
     "func_vmap": lambda x, s: torch.func.vmap(lambda y: torch.sin(y) * y)(x),
     "checkpoint": lambda x, s: checkpoint(lambda y: torch.tanh(y).sin(), x, use_reentrant=False),
     "nested": _nested,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "oracles"))
 
 import torch
-from fuzz import pending
 from fuzz.calls import Call, calls
 from fuzz.odd import OBJECTS
 from fuzz.refused import Case, cases, fault_of
@@ -31,7 +31,7 @@ def main(count: int, start: int, compiled: bool) -> int:
     tally, began = Tally(), time.monotonic()
 
     def judged(call: Call) -> None:
-        verdict = _pending(judge(call))
+        verdict = judge(call)
         key = (call.mode, call.estimator.name, *sorted(call.loss.specials)[:1]) if not verdict.error else ()
         tally.add(f"mode {call.mode}", verdict, call, key)
         tally.by_estimator[call.estimator.name, verdict.outcome] += 1
@@ -75,22 +75,13 @@ def _arguments(tally: Tally, count: int, start: int) -> None:
         slot, odd = drawn.choice(sorted(SLOTS)), drawn.choice(sorted(OBJECTS))
         fault = fault_of_argument(slot, odd)
         verdict = Verdict("raw error" if fault.startswith("raw") else fault, fault) if fault else Verdict("refused")
-        if fault and (slot in pending.SLOTS or odd in pending.OBJECTS):
-            verdict = Verdict("known, pending")
         tally.add(f"argument of {slot.split('(')[0]}", verdict, (slot, odd), (slot, odd))
 
 
 def _refused(fault: str, case: Case) -> Verdict:
     if not fault:
         return Verdict("refused")
-    if case.name in pending.UNROLLED_ACCEPTS and "Unrolled" in repr(case.estimator):
-        return Verdict("known, pending")
-    return _pending(Verdict("raw error" if fault.startswith("raw") else "not refused", fault, fault[:60]))
-
-
-def _pending(verdict: Verdict) -> Verdict:
-    known = not verdict.good and any(part in verdict.seen for part in pending.CALLS)
-    return Verdict("known, pending", verdict.seen) if known else verdict
+    return Verdict("raw error" if fault.startswith("raw") else "not refused", fault, fault[:60])
 
 
 if __name__ == "__main__":

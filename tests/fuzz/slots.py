@@ -20,9 +20,11 @@ _MOST = 400
 """Characters of a message, with room for the name of a place."""
 INTEGERS = frozenset({"zero", "int_enum", "numpy_integer"})
 NUMBERS = INTEGERS | {"float", "numpy_float", "numpy_float32", "numpy_zero_d", "beyond_64_bits"}
-SCALARS = NUMBERS | {"float_tensor", "half_tensor", "tensor_subclass", "infinite_tensor", "nan_tensor"}
-FLAGS = frozenset({"true", "numpy_bool"})
+MODULES = frozenset({"module", "lazy_module"})
+"""What can be called, and fails by an error of its own."""
 _TENSORS = frozenset({"tensor_subclass", "inference_tensor"})
+SCALARS = NUMBERS | _TENSORS | {"float_tensor", "half_tensor", "infinite_tensor", "nan_tensor"}
+FLAGS = frozenset({"true", "numpy_bool"})
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,20 @@ def mean(loss: Any = None, *args: Any, **options: Any) -> Tensor:
 
 def implicit(**options: Any) -> None:
     a = start()
-    options = {"loss": lambda w, a: (w - a).square().sum(), "params": a.detach(), **options}
-    loss, params = options.pop("loss"), options.pop("params")
-    diffopt.implicit(loss, params, a, **options).sum().backward()
+    options = {"params": a.detach(), **options}
+    diffopt.implicit(_distance, options.pop("params"), a, **options).sum().backward()
 
 
 def implicit_gradients(**options: Any) -> None:
     a = start()
-    options = {"loss": lambda w, a: (w - a).square().sum(), "params": a.detach(), "cotangent": torch.ones(2), **options}
-    loss, params = options.pop("loss"), options.pop("params")
-    diffopt.implicit_gradients(loss, params, a, **options)
+    options = {"params": a.detach(), "cotangent": torch.ones(2), **options}
+    diffopt.implicit_gradients(_distance, options.pop("params"), a, **options)
+
+
+def _distance(w: Any, a: Tensor) -> Tensor:
+    """That of the params from ``a``, where they are a tensor of its shape; else any number of theirs."""
+    fits = isinstance(w, Tensor) and w.shape == a.shape
+    return (w - a).square().sum() if fits else _any_square(w) + 0 * a.sum()
 
 
 def problem(w: Tensor, estimator: Any) -> Tensor:
@@ -113,7 +119,7 @@ CALLS: dict[str, Slot] = {
     **_by_option(
         mean,
         in_dims=frozenset({"negative"}),
-        task_chunk=frozenset({"none", "int_enum", "numpy_integer", "beyond_64_bits", "huge_integer"}),
+        task_chunk=frozenset({"none", "int_enum", "numpy_integer"}),
         randomness=frozenset[str](),
         check=FLAGS,
     ),
@@ -139,7 +145,7 @@ CALLS: dict[str, Slot] = {
         for name, right in {"directions": INTEGERS, "second_derivative": FLAGS, "vmap": FLAGS}.items()
     },
     "compare(problem)": Slot(lambda x: compared(x), frozenset({"none"}), own_errors=True),
-    "compare(estimators)": Slot(lambda x: compared(None, x), frozenset({"none"})),
+    "compare(estimators)": Slot(lambda x: compared(None, x), frozenset({"none", "empty_list"})),
     "compare(estimators[1])": Slot(lambda x: compared(None, [Reverse(), x])),
     "compare(exact=)": Slot(lambda x: compared(exact=x), frozenset({"none"})),
     "compare(repeats=)": Slot(lambda x: compared(repeats=x), INTEGERS),
@@ -191,7 +197,7 @@ _OPTIONAL = {"window", "chunk_size", "checkpoint", "center", "diagonal", "factor
 def _right(name: str, default: Any) -> frozenset[str]:
     right = FLAGS if isinstance(default, bool) else INTEGERS if isinstance(default, int) else SCALARS
     if name in ("order", "window", "chunk_size", "steps", "directions", "rank", "seed", "checkpoint") or "iter" in name:
-        right = INTEGERS | {"beyond_64_bits", "huge_integer"}
+        right = INTEGERS
     if name in ("dampening", "scale", "center", "diagonal"):
         right = right | {"negative", "minus_infinity"}
     if name == "generator":
@@ -230,6 +236,6 @@ def fault_of_argument(slot: str, odd: str) -> str:
             said = str(error)
             return "" if "expected" in said and len(said) < _MOST else f"{type(error).__name__} says {said}"
         except Exception as error:
-            own = place.own_errors and isinstance(error, DeprecationWarning)
+            own = place.own_errors and (isinstance(error, DeprecationWarning) or odd in MODULES)
             return "" if own else f"raw {type(error).__name__}: {error}"
     return "" if {odd, "any"} & place.right else "accepted"

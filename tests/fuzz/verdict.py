@@ -16,7 +16,11 @@ from torch import Tensor
 import diffopt
 from diffopt import DiffoptError
 
-GOOD = ("equal", "refused", "finite, no oracle", "plain code fails alike", "known, pending")
+GOOD = ("equal", "refused", "finite, no oracle", "plain code fails alike")
+
+
+TRANSFORMED = ("func", "jacrev", "batched_grads")
+"""Modes of a transform without a batch of tasks."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,9 @@ def may_refuse(call: Call) -> tuple[type[DiffoptError], ...]:
         allowed.append(diffopt.RandomnessError)
     if special & (NEEDS_VALUES | NO_VMAP) and (ahead or call.mode in (*TASK_MODES, "jacrev", "batched_grads")):
         allowed.append(diffopt.VmapError)
+    if call.mode in (*TRANSFORMED, *TASK_MODES):  # torch itself refuses these under torch.func
+        allowed += [diffopt.GradModeError] if "checkpoint" in special else []
+        allowed += [diffopt.VmapError] if "gradient_penalty" in special else []
     if "wants_grad" in call.spectators and call.mode == "mean_over_tasks":
         allowed.append(diffopt.CapturedTensorError)
     if spec.name == "Implicit":

@@ -153,7 +153,8 @@ def test_matvec_must_return_a_tree_like_b(solver, matvec):
     + [(GMRES, {"rtol": x}) for x in (-1.0, None)]
     + [(Neumann, {"terms": x}) for x in (0, 1.5, None)]
     + [(Neumann, {"step_size": x}) for x in (0.0, -1.0, float("inf"))]
-    + [(Neumann, {"rtol": 2.0}), (Neumann, {"power_iterations": 0}), (Neumann, {"power_iterations": 1.5})]
+    + [(Neumann, {"rtol": 2.0}), *((Neumann, {"power_iterations": x}) for x in (0, 1.5, 10_001, 2**63))]
+    + [(Neumann, {"terms": 2**63}), (Nystrom, {"rank": 2**63, "damping": 1.0})]
     + [(Nystrom, {"rank": x, "damping": 1.0}) for x in (0, 1.5, None)]
     + [(Nystrom, {"rank": 1, "damping": x}) for x in (0.0, -1.0, None)]
     + [(Dense, {"damping": x}) for x in (-1.0, float("nan"), None)],

@@ -93,7 +93,7 @@ def test_adam_at_a_zero_gradient_has_the_derivative_of_its_momentum_alone():
     w = torch.tensor(2.0, dtype=torch.float64)
     solution = diffopt.solve(lambda w, a: a * w, w, slope, optimizer=Adam(lr, eps=eps), steps=1)
     (got,) = torch.autograd.grad(solution.params, slope)
-    assert abs(float(got) + lr / eps) < 1e-14
+    assert abs(float(got) + lr / eps) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
@@ -199,7 +199,7 @@ def test_a_scalar_of_another_dtype_takes_that_of_each_parameter():
     solution = diffopt.solve(lambda p: sum(x.double().square().sum() for x in p), params, optimizer=SGD(lr), steps=2)
     assert [p.dtype for p in solution.params] == [torch.float32, torch.float64]
     (got,) = torch.autograd.grad(solution.params[0].double().sum() + solution.params[1].sum(), lr)
-    assert abs(float(got) - 3 * 2 * 0.8 * -2) < 1e-6  # w (1 - 2 lr)^2, three coordinates; float32 in two of them
+    assert abs(float(got) - 3 * 2 * 0.8 * -2) < 1e-5  # w (1 - 2 lr)^2, three coordinates; float32 in two of them
     assert got.dtype == torch.float64
 
 
@@ -230,4 +230,5 @@ def test_leaves_arithmetic_is_elementwise(value, other):
         ((x * x).sqrt(), [(a * a).sqrt() for a in x]),
         (x.where_greater(y), [torch.maximum(a, b) for a, b in zip(x, y, strict=True)]),
     ]:
-        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+        # (a processor may add what it multiplies without rounding in between: numbers of up to a hundred)
+        torch.testing.assert_close(list(ours), plain, rtol=1e-14, atol=1e-13)

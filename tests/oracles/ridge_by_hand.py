@@ -9,9 +9,27 @@ import torch
 from torch import Tensor
 
 import diffopt
+from diffopt.estimators import Binomial, ForwardMode, Krylov, MultiStep, Reverse, Truncated, Unrolled
 
 STEPS, MOMENTUM = 4, 0.6
 Loss = Callable[..., Tensor]
+EXACT: dict[str, Any] = {
+    "default": Reverse(),
+    "graph": Reverse("graph"),
+    "every_state": Reverse(1),
+    "every_third": Reverse(3),
+    "sqrt": Reverse("sqrt"),
+    "offloaded": Reverse(2, offload=True),
+    "forward": ForwardMode(),
+    "forward_in_chunks": ForwardMode(chunk_size=2),
+    "truncated_at_all": Truncated(4),
+    "truncated_in_states": Truncated(4, 1),
+    "binomial_of_all": Binomial(4),
+    "krylov_of_all": Krylov(4),
+    "window_of_one": MultiStep(1),
+    "unrolled": Unrolled(),
+}
+"""What is exact on so many steps."""
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from diffopt.estimators import (
     Reverse,
     Truncated,
 )
-from diffopt.linear_solve import ConjugateGradient
+from diffopt.linear_solve import GMRES, ConjugateGradient, Neumann, Nystrom
 from diffopt.testing import check_optimizer
 
 # the optimizer's class -> options, each of which is out of range alone; the message names the first one
@@ -67,6 +67,27 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     ),
     *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-(10**400), ["x"] * 500)),
     *((MultiStep, {"window": 2, "adjoint": x}, "adjoint", "expected an est") for x in (10**400, "x" * 999)),
+    *(
+        (kind, {**options, name: 2**63}, name, r"expected (.* or )?an integer >= \d and < 2\*\*63")
+        for kind, options, names in (
+            (Reverse, {}, ["checkpoint"]),
+            (ForwardMode, {}, ["chunk_size"]),
+            (Truncated, {}, ["steps"]),
+            (Binomial, {"order": 1}, ["order", "window", "chunk_size"]),
+            (Krylov, {"order": 1}, ["order", "chunk_size"]),
+            (MultiStep, {}, ["window"]),
+            (ESJacobian, {"radius": 0.1}, ["directions"]),
+            (Neumann, {}, ["terms"]),
+            (ConjugateGradient, {}, ["max_iterations"]),
+            (GMRES, {}, ["max_iterations"]),
+            (Nystrom, {"rank": 1, "damping": 0.1}, ["rank", "seed"]),
+        )
+        for name in names
+    ),
+    *(
+        (Neumann, {"power_iterations": x}, "power_iterations", "expected an integer .*at most 10000")
+        for x in (10_001, 2**63)
+    ),
     (Krylov, {"order": -1}, "order", "expected an integer >= 0"),
     (Krylov, {"order": 1, "chunk_size": 0}, "chunk_size", "expected None or an integer >= 1"),
     *((Krylov, {"order": 1, "rtol": x}, "rtol", "expected a finite number >= 0 and < 1") for x in (-0.1, 1.0, "x")),
