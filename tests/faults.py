@@ -1261,6 +1261,7 @@ FAULTS = [
         'raise HyperparameterError(f"{where} is {describe(value)}", "True or False")',
         'raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")',
         "error_fields",
+    ),
     # recomputation inside a loss, and hooks around a solve
     *(
         Fault(what, "diffopt/tensors/saved_hooks.py", old, new, "recomputation")

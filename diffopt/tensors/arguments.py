@@ -45,8 +45,8 @@ def check_integer(
 ) -> Any:
     """Refuse what is not an integer of ``low <= value < high``.
 
-    Torch has no integers from ``2**63`` on, and so much of anything is a mistake. ``note`` is what else is to be said of
-    what is expected, with the space before it; ``fix``: what to do.
+    Torch has no integers from ``2**63`` on, and so much of anything is a mistake. ``note`` is what else is to be said
+    of what is expected, with the space before it; ``fix``: what to do.
     """
     number = plain(value)
     if _is_among(number, also):

@@ -111,8 +111,8 @@ def hooks_around_transforms() -> GradModeError:
         "torch.func and saved-tensor hooks (torch.utils.checkpoint, save_on_cpu) meet in the inner loss or around it, "
         "which torch refuses",
         "one without the other",
-        "take a checkpoint out of the loss (Reverse('sqrt') stores less around it); hooks around the solve are kept out "
-        "by estimators such as Reverse()",
+        "take a checkpoint out of the loss (Reverse('sqrt') stores less around it); hooks around the solve are kept "
+        "out by estimators such as Reverse()",
     )
 
 

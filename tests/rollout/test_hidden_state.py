@@ -293,7 +293,7 @@ def test_a_generator_of_the_losss_own_is_right_where_every_step_is_computed_once
     monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
     """The look at what it moves, which a large graph makes necessary, leaves it where it was."""
-    monkeypatch.setattr(stepper, "GRAPH_BUDGET", budget)
+    monkeypatch.setattr(keeper, "GRAPH_BUDGET", budget)
     assert_same(hypergradient(drawing(), Reverse()), unrolled(drawing()))
 
 
