@@ -22,7 +22,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import InPlaceError, RandomnessError, SecondDerivativeError
 from diffopt.rollout.checks import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.layout import Inputs, Layout, Place
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.record import Keep, Record, Rollout, Watch
 from diffopt.tensors import autograd_graph, derivatives, transforms
@@ -67,8 +67,8 @@ class Call:
     @cached_property
     def wanted_places(self) -> tuple[tuple[int, ...], tuple[Place, ...]]:
         """The leaves of the state that are differentiated, by number, and the other inputs that are, by place."""
-        count, places, wanted = self.state_count, self.dynamics.layout.places, sorted(self.wanted)
-        return tuple([i for i in wanted if i < count]), tuple([places[i] for i in wanted if i >= count])
+        count, layout, wanted = self.state_count, self.dynamics.layout, sorted(self.wanted)
+        return tuple([i for i in wanted if i < count]), tuple([layout.place(i) for i in wanted if i >= count])
 
 
 def prepared(call: Call, inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -110,8 +110,10 @@ class _Solve(torch.autograd.Function):
         record.usable, record.kept = bool(call.wanted), record.rollout.kept
         losses = record.rollout.losses
         assert losses is not None
-        taken = {transforms.storage(x) for x in inputs}
-        return (*[x.clone() if transforms.storage(x) in taken else x for x in final], losses.clone())
+        if not (call.dynamics.own_update and layout.steps):  # else all tensors are new
+            taken = {transforms.storage(x) for x in inputs}
+            final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
+        return (*final, losses.clone())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,7 +200,7 @@ def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
             if mixed is None:
                 raise
             raise mixed from error
-        terms = [_term(result, i, layout.places[i], flat[i]) for i in sorted(call.wanted)]
+        terms = [_term(result, i, layout, flat[i]) for i in sorted(call.wanted)]
         if call.watch.values and terms and not all_finite(terms):
             refuse_non_finite(cotangent)
     return tuple(terms)
@@ -259,9 +261,9 @@ def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Ro
         )[1]
 
 
-def _term(result: Cotangents, number: int, place: Place, like: Tensor) -> Tensor:
-    if place.part in ("read", "hyperparameters"):
-        term = result.direct.get(place)
+def _term(result: Cotangents, number: int, layout: Layout, like: Tensor) -> Tensor:
+    if number >= layout.state_count:
+        term = result.direct.get(layout.place(number))
     else:
         term = None if result.initial is None else result.initial[number]
     return torch.zeros_like(like) if term is None else term.contiguous()  # a zero of one number becomes an ordinary one

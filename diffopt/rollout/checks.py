@@ -68,17 +68,19 @@ class Checks:
         self._drops_tangents = watch.values and not passes_tangents
         self._wrapped_are_held: bool | None = None
         self._looks_for_breaks, self._born = True, -1
+        self._noted: list[autograd_graph.GraphPart] = []
         self._held: HiddenState | None = None
         self._stores = False
         self._before: random_state.GeneratorStates | None = None
         self._read: Sequence[Tensor] = ()
+        self._versions: list[int] = []
         self.hidden_state: DiffoptError | None = None
 
     # ------------------------------------------------------------------------------------ what the loop calls
 
     def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
-        self._read = read
+        self._read, self._versions = read, [x._version for x in params]
         if step == 1 or (self._held is not None and step == self._last):
             self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
         if self._held is None and self._watch.state and self._keep is not None:
@@ -98,10 +100,12 @@ class Checks:
     ) -> tuple[Tensor | None, ...]:
         """The gradient; a first one tells whether the loss depends on the params and is finite there."""
         grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        if self._versions != [x._version for x in params]:
+            raise changed_in_place()
         if self._watch.values:
             if step == 1:
                 refuse_bad_start(self._dynamics, losses, grads, params, self._read)
-            self._refuse_captured([losses], [*params, *self._read])
+            self._note_captured(losses, [*params, *self._read], step)
         if self._held is not None and step in (1, self._last) and self._held.has_moved():
             self._judge(self._held, losses, grads, params, exactly=not differentiable)
         return grads
@@ -131,18 +135,18 @@ class Checks:
 
     def levels_at(self, step: int) -> range:
         """The levels to watch: at later steps only if some tensor of theirs is held, for empty vmaps cost much."""
-        if not self._watch.levels:
-            return _NO_LEVELS
+        if step == 1 or not self._watch.levels:
+            return self._watch.levels
         if self._wrapped_are_held is None:
             self._wrapped_are_held = any(
                 transforms.is_wrapped(x) for x in everything_held(self._dynamics.functions()).tensors
             )
-        return self._watch.levels if step == 1 or self._wrapped_are_held else _NO_LEVELS
+        return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
 
     def _apart_update(
         self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int
     ) -> Leaves:
-        levels, update = self.levels_at(step), self._dynamics.update
+        levels, update = _NO_LEVELS if self._own_update else self.levels_at(step), self._dynamics.update
         if not levels:
             return update(state, grads, hyperparameters, step)
         after: Leaves = apart_from(levels, update, state, grads, hyperparameters, step)
@@ -155,11 +159,25 @@ class Checks:
         """
         if not self._watch.captures:
             return
-        starts = [x.grad_fn for x in outputs if x.requires_grad]
-        found = autograd_graph.captured_nodes(starts, given, self._born)
+        part = autograd_graph.GraphPart([x.grad_fn for x in outputs if x.requires_grad], given, self._born)
+        self._born = max(self._born, part.newest)
+        self._look_at([part])
+
+    def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int) -> None:
+        """The same of a step's losses: at once after the first step, then of some steps together, which is faster."""
+        if not self._watch.captures:
+            return
+        part = autograd_graph.GraphPart([losses.grad_fn], given, self._born)
+        self._born = max(self._born, part.newest)
+        self._noted.append(part)
+        if step in (1, self._last) or len(self._noted) == _AT_ONCE:
+            noted, self._noted = self._noted, []
+            self._look_at(noted)
+
+    def _look_at(self, parts: Sequence[autograd_graph.GraphPart]) -> None:
+        found = autograd_graph.captured_nodes(parts)
         if found:  # else nobody needs names, which are not cheap
             refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
-        self._born = max([self._born, *map(autograd_graph.number, starts)])
 
     def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         with transforms.tangents_seen():
@@ -217,6 +235,8 @@ class Checks:
 
 
 _NO_LEVELS = range(0)
+_AT_ONCE = 16
+"""Graphs of losses that are looked at together; more would be held for long."""
 
 
 def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -282,7 +302,7 @@ def refuse_bad_start(
     read: Sequence[Tensor],
 ) -> None:
     """Refuse a first loss that does not depend on params or is not finite."""
-    if all(grad is None for grad in grads):
+    if all([grad is None for grad in grads]):
         raise DisconnectedError(
             "the inner loss does not depend on params",
             "a gradient",
@@ -290,7 +310,7 @@ def refuse_bad_start(
             ".numpy())",
         )
     values = transforms.plain(losses)
-    if not (math.isfinite(values) if values.ndim == 0 else bool(values.isfinite().all())):
+    if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
         named = not_finite(dynamics.layout, params, read, (), 1)
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params",

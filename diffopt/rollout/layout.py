@@ -173,11 +173,23 @@ class Layout:
         """The sizes of the leading axes that all state tensors have: one per vmap, the outermost first."""
         return tuple([level.size for level in reversed(self.levels)])
 
+    def place(self, number: int) -> Place:
+        """The place of the input with this number in the order of :attr:`Inputs.flat`."""
+        for part, count in zip(_PARTS, self._counts, strict=True):
+            if number < count:
+                return Place(part, number)
+            number -= count
+        raise IndexError(number)
+
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
+        return self.params_count, self.state_count - self.params_count, *map(len, self.stepped)
+
     @cached_property
     def places(self) -> tuple[Place, ...]:
         """The places of all inputs, in the order of :attr:`Inputs.flat`."""
-        counts = (self.params_count, self.state_count - self.params_count, *map(len, self.stepped))
-        return tuple([Place(part, i) for part, count in zip(_PARTS, counts, strict=True) for i in range(count)])
+        counts = zip(_PARTS, self._counts, strict=True)
+        return tuple([Place(part, i) for part, count in counts for i in range(count)])
 
     @cached_property
     def sizes_and_modes(self) -> tuple[list[int], list[str]]:

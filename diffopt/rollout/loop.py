@@ -64,7 +64,7 @@ def roll_out(
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
     layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
-    ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
+    ground: Block | Plain = Plain(dynamics, inputs, Leaves(map(Tensor.contiguous, inputs.state)))
     device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted)
     steps = Checks(dynamics, watch, keep, known) if watch else dynamics
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile else None
@@ -86,7 +86,7 @@ def roll_out(
             # One tensor for all losses: a small one per step, kept between the large ones that come and go, leaves
             # the C allocator with holes that nothing fits into, and the process grows by a state per step.
             losses = loss.new_empty(*loss.shape, layout.steps) if step == 1 else losses
-            losses[..., step - 1] = loss
+            losses.select(-1, step - 1).copy_(loss)
             drawn = random_state.snapshot(device)
             if random_state.changed(before, drawn):
                 known.setdefault(step, before)

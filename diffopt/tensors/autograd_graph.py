@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -75,44 +75,64 @@ def number(node: Any) -> int:
     return at if at < _NEVER else -1
 
 
-def captured_nodes(starts: Iterable[Any], given: Sequence[Tensor], born: int = -1) -> list[Any]:
-    """The nodes of tensors that were there before the graph behind ``starts``, besides those of the tensors ``given``.
+@final
+class GraphPart:
+    """The part of a graph that has grown from some tensors, the ``given``, and what tells it from what was before.
 
-    The graph grows from ``given``, behind which nothing is looked at. An older node is recognised by its number: it is
-    below that of the first of them, or below ``born`` where that is a leaf. A leaf has no number: it was there before
-    if something besides the graph still holds it, for what a function makes for itself is let go when it returns (or,
-    in a cycle, when collected).
+    An older node is recognised by its number: it is below that of the first given tensor, or below ``born`` where that
+    is a leaf. A leaf has no number: see :func:`captured_nodes`.
     """
-    own, leaves = {x.grad_fn for x in given}, set(map(id, given))
-    if given[0].grad_fn is not None:
-        born = number(given[0].grad_fn)
-    own.discard(None)
-    pending = [node for node in {*starts} if node not in own]
-    seen, suspects = own.union(pending), []
-    while pending:  # (the loop that these checks cost most: half a microsecond a node)
-        node = pending.pop()
-        at = node._sequence_nr()
-        if at < born or (at >= _NEVER and hasattr(node, "variable") and id(node.variable) not in leaves):
-            suspects.append(node)
-        for parent, _ in node.next_functions:
-            if parent not in seen and parent is not None:
-                seen.add(parent)
-                pending.append(parent)
-    if not suspects or not _captured(suspects, own, leaves):
+
+    __slots__ = ("born", "leaves", "newest", "own", "starts")
+
+    def __init__(self, starts: Iterable[Any], given: Sequence[Tensor], born: int = -1) -> None:
+        """``starts``: the nodes that the part ends in; ``None`` among them is passed over."""
+        self.starts = [node for node in starts if node is not None]
+        self.own = {x.grad_fn for x in given}
+        self.leaves = set(map(id, given))
+        first = given[0].grad_fn
+        self.born = born if first is None else number(first)
+        self.newest = max(map(number, self.starts), default=-1)
+
+
+def captured_nodes(parts: Iterable[GraphPart]) -> list[Any]:
+    """The nodes of tensors that were there before these parts of a graph, besides those of the tensors given.
+
+    Behind the given tensors nothing is looked at. A leaf was there before if something besides the graph still holds
+    it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
+    """
+    suspects: list[tuple[Any, GraphPart]] = []
+    for part in parts:
+        own, leaves, born = part.own, part.leaves, part.born
+        pending = [node for node in part.starts if node not in own]
+        seen = own.union(pending)
+        seen.add(None)
+        while pending:  # (the loop that these checks cost most: half a microsecond a node)
+            node = pending.pop()
+            at = node._sequence_nr()
+            if at < born or (at >= _NEVER and hasattr(node, "variable") and id(node.variable) not in leaves):
+                suspects.append((node, part))
+            for parent, _ in node.next_functions:
+                if parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+    if not suspects or not _captured(suspects):
         return []
     gc.collect()
-    return _captured(suspects, own, leaves)
+    return _captured(suspects)
 
 
-def _captured(suspects: Sequence[Any], own: set[Any], leaves: set[int]) -> list[Any]:
+def _captured(suspects: Sequence[tuple[Any, GraphPart]]) -> list[Any]:
     found = []
-    for node in suspects:
+    for node, part in suspects:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 found.append(node)
         # (another thread numbers its nodes from the start, but only a new node can lead to a given tensor)
-        elif not any(behind in own or id(getattr(behind, "variable", None)) in leaves for behind in nodes([node])):
+        elif not any(
+            behind in part.own or id(getattr(behind, "variable", None)) in part.leaves for behind in nodes([node])
+        ):
             found.append(node)
     return found
 

@@ -150,18 +150,18 @@ _FEW = 2**14
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
-    look = transforms.plain if torch.is_grad_enabled() else transforms.unwrapped
-    numbers = [look(tensor) for tensor in tensors]
+    numbers = list(tensors)
+    if transforms.current_level() is not None or any(map(transforms.is_wrapped, numbers)):
+        numbers = list(map(transforms.unwrapped, numbers))
     # A finite sum ends the matter in few calls and one synchronisation; another one may only have overflowed.
     kind = numbers[0].dtype
-    plain = kind.is_floating_point and all(type(x) is Tensor and x.dtype is kind for x in numbers)
-    if plain and sum(x.numel() for x in numbers) < _FEW:
-        total = torch._C._nn.flatten_dense_tensors(numbers).sum()
-    else:
-        total = torch.stack(torch._foreach_norm(numbers)).sum()
-    if math.isfinite(total):
-        return True
-    return all(bool(x.isfinite().all()) for x in numbers)
+    plain = kind.is_floating_point and all([type(x) is Tensor and x.dtype is kind for x in numbers])
+    with torch.no_grad():
+        if plain and sum([x.numel() for x in numbers]) < _FEW:
+            total = torch._C._nn.flatten_dense_tensors(numbers).sum()
+        else:
+            total = torch.stack(torch._foreach_norm(numbers)).sum()
+        return math.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])
 
 
 def _apply(

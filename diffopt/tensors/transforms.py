@@ -75,7 +75,8 @@ def applying(function: type[torch.autograd.Function], first: Any, *tensors: Any)
     if current_level() is not None:
         return functools.partial(function.apply, first, *tensors)
     plain: Any = super(torch.autograd.Function, function)
-    return functools.partial(plain.apply, first, *map(_functorch.unwrap_if_dead, tensors))  # of what has ended
+    alive = [_functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in tensors]  # of what has ended
+    return functools.partial(plain.apply, first, *alive)
 
 
 def apply(function: type[torch.autograd.Function], first: Any, *tensors: Any) -> Any:
@@ -230,9 +231,8 @@ def plain(tensor: Tensor) -> Tensor:
     return unwrapped(tensor).detach()
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is one of a ``torch.func`` transform."""
-    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+"""Whether a tensor is one of a ``torch.func`` transform."""
 
 
 def has_escaped(tensor: Tensor) -> bool:
