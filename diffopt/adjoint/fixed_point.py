@@ -46,7 +46,7 @@ def implicit_pullback(
     layout, tasks, counts = trajectory.layout, trajectory.tasks, trajectory.record.counts
     count, last = layout.state_count, layout.steps
     rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
-    replay = Replay(trajectory.dynamics, trajectory.inputs, rollout, counts)
+    replay = Replay(trajectory.dynamics, trajectory.inputs, rollout, counts, check=trajectory.check)
     losses = trajectory.losses_to_replay()
     block, after = replay.block(trajectory.final, last, last, losses, apart=True)
     if trajectory.check:
