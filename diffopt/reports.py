@@ -91,8 +91,8 @@ class Report:
 
     def _broken_claims(self) -> ConformanceError:
         lines = [str(DiffoptError(f"{f.check}: got {f.measured}", f.expected, f.fix)) for f in self.failures]
-        head = f"{len(lines)} of {len(self.findings)} claims of {self.subject or 'it'} are broken:"
-        return ConformanceError("\n".join([head, *lines]), table=str(self))
+        got = f"{len(lines)} of {len(self.findings)} claims of {self.subject or 'it'} are broken"
+        return ConformanceError(got, "none", "\n".join(["each with its fix:", *lines]), table=str(self))
 
     def __str__(self) -> str:
         """A table for the terminal, with what to do under each finding that needs it, and the count of failures."""

@@ -92,7 +92,7 @@ def test_claims_without_errors_of_their_own_are_raised_together() -> None:
     with pytest.raises(ConformanceError) as caught:
         report.raise_if_failed()
     assert str(caught.value).splitlines() == [
-        "2 of 3 claims of It() are broken:",
+        "2 of 3 claims of It() are broken, expected none; each with its fix:",
         "linear: got 0.5, expected <= 1e-9; check norms",
         "repeats: got no, expected yes; check caches",
     ]

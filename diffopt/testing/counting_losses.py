@@ -81,7 +81,7 @@ def _watch(
     tensors: Sequence[Tensor], once: Callable[[int], None] = _ignore, twice: Callable[[int], None] = _ignore
 ) -> tuple[Tensor, ...]:
     """The same tensors; ``once`` is told of every backward pass through them, ``twice`` of every double one."""
-    seen: tuple[Tensor, ...] = transforms.apply(_Watch, (once, twice), 1, *tensors)
+    seen: tuple[Tensor, ...] = transforms.apply(_Watch, (once, twice, 1), *tensors)
     return seen
 
 
@@ -110,26 +110,26 @@ def spied(estimator: Estimator, seen: list[tuple[Trajectory, Cotangents]]) -> Es
 
 
 class _Watch(torch.autograd.Function):
-    """The identity; under vmap, of ``count`` tensors at once."""
+    """The identity; its first argument is whom to tell of once and of twice, and how many tensors it is at once."""
 
     @staticmethod
-    def forward(listeners: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(listeners: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.listeners, ctx.count = inputs[:2]
+        ctx.listeners = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (now, later), count = ctx.listeners, ctx.count
+        now, later, count = ctx.listeners
         now(count)
-        return (None, None, *transforms.apply(_Watch, (later, _ignore), count, *cotangents))
+        return (None, *transforms.apply(_Watch, (later, _ignore, count), *cotangents))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        listeners, count, *tensors = args
-        return transforms.apply(_Watch, listeners, count * info.batch_size, *tensors), in_dims[2:]
+        (once, twice, count), *tensors = args
+        return transforms.apply(_Watch, (once, twice, count * info.batch_size), *tensors), in_dims[1:]
 
 
 class _Once(torch.autograd.Function):

@@ -102,6 +102,10 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
         try:
             rule.found  # noqa: B018
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            raise ConformanceError(f"{name} does not run on {steps} steps: {text}", table=text) from error
+            raise ConformanceError(
+                f"{name} does not run on {steps} steps ({type(error).__name__})",
+                "a solution with its hypergradient",
+                str(error),
+                table=f"{type(error).__name__}: {error}",
+            ) from error
         return run(name, rule, _CHECKS)

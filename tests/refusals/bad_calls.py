@@ -89,7 +89,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implicit_far": (
         lambda: implicit(tensor(1, 5)),
         diffopt.StationarityError,
-        "norm 1.2e.01, expected at most .*Minimise further",
+        "norm 1.2e.01, expected at most .*minimise further",
     ),
     "implicit_stationarity": (
         lambda: implicit(stationarity=-1),

@@ -81,7 +81,7 @@ PARAMS: dict[str, tuple[Callable[[], Any], str]] = {
     "loader": (lambda: DataLoader([1]), r"data goes in \*args or batches"),
     "number": (lambda: np.float64(1), r"convert it with torch\.as_tensor"),
     "lazy": (lambda: nn.LazyLinear(2).weight, "is a UninitializedParameter, .*call the lazy module once"),
-    "float8": (lambda: torch.ones(2).to(torch.float8_e4m3fn), r"calculated with: convert it with \.to\(torch\.float32"),
+    "float8": (lambda: torch.ones(2).to(torch.float8_e4m3fn), r"calculated with; convert it with \.to\(torch\.float32"),
 }
 FROM_TORCH = r"lift the class: diffopt\.from_torch\("
 OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {

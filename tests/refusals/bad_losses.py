@@ -15,7 +15,7 @@ import diffopt
 from diffopt.estimators import FirstOrder, ForwardMode, Unrolled
 
 SCALAR = "expected one floating scalar tensor; (return|reduce|end|keep|make|take)"
-WITHOUT = r"does not depend on params, expected a gradient: check that the loss uses the params.*\.item\(\)"
+WITHOUT = r"does not depend on params, expected a gradient; check that the loss uses the params.*\.item\(\)"
 # name -> loss, error, what it says
 LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
     "vector": (lambda w: w**2, diffopt.LossError, rf"float64 tensor of shape \(2,\).*{SCALAR}"),
@@ -62,11 +62,11 @@ def written_since(constant: Tensor) -> None:
 
 
 CAPTURED_MODULE = (
-    r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args; if it is a module's, "
+    r"without being given it: it captured it, .*expected among the arguments; pass it in \*args; if it is a module's, "
     r"pass and call what diffopt\.functional\(module\) returns"
 )
 CAPTURED = (
-    r"without being given it: it captured it, .*expected among the arguments. Pass it in \*args.*requires_grad_\(False"
+    r"without being given it: it captured it, .*expected among the arguments; pass it in \*args.*requires_grad_\(False"
 )
 OTHERS = {
     "not_a_function": Row("loss", lambda: solve(3.0), diffopt.LossError, "loss is float 3.0, expected a function loss"),
@@ -145,13 +145,13 @@ OTHERS = {
         "captured",
         lambda: vmap(lambda c: solve(lambda w: distance(w, c)))(torch.ones(3, 2, dtype=torch.float64)),
         diffopt.CapturedTensorError,
-        r"a tensor of a torch.func transform .*captured it, expected among the arguments. Pass it in \*args",
+        r"a tensor of a torch.func transform .*captured it, expected among the arguments; pass it in \*args",
     ),
     "captured_differentiated": Row(
         "captured",
         lambda: grad(lambda c: solve(lambda w: distance(w, c)).sum())(tensor(1, 2)),
         diffopt.CapturedTensorError,
-        r"a tensor of a torch.func transform .*Pass it in \*args",
+        r"a tensor of a torch.func transform .*; pass it in \*args",
     ),
     "params_in_place": Row(
         "in place",
@@ -178,7 +178,7 @@ OTHERS = {
             steps=2,
         ),
         diffopt.InPlaceError,
-        "has changed .* in place, expected it to stay as it was: write x = x",
+        "has changed .* in place, expected it to stay as it was; write x = x",
         "args[0]['n']",
     ),
     "argument_in_place_vmap": Row(

@@ -47,7 +47,7 @@ PARAMS: dict[str, tuple[Any, type[Exception], str, str]] = {
     "two_devices": (
         {**pair(), "b": elsewhere(2)},
         diffopt.DeviceError,
-        "is on meta, expected cpu as.*: move",
+        "is on meta, expected cpu as.*; move",
         "params['b']",
     ),
     "meta": ({"a": elsewhere(2)}, diffopt.DeviceError, "is on meta, expected a device that holds", "params['a']"),

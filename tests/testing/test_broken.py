@@ -85,7 +85,7 @@ EXACTNESS = {
     "less accurate than said": (saying(Implicit(), tolerance=1e-10), "exact at the fixed point"),
     "claims its own steps, takes none": (saying(Reverse(), own_steps=True), "takes steps of its own: got"),
     "takes its own steps, unsaid": (saying(MultiStep(2), own_steps=False), "takes the optimizer's steps"),
-    "does not run": (Truncated(9), "does not run on 4 steps: StepsError"),
+    "does not run": (Truncated(9), "does not run on 4 steps (StepsError)"),
 }
 
 INPUTS = {
