@@ -1749,8 +1749,8 @@ FAULTS = [
     Fault(
         "an error below a vmap leaves torch without it",
         "diffopt/tensors/transforms.py",
-        "    try:\n        outputs = function(vmap, dims, [x for x, _ in pairs])\n    finally:\n        _functorch.push",
-        "    outputs = function(vmap, dims, [x for x, _ in pairs])\n    if True:\n        _functorch.push",
+        "    finally:\n        _functorch.push_dynamic",
+        "    except ZeroDivisionError:\n        raise\n    else:\n        _functorch.push_dynamic",
         "captures",
     ),
     Fault(
