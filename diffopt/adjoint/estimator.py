@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, final
 
 import torch
+from torch import Tensor
 
 from diffopt.adjoint.autograd_function import Call, prepared
 from diffopt.adjoint.claims import Claims
@@ -103,7 +104,11 @@ def check_estimator(estimator: Any) -> None:
 def versions(problem: Problem) -> list[int]:
     """How often each tensor that a problem is given has been written to; nothing where checks are off."""
     inputs = problem.inputs
-    given = (*inputs.params, *inputs.read, *inputs.hyperparameters) if problem.check else ()
+    if not problem.check:
+        return []
+    given = (*inputs.params, *inputs.read, *inputs.hyperparameters)
+    if transforms.current_level() is None and all([type(x) is Tensor and not x.is_inference() for x in given]):
+        return [x._version for x in given]
     return [transforms.version(x) for x in given]
 
 

@@ -65,7 +65,8 @@ class Checks:
         """
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
-        self._drops_tangents = watch.values and not passes_tangents
+        self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
+        self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
         self._looks_for_breaks, self._born = True, -1
         self._noted: list[autograd_graph.GraphPart] = []
@@ -83,14 +84,14 @@ class Checks:
         self._read, self._versions = read, [x._version for x in params]
         if step == 1 or (self._held is not None and step == self._last):
             self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
-        if self._held is None and self._watch.state and self._keep is not None:
+        if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
-        levels = self.levels_at(step)
-        if self._drops_tangents and transforms.in_dual_level():
-            losses: Tensor = apart_from(levels, self._without_tangents, params, read)
-        else:
-            function = self._dynamics.losses
-            losses = apart_from(levels, function, params, read) if levels else function(params, read)
+        if self._plainly:
+            return self._dynamics.losses(params, read)
+        levels, function = self.levels_at(step), self._dynamics.losses
+        if self._drops_tangents:
+            function = self._without_tangents
+        losses: Tensor = apart_from(levels, function, params, read) if levels else function(params, read)
         if self._watch.levels and transforms.is_wrapped(losses):
             raise _wrapped_error()
         return losses
@@ -159,27 +160,25 @@ class Checks:
         """
         if not self._watch.captures:
             return
-        part = autograd_graph.GraphPart([x.grad_fn for x in outputs if x.requires_grad], given, self._born)
-        self._born = max(self._born, part.newest)
-        self._look_at([part])
+        self._look_at([autograd_graph.GraphPart(x.grad_fn, given) for x in outputs if x.requires_grad])
 
     def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int) -> None:
         """The same of a step's losses: at once after the first step, then of some steps together, which is faster."""
         if not self._watch.captures:
             return
-        part = autograd_graph.GraphPart([losses.grad_fn], given, self._born)
-        self._born = max(self._born, part.newest)
-        self._noted.append(part)
+        self._noted.append(autograd_graph.GraphPart(losses.grad_fn, given))
         if step in (1, self._last) or len(self._noted) == _AT_ONCE:
             noted, self._noted = self._noted, []
             self._look_at(noted)
 
     def _look_at(self, parts: Sequence[autograd_graph.GraphPart]) -> None:
-        found = autograd_graph.captured_nodes(parts)
+        found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
             refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
+        newest = [autograd_graph.number(part.start) for part in parts if part.start is not None]
+        self._born = max([self._born, *newest])
 
-    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0) -> Tensor:
         with transforms.tangents_seen():
             losses = self._dynamics.losses(params, read)
             if transforms.has_tangent([losses]):
@@ -270,7 +269,7 @@ def refuse_captures(what: str, functions: Sequence[object], nodes: Sequence[Any]
 
 def is_imprecise(dynamics: Dynamics, params: Sequence[Tensor]) -> bool:
     """Whether a hypergradient is known to be several percent off, and more the more steps: in half precision."""
-    return dynamics.layout.steps > 0 and torch.finfo(_precision(params)[0]).eps > 1e-4
+    return dynamics.layout.steps > 0 and _precision(params)[0] in (torch.float16, torch.bfloat16)
 
 
 def _precision(params: Sequence[Tensor]) -> tuple[torch.dtype, str]:

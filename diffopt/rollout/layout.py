@@ -72,11 +72,12 @@ class Inputs(NamedTuple):
     def detached(self) -> Inputs:
         """The same, cut off from whatever made them."""
         params, buffers, read, hyperparameters = self
+        cut = Tensor.detach
         return Inputs(
-            Leaves(map(Tensor.detach, params)),
-            Leaves(map(Tensor.detach, buffers)),
-            Leaves(map(Tensor.detach, read)),
-            Leaves(map(Tensor.detach, hyperparameters)),
+            Leaves(map(cut, params)),
+            Leaves(map(cut, buffers)),
+            Leaves(map(cut, read)),
+            Leaves(map(cut, hyperparameters)),
         )
 
 

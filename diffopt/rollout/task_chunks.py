@@ -161,7 +161,7 @@ def _of_chunk(
         # a mean, not a share of the sum: gradients of the size of one task's, which half precision can hold
         share = losses.to(_wide(losses.dtype)).mean()
         if call.watched and share.requires_grad:
-            nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart([share.grad_fn], roots)])
+            nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart(share.grad_fn, roots)])
             refuse_captures("task_loss", [call.task_loss, call.others()], nodes)
         found = derivatives.gradient(share, roots[:-1], differentiable=False) if wanted else ()
     return share.detach(), found, losses.dtype

@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,47 +75,44 @@ def number(node: Any) -> int:
     return at if at < _NEVER else -1
 
 
-@final
-class GraphPart:
-    """The part of a graph that has grown from some tensors, the ``given``, and what tells it from what was before.
+class GraphPart(NamedTuple):
+    """The part of a graph that has grown from some tensors.
 
-    An older node is recognised by its number: it is below that of the first given tensor, or below ``born`` where that
-    is a leaf. A leaf has no number: see :func:`captured_nodes`.
+    Attributes:
+        start: the node that it ends in.
+        given: the tensors that it has grown from, behind which nothing is looked at.
     """
 
-    __slots__ = ("born", "leaves", "newest", "own", "starts")
-
-    def __init__(self, starts: Iterable[Any], given: Sequence[Tensor], born: int = -1) -> None:
-        """``starts``: the nodes that the part ends in; ``None`` among them is passed over."""
-        self.starts = [node for node in starts if node is not None]
-        self.own = {x.grad_fn for x in given}
-        self.leaves = set(map(id, given))
-        first = given[0].grad_fn
-        self.born = born if first is None else number(first)
-        self.newest = max(map(number, self.starts), default=-1)
+    start: Any
+    given: Sequence[Tensor]
 
 
-def captured_nodes(parts: Iterable[GraphPart]) -> list[Any]:
+def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
     """The nodes of tensors that were there before these parts of a graph, besides those of the tensors given.
 
-    Behind the given tensors nothing is looked at. A leaf was there before if something besides the graph still holds
-    it, for what a function makes for itself is let go when it returns (or, in a cycle, when collected).
+    The parts have grown one after the other. An older node is recognised by its number: it is below that of the first
+    tensor given; where that is a leaf, below the number of the part before, or ``born``. A leaf has no number: it was
+    there before if something besides the graph still holds it, for what a function makes for itself is let go when it
+    returns (or, in a cycle, when collected).
     """
     suspects: list[tuple[Any, GraphPart]] = []
     for part in parts:
-        own, leaves, born = part.own, part.leaves, part.born
-        pending = [node for node in part.starts if node not in own]
-        seen = own.union(pending)
-        seen.add(None)
+        first = part.given[0].grad_fn
+        born = born if first is None else number(first)
+        seen: set[Any] = {x.grad_fn for x in part.given}
+        pending = [] if part.start is None or part.start in seen else [part.start]
+        seen.update((None, part.start))
+        push, add = pending.append, seen.add
         while pending:  # (the loop that these checks cost most: half a microsecond a node)
             node = pending.pop()
             at = node._sequence_nr()
-            if at < born or (at >= _NEVER and hasattr(node, "variable") and id(node.variable) not in leaves):
+            if at < born or (at >= _NEVER and hasattr(node, "variable")):
                 suspects.append((node, part))
             for parent, _ in node.next_functions:
                 if parent not in seen:
-                    seen.add(parent)
-                    pending.append(parent)
+                    add(parent)
+                    push(parent)
+        born = born if part.start is None else max(born, number(part.start))
     if not suspects or not _captured(suspects):
         return []
     gc.collect()
@@ -125,13 +122,13 @@ def captured_nodes(parts: Iterable[GraphPart]) -> list[Any]:
 def _captured(suspects: Sequence[tuple[Any, GraphPart]]) -> list[Any]:
     found = []
     for node, part in suspects:
-        leaf = getattr(node, "variable", None)
+        leaf, leaves = getattr(node, "variable", None), set(map(id, part.given))
         if leaf is not None:
-            if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+            if id(leaf) not in leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 found.append(node)
         # (another thread numbers its nodes from the start, but only a new node can lead to a given tensor)
-        elif not any(
-            behind in part.own or id(getattr(behind, "variable", None)) in part.leaves for behind in nodes([node])
+        elif not leaves & {id(getattr(behind, "variable", None)) for behind in nodes([node])} and not any(
+            x.grad_fn in {*nodes([node])} for x in part.given if x.grad_fn is not None
         ):
             found.append(node)
     return found

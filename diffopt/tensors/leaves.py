@@ -144,23 +144,23 @@ class Leaves(tuple[Tensor, ...]):
         return self.map(lambda a, b: torch.where(a > b, a, b), other)
 
 
-_FEW = 2**14
-"""Numbers that are faster copied into one tensor than looked at tensor by tensor."""
+_FEW = 32
+"""Tensors that are faster looked at one by one than all in one call."""
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
     numbers = list(tensors)
-    if transforms.current_level() is not None or any(map(transforms.is_wrapped, numbers)):
+    if any(map(transforms.is_wrapped, numbers)):
         numbers = list(map(transforms.unwrapped, numbers))
     # A finite sum ends the matter in few calls and one synchronisation; another one may only have overflowed.
-    kind = numbers[0].dtype
-    plain = kind.is_floating_point and all([type(x) is Tensor and x.dtype is kind for x in numbers])
     with torch.no_grad():
-        if plain and sum([x.numel() for x in numbers]) < _FEW:
-            total = torch._C._nn.flatten_dense_tensors(numbers).sum()
+        if len(numbers) <= _FEW and all([type(x) is Tensor and x.is_cpu and x.is_floating_point() for x in numbers]):
+            total = 0.0
+            for x in numbers:
+                total += x.sum().item()
         else:
-            total = torch.stack(torch._foreach_norm(numbers)).sum()
+            total = float(torch.stack(torch._foreach_norm(numbers)).sum())
         return math.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])
 
 
