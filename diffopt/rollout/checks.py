@@ -91,7 +91,10 @@ class Checks:
         levels, function = self.levels_at(step), self._dynamics.losses
         if self._drops_tangents:
             function = self._without_tangents
-        losses: Tensor = apart_from(levels, function, params, read) if levels else function(params, read)
+        marking = not self._dynamics.layout.levels
+        losses: Tensor = (
+            apart_from(levels, function, params, read, marking=marking) if levels else function(params, read)
+        )
         if self._watch.levels and transforms.is_wrapped(losses):
             raise _wrapped_error()
         return losses
@@ -238,10 +241,10 @@ _AT_ONCE = 16
 """Graphs of losses that are looked at together; more would be held for long."""
 
 
-def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any, marking: bool = False) -> Any:
     """Call ``function`` and refuse a captured tensor that a transform has wrapped at one of ``levels``."""
     try:
-        return transforms.apart_from(levels, function, *arguments)
+        return transforms.apart_from(levels, function, *arguments, marking=marking)
     except transforms.WrappedTensorError as error:
         raise _wrapped_error() from error
 

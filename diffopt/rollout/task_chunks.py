@@ -120,15 +120,14 @@ class _Mean(torch.autograd.Function):
         for start in range(0, call.size, call.chunk):
             count = min(call.chunk, call.size - start)
             with random_state.replayed(before if start else None, device):
-                share, found, dtype = _of_chunk(call, tensors, wanted, start, count)
+                share, found, dtype, scale = _of_chunk(call, tensors, wanted, start, count)
             if versions:
                 _refuse_changes(call, tensors, versions)
             for i, held, term in zip(wanted, grads, found, strict=True):
                 dim = call.tensor_dims[i]
                 if term is not None:
-                    (held if dim is None else held.narrow(dim, start, count)).add_(term, alpha=count / call.size)
-            part = share * (count / call.size)
-            mean = part if mean is None else mean + part
+                    (held if dim is None else held.narrow(dim, start, count)).add_(term, alpha=scale)
+            mean = share if mean is None else mean + share
         ctx.wanted = wanted
         ctx.save_for_backward(*grads, *(tensors[i] for i in wanted))
         assert mean is not None
@@ -146,8 +145,13 @@ class _Mean(torch.autograd.Function):
 
 def _of_chunk(
     call: Call, tensors: Sequence[Tensor], wanted: Sequence[int], start: int, count: int
-) -> tuple[Tensor, Sequence[Tensor | None], torch.dtype]:
-    """The mean over one chunk, its gradients by the wanted tensors, and the dtype of the losses."""
+) -> tuple[Tensor, Sequence[Tensor | None], torch.dtype, float]:
+    """One chunk's share of the mean, its gradients by the wanted tensors, the losses' dtype, and a factor to come.
+
+    # NOTE [the share is differentiated, not the mean of a chunk]
+    An estimator that does not look at the outer loss (Reptile) takes no factor that comes later. Only half precision
+    gets it later: there the gradients are those of a chunk's mean, of the size of one task's, which it can hold.
+    """
     parts = [
         x.detach() if dim is None else x.detach().narrow(dim, start, count)
         for x, dim in zip(tensors, call.tensor_dims, strict=True)
@@ -158,13 +162,14 @@ def _of_chunk(
         for i, root in zip(wanted, roots, strict=False):
             parts[i] = root
         losses = call.losses(parts, count)
-        # a mean, not a share of the sum: gradients of the size of one task's, which half precision can hold
-        share = losses.to(_wide(losses.dtype)).mean()
+        weight, wide = count / call.size, _wide(losses.dtype)
+        scale = 1.0 if losses.dtype is wide else weight
+        share = losses.to(wide).mean() * (weight / scale)
         if call.watched and share.requires_grad:
             nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart(share.grad_fn, roots)])
             refuse_captures("task_loss", [call.task_loss, call.others()], nodes)
         found = derivatives.gradient(share, roots[:-1], differentiable=False) if wanted else ()
-    return share.detach(), found, losses.dtype
+    return scale * share.detach(), found, losses.dtype, scale
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

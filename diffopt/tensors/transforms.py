@@ -274,8 +274,10 @@ class WrappedTensorError(Exception):
     """A function has read a tensor that a transform it was taken out of had wrapped."""
 
 
-def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> Any:
+def apart_from(levels: range, function: Callable[..., Any], *arguments: Any, marking: bool = False) -> Any:
     """Call ``function``, which returns tensors, and look whether a tensor wrapped at one of ``levels`` enters them.
+
+    ``marking``: it runs under no vmap of its own, so that it may call ``requires_grad_()``.
 
     # NOTE [captured tensors under transforms]
     A loss runs below the transforms that its caller runs in: what it is given as an argument has been unwrapped, what
@@ -289,8 +291,9 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
     """
     if not levels:
         return function(*arguments)
-    depth = 0
+    depth, allowed = 0, _functorch.get_inplace_requires_grad_allowed()
     try:
+        _functorch.set_inplace_requires_grad_allowed(allowed or marking)
         for _ in levels:
             _functorch._vmap_increment_nesting(1, "same")
             depth += 1
@@ -302,6 +305,7 @@ def apart_from(levels: range, function: Callable[..., Any], *arguments: Any) -> 
     finally:
         for _ in range(depth):
             _functorch._vmap_decrement_nesting()
+        _functorch.set_inplace_requires_grad_allowed(allowed)
     if any(_functorch.maybe_get_level(tensor) in levels for tensor in _tensors(outputs)):
         raise WrappedTensorError
     return outputs

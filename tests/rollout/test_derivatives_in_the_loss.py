@@ -325,3 +325,23 @@ def test_points_that_are_also_the_params_count_as_points(rule: Any) -> None:
                 end = now - LR * torch.autograd.grad(one(now, w), now, create_graph=True)[0]
         found.append(torch.autograd.grad(end.pow(3).sum(), w))
     assert_same(*found)
+
+
+def test_a_loss_that_marks_its_argument_may_run_under_a_transform_that_is_no_vmap() -> None:
+    """Nothing of it is batched: what looks for captured tensors must not be in its way."""
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((w * x**3).sum(), x, create_graph=True)
+        return slope.square().sum() + w.square().sum()
+
+    def outer(w: Tensor) -> Tensor:
+        x = torch.ones(2, dtype=torch.float64)
+        return diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.01), steps=2).params.sum()
+
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    leaf = w.clone().requires_grad_()
+    outer(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(outer)(w), leaf.grad)
+    with pytest.raises(diffopt.VmapError):
+        torch.func.vmap(outer)(torch.stack([w, w]))

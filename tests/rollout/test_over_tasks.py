@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import FirstOrder, Reverse, Truncated
+from diffopt.estimators import FirstOrder, Reptile, Reverse, Truncated
 from diffopt.tensors.memory import peak_bytes
 
 TASKS = 5
@@ -260,3 +260,21 @@ def test_numbers_of_numpy_say_where_tasks_are() -> None:
     for dims in (np.int64(1), [np.int64(1)], (1,), np.array(1)):
         got = diffopt.mean_over_tasks(lambda x: x.sum() ** 2, x, in_dims=dims, task_chunk=np.uint8(2))
         torch.testing.assert_close(got, (x.sum(0) ** 2).mean())
+
+
+@pytest.mark.parametrize("rule", [Reptile(), FirstOrder(), Reverse()])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_a_rule_that_does_not_look_at_the_outer_loss_sums_the_same_in_chunks(rule: Any, chunk: int) -> None:
+    def task_loss(w: Tensor, x: Tensor) -> Tensor:
+        inner = diffopt.solve(
+            lambda w, x: (w - x).square().sum(), w, x, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule
+        )
+        return inner.params.sum()
+
+    def found(chunk: int | None) -> Tensor:
+        w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        xs = torch.arange(10.0, dtype=torch.float64).reshape(5, 2)
+        mean = diffopt.mean_over_tasks(task_loss, w, xs, in_dims=(None, 0), task_chunk=chunk)
+        return torch.autograd.grad(mean, w)[0]
+
+    torch.testing.assert_close(found(chunk), found(None))
