@@ -60,7 +60,7 @@ def implicit_pullback(
 
     def system(v: Leaves) -> Leaves:
         counts.add_products(1)
-        past, through = block.pullback_apart(residuals, v, moving)
+        past, through = block.pullback_apart(residuals, v, moving, past=not root)
         return through if root else (v - past) - through
 
     look(system)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from diffopt.linear_solve.base import (
     LinearSolution,
@@ -16,6 +18,7 @@ from diffopt.linear_solve.base import (
     check_options,
     relative_bound,
 )
+from diffopt.tensors import transforms
 from diffopt.tensors.leaves import Leaves
 
 
@@ -57,6 +60,8 @@ class ConjugateGradient(LinearSolver):
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
     ) -> LinearSolution:
         """Solve for stacked tasks."""
+        if tasks.axes == 0 and all([y.is_cpu for y in b]) and not transforms.transforms_active():
+            return self._iterate_alone(matvec, b, tasks, start, precision)
         x = b.zeros() if start is None else start
         r = b if start is None else b - matvec(x)
         p, rr = r, tasks.dot(r, r)
@@ -77,6 +82,47 @@ class ConjugateGradient(LinearSolver):
             # this differs from the textbook only in that a task that has stopped keeps its numbers
             p = tasks.plus(r, torch.where(active, new / torch.where(active, rr, 1), 0), p)
             rr, active = new, active & (new > bound)
+        return self._judged(matvec, b, tasks, x, rr, bound, iterations, breakdown, precision)
+
+    def _iterate_alone(
+        self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
+    ) -> LinearSolution:
+        """The same for one problem on the CPU, in Python's numbers, which cost no wait there."""
+        x = [torch.zeros_like(y) if start is None else start[i].clone() for i, y in enumerate(b)]
+        r = list(b if start is None else b - matvec(start))
+        p, rr = r, _dot(r, r)
+        bound, iterations, breakdown = max(self.rtol, precision) ** 2 * _dot(b, b), int(start is not None), False
+        for _ in range(self.max_iterations):
+            if not rr > bound:
+                break
+            ap, iterations = matvec(Leaves(p)), iterations + 1
+            curvature = _dot(p, ap)
+            if not curvature > 0:  # which NaN is not
+                breakdown = True
+                break
+            alpha = rr / curvature
+            torch._foreach_add_(x, p, alpha=alpha)
+            r = list(torch._foreach_add(r, list(ap), alpha=-alpha))
+            new = _dot(r, r)
+            p = list(torch._foreach_add(r, p, alpha=new / rr))
+            rr = new
+        size, limit = b[0].new_tensor(rr), b[0].new_tensor(bound)
+        used, broke = torch.tensor(iterations), torch.tensor(breakdown)
+        return self._judged(matvec, b, tasks, Leaves(x), size, limit, used, broke, precision)
+
+    def _judged(
+        self,
+        matvec: Matvec,
+        b: Leaves,
+        tasks: Tasks,
+        x: Leaves,
+        rr: Tensor,
+        bound: Tensor,
+        iterations: Tensor,
+        breakdown: Tensor,
+        precision: float,
+    ) -> LinearSolution:
+        """What has been found, after ``iterations`` products, with the squared residual ``rr`` by the recurrence."""
         converged = rr <= bound
         if precision or (rr.dtype != torch.float64 and not all_stopped(converged)):
             # what was rounded off is in x, but not in the recurrence's residual
@@ -85,3 +131,7 @@ class ConjugateGradient(LinearSolver):
             accepted = rr <= slack**2 * tasks.dot(b, b)
             converged = accepted if precision else converged & accepted
         return LinearSolution(x, rr.sqrt(), iterations, converged & ~breakdown, breakdown)
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum([float(torch.dot(x.reshape(-1), y.reshape(-1))) for x, y in zip(a, b, strict=True)])

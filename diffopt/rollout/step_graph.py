@@ -145,11 +145,13 @@ class Block:
         self._roots, self._slices, self._now, self._apart, self.before = (), {}, Leaves(()), None, Leaves(())
         del self._with_roots
 
-    def pullback_apart(self, after: Sequence[int], adjoint: Leaves, before: Sequence[int]) -> tuple[Leaves, Leaves]:
+    def pullback_apart(
+        self, after: Sequence[int], adjoint: Leaves, before: Sequence[int], *, past: bool = True
+    ) -> tuple[Leaves, Leaves]:
         """Pull the adjoint of some leaves of the state after, the others' being zero, back to as many before the step.
 
-        As often as needed. Returns what comes past the inner gradient, and what comes through it: their sum would
-        swallow a small curvature in the round-off of what the update hands on.
+        As often as needed. Returns what comes past the inner gradient (nothing if ``past`` is not asked for), and what
+        comes through it: their sum would swallow a small curvature in the round-off of what the update hands on.
         """
         assert self._graph is not None, "the block is still growing"
         count, params = self._layout.state_count, self._layout.params_count
@@ -158,10 +160,11 @@ class Block:
             cotangents[i] = x
         read = [i for i in before if i < params]
         first = count + len(self._shared) + len(self._slices_at)
-        terms = self._graph.pullback(cotangents, [*before, *(first + i for i in read)], retain=True)
-        through = dict(zip(read, terms[len(before) :], strict=True))
-        past = Leaves(derivatives.or_zeros(terms[: len(before)], adjoint))
-        return past, Leaves(derivatives.or_zeros([through.get(i) for i in before], adjoint))
+        direct = list(before) if past else []
+        terms = self._graph.pullback(cotangents, [*direct, *(first + i for i in read)], retain=True)
+        through = dict(zip(read, terms[len(direct) :], strict=True))
+        handed_on = Leaves(derivatives.or_zeros(terms[: len(direct)], adjoint) if past else ())
+        return handed_on, Leaves(derivatives.or_zeros([through.get(i) for i in before], adjoint))
 
     def pullback(
         self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False
