@@ -287,7 +287,7 @@ def test_a_device_is_refused_where_only_the_processor_is_used(toy, tmp_path, fai
 def test_unknown_names_and_no_name(fails):
     known = ", ".join(catalogue.NAMES)
     assert f"there is no experiment 'nonsense', expected one of {known}" in fails("nonsense")
-    assert f"name an experiment ({known})" in fails()
+    assert f"no experiment is named, expected one of {known}" in fails()
     assert "not allowed with argument" in fails("bounds", "--quick", "--full")
     assert "expected a number above 0" in fails("bounds", "--minutes", "0")
 
