@@ -77,6 +77,9 @@ NAMES = [
     "recomputation",
     "hidden_state",
     "captures",
+    "levels",
+    "memory",
+    "in_place",
 ]
 
 

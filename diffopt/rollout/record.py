@@ -184,4 +184,4 @@ class Watch:
 
     def __bool__(self) -> bool:
         """Whether there is anything to look at."""
-        return self.values or self.captures or self.state or len(self.levels) > 0
+        return bool(self.values or self.captures or self.state or len(self.levels) > 0)

@@ -181,5 +181,5 @@ def test_the_data_set_is_an_option(tmp_path, capsys):
     assert main(["reproduce", "few-shot", "--quick", "--dataset", "nonsense", *out]) == 2
     assert "expected one of omniglot, caltech101" in capsys.readouterr().err
     assert main(["reproduce", "bounds", "--quick", "--dataset", "omniglot", *out]) == 2
-    assert "--set dataset=omniglot: expected SETTING=VALUE" in capsys.readouterr().err
+    assert "--set dataset=omniglot, expected SETTING=VALUE" in capsys.readouterr().err
     assert issubclass(DataError, DiffoptError)

@@ -93,7 +93,7 @@ def test_settings_can_be_changed(toy, tmp_path, fails):
     out = ("toy", "--out", str(tmp_path / "other"))
     assert "expected SETTING=VALUE, with one of draws, iterations" in fails(*out, "--set", "nonsense=1")
     assert "expected SETTING=VALUE" in fails(*out, "--set", "draws")
-    assert "--set draws=-1: got '-1', expected an integer, 0 or more" in fails(*out, "--set", "draws=-1")
+    assert "--set draws=-1 does not fit (got '-1', expected an integer, 0 or more), expected a value of draws" in fails(*out, "--set", "draws=-1")
     assert not (tmp_path / "other").exists()
 
 
@@ -219,10 +219,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--full"], "the scale is full, but the run to resume was started with standard"),
-        (["--seed", "1"], "--seed is 1, but .* with 0"),
-        (["--threads", "2"], "--threads is 2, but .* with 1"),
-        (["--set", "draws=1"], "--set is .*draws=1.*, but"),
+        (["--full"], "the scale is full, expected standard, with which the run to resume was started"),
+        (["--seed", "1"], "--seed is 1, expected 0, with which"),
+        (["--threads", "2"], "--threads is 2, expected 1, with which"),
+        (["--set", "draws=1"], r"--set is .*draws=1.*, expected \(\), with which"),
     ],
 )
 def test_a_run_is_resumed_only_under_its_own_settings(toy, tmp_path, fails, given, message):
@@ -233,9 +233,9 @@ def test_a_run_is_resumed_only_under_its_own_settings(toy, tmp_path, fails, give
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("torch", "1.0", "torch is .* here, but 1.0 in the run to resume"),
-        ("settings", {"draws": 1}, "settings is .* here, but"),
-        ("device_name", "an abacus", "device_name is .* here, but an abacus"),
+        ("torch", "1.0", "torch is .* here, expected 1.0 as in the run to resume"),
+        ("settings", {"draws": 1}, "settings is .* here, expected .*'draws': 1.* as in"),
+        ("device_name", "an abacus", "device_name is .* here, expected an abacus"),
         ("format", 99, "cannot be read by this version"),
         ("unknown", 1, "cannot be read by this version"),
     ],
@@ -251,7 +251,7 @@ def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_not_resumed(t
     out = ("toy", "--out", str(tmp_path))
     assert "there is no run in" in fails(*out, "--resume")
     assert reproduce(tmp_path) == 0
-    assert "already holds a run: add --resume" in fails(*out)
+    assert "already holds a run, expected an unused folder; add --resume" in fails(*out)
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"no": "unit"}\n', '{"unit": "of another version"}\n', "[]\n"])
@@ -267,7 +267,7 @@ def test_the_state_of_another_unit_or_a_damaged_one(tmp_path):
     assert work.saved() is None
     work.save({"x": 1})
     assert Work(0, unit="a", store=tmp_path / "a.pt").saved() == {"x": 1}
-    with pytest.raises(Exception, match="was not written by the unit b"):
+    with pytest.raises(Exception, match="was written by something else, expected the state of the unit b"):
         Work(0, unit="b", store=tmp_path / "a.pt").saved()
     (tmp_path / "a.pt").write_bytes(b"nothing")
     with pytest.raises(Exception, match="not a readable checkpoint"):
@@ -281,13 +281,13 @@ def test_units_of_one_name_are_refused(toy, tmp_path, monkeypatch, fails):
 
 
 def test_a_device_is_refused_where_only_the_processor_is_used(toy, tmp_path, fails):
-    assert "--device is meta, but toy runs on the CPU only" in fails("toy", "--out", str(tmp_path), "--device", "meta")
+    assert "--device is meta, expected cpu: toy runs on it only" in fails("toy", "--out", str(tmp_path), "--device", "meta")
 
 
 def test_unknown_names_and_no_name(fails):
     known = ", ".join(catalogue.NAMES)
-    assert f"there is no experiment 'nonsense'; known: {known}" in fails("nonsense")
-    assert f"name an experiment ({known})" in fails()
+    assert f"there is no experiment 'nonsense', expected one of {known}" in fails("nonsense")
+    assert f"no experiment is named, expected one of {known}" in fails()
     assert "not allowed with argument" in fails("bounds", "--quick", "--full")
     assert "expected a number above 0" in fails("bounds", "--minutes", "0")
 

@@ -17,7 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import diffopt
-from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
+from diffopt import Leaves
+from diffopt.estimators import (
+    Adjoint,
+    Cotangents,
+    FirstOrder,
+    ForwardMode,
+    Keep,
+    MultiStep,
+    Reptile,
+    Reverse,
+    Trajectory,
+    Truncated,
+    Unrolled,
+)
 
 SIZE = 1000
 STATE = 8 * SIZE  # bytes of one copy of the parameters, in float64
@@ -149,6 +162,84 @@ def test_the_bytes_of_graphs_are_well_estimated(tasks: int | None) -> None:
         alive = meter.count() * STATE
     assert end.requires_grad
     assert alive / 2 <= solutions[0].kept.bytes <= alive
+
+
+def measured(loss: Callable[..., Tensor], w: Tensor, *args: Any, steps: int = 5, **options: Any) -> int:
+    """The bytes that the graphs of a solve are estimated to take."""
+    given = {"optimizer": diffopt.SGD(0.05), **options}
+    leaf = w.detach().requires_grad_()
+    return diffopt.solve(loss, leaf, *args, steps=steps, estimator=Reverse("graph"), **given).kept.bytes
+
+
+def test_of_one_loss_graphs_of_another_size_are_measured_anew() -> None:
+    w, scale = inputs()
+    sizes = [measured(loss, w[:n], scale) for n in (10, SIZE, 10)]
+    assert sizes[1] > 50 * sizes[0]
+    assert sizes[2] == sizes[0]
+
+
+def test_so_are_graphs_in_another_precision_or_under_a_vmap() -> None:
+    w, scale = inputs()
+    wide, narrow = measured(loss, w, scale), measured(loss, w.float(), scale.float())
+    assert narrow == wide / 2
+    found: list[int] = []
+
+    def one(w: Tensor) -> Tensor:
+        kept = diffopt.solve(loss, w, scale, optimizer=diffopt.SGD(0.05), steps=5, estimator=Reverse("graph"))
+        found.append(kept.kept.bytes)
+        return kept.params
+
+    vmap(one)(w.detach().expand(3, -1).clone().requires_grad_())
+    assert found[0] > 2 * wide
+
+
+def test_so_are_graphs_of_a_loss_that_does_more() -> None:
+    """A number among its arguments says how often."""
+
+    def repeated(w: Tensor, times: int) -> Tensor:
+        for _ in range(times):
+            w = torch.tanh(w)
+        return w.square().sum()
+
+    w, _ = inputs()
+    few, many = (measured(repeated, w, times) for times in (1, 8))
+    assert many > 3 * few
+
+
+def test_so_are_graphs_of_another_optimizer_or_window() -> None:
+    w, scale = inputs()
+    plain, adam = measured(loss, w, scale), measured(loss, w, scale, optimizer=diffopt.Adam(0.01))
+    assert adam > 1.5 * plain
+    windows = diffopt.solve(
+        loss, w, scale, optimizer=diffopt.Adam(0.01), steps=20, estimator=MultiStep(4, Reverse("graph"))
+    ).kept.bytes
+    assert windows > 1.5 * adam  # as many steps, of four updates each
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2, 3, "sqrt"])
+def test_states_are_stored_at_the_first_step_and_then_at_every_so_many(checkpoint: Any) -> None:
+    """As a rule of the user's own sees them."""
+    seen: list[list[int]] = []
+
+    class Looking(Adjoint):
+        def keep(self, steps: int) -> Keep:
+            return Keep(first=3, checkpoint=checkpoint, gradients=True)
+
+        def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
+            seen.extend([list(trajectory.rollout.states), list(trajectory.rollout.gradients)])
+            return Cotangents(cotangent, {})
+
+    solve(Looking(), 11, *inputs()).params.sum().backward()
+    assert seen == [list(range(3, 12, 3 if checkpoint == "sqrt" else checkpoint)), list(range(3, 12))]
+
+
+def test_graphs_that_are_given_up_are_taken_again_from_the_first_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, scale = inputs()
+    ends = [solve(Reverse("graph"), 7, w, scale).params]
+    monkeypatch.setattr("diffopt.rollout.keeper.GRAPH_BUDGET", 0)
+    ends.append(solve(Reverse(), 7, w, scale).params)
+    kept, again = (torch.autograd.grad(end.pow(2).sum(), [w, scale]) for end in ends)
+    torch.testing.assert_close(again, kept, rtol=1e-12, atol=1e-14)  # rounding
 
 
 # ------------------------------------------------------------------------------- what autograd records of it
