@@ -26,17 +26,14 @@ class Binomial(Adjoint):
               \nabla_{init} = \Lambda^{(L)}_0,\quad \nabla_{loss} = \sum_t M_t^\top E_t^\top\Lambda^{(L-1)}_t,\quad
               \nabla_\eta = \sum_t D_t^\top\Lambda^{(L)}_t
 
-    with ``L = order``. For plain gradient descent it is BinomMAML. ``order >= T`` is exact, ``order=0`` drops every
-    second derivative of the inner loss. Biased: the error is at most ``sum over l > L of binom(T, l) (lr * H)**l`` of
-    the outer gradient's norm for gradient descent with curvature ``H`` (derivations (11c)): small when ``T * lr * H``
-    is below ``L``, and **larger than no correction at all** when it is well above. Cost: ``L * (T - L + 1)`` HVPs,
+    with ``L = order``; for plain gradient descent it is BinomMAML. ``order >= T`` is exact, ``order=0`` drops every
+    second derivative of the loss. The error is at most ``sum over l > L of binom(T, l) (lr * H)**l`` of the outer
+    gradient's norm for gradient descent with curvature ``H`` (derivations (11c)): small when ``T * lr * H`` is below
+    ``L``, and **larger than no correction at all** well above it (use :class:`Krylov`). Cost: ``L * (T - L + 1)`` HVPs,
     never fewer than ``T``, those of one order in one batch: depth ``L``. Memory: ``T`` states and gradients, and the
-    graph of ``T`` gradients (with ``chunk_size``: of so many, recorded for every order and chunk).
-
-    What the last order adds to the adjoint, relative to the orders before it, is left in
-    ``Solution.diagnostics["last_order"]`` (one per task; where the first step with curvature ends); above 1 there is a
-    warning, :class:`diffopt.EstimateWarning`. Not for: large ``T * lr * H`` (use :class:`Krylov`), or losses that draw
-    random numbers.
+    graph of ``T`` gradients (or of ``chunk_size``, recorded again). Not for losses that draw random numbers.
+    ``Solution.diagnostics["last_order"]`` is what the last order adds to the adjoint, relative to those before it, one
+    per task; above 1 there is an :class:`diffopt.EstimateWarning`.
 
     Args:
         order: ``L``.
@@ -45,8 +42,7 @@ class Binomial(Adjoint):
         chunk_size: how many steps' products are batched at most; ``None``: all.
 
     Raises:
-        HyperparameterError: an option is out of range.
-        StepsError: ``window`` is more than the inner problem has.
+        HyperparameterError, StepsError: an option is out of range; ``window`` is more than the inner problem has.
 
     Reference: "Binomial Gradient-Based Meta-Learning" (2026), arXiv 2604.13263, (8) and (39). Derivations (3.2)-(3.9).
     """
@@ -66,58 +62,49 @@ class Binomial(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Exact if every order is taken; without curvature nothing reaches what the loss reads."""
-        second = self.order > 0 and self._curved(steps) > 0
+        curved = steps if self.window is None else self.window
+        exact, second = self.order >= curved == steps and self.scale == 1.0, min(self.order, curved) > 0
         read = ALL_INPUTS if second and self.scale else ALL_INPUTS - {"args", "batches"}
-        return Claims("always" if self._is_exact(steps) else "never", read, second_derivatives=second)
+        return Claims("always" if exact else "never", read, second_derivatives=second)
 
     def if_curved(self, number: float) -> str:
         """The series' terms grow before they fall."""
-        return (
-            f"the terms of its series grow up to an order near {number:.0f}: distrust lower orders; "
-            "Krylov has no such limit"
-        )
+        limit = f"the terms of its series grow up to an order near {number:.0f}"
+        return f"{limit}: distrust lower orders; Krylov has no such limit"
 
     def keep(self, steps: int) -> Keep:
         """Every state, and every gradient."""
         check_within_steps("Binomial: window", self.window or 0, steps)
         return Keep(first=1, checkpoint=1, gradients=True)
 
-    def _curved(self, steps: int) -> int:
-        return steps if self.window is None else self.window
-
-    def _is_exact(self, steps: int) -> bool:
-        return self.order >= self._curved(steps) == steps and self.scale == 1.0
-
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        """Order by order, each from the one before.
-
-        Beyond ``l = T - t`` there are no factors left to choose from: order ``l`` is the one before, and the final one.
-        So it starts at step ``T - l + 1``, and goes only as far down as order ``l + 1`` reads it.
-        """
+        """Order by order, each from the one before."""
+        # Beyond l = T - t no factors are left to choose from: there order l is the one before, and the final one. So it
+        # starts at step T - l + 1, and goes only as far down as order l + 1 reads it.
         steps, direct, before = trajectory.steps, DirectTerms(trajectory), None
-        if self._is_exact(steps) or steps == 0:
+        if self.claims(steps).exact == "always" or steps == 0:
             return trajectory.sweep(cotangent)
-        first, order = steps - self._curved(steps) + 1, min(self.order, self._curved(steps))
+        curved = steps if self.window is None else self.window
+        first, highest = steps - curved + 1, min(self.order, curved)
         updates, adjoints = trajectory.updates.blocks(), repeated(cotangent, steps + 1)
-        curvature = ParallelCurvature(trajectory, first, self.chunk_size, again=order > 1)
+        curvature = ParallelCurvature(trajectory, first, self.chunk_size, again=highest > 1)
         turned = trajectory.layout.params(adjoints).zeros()  # E_t' Lambda_t of the highest order that reached step t
-        for level in range(order + 1):
-            low, high = first + order - level, steps - level + 1
-            pushes, last = None, level == order
-            if level > 0:
+        for order in range(highest + 1):
+            low, high, end = first + highest - order, steps - order + 1, min(steps - order + 1, steps)
+            pushes, last = None, order == highest
+            if order > 0:
                 write(turned, low, self.scale * updates.turn(rows(adjoints, low, high), low))
                 mixed, count = last and curvature.reads_wanted, high - low + 1
                 vectors = rows(turned, low, steps if mixed else high)
                 pushes = rows(curvature.product(vectors, low, direct if mixed else None, counted=count), 0, count - 1)
-            before = row(adjoints, low).map(torch.clone) if last and level > 0 else None
-            if low <= min(high, steps):
-                write(adjoints, low - 1, updates.scan(row(adjoints, min(high, steps)), low, min(high, steps), pushes))
+                before = row(adjoints, low).map(torch.clone) if last else None
+            if low <= end:
+                write(adjoints, low - 1, updates.scan(row(adjoints, end), low, end, pushes))
             if last and low > 1:
                 write(adjoints, 0, updates.scan(row(adjoints, low - 1), 1, low - 1, None))
         if before is not None:
             size, added = map(trajectory.tasks.norm, (before, row(adjoints, first) - before))
             relative = trajectory.record.diagnostics["last_order"] = torch.where(size > 0, added / size, 0)
-            what = f"Binomial(order={self.order}): what the last order adds, relative to those before it,"
-            trajectory.warn_if_bad(relative, 1.0, what)
+            trajectory.warn_if_bad(relative, 1.0, f"{self}: what the last order adds, relative to those before it,")
         direct.add_updates(rows(adjoints, 1, steps))
         return Cotangents(row(adjoints, 0), direct.collect())

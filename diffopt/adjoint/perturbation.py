@@ -2,56 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
+from diffopt.linear_solve.base import Tasks
 from diffopt.rollout.layout import Place
 from diffopt.rollout.loop import roll_out
 from diffopt.tensors.leaves import Leaves
 
+Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 
-def final_states(trajectory: Trajectory, moved: Mapping[Place, Tensor]) -> Leaves:
-    """The final states of rollouts with some inputs replaced by stacks of them, along a new first axis."""
-    size, inputs, rollout = len(next(iter(moved.values()))), trajectory.inputs, trajectory.rollout
-    state = trajectory.layout.with_state(inputs, trajectory.initial.map(lambda x: x.expand(size, *x.shape)))
-    counts, before = trajectory.record.counts, trajectory.record.counts.gradients
-    with rollout.replay(None, trajectory.final[0].device):
-        dynamics = trajectory.dynamics.over(size, moved)
-        final = roll_out(dynamics, state.put(moved), counts=counts, draws=rollout.draws)[0]
-    counts.gradients = before + size * trajectory.steps
-    return final
+
+def directions(base: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, float]:
+    """Directions ``[Q, ..., p]`` for vectors ``[..., p]``, and the factor that makes their mean unbiased."""
+    size, device = base.shape[-1], base.device if generator is None else generator.device
+    if sampling == "orthonormal":
+        normal = torch.randn(*base.shape, min(count, size), generator=generator, device=device, dtype=base.dtype)
+        # the signs of R's diagonal make the frame's distribution uniform
+        q, r = torch.linalg.qr(normal)
+        frame = q * r.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]
+        return frame.movedim(-1, 0).to(base.device), float(size)
+    shape = (count, *base.shape)
+    z = torch.randn(shape, generator=generator, device=device, dtype=base.dtype).to(base.device)
+    if sampling == "rademacher":
+        return torch.where(z > 0, 1.0, -1.0).to(base.dtype), 1.0
+    if sampling == "sphere":
+        return z / z.norm(dim=-1, keepdim=True), float(size)
+    return z, 1.0
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Wanted inputs that the same levels have of their own, as one vector of real numbers ``[..., p]``, one per task.
+
+    A complex number is two real ones, each with directions of its own.
+    """
+
+    trajectory: Trajectory
+    places: tuple[Place, ...]
+
+    @staticmethod
+    def all_of(trajectory: Trajectory) -> list[Group]:
+        """The groups of all wanted inputs."""
+        groups: dict[tuple[bool, ...], list[Place]] = {}
+        for place in trajectory.wanted_places:
+            groups.setdefault(tuple(trajectory.layout.own_axes(place)), []).append(place)
+        return [Group(trajectory, tuple(places)) for places in groups.values()]
+
+    @cached_property
+    def own(self) -> list[bool]:
+        """For each leading axis of the state, outermost first, whether the inputs have it too."""
+        return self.trajectory.layout.own_axes(self.places[0])
+
+    @cached_property
+    def inputs(self) -> Leaves:
+        """The inputs, each as real numbers."""
+        given = (self.trajectory.inputs.at(place) for place in self.places)
+        return Leaves([torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in given])
+
+    @property
+    def vector(self) -> Tensor:
+        """All of them, ``[..., p]``, in single precision at least."""
+        return Tasks(sum(self.own)).flatten(self.inputs.widened())
+
+    def final_states(self, moves: Tensor) -> Leaves:
+        """The final states of rollouts from moved inputs, for ``moves`` ``[Q, ..., p]``; ``Q`` is their first axis."""
+        size, rollout, counts = len(moves), self.trajectory.rollout, self.trajectory.record.counts
+        stacked = self.inputs.map(lambda x: x.expand(size, *x.shape))
+        moved = self._at_places(stacked + Tasks(1 + sum(self.own)).unflatten(moves, stacked).cast(self.inputs))
+        state = self.trajectory.initial.map(lambda x: x.expand(size, *x.shape))
+        inputs, before = self.trajectory.layout.with_state(self.trajectory.inputs, state).put(moved), counts.gradients
+        with rollout.replay(None, moves.device):
+            final, _ = roll_out(self.trajectory.dynamics.over(size, moved), inputs, counts=counts, draws=rollout.draws)
+        counts.gradients = before + size * self.trajectory.steps
+        return final
+
+    def responses(self, slope: Leaves, cotangent: Leaves) -> Tensor:
+        """The cotangent's product with each row of ``slope``, summed over tasks that share the inputs: ``[Q, ...]``."""
+        total = Tasks(1 + len(self.own)).dot(slope, slope.map(lambda s, c: c.expand_as(s), cotangent))
+        summed = [axis + 1 for axis, own in enumerate(self.own) if not own]
+        return total.sum(dim=summed) if summed else total
+
+    def found(self, vector: Tensor) -> dict[Place, Tensor]:
+        """A vector ``[..., p]`` in the form of the inputs, by their places."""
+        return self._at_places(Tasks(sum(self.own)).unflatten(vector, self.inputs).cast(self.inputs))
+
+    def _at_places(self, parts: Leaves) -> dict[Place, Tensor]:
+        pairs = zip(self.places, parts, strict=True)
+        complexes = {place: self.trajectory.inputs.at(place).is_complex() for place in self.places}
+        return {place: torch.complex(x[..., 0], x[..., 1]) if complexes[place] else x for place, x in pairs}
 
 
 def refuse_other_losses_again(trajectory: Trajectory) -> None:
     """Refuse, where checks are on, a loss that differs in one more rollout: that would drown the differences."""
     if not trajectory.check:
         return
-    rollout = trajectory.rollout
+    rollout, counts = trajectory.rollout, trajectory.record.counts
     with rollout.replay(None, trajectory.final[0].device):
-        counts = trajectory.record.counts
         again = roll_out(trajectory.dynamics, trajectory.inputs, counts=counts, draws=rollout.draws)[1].losses
     assert again is not None
     trajectory.refuse_other_losses(again)
-
-
-def groups_of(trajectory: Trajectory) -> list[list[Place]]:
-    """The wanted inputs, those together that the same levels have."""
-    groups: dict[tuple[bool, ...], list[Place]] = {}
-    for place in trajectory.wanted_places:
-        groups.setdefault(tuple(trajectory.layout.own_axes(place)), []).append(place)
-    return list(groups.values())
-
-
-def as_real(x: Tensor) -> Tensor:
-    """A complex number is two real ones, each with directions of its own."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def at_places(places: list[Place], found: Leaves, trajectory: Trajectory) -> dict[Place, Tensor]:
-    """Real numbers by the places of their inputs, complex ones where the input is."""
-    pairs = zip(places, found, strict=True)
-    complexes = {place: trajectory.inputs.at(place).is_complex() for place in places}
-    return {place: torch.complex(x[..., 0], x[..., 1]) if complexes[place] else x for place, x in pairs}
