@@ -119,7 +119,7 @@ FAULTS = [
         "diffopt/rollout/dynamics.py",
         "enumerate(reversed(self.layout.levels))",
         "enumerate(self.layout.levels)",
-        "nesting",
+        "levels",
     ),
     Fault(
         "random numbers are drawn anew in the backward pass",
@@ -1523,13 +1523,6 @@ FAULTS = [
         "randomness",
     ),
     Fault(
-        "a record is used for inputs that its graphs do not reach",
-        "diffopt/adjoint/autograd_function.py",
-        " and set(wanted) <= set(old.wanted):",
-        ":",
-        "composition",
-    ),
-    Fault(
         "a record of fewer tasks serves a pullback of more",
         "diffopt/adjoint/autograd_function.py",
         "if record.usable and not call.restacked and",
@@ -1598,13 +1591,6 @@ FAULTS = [
         "self.record.usable = False\n        self.rollout.states.clear()",
         "self.rollout.states.clear()",
         "compiled",
-    ),
-    Fault(
-        "updates whose hyperparameters run over steps are all the first",
-        "diffopt/adjoint/update_derivatives.py",
-        "return stepped or unknown or",
-        "return unknown or",
-        "levels",
     ),
     Fault(
         "updates of a window are differentiated as one",

@@ -276,7 +276,9 @@ class BeforeUnrolling(Estimator):
         return Claims(twice=True, reports=False)
 
     def run(self, problem):
-        return Unrolled().run(replace(problem, state=tuple(self.change(x) for x in problem.state)))
+        inputs, layout = problem.inputs, problem.dynamics.layout
+        changed = layout.with_state(inputs, [self.change(x) for x in inputs.state])
+        return Unrolled().run(replace(problem, inputs=changed))
 
 
 def with_infinite_slope(x):
