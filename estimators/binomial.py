@@ -105,8 +105,6 @@ class Binomial(Adjoint):
         if before is not None:
             size, added = map(trajectory.tasks.norm, (before, row(adjoints, first) - before))
             relative = trajectory.record.diagnostics["last_order"] = torch.where(size > 0, added / size, 0)
-            trajectory.warn_if_bad(
-                relative, 1.0, f"Binomial(order={self.order}): what the last order adds, relatively,"
-            )
+            trajectory.warn_if_bad(relative, 1.0, f"Binomial(order={self.order}): what the last order adds, relatively")
         direct.add_updates(rows(adjoints, 1, steps))
         return Cotangents(row(adjoints, 0), direct.collect())
