@@ -1,0 +1,25 @@
+"""How long the way is from the call to the number, held loosely: ``python -m benchmarks.way`` prints it."""
+
+from __future__ import annotations
+
+import pytest
+
+way = pytest.importorskip("benchmarks.way", reason="the checkout, of which benchmarks are a part")
+
+CALLS = {True: 420, False: 330}
+"""Calls in the library's own files, of a solve of three steps and its backward pass, with checks and without."""
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_the_way_to_the_number_is_short(check: bool) -> None:
+    exact = way.ours(way.Reverse(), check)
+    assert exact.calls <= 1.05 * CALLS[check]
+    assert exact.depth <= 15
+    assert exact.to_loss <= 9
+
+
+def test_without_checks_no_check_is_called() -> None:
+    """Not one function of the files that hold them."""
+    seen = way.ours(way.Reverse(), False)
+    names = {name for file, name, _ in seen.functions if file.endswith(("rollout/checks.py", "rollout/hidden_state.py"))}
+    assert names == set()
