@@ -26,7 +26,9 @@ def check_range(optimizer: Optimizer, *optional: str, **ranges: tuple[float, flo
     """
     for name, (low, high) in ranges.items():
         value = getattr(optimizer, name)
-        if value is None and name in optional:
+        if (type(value) is float and low <= value < high and value != -math.inf) or (
+            value is None and name in optional
+        ):
             continue
         leaves, structure = tree.flatten(value.values if isinstance(value, Schedule) else value)
         for path, item in zip(tree.paths(structure), leaves, strict=True):

@@ -16,7 +16,7 @@ from diffopt.errors import (
     LeafError,
     StepsError,
 )
-from diffopt.tensors import hints, tree
+from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_integer
 from diffopt.tensors.usable import DTYPES, refuse_unusable
 
@@ -38,6 +38,8 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     leaves, structure = tree.flatten(params)
     if not leaves:
         raise LeafError("params is an empty tree", "at least one floating tensor")
+    if all([type(leaf) is Tensor and _is_usable(leaf) and leaf.device == leaves[0].device for leaf in leaves]):
+        return leaves, structure
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
         if not _is_dense_floating(leaf):
             fix = hints.for_params(leaf)
@@ -64,6 +66,12 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
         if leaf.device.type == "meta":
             raise DeviceError(f"params{path} is on meta", "a device that holds numbers", "to_empty() and fill it")
     return leaves, structure
+
+
+def _is_usable(leaf: Tensor) -> bool:
+    """What is so of almost every parameter, so that nothing else need be looked at."""
+    ordinary = leaf.layout is torch.strided and leaf.dtype in DTYPES and not leaf.is_nested and leaf.numel() > 0
+    return ordinary and not (transforms.is_wrapped(leaf) or leaf.is_inference() or leaf.device.type == "meta")
 
 
 def _is_dense_floating(leaf: Any) -> bool:

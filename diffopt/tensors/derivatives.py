@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffopt.errors import DiffoptError
 from diffopt.tensors import autograd_graph, transforms
@@ -69,8 +69,8 @@ class Graph:
 
     def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Hold the edges of the inputs, made by :func:`make_roots`, and of each output that depends on one of them."""
-        self._inputs = [get_gradient_edge(root) for root in inputs]
-        self._outputs = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
+        self._inputs = [_edge(root) for root in inputs]
+        self._outputs = [_edge(out) if out.requires_grad else None for out in outputs]
 
     @staticmethod
     def record(
@@ -109,6 +109,12 @@ class Graph:
             return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
         except RuntimeError as error:
             raise _named(error) from error
+
+
+def _edge(tensor: Tensor) -> GradientEdge:
+    """``get_gradient_edge``, which looks at more than is needed where a tensor is no leaf."""
+    node = tensor.grad_fn
+    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
 
 
 class _Roots(torch.autograd.Function):
