@@ -463,7 +463,7 @@ FAULTS = [
         "diffopt/adjoint/fixed_point.py",
         "layout.steps * distance / way",
         "distance / way",
-        "compare",
+        "compare_notes",
     ),
     Fault(
         "a copy that watches hides from the problem what rule it is given",
@@ -1555,14 +1555,14 @@ FAULTS = [
         "diffopt/adjoint/autograd_function.py",
         "with call.record.rollout.replay(None, inputs.params[0].device):",
         "if True:",
-        "half_precision",
+        "solution",
     ),
     Fault(
         "a second rollout is not compared with the first",
         "diffopt/adjoint/autograd_function.py",
         "refuse_other_losses(again.losses, old.losses, old.autocast)",
         "pass",
-        "changes_before_backward",
+        "randomness",
     ),
     Fault(
         "without a step a solve returns the caller's tensor",
@@ -1583,7 +1583,7 @@ FAULTS = [
         "diffopt/adjoint/trajectory.py",
         "passes_on = start > first or self.wants_initial",
         "passes_on = self.wants_initial",
-        "randomness",
+        "derivatives_in_the_loss",
     ),
     Fault(
         "a compiled sweep leaves its record usable",
@@ -1716,7 +1716,7 @@ FAULTS = [
         "diffopt/rollout/unroll.py",
         "p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before",
         "p if p.requires_grad else p.detach().requires_grad_() for p in before",
-        "unrolled",
+        "solution",
     ),
     Fault(
         "no state of a loss is looked for",
