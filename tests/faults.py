@@ -1730,7 +1730,7 @@ FAULTS = [
         "diffopt/adjoint/perturbation.py",
         "roll_out(dynamics, state.put(moved), counts=counts, draws=rollout.draws)",
         "roll_out(dynamics, state.put(moved), counts=counts)",
-        "randomness",
+        "es_jacobian_losses",
     ),
     Fault(
         "an error below a vmap leaves torch without it",
