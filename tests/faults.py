@@ -1663,13 +1663,6 @@ FAULTS = [
         "captures",
     ),
     Fault(
-        "a state that an update has written to goes unnoticed",
-        "diffopt/rollout/checks.py",
-        "if versions != [leaf._version for leaf in state]:",
-        "if False:",
-        "in_place",
-    ),
-    Fault(
         "updates that are taken again are not looked at",
         "diffopt/rollout/replay.py",
         "Checks(dynamics, Watch(captures=True)) if check else dynamics",
@@ -1688,7 +1681,7 @@ FAULTS = [
         "diffopt/rollout/record.py",
         "nullcontext() if self.autocast is None else self.autocast.entered()",
         "nullcontext()",
-        "half_precision",
+        "solution",
     ),
     Fault(
         "no update makes the params of a step views",
