@@ -1726,6 +1726,13 @@ FAULTS = [
         "es_jacobian_losses",
     ),
     Fault(
+        "what is below a vmap leaves torch without it",
+        "diffopt/tensors/transforms.py",
+        "        _functorch.push_dynamic_layer_stack(layer)",
+        "        pass",
+        "nesting",
+    ),
+    Fault(
         "an error below a vmap leaves torch without it",
         "diffopt/tensors/transforms.py",
         "    finally:\n        _functorch.push_dynamic",
