@@ -191,20 +191,3 @@ def test_no_step_under_transforms(rule: Any, style: str) -> None:
         assert end.untyped_storage().data_ptr() != w.untyped_storage().data_ptr()
     else:
         assert torch.equal(vmap(grad(lambda w: of(w).square().sum()))(w[:, None]), 2 * w[:, None])
-
-
-@pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("made", ["a leaf", "the result of an operation"])
-@pytest.mark.parametrize("rule", [Unrolled(), MultiStep(2, Unrolled()), Reverse(), Reverse(1)], ids=repr)
-def test_params_that_are_also_an_argument_are_an_anchor(rule: Any, made: str, check: bool) -> None:
-    """The inner gradient is that of the params alone; the outer one is of both."""
-    leaf = tensor(1, -2).double().requires_grad_()
-    w = leaf if made == "a leaf" else leaf * 1
-    end = run(lambda w, c: (w * c).square().sum(), w, w, rule=rule, steps=2, lr=0.05, check=check)
-    expected = leaf
-    for _ in range(2):
-        read = leaf if isinstance(rule, MultiStep) else expected  # in a window all updates use its first gradient
-        expected = expected - 0.1 * read * leaf.square()
-    torch.testing.assert_close(end, expected, rtol=1e-12, atol=0)  # rounding
-    got, wanted = (torch.autograd.grad(x.pow(3).sum(), leaf)[0] for x in (end, expected))
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)  # rounding

@@ -135,6 +135,17 @@ def test_losses_that_come_out_differently_between_checkpoints_are_refused(monkey
         solution.params.sum().backward()
 
 
+def test_a_second_backward_pass_gives_the_same_numbers() -> None:
+    """Of the plain way too; the first has used up what was stored."""
+    for rule in (Reverse(), Reverse(2), Truncated(2)):
+        w, solution = solve(steps=4, estimator=rule)
+        total = solution.params.sum()
+        first, second, third = (torch.autograd.grad(total, w, retain_graph=True) for _ in range(3))
+        w, solution = solve(steps=4, estimator=rule, compile=False)
+        torch.testing.assert_close(first, torch.autograd.grad(solution.params.sum(), w), rtol=1e-12, atol=0)
+        torch.testing.assert_close([second, third], [first, first], rtol=1e-12, atol=0)  # rounding
+
+
 def test_a_loss_that_draws_random_numbers_runs_without() -> None:
     def noisy(w: Tensor, a: Tensor) -> Tensor:
         return (a * (w + 0.1 * torch.randn(2)) ** 2).sum()

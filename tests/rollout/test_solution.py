@@ -10,14 +10,15 @@ import diffopt
 from diffopt.estimators import Adjoint, Binomial, FirstOrder, ForwardMode, Krylov, Reverse, Truncated, Unrolled
 
 
+@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
-def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule):
+def test_params_that_are_also_an_argument_count_once_in_the_inner_gradient(rule, check):
     w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
 
     def loss(p, c):
         return p.pow(4).sum() + (p * c.sin()).sum()
 
-    solution = diffopt.solve(loss, w, w, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule)
+    solution = diffopt.solve(loss, w, w, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule, check=check)
     now = w
     for _ in range(3):
         now = now - 0.05 * (4 * now**3 + w.sin())
@@ -64,6 +65,24 @@ def test_steps_are_recomputed_under_the_autocast_of_the_rollout(rule):
 
     # without autocast in the recomputation the two differ by some 1e-3
     assert relative_error(run(rule), run(Reverse("graph"))) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Truncated(4), Binomial(2)], ids=str)
+def test_a_second_backward_pass_runs_under_the_autocast_of_the_rollout(rule):
+    torch.manual_seed(0)
+    w, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        end = diffopt.solve(
+            lambda w, x: (x @ w).float().tanh().square().mean(),
+            w,
+            x,
+            optimizer=diffopt.SGD(1.0),
+            steps=4,
+            estimator=rule,
+            check=False,  # which would refuse the other losses
+        ).params
+    first, second = (torch.autograd.grad(end.square().sum(), w, retain_graph=True) for _ in range(2))
+    assert relative_error(second, first) < 1e-5  # without autocast they differ by some 1e-3
 
 
 @pytest.mark.parametrize("rule", [Binomial(1), Binomial(2, chunk_size=1), Krylov(1), Krylov(2)], ids=str)

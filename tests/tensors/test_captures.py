@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 import diffopt
 from diffopt import Leaves
-from diffopt.estimators import FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.estimators import Binomial, ESJacobian, FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 
 Run = Callable[..., Tensor]
 RULES: dict[str, Any] = {
@@ -387,6 +387,16 @@ def test_an_update_that_captures_a_tensor_is_refused_at_the_latest_in_the_backwa
         diffopt.solve(
             lambda w: w.square().sum(), w, optimizer=Late.of(first, leaf()), steps=4, estimator=rule
         ).params.sum().backward()
+
+
+@pytest.mark.parametrize("made", [leaf, lambda: 2 * leaf(), lambda: distance(leaf(), leaf()).expand(2).clone()])
+@pytest.mark.parametrize("rule", [*RULES.values(), Reptile(), ESJacobian(2, 1e-3), Binomial(1)], ids=repr)
+def test_an_update_that_captures_a_tensor_at_the_first_step_is_refused_by_the_solve(
+    rule: Any, made: Callable[[], Tensor]
+) -> None:
+    """Also where no step is computed again, in which one would be looked at."""
+    with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
+        diffopt.solve(lambda w: w.square().sum(), leaf(), optimizer=Late.of(1, made()), steps=4, estimator=rule)
 
 
 @pytest.mark.parametrize("rule", LATER)

@@ -252,6 +252,23 @@ def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_eva
         solution.params.sum().backward()
 
 
+@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=str)
+@pytest.mark.parametrize("changed", ["a number", "a module's mode"])
+def test_a_loss_that_has_changed_is_refused_by_the_second_backward_pass(rule: Any, changed: str) -> None:
+    factor, layer = {"is": 1.0}, torch.nn.Dropout(0.5).eval()
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    end = diffopt.solve(
+        lambda w: factor["is"] * layer(w).square().sum(), w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule
+    ).params.sum()
+    torch.autograd.grad(end, w, retain_graph=True)
+    if changed == "a number":
+        factor["is"] = 1.5
+    else:
+        layer.train()
+    with pytest.raises(diffopt.RandomnessError, match="came out differently"):
+        torch.autograd.grad(end, w)
+
+
 # ------------------------------------------------------------------------------------------------ beside other threads
 
 
