@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.rollout import compiled
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.layout import Inputs
@@ -26,6 +27,7 @@ class Replay:
         """``check``: look for captured tensors in updates, of which the rollout itself made no graph."""
         self._dynamics, self._inputs, self._rollout, self._counts = dynamics, inputs.detached(), rollout, counts
         self._steps = Checks(dynamics, Watch(captures=True)) if check else dynamics
+        self._fast = compiled.Steps(dynamics, self._inputs) if dynamics.compile else None
 
     def block(
         self, state: Leaves, first: int, last: int, losses: Tensor, *, apart: bool = False
@@ -61,5 +63,8 @@ class Replay:
 
     def _take(self, ground: Block | Plain, step: int, losses: Tensor) -> None:
         with self._rollout.replay(step, losses.device):
-            losses[..., step - 1] = take_step(self._steps, ground, step)
+            done = None if self._fast is None else self._fast.take(ground, step)
+            if done is not None:
+                ground.keep(done.after, done.grads)
+            losses[..., step - 1] = take_step(self._steps, ground, step) if done is None else done.losses
         self._counts.gradients += 1
