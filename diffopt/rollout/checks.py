@@ -72,13 +72,14 @@ class Checks:
         self._stores = False
         self._before: random_state.GeneratorStates | None = None
         self._read: Sequence[Tensor] = ()
+        self._versions: list[int] = []
         self.hidden_state: DiffoptError | None = None
 
     # ------------------------------------------------------------------------------------ what the loop calls
 
     def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
-        self._read = read
+        self._read, self._versions = read, [x._version for x in params]
         if step == 1 or (self._held is not None and step == self._last):
             self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
         if self._held is None and self._watch.state and self._keep is not None:
@@ -98,6 +99,8 @@ class Checks:
     ) -> tuple[Tensor | None, ...]:
         """The gradient; a first one tells whether the loss depends on the params and is finite there."""
         grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        if self._versions != [x._version for x in params]:
+            raise changed_in_place()
         if self._watch.values:
             if step == 1:
                 refuse_bad_start(self._dynamics, losses, grads, params, self._read)
