@@ -154,7 +154,7 @@ def test_a_solution_of_scikit_learn_against_refitting():
 def test_errors_come_early():
     theta = leaf(PENALTIES[0])
     solution, point = RIDGE.solution(PENALTIES[0]), torch.ones(SIZE, dtype=torch.float64)
-    with pytest.raises(diffopt.StationarityError, match="Minimise further"):
+    with pytest.raises(diffopt.StationarityError, match="minimise further"):
         diffopt.implicit(RIDGE.loss, point, theta)
     with pytest.raises(diffopt.StationarityError):
         torch.func.vmap(torch.func.grad(lambda p: diffopt.implicit(RIDGE.loss, point, p).sum()))(PENALTIES)
