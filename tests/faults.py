@@ -163,8 +163,8 @@ FAULTS = [
     Fault(
         "the binomial window is one step too long",
         "estimators/binomial.py",
-        "first, order = steps - self._curved(steps) + 1,",
-        "first, order = max(1, steps - self._curved(steps)),",
+        "first, highest = steps - curved + 1,",
+        "first, highest = max(1, steps - curved),",
     ),
     Fault(
         "E' is taken without its curvature's step (C instead of E)",
@@ -260,15 +260,15 @@ FAULTS = [
     ),
     Fault(
         "orthonormal directions lack their factor",
-        "estimators/es_jacobian.py",
+        "diffopt/adjoint/perturbation.py",
         "return frame.movedim(-1, 0).to(base.device), float(size)",
         "return frame.movedim(-1, 0).to(base.device), 1.0",
     ),
     Fault(
         "central differences are divided by one radius",
         "estimators/es_jacobian.py",
-        "- moves, trajectory))) / (2 * radius)",
-        "- moves, trajectory))) / radius",
+        "group.final_states(-radius * z)) / (2 * radius)",
+        "group.final_states(-radius * z)) / radius",
     ),
     *(
         Fault(f"lifting: {what}", f"diffopt/lifting/{file}.py", old, new, "from_torch")
@@ -309,8 +309,8 @@ FAULTS = [
     Fault(
         "the last order of the binomial rule leaves out its latest step",
         "estimators/binomial.py",
-        "low, high = first + order - level, steps - level + 1",
-        "low, high = first + order - level, steps - level + (level < order)",
+        "first + highest - order, steps - order + 1, min(",
+        "first + highest - order, steps - order + (order < highest), min(",
     ),
     Fault(
         "the loss's terms of the Krylov rule belong to the adjoints after the free step",
@@ -518,7 +518,7 @@ FAULTS = [
     ),
     Fault(
         "tasks share their random directions",
-        "estimators/es_jacobian.py",
+        "diffopt/adjoint/perturbation.py",
         "frame = q * r.diagonal",
         "frame = q.reshape(-1, *q.shape[-2:])[0].expand(q.shape) * r.diagonal",
     ),
@@ -639,7 +639,7 @@ FAULTS = [
     Fault(
         "a kink at zero is taken for a smooth minimiser",
         "diffopt/adjoint/stationarity.py",
-        "if at.at_a_kink(tasks, 1e-6):",
+        "if some_are_zero and at.at_a_kink(tasks, 1e-6):",
         "if False:",
         "stationarity",
     ),
@@ -1385,14 +1385,14 @@ FAULTS = [
             (
                 "captured tensors are looked for at the first step only",
                 "rollout/checks",
-                "if not self._watch.captures:",
-                "if not self._watch.captures or self._born >= 0:",
+                "            self._note_captured(losses, [*params, *self._read], step)",
+                "            step > 1 or self._note_captured(losses, [*params, *self._read], step)",
             ),
             (
                 "wrapped tensors are looked for at the first step only",
                 "rollout/checks",
-                "return self._watch.levels if step == 1 or self._wrapped_are_held else _NO_LEVELS",
-                "return self._watch.levels if step == 1 else _NO_LEVELS",
+                "return self._watch.levels if self._wrapped_are_held else _NO_LEVELS",
+                "return _NO_LEVELS",
             ),
             (
                 "a user's update is looked at in the first step only",
@@ -1403,15 +1403,15 @@ FAULTS = [
             (
                 "captured tangents are passed over",
                 "rollout/checks",
-                "if self._drops_tangents and transforms.in_dual_level():",
-                "if False:",
+                "watch.values and not passes_tangents and transforms.in_dual_level()",
+                "False",
             ),
             ("captured results of operations are passed over", "tensors/autograd_graph", "if at < born or (", "if ("),
             (
                 "a leaf that the loss makes for itself is captured",
                 "tensors/autograd_graph",
-                "if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
-                "if leaf is not None:",
+                "if id(leaf) not in leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
+                "if id(leaf) not in leaves:",
             ),
         ]
     ),
@@ -1425,8 +1425,8 @@ FAULTS = [
     Fault(
         "a binomial estimate outside its range is not warned of",
         "estimators/binomial.py",
-        "trajectory.warn_if_bad(relative, 1.0, what)",
-        "trajectory.warn_if_bad(relative, 1e9, what)",
+        "trajectory.warn_if_bad(relative, 1.0, f",
+        "trajectory.warn_if_bad(relative, 1e9, f",
         "warnings_of_estimates",
     ),
     # integers that nothing can count up to
@@ -1651,7 +1651,7 @@ FAULTS = [
     Fault(
         "which nodes are older than a step is forgotten",
         "diffopt/rollout/checks.py",
-        "self._born = max([self._born, *map(autograd_graph.number, starts)])",
+        "self._born = max([self._born, *newest])",
         "self._born = -1",
         "captures",
     ),
@@ -1721,8 +1721,8 @@ FAULTS = [
     Fault(
         "perturbed rollouts draw anew",
         "diffopt/adjoint/perturbation.py",
-        "roll_out(dynamics, state.put(moved), counts=counts, draws=rollout.draws)",
-        "roll_out(dynamics, state.put(moved), counts=counts)",
+        "inputs, counts=counts, draws=rollout.draws)\n        counts",
+        "inputs, counts=counts)\n        counts",
         "es_jacobian_losses",
     ),
     Fault(
@@ -1752,5 +1752,48 @@ FAULTS = [
         "if all([dim is None for dim in dims]):",
         "if False:",
         "levels",
+    ),
+    # what the short way leaves out, and looks at late
+    Fault(
+        "params that a later loss has written to are taken as they are",
+        "diffopt/rollout/checks.py",
+        "if self._versions != [x._version for x in params]:",
+        "if step == 1 and self._versions != [x._version for x in params]:",
+        "update_blocks",
+    ),
+    Fault(
+        "only the last of some losses is looked at",
+        "diffopt/rollout/checks.py",
+        "noted, self._noted = self._noted, []",
+        "noted, self._noted = self._noted[-1:], []",
+        "captures",
+    ),
+    Fault(
+        "one problem's conjugate gradients take the old residual's size",
+        "diffopt/linear_solve/conjugate_gradient.py",
+        "            rr = new\n        size",
+        "        size",
+        "linear_solve",
+    ),
+    Fault(
+        "one problem's negative curvature goes unnoticed",
+        "diffopt/linear_solve/conjugate_gradient.py",
+        "                breakdown = True\n",
+        "                breakdown = False\n",
+        "linear_solve",
+    ),
+    Fault(
+        "a chunk of tasks counts as all of them to a rule that does not look at the outer loss",
+        "diffopt/rollout/task_chunks.py",
+        "scale = 1.0 if losses.dtype is wide else weight",
+        "scale = weight",
+        "over_tasks",
+    ),
+    Fault(
+        "a loss may not mark its arguments under a transform that is no vmap",
+        "diffopt/rollout/checks.py",
+        "marking = not self._dynamics.layout.levels",
+        "marking = False",
+        "derivatives_in_the_loss",
     ),
 ]
