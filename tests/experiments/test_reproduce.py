@@ -93,7 +93,9 @@ def test_settings_can_be_changed(toy, tmp_path, fails):
     out = ("toy", "--out", str(tmp_path / "other"))
     assert "expected SETTING=VALUE, with one of draws, iterations" in fails(*out, "--set", "nonsense=1")
     assert "expected SETTING=VALUE" in fails(*out, "--set", "draws")
-    assert "--set draws=-1 does not fit (got '-1', expected an integer, 0 or more), expected a value of draws" in fails(*out, "--set", "draws=-1")
+    assert "--set draws=-1 does not fit (got '-1', expected an integer, 0 or more), expected a value of draws" in fails(
+        *out, "--set", "draws=-1"
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -281,7 +283,9 @@ def test_units_of_one_name_are_refused(toy, tmp_path, monkeypatch, fails):
 
 
 def test_a_device_is_refused_where_only_the_processor_is_used(toy, tmp_path, fails):
-    assert "--device is meta, expected cpu: toy runs on it only" in fails("toy", "--out", str(tmp_path), "--device", "meta")
+    assert "--device is meta, expected cpu: toy runs on it only" in fails(
+        "toy", "--out", str(tmp_path), "--device", "meta"
+    )
 
 
 def test_unknown_names_and_no_name(fails):
