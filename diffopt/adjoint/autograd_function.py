@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import InPlaceError, RandomnessError, SecondDerivativeError
+from diffopt.errors import EstimatorError, InPlaceError, RandomnessError, SecondDerivativeError
 from diffopt.rollout.checks import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.layout import Inputs, Layout, Place
@@ -110,7 +110,7 @@ class _Solve(torch.autograd.Function):
         record.usable, record.kept = bool(call.wanted), record.rollout.kept
         losses = record.rollout.losses
         assert losses is not None
-        if not (call.dynamics.own_update and layout.steps):  # else all tensors are new
+        if not (call.dynamics.own_update and layout.steps and not layout.buffers_layout):  # else all tensors are new
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
         return (*final, losses.clone())
@@ -126,7 +126,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
         call, saved = ctx.call, _saved_tensors(ctx)
-        if len(needed) != len(call.wanted):
+        if call.wanted != set(needed):
             call = replace(call, wanted=frozenset(needed))
         final = saved[-call.state_count :]
         given = [x.new_zeros(()).expand_as(x) if c is None else c for c, x in zip(cotangents, final, strict=False)]
@@ -200,6 +200,12 @@ def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
             if mixed is None:
                 raise
             raise mixed from error
+        if not all([type(place) is Place for place in result.direct]):
+            raise EstimatorError(
+                f"{type(call.rule).__name__}.pullback returned direct terms of {[*result.direct][:3]}",
+                "their places, as in trajectory.wanted",
+                "return Cotangents(initial, {place: term for place in trajectory.wanted})",
+            )
         terms = [_term(result, i, layout, flat[i]) for i in sorted(call.wanted)]
         if call.watch.values and terms and not all_finite(terms):
             refuse_non_finite(cotangent)

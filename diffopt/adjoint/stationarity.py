@@ -45,8 +45,7 @@ class Point:
         one of many and its Hessian knows nothing of the kink. Of a smooth loss the gradient changes with the length of
         the step, and what changes by round-off is different at every length: so several lengths have to agree.
         """
-        down, size = tasks.unit(self.gradient), tasks.norm(self.gradient)
-        length = roundings * torch.finfo(self.params[0].dtype).eps * (1 + tasks.norm(self.params))
+        down, size, length = tasks.unit(self.gradient), tasks.norm(self.gradient), self.length(tasks, roundings)
         first = self._slope(tasks, down, length)
         turned = first < size / 2
         for factor in (2, 4, 8, 16):
@@ -54,6 +53,10 @@ class Point:
                 return False
             turned = turned & ((self._slope(tasks, down, factor * length) - first).abs() < size / 10)
         return bool(turned.any())
+
+    def length(self, tasks: Tasks, roundings: float) -> Tensor:
+        """The shortest step that is looked at."""
+        return roundings * torch.finfo(self.params[0].dtype).eps * (1 + tasks.norm(self.params))
 
     def _slope(self, tasks: Tasks, down: Leaves, length: Tensor) -> Tensor:
         """The gradient along ``down``, its direction here, after a step of this length against it."""
@@ -95,8 +98,8 @@ def refuse_kink(at: Point, tasks: Tasks) -> None:
 
     One between two pieces of a network of kinks, such as of ReLUs, is as good as the gradient there is small.
     """
-    some_are_zero = any([bool((x == 0).any()) for x in at.params])  # else nothing moves by so little
-    if some_are_zero and at.at_a_kink(tasks, 1e-6):
+    reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)  # beyond which nothing turns around
+    if any([bool((x.abs() <= y).any()) for x, y in zip(at.params, reach, strict=True)]) and at.at_a_kink(tasks, 1e-6):
         raise _kink()
 
 

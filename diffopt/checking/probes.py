@@ -81,7 +81,7 @@ def probe_captures(subject: Subject) -> Finding:
     with torch.enable_grad():
         roots, args = subject.roots()
         loss = subject.loss(roots[: len(subject.params)], args)
-    nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart(loss.grad_fn, roots)])
+    nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart.of(loss, roots)])
     if nodes:
         raise CapturedTensorError(
             f"the inner loss captured {names_of(nodes, [subject.dynamics.loss])}, which requires grad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -60,7 +61,7 @@ class ConjugateGradient(LinearSolver):
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
     ) -> LinearSolution:
         """Solve for stacked tasks."""
-        if tasks.axes == 0 and all([y.is_cpu for y in b]) and not transforms.transforms_active():
+        if _is_plain(b, tasks):
             return self._iterate_alone(matvec, b, tasks, start, precision)
         x = b.zeros() if start is None else start
         r = b if start is None else b - matvec(x)
@@ -90,15 +91,15 @@ class ConjugateGradient(LinearSolver):
         """The same for one problem on the CPU, in Python's numbers, which cost no wait there."""
         x = [torch.zeros_like(y) if start is None else start[i].clone() for i, y in enumerate(b)]
         r = list(b if start is None else b - matvec(start))
-        p, rr = r, _dot(r, r)
+        p, rr, largest = r, _dot(r, r), torch.finfo(b[0].dtype).max
         bound, iterations, breakdown = max(self.rtol, precision) ** 2 * _dot(b, b), int(start is not None), False
         for _ in range(self.max_iterations):
             if not rr > bound:
                 break
             ap, iterations = matvec(Leaves(p)), iterations + 1
             curvature = _dot(p, ap)
-            if not curvature > 0:  # which NaN is not
-                breakdown = True
+            if not curvature > 0 or not rr / curvature <= largest:  # which NaN is not
+                breakdown, rr = True, rr if math.isfinite(curvature) else math.nan
                 break
             alpha = rr / curvature
             torch._foreach_add_(x, p, alpha=alpha)
@@ -131,6 +132,13 @@ class ConjugateGradient(LinearSolver):
             accepted = rr <= slack**2 * tasks.dot(b, b)
             converged = accepted if precision else converged & accepted
         return LinearSolution(x, rr.sqrt(), iterations, converged & ~breakdown, breakdown)
+
+
+def _is_plain(b: Leaves, tasks: Tasks) -> bool:
+    """Whether the system is one, on the CPU, in one dtype, and nobody differentiates through its solution."""
+    alike = all([y.is_cpu and y.dtype == b[0].dtype for y in b])
+    watched = torch.is_grad_enabled() or transforms.transforms_active() or transforms.in_dual_level()
+    return tasks.axes == 0 and alike and not watched
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

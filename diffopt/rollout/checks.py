@@ -109,7 +109,8 @@ class Checks:
         if self._watch.values:
             if step == 1:
                 refuse_bad_start(self._dynamics, losses, grads, params, self._read)
-            self._note_captured(losses, [*params, *self._read], step)
+            if self._watch.captures:
+                self._note_captured(losses, [*params, *self._read], step, at_once=not differentiable)
         if self._held is not None and step in (1, self._last) and self._held.has_moved():
             self._judge(self._held, losses, grads, params, exactly=not differentiable)
         return grads
@@ -163,14 +164,12 @@ class Checks:
         """
         if not self._watch.captures:
             return
-        self._look_at([autograd_graph.GraphPart(x.grad_fn, given) for x in outputs if x.requires_grad])
+        self._look_at([autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad])
 
-    def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int) -> None:
-        """The same of a step's losses: at once after the first step, then of some steps together, which is faster."""
-        if not self._watch.captures:
-            return
-        self._noted.append(autograd_graph.GraphPart(losses.grad_fn, given))
-        if step in (1, self._last) or len(self._noted) == _AT_ONCE:
+    def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
+        """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
+        self._noted.append(autograd_graph.GraphPart.of(losses, given))
+        if at_once or step in (1, self._last) or len(self._noted) == _AT_ONCE:
             noted, self._noted = self._noted, []
             self._look_at(noted)
 

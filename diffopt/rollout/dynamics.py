@@ -199,8 +199,7 @@ class Dynamics:
 
     def _vmap(self, function: Callable[..., Any], dims: Sequence[Sequence[int | None]]) -> Callable[..., Any]:
         """``function`` under the vmaps of all levels."""
-        levels = self.layout.levels
-        return transforms.vmap(function, dims, [level.size for level in levels], [level.randomness for level in levels])
+        return transforms.vmap(function, dims, *self.layout.sizes_and_modes)
 
     def functions(self) -> tuple[object, ...]:
         """What may hold tensors besides those that are given: the loss, the update, arguments that are no tensors."""

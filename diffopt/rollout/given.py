@@ -38,7 +38,8 @@ def params_leaves(params: Any) -> tuple[list[Tensor], tree.Structure]:
     leaves, structure = tree.flatten(params)
     if not leaves:
         raise LeafError("params is an empty tree", "at least one floating tensor")
-    if all([type(leaf) is Tensor and _is_usable(leaf) and leaf.device == leaves[0].device for leaf in leaves]):
+    device = getattr(leaves[0], "device", None)
+    if all([type(leaf) is Tensor and _is_usable(leaf) and leaf.device == device for leaf in leaves]):
         return leaves, structure
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
         if not _is_dense_floating(leaf):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Collection, Hashable
-from types import CodeType
+from collections.abc import Collection
 from typing import Any, final
 
 from torch import Tensor
@@ -75,7 +73,9 @@ class Keeper:
         What keeps a state needs none again with the graphs of all steps, and gets them whatever their size: what is
         right for a small model must not be wrong, or refused, for a large one.
         """
-        expected = _bytes_of_first(self._dynamics, self._inputs, block) * (self._last - self.first + 1)
+        others = (*self._inputs.read, *self._inputs.hyperparameters)
+        first = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
+        expected = first * (self._last - self.first + 1)
         large = self._checkpoint is None and expected > GRAPH_BUDGET
         if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses, self.first)):
             return True
@@ -96,31 +96,3 @@ def _on_cpu(leaf: Tensor) -> Tensor:
     # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
     held = leaf.new_empty(leaf.shape, device="cpu", pin_memory=leaf.device.type == "cuda")
     return held.copy_(leaf, non_blocking=True)
-
-
-_measured: weakref.WeakKeyDictionary[CodeType, dict[Hashable, int]] = weakref.WeakKeyDictionary()
-"""The bytes of the graph of one step: by the code of the loss, then by shapes and by how many nodes it made."""
-
-
-def _bytes_of_first(dynamics: Dynamics, inputs: Inputs, block: Block) -> int:
-    """The bytes that the graph of a block's first step keeps alive.
-
-    # NOTE [a graph is measured once]
-    Looking at what every node of a graph has saved takes a tenth of a small solve. A loss of the same code on the same
-    shapes that makes as many nodes is taken to save as much; the worst that a mistake does is to keep graphs where
-    states would have taken less, or the other way about.
-    """
-    layout = dynamics.layout
-    code = getattr(dynamics.loss, "__code__", None)
-    key = (
-        type(dynamics.optimizer.template),
-        layout.levels,
-        layout.window,
-        block.nodes_made,
-        *((x.shape, x.dtype, x.requires_grad) for x in inputs.flat),
-    )
-    known = {} if code is None else _measured.setdefault(code, {})
-    if key not in known:
-        others = (*inputs.read, *inputs.hyperparameters)
-        known[key] = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
-    return known[key]

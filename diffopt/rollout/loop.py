@@ -64,7 +64,7 @@ def roll_out(
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
     layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
-    ground: Block | Plain = Plain(dynamics, inputs, Leaves(map(Tensor.contiguous, inputs.state)))
+    ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted)
     steps = Checks(dynamics, watch, keep, known) if watch else dynamics
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile else None

@@ -40,6 +40,8 @@ class Keep:
 
     def __post_init__(self) -> None:
         """Check what a rule asks for."""
+        if type(self.first) is not int or self.first < 1:
+            Options(self).integer("first", 1)
         if self.checkpoint is not None or self.offload is not False:
             check_checkpoint(self)
 

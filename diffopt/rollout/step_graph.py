@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.layout import Inputs, Place
-from diffopt.tensors import autograd_graph, derivatives
+from diffopt.tensors import derivatives
 from diffopt.tensors.leaves import Leaves
 
 
@@ -76,7 +76,6 @@ class Block:
         :meth:`pullback_apart`.
         """
         layout = self._layout = dynamics.layout
-        self._views = not dynamics.own_update
         self._stepped = [place for place in wanted if layout.runs_over_steps(place)]
         self._shared = [place for place in wanted if not layout.runs_over_steps(place)]
         with torch.enable_grad():
@@ -98,17 +97,16 @@ class Block:
     def slice(self, step: int) -> Slice:
         """What step ``step`` is computed from, joined to the graph where it is wanted.
 
-        The params are views, if the last update may have computed a leaf from another one, whose gradient it must not
-        carry too.
+        The params are views: a leaf that the last update computed from another one must not carry that one's gradient
+        too, and what a loss does to its params (a hook) must not be done to the chain of states.
         """
         read, hyperparameters = self._layout.at_step(self._with_roots, step)
         if self._stepped:
             read, hyperparameters = self._joined(read, hyperparameters, step)
         params = self._apart
         if params is None:
-            params = tuple(self._now)[: self._layout.params_count]
-            if self._views or not all([x.requires_grad for x in params]):
-                params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in params])
+            own = tuple(self._now)[: self._layout.params_count]
+            params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own])
         return Slice(self._now, params, read, hyperparameters)
 
     def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:
@@ -131,12 +129,6 @@ class Block:
     def last_nodes(self) -> list[Any]:
         """The nodes of the state after the last step."""
         return [x.grad_fn for x in self._now if x.grad_fn is not None]
-
-    @property
-    def nodes_made(self) -> int:
-        """How many nodes its thread has made since the block began."""
-        first = autograd_graph.number(self._roots[0].grad_fn)
-        return max(map(autograd_graph.number, self.last_nodes), default=first) - first
 
     def close(self) -> None:
         """Let go of all tensors."""

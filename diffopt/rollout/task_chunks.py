@@ -149,8 +149,8 @@ def _of_chunk(
     """One chunk's share of the mean, its gradients by the wanted tensors, the losses' dtype, and a factor to come.
 
     # NOTE [the share is differentiated, not the mean of a chunk]
-    An estimator that does not look at the outer loss (Reptile) takes no factor that comes later. Only half precision
-    gets it later: there the gradients are those of a chunk's mean, of the size of one task's, which it can hold.
+    An estimator that does not look at the outer loss (Reptile) takes no factor that comes later. Only float16 gets it
+    later: there the gradients are those of a chunk's mean, of the size of one task's, which it can hold.
     """
     parts = [
         x.detach() if dim is None else x.detach().narrow(dim, start, count)
@@ -163,10 +163,10 @@ def _of_chunk(
             parts[i] = root
         losses = call.losses(parts, count)
         weight, wide = count / call.size, _wide(losses.dtype)
-        scale = 1.0 if losses.dtype is wide else weight
+        scale = weight if losses.dtype is torch.float16 else 1.0
         share = losses.to(wide).mean() * (weight / scale)
         if call.watched and share.requires_grad:
-            nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart(share.grad_fn, roots)])
+            nodes = autograd_graph.captured_nodes([autograd_graph.GraphPart.of(share, roots)])
             refuse_captures("task_loss", [call.task_loss, call.others()], nodes)
         found = derivatives.gradient(share, roots[:-1], differentiable=False) if wanted else ()
     return scale * share.detach(), found, losses.dtype, scale

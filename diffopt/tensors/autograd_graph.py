@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,15 +76,23 @@ def number(node: Any) -> int:
 
 
 class GraphPart(NamedTuple):
-    """The part of a graph that has grown from some tensors.
+    """The part of a graph that has grown from some tensors; it holds none of them.
 
     Attributes:
         start: the node that it ends in.
-        given: the tensors that it has grown from, behind which nothing is looked at.
+        given: the nodes of the tensors that it has grown from, behind which nothing is looked at; ``None``: of a leaf.
+        leaves: which leaves are among them, by ``id``; the graph keeps them.
     """
 
     start: Any
-    given: Sequence[Tensor]
+    given: Sequence[Any]
+    leaves: frozenset[int]
+
+    @staticmethod
+    def of(output: Tensor, given: Sequence[Tensor]) -> GraphPart:
+        """That behind ``output``, grown from the tensors ``given``."""
+        leaves = [id(x) for x in given if x.requires_grad and x.grad_fn is None]
+        return GraphPart(output.grad_fn, [x.grad_fn for x in given], frozenset(leaves))
 
 
 def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
@@ -97,9 +105,9 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
     """
     suspects: list[tuple[Any, GraphPart]] = []
     for part in parts:
-        first = part.given[0].grad_fn
+        first = part.given[0]
         born = born if first is None else number(first)
-        seen: set[Any] = {x.grad_fn for x in part.given}
+        seen: set[Any] = set(part.given)
         pending = [] if part.start is None or part.start in seen else [part.start]
         seen.update((None, part.start))
         push, add = pending.append, seen.add
@@ -122,13 +130,13 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
 def _captured(suspects: Sequence[tuple[Any, GraphPart]]) -> list[Any]:
     found = []
     for node, part in suspects:
-        leaf, leaves = getattr(node, "variable", None), set(map(id, part.given))
+        leaf = getattr(node, "variable", None)
         if leaf is not None:
-            if id(leaf) not in leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+            if id(leaf) not in part.leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 found.append(node)
         # (another thread numbers its nodes from the start, but only a new node can lead to a given tensor)
-        elif not leaves & {id(getattr(behind, "variable", None)) for behind in nodes([node])} and not any(
-            x.grad_fn in {*nodes([node])} for x in part.given if x.grad_fn is not None
+        elif not any(
+            behind in part.given or id(getattr(behind, "variable", None)) in part.leaves for behind in nodes([node])
         ):
             found.append(node)
     return found
@@ -156,8 +164,14 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     storages: dict[int, int] = {}
     others = {transforms.storage(tensor) for tensor in ignored if tensor.layout == torch.strided}
     for node in graph:
-        for name in _saved_names(cast("Any", type(node))):
+        kind: Any = type(node)
+        for name in _saved_names(kind):
             value = getattr(node, name, None)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor | tuple):  # and never will be
+                _saved[kind] = [other for other in _saved[kind] if other != name]
+                continue
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     with suppress(
@@ -168,7 +182,13 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in others)
 
 
-@functools.cache
-def _saved_names(node_type: Any) -> tuple[str, ...]:
-    names = [name for name in dir(node_type) if name.startswith("_saved_")]
-    return ("saved_tensors",) if hasattr(node_type, "saved_tensors") else tuple(names)
+_saved: dict[Any, list[str]] = {}
+"""What nodes of each type may have saved tensors under."""
+
+
+def _saved_names(kind: Any) -> list[str]:
+    known = _saved.get(kind)
+    if known is None:
+        names = [name for name in dir(kind) if name.startswith("_saved_")]
+        known = _saved[kind] = ["saved_tensors"] if hasattr(kind, "saved_tensors") else names
+    return known

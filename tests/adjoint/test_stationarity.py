@@ -166,3 +166,14 @@ def test_nystrom_takes_what_is_symmetric_up_to_round_off(rank: int, dtype: torch
     matrix = scale * (half @ half.T + torch.diag(torch.tensor([0, 0, 0, 0, 0, 1e-4])))
     found = Nystrom(rank, scale, throw=False).solve(lambda x: matrix.to(dtype) @ x, normal(7, 6).to(dtype))
     assert not bool(found.breakdown)
+
+
+@pytest.mark.parametrize("at", [0.0, 1e-30, -1e-30, 1e-200])
+def test_a_kink_beside_a_tiny_param_is_named(at: float) -> None:
+    lasso = torch.tensor(5e-3, dtype=torch.float64, requires_grad=True)
+
+    def loss(w: Tensor, strength: Tensor) -> Tensor:
+        return (w - 1e-3).square().sum() + strength * w.abs().sum()
+
+    with pytest.raises(StationarityError, match="kink"):
+        diffopt.implicit(loss, torch.tensor([at], dtype=torch.float64), lasso).sum().backward()

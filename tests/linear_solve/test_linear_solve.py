@@ -200,3 +200,41 @@ def test_conjugate_gradients_in_single_precision_claim_no_more_than_is_so(small)
         assert small < 1e-6 or abs(float(found.residual) - true) <= rounded
         # where eps / small is a third of what is allowed, and up to four times rtol, nothing is refused either
         assert small < 1e-3 or bool(found.converged)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode loads it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_solution_by_conjugate_gradients_may_be_differentiated(dtype):
+    """Where nobody differentiates it is computed in Python's numbers, which autograd does not see."""
+    diagonal = torch.tensor([1.0, 2.0, 4.0], dtype=dtype, requires_grad=True)
+    solution = ConjugateGradient(rtol=1e-6).solve(lambda v: diagonal * v, torch.ones(3, dtype=dtype))
+    solution.value.sum().backward()
+    torch.testing.assert_close(diagonal.grad, -1 / diagonal.detach().square(), rtol=1e-4, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(diagonal.detach(), torch.ones(3, dtype=dtype))
+        value = ConjugateGradient(rtol=1e-6).solve(lambda v: dual * v, torch.ones(3, dtype=dtype)).value
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+    torch.testing.assert_close(tangent, -1 / diagonal.detach().square(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_conjugate_gradients_say_the_same_of_one_problem_as_of_several(tasks):
+    """In numbers that vanish, that are not numbers, and of which some are of another precision."""
+
+    def verdict(matvec, b):
+        def run(b):
+            with torch.no_grad():
+                found = ConjugateGradient(throw=False).solve(matvec, b)
+            return found.residual, found.converged, found.breakdown
+
+        if not tasks:
+            return run(b)
+        outcome = torch.func.vmap(lambda scale: run([scale * x for x in b]))(torch.ones(2))
+        return tuple(x[0] for x in outcome)
+
+    for matvec in (lambda x: [y * float("nan") for y in x], lambda x: [y * 1e-43 for y in x]):
+        residual, converged, breakdown = verdict(matvec, [torch.ones(3)])
+        assert not converged
+        assert breakdown or not residual.isfinite()
+    mixed = [torch.ones(3), torch.ones(2, dtype=torch.float64)]
+    assert verdict(lambda x: [2 * y for y in x], mixed)[1]

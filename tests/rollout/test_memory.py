@@ -378,3 +378,33 @@ def test_200_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
         if step in (20, 220):
             counts.append(count())
     assert counts[0] == counts[1]
+
+
+def test_graphs_are_measured_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls of one loss on the same shapes may save as differently as a number among the arguments says."""
+
+    def loss(w: Tensor, count: int) -> Tensor:
+        return (w * torch.ones(count, dtype=w.dtype)).sin().mean()
+
+    def kept(count: int) -> Any:
+        w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        return diffopt.solve(loss, w, count, optimizer=diffopt.SGD(0.1), steps=16).kept.checkpoint
+
+    monkeypatch.setattr("diffopt.rollout.keeper.GRAPH_BUDGET", 2**20)
+    assert [kept(4), kept(100_000), kept(4)] == ["graph", 4, "graph"]
+
+
+@pytest.mark.parametrize("rule", [FirstOrder(), Truncated(2, checkpoint=1), Reptile()], ids=str)
+def test_looking_for_captured_tensors_keeps_no_state_alive(rule: Any) -> None:
+    alive: list[Any] = []
+    most = 0
+
+    def loss(w: Tensor) -> Tensor:
+        nonlocal most
+        alive.append(weakref.ref(w))
+        most = max(most, sum(x() is not None for x in alive))
+        return w.square().sum()
+
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=20, estimator=rule)
+    assert most <= 2

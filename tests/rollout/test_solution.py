@@ -7,7 +7,18 @@ import torch
 from oracles import relative_error
 
 import diffopt
-from diffopt.estimators import Adjoint, Binomial, FirstOrder, ForwardMode, Krylov, Reverse, Truncated, Unrolled
+from diffopt.estimators import (
+    Adjoint,
+    Binomial,
+    Cotangents,
+    FirstOrder,
+    ForwardMode,
+    Keep,
+    Krylov,
+    Reverse,
+    Truncated,
+    Unrolled,
+)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -174,3 +185,46 @@ def test_zeros_take_no_memory_inside_and_are_the_callers_to_change(rule, tasks):
         found.mul_(2)
     assert len(sizes) == 5
     assert max(sizes) <= (tasks or 1)
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Reverse("sqrt"), Truncated(5)], ids=str)
+def test_a_hook_on_the_params_acts_on_the_inner_gradient_only(rule):
+    """Not on the adjoint of the chain of states, which is none of the loss's."""
+
+    def loss(p):
+        if p.requires_grad:
+            p.register_hook(lambda g: g.clamp(-0.5, 0.5))  # which clips no gradient here, but an adjoint of 3
+        return p.square().sum()
+
+    w = torch.full((3,), 0.05, requires_grad=True)
+    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.05), steps=5, estimator=rule)
+    (3 * solution.params.sum()).backward()
+    torch.testing.assert_close(w.grad, torch.full((3,), 3 * 0.9**5))
+
+
+def test_params_keep_their_memory_format():
+    w = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    solution = diffopt.solve(lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2)
+    assert solution.params.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_terms_by_anything_but_places_are_refused():
+    class ByNumber(Adjoint):
+        def keep(self, steps):
+            return Keep(first=steps + 1)
+
+        def pullback(self, trajectory, cotangent):
+            return Cotangents(cotangent, {0: torch.ones(())})
+
+    w, a = torch.ones(2, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    solution = diffopt.solve(
+        lambda w, a: (a * w).square().sum(), w, a, optimizer=diffopt.SGD(0.1), steps=2, estimator=ByNumber()
+    )
+    with pytest.raises(diffopt.EstimatorError, match=r"direct terms of \[0\].*expected their places"):
+        solution.params.sum().backward()
+
+
+@pytest.mark.parametrize("first", [0, -3, 1.5])
+def test_a_rule_keeps_steps_from_one_on(first):
+    with pytest.raises(diffopt.HyperparameterError, match=r"Keep: first is .* an integer >= 1"):
+        Keep(first=first)

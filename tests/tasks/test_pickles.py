@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copyreg
 import io
@@ -170,6 +171,7 @@ NAMES = sorted(attacks("somewhere"))
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_that_a_pickle_names_is_run(name, tmp_path):
     mark = tmp_path / "mark"
+    codecs.lookup("raw_unicode_escape")  # whose module Python imports when it is first needed
     tried = 0
     for protocol in PROTOCOLS:
         try:

@@ -362,6 +362,24 @@ def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first:
         ).params.sum().backward()
 
 
+@pytest.mark.parametrize("only", [2, 17, 21])
+@pytest.mark.parametrize("made", ["leaf", "non_leaf"])
+@pytest.mark.parametrize("rule", LATER)
+def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: str, only: int) -> None:
+    """Not at the first step, nor at the last, nor where several are looked at together."""
+    c = leaf() if made == "leaf" else 2 * leaf()
+    flags = torch.zeros(24, dtype=torch.float64)
+    flags[only - 1] = 1.0
+
+    def loss(w: Tensor, flag: Tensor) -> Tensor:
+        return distance(w, c) if float(flag) else w.square().sum()
+
+    with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
+        diffopt.solve(
+            loss, start(), optimizer=diffopt.SGD(0.1), steps=24, batches=flags, estimator=LATER[rule]
+        ).params.sum().backward()
+
+
 @pytest.mark.parametrize("style", ["vmap", "grad", "vmap_of_grad", "grad_of_vmap"])
 @pytest.mark.parametrize("first", [1, 2, 4])
 def test_so_is_what_a_transform_has_wrapped(style: str, first: int) -> None:
