@@ -91,7 +91,9 @@ class Leaves(tuple[Tensor, ...]):
         """Elementwise product."""
         return _apply(torch.mul, _foreach.mul, self, other)
 
-    __rmul__ = __mul__  # type: ignore[assignment]
+    def __rmul__(self, other: Operand) -> Leaves:  # type: ignore[override]
+        """Elementwise product."""
+        return _apply(torch.mul, _foreach.mul, self, other)
 
     def __truediv__(self, other: Operand) -> Leaves:
         """Elementwise quotient."""

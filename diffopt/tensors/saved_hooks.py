@@ -183,8 +183,9 @@ class _Unpack:
         now = [members.get(name) for members, name, _ in self._held]
         for members, name, x in self._held:
             members[name] = x
+        reads = _Reads()
         try:
-            with _Reads() as reads:
+            with reads:
                 tensor = self._unpack(packed)
         except CheckpointError as error:  # other shapes, or other tensors that require grad
             self._refuse_others(list(reads.read.values()))
