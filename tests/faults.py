@@ -1286,8 +1286,8 @@ FAULTS = [
         for what, old, new in [
             (
                 "a recomputation reads the module's own weights",
-                "            members[name] = x\n        try:",
-                "            members[name] = members.get(name)\n        try:",
+                "            members[name] = x\n        reads",
+                "            members[name] = members.get(name)\n        reads",
             ),
             (
                 "modules keep the weights of a recomputation",

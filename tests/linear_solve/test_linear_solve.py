@@ -238,3 +238,27 @@ def test_conjugate_gradients_say_the_same_of_one_problem_as_of_several(tasks):
         assert breakdown or not residual.isfinite()
     mixed = [torch.ones(3), torch.ones(2, dtype=torch.float64)]
     assert verdict(lambda x: [2 * y for y in x], mixed)[1]
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_conjugate_gradients_in_plain_numbers_take_the_iterates_of_those_on_tensors(parts, start):
+    """The former where nobody differentiates, the latter elsewhere: the same solution after as many products."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    matrix, right = root @ root.T + torch.eye(12), torch.randn(12, generator=generator, dtype=torch.float64)
+    solver = ConjugateGradient(max_iterations=7, rtol=0.0, throw=False)
+
+    def split(x):
+        return list(x.split(12 // parts))
+
+    def solve():
+        first = split(torch.linspace(0, 1, 12, dtype=torch.float64)) if start else None
+        return solver.solve(lambda v: split(matrix @ torch.cat(v)), split(right), first)
+
+    with torch.no_grad():
+        plain = solve()
+    on_tensors = solve()
+    torch.testing.assert_close(plain.value, on_tensors.value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(plain.residual, on_tensors.residual, rtol=1e-9, atol=1e-12)
+    assert int(plain.iterations) == int(on_tensors.iterations) == 7 + start

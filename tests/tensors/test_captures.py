@@ -362,10 +362,11 @@ def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first:
         ).params.sum().backward()
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("only", [2, 17, 21])
 @pytest.mark.parametrize("made", ["leaf", "non_leaf"])
 @pytest.mark.parametrize("rule", LATER)
-def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: str, only: int) -> None:
+def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: str, only: int, learned: bool) -> None:
     """Not at the first step, nor at the last, nor where several are looked at together."""
     c = leaf() if made == "leaf" else 2 * leaf()
     flags = torch.zeros(24, dtype=torch.float64)
@@ -376,7 +377,12 @@ def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: st
 
     with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
         diffopt.solve(
-            loss, start(), optimizer=diffopt.SGD(0.1), steps=24, batches=flags, estimator=LATER[rule]
+            loss,
+            start().requires_grad_(learned),
+            optimizer=diffopt.SGD(0.1),
+            steps=24,
+            batches=flags,
+            estimator=LATER[rule],
         ).params.sum().backward()
 
 
