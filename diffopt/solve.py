@@ -21,7 +21,8 @@ from diffopt.rollout.given import (
     params_leaves,
     refuse_frozen,
 )
-from diffopt.rollout.layout import Flags, Inputs, Layout, Slot, names_of_read
+from diffopt.rollout.inputs import Flags, Inputs
+from diffopt.rollout.layout import Layout, Slot, names_of_read
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept

@@ -12,7 +12,7 @@ from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.perturbation import Group, Sampling, directions, refuse_other_losses_again
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.rollout.layout import Place
+from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves

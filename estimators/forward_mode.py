@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.tangents import carried
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.rollout.layout import Place
+from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves

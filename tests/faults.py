@@ -1084,7 +1084,7 @@ FAULTS = [
     ),
     Fault(
         "autocast is not half precision",
-        "diffopt/rollout/checks.py",
+        "diffopt/rollout/refusals.py",
         "    if torch.is_autocast_enabled(place):\n",
         "    if False:\n",
         "precision_warning",
@@ -1461,7 +1461,7 @@ FAULTS = [
     ),
     Fault(
         "in a row, the hyperparameters come before what the loss reads",
-        "diffopt/rollout/layout.py",
+        "diffopt/rollout/inputs.py",
         "(*self.params, *self.buffers, *self.read, *self.hyperparameters)",
         "(*self.params, *self.buffers, *self.hyperparameters, *self.read)",
         "binomial",

@@ -20,11 +20,12 @@ from torch import Tensor
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError, RandomnessError, SecondDerivativeError
-from diffopt.rollout.checks import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Layout, Place
+from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.layout import Layout
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.record import Keep, Record, Rollout, Watch
+from diffopt.rollout.refusals import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.torch_errors import forward_mode_error, is_in_place, mixed_error

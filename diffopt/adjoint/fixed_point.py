@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.errors import RandomnessError
 from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec
-from diffopt.rollout.checks import refuse_other_losses
+from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffopt.adjoint.trajectory import DirectTerms, Trajectory
 from diffopt.errors import RandomnessError
+from diffopt.rollout.inputs import Place
 from diffopt.rollout.keeper import GRAPH_BUDGET
-from diffopt.rollout.layout import Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.linear_solve.base import Tasks
-from diffopt.rollout.layout import Place
+from diffopt.rollout.inputs import Place
 from diffopt.rollout.loop import roll_out
 from diffopt.tensors.leaves import Leaves
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffopt.errors import StationarityError
 from diffopt.linear_solve import Matvec, Tasks
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs
+from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.record import Rollout
 from diffopt.tensors.derivatives import filled, gradient
 from diffopt.tensors.leaves import Leaves

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 

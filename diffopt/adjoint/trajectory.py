@@ -14,10 +14,11 @@ from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
 from diffopt.linear_solve.base import Tasks
 from diffopt.rollout import compiled
-from diffopt.rollout.checks import refuse_other_losses
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Layout, Part, Place
+from diffopt.rollout.inputs import Inputs, Part, Place
+from diffopt.rollout.layout import Layout
 from diffopt.rollout.record import Record, Rollout
+from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block, BlockTerms
 from diffopt.tensors.leaves import Leaves

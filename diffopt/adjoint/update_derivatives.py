@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Rollout
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves

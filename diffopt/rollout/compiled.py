@@ -20,7 +20,7 @@ from diffopt.errors import CapturedTensorError, CompileWarning
 from diffopt.optimizers.base import Schedule
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, tree
 from diffopt.tensors.leaves import Leaves

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError, DivergenceError, NonFiniteGradientError
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Layout
+from diffopt.rollout.inputs import Inputs
+from diffopt.rollout.layout import Layout
 from diffopt.tensors import derivatives, transforms, tree
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.random_state import preserved

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.optimizers.binding import BoundOptimizer
-from diffopt.rollout.layout import Layout, Level, Place, Slot
+from diffopt.rollout.inputs import Level, Place
+from diffopt.rollout.layout import Layout, Slot
 from diffopt.tensors import derivatives, hints, torch_errors, transforms, tree
 from diffopt.tensors.captures import Given
 from diffopt.tensors.leaves import Leaves

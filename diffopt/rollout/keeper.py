@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Keep, Kept
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import autograd_graph

@@ -15,8 +15,8 @@ from diffopt.rollout import compiled
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.keeper import Keeper
-from diffopt.rollout.layout import Inputs, Place
 from diffopt.rollout.record import Counts, Keep, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, saved_hooks

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs
+from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.record import Record
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError, HyperparameterError
-from diffopt.rollout.layout import Place
+from diffopt.rollout.inputs import Place
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import derivatives, random_state
 from diffopt.tensors.arguments import Options

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffopt.rollout import compiled
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs
+from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.loop import take_step
 from diffopt.rollout.record import Counts, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs, Place
+from diffopt.rollout.inputs import Inputs, Place
 from diffopt.tensors import derivatives
 from diffopt.tensors.leaves import Leaves
 

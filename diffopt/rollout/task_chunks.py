@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError, InPlaceError, LossError, SecondDerivativeError
-from diffopt.rollout.checks import refuse_captures
+from diffopt.rollout.refusals import refuse_captures
 from diffopt.tensors import autograd_graph, derivatives, hints, random_state, torch_errors, transforms, tree
 from diffopt.tensors.captures import Given
 

@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.rollout.checks import (
-    Checks,
-    apart_from,
-    is_imprecise,
-    refuse_bad_start,
-    refuse_non_finite,
-    warn_of_precision,
-)
+from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import losses_at, refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.layout import Inputs
+from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Record, Watch
+from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
 
