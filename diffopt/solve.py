@@ -94,8 +94,8 @@ def solve(
         batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
-            depend on ``params``, tensors captured by closure, and arguments changed in place. Costs a few
-            synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
+            depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
+            changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
         compile: compile a step and its pullback (seconds, once for a loss, optimizer and shapes), for small models
             whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
             arguments is frozen; an update may calculate with the number of its step, but not branch on it. Used by
