@@ -1810,4 +1810,11 @@ FAULTS = [
         "layout.steps)",
         "solution",
     ),
+    Fault(
+        "beside a thread a checkpoint draws whatever comes",
+        "diffopt/tensors/saved_hooks.py",
+        "place = random_state.standing() if _draws_again(pack) else None",
+        "place = None",
+        "recomputation",
+    ),
 ]

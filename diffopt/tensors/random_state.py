@@ -6,14 +6,15 @@ kept where the step changed it; a replay draws the numbers that followed it once
 # NOTE [a replay while other threads draw]
 The simple way to draw numbers again is to set the global generators back for a while. Another thread that draws
 meanwhile (one that prepares data) would get numbers that were drawn before. So, while the process has other threads, a
-replay leaves the global generators alone: a mode gives every operation that draws a generator of its own.
+replay leaves the global generators alone: a mode gives every operation that draws a generator of its own. A checkpoint
+in the loss does not know of these: what it recomputes, whenever that is, is told where they stood (``saved_hooks.py``).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
 import torch
@@ -73,10 +74,24 @@ class _OwnGenerators(TorchDispatchMode):
 
     def __init__(self, states: GeneratorStates, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device, self._outer = device, None  # type: torch.device, _OwnGenerators | None
         self._generators = {}
         for place, state in zip(("cpu", device.type), states, strict=False):
             self._generators[place] = torch.Generator("cpu" if place == "cpu" else device)
             self._generators[place].set_state(state)
+
+    def __enter__(self) -> _OwnGenerators:
+        self._outer, _here.drawing = _here.drawing, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _here.drawing = self._outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def standing(self) -> tuple[GeneratorStates, torch.device]:
+        """Where the generators stand now."""
+        return tuple([generator.get_state() for generator in self._generators.values()]), self._device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -92,6 +107,23 @@ class _OwnGenerators(TorchDispatchMode):
         if own is not None:
             return own(*args, **given, generator=generator)
         return _drawing_globally(func, args, given, generator)
+
+
+class _Here(threading.local):
+    drawing: _OwnGenerators | None = None
+
+
+_here = _Here()
+
+
+def standing() -> tuple[GeneratorStates, torch.device] | None:
+    """Where the generators of a replay beside other threads stand now; ``None``: no such replay is running."""
+    return None if _here.drawing is None else _here.drawing.standing()
+
+
+def drawn_from(place: tuple[GeneratorStates, torch.device] | None) -> AbstractContextManager[Any]:
+    """Draw, once more, the numbers that came after :func:`standing`; ``None``: those that come."""
+    return nullcontext() if place is None else _OwnGenerators(*place)
 
 
 def _place(args: Any, kwargs: Any) -> str:

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
 from diffopt.errors import RecomputationError
-from diffopt.tensors import transforms
-from diffopt.tensors.captures import everything_held, named_tensors
+from diffopt.tensors import random_state, transforms
+from diffopt.tensors.captures import content_of, everything_held, named_tensors
 
 _autograd: Any = torch._C._autograd  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
 _push: Callable[..., None] = _autograd._push_saved_tensors_default_hooks
@@ -102,7 +102,8 @@ class RecomputingAsBefore:
                 self._modules.update((id(inner), inner) for inner in running.modules())
         reads = _Reads()
         reads.known.update(_address(x) for part in self._given for x in part)
-        _push(pack, _Unpack(unpack, _held_by(self._modules.values()), reads.known, self._functions))
+        place = random_state.standing() if _draws_again(pack) else None
+        _push(pack, _Unpack(unpack, _held_by(self._modules.values()), reads.known, self._functions, place))
         reads.__enter__()  # type: ignore[no-untyped-call]
         self._open.append(reads)
 
@@ -174,9 +175,14 @@ class _Unpack:
         held: tuple[_Member, ...],
         known: set[int],
         functions: Callable[[], Sequence[object]],
+        place: Any,
     ) -> None:
-        """``known``: the addresses of what may be read on the way; ``functions()``: what may know names."""
+        """``known``: the addresses of what may be read on the way; ``functions()``: what may know names.
+
+        ``place``: where random numbers came from, see :func:`diffopt.tensors.random_state.standing`.
+        """
         self._unpack, self._held, self._known, self._functions = unpack, held, known, functions
+        self._drawn = place
 
     def __call__(self, packed: Any) -> Tensor:
         """Unpack, and refuse it if that reads what is not known."""
@@ -185,7 +191,7 @@ class _Unpack:
             members[name] = x
         reads = _Reads()
         try:
-            with reads:
+            with reads, random_state.drawn_from(self._drawn):
                 tensor = self._unpack(packed)
         except CheckpointError as error:  # other shapes, or other tensors that require grad
             self._refuse_others(list(reads.read.values()))
@@ -204,6 +210,18 @@ class _Unpack:
             held = {_address(x): name for names in named for name, x in names.items()}
             kind = "a parameter" if isinstance(other, torch.nn.Parameter) else "a tensor"
             raise _recomputation_error(held.get(_address(other), kind)[:40])
+
+
+def _draws_again(pack: Callable[..., Any]) -> bool:
+    """Whether hooks are those of a checkpoint that draws the same random numbers again; told not to, it does not."""
+    recompute = getattr(_variables(pack).get("frame"), "recompute_fn", None)
+    return _variables(recompute).get("preserve_rng_state", True) is not False
+
+
+def _variables(function: Any) -> dict[str, Any]:
+    """The variables of functions around a function that it reads."""
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, map(content_of, cells), strict=True)) if cells else {}
 
 
 def _recomputation_error(what: str) -> RecomputationError:

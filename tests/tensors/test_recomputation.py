@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -287,6 +287,26 @@ def assert_same(got: list[Tensor], expected: list[Tensor], dtype: torch.dtype = 
 @pytest.mark.parametrize("rule", EXACT)
 @pytest.mark.parametrize("name", TASKS)
 def test_a_checkpoint_changes_nothing(name: str, rule: str) -> None:
+    wanted = unrolled(TASKS[name](False, torch.float64))
+    assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[rule]), wanted)
+
+
+@pytest.fixture
+def beside_a_thread() -> Iterator[None]:
+    """Another thread, which does nothing: replays then draw from generators of their own."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("beside_a_thread")
+@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("name", ["dropout", "layers", "batch_norm"])
+def test_beside_another_thread_a_checkpoint_changes_nothing_either(name: str, rule: str) -> None:
+    """What it recomputes, in the step's gradient and in the backward pass, draws what the step drew."""
     wanted = unrolled(TASKS[name](False, torch.float64))
     assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[rule]), wanted)
 
