@@ -74,7 +74,8 @@ class _OwnGenerators(TorchDispatchMode):
 
     def __init__(self, states: GeneratorStates, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._device, self._outer = device, None  # type: torch.device, _OwnGenerators | None
+        self._device = device
+        self._outer: _OwnGenerators | None = None
         self._generators = {}
         for place, state in zip(("cpu", device.type), states, strict=False):
             self._generators[place] = torch.Generator("cpu" if place == "cpu" else device)
