@@ -29,7 +29,10 @@ def for_params(value: Any) -> str:
     if isinstance(value, torch.optim.Optimizer):
         return _OF_MODULE
     if isinstance(value, Iterator | ItemsView | KeysView | ValuesView):
-        return _OF_MODULE if _is_of_module(value) else "pass list(...) of it, or dict(...) of pairs"
+        if not _is_of_module(value):
+            return "pass list(...) of it, or dict(...) of pairs"
+        whole = "dict(...)" if "named" in str(getattr(value, "__qualname__", "")) else "list(...)"
+        return f"{_OF_MODULE} (or pass {whole} of it)"
     if isinstance(value, str):
         return "pass dict(...) of pairs of names and tensors"
     if isinstance(value, torch.utils.data.DataLoader | torch.utils.data.Dataset):
