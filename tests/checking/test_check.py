@@ -106,7 +106,11 @@ def test_what_cannot_be_compared_is_skipped() -> None:
         assert [f.check for f in report.findings if f.outcome == "skipped"] == ["second derivative", "safe under vmap"]
 
 
-def test_dropout_is_a_note_and_its_curvature_is_compared_on_the_same_numbers() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dropout_is_a_note_and_its_curvature_is_compared_on_the_same_numbers(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threading.active_count", lambda: threads)
     report = diffopt.check(lambda w: F.dropout(w, 0.5).pow(4).sum(), numbers(6))
     assert report.ok
     assert report["deterministic"].outcome == "note"
