@@ -1342,7 +1342,7 @@ FAULTS = [
     Fault(
         "a large graph is given up although the loss keeps a state",
         "diffopt/rollout/keeper.py",
-        "if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses, self.first)):",
+        "if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):",
         "if large:",
         "hidden_state",
     ),
@@ -1816,5 +1816,12 @@ FAULTS = [
         "place = random_state.standing() if _draws_again(pack) else None",
         "place = None",
         "recomputation",
+    ),
+    Fault(
+        "a step is judged on the random numbers of the first",
+        "diffopt/rollout/checks.py",
+        "self._looked_at = {1, 1 if keep is None else keep.first, self._last}",
+        "self._looked_at = {1, self._last}",
+        "hidden_state",
     ),
 ]

@@ -35,7 +35,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def run(self, problem: Problem) -> Outcome:
-        """Roll the inner problem out, differentiable in its state and extras in this estimator's way."""
+        """Roll the inner problem out, differentiable in all its inputs in this estimator's way."""
 
     def claims(self, steps: int) -> Claims:
         """What holds of this estimator on ``steps`` inner steps; unless overridden, everything."""

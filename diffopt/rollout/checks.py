@@ -55,6 +55,7 @@ class Checks:
         """
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
+        self._looked_at = {1, 1 if keep is None else keep.first, self._last}  # steps whose numbers may be drawn again
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
@@ -72,19 +73,15 @@ class Checks:
     def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
         self._read, self._versions = read, [x._version for x in params]
-        if step == 1 or (self._held is not None and step == self._last):
+        if step in self._looked_at:
             self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
         if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
         if self._plainly:
             return self._dynamics.losses(params, read)
-        levels, function = self.levels_at(step), self._dynamics.losses
-        if self._drops_tangents:
-            function = self._without_tangents
+        function = self._without_tangents if self._drops_tangents else self._dynamics.losses
         marking = not self._dynamics.layout.levels
-        losses: Tensor = (
-            apart_from(levels, function, params, read, marking=marking) if levels else function(params, read)
-        )
+        losses: Tensor = apart_from(self.levels_at(step), function, params, read, marking=marking)
         if self._watch.levels and transforms.is_wrapped(losses):
             raise wrapped_error()
         return losses
@@ -170,7 +167,7 @@ class Checks:
         newest = [autograd_graph.number(part.start) for part in parts if part.start is not None]
         self._born = max([self._born, *newest])
 
-    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0) -> Tensor:
+    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         with transforms.tangents_seen():
             losses = self._dynamics.losses(params, read)
             if transforms.has_tangent([losses]):
@@ -179,8 +176,8 @@ class Checks:
 
     # ------------------------------------------------------------------------------------ state that a loss keeps
 
-    def keeps_state(self, state: Leaves, losses: Tensor, step: int) -> bool:
-        """Whether the losses of a step come out differently when they are computed again, which moves nothing."""
+    def keeps_state(self, state: Leaves, losses: Tensor) -> bool:
+        """Whether the losses of the step from ``state`` come out differently if computed again, which moves nothing."""
         if not self._watch.values:
             return False
         held = HiddenState(self._dynamics.loss)

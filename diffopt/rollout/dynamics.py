@@ -38,7 +38,7 @@ class Dynamics:
 
     @cached_property
     def own_update(self) -> bool:
-        """Whether the update is one of this library's, which computes every leaf by itself from what it is given."""
+        """Whether the update is one of this library's, which reads what it is given only, and makes new params."""
         return type(self.optimizer.template).__module__.startswith("diffopt.optimizers.")
 
     def batched(self, level: Level) -> Dynamics:

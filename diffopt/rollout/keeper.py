@@ -77,7 +77,7 @@ class Keeper:
         first = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
         expected = first * (self._last - self.first + 1)
         large = self._checkpoint is None and expected > GRAPH_BUDGET
-        if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses, self.first)):
+        if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):
             return True
         self._checkpoint, self._bytes = "graph", expected
         return False

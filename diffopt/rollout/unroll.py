@@ -48,7 +48,7 @@ def unroll(problem: Problem) -> Outcome:
 def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple[Leaves, Tensor]:
     """Run all steps as plain code that whatever surrounds the caller records; the final state and the losses."""
     layout, now, losses, largest = dynamics.layout, inputs.state, [], []
-    checks = Checks(dynamics, watch, passes_tangents=True)
+    checks = Checks(dynamics, watch, passes_tangents=True) if watch else None
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
@@ -56,12 +56,13 @@ def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple
         grads: Sequence[Tensor | None]
         if transforms.transforms_active():
             function = partial(losses_at, dynamics, read)
-            grads, loss = apart_from(checks.levels_at(step), transforms.functional_gradient, function, tuple(before))
+            levels = range(0) if checks is None else checks.levels_at(step)
+            grads, loss = apart_from(levels, transforms.functional_gradient, function, tuple(before))
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
-                loss = checks.losses(params, read, step)
+                loss = (checks or dynamics).losses(params, read, step)
                 grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])

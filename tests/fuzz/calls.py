@@ -133,7 +133,7 @@ class Call:
 
     # ------------------------------------------------------------------ the losses
 
-    def library_loss(self, params: Any, *rest: Any) -> Tensor:
+    def solved_loss(self, params: Any, *rest: Any) -> Tensor:
         """The loss as the library calls it: it finds everything by walking down the trees that it is given."""
         rest, named = list(rest), {}
         if self.batches != "none":
@@ -144,7 +144,7 @@ class Call:
             found = trees.pick(self.args, rest.pop())
             named |= dict(zip(self.argument_names, found, strict=False))
         assert not rest
-        return self._loss(trees.pick(self.params, params), named, library=True)
+        return self._loss(trees.pick(self.params, params), named, solving=True)
 
     def plain_loss(self, leaves: Sequence[Tensor], bases: dict[str, Tensor], step: int) -> Tensor:
         """The same, from what it is made of; ``step`` counts from 1."""
@@ -153,10 +153,10 @@ class Call:
             named["batch_x"] = named["batch_x"][step - 1]
         if self.batches != "none":
             named["number"] = torch.tensor(step - 1)
-        return self._loss(leaves, named, library=False)
+        return self._loss(leaves, named, solving=False)
 
-    def _loss(self, leaves: Sequence[Tensor], named: dict[str, Any], library: bool) -> Tensor:
-        return self.loss.at(Scope(torch.cat([x.reshape(-1) for x in leaves]), named, library))
+    def _loss(self, leaves: Sequence[Tensor], named: dict[str, Any], solving: bool) -> Tensor:
+        return self.loss.at(Scope(torch.cat([x.reshape(-1) for x in leaves]), named, solving))
 
     def outer(self, leaves: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Tensor:
         """The outer loss of the final parameters (and of the buffers, in a fixed order); or one final number."""

@@ -24,7 +24,7 @@ class Scope:
 
     flat: Tensor
     named: dict[str, Tensor] = field(default_factory=dict)
-    library: bool = False
+    solving: bool = False
 
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,7 +83,7 @@ def _gradient_penalty(x: Tensor, s: Scope) -> Tensor:
 def _nested(x: Tensor, s: Scope) -> Tensor:
     """A solve within the loss: two steps of gradient descent towards a point that depends on the parameters."""
     goal, start = torch.tanh(x), 0.3 * torch.sin(x)
-    if s.library:
+    if s.solving:
         return diffopt.solve(
             lambda u, goal: (u - goal).square().sum(),
             start,

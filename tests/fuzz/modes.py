@@ -31,7 +31,7 @@ class Found:
 def solve(call: Call, bases: Named) -> diffopt.Solution[Any]:
     """The call of ``diffopt.solve``."""
     return diffopt.solve(
-        call.library_loss,
+        call.solved_loss,
         trees.fill(call.params, call.leaves_of(bases)),
         *call.arguments(bases),
         optimizer=call.optimizer(bases),

@@ -407,3 +407,19 @@ def test_frozen_spectral_norm_is_right() -> None:
         assert_same(
             hypergradient(lambda w: net(w[None]).square().mean(), rule), unrolled(lambda w: net(w).square().mean())
         )
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Truncated(4)], ids=str)
+def test_random_numbers_are_no_state_where_graphs_are_too_large(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step that is kept, which need not be the first, is computed again on its own numbers."""
+    monkeypatch.setattr(keeper, "GRAPH_BUDGET", 0)
+    w = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).requires_grad_()
+    torch.manual_seed(0)
+    solution = diffopt.solve(
+        lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(),
+        w,
+        optimizer=diffopt.SGD(0.1),
+        steps=9,
+        estimator=rule,
+    )
+    assert isinstance(solution.kept.checkpoint, int)
