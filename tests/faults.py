@@ -446,7 +446,7 @@ FAULTS = [
     ),
     Fault(
         "squares are summed in half precision",
-        "diffopt/linear_solve/base.py",
+        "diffopt/tensors/tasks.py",
         "pairs = zip(a.widened(), b.widened(), strict=True)",
         "pairs = zip(a, b, strict=True)",
         "half_precision",
@@ -652,7 +652,7 @@ FAULTS = [
     ),
     Fault(
         "the squares of small numbers vanish in a norm",
-        "diffopt/linear_solve/base.py",
+        "diffopt/tensors/tasks.py",
         "scale = power_of_two(self.largest(wide))",
         "scale = torch.ones_like(self.largest(wide))",
         "stationarity",

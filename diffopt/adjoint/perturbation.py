@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
-from diffopt.linear_solve.base import Tasks
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.loop import roll_out
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 Sampling = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import StationarityError
-from diffopt.linear_solve import Matvec, Tasks
+from diffopt.linear_solve import Matvec
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.record import Rollout
 from diffopt.tensors.derivatives import filled, gradient
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

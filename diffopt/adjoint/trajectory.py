@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
-from diffopt.linear_solve.base import Tasks
 from diffopt.rollout import compiled
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Part, Place
@@ -22,6 +21,7 @@ from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block, BlockTerms
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

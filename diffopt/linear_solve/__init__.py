@@ -9,7 +9,6 @@ from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    Tasks,
     all_stopped,
     check_options,
     leaves_like,
@@ -22,6 +21,7 @@ from diffopt.linear_solve.dense import Dense
 from diffopt.linear_solve.gmres import GMRES, minimal_residual
 from diffopt.linear_solve.neumann import Neumann, largest_eigenvalue
 from diffopt.linear_solve.nystrom import Nystrom
+from diffopt.tensors.tasks import Tasks
 
 __all__ = [
     "GMRES",

@@ -10,17 +10,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.linear_solve.base import (
-    LinearSolution,
-    LinearSolver,
-    Matvec,
-    Tasks,
-    all_stopped,
-    check_options,
-    relative_bound,
-)
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, all_stopped, check_options, relative_bound
 from diffopt.tensors import transforms
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

@@ -11,12 +11,12 @@ from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    Tasks,
     check_options,
     matrix_columns,
     relative_bound,
 )
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

@@ -9,16 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.linear_solve.base import (
-    LinearSolution,
-    LinearSolver,
-    Matvec,
-    Tasks,
-    all_stopped,
-    check_options,
-    relative_bound,
-)
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, all_stopped, check_options, relative_bound
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

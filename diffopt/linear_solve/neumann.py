@@ -13,13 +13,13 @@ from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    Tasks,
     all_stopped,
     check_options,
     relative_bound,
 )
 from diffopt.tensors.arguments import MOST, Options
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final

@@ -10,8 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, Tasks, check_options, matrix_columns
+from diffopt.linear_solve.base import TINY, LinearSolution, LinearSolver, Matvec, check_options, matrix_columns
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
 
 
 @final
