@@ -21,7 +21,8 @@ from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.optimizers.preconditioned import Preconditioned
 from diffopt.optimizers.proximal import ProximalGD
 from diffopt.reports import Finding, Report
-from diffopt.solve import Kept, Solution, State, solve
+from diffopt.solve import Kept, Solution, solve
+from diffopt.state import State, state_of
 from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -81,4 +82,5 @@ __all__ = [
     "implicit_gradients",
     "mean_over_tasks",
     "solve",
+    "state_of",
 ]

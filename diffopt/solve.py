@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar, final
+from typing import Any, Generic, TypeVar, final, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from diffopt.rollout.layout import Layout, Slot, names_of_read
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
+from diffopt.state import State
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function
 from diffopt.tensors.leaves import Leaves
@@ -33,13 +34,6 @@ from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.usable import usable_leaves
 
 Params = TypeVar("Params")
-
-
-class State(NamedTuple):
-    """The optimizer's state: the parameters and its buffers by name, each shaped like the parameters."""
-
-    params: Any
-    buffers: dict[str, Any]
 
 
 @final
@@ -50,7 +44,8 @@ class Solution(Generic[Params]):
     Attributes:
         params: final inner parameters, a tree like the initial ones; differentiable in params, args, batches and the
             optimizer's tensors.
-        state: final optimizer state (params and buffers), differentiable too.
+        state: final optimizer state (params, buffers and the number of the step), differentiable too, and a place to go
+            on from.
         losses: inner losses before each step, shape ``[steps]``, detached.
         kept: what was stored for the backward pass.
         counts: gradients and curvature products computed, per task; the backward pass adds to it.
@@ -58,14 +53,28 @@ class Solution(Generic[Params]):
     """
 
     params: Params
-    state: State
+    state: State[Params]
     losses: Tensor
     kept: Kept
     counts: Counts
     diagnostics: dict[str, Tensor]
 
 
-@transforms.outside_compile
+@overload
+def solve(
+    loss: Callable[..., Tensor],
+    params: State[Params],
+    *args: Any,
+    optimizer: Optimizer,
+    steps: int,
+    batches: Any = None,
+    estimator: Estimator | None = None,
+    check: bool = True,
+    compile: bool = False,
+) -> Solution[Params]: ...
+
+
+@overload
 def solve(
     loss: Callable[..., Tensor],
     params: Params,
@@ -76,7 +85,21 @@ def solve(
     estimator: Estimator | None = None,
     check: bool = True,
     compile: bool = False,
-) -> Solution[Params]:
+) -> Solution[Params]: ...
+
+
+@transforms.outside_compile
+def solve(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *args: Any,
+    optimizer: Optimizer,
+    steps: int,
+    batches: Any = None,
+    estimator: Estimator | None = None,
+    check: bool = True,
+    compile: bool = False,
+) -> Solution[Any]:
     r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
 
     .. math:: s_{t+1} = \Phi_t(s_t) = U(s_t, \nabla_{params}\, loss(params_t, *args); \eta), \qquad t = 1, \dots, T
@@ -87,7 +110,7 @@ def solve(
     Args:
         loss: ``loss(params, *args)``, with ``batches`` ``loss(params, *args, batch)``; returns a floating scalar. It
             must get every tensor that is to have a hypergradient through its arguments, not by closure.
-        params: where the inner problem starts: a tree of floating tensors.
+        params: where the inner problem starts: a tree of floating tensors, or a :class:`diffopt.State` to go on from.
         args: whatever else the loss reads: trees of tensors of any dtype and of other values.
         optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.
         steps: number of inner steps ``T``.
@@ -160,11 +183,14 @@ def checked_problem(
             f"use torch.no_grad(){hints.in_inference_mode()}",
         )
     check_function("loss", loss, "a function loss(params, *args)", LossError)
-    leaves, structure = params_leaves(params)
+    state = params if isinstance(params, State) else State(params, {})
+    leaves, structure = params_leaves(state.params)
     if check:
         refuse_frozen(leaves, structure)
-    bound = bind(optimizer, leaves, structure, steps)
-    buffers = _initial_buffers(bound, leaves)
+    bound = bind(optimizer, leaves, structure, state.step + steps)
+    buffers = _initial_buffers(bound, leaves, state.step)
+    if isinstance(params, State):
+        buffers = _given_buffers(state, buffers, bound)
     args_leaves, args_structure, read, stepped = _read(args, batches, steps)
     layout = Layout(
         inner_steps=steps,
@@ -176,18 +202,20 @@ def checked_problem(
         has_batches=batches is not None,
         stepped=Flags(stepped, bound.scheduled),
         optimizer_name=type(bound.template).__name__,
+        start=state.step,
     )
-    if transforms.has_tangent([*leaves, *read, *bound.tensors]):
+    if transforms.has_tangent([*leaves, *(x for buffer in buffers.values() for x in buffer), *read, *bound.tensors]):
         raise forward_mode_error()
-    state = [leaf for buffer in buffers.values() for leaf in buffer]
-    inputs = Inputs(Leaves(leaves), Leaves(state), Leaves(read), Leaves(bound.tensors))
+    flat = [leaf for buffer in buffers.values() for leaf in buffer]
+    inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(read), Leaves(bound.tensors))
     return Problem(Dynamics(layout, loss, bound), inputs, check)
 
 
-def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, Leaves]:
+def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor], start: int) -> dict[str, Leaves]:
     params = Leaves(leaves)
-    now = [x[0] if scheduled and len(x) else x for x, scheduled in zip(bound.tensors, bound.scheduled, strict=True)]
-    buffers = bound.at(1, params, now).init(params)
+    pairs = zip(bound.tensors, bound.scheduled, strict=True)
+    now = [x[min(start, len(x) - 1)] if scheduled and len(x) else x for x, scheduled in pairs]
+    buffers = bound.at(start + 1, params, now).init(params)
     name = type(bound.template).__name__
     if not isinstance(buffers, dict) or not all([isinstance(buffer, Leaves) for buffer in buffers.values()]):
         raise OptimizerError(f"{name}.init returned {tree.describe(buffers)}", "a dict from name to Leaves")
@@ -199,6 +227,29 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor]) -> dict[str, L
                     "floating tensors",
                     "make a flag or a count a floating one (update is given the number of its step)",
                 )
+    return buffers
+
+
+def _given_buffers(state: State[Any], made: dict[str, Leaves], bound: BoundOptimizer) -> dict[str, Leaves]:
+    """The buffers of a state, which are like those that the optimizer would have ``made``."""
+    name, fix = type(bound.template).__name__, "go on with the optimizer that made the state, or anew from state.params"
+    if not isinstance(state.buffers, Mapping) or set(state.buffers) != set(made):
+        raise OptimizerError(
+            f"the state's buffers are {tree.describe(state.buffers)}", f"those of {name}: {sorted(made)}", fix
+        )
+    buffers = {}
+    for key, expected in made.items():
+        leaves, structure = tree.flatten(state.buffers[key])
+        names = [f"buffers[{key!r}]{path}" for path in tree.paths(structure)]
+        leaves = usable_leaves(leaves, names.copy)
+        kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in leaves]
+        if kinds != [(x.shape, x.dtype, x.device) for x in expected]:
+            raise OptimizerError(
+                f"the state's buffer {key!r} is {tree.describe(state.buffers[key])}",
+                f"tensors as {name} makes for these params, in shape, dtype and device: {expected}",
+                fix,
+            )
+        buffers[key] = Leaves(leaves)
     return buffers
 
 
@@ -229,4 +280,11 @@ def _solution(layout: Layout, outcome: Outcome) -> Solution[Any]:
         for name, buffer in buffers.items()
     }
     final, record = tree.unflatten(structure, params), outcome.record
-    return Solution(final, State(final, named), outcome.losses, record.kept, record.counts, record.diagnostics)
+    return Solution(
+        final,
+        State(final, named, layout.start + layout.inner_steps),
+        outcome.losses,
+        record.kept,
+        record.counts,
+        record.diagnostics,
+    )

@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "every step sees the first batch",
         "diffopt/rollout/layout.py",
-        "return tensor.select(axis, first)",
-        "return tensor.select(axis, 0)",
+        "            return tensor.select(axis, first)",
+        "            return tensor.select(axis, 0)",
         "estimators",
     ),
     Fault(
@@ -195,8 +195,8 @@ FAULTS = [
     Fault(
         "a window's updates all count as its first step",
         "diffopt/rollout/dynamics.py",
-        "(step - 1) * window + i + 1",
-        "(step - 1) * window + 1",
+        "hyperparameters, i), first + i)",
+        "hyperparameters, i), first)",
         "multi_step",
     ),
     Fault(
@@ -1504,8 +1504,8 @@ FAULTS = [
     Fault(
         "every update of a window takes the hyperparameters of its first",
         "diffopt/rollout/dynamics.py",
-        "self._of_update(hyperparameters, i), (step",
-        "self._of_update(hyperparameters, 0), (step",
+        "self._of_update(hyperparameters, i), first",
+        "self._of_update(hyperparameters, 0), first",
         "multi_step",
     ),
     Fault(
@@ -1823,5 +1823,62 @@ FAULTS = [
         "self._looked_at = {1, 1 if keep is None else keep.first, self._last}",
         "self._looked_at = {1, self._last}",
         "hidden_state",
+    ),
+    # Going on from a state.
+    Fault(
+        "the optimizer counts its steps from one again",
+        "diffopt/rollout/dynamics.py",
+        "hyperparameters, self.layout.start + step)",
+        "hyperparameters, step)",
+        "going_on",
+    ),
+    Fault(
+        "a schedule begins anew where a solve goes on",
+        "diffopt/rollout/layout.py",
+        "        first += self.start\n",
+        "",
+        "going_on",
+    ),
+    Fault(
+        "a window counts its updates from one again",
+        "diffopt/rollout/layout.py",
+        "return self.start + (step - 1) * self.window + 1",
+        "return (step - 1) * self.window + 1",
+        "going_on",
+    ),
+    Fault(
+        "the buffers of a state are dropped",
+        "diffopt/solve.py",
+        "        buffers = _given_buffers(state, buffers, bound)\n",
+        "        _given_buffers(state, buffers, bound)\n",
+        "going_on",
+    ),
+    Fault(
+        "a solution's state does not say how many steps led to it",
+        "diffopt/solve.py",
+        "layout.start + layout.inner_steps",
+        "layout.inner_steps",
+        "going_on",
+    ),
+    Fault(
+        "a detached state keeps the history of its buffers",
+        "diffopt/state.py",
+        "return self._map(Tensor.detach)",
+        "return State(self.params.detach() if isinstance(self.params, Tensor) else tree.map_leaves(Tensor.detach, self.params), self.buffers, self.step)",
+        "going_on",
+    ),
+    Fault(
+        "a live optimizer's buffers are not copied",
+        "diffopt/lifting/live.py",
+        "copied = [x.detach().clone() for x in tensors]",
+        "copied = [x.detach() for x in tensors]",
+        "going_on",
+    ),
+    Fault(
+        "a state is written without the number of its step",
+        "diffopt/lifting/live.py",
+        'if counts and (names or "step" in store):',
+        "if False:",
+        "going_on",
     ),
 ]

@@ -12,11 +12,12 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from diffopt import State
 from diffopt.estimators import Reverse
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
@@ -30,7 +31,6 @@ from diffopt.experiments.meta_transfer_problem import (
     SCRATCH,
     Batch,
     Method,
-    State,
     Transfer,
     methods,
 )
@@ -105,15 +105,15 @@ def rates(settings: Settings, kind: str, method: Method, iteration: int) -> tupl
 
 
 def iterate(
-    transfer: Transfer, kind: str, method: Method, state: State, iteration: int, batch: Batch
-) -> tuple[State, Tensor | None]:
+    transfer: Transfer, kind: str, method: Method, state: State[Any], iteration: int, batch: Batch
+) -> tuple[State[Any], Tensor | None]:
     """One iteration of algorithm 1: the target's next state, and the outer loss if there is one."""
     rate, fast_rate = rates(transfer.settings, kind, method, iteration)
     optimizers = transfer.optimizer(kind, rate), transfer.optimizer(kind, fast_rate)
-    state = transfer.updated(method, state, optimizers[0], iteration, batch)
+    state = transfer.updated(method, state, optimizers[0], batch)
     if not method.steps:
         return state, None
-    return state, transfer.outer_loss(method, state, optimizers, iteration + 1, batch)
+    return state, transfer.outer_loss(method, state, optimizers, batch)
 
 
 def measure(settings: Settings, steps: int, kind: str, work: Work) -> Row:
@@ -159,13 +159,13 @@ def measure(settings: Settings, steps: int, kind: str, work: Work) -> Row:
     return {"methods": found}
 
 
-def difference(transfer: Transfer, kind: str, state: State, iteration: int, batch: Batch) -> tuple[float, float]:
+def difference(transfer: Transfer, kind: str, state: State[Any], iteration: int, batch: Batch) -> tuple[float, float]:
     """Fig. 1: how much a step on the transfer loss changes its gradient; alone, and divided by the gradient's norm."""
     method = Method(1, Reverse())
     optimizer = transfer.optimizer(kind, rates(transfer.settings, kind, method, iteration)[0])
     first = transfer.transfer_gradient(state.params, batch)
     with torch.no_grad():
-        moved = transfer.moved(method, state, optimizer, iteration, batch)
+        moved = transfer.moved(method, state, optimizer, batch)
     change = float((transfer.transfer_gradient(moved.params, batch) - first).norm())
     return change, change / float(first.norm())
 
@@ -196,7 +196,8 @@ def learn(settings: Settings, name: str, kind: str, seed: int, work: Work) -> Ro
         if number % every == 0:
             evaluate(number)
         batch = transfer.batch(order)
-        now, loss = iterate(transfer, kind, method, State(*tree.unflatten(structure, held)), number, batch)
+        here = State[Any](*tree.unflatten(structure, held), number)
+        now, loss = iterate(transfer, kind, method, here, number, batch)
         for place, value in zip(held, tree.flatten((now.params, now.buffers))[0], strict=True):
             place.copy_(value.detach())
         if name == BASELINE and number % every == 0:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import diffopt
+from diffopt import State
 from diffopt.estimators import Estimator, FirstOrder, MultiStep, Reverse
-from diffopt.experiments.framework.continued_optimizer import Continued
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.meta_transfer_source import Domain, Network, domains, source_network
 from diffopt.tasks import MetaTransfer, PlainStages, functional
@@ -70,13 +70,6 @@ class Batch(NamedTuple):
     source: tuple[Tensor, ...]
 
 
-class State(NamedTuple):
-    """The target's parameters and the buffers of its optimizer."""
-
-    params: Params
-    buffers: dict[str, Any]
-
-
 @final
 class Transfer:
     """A target network to be trained, the same for every method."""
@@ -121,39 +114,39 @@ class Transfer:
             return diffopt.SGD(lr, momentum=0.9, weight_decay=1e-4)
         return diffopt.Adam(lr, weight_decay=1e-4)
 
-    def start(self, kind: str) -> State:
+    def start(self, kind: str) -> State[Params]:
         """Where every method starts: the buffers are those of an optimizer that has made no step."""
         leaves, structure = tree.flatten(self.params)
         buffers = self.optimizer(kind, 1.0).init(Leaves(leaves))
         return State(self.params, {name: tree.unflatten(structure, list(x)) for name, x in buffers.items()})
 
-    def updated(self, method: Method, state: State, optimizer: diffopt.Optimizer, updates: int, batch: Batch) -> State:
+    def updated(
+        self, method: Method, state: State[Params], optimizer: diffopt.Optimizer, batch: Batch
+    ) -> State[Params]:
         """Line 5: one step on the total loss, which the meta-gradient does not go through."""
-        going_on = Continued(optimizer, state.buffers, updates)
         with torch.no_grad():
             if method.transfer:
                 loss = self.task.total_loss
-                found = diffopt.solve(loss, state.params, self.meta, *batch, optimizer=going_on, steps=1)
+                found = diffopt.solve(loss, state, self.meta, *batch, optimizer=optimizer, steps=1)
             else:
-                found = diffopt.solve(self.task.task_loss, state.params, *batch[:2], optimizer=going_on, steps=1)
-        return State(found.params, found.state.buffers)
+                found = diffopt.solve(self.task.task_loss, state, *batch[:2], optimizer=optimizer, steps=1)
+        return found.state
 
-    def moved(self, method: Method, state: State, optimizer: diffopt.Optimizer, updates: int, batch: Batch) -> State:
+    def moved(self, method: Method, state: State[Params], optimizer: diffopt.Optimizer, batch: Batch) -> State[Params]:
         """Lines 7 to 12: the steps on the transfer loss, by the method's rule."""
-        found = diffopt.solve(
+        return diffopt.solve(
             self.task.transfer_loss,
-            state.params,
+            state,
             self.meta,
             batch.inputs,
             batch.source,
-            optimizer=Continued(optimizer, state.buffers, updates),
+            optimizer=optimizer,
             steps=method.steps,
             estimator=method.rule,
-        )
-        return State(found.params, found.state.buffers)
+        ).state
 
     def outer_loss(
-        self, method: Method, state: State, optimizers: tuple[diffopt.Optimizer, ...], updates: int, batch: Batch
+        self, method: Method, state: State[Params], optimizers: tuple[diffopt.Optimizer, ...], batch: Batch
     ) -> Tensor:
         """Lines 6 to 14: the steps on the transfer loss, the one on the task's, and the loss of what comes out.
 
@@ -161,16 +154,15 @@ class Transfer:
             method: with one step or more on the transfer loss.
             state: after line 5.
             optimizers: of the step on the task's loss, and of those on the transfer loss.
-            updates: how many led to ``state``.
             batch: for all of them, as in the paper.
         """
         optimizer, fast = optimizers
-        moved = self.moved(method, state, fast, updates, batch)
+        moved = self.moved(method, state, fast, batch)
         extra = diffopt.solve(
             self.task.task_loss,
-            moved.params,
+            moved,
             *batch[:2],
-            optimizer=Continued(optimizer, moved.buffers, updates + method.steps),
+            optimizer=optimizer,
             steps=1,
             estimator=FirstOrder() if method.total else Reverse("graph"),
         )

@@ -229,8 +229,10 @@ class _Binder:
         return hints.for_hyperparameter(value, self.steps, scheduled)
 
     def _check_length(self, name: str, length: int) -> None:
-        if length != self.steps:
-            raise StepsError(f"the schedule of {name} has {length} entries", f"one per step: {self.steps}")
+        if length < self.steps:
+            raise StepsError(
+                f"the schedule of {name} has {length} entries", f"at least one per step since the first: {self.steps}"
+            )
 
     def _check_floating(self, name: str, value: Tensor) -> None:
         if not value.is_floating_point():

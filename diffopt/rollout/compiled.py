@@ -59,13 +59,13 @@ class Steps:
         split = 1 + self._dynamics.layout.params_count
         return Done(done[0], Leaves(done[1:split]), Leaves(done[split:]))
 
-    def _evaluate(self, updates: int, step: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, updates: int, first: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         dynamics, now = self._dynamics, self._dynamics.layout.inputs(tensors)
         with torch.enable_grad():
             roots = [x.detach().requires_grad_() for x in now.params]
             losses = dynamics.losses(roots, now.read)
             grads = derivatives.or_zeros(derivatives.gradient(losses, roots, differentiable=False), roots)
-        after = dynamics.updates(now.state, grads, now.hyperparameters, step, updates)
+        after = dynamics.updates(now.state, grads, now.hyperparameters, first, updates)
         return (losses.detach(), *grads, *after)
 
 
@@ -89,7 +89,7 @@ class Pullbacks:
             return None
         return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
 
-    def _evaluate(self, updates: int, step: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, updates: int, first: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         dynamics, layout = self._dynamics, self._dynamics.layout
         adjoint = tensors[len(tensors) - layout.state_count :]
         now = layout.inputs(tensors[: len(tensors) - layout.state_count])
@@ -98,7 +98,7 @@ class Pullbacks:
             roots = [x.detach().requires_grad_() for x in now.state]
             params = layout.params(roots)
             found = derivatives.gradient(dynamics.losses(params, now.read).sum(), params, differentiable=True)
-            after = dynamics.updates(roots, derivatives.filled(found, params), now.hyperparameters, step, updates)
+            after = dynamics.updates(roots, derivatives.filled(found, params), now.hyperparameters, first, updates)
             sources = [*roots, *map(now.at, self._wanted)]
             return derivatives.or_zeros(derivatives.pullback(after, sources, adjoint), sources)
 
@@ -143,10 +143,11 @@ class _Lookup:
             return None
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
         # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
-        arguments = [torch.tensor(float(number), dtype=torch.float64), *(x.contiguous().view_as(x) for x in tensors)]
+        first = torch.tensor(float(self._dynamics.layout.first_update(number)), dtype=torch.float64)
+        arguments = [first, *(x.contiguous().view_as(x) for x in tensors)]
         updates = self._dynamics.layout.length(number)
         if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
-            # the window too: it says which updates a step's number stands for
+            # the window too: of one update hyperparameters that are scheduled come without their axis
             what, function = (*self._what, self._dynamics.layout.window, updates), partial(self._function, updates)
             self._found[updates] = _compiled(self._dynamics, what, function, arguments)
         found = self._found[updates]

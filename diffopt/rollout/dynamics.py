@@ -111,17 +111,22 @@ class Dynamics:
     ) -> Leaves:
         """The next state of all tasks, given their gradients."""
         if self.layout.window == 1:
-            return self._update_once(state, grads, hyperparameters, step)
-        return self.updates(state, grads, hyperparameters, step, self.layout.length(step))
+            return self._update_once(state, grads, hyperparameters, self.layout.start + step)
+        return self.updates(state, grads, hyperparameters, self.layout.first_update(step), self.layout.length(step))
 
     def updates(
-        self, state: Sequence[Tensor], grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: Any, count: int
+        self,
+        state: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        hyperparameters: Sequence[Tensor],
+        first: Any,
+        count: int,
     ) -> Leaves:
-        """The ``count`` updates of a step, whose number may be a tensor."""
-        now, window, reused = Leaves(state), self.layout.window, grads if count > 1 else ()
+        """The ``count`` updates of a step, the first of which has the number ``first``, which may be a tensor."""
+        now, reused = Leaves(state), grads if count > 1 else ()
         versions = [transforms.version(x) for x in reused]
         for i in range(count):
-            now = self._update_once(now, grads, self._of_update(hyperparameters, i), (step - 1) * window + i + 1)
+            now = self._update_once(now, grads, self._of_update(hyperparameters, i), first + i)
         if versions != [transforms.version(x) for x in reused]:
             raise torch_errors.changed_in_place()
         return now
@@ -162,7 +167,7 @@ class Dynamics:
         params, buffers = self.layout.split(state)
         optimizer = self.optimizer.at(step, params, hyperparameters)
         result = optimizer.update(params, Leaves(grads), buffers, step)
-        if isinstance(step, int) and step == 1:
+        if isinstance(step, int) and step == self.layout.start + 1:
             self._refuse_other_state(result, state)
         params, buffers = result
         after = [*params]

@@ -49,6 +49,7 @@ class Layout:
         optimizer_name: what its class is called.
         levels: the vmaps around the problem, innermost first.
         window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
+        start: how many updates had been made before the first of these; what counts or schedules them goes on from it.
     """
 
     inner_steps: int
@@ -62,6 +63,7 @@ class Layout:
     optimizer_name: str
     levels: tuple[Level, ...] = ()
     window: int = 1
+    start: int = 0
 
     @cached_property
     def steps(self) -> int:
@@ -195,13 +197,19 @@ class Layout:
         """What step ``step`` sees of the tensor at a place: a view of its slice, or all of it.
 
         A batch is the one its gradient is taken on. A hyperparameter of a window of several updates keeps its axis.
+        Batches are those of these steps; a schedule has an entry for every update since the optimizer's first.
         """
         if not self.runs_over_steps(place):
             return tensor
         axis, first = self.step_axis(place), (step - 1) * self.window
-        if self.window == 1 or place.part == "read":
+        if place.part == "read":
             return tensor.select(axis, first)
-        return tensor.narrow(axis, first, self.length(step))
+        first += self.start
+        return tensor.select(axis, first) if self.window == 1 else tensor.narrow(axis, first, self.length(step))
+
+    def first_update(self, step: int) -> int:
+        """The number, since the optimizer's first, of the first update that step ``step`` makes."""
+        return self.start + (step - 1) * self.window + 1
 
     def length(self, step: int) -> int:
         """How many updates step ``step`` makes: the last window may be short."""

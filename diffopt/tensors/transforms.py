@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 _forward_ad: Any = torch.autograd.forward_ad
@@ -68,6 +69,11 @@ def outside_compile(function: Function) -> Function:
 
     called._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("Function", called)
+
+
+def register_branch(kind: type[Any], taken_apart: Callable[..., Any], made: Callable[..., Any]) -> None:
+    """Make a class a branch of the trees that transforms take and return."""
+    pytree.register_pytree_node(kind, taken_apart, made, serialized_type_name=f"{kind.__module__}.{kind.__name__}")
 
 
 def applying(function: type[torch.autograd.Function], first: Any, *tensors: Any) -> Callable[[], Any]:

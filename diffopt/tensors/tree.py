@@ -7,19 +7,21 @@ two dictionaries with the same keys always have the same structure). A class tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import optree
 import torch
 
 from diffopt.errors import StructureError
+from diffopt.tensors import transforms
 
 Tree: TypeAlias = Any
 Structure: TypeAlias = optree.PyTreeSpec
 
 NAMESPACE = "diffopt"
+Node = TypeVar("Node")
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Structure]:
@@ -59,6 +61,30 @@ def differences(name: str, value: Tree, structure: Structure, *, deeper: bool = 
         *(f"{name}{path} is missing" for path in there if path not in found),
         *(f"{name}{path} is too many" for path in found if path not in there),
     ]
+
+
+def in_order_of_writing(tree: Tree) -> list[int]:
+    """The numbers of the leaves in the order in which dictionaries were written, instead of that of their keys."""
+    leaves, structure = flatten(tree)
+    numbers = unflatten(structure, range(len(leaves)))
+    with optree.dict_insertion_ordered(True, namespace=NAMESPACE):
+        return flatten(numbers)[0]
+
+
+def register_branch(
+    kind: type[Node], parts: Callable[[Node], tuple[Sequence[Any], Any]], made: Callable[[Any, Iterable[Any]], Node]
+) -> None:
+    """Make a class of this library a branch of trees, here and to ``torch.func``.
+
+    ``parts`` gives its children and what is constant of it, out of which ``made(constant, children)`` makes it anew.
+    """
+    optree.register_pytree_node(kind, parts, made, namespace=NAMESPACE)  # type: ignore[arg-type]
+
+    def taken_apart(node: Node) -> tuple[list[Any], Any]:
+        children, constant = parts(node)
+        return list(children), constant
+
+    transforms.register_branch(kind, taken_apart, lambda children, constant: made(constant, children))
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:

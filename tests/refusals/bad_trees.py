@@ -111,9 +111,9 @@ RATES: dict[str, tuple[Any, type[Exception], str, str]] = {
     "complex": (0.1j, diffopt.StructureError, "is complex 0.1j, expected a float, a scalar tensor", "lr"),
     "schedule_list": (Schedule([0.1, 0.2]), diffopt.StepsError, "schedule of lr has 2 entries, expected .* 3", "lr"),
     "schedule_tensor": (
-        Schedule(tensor(1, 1, 1, 1)),
+        Schedule(tensor(1, 1)),
         diffopt.StepsError,
-        "has 4 entries, expected one per step: 3",
+        "has 2 entries, expected at least one per step since the first: 3",
         "lr",
     ),
     "schedule_tree": (Schedule({"a": tensor(1, 1), "b": 0.1}), diffopt.StepsError, "has 2 entries, expect", "lr['a']"),

@@ -1,0 +1,386 @@
+"""Going on from a state: solves in a chain are one solve, and live ``torch.optim`` optimizers are read and written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import relative_error
+
+import diffopt
+from diffopt import Schedule, State, solve, state_of
+from diffopt.estimators import ForwardMode, MultiStep, Reverse, Truncated, Unrolled
+from diffopt.tensors import tree
+
+STEPS = 6
+OPTIMIZERS = {
+    "sgd": lambda lr, other: diffopt.SGD(lr),
+    "dampened": lambda lr, other: diffopt.SGD(lr, momentum=other, dampening=0.3, weight_decay=0.02),
+    "nesterov": lambda lr, other: diffopt.SGD(lr, momentum=other, nesterov=True),
+    "adam": lambda lr, other: diffopt.Adam(lr, betas=(other, 0.99), amsgrad=True),
+    "adamw": lambda lr, other: diffopt.AdamW(lr, betas=(0.8, other), weight_decay=0.1),
+    "rmsprop": lambda lr, other: diffopt.RMSprop(lr, alpha=other, momentum=0.5, centered=True),
+    "adagrad": lambda lr, other: diffopt.Adagrad(lr, lr_decay=0.2, initial_accumulator_value=other),
+    "proximal": lambda lr, other: diffopt.ProximalGD(lr, other),
+    "lifted": lambda lr, other: diffopt.from_torch(torch.optim.NAdam, lr=lr, betas=(0.7, 0.9)),
+}
+EXACT = {
+    "graph": Reverse("graph"),
+    "states": Reverse(1),
+    "every second": Reverse(2),
+    "sqrt": Reverse("sqrt"),
+    "forward": ForwardMode(),
+    "unrolled": Unrolled(),
+    "all of it": MultiStep(1),
+}
+
+
+def loss(params, slope, batch):
+    """Not a quadratic, and with a batch of its own at every step."""
+    a, b = params["a"], params["b"]
+    return (slope * a * batch).sin().sum() + (b * slope.sum()).square().sum() / 8 + (a.sum() * b).sum() / 5
+
+
+def numbers(dtype=torch.float64):
+    """Everything that is differentiated: the initial params, the argument, the batches, lr by step, another one."""
+    given = {
+        "params": {"a": torch.linspace(-1, 1, 3), "b": torch.tensor([0.7, -0.4])},
+        "slope": torch.tensor([0.5, 1.0, 2.0]),
+        "batches": 1 + torch.linspace(0, 1, 3 * STEPS).reshape(STEPS, 3).sin(),
+        "lr": torch.linspace(0.06, 0.13, STEPS + 2),
+        "other": torch.tensor(0.6),
+    }
+    return tree.map_leaves(lambda x: x.to(dtype).requires_grad_(), given)
+
+
+def chain(given, make, parts, rule, **options):
+    """The solution after the parts one after the other, each from the state after the one before."""
+    optimizer, state, done = make(Schedule(given["lr"]), given["other"]), given["params"], 0
+    for steps in parts:
+        batches = given["batches"][done : done + steps]
+        found = solve(
+            loss, state, given["slope"], batches=batches, optimizer=optimizer, steps=steps, estimator=rule, **options
+        )
+        state, done = found.state, done + steps
+    return state
+
+
+def measured(state):
+    """A scalar that depends on params and buffers."""
+    leaves = tree.flatten((state.params, state.buffers))[0]
+    return sum((x.cos() * (1 + i)).sum() for i, x in enumerate(leaves))
+
+
+def gradient(given, *others, **options):
+    leaves, _ = tree.flatten(given)
+    found = torch.autograd.grad(measured(chain(given, *others, **options)), leaves, materialize_grads=True)
+    return torch.cat([x.flatten() for x in found])
+
+
+parts = st.lists(st.integers(0, 4), min_size=2, max_size=4).filter(lambda x: sum(x) == STEPS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(parts=parts, mode=st.sampled_from(sorted(EXACT)))
+def test_solves_in_a_chain_are_one_solve(name, parts, mode):
+    """States, and hypergradients of all that goes in, a schedule by the number of the step among them."""
+    values, rule = numbers(), EXACT[mode]
+    whole, chained = (chain(values, OPTIMIZERS[name], split, rule) for split in ([STEPS], parts))
+    assert chained.step == STEPS
+    torch.testing.assert_close(tuple(chained), tuple(whole), rtol=1e-11, atol=1e-12)
+    expected, found = (gradient(values, OPTIMIZERS[name], split, rule) for split in ([STEPS], parts))
+    assert expected.norm() > 0.1
+    assert relative_error([found], [expected]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["dampened", "adam"])
+@pytest.mark.parametrize("mode", ["graph", "sqrt", "unrolled"])
+def test_under_vmap_a_state_goes_from_call_to_call(name, mode):
+    """One call of vmap returns the states of its tasks, a second goes on from them."""
+    values, rule, factors = numbers(), EXACT[mode], torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    optimizer = OPTIMIZERS[name](Schedule(values["lr"]), values["other"])
+
+    def some(state, factor, first, last):
+        batches = values["batches"][first:last]
+        slope = factor * values["slope"]
+        return solve(loss, state, slope, batches=batches, optimizer=optimizer, steps=last - first, estimator=rule).state
+
+    def whole(factors):
+        return torch.func.vmap(lambda f: some(values["params"], f, 0, STEPS))(factors)
+
+    def halves(factors):
+        first = torch.func.vmap(lambda f: some(values["params"], f, 0, 2))(factors)
+        assert first.step == 2
+        return torch.func.vmap(lambda s, f: some(s, f, 2, STEPS))(first, factors)
+
+    leaves = tree.flatten(values)[0]
+    found, expected = (
+        torch.autograd.grad(measured(way(factors)), leaves, materialize_grads=True) for way in (halves, whole)
+    )
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_compiled_steps_count_on(name):
+    """A compiled step is given the number of its first update; another start is not another function."""
+    values = numbers()
+    expected = gradient(values, OPTIMIZERS[name], [STEPS], Reverse())
+    for split in ([2, 4], [3, 3]):
+        found = gradient(values, OPTIMIZERS[name], split, Reverse(), compile=True)
+        assert relative_error([found], [expected]) < 1e-10
+
+
+def test_windows_go_on_where_a_window_ends():
+    values = numbers()
+    expected, found = (gradient(values, OPTIMIZERS["adam"], split, MultiStep(2)) for split in ([STEPS], [4, 2]))
+    assert relative_error([found], [expected]) < 1e-10
+
+
+def test_a_detached_state_truncates():
+    """What came before is a constant: as truncated back-propagation of a solve of all steps has it."""
+    values = numbers()
+    optimizer = OPTIMIZERS["dampened"](Schedule(values["lr"]), values["other"])
+    first = chain(values, OPTIMIZERS["dampened"], [4], None).detach()
+    assert not any(x.requires_grad for x in tree.flatten(first)[0])
+    rest = {"optimizer": optimizer, "batches": values["batches"][4:]}
+    found = solve(loss, first, values["slope"], steps=2, **rest).state
+    whole = solve(
+        loss,
+        values["params"],
+        values["slope"],
+        steps=STEPS,
+        optimizer=optimizer,
+        batches=values["batches"],
+        estimator=Truncated(2),
+    ).state
+    wanted = [values["slope"], values["lr"], values["other"]]
+    found, expected = (torch.autograd.grad(measured(state), wanted) for state in (found, whole))
+    assert relative_error(found, expected) < 1e-10
+
+
+def test_params_start_anew_and_a_state_does_not():
+    """The error that a chain of params makes is no round-off: which of the two is meant must be said."""
+    values = numbers()
+    make = OPTIMIZERS["adam"]
+    optimizer, whole = make(Schedule(values["lr"]), values["other"]), chain(values, make, [STEPS], None)
+    first = solve(loss, values["params"], values["slope"], batches=values["batches"][:3], optimizer=optimizer, steps=3)
+    anew = solve(loss, first.params, values["slope"], batches=values["batches"][3:], optimizer=optimizer, steps=3)
+    assert anew.state.step == 3
+    assert float((anew.params["a"] - whole.params["a"]).abs().max().detach()) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------ the object
+
+
+def test_a_state_unpacks_moves_and_is_stored(tmp_path):
+    state = chain(numbers(), OPTIMIZERS["adam"], [2], None)
+    params, buffers = state
+    assert params is state.params
+    assert buffers is state.buffers
+    single = state.to(torch.float32)
+    assert {x.dtype for x in tree.flatten(single)[0]} == {torch.float32}
+    assert single.step == 2
+    torch.save(state.state_dict(), tmp_path / "state.pt")
+    read = State.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    torch.testing.assert_close(tuple(read), tuple(state.detach()), rtol=0, atol=0)
+    assert read.step == 2
+    going_on = [
+        solve(lambda w: w["a"].sum() + w["b"].square().sum(), s, optimizer=diffopt.Adam(amsgrad=True), steps=1).params
+        for s in (state, read)
+    ]
+    torch.testing.assert_close(going_on[0], going_on[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda s: (s.params, diffopt.SGD(0.1, momentum=0.9)), None),
+        (
+            lambda s: (s, diffopt.SGD(0.1, momentum=0.9)),
+            r"the state's buffers are .*expected those of SGD: \['velocity'\]",
+        ),
+        (lambda s: (State(s.params, None), diffopt.Adam()), "the state's buffers are NoneType"),
+        (
+            lambda s: (replace(s, buffers={"mean": 0, "square": 1}), diffopt.Adam()),
+            "the state's buffer 'mean' is int 0",
+        ),
+        (
+            lambda s: (State(s.params, {**s.buffers, "mean": torch.ones(2)}, 2), diffopt.Adam()),
+            "buffer 'mean'",
+        ),
+        (
+            lambda s: (s.to(torch.float32), diffopt.Adam(Schedule([0.1, 0.1]))),
+            "at least one per step since the first: 4",
+        ),
+    ],
+)
+def test_a_state_of_something_else_is_refused(wrong, told):
+    start = {"a": torch.ones(3, dtype=torch.float64)}
+    state = solve(lambda w: w["a"].square().sum(), start, optimizer=diffopt.Adam(), steps=2).state
+    given, optimizer = wrong(state)
+
+    def going_on():
+        return solve(lambda w: w["a"].square().sum(), given, optimizer=optimizer, steps=2)
+
+    if told is None:
+        assert going_on().state.step == 2
+        return
+    with pytest.raises(diffopt.DiffoptError, match=told):
+        going_on()
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "2", None])
+def test_the_number_of_a_state_is_a_count(step):
+    with pytest.raises(diffopt.DiffoptError, match="State: step is"):
+        State(torch.ones(1), {}, step)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"params": 1, "buffers": 2, "step": 0}, [], {"params": 1, "buffers": {}}])
+def test_a_dictionary_of_something_else_is_no_state(wrong):
+    with pytest.raises(diffopt.DiffoptError, match=r"State\.from_state_dict got"):
+        State.from_state_dict(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ live optimizers
+
+LIVE = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05}, diffopt.SGD(0.05)),
+    "momentum": (
+        torch.optim.SGD,
+        {"lr": 0.05, "momentum": 0.9, "dampening": 0.3},
+        diffopt.SGD(0.05, momentum=0.9, dampening=0.3),
+    ),
+    "adam": (torch.optim.Adam, {"lr": 0.05, "amsgrad": True}, diffopt.Adam(0.05, amsgrad=True)),
+    "adamw": (torch.optim.AdamW, {"lr": 0.05}, diffopt.AdamW(0.05)),
+    "rmsprop": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "momentum": 0.5, "centered": True},
+        diffopt.RMSprop(0.01, momentum=0.5, centered=True),
+    ),
+    "adagrad": (
+        torch.optim.Adagrad,
+        {"lr": 0.1, "initial_accumulator_value": 0.2, "lr_decay": 0.1},
+        diffopt.Adagrad(0.1, initial_accumulator_value=0.2, lr_decay=0.1),
+    ),
+    "nadam": (torch.optim.NAdam, {"lr": 0.05}, diffopt.from_torch(torch.optim.NAdam, lr=0.05)),
+    "radam": (torch.optim.RAdam, {"lr": 0.05}, diffopt.from_torch(torch.optim.RAdam, lr=0.05)),
+}
+
+
+class Training:
+    """A network in training by ``torch.optim``, and the same as an inner problem."""
+
+    def __init__(self, name, named=False):
+        generator = torch.Generator().manual_seed(3)
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        self.inputs = torch.randn(12, 2, generator=generator, dtype=torch.float64)
+        self.kind, self.options, self.ours = LIVE[name]
+        self.named = named
+        self.optimizer = self.anew()
+        self.params = dict(self.net.named_parameters())
+        self.like = None if name in ("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad") else self.ours
+
+    def anew(self):
+        return self.kind(self.net.named_parameters() if self.named else self.net.parameters(), **self.options)
+
+    def loss(self, params):
+        out = torch.func.functional_call(self.net, params, (self.inputs,))
+        return (out[:, 0] - self.inputs.prod(1)).square().mean()
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.loss(self.params).backward()
+            self.optimizer.step()
+
+    def ahead(self, state, steps):
+        return solve(self.loss, state, optimizer=self.ours, steps=steps)
+
+    def same(self, params):
+        pairs = zip(self.params.values(), params.values(), strict=True)
+        return all(torch.allclose(x, y, rtol=1e-12, atol=1e-13) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("made", [0, 1, 3])
+def test_a_live_optimizer_is_read_and_goes_on_as_it_would(name, made):
+    training = Training(name)
+    training.train(made)
+    state = state_of(training.optimizer, training.params, like=training.like)
+    if name not in ("sgd", "momentum"):
+        assert state.step == made
+    found = training.ahead(state, 3)
+    assert not training.same(found.params)
+    training.train(3)
+    assert training.same(found.params)
+    assert not any(x.requires_grad for x in tree.flatten(state)[0])
+
+
+@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_state_is_written_back_and_training_goes_on_from_it(name, named):
+    training = Training(name, named)
+    training.train(2)
+    found = training.ahead(state_of(training.optimizer, training.params, like=training.like), 2)
+    with torch.no_grad():
+        for p in training.net.parameters():
+            p.zero_()
+    if training.like is None:
+        training.optimizer = training.anew()  # also one that has made no step yet
+    found.state.into(training.optimizer)
+    assert training.same(found.params)
+    further = training.ahead(found.state, 3)
+    training.train(3)
+    assert training.same(further.params)
+
+
+def test_a_tree_says_which_parameter_is_which():
+    """Two of one shape, of which the optimizer was told in another order than the state has."""
+    first, second = (torch.full((2,), x, requires_grad=True) for x in (1.0, 2.0))
+    optimizer = torch.optim.Adam([first, second])
+    state = State({"b": torch.full((2,), 5.0), "a": torch.full((2,), 7.0)}, {})
+    state.into(optimizer)  # in the order in which the dictionary was written
+    assert (first[0], second[0]) == (5, 7)
+    state.into(optimizer, {"a": first, "b": second})
+    assert (first[0], second[0]) == (7, 5)
+
+
+def test_what_a_live_optimizer_cannot_say_is_refused():
+    training = Training("nadam")
+    refused = pytest.raises(diffopt.DiffoptError, match=r"NAdam.*one of.*or like=.*from_torch")
+    with refused:
+        state_of(training.optimizer, training.params)
+    copies = {name: p.detach().clone() for name, p in training.params.items()}
+    with pytest.raises(diffopt.DiffoptError, match="which NAdam does not hold"):
+        state_of(training.optimizer, copies, like=training.ours)
+    with pytest.raises(diffopt.DiffoptError, match="optimizer is SGD"):
+        state_of(diffopt.SGD(0.1), training.params)
+    training.train(1)
+    with pytest.raises(diffopt.DiffoptError, match=r"NAdam keeps no 'velocity'"):
+        state_of(training.optimizer, training.params, like=diffopt.SGD(0.1, momentum=0.9))
+    with pytest.raises(diffopt.DiffoptError, match="has not made a step yet"):
+        state_of(training.optimizer, training.params, like=training.ours).into(training.anew())
+
+
+def test_steps_on_some_parameters_only_are_refused():
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([a, b])
+    a.grad = torch.ones(2)
+    optimizer.step()
+    with pytest.raises(diffopt.DiffoptError, match=r"has made 1 steps on .* 0 on"):
+        state_of(optimizer, {"a": a, "b": b})
+    assert state_of(optimizer, {"a": a}).step == 1
+
+
+@pytest.mark.parametrize(("held", "told"), [([1, 2, 3], "holds 3 parameters"), ([2, 4], r"expected \(4,\)")])
+def test_a_state_of_another_network_is_not_written(held, told):
+    optimizer = torch.optim.SGD([torch.ones(n, requires_grad=True) for n in held], lr=0.1)
+    with pytest.raises(diffopt.DiffoptError, match=told):
+        State({"a": torch.ones(2), "b": torch.ones(3)}, {}).into(optimizer)
