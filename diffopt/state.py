@@ -15,7 +15,6 @@ from diffopt.optimizers.base import Optimizer
 from diffopt.tensors import tree
 from diffopt.tensors.arguments import check_integer
 
-
 Params = TypeVar("Params")
 
 

@@ -196,8 +196,8 @@ def learn(settings: Settings, name: str, kind: str, seed: int, work: Work) -> Ro
         if number % every == 0:
             evaluate(number)
         batch = transfer.batch(order)
-        here = State[Any](*tree.unflatten(structure, held), number)
-        now, loss = iterate(transfer, kind, method, here, number, batch)
+        params, buffers = tree.unflatten(structure, held)
+        now, loss = iterate(transfer, kind, method, State(params, buffers, number), number, batch)
         for place, value in zip(held, tree.flatten((now.params, now.buffers))[0], strict=True):
             place.copy_(value.detach())
         if name == BASELINE and number % every == 0:
