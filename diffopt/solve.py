@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diffopt.adjoint.estimator import Estimator, check_estimator, refuse_changes, versions
 from diffopt.adjoint.reverse import Reverse
-from diffopt.errors import GradModeError, LossError, OptimizerError
+from diffopt.errors import GradModeError, LossError, OptimizerError, VmapError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
+from diffopt.rollout.along import Form, Observer, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.given import (
     check_batches,
@@ -28,7 +29,7 @@ from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
 from diffopt.state import State
 from diffopt.tensors import hints, transforms, tree
-from diffopt.tensors.arguments import check_flag, check_function
+from diffopt.tensors.arguments import check_flag, check_function, check_number
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.usable import usable_leaves
@@ -46,7 +47,12 @@ class Solution(Generic[Params]):
             optimizer's tensors.
         state: final optimizer state (params, buffers and the number of the step), differentiable too, and a place to go
             on from.
-        losses: inner losses before each step, shape ``[steps]``, detached.
+        losses: inner losses before each step, shape ``[steps]``; differentiable by the estimators that say so (others
+            raise an error in the backward pass). ``losses.detach()`` are the numbers, without what the solve stored.
+        observed: what ``observe`` returned after each step, each tensor with a leading axis of length ``steps``;
+            differentiable as ``losses`` are.
+        aux: what the loss returned besides at each step, likewise, detached.
+        steps: how many steps were made: those asked for, unless ``tol`` or ``on_step`` ended them.
         kept: what was stored for the backward pass.
         counts: gradients and curvature products computed, per task; the backward pass adds to it.
         diagnostics: what the estimator reports of its own quality, by name; the backward pass fills it in.
@@ -55,6 +61,9 @@ class Solution(Generic[Params]):
     params: Params
     state: State[Params]
     losses: Tensor
+    observed: Any
+    aux: Any
+    steps: int
     kept: Kept
     counts: Counts
     diagnostics: dict[str, Tensor]
@@ -62,7 +71,7 @@ class Solution(Generic[Params]):
 
 @overload
 def solve(
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     params: State[Params],
     *args: Any,
     optimizer: Optimizer,
@@ -71,12 +80,16 @@ def solve(
     estimator: Estimator | None = None,
     check: bool = True,
     compile: bool = False,
+    observe: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    tol: float | None = None,
+    on_step: Callable[[int, float], Any] | None = None,
 ) -> Solution[Params]: ...
 
 
 @overload
 def solve(
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     params: Params,
     *args: Any,
     optimizer: Optimizer,
@@ -85,12 +98,16 @@ def solve(
     estimator: Estimator | None = None,
     check: bool = True,
     compile: bool = False,
+    observe: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    tol: float | None = None,
+    on_step: Callable[[int, float], Any] | None = None,
 ) -> Solution[Params]: ...
 
 
 @transforms.outside_compile
 def solve(
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     params: Any,
     *args: Any,
     optimizer: Optimizer,
@@ -99,6 +116,10 @@ def solve(
     estimator: Estimator | None = None,
     check: bool = True,
     compile: bool = False,
+    observe: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    tol: float | None = None,
+    on_step: Callable[[int, float], Any] | None = None,
 ) -> Solution[Any]:
     r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
 
@@ -116,6 +137,16 @@ def solve(
         steps: number of inner steps ``T``.
         batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
+        observe: ``observe(params, *args)``, with ``batches`` ``observe(params, *args, batch)``, called with the params
+            after every step and the batch of that step; returns a tree of tensors and numbers, stacked over steps in
+            ``Solution.observed``. An outer loss may depend on it: running costs ``sum_t f_t(s_{t+1})``, derivations
+            (13.1). Costs its evaluation and, where it is differentiated, one gradient of it a step.
+        has_aux: the loss returns a pair ``(loss, aux)``, as in ``torch.func.grad``; ``Solution.aux`` has the trees.
+        tol: stop before the step at which the gradient's norm, every task's, is at most this. ``steps`` is then the
+            most that are made; ``Solution.steps`` says how many were, ``Solution.diagnostics["converged"]`` whether it
+            was reached. Steps then run uncompiled.
+        on_step: ``on_step(step, loss)`` is called after every step with its number (counted on from that of a state)
+            and loss, as numbers; if it returns ``True`` no more steps are made. Not under vmap.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
@@ -152,16 +183,34 @@ def solve(
     rule = _EXACT if estimator is None else estimator
     check_estimator(rule)
     check_flag("compile", compile)
+    check_flag("has_aux", has_aux)
+    if observe is not None:
+        check_function("observe", observe, "a function observe(params, *args)", LossError)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
-    if compile:
-        problem = replace(problem, dynamics=replace(problem.dynamics, compile=True))
+    if compile or observe is not None or has_aux:
+        aux = Form("what the inner loss returned as aux") if has_aux else None
+        observer = None if observe is None else Observer(observe)
+        problem = replace(problem, dynamics=replace(problem.dynamics, compile=compile, aux=aux, observer=observer))
+    if tol is not None or on_step is not None:
+        problem = replace(problem, stop=_stop(tol, on_step))
     before = versions(problem)
     outcome = rule.run(problem)
     refuse_changes(problem, before)
-    return _solution(problem.dynamics.layout, outcome)
+    return _solution(problem.dynamics, outcome)
 
 
 _EXACT = Reverse()
+
+
+def _stop(tol: Any, on_step: Any) -> Stop:
+    """What may end the steps early."""
+    if on_step is not None:
+        check_function("on_step", on_step, "a function on_step(step, loss)", LossError)
+        if transforms.inside_vmap():
+            raise VmapError(
+                "on_step is called with numbers, and the solve runs under vmap", "a solve of one task", "leave it out"
+            )
+    return Stop(check_number("tol", tol, 0, also=(None,)), on_step)
 
 
 def checked_problem(
@@ -273,17 +322,25 @@ def _read(
     return tuple(leaves), structure, tensors, tuple(stepped)
 
 
-def _solution(layout: Layout, outcome: Outcome) -> Solution[Any]:
+def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:
+    record, observer, aux = outcome.record, dynamics.observer, dynamics.aux
+    layout, steps = dynamics.until(record.rollout.steps).layout, record.rollout.steps
     structure, (params, buffers) = layout.params_structure, layout.split(outcome.state)
+    losses, along = outcome.along[0], outcome.along[1:]
     named = {
         name: tree.unflatten(structure, buffer) if len(buffer) == len(params) else tuple(buffer)
         for name, buffer in buffers.items()
     }
-    final, record = tree.unflatten(structure, params), outcome.record
+    final = tree.unflatten(structure, params)
+    if record.rollout.enough is not None:
+        record.diagnostics["converged"] = record.rollout.enough
     return Solution(
         final,
         State(final, named, layout.start + layout.inner_steps),
-        outcome.losses,
+        losses,
+        None if observer is None else observer.form.tree(along[: observer.form.count]),
+        None if aux is None else aux.tree(along[dynamics.observed_count :]),
+        steps,
         record.kept,
         record.counts,
         record.diagnostics,

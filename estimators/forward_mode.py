@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class ForwardMode(Adjoint):
     """
 
     chunk_size: int | None = None
+    takes_running_costs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check ``chunk_size``."""

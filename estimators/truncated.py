@@ -63,4 +63,4 @@ class Truncated(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""
-        return trajectory.sweep(cotangent, first=trajectory.steps - self.steps + 1)
+        return trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError, RandomnessError, SecondDerivativeError
+from diffopt.rollout.along import NEVER, Running, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.layout import Layout
@@ -33,6 +34,11 @@ from diffopt.tensors.torch_errors import forward_mode_error, is_in_place, mixed_
 
 class Rule(Protocol):
     """What an adjoint rule is to these functions."""
+
+    @property
+    def takes_running_costs(self) -> bool:
+        """Whether it takes the cotangents of what is handed out along the way."""
+        ...
 
     def claims(self, steps: int) -> Claims:
         """What holds of it on so many steps."""
@@ -49,7 +55,9 @@ class Call:
 
     Attributes:
         wanted: the inputs, by number, that some transform above, or autograd below, differentiates.
+        stop: what may end the rollout early.
         restacked: whether the pullback runs under a vmap that the rollout did not run under.
+        running: which of the outputs along the way have a cotangent, by number from the losses on.
     """
 
     dynamics: Dynamics
@@ -57,8 +65,10 @@ class Call:
     keep: Keep
     record: Record
     watch: Watch
+    stop: Stop = NEVER
     wanted: frozenset[int] = frozenset()
     restacked: bool = False
+    running: tuple[int, ...] = ()
 
     @cached_property
     def state_count(self) -> int:
@@ -92,7 +102,7 @@ def _below(call: Call, vmap: Any, dims: Sequence[int | None], inputs: Sequence[T
 
 
 class _Solve(torch.autograd.Function):
-    """``(s_1, what is read, hyperparameters) -> (s_{T+1}, losses)``."""
+    """``(s_1, what is read, hyperparameters) -> (s_{T+1}, losses, what is observed, what a loss returns besides)``."""
 
     @staticmethod
     def forward(call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +117,7 @@ class _Solve(torch.autograd.Function):
             keep=call.keep if call.wanted else None,
             wanted=call.wanted_places[1],
             watch=call.watch,
+            stop=call.stop,
         )
         record.usable, record.kept = bool(call.wanted), record.rollout.kept
         losses = record.rollout.losses
@@ -114,14 +125,16 @@ class _Solve(torch.autograd.Function):
         if not (call.dynamics.own_update and layout.steps and not layout.buffers_layout):  # else all tensors are new
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
-        return (*final, losses.clone())
+        return (*final, losses.clone(), *record.rollout.handed_out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call = inputs[0]
-        ctx.mark_non_differentiable(output[-1])
+        count, observed = ctx.call.state_count, ctx.call.dynamics.observed_count
+        along = enumerate(output[count:])
+        ctx.mark_non_differentiable(*[x for i, x in along if i > observed or not x.is_floating_point()])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:], *output[:-1])
+        ctx.save_for_backward(*inputs[1:], *output[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,6 +144,10 @@ class _Solve(torch.autograd.Function):
             call = replace(call, wanted=frozenset(needed))
         final = saved[-call.state_count :]
         given = [x.new_zeros(()).expand_as(x) if c is None else c for c, x in zip(cotangents, final, strict=False)]
+        along = {i: c for i, c in enumerate(cotangents[call.state_count :]) if c is not None}
+        if along:
+            _refuse_running_costs(call.rule)
+            call, given = replace(call, running=tuple(along)), [*given, *along.values()]
         # in inference mode no gradient is taken, and what was made in it cannot be recorded
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             ordinary = [c.clone() if c.is_inference() else c for c in given]
@@ -176,7 +193,7 @@ class _Pullback(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         call, *tensors = args
         count, dims, layout = call.state_count, in_dims[1:], call.dynamics.layout
-        inputs = len(tensors) - 2 * count
+        inputs = len(tensors) - 2 * count - len(call.running)
         own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
         restacked = call.restacked or all(dim is None for dim in dims[:inputs])
         stacked, dims = transforms.stacked(tensors, dims, info.batch_size, own)
@@ -187,15 +204,20 @@ class _Pullback(torch.autograd.Function):
 
 def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """What :class:`_Pullback` computes."""
+    call = replace(call, dynamics=call.dynamics.until(call.record.rollout.steps))
     count, layout = call.state_count, call.dynamics.layout
-    flat, final, cotangent = tensors[: -2 * count], Leaves(tensors[-2 * count : -count]), tensors[-count:]
+    end = len(tensors) - len(call.running)
+    flat, final, cotangent = (
+        tensors[: end - 2 * count],
+        Leaves(tensors[end - 2 * count : end - count]),
+        tensors[end - count :],
+    )
     inputs = layout.inputs(flat)
     with torch.no_grad(), derivatives.named_in_place_changes():
-        trajectory = Trajectory(
-            call.dynamics, inputs, final, _usable(call, inputs), *call.wanted_places, call.watch.values
-        )
+        record, running = _usable(call, inputs), _running(call, tensors[end:])
+        trajectory = Trajectory(call.dynamics, inputs, final, record, *call.wanted_places, call.watch.values, running)
         try:
-            result = call.rule.pullback(trajectory, Leaves(cotangent))
+            result = call.rule.pullback(trajectory, Leaves(cotangent[:count]))
         except RuntimeError as error:
             mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
             if mixed is None:
@@ -211,6 +233,25 @@ def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         if call.watch.values and terms and not all_finite(terms):
             refuse_non_finite(cotangent)
     return tuple(terms)
+
+
+def _refuse_running_costs(rule: Rule) -> None:
+    """Refuse an outer loss that depends on what happens along the way, where the estimator would drop that."""
+    if not rule.takes_running_costs:
+        raise EstimatorError(
+            f"the outer loss depends on Solution.losses or Solution.observed, by {type(rule).__name__}()",
+            "an estimator that differentiates what happens along the way: Reverse, Unrolled, ForwardMode, MultiStep",
+            "use one of them; numbers without a derivative are solution.losses.detach()",
+        )
+
+
+def _running(call: Call, cotangents: Sequence[Tensor]) -> Running | None:
+    """The cotangents of what was handed out along the way, as they came."""
+    if not call.running:
+        return None
+    found = dict(zip(call.running, cotangents, strict=True))
+    observed = tuple([found.get(i) for i in range(1, call.dynamics.observed_count + 1)])
+    return Running(found.get(0), observed, len(call.dynamics.layout.levels))
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -256,15 +297,16 @@ def _usable(call: Call, inputs: Inputs) -> Record:
 
 
 def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Rollout:
-    with call.record.rollout.replay(None, inputs.params[0].device):
+    old = call.record.rollout
+    with old.replay(None, inputs.params[0].device):
         return roll_out(
             call.dynamics,
             inputs,
             counts=call.record.counts,
-            keep=call.keep,
+            keep=call.keep if old.first is None else replace(call.keep, first=old.first),
             wanted=wanted,
             watch=Watch(state=call.watch.values),
-            draws=call.record.rollout.draws,
+            draws=old.draws,
         )[1]
 
 

@@ -53,6 +53,10 @@ class Adjoint(Estimator):
     for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them, under
     every transform, for every optimizer and meta-parameter.
 
+    Attributes:
+        takes_running_costs: whether :meth:`pullback` takes the cotangents of ``Solution.losses`` and of what was
+            observed, ``trajectory.running``, as ``trajectory.sweep`` does. If not, they are refused.
+
     Example:
         First-order MAML: the adjoint of the final state is handed to the initial one as it is.
 
@@ -71,6 +75,8 @@ class Adjoint(Estimator):
         >>> w.grad
         tensor([1., 1.])
     """
+
+    takes_running_costs: ClassVar[bool] = False
 
     @abstractmethod
     def keep(self, steps: int) -> Keep:
@@ -92,8 +98,9 @@ class Adjoint(Estimator):
         state = check and keep.checkpoint not in ("graph", None)
         watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
         record = Record()
-        *final, losses = prepared(Call(dynamics, self, keep, record, watch), inputs)()
-        return Outcome(tuple(final), losses, record)
+        found = prepared(Call(dynamics, self, keep, record, watch, problem.stop), inputs)()
+        count = dynamics.layout.state_count
+        return Outcome(tuple(found[:count]), tuple(found[count:]), record)
 
 
 def check_estimator(estimator: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
@@ -43,6 +43,7 @@ class Reverse(Adjoint):
 
     checkpoint: Checkpoint = None
     offload: bool = False
+    takes_running_costs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check ``checkpoint``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
 from diffopt.rollout import compiled
+from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Part, Place
 from diffopt.rollout.layout import Layout
@@ -65,6 +66,7 @@ class Trajectory:
         wanted_state: the leaves of ``s_1`` whose adjoint is asked for, by number.
         wanted: the places of the other inputs whose direct term is asked for.
         check: whether to check that recomputed steps give the losses they gave before.
+        running: the cotangents of what was handed out along the way; ``None``: all are zero.
     """
 
     dynamics: Dynamics
@@ -74,6 +76,7 @@ class Trajectory:
     wanted_state: tuple[int, ...]
     wanted: tuple[Place, ...]
     check: bool
+    running: Running | None = None
 
     @property
     def initial(self) -> Leaves:
@@ -130,6 +133,8 @@ class Trajectory:
 
         .. math:: \Lambda_{t-1} = J_t^\top\Lambda_t,\qquad \nabla = \sum_{t \ge first} B_t^\top\Lambda_t
 
+        What was handed out along the way enters where its step is pulled back (13.1).
+
         Returns ``Lambda_{first-1}`` and the direct terms. One HVP per step, one step after the other.
 
         Raises:
@@ -142,14 +147,16 @@ class Trajectory:
                 f"return Keep(first={first}) from keep()",
             )
         stored = isinstance(self.rollout.kept.checkpoint, int)
-        done = self._compiled_sweep(cotangent, first) if self.dynamics.compile and stored else None
+        compiles = self.dynamics.compile and stored and self.running is None
+        done = self._compiled_sweep(cotangent, first) if compiles else None
         return self._sweep_of_blocks(cotangent, first) if done is None else done
 
     def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
         adjoint, direct, counts = cotangent, DirectTerms(self), self.record.counts
         for block, start, end in self._blocks_backwards(first):
             passes_on = start > first or self.wants_initial
-            terms = block.pullback(adjoint, state=range(self.layout.state_count if passes_on else 0))
+            state = range(self.layout.state_count if passes_on else 0)
+            terms = block.pullback(adjoint, state=state, running=self.running)
             direct.add_block(terms)
             counts.products += end - start + 1
             counts.depth += end - start + 1
@@ -193,7 +200,9 @@ class Trajectory:
         replay, again = self.replay(), self.losses_to_replay()
         while end >= first:
             start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
-            block, _ = replay.block(kept.take_state(start, self.final[0].device), start, end, again)
+            state = kept.take_state(start, self.final[0].device)
+            observes = self.running is not None and any([x is not None for x in self.running.observed])
+            block, _ = replay.block(state, start, end, again, observes=observes)
             yield block, start, end
             end = start - 1
         self.refuse_other_losses(again)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
+from diffopt.rollout.along import Observer
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.hidden_state import HiddenState
 from diffopt.rollout.record import Keep, Watch
@@ -43,6 +45,7 @@ class Checks:
         draws: Mapping[int, random_state.GeneratorStates] | None = None,
         *,
         passes_tangents: bool = False,
+        stops: bool = False,
     ) -> None:
         """Look at nothing yet.
 
@@ -52,10 +55,14 @@ class Checks:
             keep: what will be kept of the steps.
             draws: the generators' states for steps that draw random numbers again.
             passes_tangents: plain code that forward-mode differentiation goes through.
+            stops: any step may turn out to be the last.
         """
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
-        self._looked_at = {1, 1 if keep is None else keep.first, self._last}  # steps whose numbers may be drawn again
+        self._stops, self._looked_at = (
+            stops,
+            {1, 1 if keep is None else keep.first, self._last},
+        )  # steps whose numbers may be drawn again
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
@@ -63,6 +70,7 @@ class Checks:
         self._noted: list[autograd_graph.GraphPart] = []
         self._held: HiddenState | None = None
         self._stores = False
+        self._latest: tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor], bool] | None = None
         self._before: random_state.GeneratorStates | None = None
         self._read: Sequence[Tensor] = ()
         self._versions: list[int] = []
@@ -70,21 +78,52 @@ class Checks:
 
     # ------------------------------------------------------------------------------------ what the loop calls
 
-    def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Tensor:
+    def losses(
+        self, params: Sequence[Tensor], read: Sequence[Tensor], step: int, aux: list[Tensor] | None = None
+    ) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
         self._read, self._versions = read, [x._version for x in params]
-        if step in self._looked_at:
+        if self._stops or step in self._looked_at:
             self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
         if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
         if self._plainly:
-            return self._dynamics.losses(params, read)
-        function = self._without_tangents if self._drops_tangents else self._dynamics.losses
+            return self._dynamics.losses(params, read, step, aux)
+        function = partial(
+            self._without_tangents if self._drops_tangents else self._dynamics.losses, step=step, aux=aux
+        )
         marking = not self._dynamics.layout.levels
         losses: Tensor = apart_from(self.levels_at(step), function, params, read, marking=marking)
-        if self._watch.levels and transforms.is_wrapped(losses):
+        if self._watch.levels and any(transforms.is_wrapped(x) for x in [losses, *(aux or ())]):
             raise wrapped_error()
         return losses
+
+    @property
+    def observer(self) -> Observer | None:
+        """What looks at the params after every step."""
+        return self._dynamics.observer
+
+    def observed(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+        """What is observed, evaluated as the losses are."""
+        versions = [x._version for x in params]
+        observed: Sequence[Tensor]
+        if self._plainly:
+            observed = self._dynamics.observed(params, read)
+        else:
+            observed = apart_from(self.levels_at(step), self._dynamics.observed, params, read)
+            if any(transforms.is_wrapped(x) for x in observed):
+                raise wrapped_error()
+        if versions != [x._version for x in params]:
+            raise changed_in_place()
+        self._refuse_captured(observed, [*params, *read])
+        return observed
+
+    def stopped(self) -> None:
+        """The last step has been made, before its time: look at what was put off until then."""
+        noted, self._noted = self._noted, []
+        self._look_at(noted)
+        if self._held is not None and self._latest is not None and self._held.has_moved():
+            self._judge(self._held, *self._latest[:3], exactly=self._latest[3])
 
     def gradient(
         self, losses: Tensor, params: Sequence[Tensor], step: int, *, differentiable: bool
@@ -98,6 +137,9 @@ class Checks:
                 refuse_bad_start(self._dynamics, losses, grads, params, self._read)
             if self._watch.captures:
                 self._note_captured(losses, [*params, *self._read], step, at_once=not differentiable)
+        if self._stops and self._held is not None:
+            found = [None if g is None else g.detach() for g in grads]
+            self._latest = losses.detach(), found, params, not differentiable
         if self._held is not None and step in (1, self._last) and self._held.has_moved():
             self._judge(self._held, losses, grads, params, exactly=not differentiable)
         return grads
@@ -167,9 +209,11 @@ class Checks:
         newest = [autograd_graph.number(part.start) for part in parts if part.start is not None]
         self._born = max([self._born, *newest])
 
-    def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+    def _without_tangents(
+        self, params: Sequence[Tensor], read: Sequence[Tensor], step: int, aux: list[Tensor] | None
+    ) -> Tensor:
         with transforms.tangents_seen():
-            losses = self._dynamics.losses(params, read)
+            losses = self._dynamics.losses(params, read, step, aux)
             if transforms.has_tangent([losses]):
                 raise forward_mode_error("the inner loss reads a tensor that")
         return losses

@@ -86,7 +86,7 @@ def _first_gradient(dynamics: Dynamics, inputs: Inputs) -> Sequence[Tensor]:
     with preserved(params[0].device):
         try:
             if transforms.transforms_active():
-                found, _ = transforms.functional_gradient(partial(losses_at, dynamics, read), params)
+                found, _ = transforms.functional_gradient(partial(_losses_at, dynamics, read), params)
                 return derivatives.filled(found, params)
             with torch.enable_grad():
                 leaves = tuple(x.detach().requires_grad_() for x in params)
@@ -96,6 +96,5 @@ def _first_gradient(dynamics: Dynamics, inputs: Inputs) -> Sequence[Tensor]:
             return ()
 
 
-def losses_at(dynamics: Dynamics, read: Sequence[Tensor], *params: Tensor) -> Tensor:
-    """The losses as a function of the params alone."""
-    return dynamics.losses(params, read)
+def _losses_at(dynamics: Dynamics, read: Sequence[Tensor], *params: Tensor) -> tuple[Tensor]:
+    return (dynamics.losses(params, read),)

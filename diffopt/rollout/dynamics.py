@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, final
+from typing import Any, cast, final
 
 from torch import Tensor
 
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.optimizers.binding import BoundOptimizer
+from diffopt.rollout.along import Form, Observer
 from diffopt.rollout.inputs import Level, Place
 from diffopt.rollout.layout import Layout, Slot
 from diffopt.tensors import derivatives, hints, torch_errors, transforms, tree
@@ -29,12 +30,16 @@ class Dynamics:
         loss: ``loss(params, *args)`` or ``loss(params, *args, batch)``.
         optimizer: the update rule with its tensors taken out.
         compile: whether a step and its pullback are compiled where steps are taken one by one.
+        aux: the form of what the loss returns besides; ``None``: it returns nothing else.
+        observer: what looks at the params after every step; ``None``: nothing.
     """
 
     layout: Layout
     loss: Callable[..., Tensor]
     optimizer: BoundOptimizer
     compile: bool = False
+    aux: Form | None = None
+    observer: Observer | None = None
 
     @cached_property
     def own_update(self) -> bool:
@@ -45,6 +50,18 @@ class Dynamics:
         """The same problem with one more vmap around it."""
         return replace(self, layout=self.layout.batched(level))
 
+    @property
+    def observed_count(self) -> int:
+        """How many tensors are observed at every step, as far as one has been seen."""
+        return 0 if self.observer is None else self.observer.form.count
+
+    def until(self, steps: int) -> Dynamics:
+        """The same problem, ended after so many steps."""
+        layout = self.layout
+        if steps == layout.steps:
+            return self
+        return replace(self, layout=replace(layout, inner_steps=min(steps * layout.window, layout.inner_steps)))
+
     def over(self, size: int, own: Iterable[Place] = ()) -> Dynamics:
         """The same with one more axis in front of every state tensor, and of the inputs at the places ``own``."""
         return replace(self, layout=self.layout.over(size, own))
@@ -53,10 +70,12 @@ class Dynamics:
         """The same for so many steps at once, each with a state of its own."""
         return replace(self, layout=self.layout.over_steps(count))
 
-    def losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0) -> Tensor:
+    def losses(
+        self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0, aux: list[Tensor] | None = None
+    ) -> Tensor:
         """The inner losses of all tasks, one axis per level, of one step's slice of what the loss reads.
 
-        ``step``, of which only checks take notice, is its number.
+        ``step``, of which only checks take notice, is its number; to ``aux`` goes what the loss returns besides.
 
         # NOTE [a loss is given its own alias of what it reads]
         One that differentiates in an argument by itself (a gradient penalty) may call ``requires_grad_()`` on it, and
@@ -65,10 +84,12 @@ class Dynamics:
         seen = [x.view_as(x) if x.requires_grad else x.detach() for x in read]
         try:
             with RecomputingAsBefore(self.functions, params, seen):
-                if not self.layout.levels:
-                    return self._loss(params, seen)
-                losses: Tensor = self._under_levels(params, seen)
-                return losses
+                found = self._under_levels(self._loss, params, seen) if self.layout.levels else self._loss(params, seen)
+                if self.aux is None:
+                    return cast("Tensor", found)
+                if aux is not None:
+                    aux += [x.detach() for x in found[1:]]
+                return cast("Tensor", found[0])
         except StopIteration as error:
             raise torch_errors.ended_iterator() from error
         except (RuntimeError, TypeError) as error:
@@ -77,19 +98,58 @@ class Dynamics:
                 raise
             raise named from error
 
-    def _under_levels(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Any:
+    def observed(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0) -> Sequence[Tensor]:
+        """What the observer says of params, of all tasks, where a step has read this; nothing if there is none.
+
+        ``step``, of which only checks take notice, is the step's number.
+        """
+        if self.observer is None:
+            return ()
+        try:
+            if not self.layout.levels:
+                return self._observed(params, read)
+            found: Sequence[Tensor] = self._under_levels(self._observed, params, read)
+            return found
+        except (RuntimeError, TypeError) as error:
+            named = self._named(error, params, read, "observe", self.observer.function)
+            if named is None:
+                raise
+            raise named from error
+
+    def _observed(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the observer says of one task."""
+        assert self.observer is not None
+        inner, args = self._called_with(params, read)
+        return tuple(self.observer.form.leaves(self.observer.function(inner, *args), params[0].device))
+
+    def _under_levels(
+        self,
+        function: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
+        params: Sequence[Tensor],
+        read: Sequence[Tensor],
+    ) -> Any:
         count = len(params)
-        return self._vmap(lambda *leaves: self._loss(leaves[:count], leaves[count:]), self.layout.dims_of_loss)(
+        return self._vmap(lambda *leaves: function(leaves[:count], leaves[count:]), self.layout.dims_of_loss)(
             *params, *read
         )
 
-    def _loss(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
-        """The loss of one task, called as its author wrote it."""
+    def _called_with(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[Any, list[Any]]:
+        """What the loss is given, as its caller made it: params, and what comes behind them."""
         layout = self.layout
-        inner = layout.params_structure.unflatten(params)
         leaves = [read[x.index] if isinstance(x, Slot) else x for x in layout.args_leaves]
-        args, batch = layout.args_structure.unflatten(leaves)
-        loss = self.loss(inner, *args, batch) if layout.has_batches else self.loss(inner, *args)
+        args, batch = cast("tuple[list[Any], Any]", layout.args_structure.unflatten(leaves))
+        return layout.params_structure.unflatten(params), [*args, batch] if layout.has_batches else args
+
+    def _loss(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Any:
+        """The loss of one task, called as its author wrote it; with ``aux``, and behind it what it returns besides."""
+        inner, args = self._called_with(params, read)
+        loss, besides = self.loss(inner, *args), ()
+        if self.aux is not None:
+            if not isinstance(loss, tuple) or len(loss) != 2:
+                raise LossError(
+                    f"has_aux=True: the inner loss returned {tree.describe(loss)}", "a pair (loss, aux)", ""
+                )
+            loss, besides = loss[0], self.aux.leaves(loss[1], params[0].device)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
                 f"the inner loss returned {tree.describe(loss)}", "one floating scalar tensor", hints.for_loss(loss)
@@ -98,7 +158,7 @@ class Dynamics:
             raise DeviceError(
                 f"the inner loss returned a number on {loss.device}", f"{params[0].device} as params", "move data"
             )
-        return loss
+        return loss if self.aux is None else (loss, *besides)
 
     def gradient(
         self, losses: Tensor, params: Sequence[Tensor], step: int = 0, *, differentiable: bool
@@ -207,11 +267,24 @@ class Dynamics:
         """``function`` under the vmaps of all levels."""
         return transforms.vmap(function, dims, *self.layout.sizes_and_modes)
 
-    def functions(self) -> tuple[object, ...]:
-        """What may hold tensors besides those that are given: the loss, the update, arguments that are no tensors."""
-        return self.loss, self.optimizer.template, Given(self.layout.constants())
+    def names_of_rows(self) -> list[str]:
+        """What a caller would call the tensors that a step hands out: loss, what is observed, what comes besides."""
+        forms = (None if self.observer is None else self.observer.form, self.aux)
+        return ["the inner loss", *(name for form in forms if form is not None for name in form.names())]
 
-    def _named(self, error: Exception, params: Sequence[Tensor], read: Sequence[Tensor]) -> DiffoptError | None:
+    def functions(self) -> tuple[object, ...]:
+        """What may hold tensors besides those that are given: functions, the update, arguments that are no tensors."""
+        observe = () if self.observer is None else (self.observer.function,)
+        return self.loss, *observe, self.optimizer.template, Given(self.layout.constants())
+
+    def _named(
+        self,
+        error: Exception,
+        params: Sequence[Tensor],
+        read: Sequence[Tensor],
+        what: str = "the inner loss",
+        function: Callable[..., Any] | None = None,
+    ) -> DiffoptError | None:
         """What was wrong with a loss that raised ``error``; ``None`` if only the loss itself can know."""
         if isinstance(error, DiffoptError):
             return None
@@ -222,15 +295,15 @@ class Dynamics:
         if torch_errors.is_missing_derivative(error):
             return torch_errors.missing_derivative(str(error).partition("\n")[0])
         mixed = torch_errors.mixed_error(
-            error, "the inner loss", "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
+            error, what, "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
         )
         if mixed is not None:
             return mixed
         args, _ = tree.unflatten(self.layout.args_structure, list(self.layout.args_leaves))
         wrong: DiffoptError | None = torch_errors.signature_error(
             error,
-            "the inner loss",
-            self.loss,
+            what,
+            function or self.loss,
             1 + len(args) + self.layout.has_batches,
             "one for params, one for each of *args and, with batches, one for the batch",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor
@@ -24,10 +25,20 @@ GRAPH_BUDGET = 2**30
 class Keeper:
     """Keeps of a rollout's steps what was asked for."""
 
-    def __init__(self, dynamics: Dynamics, inputs: Inputs, keep: Keep | None, wanted: Collection[Place]) -> None:
-        """Keep nothing yet; ``None``: nothing at all."""
-        self._dynamics, self._inputs, self._keep, self._wanted = dynamics, inputs, keep, wanted
-        self._last = dynamics.layout.steps
+    def __init__(
+        self, dynamics: Dynamics, inputs: Inputs, keep: Keep | None, wanted: Collection[Place], *, stops: bool = False
+    ) -> None:
+        """Keep nothing yet; ``None``: nothing at all.
+
+        ``stops``: any step may turn out to be the last. The last ones that are to be kept are then states, of which
+        earlier ones are let go as later ones come.
+        """
+        self._dynamics, self._inputs, self._wanted = dynamics, inputs, wanted
+        self._last, self._window = dynamics.layout.steps, 0
+        if keep is not None and stops and 1 < keep.first <= self._last:
+            self._window = self._last - keep.first + 1
+            keep = replace(keep, first=1, checkpoint=1)
+        self._keep = keep
         self.first = self._last + 1 if keep is None else keep.first
         self._checkpoint: Any = None
         self._bytes = self._stored = 0
@@ -63,8 +74,6 @@ class Keeper:
             self._checkpoint = math.isqrt(count - 1) + 1
             self._store(step, ground.before)
             return Plain(self._dynamics, self._inputs, ground.state)
-        if step == self._last:
-            self.graphs.append(ground)
         return ground
 
     def _is_too_large(self, block: Block, steps: Dynamics | Checks, losses: Tensor) -> bool:
@@ -86,8 +95,25 @@ class Keeper:
         """Keep ``s_step``, on its device or in the CPU's memory."""
         assert self._keep is not None
         self.states[step] = state.map(_on_cpu) if self._keep.offload else state
+        if self._window and step > self._window + 1:  # one more than that: the step that is begun may not be taken
+            self._drop(step - self._window - 1)
         self._stored += 1
         self._bytes += sum([leaf.nbytes for leaf in state])
+
+    def _drop(self, step: int) -> None:
+        self._stored -= 1
+        self._bytes -= sum([leaf.nbytes for leaf in self.states.pop(step)])
+        self.gradients.pop(step, None)
+
+    def finish(self, ground: Block | Plain, steps: int) -> None:
+        """Let go of what is not needed, and close the graph, now that the last step made is the ``steps``-th."""
+        for step in [t for t in self.states if t > steps or (self._window and t <= steps - self._window)]:
+            self._drop(step)
+        if self._window:
+            self.first = max(1, steps - self._window + 1)
+        if isinstance(ground, Block):
+            self.graphs.append(ground)
+            ground.close()
 
 
 def _on_cpu(leaf: Tensor) -> Tensor:

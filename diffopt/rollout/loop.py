@@ -5,13 +5,14 @@ r"""The rollout of an inner problem: slice, losses, gradient, update, keep, for 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from diffopt.rollout import compiled
+from diffopt.rollout.along import NEVER, Stop, Tables
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
@@ -25,17 +26,35 @@ from diffopt.tensors.leaves import Leaves, all_finite
 _NOTHING = Watch()
 
 
-def take_step(steps: Dynamics | Checks, ground: Block | Plain, step: int) -> Tensor:
-    """Take step ``step`` on ``ground``, which then stands at the next state; returns the losses."""
+def take_step(
+    steps: Dynamics | Checks, ground: Block | Plain, step: int, *, observes: bool = True, stop: Stop = NEVER
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Take step ``step`` on ``ground``, which then stands at the next state.
+
+    Returns what it hands out (its losses, what is observed after it, what the loss returns besides), and for each task
+    whether the gradient was small enough to stop (``None``: nobody asks). If it was for all, the step is not taken.
+    """
+    aux: list[Tensor] = []
     with torch.enable_grad():
         state, params, read, hyperparameters = ground.slice(step)
-        losses = steps.losses(params, read, step)
+        losses = steps.losses(params, read, step, aux)
         found = steps.gradient(losses, params, step, differentiable=ground.linked)
     grads = derivatives.filled(found, params)
+    enough = None if stop.tol is None else stop.reached(grads, losses.ndim)
+    if enough is not None and bool(enough.all()):
+        return (losses.detach(), *aux), enough
     with torch.set_grad_enabled(ground.linked):
         after = steps.update(state, grads, hyperparameters, step)
-        ground.keep(after, grads, shallow=any([x is None for x in found]))
-    return losses.detach()
+        ground.keep(after, grads, losses, step, shallow=any([x is None for x in found]))
+    observed = _observed(steps, ground, read, step) if observes and steps.observer is not None else ()
+    return (losses.detach(), *[x.detach() for x in observed], *aux), enough
+
+
+def _observed(steps: Dynamics | Checks, ground: Block | Plain, read: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+    with torch.enable_grad():
+        observed = steps.observed(ground.params, read, step)
+    ground.hand_out(observed)
+    return observed
 
 
 def roll_out(
@@ -47,8 +66,9 @@ def roll_out(
     wanted: Collection[Place] = (),
     watch: Watch = _NOTHING,
     draws: Mapping[int, random_state.GeneratorStates] | None = None,
+    stop: Stop = NEVER,
 ) -> tuple[Leaves, Rollout]:
-    """Run all steps without a graph through them; returns the final state, and the losses with all that was kept.
+    """Run all steps without a graph through them; returns the final state, and what was handed out and kept.
 
     Args:
         dynamics: the inner problem.
@@ -58,6 +78,7 @@ def roll_out(
         wanted: the inputs besides the state that a kept graph can be pulled back to.
         watch: what is checked.
         draws: the generators' states for steps that are to draw the same random numbers again.
+        stop: what may end it before its last step.
 
     # NOTE [why the rollout runs under no_grad]
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
@@ -65,46 +86,56 @@ def roll_out(
     """
     layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
-    device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted)
-    steps = Checks(dynamics, watch, keep, known) if watch else dynamics
-    fast = compiled.Steps(dynamics, inputs) if dynamics.compile else None
-    losses = inputs.params[0].new_empty(*layout.tasks_shape, 0)
+    stops = stop is not NEVER
+    steps = Checks(dynamics, watch, keep, known, stops=stops) if watch else dynamics
+    device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted, stops=stops)
+    fast = compiled.Steps(dynamics, inputs) if dynamics.compile and dynamics.aux is None and stop.tol is None else None
+    tables, done, enough = Tables(len(layout.levels), layout.steps), 0, None
     autocast = derivatives.Autocast(device)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
         before = random_state.snapshot(device)
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
             with random_state.replayed(known[step], device) if step in known else nullcontext():
-                done = None if fast is None else fast.take(ground, step)
-                trusted = done is not None and not (step == 1 and watch.values)
-                loss = done.losses if done is not None and trusted else take_step(steps, ground, step)
-            if done is not None and not trusted:
-                compiled.refuse_stale(done.losses, loss)
-            elif done is not None:
-                ground.keep(done.after, done.grads)
-            ground = keeper.after(ground, step, steps, loss) if step >= keeper.first else ground
-            # One tensor for all losses: a small one per step, kept between the large ones that come and go, leaves
-            # the C allocator with holes that nothing fits into, and the process grows by a state per step.
-            losses = loss.new_empty(*loss.shape, layout.steps) if step == 1 else losses
-            losses.select(-1, step - 1).copy_(loss)
+                made = None if fast is None else fast.take(ground, step)
+                trusted = made is not None and not (step == 1 and watch.values)
+                if made is None or not trusted:
+                    rows, enough = take_step(steps, ground, step, stop=stop)
+                if made is not None and not trusted:
+                    compiled.refuse_stale(made.losses, rows[0])
+                elif made is not None:
+                    ground.keep(made.after, made.grads, made.losses, step)
+                    read = layout.at_step(inputs, step)[0]
+                    rows = made.losses, *([] if dynamics.observer is None else _observed(steps, ground, read, step))
+            if enough is not None and bool(enough.all()):
+                break
+            ground, done = keeper.after(ground, step, steps, rows[0]) if step >= keeper.first else ground, step
+            tables.write(step, rows, dynamics.names_of_rows)
             drawn = random_state.snapshot(device)
             if random_state.changed(before, drawn):
                 known.setdefault(step, before)
             before = drawn
-        state = ground.state
+            if stop.on_step is not None and stop.told(layout.first_update(step), rows[0]):
+                break
+        state, handed_out = ground.state, tables.until(done)
+        losses = handed_out[0] if handed_out else inputs.params[0].new_empty(*layout.tasks_shape, 0)
+        if isinstance(steps, Checks) and done < layout.steps:
+            steps.stopped()
         if watch.values:
             refuse_divergence(dynamics, inputs, losses, state, _finite_again(dynamics, inputs, known))
-    counts.gradients += layout.steps
-    for block in keeper.graphs:
-        block.close()
+    counts.gradients += done if enough is None or not bool(enough.all()) else done + 1
+    keeper.finish(ground, done)
     return state, Rollout(
         wanted=tuple(wanted),
-        first=None if keep is None else keep.first,
+        first=None if keep is None else keeper.first,
+        steps=done,
+        enough=enough,
         kept=keeper.kept,
         states=keeper.states,
         gradients=keeper.gradients,
         graphs=keeper.graphs,
         losses=losses,
+        handed_out=tuple(handed_out[1:]),
         draws=known,
         autocast=autocast,
         hidden_state=steps.hidden_state if isinstance(steps, Checks) else None,

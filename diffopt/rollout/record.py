@@ -106,7 +106,10 @@ class Rollout:
         states: stored states ``s_t`` by ``t``.
         gradients: stored inner gradients ``g_t`` by ``t``.
         graphs: the retained graph of all steps that are kept, if graphs are; one or none.
+        steps: how many steps were made.
+        enough: whether each task's gradient was small enough to stop, when last looked at; ``None``: nobody asked.
         losses: the inner losses ``[..., T]``, to which a replay is compared.
+        handed_out: what was observed, and what the loss returned besides, ``[..., T, ...]`` each.
         draws: the generators' states before each step that drew random numbers.
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
@@ -114,11 +117,14 @@ class Rollout:
 
     wanted: tuple[Place, ...] = ()
     first: int | None = None
+    steps: int = 0
+    enough: Tensor | None = None
     kept: Kept = field(default_factory=Kept)
     states: dict[int, Leaves] = field(default_factory=dict)
     gradients: dict[int, Leaves] = field(default_factory=dict)
     graphs: list[Block] = field(default_factory=list)
     losses: Tensor | None = None
+    handed_out: tuple[Tensor, ...] = ()
     draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None

@@ -30,15 +30,16 @@ class Replay:
         self._fast = compiled.Steps(dynamics, self._inputs) if dynamics.compile else None
 
     def block(
-        self, state: Leaves, first: int, last: int, losses: Tensor, *, apart: bool = False
+        self, state: Leaves, first: int, last: int, losses: Tensor, *, apart: bool = False, observes: bool = False
     ) -> tuple[Block, Leaves]:
         """Steps ``first, ..., last`` from ``state`` with their graph, and the state after them.
 
-        Their losses are written to their places in ``losses`` ``[..., T]``. ``apart``: see :class:`Block`.
+        Their losses are written to their places in ``losses`` ``[..., T]``. ``apart``: see :class:`Block`;
+        ``observes``: what is observed is an output of it, too.
         """
         block = Block(self._dynamics, self._inputs, self._rollout.wanted, state, apart=apart)
         for step in range(first, last + 1):
-            self._take(block, step, losses)
+            self._take(block, step, losses, observes)
         after = block.state
         block.close()
         return block, after
@@ -61,10 +62,11 @@ class Replay:
             params = [leaf.detach().requires_grad_() for leaf in layout.params(state)]
             return self._dynamics.losses(params, layout.at_step(self._inputs, step)[0]).detach()
 
-    def _take(self, ground: Block | Plain, step: int, losses: Tensor) -> None:
+    def _take(self, ground: Block | Plain, step: int, losses: Tensor, observes: bool = False) -> None:
         with self._rollout.replay(step, losses.device):
             done = None if self._fast is None else self._fast.take(ground, step)
-            losses[..., step - 1] = take_step(self._steps, ground, step) if done is None else done.losses
+            rows = take_step(self._steps, ground, step, observes=observes)[0] if done is None else (done.losses,)
+            losses[..., step - 1] = rows[0]
         if done is not None:
-            ground.keep(done.after, done.grads)
+            ground.keep(done.after, done.grads, done.losses, step)
         self._counts.gradients += 1

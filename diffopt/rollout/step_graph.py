@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.tensors import derivatives
@@ -88,6 +89,8 @@ class Block:
         self._slices_at: list[tuple[Place, int]] = []
         self._graph: derivatives.Graph | None = None
         self._now, self.before = Leaves(roots[:count]), Leaves(state)
+        self._along: list[Tensor] = []
+        self._along_at: list[tuple[int, int]] = []
 
     @property
     def state(self) -> Leaves:
@@ -117,13 +120,26 @@ class Block:
             parts[place.part][place.number] = self._slices[place, step] = root
         return Leaves(parts["read"]), Leaves(parts["hyperparameters"])
 
-    def keep(self, state: Leaves, grads: Sequence[Tensor], *, shallow: bool = False) -> None:
-        """Go on from ``state``, to which an update with these gradients has led.
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The params after the last step, for whoever looks at them."""
+        return tuple(self._now)[: self._layout.params_count]
 
-        ``shallow`` says that some parameter may not have come through this step's loss. All are then made to look
-        equally deep: autograd searches the whole graph behind the shallowest input of a gradient.
+    def keep(self, state: Leaves, grads: Sequence[Tensor], losses: Tensor, step: int, *, shallow: bool = False) -> None:
+        """Go on from ``state``, to which an update with these gradients has led in step ``step``.
+
+        The ``losses`` are outputs of the block, too. ``shallow`` says that some parameter may not have come through
+        this step's loss. All are then made to look equally deep: autograd searches the whole graph behind the
+        shallowest input of a gradient.
         """
         self._now = Leaves(derivatives.join(state)) if shallow else state
+        self._along.append(losses)
+        self._along_at.append((step, 1))
+
+    def hand_out(self, observed: Sequence[Tensor]) -> None:
+        """Take what is observed after the last step for outputs of the block, too."""
+        self._along += observed
+        self._along_at[-1] = self._along_at[-1][0], 1 + len(observed)
 
     @property
     def last_nodes(self) -> list[Any]:
@@ -132,9 +148,11 @@ class Block:
 
     def close(self) -> None:
         """Let go of all tensors."""
-        self._graph = derivatives.Graph([*self._roots, *self._slices.values(), *(self._apart or ())], self._now)
+        inputs, outputs = [*self._roots, *self._slices.values(), *(self._apart or ())], [*self._now, *self._along]
+        self._graph = derivatives.Graph(inputs, outputs)
         self._slices_at = list(self._slices)
         self._roots, self._slices, self._now, self._apart, self.before = (), {}, Leaves(()), None, Leaves(())
+        self._along = []
         del self._with_roots
 
     def pullback_apart(
@@ -147,7 +165,7 @@ class Block:
         """
         assert self._graph is not None, "the block is still growing"
         count, params = self._layout.state_count, self._layout.params_count
-        cotangents: list[Tensor | None] = [None] * count
+        cotangents: list[Tensor | None] = [None] * (count + sum([number for _, number in self._along_at]))
         for i, x in zip(after, adjoint, strict=True):
             cotangents[i] = x
         read = [i for i in before if i < params]
@@ -159,20 +177,23 @@ class Block:
         return handed_on, Leaves(derivatives.or_zeros([through.get(i) for i in before], adjoint))
 
     def pullback(
-        self, adjoint: Leaves, *, state: Sequence[int], direct: bool = True, retain: bool = False
+        self, adjoint: Leaves, *, state: Sequence[int], running: Running | None = None, direct: bool = True
     ) -> BlockTerms:
         """Pull the adjoint of the state after the block back to the state before it, and to the wanted inputs.
 
         Args:
             adjoint: of every leaf of the state after the block.
             state: the leaves of the state before it that are asked for.
+            running: the cotangents of what the steps have handed out; ``None``: zero.
             direct: whether the wanted inputs are asked for.
-            retain: whether there will be another call; if not, the graph is freed on the way.
         """
         assert self._graph is not None, "the block is still growing"
         first, numbers = self._layout.state_count, len(self._shared) + len(self._slices_at)
         others = range(first, first + numbers if direct else first)
-        terms = self._graph.pullback(adjoint, [*state, *others], retain=retain)
+        along: list[Tensor | None] = []
+        for step, number in self._along_at:
+            along += [None] * number if running is None else running.at(step)[:number]
+        terms = self._graph.pullback([*adjoint, *along], [*state, *others])
         before = Leaves(derivatives.or_zeros(terms[: len(state)], [adjoint[i] for i in state]))
         rest = terms[len(state) :]
         return BlockTerms(
@@ -201,6 +222,14 @@ class Plain:
         params = derivatives.make_roots(own) if step == 1 else tuple([x.detach().requires_grad_() for x in own])
         return Slice(self.state, params, read, hyperparameters)
 
-    def keep(self, state: Leaves, grads: Sequence[Tensor], *, shallow: bool = False) -> None:
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The params after the last step, for whoever looks at them, and may differentiate by itself."""
+        return [x.detach().requires_grad_() for x in tuple(self.state)[: self._layout.params_count]]
+
+    def hand_out(self, observed: Sequence[Tensor]) -> None:
+        """No graph is kept that could lead there."""
+
+    def keep(self, state: Leaves, grads: Sequence[Tensor], losses: Tensor, step: int, *, shallow: bool = False) -> None:
         """Go on from ``state``, to which an update with these gradients has led."""
         self.state, self.grads = state, grads

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.errors import EstimatorError
+from diffopt.rollout.along import NEVER, Stop
 from diffopt.rollout.checks import Checks
-from diffopt.rollout.divergence import losses_at, refuse_divergence
+from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.rollout.record import Record, Watch
+from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
@@ -30,9 +32,12 @@ def unroll(problem: Problem) -> Outcome:
     inputs, layout = problem.inputs, problem.dynamics.layout
     vmap = transforms.innermost_vmap()
     if vmap is not None:
+        refuse_stopping(problem.stop)
         lower = partial(_unroll_below, problem, transforms.transform_level())
-        *state, losses = transforms.below_vmap(lower, vmap, inputs.flat)
-        return Outcome(tuple(state), losses, Record())
+        record = Record()
+        found = transforms.below_vmap(partial(lower, record), vmap, inputs.flat)
+        count = layout.state_count
+        return Outcome(tuple(found[:count]), tuple(found[count:]), record)
     if problem.check and not transforms.transforms_active():
         inputs = Inputs(*(Leaves(map(_refusing_non_finite, part)) for part in inputs))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.flat)
@@ -40,47 +45,83 @@ def unroll(problem: Problem) -> Outcome:
         warn_of_precision(problem.dynamics, inputs.params)
     watch = Watch(values=problem.check, levels=problem.popped)
     with derivatives.named_in_place_changes():
-        final, losses = roll_out_recorded(problem.dynamics, inputs, watch)
+        final, along, enough = roll_out_recorded(problem.dynamics, inputs, watch, problem.stop)
     # without a step, what comes out is still not the caller's own tensor
-    return Outcome(tuple(final) if layout.steps else tuple(x.clone() for x in final), losses, Record())
+    steps = along[0].shape[-1]
+    state = tuple(final) if steps else tuple(x.clone() for x in final)
+    return Outcome(state, along, Record(rollout=Rollout(steps=steps, enough=enough)))
 
 
-def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple[Leaves, Tensor]:
-    """Run all steps as plain code that whatever surrounds the caller records; the final state and the losses."""
-    layout, now, losses, largest = dynamics.layout, inputs.state, [], []
+def roll_out_recorded(
+    dynamics: Dynamics, inputs: Inputs, watch: Watch, stop: Stop = NEVER
+) -> tuple[Leaves, tuple[Tensor, ...], Tensor | None]:
+    """Run all steps as plain code that whatever surrounds the caller records.
+
+    Returns the final state, what was handed out along the way, and whether each task's gradient was small enough.
+    """
+    layout, now, rows, largest, enough = dynamics.layout, inputs.state, [], [], None
     checks = Checks(dynamics, watch, passes_tangents=True) if watch else None
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
-        before = layout.params(now)
+        before: Leaves = layout.params(now)
+        aux: list[Tensor] = []
         grads: Sequence[Tensor | None]
+        levels = range(0) if checks is None else checks.levels_at(step)
         if transforms.transforms_active():
-            function = partial(losses_at, dynamics, read)
-            levels = range(0) if checks is None else checks.levels_at(step)
-            grads, loss = apart_from(levels, transforms.functional_gradient, function, tuple(before))
+            grads, loss = apart_from(levels, _functional_gradient, dynamics, read, tuple(before), aux)
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only
                 params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
-                loss = (checks or dynamics).losses(params, read, step)
+                loss = (checks or dynamics).losses(params, read, step, aux)
                 grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
             refuse_bad_start(dynamics, loss, grads, before, read)
-        now = dynamics.update(now, derivatives.filled(grads, before), hyperparameters, step)
-        losses.append(loss.detach())
+        filled = derivatives.filled(grads, before)
+        enough = stop.reached([transforms.plain(g) for g in filled], loss.ndim)
+        if enough is not None and bool(enough.all()):
+            break
+        now = dynamics.update(now, filled, hyperparameters, step)
+        loss = loss if recorded else loss.detach()
+        observed = apart_from(levels, dynamics.observed, layout.params(now), read)
+        rows.append((loss, *observed, *aux))
         if watch.values:
             # the largest number of each leaf, in one call: it is looked at only if the end is not finite
             largest.append(torch.stack(torch._foreach_norm([transforms.plain(x) for x in now if x.numel()], math.inf)))
-    table = torch.stack(losses, dim=-1) if losses else now[0].new_empty(0)
+        if stop.told(layout.first_update(step), transforms.plain(loss)):
+            break
+    axis = len(layout.levels)
+    along = [torch.stack(table, dim=axis) for table in zip(*rows, strict=True)]
+    along = along or [now[0].new_empty(*layout.tasks_shape, 0)]
     if watch.values:
-        refuse_divergence(dynamics, inputs, table, now, (all_finite([x]) for x in largest))
-    return now, table
+        refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
+    return now, tuple(along), enough
+
+
+def _functional_gradient(
+    dynamics: Dynamics, read: Sequence[Tensor], params: tuple[Tensor, ...], aux: list[Tensor]
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradient by ``torch.func``, and the losses; to ``aux`` goes what the loss returns besides."""
+
+    def function(*params: Tensor) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        return dynamics.losses(params, read, aux=found), *found
+
+    grads, (losses, *besides) = transforms.functional_gradient(function, params)
+    aux += besides
+    return grads, losses
 
 
 def _unroll_below(
-    problem: Problem, level: int, vmap: transforms.Vmap, dims: tuple[int | None, ...], tensors: Sequence[Tensor]
+    problem: Problem,
+    level: int,
+    record: Record,
+    vmap: transforms.Vmap,
+    dims: tuple[int | None, ...],
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Unroll outside the innermost vmap, the transform number ``level``: stacked, unless its tasks share everything."""
     dynamics = problem.dynamics
@@ -90,7 +131,18 @@ def _unroll_below(
         dynamics = dynamics.batched(dynamics.layout.level(vmap, dims))
     popped = range(level, problem.popped.stop or level + 1) if problem.check else range(0)
     outcome = unroll(Problem(dynamics, dynamics.layout.inputs(tensors), problem.check, popped))
-    return (*outcome.state, outcome.losses)
+    record.rollout = outcome.record.rollout
+    return (*outcome.state, *outcome.along)
+
+
+def refuse_stopping(stop: Stop) -> None:
+    """Refuse what may end a rollout early where tasks are unrolled together."""
+    if stop != NEVER:
+        raise EstimatorError(
+            "tol or on_step with Unrolled under vmap",
+            "an estimator that sees all tasks as one problem",
+            "use Reverse()",
+        )
 
 
 def _refusing_non_finite(tensor: Tensor) -> Tensor:

@@ -108,6 +108,12 @@ def innermost_vmap() -> Vmap | None:
     return Vmap(int(vmap.batchSize()), str(vmap.randomness().name).lower())
 
 
+def inside_vmap() -> bool:
+    """Whether any of the transforms that are running is a vmap."""
+    layers = _functorch.get_interpreter_stack() or []
+    return any(layer.key() == _functorch.TransformType.Vmap for layer in layers)
+
+
 def vmap(
     function: Callable[..., Any], dims: Sequence[Sequence[int | None]], sizes: Sequence[int], modes: Sequence[str]
 ) -> Callable[..., Any]:
@@ -152,20 +158,20 @@ def functional_call(
 
 
 def functional_gradient(
-    function: Callable[..., Tensor], params: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The gradient of the sum of a function's values, and the values; differentiable under any transform.
+    function: Callable[..., tuple[Tensor, ...]], params: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+    """The gradient of the sum of a function's first values, and all its values; differentiable under any transform.
 
     All gradients are ``None`` if the values do not depend on ``params``, for which ``torch.func`` would give zeros.
     """
     depends = False
 
-    def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def total(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         nonlocal depends
         values = function(*leaves)
-        tracked = values.requires_grad and _functorch.is_gradtrackingtensor(values)
-        depends = tracked and _functorch.maybe_get_level(values) == transform_level()
-        return values.sum(), values
+        tracked = values[0].requires_grad and _functorch.is_gradtrackingtensor(values[0])
+        depends = tracked and _functorch.maybe_get_level(values[0]) == transform_level()
+        return values[0].sum(), tuple(values)
 
     gradients, values = torch.func.grad(total, has_aux=True)(params)
     return tuple(gradients) if depends else (None,) * len(params), values

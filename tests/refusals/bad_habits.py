@@ -209,7 +209,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "loss_with_aux": (
         lambda: solve(lambda w: (square(w), {"accuracy": 1.0})),
         diffopt.LossError,
-        "return the scalar alone: auxiliary outputs are not supported",
+        r"return the scalar alone, or a pair \(loss, aux\) with has_aux=True",
     ),
     "task_loss_with_aux": (
         lambda: over_tasks(lambda w: (square(w), 1), torch.ones(3, 2)),

@@ -1,0 +1,160 @@
+"""What a solve hands out along the way: inner losses, what is observed, what a loss returns besides; and when it ends.
+
+# NOTE [sources of the adjoint]
+An outer loss may depend on what happens on the way, ``F(s_{T+1}) + sum_t f_t(s_{t+1}) + sum_t c_t loss_t``. Each term
+is an output of its step beside the next state, so that its cotangent enters the adjoint where the step is pulled back
+(derivations (13.1)): one mechanism for the inner losses, which cost nothing more, and for whatever is observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffopt.errors import LossError
+from diffopt.tensors import tree
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.tasks import Tasks
+
+
+@final
+@dataclass(eq=False)
+class Form:
+    """How a tree of tensors is made up that a user's function returns at every step: the first one says it.
+
+    Attributes:
+        what: whose tree it is, for messages.
+        structure: of the tree; ``None``: none has been seen yet.
+    """
+
+    what: str
+    structure: tree.Structure | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of leaves."""
+        return 0 if self.structure is None else self.structure.num_leaves
+
+    def names(self) -> list[str]:
+        """What a caller would call the leaves."""
+        return [] if self.structure is None else [f"{self.what}{path}" for path in tree.paths(self.structure)]
+
+    def leaves(self, value: Any, device: torch.device) -> list[Tensor]:
+        """The leaves of one such tree; numbers become tensors.
+
+        Raises:
+            LossError: a leaf is neither, or the tree is not made up as the first one was.
+        """
+        leaves, structure = tree.flatten(value)
+        if self.structure is None:
+            self.structure = structure
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, int | float):
+                leaves[i] = torch.tensor(leaf, device=device)
+            elif not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+                place = f"{self.what}{tree.paths(structure)[i]}"
+                raise LossError(f"{place} is {tree.describe(leaf)}", "dense tensors and numbers", "leave it out")
+        if structure != self.structure:
+            raise LossError(
+                f"{self.what} is {tree.describe(value)}", f"at every step the form of the first: {self.structure}"
+            )
+        return leaves
+
+    def tree(self, leaves: Sequence[Tensor]) -> Any:
+        """Leaves of all steps, as the tree."""
+        return None if self.structure is None else tree.unflatten(self.structure, list(leaves))
+
+
+@final
+@dataclass(frozen=True)
+class Observer:
+    """A function ``observe(params, *args[, batch])`` of the params after every step, and how its trees are made up."""
+
+    function: Callable[..., Any]
+    form: Form = field(default_factory=lambda: Form("what observe returned"))
+
+
+@final
+class Tables:
+    """What every step has handed out, one tensor for each quantity, ``[..., T, ...]``: steps run behind the tasks.
+
+    # NOTE [one tensor for all steps]
+    A small one per step, kept between the large ones that come and go, leaves the C allocator with holes that nothing
+    fits into, and the process grows by a state per step.
+    """
+
+    def __init__(self, axis: int, steps: int) -> None:
+        """Steps run along ``axis``."""
+        self._axis, self._steps = axis, steps
+        self.tensors: list[Tensor] = []
+
+    def write(self, step: int, rows: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
+        """What step ``step`` has handed out."""
+        if not self.tensors:
+            axis, steps = self._axis, self._steps
+            self.tensors = [x.new_empty(*x.shape[:axis], steps, *x.shape[axis:]) for x in rows]
+        for number, (table, row) in enumerate(zip(self.tensors, rows, strict=True)):
+            place = table.select(self._axis, step - 1)
+            if place.shape != row.shape:
+                raise LossError(
+                    f"{names()[number]} has shape {tuple(row.shape[self._axis :])} at step {step}",
+                    f"{tuple(place.shape[self._axis :])}, as at the first",
+                    "pad it, or return a summary",
+                )
+            place.copy_(row)
+
+    def until(self, step: int) -> list[Tensor]:
+        """What the steps up to ``step`` have handed out."""
+        if step == self._steps:
+            return self.tensors
+        return [x.narrow(self._axis, 0, step).clone() for x in self.tensors]
+
+
+@final
+@dataclass(frozen=True)
+class Running:
+    """The cotangents of what was handed out along the way.
+
+    Attributes:
+        losses: of the inner losses, ``[..., T]``; ``None``: zero.
+        observed: of each leaf that was observed, ``[..., T, ...]``; ``None``: zero.
+        axis: the axis that steps run along.
+    """
+
+    losses: Tensor | None
+    observed: tuple[Tensor | None, ...]
+    axis: int
+
+    def at(self, step: int) -> list[Tensor | None]:
+        """Those of step ``step``: of its loss, and of what was observed after it."""
+        return [None if x is None else x.select(self.axis, step - 1) for x in (self.losses, *self.observed)]
+
+
+@final
+@dataclass(frozen=True)
+class Stop:
+    """What may end a rollout before its last step.
+
+    Attributes:
+        tol: a step is not made where the gradient's norm is at most this, for every task.
+        on_step: is told the number of every step that was made and its loss; returns ``True`` to make no more.
+    """
+
+    tol: float | None = None
+    on_step: Callable[[int, float], Any] | None = None
+
+    def reached(self, grads: Sequence[Tensor], levels: int) -> Tensor | None:
+        """Whether each task's gradient is small enough; ``None``: nobody asks."""
+        return None if self.tol is None else Tasks(levels).norm(Leaves([x.detach() for x in grads])) <= self.tol
+
+    def told(self, step: int, loss: Tensor) -> bool:
+        """Tell of a step; whether to make no more."""
+        return self.on_step is not None and self.on_step(step, float(loss)) is True
+
+
+NEVER = Stop()
+"""Every step is made, and nobody is told."""

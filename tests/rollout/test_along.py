@@ -1,0 +1,549 @@
+"""What is handed out along the way: losses, what is observed, what the loss returns besides; against plain loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import adam_step, relative_error, sgd_step
+
+import diffopt
+from diffopt import Schedule, solve
+from diffopt.estimators import (
+    Binomial,
+    ESJacobian,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Krylov,
+    MultiStep,
+    Reptile,
+    Reverse,
+    Truncated,
+    Unrolled,
+)
+
+STEPS = 5
+EXACT = {
+    "graph": Reverse("graph"),
+    "by itself": Reverse(),
+    "states": Reverse(1),
+    "every second": Reverse(2),
+    "sqrt": Reverse("sqrt"),
+    "forward": ForwardMode(),
+    "forward in chunks": ForwardMode(chunk_size=2),
+    "unrolled": Unrolled(),
+    "windows of one": MultiStep(1),
+}
+OPTIMIZERS = {
+    "sgd": (lambda lr, other: diffopt.SGD(lr, momentum=other), lambda lr, other: (sgd_step, {"momentum": other})),
+    "adam": (
+        lambda lr, other: diffopt.Adam(lr, betas=(other, 0.95), weight_decay=0.05),
+        lambda lr, other: (adam_step, {"betas": (other, 0.95), "weight_decay": 0.05}),
+    ),
+}
+
+
+def inner(params, slope, batch):
+    a, b = params["a"], params["b"]
+    return (slope * a * batch).sin().sum() + (b * slope.sum()).square().sum() / 8 + (a.sum() * b).sum() / 5
+
+
+def observed(params, slope, batch):
+    """A scalar, a vector and a count; depends on everything that the loss reads, too."""
+    return {
+        "far": (params["a"] * batch).cos().sum() * slope.prod(),
+        "rest": [params["b"] ** 2 + slope[0], torch.tensor(7)],
+    }
+
+
+def outer(final, losses, seen, weights):
+    """Depends on the end and, by the weights, on the losses, on what was observed, on both, or on neither."""
+    steps = torch.arange(1.0, len(losses) + 1, dtype=losses.dtype)
+    end = (final["a"].sin().sum() + final["b"].sum() ** 2) * weights[0]
+    return end + weights[1] * (losses * steps).sum() + weights[2] * ((steps * seen[0]).sum() + seen[1].pow(3).sum())
+
+
+WEIGHTS = [w for w in itertools.product((0.0, 1.0), repeat=3) if any(w)]
+
+
+def meta(requires_grad=True):
+    given = [
+        torch.linspace(-1, 1, 3),
+        torch.tensor([0.7, -0.4]),
+        torch.tensor([0.5, 1.0, 2.0]),
+        1 + torch.linspace(0, 1, 3 * STEPS).reshape(STEPS, 3).sin(),
+        torch.linspace(0.06, 0.13, STEPS),
+        torch.tensor(0.6),
+    ]
+    return [x.double().requires_grad_(requires_grad) for x in given]
+
+
+def by_loop(name, weights, a, b, slope, batches, lr, other):
+    """The outer loss by a loop of formulas of the tests' own, which autograd records."""
+    step, options = OPTIMIZERS[name][1](lr, other)
+    now = {"a": a + 0, "b": b + 0}
+    now = {k: p if p.requires_grad else p.requires_grad_() for k, p in now.items()}
+    buffers, losses, far, rest = {"a": {}, "b": {}}, [], [], []
+    for t in range(1, STEPS + 1):
+        loss = inner(now, slope, batches[t - 1])
+        grads = torch.autograd.grad(loss, [now["a"], now["b"]], create_graph=True)
+        pairs = zip(now.items(), grads, strict=True)
+        now = {k: step(p, g, buffers[k], t, lr=lr[t - 1], **options) for (k, p), g in pairs}
+        seen = observed(now, slope, batches[t - 1])
+        losses.append(loss)
+        far.append(seen["far"])
+        rest.append(seen["rest"][0])
+    return outer(now, torch.stack(losses), [torch.stack(far), torch.stack(rest)], weights)
+
+
+def by_solve(name, weights, rule, a, b, slope, batches, lr, other, **options):
+    optimizer = OPTIMIZERS[name][0](Schedule(lr), other)
+    found = solve(
+        inner,
+        {"a": a, "b": b},
+        slope,
+        batches=batches,
+        optimizer=optimizer,
+        steps=STEPS,
+        estimator=rule,
+        observe=observed,
+        **options,
+    )
+    assert found.losses.shape == found.observed["rest"][1].shape == (STEPS,)
+    assert not found.observed["rest"][1].requires_grad
+    return outer(found.params, found.losses, [found.observed["far"], found.observed["rest"][0]], weights)
+
+
+def gradient(function, values):
+    found = torch.autograd.grad(function(*values), values, materialize_grads=True)
+    return [x.detach() for x in found]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_exact_estimator_differentiates_what_happens_along_the_way(name, mode, weights):
+    values = meta()
+    expected = gradient(lambda *x: by_loop(name, weights, *x), values)
+    found = gradient(lambda *x: by_solve(name, weights, EXACT[mode], *x), values)
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("mode", ["graph", "sqrt", "states", "forward", "unrolled"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_under_transforms_it_is_the_same(mode, weights):
+    """Tasks with slopes of their own: vmap of gradients, the gradient of a vmap, and nested vmaps."""
+    a, b, slope, batches, lr, other = meta(False)
+    factors = torch.tensor([[0.5, 1.5], [1.0, 0.7]], dtype=torch.float64)
+
+    def task(way, factor, a, slope, lr):
+        return way(a, b, factor * slope, batches, lr, other)
+
+    def ours(*x):
+        return by_solve("adam", weights, EXACT[mode], *x)
+
+    def all_of(way, *x):
+        return sum(task(way, f, *x) for f in factors.flatten())
+
+    values = [x.clone().requires_grad_() for x in (a, slope, lr)]
+    expected = gradient(lambda *x: all_of(lambda *y: by_loop("adam", weights, *y), *x), values)
+    nested = torch.func.vmap(torch.func.vmap(lambda f, *x: task(ours, f, *x), (0, None, None, None)), (0, *[None] * 3))
+    found = gradient(lambda *x: nested(factors, *x).sum(), values)
+    assert relative_error(found, expected) < 1e-10
+    found = torch.func.grad(lambda *x: nested(factors, *x).sum(), argnums=(0, 1, 2))(a, slope, lr)
+    assert relative_error(found, expected) < 1e-10
+    each = torch.func.vmap(torch.func.grad(lambda f, *x: task(ours, f, *x), argnums=(1, 2, 3)), (0, *[None] * 3))
+    found = [x.sum(0) for x in each(factors.flatten(), a, slope, lr)]
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.0, 0.0)])
+def test_compiled_it_is_the_same(weights):
+    values = meta()
+    expected = gradient(lambda *x: by_loop("adam", weights, *x), values)
+    found = gradient(lambda *x: by_solve("adam", weights, Reverse(), *x, compile=True), values)
+    assert relative_error(found, expected) < 1e-10
+
+
+def test_a_jacobian_of_all_losses():
+    """One row for each inner loss: many cotangents at once."""
+    a, b, slope, batches = meta(False)[:4]
+
+    def losses(slope):
+        return solve(
+            inner, {"a": a, "b": b}, slope, batches=batches, optimizer=diffopt.SGD(0.1, momentum=0.5), steps=STEPS
+        ).losses
+
+    leaf = slope.clone().requires_grad_()
+    rows = torch.stack([torch.autograd.grad(losses(leaf)[i], leaf)[0] for i in range(STEPS)])
+    assert relative_error([torch.func.jacrev(losses)(slope)], [rows]) < 1e-12
+    assert rows.norm() > 0.1
+
+
+BIASED = [
+    FirstOrder(),
+    Reptile(),
+    Truncated(2),
+    Binomial(2),
+    Krylov(2),
+    Implicit(),
+    ESJacobian(directions=4, radius=1e-3),
+    MultiStep(1, Truncated(1)),
+]
+
+
+@pytest.mark.parametrize("rule", BIASED, ids=repr)
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_an_estimator_that_would_drop_it_refuses(rule, weights):
+    """And gives what it always gave where the outer loss looks at the end only."""
+    values = meta()
+    with pytest.raises(diffopt.EstimatorError, match=r"depends on Solution\.losses or Solution\.observed"):
+        gradient(lambda *x: by_solve("sgd", weights, rule, *x), values)
+
+
+def test_windows_observe_after_each_window():
+    """One gradient serves two updates: three losses for five, and the params after each window are seen."""
+    a, b, slope, batches = meta()[:4]
+
+    def observe(params, slope, batch):
+        return params["a"]
+
+    found = solve(
+        inner,
+        {"a": a, "b": b},
+        slope,
+        batches=batches,
+        optimizer=diffopt.SGD(0.1),
+        steps=STEPS,
+        estimator=MultiStep(2),
+        observe=observe,
+    )
+    assert found.observed.shape == (3, 3)
+    torch.testing.assert_close(found.observed[-1], found.params["a"], rtol=0, atol=0)
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    got = torch.autograd.grad((found.losses * weight).sum() + found.observed[1].sum(), [a, slope, batches])
+    now, losses, seen = {"a": a + 0, "b": b + 0}, [], []
+    for t in (0, 2, 4):
+        losses.append(inner(now, slope, batches[t]))
+        grads = torch.autograd.grad(losses[-1], [now["a"], now["b"]], create_graph=True)
+        for _ in range(min(2, STEPS - t)):
+            now = {k: p - 0.1 * g for (k, p), g in zip(now.items(), grads, strict=True)}
+        seen.append(now["a"])
+    expected = torch.autograd.grad((torch.stack(losses) * weight).sum() + seen[1].sum(), [a, slope, batches])
+    assert relative_error(got, expected) < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------ aux
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_aux_is_stacked_over_steps_and_detached(mode):
+    values = meta()
+
+    def with_aux(params, slope, batch):
+        loss = inner(params, slope, batch)
+        return loss, {"size": (params["a"] * batch).square().sum(), "number": 3, "all": [params["b"]]}
+
+    found = solve(
+        with_aux,
+        {"a": values[0], "b": values[1]},
+        values[2],
+        batches=values[3],
+        optimizer=diffopt.SGD(0.1),
+        steps=STEPS,
+        has_aux=True,
+        estimator=EXACT[mode],
+    )
+    plain = solve(
+        inner, {"a": values[0], "b": values[1]}, values[2], batches=values[3], optimizer=diffopt.SGD(0.1), steps=STEPS,
+        observe=lambda params, slope, batch: params,
+    )  # fmt: skip
+    assert not any(x.requires_grad for x in (found.aux["size"], found.aux["all"][0]))
+    assert found.aux["number"].tolist() == [3] * STEPS
+    before = torch.cat([values[0][None], plain.observed["a"][:-1]])
+    torch.testing.assert_close(found.aux["size"], (before * values[3]).square().sum(1).detach(), rtol=1e-12, atol=0)
+    assert found.aux["all"][0].shape == (STEPS, 2)
+    got, expected = (torch.autograd.grad(x.params["a"].sum() + x.losses.sum(), values[:4]) for x in (found, plain))
+    assert relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Unrolled(), Truncated(1), FirstOrder()], ids=repr)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiler)])
+def test_aux_of_every_task(rule, compiled):
+    """Under vmap, and where steps could be compiled."""
+    slopes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+    def run(slope):
+        found = solve(
+            aux_of_a_sum, torch.ones(2), slope, optimizer=diffopt.SGD(0.1), steps=2, has_aux=True, estimator=rule,
+            compile=compiled,
+        )  # fmt: skip
+        return found.aux, found.losses.detach()
+
+    aux, losses = torch.func.vmap(run)(slopes)
+    assert aux.shape == (3, 2, 2)
+    torch.testing.assert_close(aux[:, 0], slopes)
+    torch.testing.assert_close(aux[:, 1], slopes * (1 - 0.1 * slopes))
+    assert losses.shape == (3, 2)
+
+
+def aux_of_a_sum(w, slope):
+    return (w * slope).sum(), w * slope
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda w: w.sum(), r"has_aux=True: the inner loss returned a float32 tensor"),
+        (lambda w: (w.sum(), 1, 2), r"returned tuple .*a pair \(loss, aux\)"),
+        (lambda w: (w.sum(), {"a": "text"}), r"aux\['a'\] is str 'text', expected dense tensors and numbers"),
+        (lambda w: (w, 1), "the inner loss returned a float32 tensor of shape"),
+    ],
+)
+def test_aux_that_is_none_is_refused(loss, told):
+    with pytest.raises(diffopt.LossError, match=told):
+        solve(loss, torch.ones(2), optimizer=diffopt.SGD(0.1), steps=2, has_aux=True)
+
+
+def test_a_pair_without_has_aux_is_told_of_it():
+    with pytest.raises(diffopt.LossError, match="has_aux=True"):
+        solve(lambda w: (w.sum(), 1), torch.ones(2), optimizer=diffopt.SGD(0.1), steps=2)
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=repr)
+def test_trees_that_change_their_form_are_refused(rule):
+    calls = itertools.count()
+
+    def by_form(w):
+        return w.sum() if next(calls) == 0 else [w.sum()]
+
+    def run(observe):
+        solve(lambda w: w.sum(), torch.ones(3), optimizer=diffopt.SGD(0.1), steps=3, observe=observe, estimator=rule)
+
+    with pytest.raises(diffopt.LossError, match="at every step the form of the first"):
+        run(by_form)
+    with pytest.raises(diffopt.LossError, match="observe is int 3"):
+        run(3)
+    with pytest.raises(diffopt.LossError, match="observe"):
+        run(lambda w, more: w)
+
+
+def test_rows_of_other_shapes_are_refused():
+    shapes = iter([1, 2, 3])
+    with pytest.raises(diffopt.LossError, match=r"what observe returned has shape \(2,\) at step 2, expected \(1,\)"):
+        solve(
+            lambda w: w.sum(),
+            torch.ones(3),
+            optimizer=diffopt.SGD(0.1),
+            steps=3,
+            observe=lambda w: w[: next(shapes)],
+        )
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), ForwardMode(), Truncated(1)], ids=repr)
+def test_what_observe_captures_is_refused(rule):
+    """It would get no hypergradient."""
+    scale = torch.ones(2, requires_grad=True)
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(diffopt.CapturedTensorError, match="`scale`"):
+        solve(
+            lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2, observe=lambda w: (w * scale).sum(),
+            estimator=rule,
+        )  # fmt: skip
+    with pytest.raises(diffopt.CapturedTensorError):
+        torch.func.grad(
+            lambda s: solve(
+                lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2,
+                observe=lambda w: (w * s).sum(), estimator=rule,
+            ).observed.sum()
+        )(torch.ones(2))  # fmt: skip
+
+
+def test_random_numbers_are_those_of_the_rollout():
+    """Dropout in the loss and in what is observed: where steps are taken again both draw as they did."""
+    w = torch.ones(50, dtype=torch.float64, requires_grad=True)
+
+    def found(rule):
+        torch.manual_seed(5)
+        got = solve(
+            lambda w: torch.dropout(w, 0.5, True).square().sum(),
+            w,
+            optimizer=diffopt.SGD(0.1),
+            steps=4,
+            observe=lambda w: torch.dropout(w, 0.5, True).pow(3).sum(),
+            estimator=rule,
+        )
+        return torch.autograd.grad(got.observed.sum() + got.losses.prod(), w)
+
+    expected = found(Reverse("graph"))
+    for rule in (Reverse(1), Reverse(2), Unrolled(), ForwardMode()):
+        assert relative_error(found(rule), expected) < 1e-10
+
+
+def test_no_step_hands_out_nothing():
+    for rule in (Reverse(), Unrolled()):
+        found = solve(
+            lambda w: w.sum(), torch.ones(3), optimizer=diffopt.SGD(0.1), steps=0, observe=lambda w: w, estimator=rule
+        )
+        assert found.steps == 0
+        assert found.losses.shape == (0,)
+
+
+# ------------------------------------------------------------------------------------------------ stopping
+
+
+def bowl(w, target):
+    return (w - target).square().sum() / 2
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("tol", [1.0, 0.3, 0.011])
+def test_steps_end_where_the_gradient_is_small_and_so_does_the_hypergradient(mode, tol):
+    """As many steps as a loop of the test's own makes, and the hypergradient of so many."""
+    w, target = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    lr = torch.tensor(0.2, dtype=torch.float64)
+    steps, now = 0, w
+    while (now - target).norm() > tol:
+        now, steps = now - lr * (now - target), steps + 1
+    values = [x.clone().requires_grad_() for x in (w, target, lr)]
+
+    def found(**options):
+        return solve(
+            bowl, values[0], values[1], optimizer=diffopt.SGD(values[2]), estimator=EXACT[mode], observe=bowl, **options
+        )
+
+    stopped, whole = found(steps=100, tol=tol), found(steps=steps)
+    assert stopped.steps == stopped.state.step == steps
+    assert stopped.losses.shape == stopped.observed.shape == (steps,)
+    assert bool(stopped.diagnostics["converged"])
+    got, expected = (
+        torch.autograd.grad(x.params.prod() + x.losses.sum() + x.observed.sum(), values) for x in (stopped, whole)
+    )
+    assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "rule", [Truncated(3), Truncated(3, checkpoint="graph"), Binomial(40), Krylov(40), FirstOrder()]
+)
+def test_estimators_see_the_steps_that_were_made(rule):
+    w, target = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    values = [x.requires_grad_() for x in (w, target)]
+    stopped = solve(bowl, w, target, optimizer=diffopt.SGD(0.2), steps=30, tol=0.5, estimator=rule)
+    assert 4 < stopped.steps < 30
+    whole = solve(bowl, w, target, optimizer=diffopt.SGD(0.2), steps=stopped.steps, estimator=rule)
+    got, expected = (torch.autograd.grad(x.params.prod(), values) for x in (stopped, whole))
+    assert relative_error(got, expected) < 1e-12
+    if isinstance(rule, Truncated):
+        assert stopped.kept.states == 3
+
+
+def test_truncation_of_more_steps_than_were_made_is_exact():
+    w, target = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    values = [x.requires_grad_() for x in (w, target)]
+    got, expected = (
+        torch.autograd.grad(
+            solve(bowl, w, target, optimizer=diffopt.SGD(0.2), steps=30, tol=2.0, estimator=rule).params.prod(), values
+        )
+        for rule in (Truncated(20), Reverse())
+    )
+    assert relative_error(got, expected) < 1e-12
+
+
+def test_tasks_stop_together():
+    starts = torch.tensor([[1.0], [4.0], [9.0]], dtype=torch.float64)
+
+    def run(w):
+        found = solve(bowl, w, torch.zeros(1, dtype=torch.float64), optimizer=diffopt.SGD(0.5), steps=50, tol=0.2)
+        return found.params, found.losses, torch.tensor(found.steps)
+
+    params, losses, steps = torch.func.vmap(run)(starts)
+    assert steps.tolist() == [6, 6, 6]  # 9 / 2**6 < 0.2 < 9 / 2**5
+    assert losses.shape == (3, 6)
+    torch.testing.assert_close(params, starts / 2**6)
+    with pytest.raises(diffopt.EstimatorError, match="Unrolled under vmap"):
+        torch.func.vmap(
+            lambda w: (
+                solve(
+                    bowl, w, torch.zeros(1), optimizer=diffopt.SGD(0.5), steps=5, tol=0.2, estimator=Unrolled()
+                ).params
+            )
+        )(starts.float())
+
+
+def test_a_tolerance_that_is_not_reached_is_noted():
+    found = solve(bowl, torch.ones(2), torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=3, tol=1e-9)
+    assert found.steps == 3
+    assert not bool(found.diagnostics["converged"])
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_on_step_is_told_and_may_stop(mode):
+    told = []
+
+    def on_step(step, loss):
+        told.append((step, loss))
+        return step == 6
+
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    target = torch.zeros(2, dtype=torch.float64)
+    first = solve(bowl, w, target, optimizer=diffopt.SGD(0.1), steps=3, estimator=EXACT[mode])
+    found = solve(
+        bowl, first.state, target, optimizer=diffopt.SGD(0.1), steps=10, on_step=on_step, estimator=EXACT[mode]
+    )
+    assert found.steps == 3
+    assert [step for step, _ in told] == [4, 5, 6]
+    assert [loss for _, loss in told] == pytest.approx(found.losses.tolist())
+    assert all(type(loss) is float for _, loss in told)
+    assert found.state.step == 6
+    expected = 0.9**6
+    torch.testing.assert_close(torch.autograd.grad(found.params.sum(), w)[0], torch.full_like(w, expected))
+
+
+def test_an_interrupted_solve_leaves_what_on_step_was_given():
+    told = []
+
+    def on_step(step, loss):
+        told.append(loss)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(bowl, torch.ones(2), torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=10, on_step=on_step)
+    assert len(told) == 3
+
+
+def test_numbers_are_not_told_of_under_vmap():
+    with pytest.raises(diffopt.VmapError, match="on_step is called with numbers"):
+        torch.func.vmap(
+            lambda w: solve(bowl, w, w, optimizer=diffopt.SGD(0.1), steps=1, on_step=lambda *told: None).params
+        )(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("options", [{"tol": -1.0}, {"tol": "small"}, {"tol": float("nan")}, {"on_step": 3}])
+def test_what_cannot_stop_is_refused(options):
+    with pytest.raises(diffopt.DiffoptError, match=next(iter(options))):
+        solve(bowl, torch.ones(2), torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=1, **options)
+
+
+@given(steps=st.integers(1, 6), stop=st.integers(1, 6), mode=st.sampled_from(sorted(EXACT)))
+def test_a_solve_that_was_stopped_can_be_gone_on_from(steps, stop, mode):
+    """Stopped after ``stop`` steps and gone on from is the whole."""
+    values = [torch.tensor([1.0, 2.0], dtype=torch.float64).requires_grad_(), torch.zeros(2, dtype=torch.float64)]
+    optimizer = diffopt.Adam(0.1)
+
+    def run(start, count, **options):
+        return solve(
+            lambda w, t: bowl(w, t).sin(), start, values[1], optimizer=optimizer, steps=count, estimator=EXACT[mode],
+            **options,
+        )  # fmt: skip
+
+    first = run(values[0], 6, on_step=lambda step, loss: step == stop)
+    assert first.steps == stop
+    found, whole = run(first.state, steps), run(values[0], stop + steps)
+    got, expected = (torch.autograd.grad(x.params.prod(), values[0]) for x in (found, whole))
+    assert relative_error(got, expected) < 1e-10
