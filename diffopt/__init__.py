@@ -23,6 +23,7 @@ from diffopt.optimizers.proximal import ProximalGD
 from diffopt.reports import Finding, Report
 from diffopt.solve import Kept, Solution, State, solve
 from diffopt.tensors.leaves import Leaves
+from diffopt.vector_field import VectorField
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -71,6 +72,7 @@ __all__ = [
     "Schedule",
     "Solution",
     "State",
+    "VectorField",
     "check",
     "cite",
     "compare",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import stands_behind
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
@@ -43,7 +44,10 @@ def carried(trajectory: Trajectory, place: Place, tangent: Tensor) -> Leaves:
 def _step(
     dynamics: Dynamics, inputs: Inputs, state: Leaves, moving: Leaves, place: Place, rate: Tensor, step: int
 ) -> tuple[Leaves, Leaves, Tensor]:
-    """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``."""
+    """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``.
+
+    Of a vector field ``H`` is its Jacobian ``V``, and the tangent goes through ``V`` itself, not its transpose.
+    """
     layout = dynamics.layout
     read, hypers = layout.at_step(inputs, step)
     params, count = layout.params(state), layout.params_count
@@ -54,12 +58,15 @@ def _step(
         if of_loss:
             seen[place.number] = roots[count]
         losses = dynamics.losses(roots[:count], seen)
-        found = derivatives.gradient(losses.sum(), roots, differentiable=True)
+        field = stands_behind(losses)
+        found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
         if step == 1:
             autograd_graph.refuse_broken_graph([g.grad_fn for g in found if g is not None])
-        # the mixed product, too: second derivatives are symmetric
         tangents = [*layout.params(moving), *([rate] if of_loss else [])]
-        grads_moving = derivatives.pullback(found, roots[:count], tangents)
+        if field:
+            grads_moving = derivatives.filled(derivatives.pushforward(found, roots, tangents), params)
+        else:  # three quarters of the time: the second derivatives of a loss are symmetric, the mixed ones, too
+            grads_moving = derivatives.pullback(found, roots[:count], tangents)
     grads = derivatives.or_zeros(found[:count], params)
     of_update = [place] if place.part == "hyperparameters" else []
 

@@ -231,19 +231,35 @@ def pullback(
     return or_zeros(found, inputs)
 
 
+def pushforward(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The Jacobian-vector product of recorded outputs, by differentiating the (linear) vector-Jacobian product.
+
+    ``None`` of an output that does not depend on the inputs.
+    """
+    moving = [out for out in outputs if out is not None and out.requires_grad]
+    if not moving:
+        return (None,) * len(outputs)
+    weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
+    with named_missing_derivatives():
+        products = torch.autograd.grad(moving, inputs, weights, create_graph=True, allow_unused=True)
+        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
+        if not pairs:
+            return (None,) * len(outputs)
+        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
+    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
+    return tuple([rates.get(id(out)) for out in outputs])
+
+
 def jvp(
     function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
     inputs: Sequence[Tensor],
     tangents: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Value and Jacobian-vector product, by differentiating the (linear) vector-Jacobian product once more."""
+    """Value and Jacobian-vector product of a function."""
     with torch.enable_grad():
         roots = make_roots(inputs)
         outputs = tuple(function(roots))
-        moving = [out for out in outputs if out.requires_grad]
-        weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
-        products = torch.autograd.grad(moving, roots, weights, create_graph=True, allow_unused=True)
-        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
-        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
-    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
-    return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
+        rates = pushforward(outputs, roots, tangents)
+    return tuple(o.detach() for o in outputs), filled(rates, outputs)
