@@ -23,7 +23,7 @@ from diffopt.optimizers.proximal import ProximalGD
 from diffopt.reports import Finding, Report
 from diffopt.solve import Kept, Solution, State, solve
 from diffopt.tensors.leaves import Leaves
-from diffopt.vector_field import VectorField
+from diffopt.vector_field import VectorField, fixed_point, game
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,9 +76,11 @@ __all__ = [
     "check",
     "cite",
     "compare",
+    "fixed_point",
     "from_torch",
     "from_torchopt",
     "functional",
+    "game",
     "implicit",
     "implicit_gradients",
     "mean_over_tasks",

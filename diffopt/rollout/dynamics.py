@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.optimizers.binding import BoundOptimizer
+from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Level, Place
 from diffopt.rollout.layout import Layout, Slot
 from diffopt.tensors import derivatives, hints, torch_errors, transforms, tree
@@ -225,7 +226,7 @@ class Dynamics:
         wrong: DiffoptError | None = torch_errors.signature_error(
             error,
             "the inner loss",
-            self.loss,
+            as_written(self.loss),
             1 + len(args) + self.layout.has_batches,
             "one for params, one for each of *args and, with batches, one for the batch",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple, final
 
 import torch
@@ -62,16 +61,16 @@ class VectorField:
         """Check that there is a function."""
         check_function("v", self.v, "a function v(params, *args)", LossError)
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The function whose arguments these are, for whoever inspects them."""
-        return self.v
-
     def __call__(self, params: Any, *args: Any) -> Tensor:
         """The field's norm, whose gradient in ``params`` is the field."""
         value = self.v(params, *args)
         leaves, structure = tree.flatten(params)
-        return norm(leaves, _leaves_like(value, leaves, structure))
+        return norm(leaves, leaves_like_params(value, leaves, structure))
+
+
+def as_written(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that the caller wrote: a field's ``v``, or the loss itself."""
+    return loss.v if isinstance(loss, VectorField) else loss
 
 
 def norm(params: Sequence[Tensor], field: Sequence[Tensor]) -> Tensor:
@@ -84,7 +83,7 @@ class _Shape(NamedTuple):
     """How many leading axes are independent problems, and how many tensors are params."""
 
     axes: int
-    count: int
+    params: int
 
 
 class _Norm(torch.autograd.Function):
@@ -99,14 +98,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(shape: _Shape, *tensors: Tensor) -> Tensor:
-        parts = [_norm(x, shape.axes) for x in tensors[shape.count :]]
+        parts = [_norm(x, shape.axes) for x in tensors[shape.params :]]
         return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.shape, ctx.like = inputs[0], (output.shape, output.dtype, output.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1 + ctx.shape.count :])
+        ctx.save_for_backward(*inputs[1 + ctx.shape.params :])
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -131,30 +130,33 @@ def _norm(x: Tensor, axes: int) -> Tensor:
     """The norm of each problem's entries, in single precision at least, whose squares do not overflow."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     squares = dtype if x.device.type == "mps" else torch.float64  # (which has no double precision)
-    return torch.linalg.vector_norm(x.detach().reshape(*x.shape[:axes], -1), dim=-1, dtype=squares).to(dtype)
+    found: Tensor = torch.linalg.vector_norm(x.detach().reshape(*x.shape[:axes], -1), dim=-1, dtype=squares)
+    return found.to(dtype)
 
 
 # --------------------------------------------------------------------------------------- what is not a field
 
 
-def _leaves_like(value: Any, params: Sequence[Tensor], structure: tree.Structure) -> list[Tensor]:
-    """The leaves of a field's value, which has to be a tree like ``params``."""
+def leaves_like_params(
+    value: Any, params: Sequence[Tensor], structure: tree.Structure, what: str = "the vector field", name: str = "v"
+) -> list[Tensor]:
+    """The leaves of a field's value (or a map's), which has to be a tree like ``params``."""
     leaves, found = tree.flatten(value)
     if found != structure:
-        odd = tree.differences("v", value, structure)
+        odd = tree.differences(name, value, structure)
         raise StructureError(
-            f"the vector field returned {tree.describe(value)}",
+            f"{what} returned {tree.describe(value)}",
             f"a tree with the structure of params: {', '.join(odd[:2]) or 'other kinds of branches'}",
             "take [0] of what torch.autograd.grad returns for one tensor"
             if isinstance(value, tuple) and len(value) == len(params) == 1
             else "return one entry for each of params, in the same dicts, tuples and lists",
         )
-    return [_like(x, p, path) for path, x, p in zip(tree.paths(structure), leaves, params, strict=True)]
+    paths = tree.paths(structure)
+    return [_like(x, p, f"{what}'s entry {name}{at}", at) for at, x, p in zip(paths, leaves, params, strict=True)]
 
 
-def _like(x: Any, param: Tensor, path: str) -> Tensor:
+def _like(x: Any, param: Tensor, where: str, path: str) -> Tensor:
     """One leaf of a field, which has to look like the param that it moves."""
-    where = f"the vector field's entry v{path}"
     if not isinstance(x, Tensor):
         raise StructureError(f"{where} is {tree.describe(x)}", f"a tensor like params{path}", "return torch tensors")
     refuse_unusable(x, lambda: where)
@@ -187,7 +189,7 @@ def refuse_constant(
     node = next(_field_nodes(losses), None)
     if node is None:  # under a transform, where there is no graph of autograd's to look at
         return
-    entries = [parent for parent, _ in node.next_functions][node.shape.count :]
+    entries = [parent for parent, _ in node.next_functions][node.shape.params :]
     cut = [i for i, entry in enumerate(entries) if entry is None]
     nonzero = [i for i in cut if grads[i] is not None and bool(transforms.plain(grads[i]).any())]  # type: ignore[arg-type]
     given, leaves = {x.grad_fn for x in params} - {None}, {id(x) for x in params if x.grad_fn is None}

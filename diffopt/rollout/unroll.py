@@ -52,7 +52,7 @@ def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
-        before = layout.params(now)
+        before = params = layout.params(now)
         grads: Sequence[Tensor | None]
         if transforms.transforms_active():
             function = partial(losses_at, dynamics, read)
@@ -61,13 +61,13 @@ def roll_out_recorded(dynamics: Dynamics, inputs: Inputs, watch: Watch) -> tuple
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only
-                params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
+                params = Leaves([p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before])
                 loss = (checks or dynamics).losses(params, read, step)
                 grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
-            refuse_bad_start(dynamics, loss, grads, before, read)
+            refuse_bad_start(dynamics, loss, grads, params, read)
         now = dynamics.update(now, derivatives.filled(grads, before), hyperparameters, step)
         losses.append(loss.detach())
         if watch.values:
