@@ -12,7 +12,7 @@ STEPS = 4
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def turning(params: dict[str, Any], coupling: Tensor, pull: dict[str, Tensor], batch: Tensor) -> dict[str, Any]:
