@@ -24,6 +24,7 @@ from diffopt.reports import Finding, Report
 from diffopt.solve import Kept, Solution, solve
 from diffopt.state import State, state_of
 from diffopt.tensors.leaves import Leaves
+from diffopt.vector_field import VectorField, fixed_point, game
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -72,12 +73,15 @@ __all__ = [
     "Schedule",
     "Solution",
     "State",
+    "VectorField",
     "check",
     "cite",
     "compare",
+    "fixed_point",
     "from_torch",
     "from_torchopt",
     "functional",
+    "game",
     "implicit",
     "implicit_gradients",
     "mean_over_tasks",

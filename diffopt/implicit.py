@@ -10,25 +10,17 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint, refuse_changes, versions
-from diffopt.adjoint.fixed_point import implicit_pullback
+from diffopt.adjoint.fixed_point import chosen_solver, implicit_pullback
+from diffopt.adjoint.implicit_gradients import Call, implicit_gradients_at
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import EstimatorError, GradModeError
-from diffopt.linear_solve import (
-    ConjugateGradient,
-    LinearSolution,
-    LinearSolver,
-    Matvec,
-    Tasks,
-    leaves_like,
-    refuse_not_finite,
-    refuse_unsolved,
-)
+from diffopt.errors import EstimatorError
+from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec, Tasks, leaves_like, refuse_not_finite
 from diffopt.optimizers import SGD
 from diffopt.rollout.given import params_leaves
 from diffopt.rollout.layout import Slot
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.rollout.record import Keep
+from diffopt.rollout.record import Keep, Watch
 from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.arguments import check_flag, check_instance, check_number
@@ -80,7 +72,7 @@ class _AtSolution(Adjoint):
                 refuse_long_step(at, system, tasks, self.stationarity)
                 refuse_kink(at, tasks)
 
-        result, found = implicit_pullback(
+        result, _ = implicit_pullback(
             trajectory,
             cotangent,
             self.solver,
@@ -88,8 +80,6 @@ class _AtSolution(Adjoint):
             look=look,
             losses_there=trajectory.rollout.losses,  # the only step went nowhere
         )
-        if self.solver.throw:
-            refuse_unsolved(self.solver, found)
         return Cotangents(None, result.direct)
 
 
@@ -114,10 +104,12 @@ def implicit(
     (add a penalty, or damp the solver).
 
     Args:
-        loss: ``loss(params, *args)``, a floating scalar.
+        loss: ``loss(params, *args)``, a floating scalar; or a :class:`diffopt.VectorField`, of which ``params`` are a
+            root.
         params: the minimiser, a tree of floating tensors; their own history is cut off.
         args: what the loss reads; the tensors in it get the hypergradient.
-        solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`.
+        solver: a :mod:`diffopt.linear_solve` object; default :class:`~diffopt.linear_solve.ConjugateGradient`, of a
+            vector field :class:`~diffopt.linear_solve.GMRES` of 100 products at most.
         stationarity: refuse ``params`` if the gradient there is larger than this times one plus their norm, whatever
             the units of the loss; and, in the backward pass, if Newton's step is longer than ten times that by the
             curvature along the gradient (one HVP more), which no units change, or if some of ``params`` are zero and
@@ -146,7 +138,7 @@ def implicit(
     """
     stationarity = check_number("implicit: stationarity", stationarity, 0, also=(None,))
     check_flag("check", check)
-    rule = _AtSolution(_checked_solver(solver), stationarity if check else None)
+    rule = _AtSolution(_checked_solver(solver, loss), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     outcome = _run(rule, problem)
     layout = problem.dynamics.layout
@@ -175,45 +167,41 @@ def implicit_gradients(
     For outer loops that start the solver where it ended the last time: with a few inner steps and a few solver
     iterations per outer step, warm starts of ``params`` and ``v`` reach a stationary point where cold starts stall
     (derivations, section 6.3). So nothing is required of ``params``, and an unconverged system is an error only if the
-    solver throws. Not under a ``torch.func`` transform.
+    solver throws. Works under ``torch.func.vmap``: then every task has a system of its own (an unconverged one is an
+    error all the same). What is returned is to be used as numbers: under ``torch.func.grad`` its derivative is refused.
 
     Args:
-        loss: ``loss(params, *args)``, a floating scalar.
+        loss: ``loss(params, *args)``, a floating scalar; or a :class:`diffopt.VectorField`, of which ``params`` are a
+            root.
         params: where the inner problem stands.
         args: what the loss reads.
         cotangent: the gradient of the outer loss with respect to ``params``, a tree like it.
-        solver: default :class:`~diffopt.linear_solve.ConjugateGradient`.
+        solver: default :class:`~diffopt.linear_solve.ConjugateGradient`, of a vector field
+            :class:`~diffopt.linear_solve.GMRES`.
         start: the last call's ``multiplier``; ``None``: zero.
         check: as in :func:`diffopt.solve`.
 
     Raises:
-        LinearSolveError: the system was not solved, if the solver throws.
+        LinearSolveError: the system was not solved, if the solver throws; or the solver is of no use for a field.
+        SecondDerivativeError: what was returned is being differentiated by a ``torch.func`` transform.
     """
-    if transforms.transforms_active():
-        raise GradModeError(
-            "implicit_gradients was called under a torch.func transform",
-            "plain code",
-            "call it outside, or use diffopt.implicit there",
-        )
-    rule = _AtSolution(_checked_solver(solver), None)
+    chosen = _checked_solver(solver, loss)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
-    layout, inputs = problem.dynamics.layout, problem.inputs.detached()
+    layout, inputs = problem.dynamics.layout, problem.inputs
     wanted = tuple(place for place in layout.places if place.part == "read" and inputs.at(place).is_floating_point())
     weights = leaves_like(cotangent, "cotangent", "params", inputs.params, layout.params_structure)
     initial = None if start is None else leaves_like(start, "start", "params", inputs.params, layout.params_structure)
-    refuse_not_finite(rule.solver, cotangent=cotangent, start=start)
-    record = _run(rule, problem).record  # for its checks
-    trajectory = Trajectory(problem.dynamics, inputs, inputs.state, record, (), wanted, check)
-    with torch.no_grad():
-        padded = layout.padded(weights, inputs.state)
-        result, found = implicit_pullback(trajectory, padded, rule.solver, root=True, start=initial)
-    if rule.solver.throw:
-        refuse_unsolved(rule.solver, found)
-    terms = {place.number: result.direct.get(place, torch.zeros_like(inputs.at(place))) for place in wanted}
-    leaves = [terms.get(x.index) if isinstance(x, Slot) else None for x in layout.args_leaves]
-    multiplier = tree.unflatten(layout.params_structure, found.value)
+    refuse_not_finite(chosen, cotangent=cotangent, start=start)
+    before = versions(problem)
+    levels = range(1, transforms.transform_level() + 1 if check else 1)
+    watch = Watch(check, check and torch.is_grad_enabled(), levels)
+    found = implicit_gradients_at(Call(problem.dynamics, chosen, wanted, check, watch), inputs, weights, initial)
+    refuse_changes(problem, before)
+    by_number = {place.number: term for place, term in found.terms.items()}
+    leaves = [by_number.get(x.index) if isinstance(x, Slot) else None for x in layout.args_leaves]
+    multiplier = tree.unflatten(layout.params_structure, found.multiplier)
     gradients, _ = tree.unflatten(layout.args_structure, leaves)
-    return ImplicitGradients(gradients, multiplier, found._replace(value=multiplier))
+    return ImplicitGradients(gradients, multiplier, found.system._replace(value=multiplier))
 
 
 def _run(rule: Adjoint, problem: Problem) -> Outcome:
@@ -228,6 +216,6 @@ def _cut_off(params: Any) -> Any:
     return tree.unflatten(structure, [x.detach() for x in leaves])
 
 
-def _checked_solver(solver: Any) -> LinearSolver:
+def _checked_solver(solver: Any, loss: Any) -> LinearSolver:
     check_instance("solver", solver, LinearSolver, "a diffopt.linear_solve object", EstimatorError, also=(None,))
-    return solver or ConjugateGradient()
+    return chosen_solver(solver, loss)

@@ -16,6 +16,7 @@ from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
 from diffopt.rollout.along import Form, Observer, Stop
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import VectorField
 from diffopt.rollout.given import (
     check_batches,
     checked_steps,
@@ -52,7 +53,7 @@ class Solution(Generic[Params]):
         observed: what ``observe`` returned after each step, each tensor with a leading axis of length ``steps``;
             differentiable as ``losses`` are.
         aux: what the loss returned besides at each step, likewise, detached.
-        steps: how many steps were made: those asked for, unless ``tol`` or ``on_step`` ended them.
+        steps: how many updates were made: as many as were asked for, unless ``tol`` or ``on_step`` ended them.
         kept: what was stored for the backward pass.
         counts: gradients and curvature products computed, per task; the backward pass adds to it.
         diagnostics: what the estimator reports of its own quality, by name; the backward pass fills it in.
@@ -184,6 +185,8 @@ def solve(
     check_estimator(rule)
     check_flag("compile", compile)
     check_flag("has_aux", has_aux)
+    if has_aux and isinstance(loss, VectorField):
+        raise LossError("has_aux=True of a VectorField", "a loss", "look at params by observe=")
     if observe is not None:
         check_function("observe", observe, "a function observe(params, *args)", LossError)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
@@ -324,7 +327,7 @@ def _read(
 
 def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:
     record, observer, aux = outcome.record, dynamics.observer, dynamics.aux
-    layout, steps = dynamics.until(record.rollout.steps).layout, record.rollout.steps
+    layout, steps = dynamics.layout, record.rollout.updates
     structure, (params, buffers) = layout.params_structure, layout.split(outcome.state)
     losses, along = outcome.along[0], outcome.along[1:]
     named = {
@@ -336,7 +339,7 @@ def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:
         record.diagnostics["converged"] = record.rollout.enough
     return Solution(
         final,
-        State(final, named, layout.start + layout.inner_steps),
+        State(final, named, layout.start + steps),
         losses,
         None if observer is None else observer.form.tree(along[: observer.form.count]),
         None if aux is None else aux.tree(along[dynamics.observed_count :]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.tangents import carried
+from diffopt.adjoint.tangents import response
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -68,17 +68,8 @@ class ForwardMode(Adjoint):
         for indices in torch.split(torch.arange(size, device=like.device), self.chunk_size or size):
             basis = torch.nn.functional.one_hot(indices, size).to(like.dtype)
             tangent = basis.reshape(-1, *(1,) * sum(shared), *own).expand(-1, *like.shape)
-            part = _contracted(carried(trajectory, place, tangent), cotangent, shared)
+            part = response(trajectory, place, tangent, cotangent)
             if like.is_complex():  # torch's gradient: the real part's derivative plus i times the imaginary part's
-                part = torch.complex(part, _contracted(carried(trajectory, place, 1j * tangent), cotangent, shared))
+                part = torch.complex(part, response(trajectory, place, 1j * tangent, cotangent))
             parts.append(part)
         return torch.cat(parts).movedim(0, -1).reshape(like.shape)
-
-
-def _contracted(tangents: Leaves, cotangent: Leaves, own: list[bool]) -> Tensor:
-    """The inner product of each tangent with the cotangent, per task where the input is a task's own: ``[p, ...]``."""
-    terms = []
-    for tangent, weight in zip(tangents, cotangent, strict=True):
-        summed = [axis + 1 for axis in range(weight.ndim) if axis >= len(own) or not own[axis]]
-        terms.append((tangent * weight).sum(dim=summed) if summed else tangent * weight)
-    return sum(terms[1:], terms[0])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.fixed_point import implicit_pullback
+from diffopt.adjoint.fixed_point import chosen_solver, implicit_pullback
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, StepsError
-from diffopt.linear_solve import ConjugateGradient, LinearSolver, refuse_unsolved
+from diffopt.linear_solve import LinearSolver
+from diffopt.rollout.problem import Problem
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
@@ -23,33 +24,31 @@ class Implicit(Adjoint):
 
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
-    with the last step's blocks at the final state: of ``params`` with the buffers held fixed (a symmetric system under
-    gradient descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`) or the whole state (GMRES, Neumann).
+    with the last step's blocks at the final state: of ``params``, the buffers held fixed (for a loss symmetric under
+    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state.
 
-    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``; over the
-    average step: ``relative_stationarity``), ``residual``, ``iterations``. Cost: 2 gradients, ``iterations + 1`` HVPs.
-    Not for: unfinished inner problems; initial parameters, step sizes and momentum (zero, for the fixed point does not
-    depend on them, except through a proximal center); Adam and its like with conjugate gradients (not symmetric); half
-    precision with ``lr`` times curvature not well above its ``eps``: ``I - J`` cancels (and is refused as unsolved).
+    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
+    ``relative_stationarity`` (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an
+    iteration and one more. Not for: unfinished problems; initial params, step sizes, momentum (zero, but for a
+    proximal center); Adam with conjugate gradients; half precision with ``lr`` times curvature near its ``eps``.
 
     Args:
-        solver: a :mod:`diffopt.linear_solve` object.
-        whole_state: solve for params and buffers together.
+        solver: a :mod:`diffopt.linear_solve` object; default: conjugate gradients, GMRES for a vector field.
+        whole_state: solve for params and buffers together (by GMRES or Neumann).
 
     Raises:
-        LinearSolveError: in the backward pass, if the system is not solved and the solver throws.
+        LinearSolveError: the solver is of no use for a vector field; or, in the backward pass, has not solved.
 
     References: Rajeswaran et al. (2019), Grazzi et al. (2020, section 3). Derivations (6.1).
     """
 
-    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    solver: LinearSolver | None = None
     whole_state: bool = False
 
     def __post_init__(self) -> None:
         """Check the solver."""
-        options = Options(self)
-        options.instance("solver", LinearSolver, "a diffopt.linear_solve object", EstimatorError)
-        options.flag("whole_state")
+        Options(self).instance("solver", LinearSolver, "a diffopt.linear_solve object", EstimatorError, also=(None,))
+        Options(self).flag("whole_state")
 
     def claims(self, steps: int) -> Claims:
         """Of a fixed point, which does not depend on where it was sought from; as accurate as the solver."""
@@ -61,9 +60,10 @@ class Implicit(Adjoint):
             raise StepsError("Implicit: the inner problem has no step", "one whose fixed point was reached")
         return Keep(first=steps + 1)
 
+    def refuse(self, problem: Problem) -> None:
+        """A solver of symmetric systems for a vector field."""
+        chosen_solver(self.solver, problem.dynamics.loss)
+
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve the adjoint system at the final state."""
-        result, found = implicit_pullback(trajectory, cotangent, self.solver, whole_state=self.whole_state)
-        if self.solver.throw:
-            refuse_unsolved(self.solver, found)
-        return result
+        return implicit_pullback(trajectory, cotangent, self.solver, whole_state=self.whole_state)[0]

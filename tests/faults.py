@@ -1856,8 +1856,8 @@ FAULTS = [
     Fault(
         "a solution's state does not say how many steps led to it",
         "diffopt/solve.py",
-        "layout.start + layout.inner_steps",
-        "layout.inner_steps",
+        "layout.start + steps",
+        "steps",
         "going_on",
     ),
     Fault(

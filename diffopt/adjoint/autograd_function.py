@@ -22,6 +22,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError, RandomnessError, SecondDerivativeError
 from diffopt.rollout.along import NEVER, Running, Stop
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import VectorField
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.layout import Layout
 from diffopt.rollout.loop import roll_out
@@ -132,7 +133,9 @@ class _Solve(torch.autograd.Function):
         ctx.call = inputs[0]
         count, observed = ctx.call.state_count, ctx.call.dynamics.observed_count
         along = enumerate(output[count:])
-        ctx.mark_non_differentiable(*[x for i, x in along if i > observed or not x.is_floating_point()])
+        constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1  # a field's norm is only reported
+        fixed = [x for i, x in along if i == constant or i > observed or not x.is_floating_point()]
+        ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output[:count])
 

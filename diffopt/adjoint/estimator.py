@@ -82,6 +82,9 @@ class Adjoint(Estimator):
     def keep(self, steps: int) -> Keep:
         """What of a rollout of ``steps`` steps the pullback will revisit."""
 
+    def refuse(self, problem: Problem) -> None:
+        """Refuse a problem that this rule cannot be right for; unless overridden, none is refused."""
+
     @abstractmethod
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The adjoint of the initial state and the direct terms, given that of the final state."""
@@ -90,6 +93,7 @@ class Adjoint(Estimator):
     def run(self, problem: Problem) -> Outcome:
         """Roll out without a graph and attach this rule as the derivative."""
         dynamics, inputs, check = problem.dynamics, problem.inputs.flat, problem.check
+        self.refuse(problem)
         keep = self.keep(dynamics.layout.steps)
         if dynamics.compile and keep.checkpoint in (None, "graph", 1):
             keep = replace(keep, checkpoint=1)

@@ -9,17 +9,33 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.errors import RandomnessError
-from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec
+from diffopt.errors import LinearSolveError, RandomnessError
+from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved
+from diffopt.rollout.field import VectorField
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
 
 
+def chosen_solver(solver: LinearSolver | None, loss: Callable[..., Tensor]) -> LinearSolver:
+    """The solver that was given, or the default one of a loss or a field; refused if it is of no use for a field."""
+    if not isinstance(loss, VectorField):
+        return ConjugateGradient() if solver is None else solver
+    if solver is None:
+        return GMRES(max_iterations=100)
+    if solver.symmetric:
+        raise LinearSolveError(
+            f"{type(solver).__name__} was given a vector field, whose Jacobian need not be symmetric",
+            "a solver for any matrix",
+            "take GMRES() (the default for fields), Dense() or Neumann()",
+        )
+    return solver
+
+
 def implicit_pullback(
     trajectory: Trajectory,
     cotangent: Leaves,
-    solver: LinearSolver,
+    solver: LinearSolver | None,
     *,
     whole_state: bool = False,
     root: bool = False,
@@ -35,8 +51,10 @@ def implicit_pullback(
     returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
     ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
     ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
-    takes the place of ``I - J``.
+    takes the place of ``I - J``. ``solver``: as in :func:`chosen_solver`; a system that it does not solve is refused
+    if it throws.
     """
+    solver = chosen_solver(solver, trajectory.dynamics.loss)
     if trajectory.rollout.draws:
         raise RandomnessError(
             "the inner loss draws random numbers",
@@ -83,6 +101,8 @@ def implicit_pullback(
             stationarity=distance,
             relative_stationarity=torch.where(distance > 0, layout.steps * distance / way, 0),
         )
+    if solver.throw:
+        refuse_unsolved(solver, found)
     return Cotangents(Leaves(initial), direct.collect()), found
 
 

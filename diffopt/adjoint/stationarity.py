@@ -11,6 +11,7 @@ from torch import Tensor
 from diffopt.errors import StationarityError
 from diffopt.linear_solve import Matvec
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import VectorField
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.record import Rollout
 from diffopt.tensors.derivatives import filled, gradient
@@ -28,6 +29,23 @@ class Point:
     params: Leaves
     gradient: Leaves
     rollout: Rollout
+
+    @property
+    def is_field(self) -> bool:
+        """Whether the gradient is a vector field's value."""
+        return isinstance(self.dynamics.loss, VectorField)
+
+    @property
+    def called(self) -> str:
+        """What to call the gradient."""
+        return "the vector field" if self.is_field else "the gradient of the loss"
+
+    @property
+    def fix(self) -> str:
+        """What to do about one that is large."""
+        if self.is_field:
+            return "solve for its root further, check that the field is the one that was solved, or set stationarity"
+        return "minimise further, check that the loss is the one that was minimised, or set stationarity"
 
     @staticmethod
     def of(dynamics: Dynamics, inputs: Inputs, final: Leaves, rollout: Rollout) -> Point:
@@ -68,9 +86,6 @@ class Point:
             return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
 
 
-_FURTHER = "minimise further, check that the loss is the one that was minimised, or set stationarity"
-
-
 def _kink() -> StationarityError:
     return StationarityError(
         "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero",
@@ -88,9 +103,9 @@ def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -
         if at.at_a_kink(tasks, 64):
             raise _kink()
         raise StationarityError(
-            f"the gradient of the loss at params has norm {float(size.max()):.1e}",
+            f"{at.called} at params has norm {float(size.max()):.1e}",
             f"at most {allowed:.0e} * (1 + |params|)",
-            _FURTHER,
+            at.fix,
         )
 
 
@@ -109,13 +124,17 @@ def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) ->
 
     .. math:: \lVert H^{-1}g\rVert \ge \frac{\lVert g\rVert}{u^\top H u},\quad u = \frac{g}{\lVert g\rVert}\quad
               \text{for positive definite } H
+
+    Of a vector field ``v``, whose Jacobian may turn and not curve, the same bound with :math:`\lVert V^\top u\rVert`
+    below the line: :math:`\lVert v\rVert = u^\top V\,(V^{-1}v) \le \lVert V^\top u\rVert\,\lVert V^{-1}v\rVert`.
     """
     size, direction = tasks.norm(at.gradient), tasks.unit(at.gradient)
-    curvature = tasks.dot(direction, system(direction))
+    product = system(direction)
+    curvature = tasks.norm(product) if at.is_field else tasks.dot(direction, product)
     step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
     if not bool((step <= 10 * allowed * (1 + tasks.norm(at.params))).all()):
         raise StationarityError(
             f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step)",
             f"at most {10 * allowed:.0e} * (1 + |params|)",
-            f"the gradient is small only in the loss's units: {_FURTHER}",
+            f"{at.called} is small only in its units: {at.fix}",
         )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import stands_behind
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
 
-def carried(trajectory: Trajectory, place: Place, tangent: Tensor) -> Leaves:
-    r"""The tangents of the final state, given that of the input at ``place``; directions along axis 0.
+def response(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves) -> Tensor:
+    r"""How the outer loss moves with the input at ``place``; directions along axis 0, behind it the tasks of its own.
 
-    .. math:: Z_{t+1} = J_t Z_t + B_t
+    .. math:: Z_{t+1} = J_t Z_t + B_t,\qquad \dot F = \Big\langle\frac{\partial F}{\partial s_{T+1}}, Z_{T+1}\Big\rangle
 
-    One more rollout, and one HVP per step and direction, batched over directions.
+    and the same of what was handed out along the way (13.1). One more rollout, and one HVP per step and direction,
+    batched over directions.
     """
     layout, size, counts = trajectory.layout, len(tangent), trajectory.record.counts
     dynamics, inputs = trajectory.dynamics.over(size, [place]), trajectory.inputs
@@ -28,22 +33,51 @@ def carried(trajectory: Trajectory, place: Place, tangent: Tensor) -> Leaves:
     else:
         # not an expanded tensor: a loss that differentiates in it in forward mode gives its parts tangents to write to
         inputs = inputs.put({place: inputs.at(place).expand(tangent.shape).contiguous()})
-    again = trajectory.losses_to_replay()
+    again, running, own = trajectory.losses_to_replay(), trajectory.running, layout.own_axes(place)
+    total = 0 * contracted(moving, cotangent, own)
     counts.gradients += layout.steps
     for step in range(1, layout.steps + 1):
         counts.add_products(size)
         with trajectory.rollout.replay(step, tangent.device):
             rate = dynamics.layout.slice_at(place, tangent, step)
-            state, moving, losses = _step(dynamics, inputs, state, moving, place, rate, step)
+            cotangents = [] if running is None else running.at(step)
+            state, moving, losses, along = _step(dynamics, inputs, state, moving, place, rate, step, cotangents)
             again[..., step - 1] = losses[0]
+            for tangents, weights in along:
+                total = total + contracted(tangents, weights, own)
     trajectory.refuse_other_losses(again)
-    return moving
+    return total + contracted(moving, cotangent, own)
+
+
+def contracted(tangents: Sequence[Tensor], weights: Sequence[Tensor], own: Sequence[bool]) -> Tensor:
+    """The inner product of each tangent with its weight, per task where the input is a task's own: ``[p, ...]``.
+
+    ``own`` says so of each leading axis of the state; what is like the input has only the axes of its own.
+    """
+    terms = []
+    for tangent, weight in zip(tangents, weights, strict=True):
+        product = (tangent * weight.conj()).real if tangent.is_complex() else tangent * weight
+        summed = [axis + 1 for axis in range(product.ndim - 1) if axis >= len(own) or not own[axis]]
+        terms.append(product.sum(dim=summed) if summed else product)
+    return sum(terms[1:], terms[0])
 
 
 def _step(
-    dynamics: Dynamics, inputs: Inputs, state: Leaves, moving: Leaves, place: Place, rate: Tensor, step: int
-) -> tuple[Leaves, Leaves, Tensor]:
-    """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``."""
+    dynamics: Dynamics,
+    inputs: Inputs,
+    state: Leaves,
+    moving: Leaves,
+    place: Place,
+    rate: Tensor,
+    step: int,
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Leaves, Leaves, Tensor, list[Pair]]:
+    """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``; its losses.
+
+    And, for the ``cotangents`` of what it hands out, the tangents of what that depends on and their weights.
+
+    Of a vector field ``H`` is its Jacobian ``V``, and the tangent goes through ``V`` itself, not its transpose.
+    """
     layout = dynamics.layout
     read, hypers = layout.at_step(inputs, step)
     params, count = layout.params(state), layout.params_count
@@ -54,12 +88,16 @@ def _step(
         if of_loss:
             seen[place.number] = roots[count]
         losses = dynamics.losses(roots[:count], seen)
-        found = derivatives.gradient(losses.sum(), roots, differentiable=True)
+        field = stands_behind(losses)
+        found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
         if step == 1:
             autograd_graph.refuse_broken_graph([g.grad_fn for g in found if g is not None])
-        # the mixed product, too: second derivatives are symmetric
         tangents = [*layout.params(moving), *([rate] if of_loss else [])]
-        grads_moving = derivatives.pullback(found, roots[:count], tangents)
+        along = _weighed([losses], roots, tangents, cotangents[:1])
+        if field:
+            grads_moving = derivatives.filled(derivatives.pushforward(found, roots, tangents), params)
+        else:  # three quarters of the time: the second derivatives of a loss are symmetric, the mixed ones, too
+            grads_moving = derivatives.pullback(found, roots[:count], tangents)
     grads = derivatives.or_zeros(found[:count], params)
     of_update = [place] if place.part == "hyperparameters" else []
 
@@ -72,4 +110,27 @@ def _step(
 
     sources = [*state, *grads, *(hypers[at.number] for at in of_update)]
     after, after_moving = derivatives.jvp(update, sources, [*moving, *grads_moving, *(rate for _ in of_update)])
-    return Leaves(after), Leaves(after_moving), losses.detach()
+    if any([x is not None for x in cotangents[1:]]):
+        with torch.enable_grad():
+            roots = derivatives.make_roots([*layout.params(after), *([read[place.number]] if of_loss else [])])
+            if of_loss:
+                seen[place.number] = roots[count]
+            observed = dynamics.observed(roots[:count], seen)
+            rates = [*layout.params(after_moving), *([rate] if of_loss else [])]
+            along += _weighed(observed, roots, rates, cotangents[1:])
+    return Leaves(after), Leaves(after_moving), losses.detach(), along
+
+
+Pair: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"
+
+
+def _weighed(
+    values: Sequence[Tensor], roots: Sequence[Tensor], tangents: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Pair]:
+    """The tangents of ``roots``, and the gradient in them of the values' product with their cotangents."""
+    pairs = [(x, c) for x, c in zip(values, cotangents, strict=False) if c is not None and x.requires_grad]
+    if not pairs:
+        return []
+    values, given = [x for x, _ in pairs], [c.expand_as(x) for x, c in pairs]
+    weights = derivatives.pullback(values, roots, given, retain=True)
+    return [(tangents, weights)]

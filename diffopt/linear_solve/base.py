@@ -55,12 +55,14 @@ class LinearSolver(ABC):
         needs: what it expects of ``A``, said in the error where it breaks down.
         if_broken: what to do then.
         if_unsolved: what to do where its residual is too large.
+        symmetric: whether ``A`` has to be symmetric, as the Jacobian of a :class:`diffopt.VectorField` need not be.
     """
 
     throw: bool
     needs: ClassVar[str] = "a matrix that is not singular"
     if_broken: ClassVar[str] = "try another solver"
     if_unsolved: ClassVar[str] = "allow it more products"
+    symmetric: ClassVar[bool] = False
 
     @abstractmethod
     def iterate(

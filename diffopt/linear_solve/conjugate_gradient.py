@@ -40,6 +40,7 @@ class ConjugateGradient(LinearSolver):
     max_iterations: int = 100
     rtol: float = 1e-5
     throw: bool = True
+    symmetric = True
     needs = "a symmetric positive definite matrix"
     if_broken = (
         "it has a direction of curvature <= 0: take GMRES (under Adam it is not symmetric), or Dense(damping=...)"

@@ -20,6 +20,7 @@ from diffopt.errors import CapturedTensorError, CompileWarning
 from diffopt.optimizers.base import Schedule
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, tree
@@ -164,7 +165,8 @@ def _compiled(
     structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     try:
         optimizer = _without_tensors(dynamics.optimizer.template)
-        key = (*what, getattr(loss, "__func__", None), shapes, layout.levels, structures, autocast, optimizer)
+        kind = type(loss), getattr(as_written(loss), "__func__", None)
+        key = (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
         known = _functions.setdefault(_owner(loss), {})
         if key in known:
             return known[key]
@@ -246,10 +248,12 @@ _compilations: Counter[Any] = Counter()
 
 def _owner(loss: Any) -> Any:
     """What lives as long as the loss: a method is made anew whenever it is asked for, its object is not."""
+    loss = as_written(loss)  # of a field as well, which may be made anew around it at every call
     return loss.__self__ if isinstance(loss, MethodType) else loss
 
 
 def _warn_of_new_functions(loss: Any) -> None:
+    loss = as_written(loss)
     code = getattr(loss, "__code__", None)
     if code is not None and not _functions[_owner(loss)]:
         _compilations[code] += 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
 from diffopt.optimizers.binding import BoundOptimizer
 from diffopt.rollout.along import Form, Observer
+from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Level, Place
 from diffopt.rollout.layout import Layout, Slot
 from diffopt.tensors import derivatives, hints, torch_errors, transforms, tree
@@ -303,7 +304,7 @@ class Dynamics:
         wrong: DiffoptError | None = torch_errors.signature_error(
             error,
             what,
-            function or self.loss,
+            as_written(function or self.loss),
             1 + len(args) + self.layout.has_batches,
             "one for params, one for each of *args and, with batches, one for the batch",
         )

@@ -107,6 +107,7 @@ class Rollout:
         gradients: stored inner gradients ``g_t`` by ``t``.
         graphs: the retained graph of all steps that are kept, if graphs are; one or none.
         steps: how many steps were made.
+        updates: how many updates that is.
         enough: whether each task's gradient was small enough to stop, when last looked at; ``None``: nobody asked.
         losses: the inner losses ``[..., T]``, to which a replay is compared.
         handed_out: what was observed, and what the loss returned besides, ``[..., T, ...]`` each.
@@ -118,6 +119,7 @@ class Rollout:
     wanted: tuple[Place, ...] = ()
     first: int | None = None
     steps: int = 0
+    updates: int = 0
     enough: Tensor | None = None
     kept: Kept = field(default_factory=Kept)
     states: dict[int, Leaves] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from diffopt.errors import (
 )
 from diffopt.rollout.divergence import not_finite
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import VectorField, refuse_constant
 from diffopt.tensors import derivatives, transforms
 from diffopt.tensors.captures import mend_for, names_of
 from diffopt.tensors.leaves import all_finite
@@ -96,6 +97,8 @@ def refuse_bad_start(
             "check that the loss uses the params it is given, and does not detach them or leave torch (.item(), "
             ".numpy())",
         )
+    if isinstance(dynamics.loss, VectorField):
+        refuse_constant(losses, params, grads, dynamics.layout.names().params)
     values = transforms.plain(losses)
     if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
         named = not_finite(dynamics.layout, params, read, (), 1)

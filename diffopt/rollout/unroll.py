@@ -15,6 +15,7 @@ from diffopt.rollout.along import NEVER, Stop
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Record, Rollout, Watch
@@ -48,8 +49,9 @@ def unroll(problem: Problem) -> Outcome:
         final, along, enough = roll_out_recorded(problem.dynamics, inputs, watch, problem.stop)
     # without a step, what comes out is still not the caller's own tensor
     steps = along[0].shape[-1]
+    updates = problem.dynamics.until(steps).layout.inner_steps
     state = tuple(final) if steps else tuple(x.clone() for x in final)
-    return Outcome(state, along, Record(rollout=Rollout(steps=steps, enough=enough)))
+    return Outcome(state, along, Record(rollout=Rollout(steps=steps, updates=updates, enough=enough)))
 
 
 def roll_out_recorded(
@@ -64,7 +66,7 @@ def roll_out_recorded(
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
-        before: Leaves = layout.params(now)
+        before = params = layout.params(now)
         aux: list[Tensor] = []
         grads: Sequence[Tensor | None]
         levels = range(0) if checks is None else checks.levels_at(step)
@@ -73,19 +75,19 @@ def roll_out_recorded(
         else:
             with torch.enable_grad():
                 # views, so that a tensor that is also an argument counts here as the params only
-                params = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before]
+                params = Leaves([p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before])
                 loss = (checks or dynamics).losses(params, read, step, aux)
                 grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
-            refuse_bad_start(dynamics, loss, grads, before, read)
+            refuse_bad_start(dynamics, loss, grads, params, read)
         filled = derivatives.filled(grads, before)
         enough = stop.reached([transforms.plain(g) for g in filled], loss.ndim)
         if enough is not None and bool(enough.all()):
             break
         now = dynamics.update(now, filled, hyperparameters, step)
-        loss = loss if recorded else loss.detach()
+        loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()
         observed = apart_from(levels, dynamics.observed, layout.params(now), read)
         rows.append((loss, *observed, *aux))
         if watch.values:

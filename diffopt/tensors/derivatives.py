@@ -220,15 +220,37 @@ def or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[
 
 
 def pullback(
-    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, retain: bool = False
 ) -> tuple[Tensor, ...]:
     """The vector-Jacobian product of recorded outputs; ``None`` among them is a constant zero."""
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not pairs:
         return or_zeros([None] * len(inputs), inputs)
     with named_missing_derivatives():
-        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+        values, weights = zip(*pairs, strict=True)
+        found = torch.autograd.grad(values, inputs, weights, allow_unused=True, retain_graph=retain)
     return or_zeros(found, inputs)
+
+
+def pushforward(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The Jacobian-vector product of recorded outputs, by differentiating the (linear) vector-Jacobian product.
+
+    ``None`` of an output that does not depend on the inputs.
+    """
+    moving = [out for out in outputs if out is not None and out.requires_grad]
+    if not moving:
+        return (None,) * len(outputs)
+    weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
+    with named_missing_derivatives():
+        products = torch.autograd.grad(moving, inputs, weights, create_graph=True, allow_unused=True)
+        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
+        if not pairs:
+            return (None,) * len(outputs)
+        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
+    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
+    return tuple([rates.get(id(out)) for out in outputs])
 
 
 def jvp(
@@ -236,14 +258,9 @@ def jvp(
     inputs: Sequence[Tensor],
     tangents: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Value and Jacobian-vector product, by differentiating the (linear) vector-Jacobian product once more."""
+    """Value and Jacobian-vector product of a function."""
     with torch.enable_grad():
         roots = make_roots(inputs)
         outputs = tuple(function(roots))
-        moving = [out for out in outputs if out.requires_grad]
-        weights = [torch.zeros_like(out, requires_grad=True) for out in moving]
-        products = torch.autograd.grad(moving, roots, weights, create_graph=True, allow_unused=True)
-        pairs = [(p, t) for p, t in zip(products, tangents, strict=True) if p is not None and p.requires_grad]
-        found = torch.autograd.grad([p for p, _ in pairs], weights, [t for _, t in pairs], allow_unused=True)
-    rates = dict(zip(map(id, moving), or_zeros(found, moving), strict=True))
-    return tuple(o.detach() for o in outputs), tuple(rates.get(id(o), torch.zeros_like(o)) for o in outputs)
+        rates = pushforward(outputs, roots, tangents)
+    return tuple(o.detach() for o in outputs), filled(rates, outputs)

@@ -52,6 +52,7 @@ _VMAP = {
     "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
     "Reverse('sqrt')",
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
+    "does not require grad and does not have": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
     "autograd.Function": "give the function a setup_context and generate_vmap_rule = True",
     "does not have vmap support": "give the function generate_vmap_rule = True, or a vmap of its own",

@@ -202,6 +202,12 @@ def over_batched_grads(
     return tuple(old._add_batch_dim(result, 0, level) for result in results)
 
 
+def are_batched(tensors: Sequence[Tensor]) -> bool:
+    """Whether the innermost transform, which is a ``vmap``, has batched any of these tensors."""
+    level = transform_level()
+    return any(_functorch._unwrap_batched(_functorch.unwrap_if_dead(x), level)[1] is not None for x in tensors)
+
+
 def below_vmap(
     function: Callable[[Vmap, tuple[int | None, ...], list[Tensor]], tuple[Tensor, ...]],
     vmap: Vmap,

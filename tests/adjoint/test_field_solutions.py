@@ -1,0 +1,412 @@
+"""Roots, fixed points, equilibria and constrained minimisers, found elsewhere, against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fields import jacobian, normal
+from oracles import relative_error
+from sklearn.linear_model import ElasticNet, Lasso
+from sklearn.svm import SVC
+from torch import Tensor
+from torch.func import grad, vmap
+
+import diffopt
+from diffopt.estimators import Implicit
+from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
+
+CLOSED = 1e-10  # systems are solved to 1e-13 and have condition numbers below 100
+SPARSE = 1e-8  # scikit-learn's solutions, to which its own tolerance lets them be exact
+SOLVERS = [GMRES(30, rtol=1e-13), Dense(), Neumann(3000, step_size=0.3, rtol=1e-13)]
+TIGHT = SOLVERS[0]
+DOUBLE = torch.float64
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def number(x: float) -> Tensor:
+    return torch.tensor(x, dtype=DOUBLE, requires_grad=True)
+
+
+# ------------------------------------------------------------------------------------------ games
+
+COST = torch.tensor([1.0, 0.7, 1.3], dtype=DOUBLE)  # of the first player, and in part of the second
+CROSS = 0.8 * normal(1, 3, 2)
+MATRIX = torch.cat([torch.cat([COST.diag(), CROSS], 1), torch.cat([-CROSS.T, 0.5 * COST[:2].diag()], 1)])
+"""``V``: what the players' field is linear by."""
+
+
+def first(players, aim):
+    x, y = players
+    return (COST * x * x).sum() / 2 + x @ CROSS @ y - x @ aim["x"]
+
+
+def second(players, aim):
+    x, y = players
+    return (COST[:2] * y * y).sum() / 4 - x @ CROSS @ y - y @ aim["y"]
+
+
+GAME = diffopt.game(first, second)
+AIM = normal(2, 5)
+
+
+def split(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z[:3], z[3:]
+
+
+def aimed(z: Tensor) -> dict[str, Tensor]:
+    return dict(zip("xy", split(z), strict=True))
+
+
+def payoff(players: tuple[Tensor, Tensor]) -> Tensor:
+    return players[0].square().sum() + (players[1] * torch.tensor([1.0, -2.0], dtype=DOUBLE)).sum()
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, None], ids=lambda s: type(s).__name__)
+def test_the_equilibrium_of_a_game(solver):
+    aim = leaf(AIM)
+    players = split(torch.linalg.solve(MATRIX, AIM))
+    got = torch.autograd.grad(payoff(diffopt.implicit(GAME, players, aimed(aim), solver=solver)), aim)
+    answer = torch.autograd.grad(payoff(split(torch.linalg.solve(MATRIX, aim))), aim)
+    assert relative_error(got, answer) < (CLOSED if solver else 1e-4)  # the default solver's own tolerance
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.4])
+def test_players_who_descend_at_the_same_time(momentum):
+    """``z - lr v`` with momentum is a linear recurrence, whose power is the answer."""
+    aim, lr, decay, start = leaf(AIM), number(0.2), number(momentum), leaf(normal(3, 5))
+    optimizer = diffopt.SGD(lr, momentum=decay)
+    steps = 7
+    players = diffopt.solve(GAME, split(start), aimed(aim), optimizer=optimizer, steps=steps).params
+    wanted = [aim, lr, decay, start]
+    got = torch.autograd.grad(payoff(players), wanted)
+    eye, rest = torch.eye(5, dtype=DOUBLE), torch.linalg.solve(MATRIX, aim)
+    rows = [torch.cat([eye - lr * MATRIX, -lr * decay * eye], 1), torch.cat([MATRIX, decay * eye], 1)]
+    power = torch.linalg.matrix_power(torch.cat(rows), steps)
+    final = rest + power[:5, :5] @ (start - rest)
+    assert relative_error(got, torch.autograd.grad(payoff(split(final)), wanted)) < CLOSED
+
+
+def test_the_estimator_of_a_fixed_point_takes_gmres_for_a_field():
+    aim = leaf(AIM)
+    options = {"optimizer": diffopt.SGD(0.4), "steps": 150}
+    solution = diffopt.solve(GAME, split(normal(4, 5)), aimed(aim), **options, estimator=Implicit())
+    got = torch.autograd.grad(payoff(solution.params), aim)
+    answer = torch.autograd.grad(payoff(split(torch.linalg.solve(MATRIX, aim))), aim)
+    assert relative_error(got, answer) < 1e-4
+    assert int(solution.diagnostics["iterations"]) <= 6  # as many as there are unknowns, and one to judge
+    options["optimizer"] = diffopt.SGD(0.4, momentum=0.1)
+    whole = Implicit(GMRES(30, rtol=1e-12), whole_state=True)
+    solution = diffopt.solve(GAME, split(normal(4, 5)), aimed(aim), **options, estimator=whole)
+    assert relative_error(torch.autograd.grad(payoff(solution.params), aim), answer) < CLOSED
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(), Nystrom(3, damping=1e-3)], ids=lambda s: type(s).__name__)
+def test_solvers_of_symmetric_systems_are_refused(solver):
+    players = split(torch.linalg.solve(MATRIX, AIM))
+    match = rf"{type(solver).__name__} was given a vector field.*take GMRES"
+    with pytest.raises(diffopt.LinearSolveError, match=match):
+        diffopt.implicit(GAME, players, aimed(AIM), solver=solver)
+    with pytest.raises(diffopt.LinearSolveError, match=match):
+        diffopt.implicit_gradients(GAME, players, aimed(AIM), cotangent=players, solver=solver)
+    with pytest.raises(diffopt.LinearSolveError, match=match):  # before the first step
+        diffopt.solve(GAME, players, aimed(AIM), optimizer=diffopt.SGD(0.1), steps=1, estimator=Implicit(solver))
+
+
+def equilibrium(aim: Tensor) -> Tensor:
+    players = split(torch.linalg.solve(MATRIX, aim))
+    return payoff(diffopt.implicit(GAME, players, aimed(aim), solver=TIGHT))
+
+
+def test_transforms_over_games():
+    aims = normal(5, 4, 5)
+    answer = torch.stack(
+        [torch.autograd.grad(payoff(split(torch.linalg.solve(MATRIX, a))), a)[0] for a in map(leaf, aims)]
+    )
+    assert relative_error([vmap(grad(equilibrium))(aims)], [answer]) < CLOSED
+    assert relative_error([grad(lambda a: vmap(equilibrium)(a).sum())(aims)], [answer]) < CLOSED
+    nested = vmap(vmap(grad(equilibrium)))(aims.reshape(2, 2, 5)).reshape(4, 5)
+    assert relative_error([nested], [answer]) < CLOSED
+    made = leaf(aims)
+    assert relative_error(torch.autograd.grad(vmap(equilibrium)(made).sum(), made), [answer]) < CLOSED
+
+
+# ------------------------------------------------------------------------------------------ temporal differences
+
+FEATURES = normal(6, 6, 3)
+MOVES = torch.softmax(normal(7, 6, 6), dim=-1)
+REWARD = normal(8, 6)
+
+
+def differences(w, discount, reward):
+    """The expected semi-gradient of temporal differences: no gradient goes through the value that is aimed at."""
+    return FEATURES.T @ (FEATURES @ w - reward - discount * MOVES @ FEATURES @ w) / len(FEATURES)
+
+
+def values(discount, reward):
+    matrix = FEATURES.T @ (FEATURES - discount * MOVES @ FEATURES)
+    return torch.linalg.solve(matrix, FEATURES.T @ reward)
+
+
+@pytest.mark.parametrize("found", ["given", "by steps"])
+def test_temporal_differences_with_a_learned_discount(found):
+    discount, reward = number(0.6), leaf(REWARD)
+    field = diffopt.VectorField(differences)
+    if found == "given":
+        w = diffopt.implicit(field, values(discount, reward), discount, reward, solver=TIGHT)
+    else:
+        options = {"optimizer": diffopt.SGD(0.5), "steps": 2000, "estimator": Implicit(Dense())}
+        w = diffopt.solve(field, torch.zeros(3, dtype=DOUBLE), discount, reward, **options).params
+    got = torch.autograd.grad(w.square().sum(), [discount, reward])
+    answer = torch.autograd.grad(values(discount, reward).square().sum(), [discount, reward])
+    assert relative_error(got, answer) < CLOSED
+
+
+# ------------------------------------------------------------------------------------------ roots and fixed points
+
+
+def test_a_root_of_one_number():
+    a = number(3.0)
+    z = torch.tensor(1.2134116627622296, dtype=DOUBLE)  # of z**3 + z = 3
+    found = diffopt.implicit(diffopt.VectorField(lambda z, a: z**3 + z - a), z, a)
+    assert torch.autograd.grad(found, a)[0].item() == pytest.approx(1 / (3 * z.item() ** 2 + 1), rel=1e-12)
+
+
+def test_a_root_whose_slope_is_negative():
+    """No minimum of anything: to a solver of minima it would be negative curvature."""
+    a = number(2.0)
+    found = diffopt.implicit(diffopt.VectorField(lambda z, a: a - z**2), torch.tensor(2.0**0.5, dtype=DOUBLE), a)
+    assert torch.autograd.grad(found, a)[0].item() == pytest.approx(0.5 / 2**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("solver", [GMRES(30, rtol=1e-13), Dense()], ids=str)
+def test_a_root_of_many_numbers(solver):
+    matrix, b = normal(9, 4, 4), normal(10, 4)
+
+    def field(z, matrix, b):
+        return {"z": matrix @ z["z"] + z["z"].sin() + 3 * z["z"] - b}
+
+    def flat(z):
+        return field({"z": z}, matrix, b)["z"]
+
+    z = torch.zeros(4, dtype=DOUBLE)
+    for _ in range(30):
+        z = z - torch.linalg.solve(jacobian(flat, z), flat(z))
+    made = [leaf(matrix), leaf(b)]
+    found = diffopt.implicit(diffopt.VectorField(field), {"z": z}, *made, solver=solver)
+    got = torch.autograd.grad(found["z"].square().sum(), made)
+    multiplier = torch.linalg.solve(jacobian(flat, z).T, 2 * z)
+    assert relative_error(got, [-torch.outer(multiplier, z), multiplier]) < CLOSED
+
+
+INPUT = 0.5 * normal(11, 2, 4)
+
+
+def layer(z, weights, x):
+    return torch.tanh(z @ weights["z"] + x @ weights["x"] + weights["b"])
+
+
+def weights() -> dict[str, Tensor]:
+    return {"z": 0.3 * normal(12, 3, 3), "x": normal(13, 4, 3), "b": normal(14, 3)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=str)
+def test_a_deep_equilibrium(solver):
+    """Against the unrolled iteration, and against the Jacobian of the layer."""
+    made = {k: leaf(w) for k, w in weights().items()}
+    z = torch.zeros(2, 3, dtype=DOUBLE)
+    for _ in range(200):
+        z = layer(z, made, INPUT)
+    wanted = list(made.values())
+    answer = torch.autograd.grad(z.sin().sum(), wanted)
+    at = z.detach()
+    found = diffopt.implicit(diffopt.fixed_point(layer), at, made, INPUT, solver=solver)
+    got = torch.autograd.grad(found.sin().sum(), wanted)
+    assert relative_error(got, answer) < CLOSED
+    slope = jacobian(lambda z: layer(z.reshape(2, 3), made, INPUT).flatten(), at.flatten())
+    multiplier = torch.linalg.solve(torch.eye(6, dtype=DOUBLE) - slope.T, at.cos().flatten())
+    direct = torch.autograd.grad(layer(at, made, INPUT), wanted, multiplier.reshape(2, 3))
+    assert relative_error(got, direct) < CLOSED
+
+
+def test_damped_steps_to_a_fixed_point():
+    """``SGD(lr)`` on ``z - m(z)`` takes steps ``z + lr (m(z) - z)``; with ``lr=1`` they are the iteration itself."""
+    made, lr = {k: leaf(w) for k, w in weights().items()}, number(0.6)
+    wanted = [*made.values(), lr]
+    field, start = diffopt.fixed_point(layer), torch.zeros(2, 3, dtype=DOUBLE)
+    found = diffopt.solve(field, start, made, INPUT, optimizer=diffopt.SGD(lr), steps=6).params
+    z = start
+    for _ in range(6):
+        z = z + lr * (layer(z, made, INPUT) - z)
+    got, answer = (torch.autograd.grad(x.sin().sum(), wanted) for x in (found, z))
+    assert relative_error(got, answer) < CLOSED
+    plain = diffopt.solve(field, start, made, INPUT, optimizer=diffopt.SGD(1.0), steps=2).params
+    assert torch.allclose(plain, layer(layer(start, made, INPUT), made, INPUT))
+
+
+def test_a_map_has_to_return_what_it_is_given():
+    z = {"z": torch.ones(2), "w": torch.ones(())}
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 1}
+    with pytest.raises(diffopt.StructureError, match=r"the map returned .*m\['w'\] is missing"):
+        diffopt.solve(diffopt.fixed_point(lambda z: {"z": z["z"]}), z, **options)
+    with pytest.raises(diffopt.ShapeError, match=r"the map's entry m\['w'\] has shape \(2,\)"):
+        diffopt.solve(diffopt.fixed_point(lambda z: {"z": z["z"], "w": z["z"]}), z, **options)
+    with pytest.raises(diffopt.LossError, match="m is"):
+        diffopt.fixed_point(3)
+
+
+# ------------------------------------------------------------------------------------------ constraints
+
+Q = torch.eye(4, dtype=DOUBLE) + 0.3 * normal(15, 4, 4) @ normal(15, 4, 4).T
+ROWS = normal(16, 2, 4)
+
+
+def test_the_conditions_of_an_equality_constrained_program():
+    """A saddle point: positive in ``x``, and in the multipliers neither."""
+    q, right = leaf(normal(17, 4)), leaf(normal(18, 2))
+
+    def conditions(z, q, right):
+        x, multipliers = z
+        return Q @ x - q + ROWS.T @ multipliers, ROWS @ x - right
+
+    def solved(q, right):
+        system = torch.cat([torch.cat([Q, ROWS.T], 1), torch.cat([ROWS, torch.zeros(2, 2, dtype=DOUBLE)], 1)])
+        z = torch.linalg.solve(system, torch.cat([q, right]))
+        return z[:4], z[4:]
+
+    point = solved(q, right)
+    for solver in (GMRES(30, rtol=1e-13), Dense()):
+        x, multipliers = diffopt.implicit(diffopt.VectorField(conditions), point, q, right, solver=solver)
+        got = torch.autograd.grad(x.square().sum() + multipliers.sum(), [q, right])
+        answer = torch.autograd.grad(point[0].square().sum() + point[1].sum(), [q, right], retain_graph=True)
+        assert relative_error(got, answer) < CLOSED
+
+
+def soft(x: Tensor, threshold: Tensor) -> Tensor:
+    return x.sign() * (x.abs() - threshold).clamp_min(0)
+
+
+X, Y = normal(19, 30, 8), normal(20, 30) + normal(19, 30, 8)[:, :3].sum(1)
+
+
+def shrunk(w, x, y, alpha, ratio):
+    """One proximal step on scikit-learn's objective of the elastic net."""
+    slope = x.T @ (x @ w - y) / len(y) + alpha * (1 - ratio) * w
+    return soft(w - 0.3 * slope, 0.3 * alpha * ratio)
+
+
+def on_the_active_set(w: Tensor, x: Tensor, y: Tensor, alpha: Tensor, ratio: Tensor) -> Tensor:
+    """The solution as a function of all it depends on, where signs and zeros stay as they are."""
+    active = w != 0
+    part = x[:, active]
+    matrix = part.T @ part / len(y) + alpha * (1 - ratio) * torch.eye(part.shape[1], dtype=DOUBLE)
+    right = part.T @ y / len(y) - alpha * ratio * w[active].sign()
+    return torch.zeros_like(w).index_put((active.nonzero()[:, 0],), torch.linalg.solve(matrix, right))
+
+
+@pytest.mark.parametrize("kind", ["lasso", "elastic net"])
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5])
+def test_a_sparse_solution_of_scikit_learn(kind, alpha):
+    ratio = 1.0 if kind == "lasso" else 0.6
+    options = {"fit_intercept": False, "tol": 1e-15, "max_iter": 100_000}
+    model = Lasso(alpha, **options) if kind == "lasso" else ElasticNet(alpha, l1_ratio=ratio, **options)
+    w = torch.from_numpy(model.fit(X.numpy(), Y.numpy()).coef_)
+    assert 0 < int((w == 0).sum()) < 8
+    made = [leaf(X), leaf(Y), number(alpha), number(ratio)]
+    wanted = made[: 3 if kind == "lasso" else 4]
+    found = diffopt.implicit(diffopt.fixed_point(shrunk), w, *made, solver=Dense())
+    assert torch.equal(found.detach(), w)
+    cost = normal(21, 8)
+    got = torch.autograd.grad((cost * found).sum() + found.square().sum(), wanted)
+    closed = on_the_active_set(w, *made)
+    assert relative_error([closed], [w]) < SPARSE
+    answer = torch.autograd.grad((cost * closed).sum() + closed.square().sum(), wanted)
+    assert relative_error(got, answer) < SPARSE
+
+
+def kernel(x: Tensor, width: Tensor) -> Tensor:
+    return (-width * (x[:, None] - x[None]).square().sum(-1)).exp()
+
+
+def dual(z, x, sides, limit, width):
+    """A projected step of the support vector machine's dual, and the constraint of its intercept."""
+    a, intercept = z
+    slope = sides * (kernel(x, width) @ (sides * a)) - 1 + sides * intercept
+    return a - (a - 0.1 * slope).clamp(0 * a, limit.expand_as(a)), sides @ a
+
+
+def test_a_support_vector_machine_of_scikit_learn():
+    x = normal(22, 24, 2)
+    sides = (x[:, 0] + 0.7 * normal(23, 24) > 0).to(DOUBLE) * 2 - 1
+    limit, width = number(1.5), number(0.8)
+    model = SVC(C=1.5, gamma=0.8, tol=1e-13).fit(x.numpy(), sides.numpy())
+    a = torch.zeros(24, dtype=DOUBLE)
+    a[model.support_] = torch.from_numpy(model.dual_coef_[0]).abs()
+    intercept = torch.tensor(model.intercept_[0], dtype=DOUBLE)
+    free, bounded = (a > 1e-9) & (a < 1.5 - 1e-9), a >= 1.5 - 1e-9
+    assert free.sum() > 2
+    assert bounded.sum() > 2
+
+    # the free ones and the intercept solve a linear system; those at the limit stay there
+    matrix = sides[:, None] * kernel(x, width) * sides
+    at_limit = limit * bounded.to(DOUBLE)
+    rows = torch.cat([matrix[free][:, free], sides[free][:, None]], 1)
+    system = torch.cat([rows, torch.cat([sides[free], torch.zeros(1, dtype=DOUBLE)])[None]])
+    right = torch.cat([1 - matrix[free] @ at_limit, -(sides @ at_limit)[None]])
+    solved = torch.linalg.solve(system, right)
+    exact = at_limit.index_put((free.nonzero()[:, 0],), solved[:-1])
+    # libsvm computes kernels in single precision
+    assert relative_error([exact, solved[-1:]], [a, intercept[None]]) < 1e-6
+
+    cost = normal(24, 24)
+    answer = torch.autograd.grad((cost * exact).sum() + solved[-1], [limit, width])
+    for point, tolerance in (((a, intercept), 1e-5), ((exact, solved[-1]), SPARSE)):
+        found, offset = diffopt.implicit(diffopt.VectorField(dual), point, x, sides, limit, width, solver=Dense())
+        got = torch.autograd.grad((cost * found).sum() + offset, [limit, width])
+        assert relative_error(got, answer) < tolerance
+
+
+# ------------------------------------------------------------------------------------------ what is no root
+
+
+def test_a_point_that_is_no_root_is_refused():
+    field = diffopt.VectorField(lambda z, a: z**3 - a)
+    with pytest.raises(diffopt.StationarityError, match="the vector field at params has norm"):
+        diffopt.implicit(field, torch.tensor(1.0), torch.tensor(4.0))
+    with pytest.raises(diffopt.StationarityError, match="solve for its root further"):
+        vmap(lambda a: diffopt.implicit(field, torch.tensor(1.0), a))(
+            torch.tensor([1.0, 4.0], requires_grad=True)
+        ).sum().backward()
+
+
+def test_a_field_in_small_units_is_refused_by_the_way_to_its_root():
+    a = torch.tensor(4.0, dtype=DOUBLE, requires_grad=True)
+    turning = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=DOUBLE)
+    field = diffopt.VectorField(lambda z, a: 1e-9 * (turning @ z - a))
+    z = diffopt.implicit(field, torch.zeros(2, dtype=DOUBLE), a)
+    with pytest.raises(diffopt.StationarityError, match="from the stationary point"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("curl", [1.0, -3.0])
+def test_a_field_that_turns_around_its_root_is_not(curl):
+    """Along the field it has next to no slope, which of a loss would mean that the minimum is far away."""
+    a = leaf(normal(25, 2))
+    matrix = torch.tensor([[1e-7, curl], [-curl, 1e-7]], dtype=DOUBLE)
+    near = torch.linalg.solve(matrix, a.detach()) + 1e-4
+    z = diffopt.implicit(diffopt.VectorField(lambda z, a: matrix @ z - a), near, a, solver=Dense())
+    got = torch.autograd.grad(z[0], a)
+    assert relative_error(got, [torch.linalg.inv(matrix)[0]]) < CLOSED
+
+
+def test_a_field_that_jumps_at_the_point_is_refused():
+    """Of the absolute value it is the slope; the shrinking step of its minimiser has a derivative there."""
+    field = diffopt.VectorField(lambda z, a: z.sign() + z - a)
+    z = torch.zeros(3, dtype=DOUBLE)
+    a = torch.full((3,), 0.005, dtype=DOUBLE, requires_grad=True)
+    with pytest.raises(diffopt.StationarityError, match="kink"):
+        diffopt.implicit(field, z, a).sum().backward()
+    step = diffopt.fixed_point(lambda z, a: soft(z - (z - a), torch.tensor(1.0, dtype=DOUBLE)))
+    assert torch.autograd.grad(diffopt.implicit(step, z, a).sum(), a)[0].tolist() == [0.0] * 3
