@@ -61,7 +61,7 @@ FAULTS = [
     Fault(
         "truncation keeps one step too many",
         "estimators/truncated.py",
-        "first=trajectory.steps - self.steps + 1",
+        "first=max(1, trajectory.steps - self.steps + 1)",
         "first=max(1, trajectory.steps - self.steps)",
     ),
     Fault(
@@ -97,8 +97,8 @@ FAULTS = [
     Fault(
         "forward mode leaves out the mixed derivative",
         "diffopt/adjoint/tangents.py",
-        "*([rate] if of_loss else [])]",
-        "*([0 * rate] if of_loss else [])]",
+        "tangents = [*layout.params(moving), *([rate] if of_loss else [])]",
+        "tangents = [*layout.params(moving), *([0 * rate] if of_loss else [])]",
         "estimators",
     ),
     Fault(
@@ -973,7 +973,7 @@ FAULTS = [
     Fault(
         "ForwardMode forgets the imaginary part",
         "estimators/forward_mode.py",
-        "_contracted(carried(trajectory, place, 1j * tangent), cotangent, shared)",
+        "response(trajectory, place, 1j * tangent, cotangent)",
         "0 * part",
         "complex",
     ),
@@ -1134,7 +1134,7 @@ FAULTS = [
     Fault(
         "without a step Unrolled returns the caller's tensor",
         "diffopt/rollout/unroll.py",
-        "tuple(final) if layout.steps else tuple(x.clone() for x in final)",
+        "tuple(final) if steps else tuple(x.clone() for x in final)",
         "tuple(final)",
         "unrolled",
     ),
@@ -1546,14 +1546,14 @@ FAULTS = [
     Fault(
         "a second rollout draws anew",
         "diffopt/adjoint/autograd_function.py",
-        "draws=call.record.rollout.draws,",
+        "draws=old.draws,",
         "draws=None,",
         "randomness",
     ),
     Fault(
         "a second rollout forgets the first one's autocast",
         "diffopt/adjoint/autograd_function.py",
-        "with call.record.rollout.replay(None, inputs.params[0].device):",
+        "with old.replay(None, inputs.params[0].device):",
         "if True:",
         "solution",
     ),
@@ -1630,7 +1630,7 @@ FAULTS = [
     Fault(
         "a compiled loss is not compared with the loss",
         "diffopt/rollout/loop.py",
-        "compiled.refuse_stale(done.losses, loss)",
+        "compiled.refuse_stale(made.losses, rows[0])",
         "pass",
         "compiled",
     ),
@@ -1750,8 +1750,8 @@ FAULTS = [
     Fault(
         "only the last of some losses is looked at",
         "diffopt/rollout/checks.py",
-        "noted, self._noted = self._noted, []",
-        "noted, self._noted = self._noted[-1:], []",
+        "            noted, self._noted = self._noted, []\n            self._look_at",
+        "            noted, self._noted = self._noted[-1:], []\n            self._look_at",
         "captures",
     ),
     Fault(
@@ -1849,8 +1849,8 @@ FAULTS = [
     Fault(
         "the buffers of a state are dropped",
         "diffopt/solve.py",
-        "        buffers = _given_buffers(state, buffers, bound)\n",
-        "        _given_buffers(state, buffers, bound)\n",
+        "        buffers = _given_buffers(given, buffers, bound)\n",
+        "        _given_buffers(given, buffers, bound)\n",
         "going_on",
     ),
     Fault(
@@ -1880,5 +1880,104 @@ FAULTS = [
         'if counts and (names or "step" in store):',
         "if False:",
         "going_on",
+    ),
+    # What is handed out along the way, and where it ends.
+    Fault(
+        "the cotangent of an inner loss is that of the step before",
+        "diffopt/rollout/along.py",
+        "return [None if x is None else x.select(self.axis, step - 1)",
+        "return [None if x is None else x.select(self.axis, max(0, step - 2))",
+        "along",
+    ),
+    Fault(
+        "what is observed is no output of a block that is taken again",
+        "diffopt/adjoint/trajectory.py",
+        "observes=observes)",
+        "observes=False)",
+        "along",
+    ),
+    Fault(
+        "an estimator drops what happens along the way without a word",
+        "diffopt/adjoint/autograd_function.py",
+        "            _refuse_running_costs(call.rule)\n",
+        "",
+        "along",
+    ),
+    Fault(
+        "forward mode leaves out the inner losses",
+        "diffopt/adjoint/tangents.py",
+        "along = _weighed([losses], roots, tangents, cotangents[:1])",
+        "along = _weighed([], roots, tangents, cotangents[:1])",
+        "along",
+    ),
+    Fault(
+        "forward mode leaves out how the observer reads the arguments",
+        "diffopt/adjoint/tangents.py",
+        "rates = [*layout.params(after_moving), *([rate] if of_loss else [])]",
+        "rates = [*layout.params(after_moving), *([0 * rate] if of_loss else [])]",
+        "along",
+    ),
+    Fault(
+        "unrolled losses are cut off",
+        "diffopt/rollout/unroll.py",
+        "loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()",
+        "loss = loss.detach()",
+        "along",
+    ),
+    Fault(
+        "what an observer captures is let through",
+        "diffopt/rollout/checks.py",
+        "        self._refuse_captured(observed, [*params, *read])\n",
+        "",
+        "along",
+    ),
+    Fault(
+        "a field's norm is differentiated",
+        "diffopt/adjoint/autograd_function.py",
+        "constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1",
+        "constant = -1",
+        "vector_field",
+    ),
+    Fault(
+        "the backward pass of a stopped solve takes all steps",
+        "diffopt/adjoint/autograd_function.py",
+        "dynamics=call.dynamics.until(call.record.rollout.steps)",
+        "dynamics=call.dynamics",
+        "along",
+    ),
+    Fault(
+        "tasks stop where one of them is done",
+        "diffopt/rollout/loop.py",
+        "    if enough is not None and bool(enough.all()):\n        return",
+        "    if enough is not None and bool(enough.any()):\n        return",
+        "along",
+    ),
+    Fault(
+        "a stopped solve keeps the states of the first steps instead of the last",
+        "diffopt/rollout/keeper.py",
+        "            self.first = max(1, steps - self._window + 1)\n",
+        "",
+        "along",
+    ),
+    Fault(
+        "on_step cannot stop",
+        "diffopt/rollout/along.py",
+        "self.on_step(step, float(loss)) is True",
+        "self.on_step(step, float(loss)) is None and False",
+        "along",
+    ),
+    Fault(
+        "aux keeps its graph",
+        "diffopt/rollout/dynamics.py",
+        "aux += [x.detach() for x in found[1:]]",
+        "aux += found[1:]",
+        "along",
+    ),
+    Fault(
+        "a stopped solve does not look at the losses that it put off",
+        "diffopt/rollout/checks.py",
+        "        noted, self._noted = self._noted, []\n        self._look_at(noted)\n",
+        "",
+        "along",
     ),
 ]
