@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -32,8 +33,7 @@ class Truncated(Adjoint):
 
     Args:
         steps: ``L``, at most the number of inner steps.
-        checkpoint: how the last ``L`` steps are kept; see :class:`Reverse`.
-        offload: where; see :class:`Reverse`.
+        checkpoint, offload: how and where the last ``L`` steps are kept; see :class:`Reverse`.
 
     Raises:
         StepsError: ``steps`` is negative or more than the inner problem has.
@@ -64,3 +64,7 @@ class Truncated(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""
         return trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))
+
+    def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents]:
+        """The same for many, with each step taken again once."""
+        return trajectory.sweeps(cotangents, first=max(1, trajectory.steps - self.steps + 1))

@@ -1552,14 +1552,14 @@ FAULTS = [
     ),
     Fault(
         "a second rollout forgets the first one's autocast",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "with old.replay(None, inputs.params[0].device):",
         "if True:",
         "solution",
     ),
     Fault(
         "a second rollout is not compared with the first",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "refuse_other_losses(again.losses, old.losses, old.autocast)",
         "pass",
         "randomness",
@@ -1581,8 +1581,8 @@ FAULTS = [
     Fault(
         "the adjoint ends where the initial state is not wanted",
         "diffopt/adjoint/trajectory.py",
-        "passes_on = start > first or self.wants_initial",
-        "passes_on = self.wants_initial",
+        "state_count if start > first or self.wants_initial else 0",
+        "state_count if self.wants_initial else 0",
         "derivatives_in_the_loss",
     ),
     Fault(
@@ -1798,7 +1798,7 @@ FAULTS = [
     ),
     Fault(
         "direct terms by anything but places are dropped",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "if not all([type(place) is Place for place in result.direct]):",
         "if False:",
         "solution",
@@ -1940,9 +1940,9 @@ FAULTS = [
     ),
     Fault(
         "the backward pass of a stopped solve takes all steps",
-        "diffopt/adjoint/autograd_function.py",
-        "dynamics=call.dynamics.until(call.record.rollout.steps)",
-        "dynamics=call.dynamics",
+        "diffopt/adjoint/pull_back.py",
+        "dynamics=call.dynamics.until(call.record.rollout.steps))\n    end",
+        "dynamics=call.dynamics)\n    end",
         "along",
     ),
     Fault(
@@ -1979,5 +1979,27 @@ FAULTS = [
         "        noted, self._noted = self._noted, []\n        self._look_at(noted)\n",
         "",
         "along",
+    ),
+    # Many cotangents of one solve.
+    Fault(
+        "the adjoint of every cotangent goes on from the first one's",
+        "diffopt/adjoint/trajectory.py",
+        "adjoints[i] = terms.state",
+        "adjoints[i if len(adjoints) < 3 else 0] = terms.state",
+        "many_cotangents",
+    ),
+    Fault(
+        "direct terms of many cotangents are added up",
+        "diffopt/adjoint/trajectory.py",
+        "direct[i].add_block(terms)",
+        "direct[0].add_block(terms)",
+        "many_cotangents",
+    ),
+    Fault(
+        "each of many cotangents has its steps taken again",
+        "diffopt/adjoint/pull_back.py",
+        "_LARGE = 2**15",
+        "_LARGE = 2**60",
+        "many_cotangents",
     ),
 ]
