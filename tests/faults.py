@@ -1348,7 +1348,7 @@ FAULTS = [
     ),
     Fault(
         "a second backward pass computes steps of any loss again",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "watch=Watch(state=call.watch.values)",
         "watch=Watch()",
         "hidden_state",
@@ -1517,14 +1517,14 @@ FAULTS = [
     ),
     Fault(
         "a record that has been used up is taken for usable",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "if record.usable and not call.restacked and",
         "if not call.restacked and",
         "randomness",
     ),
     Fault(
         "a record of fewer tasks serves a pullback of more",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "if record.usable and not call.restacked and",
         "if record.usable and",
         "nesting",
@@ -1545,7 +1545,7 @@ FAULTS = [
     ),
     Fault(
         "a second rollout draws anew",
-        "diffopt/adjoint/autograd_function.py",
+        "diffopt/adjoint/pull_back.py",
         "draws=old.draws,",
         "draws=None,",
         "randomness",
