@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import CapturedTensorError, CompileWarning
-from diffopt.optimizers.base import Schedule
+from diffopt.optimizers.base import Bindable, Schedule
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
@@ -188,13 +188,20 @@ def _without_tensors(optimizer: Any) -> Hashable:
         value = getattr(optimizer, field.name)
         scheduled = isinstance(value, Schedule)
         leaves, structure = tree.flatten(value.values if scheduled else value)
-        parts.append((scheduled, structure, _typed(leaves)))
+        order = tuple(value) if isinstance(value, dict) else ()  # in which its tensors are taken
+        parts.append((scheduled, structure, order, _typed(leaves)))
     return tuple(parts)
 
 
 def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What is not a tensor, with its type (``True`` equals 1), in a form that can be compared."""
-    return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+    return tuple(map(_kind, leaves))
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Bindable | Schedule):
+        return _without_tensors(leaf)
+    return Tensor if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 class _LayoutError(Exception):
