@@ -69,7 +69,7 @@ def test_tasks_under_vmap_are_those_of_a_loop(case, estimator):
     seed=st.integers(0, 2**31),
     case=st.sampled_from(COMPOSITIONS),
     estimator=st.sampled_from(EXACT),
-    factor=st.floats(0.7, 1.3),
+    factor=st.floats(0.6, 1.0),
 )
 def test_hypergradients_are_right_wherever_one_starts(seed, case, estimator, factor):
     setting = Setting.random(seed)
