@@ -81,8 +81,9 @@ class GroupL1(Prox):
             each row of a matrix. Use :class:`diffopt.Groups` where leaves differ.
 
     Raises:
-        HyperparameterError: a negative strength, or an axis that is no integer.
-        ShapeError: by ``solve``: a leaf lacks the axis; strengths or step sizes differ within a leaf.
+        HyperparameterError: a negative strength, or an axis that is no integer; by ``solve``: strengths or step sizes
+            differ within a leaf.
+        ShapeError: by ``solve``: a leaf lacks the axis.
 
     Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.5.4.
 
@@ -210,7 +211,8 @@ class Simplex(Prox):
     Exact, by sorting. The derivative on the support ``S`` is ``I - 1 1' / |S|``, and zero elsewhere.
 
     Raises:
-        ShapeError: by ``solve``: a leaf without axes, or step sizes that differ within a leaf.
+        ShapeError: by ``solve``: a leaf without axes.
+        HyperparameterError: by ``solve``: step sizes that differ within a leaf.
 
     Reference: Duchi et al. (2008), "Efficient Projections onto the l1-Ball for Learning in High Dimensions", figure 1.
 
@@ -256,8 +258,8 @@ class L2Ball(Prox):
         radius: ``r``: one number, as a float, a scalar tensor or a ``Schedule``.
 
     Raises:
-        HyperparameterError: a negative radius, or one that is not one number.
-        ShapeError: by ``solve``: step sizes that differ within a leaf.
+        HyperparameterError: a negative radius, or one that is not one number; by ``solve``: step sizes that differ
+            within a leaf.
 
     Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.5.1.
 

@@ -24,6 +24,8 @@ GROUPS = {"hyperparameter": "groups"}
 """Field metadata: optimizers by name, each for some leaves of ``params``; ``update`` sees a :class:`Part` for each."""
 OPTION = {"hyperparameter": "option"}
 """Field metadata: nothing to be learned, handed to ``update`` as it is whatever it is (a function)."""
+PLACING = {"hyperparameter": "placing"}
+"""Field metadata: what :meth:`Grouping.places` alone looks at."""
 
 
 @final

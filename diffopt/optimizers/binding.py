@@ -51,6 +51,7 @@ class BoundOptimizer:
         elementwise: whether updates may run on stacked tensors: the template and all that it holds say so, and no field
             is a tree of its own shape, which could not be matched with the tasks' axes.
         own: whether all of it is of this library.
+        placed: which of the params each group has, in the order in which groups were met.
     """
 
     template: Optimizer
@@ -58,6 +59,7 @@ class BoundOptimizer:
     scheduled: tuple[bool, ...]
     elementwise: bool
     own: bool
+    placed: tuple[tuple[int, ...], ...]
     _reader: Reader | None
 
     def at(self, step: int, params: Leaves, tensors: Sequence[Tensor]) -> Optimizer:
@@ -91,6 +93,7 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
         tuple(found.scheduled),
         found.elementwise,
         found.own,
+        tuple(found.placed),
         reader,
     )
 
@@ -115,6 +118,7 @@ class _Found:
         self.scheduled: list[bool] = []
         self.elementwise = True
         self.own = True
+        self.placed: list[tuple[int, ...]] = []
 
 
 class _Binder:
@@ -136,7 +140,7 @@ class _Binder:
         readers: dict[str, Reader] = {}
         for field in fields(holder):
             value, kind = getattr(holder, field.name), field.metadata.get("hyperparameter", "leafwise")
-            if kind == "option" or (type(value) in _PLAIN and kind != "prefix"):
+            if kind in ("option", "placing") or (type(value) in _PLAIN and kind != "prefix"):
                 continue
             named = f"{name}{field.name}"
             reader = self._groups(named, value, holder) if kind == "groups" else self.bind(named, value, kind)
@@ -148,6 +152,7 @@ class _Binder:
         """A reader for optimizers of parts of the params."""
         readers: list[tuple[str, Optimizer, tuple[int, ...], Reader | None]] = []
         for key, places in holder.places(self.branches.paths()).items():
+            self.found.placed.append(places)
             own = _Binder([self.params[i] for i in places], self.branches.part(places), self.steps, self.found)
             readers.append((key, value[key], places, own.whole(f"{name}[{key!r}].", value[key])))
 

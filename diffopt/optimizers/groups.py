@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from diffopt.errors import HyperparameterError, StructureError
-from diffopt.optimizers.base import GROUPS, OPTION, Buffers, Grouping, Optimizer, Part
+from diffopt.optimizers.base import GROUPS, PLACING, Buffers, Grouping, Optimizer, Part
 from diffopt.optimizers.checks import check_optimizer_field
 from diffopt.optimizers.naming import named_apart, of_name
 from diffopt.tensors.leaves import Leaves
@@ -63,7 +63,7 @@ class Groups(Grouping):
         {'body': tensor([0.9000, 0.9000]), 'head': tensor([0.5000])}
     """
 
-    by: Callable[[str], str] | Mapping[str, Optimizer] | None = field(metadata=OPTION)
+    by: Callable[[str], str] | Mapping[str, Optimizer] | None = field(metadata=PLACING)
     optimizers: Any = field(default=None, metadata=GROUPS)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import HyperparameterError, LeafError, OptimizerError, ShapeError
+from diffopt.errors import HyperparameterError, LeafError, OptimizerError
 from diffopt.optimizers.base import Bindable, Buffers, Optimizer
 from diffopt.optimizers.binding import ready
 from diffopt.optimizers.checks import check_optimizer_field
@@ -175,8 +175,8 @@ class Proximal(Optimizer):
 def one_step_size(owner: Prox, step_size: Tensor) -> Tensor:
     """Refuse step sizes that differ within a leaf, for a prox that mixes the coordinates of one."""
     if step_size.ndim > 0:
-        raise ShapeError(
-            f"{type(owner).__name__}: the step sizes of a parameter have shape {tuple(step_size.shape)}",
+        raise HyperparameterError(
+            f"{type(owner).__name__}: the step sizes (or strengths) of a parameter have shape {tuple(step_size.shape)}",
             "one step size for each parameter",
             "its prox is that of the Euclidean norm, which step sizes of their own change",
         )

@@ -162,7 +162,7 @@ def _compiled(
     layout, loss = dynamics.layout, dynamics.loss
     structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     try:
-        optimizer = _without_tensors(dynamics.optimizer.template)
+        optimizer = _without_tensors(dynamics.optimizer.template), dynamics.optimizer.placed
         key = (*what, getattr(loss, "__func__", None), shapes, layout.levels, structures, autocast, optimizer)
         known = _functions.setdefault(_owner(loss), {})
         if key in known:
@@ -185,6 +185,8 @@ def _without_tensors(optimizer: Any) -> Hashable:
     """What tells two optimizers apart besides their tensors, which the compiled functions are given."""
     parts: list[Any] = [type(optimizer)]
     for field in fields(optimizer):
+        if field.metadata.get("hyperparameter") == "placing":  # a function, of which only the outcome matters
+            continue
         value = getattr(optimizer, field.name)
         scheduled = isinstance(value, Schedule)
         leaves, structure = tree.flatten(value.values if scheduled else value)
