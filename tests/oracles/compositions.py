@@ -427,7 +427,7 @@ def ahead_leaves(inner: Update, period: int, ratios: list[Any]) -> Update:
 
 @dataclass(frozen=True)
 class Setting:
-    """A small network of three matrices with a weight for every example, and the leaves of all that is differentiated."""
+    """A small network of three matrices with a weight for every example."""
 
     start: list[Tensor]
     weights: Tensor
