@@ -243,7 +243,7 @@ def test_errors_name_the_field_with_its_way(optimizer, error, match):
 def test_citations_of_optimizers_within_others():
     inner = Groups({"a": Adam(0.1), "b": Proximal(SGD(0.1), diffopt.prox.Simplex())})
     text = diffopt.cite(EMA(Mixture([Clip(inner, max_norm=1.0)])))
-    for title in ("Adam: A Method", "Efficient Projections", "Proximal Algorithms", "difficulty of training"):
+    for title in ("Adam: A Method", "Efficient Projections", "Proximal Algorithms", "Difficulty of Training"):
         assert title in text
 
 
