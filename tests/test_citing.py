@@ -37,7 +37,10 @@ def keys(text: str) -> list[str]:
         (diffopt.implicit, ["pedregosa2016"]),
         (diffopt.SGD(0.1), []),
         (diffopt.Proximal(diffopt.SGD(0.1), diffopt.prox.Simplex()), ["parikh2014", "duchi2008"]),
-        (diffopt.Groups({"a": diffopt.Muon(), "b": diffopt.Clip(diffopt.Adam(), 1.0)}), ["kingma2015", "pascanu2013", "jordan2024", "liu2025"]),
+        (
+            diffopt.Groups({"a": diffopt.Muon(), "b": diffopt.Clip(diffopt.Adam(), 1.0)}),
+            ["kingma2015", "pascanu2013", "jordan2024", "liu2025"],
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
