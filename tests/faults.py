@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "truncation keeps one step too many",
         "estimators/truncated.py",
-        "first=max(1, trajectory.steps - self.steps + 1)",
-        "first=max(1, trajectory.steps - self.steps)",
+        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))",
+        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps))",
     ),
     Fault(
         "the sign of weight decay is wrong",
@@ -1510,8 +1510,8 @@ FAULTS = [
     ),
     Fault(
         "any update counts as one of this library's",
-        "diffopt/rollout/dynamics.py",
-        '.__module__.startswith("diffopt.optimizers.")',
+        "diffopt/optimizers/binding.py",
+        ".__module__.startswith(_OWN)",
         '.__module__.startswith("")',
         "captures",
     ),

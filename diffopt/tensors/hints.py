@@ -124,6 +124,8 @@ def for_optimizer(value: Any) -> str:
     kind = value if isinstance(value, type) else type(value)
     if issubclass(kind, torch.optim.Optimizer):
         name = name_of_torch(kind)
+        if name == "torch.optim.Muon":
+            return "write diffopt.Muon(lr=...)"
         native = f"write diffopt.{kind.__name__}(lr=...), or " if kind.__name__ in NATIVE and "." in name else ""
         return f"{native}lift the class: diffopt.from_torch({name}, lr=...)"
     if issubclass(kind, LRScheduler):
