@@ -24,7 +24,7 @@ class Truncated(Adjoint):
               \nabla = \sum_{t > T - L} B_t^\top\Lambda_t
                        + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_{T-L}
 
-    with ``L = steps``: as if the earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
+    with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
     Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
     one after the other. Memory: ``L`` steps, as :class:`Reverse` keeps them. Depth ``L``.
