@@ -86,7 +86,6 @@ class Point:
             return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
 
 
-
 def _kink() -> StationarityError:
     return StationarityError(
         "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero",
