@@ -25,7 +25,7 @@ class VectorField:
     For what no loss is behind: games, temporal differences, sharpness-aware steps, fixed points, roots. Taken by
     :func:`diffopt.solve`, :func:`diffopt.implicit`, :func:`diffopt.implicit_gradients` and :func:`diffopt.check`. The
     field's Jacobian :math:`V = \partial v/\partial params` need not be symmetric, and no estimator takes it to be:
-    adjoints go through :math:`V^\top`, tangents through :math:`V`. Derivations, section 13.
+    adjoints go through :math:`V^\top`, tangents through :math:`V`. Derivations, section 6.7.
 
     What is reported as the loss (``solution.losses``) is the field's norm, and has no derivative.
 
