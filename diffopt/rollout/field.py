@@ -108,7 +108,8 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1 + ctx.shape.params :])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (cotangent,) = cotangents
         field, axes = ctx.saved_tensors, ctx.shape.axes
         if cotangent is None:
             return (None,) * (1 + 2 * len(field))
@@ -121,7 +122,8 @@ class _Norm(torch.autograd.Function):
         return torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], shape: _Shape, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        shape, *tensors = args
         stacked, _ = transforms.stacked(tensors, in_dims[1:], info.batch_size, set(range(len(tensors))))
         return transforms.apply(_Norm, shape._replace(axes=shape.axes + 1), *stacked), 0
 
