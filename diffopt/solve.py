@@ -131,7 +131,8 @@ def solve(
 
     Args:
         loss: ``loss(params, *args)``, with ``batches`` ``loss(params, *args, batch)``; returns a floating scalar. It
-            must get every tensor that is to have a hypergradient through its arguments, not by closure.
+            must get every tensor that is to have a hypergradient through its arguments, not by closure. Or a
+            :class:`diffopt.VectorField`, whose value is used where the gradient is.
         params: where the inner problem starts: a tree of floating tensors, or a :class:`diffopt.State` to go on from.
         args: whatever else the loss reads: trees of tensors of any dtype and of other values.
         optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.

@@ -154,7 +154,10 @@ def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
 def for_loss(value: Any) -> str:
     """What to do about something that a loss returned and that is not one floating scalar."""
     if isinstance(value, tuple | list | Mapping):
-        return "return the scalar alone, or a pair (loss, aux) with has_aux=True"
+        return (
+            "return the scalar alone, or a pair (loss, aux) with has_aux=True (what is like params, a gradient or "
+            "another field, goes in as diffopt.VectorField(v))"
+        )
     if value is None:
         return "end it with return"
     if not isinstance(value, Tensor):
