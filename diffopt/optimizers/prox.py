@@ -148,7 +148,7 @@ class Proximal(Optimizer):
                 f"Proximal: {type(self.optimizer).__name__} has no one step size",
                 "an optimizer whose step is a step size times the gradient, such as SGD",
                 "a prox after another step has another fixed point than the minimiser; of an optimizer of your own, "
-                "say its step size by the property proximal_step_size; in Groups, put Proximal around those that need it",
+                "say its step size by proximal_step_size; in Groups, put Proximal around the groups that need it",
             )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_a_function_of_the_path_says_whose_a_leaf_is():
     assert {name: rates(x)[0] for name, x in got.items() if rates(x)[0] == 0.1} == {"body.1.b": 0.1}
     bare = one_step(zeros(2), Groups(lambda path: f"all{path}", {"all": SGD(0.5)}))
     assert rates(bare) == [0.5]
+
+
+class Parts(NamedTuple):
+    body: torch.Tensor
+    head: list[torch.Tensor]
+
+
+def test_fields_of_named_tuples_are_keys():
+    params = {"net": Parts(zeros(2), [zeros(1), zeros(3)])}
+    got = one_step(params, Groups({"net.body": SGD(0.1), "net.head.0": SGD(0.2), "net.head.1": SGD(0.3)}))
+    assert rates([got["net"].body, *got["net"].head]) == [0.1, 0.2, 0.3]
+    got = one_step(params, Groups({"net.body": SGD(0.1), "net.head": SGD([0.2, 0.3])}))
+    assert rates([got["net"].body, *got["net"].head]) == [0.1, 0.2, 0.3]
 
 
 def test_a_module_in_parts():
