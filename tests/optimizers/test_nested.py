@@ -34,7 +34,7 @@ class Mixture(diffopt.Optimizer):
     elementwise = True
 
     def _all(self):
-        return list(self.parts.values()) if isinstance(self.parts, dict) else list(self.parts)
+        return [self.parts[k] for k in sorted(self.parts)] if isinstance(self.parts, dict) else list(self.parts)
 
     def init(self, params):
         return {f"{i}.{k}": b for i, part in enumerate(self._all()) for k, b in part.init(params).items()}
