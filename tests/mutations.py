@@ -76,6 +76,7 @@ NAMES = [
     "lift_refusals",
     "recomputation",
     "hidden_state",
+    "finite",
     "captures",
     "levels",
     "memory",

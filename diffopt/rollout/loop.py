@@ -63,15 +63,15 @@ def roll_out(
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
-    layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
+    layout, inputs = dynamics.layout, inputs.detached()
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted)
-    steps = Checks(dynamics, watch, keep, known) if watch else dynamics
+    drawn = random_state.Draws(device, draws)
+    known, steps = drawn.known, Checks(dynamics, watch, keep, drawn) if watch else dynamics
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile else None
     losses = inputs.params[0].new_empty(*layout.tasks_shape, 0)
     autocast = derivatives.Autocast(device)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
-        before = random_state.snapshot(device)
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
             with random_state.replayed(known[step], device) if step in known else nullcontext():
@@ -87,10 +87,7 @@ def roll_out(
             # the C allocator with holes that nothing fits into, and the process grows by a state per step.
             losses = loss.new_empty(*loss.shape, layout.steps) if step == 1 else losses
             losses.select(-1, step - 1).copy_(loss)
-            drawn = random_state.snapshot(device)
-            if random_state.changed(before, drawn):
-                known.setdefault(step, before)
-            before = drawn
+            drawn.look(step)
         state = ground.state
         if watch.values:
             refuse_divergence(dynamics, inputs, losses, state, _finite_again(dynamics, inputs, known))

@@ -96,8 +96,11 @@ def refuse_bad_start(
             "check that the loss uses the params it is given, and does not detach them or leave torch (.item(), "
             ".numpy())",
         )
-    values = transforms.plain(losses)
-    if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
+    values = transforms.unwrapped(losses)
+    if math.isfinite(values.item() if values.ndim == 0 else values.detach().sum().item()):
+        return
+    values = values.detach()
+    if not bool(values.isfinite().all()):
         named = not_finite(dynamics.layout, params, read, (), 1)
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params",
