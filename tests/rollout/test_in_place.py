@@ -174,8 +174,6 @@ class Doubling(diffopt.Optimizer):
 def test_a_write_that_no_graph_has_saved_is_refused(rule: Any, what: str, first: int) -> None:
     """The loss is linear in its params, so that the backward pass reads none of them."""
     w, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    options = {"optimizer": Doubling(what, first), "steps": 4, "estimator": rule}
     with pytest.raises(diffopt.InPlaceError, match="in place"):
-        solution = diffopt.solve(
-            lambda w, x: (w * x).sum(), w, x, optimizer=Doubling(what, first), steps=4, estimator=rule
-        )
-        solution.params.sum().backward()
+        diffopt.solve(lambda w, x: (w * x).sum(), w, x, **options).params.sum().backward()
