@@ -153,7 +153,8 @@ class Checks:
         """
         if not self._watch.captures:
             return
-        self._look_at([autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad])
+        parts = [autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad]
+        self._look_at(parts, parts)
 
     def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
@@ -171,13 +172,14 @@ class Checks:
 
     def _look_at_noted(self) -> None:
         noted, self._noted = self._noted, []
-        self._look_at(noted)
+        self._look_at(noted, noted[-1:])
 
-    def _look_at(self, parts: Sequence[autograd_graph.GraphPart]) -> None:
+    def _look_at(self, parts: Sequence[autograd_graph.GraphPart], last: Sequence[autograd_graph.GraphPart]) -> None:
+        """Look at parts of a graph; among the ``last`` is that which ends in the newest node."""
         found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
             refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
-        self._born = max([self._born, *[autograd_graph.number(part.start) for part in parts if part.start is not None]])
+        self._born = max([self._born, *[autograd_graph.number(part.start) for part in last if part.start is not None]])
 
     def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         with transforms.tangents_seen():

@@ -96,8 +96,13 @@ class GraphPart(NamedTuple):
     def of(output: Tensor, given: Sequence[Tensor]) -> GraphPart:
         """That behind ``output``, grown from the tensors ``given``."""
         own = [x.grad_fn for x in given]
-        leaves = [id(x) for x in given if x.requires_grad and x.grad_fn is None] if None in own else ()
+        if None not in own:
+            return GraphPart(output.grad_fn, own, _NO_LEAVES)
+        leaves = [id(x) for x, node in zip(given, own, strict=True) if node is None and x.requires_grad]
         return GraphPart(output.grad_fn, own, frozenset(leaves))
+
+
+_NO_LEAVES: frozenset[int] = frozenset()
 
 
 def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
@@ -109,16 +114,20 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
     returns (or, in a cycle, when collected).
     """
     suspects: list[tuple[Any, GraphPart]] = []
+    before: Any = None
     for part in parts:
         start, given, leaves = part
         first = given[0]
-        born = born if first is None else number(first)
+        if first is not None:
+            born = number(first)
+        elif before is not None:
+            born = max(born, number(before))
+        before = start
         if start is None:
             continue
         reached = [] if start in given else _grown([start], {None, start, *given})
         old = [node for node in reached if not born <= node._sequence_nr() < _NEVER]
         suspects += [(node, part) for node in old if number(node) >= 0 or _is_leaf_besides(node, leaves)]
-        born = max(born, number(start))
     if not suspects or not _captured(suspects):
         return []
     gc.collect()
