@@ -1385,8 +1385,8 @@ FAULTS = [
             (
                 "captured tensors are looked for at the first step only",
                 "rollout/checks",
-                "            if self._watch.captures:\n                self._note",
-                "            if self._watch.captures and step == 1:\n                self._note",
+                "            if watch.captures:\n                wanted =",
+                "            if watch.captures and step == 1:\n                wanted =",
             ),
             (
                 "wrapped tensors are looked for at the first step only",

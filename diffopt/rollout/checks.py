@@ -179,7 +179,8 @@ class Checks:
         found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
             refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
-        self._born = max([self._born, *[autograd_graph.number(part.start) for part in last if part.start is not None]])
+        newest = [autograd_graph.number(part.start) for part in last if part.start is not None]
+        self._born = max([self._born, *newest])
 
     def _without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
         with transforms.tangents_seen():
