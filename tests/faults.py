@@ -1154,9 +1154,9 @@ FAULTS = [
     ),
     Fault(
         "a rollout that is taken again keeps what another thread drew",
-        "diffopt/rollout/loop.py",
-        "known.setdefault(step, before)",
-        "known[step] = before",
+        "diffopt/tensors/random_state.py",
+        "self.known.setdefault(step, self._now)",
+        "self.known[step] = self._now",
         "random_threads",
     ),
     # reports, tables, and advice that belongs to the solver or the estimator
@@ -1385,8 +1385,8 @@ FAULTS = [
             (
                 "captured tensors are looked for at the first step only",
                 "rollout/checks",
-                "            if self._watch.captures:\n                self._note",
-                "            if self._watch.captures and step == 1:\n                self._note",
+                "            if watch.captures:\n                wanted =",
+                "            if watch.captures and step == 1:\n                wanted =",
             ),
             (
                 "wrapped tensors are looked for at the first step only",
@@ -1397,8 +1397,8 @@ FAULTS = [
             (
                 "a user's update is looked at in the first step only",
                 "rollout/checks",
-                "if not self._own_update:\n            self._refuse_captured(after, [*state",
-                "if not self._own_update and step == 1:\n            self._refuse_captured(after, [*state",
+                "raise changed_in_place()\n            self._refuse_captured(after, [*state",
+                "raise changed_in_place()\n            step == 1 and self._refuse_captured(after, [*state",
             ),
             (
                 "captured tangents are passed over",
@@ -1406,12 +1406,17 @@ FAULTS = [
                 "watch.values and not passes_tangents and transforms.in_dual_level()",
                 "False",
             ),
-            ("captured results of operations are passed over", "tensors/autograd_graph", "if at < born or (", "if ("),
+            (
+                "captured results of operations are passed over",
+                "tensors/autograd_graph",
+                "if number(node) >= 0 or _is_leaf_besides",
+                "if _is_leaf_besides",
+            ),
             (
                 "a leaf that the loss makes for itself is captured",
                 "tensors/autograd_graph",
-                "if id(leaf) not in part.leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
-                "if id(leaf) not in part.leaves:",
+                "if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
+                "if True:",
             ),
         ]
     ),
@@ -1750,8 +1755,8 @@ FAULTS = [
     Fault(
         "only the last of some losses is looked at",
         "diffopt/rollout/checks.py",
-        "            noted, self._noted = self._noted, []\n            self._look_at",
-        "            noted, self._noted = self._noted[-1:], []\n            self._look_at",
+        "noted, self._noted = self._noted, []",
+        "noted, self._noted = self._noted[-1:], []",
         "captures",
     ),
     Fault(
@@ -1819,9 +1824,9 @@ FAULTS = [
     ),
     Fault(
         "a step is judged on the random numbers of the first",
-        "diffopt/rollout/checks.py",
-        "self._looked_at = {1, 1 if keep is None else keep.first, self._last}",
-        "self._looked_at = {1, self._last}",
+        "diffopt/tensors/random_state.py",
+        "        self._now = after\n",
+        "",
         "hidden_state",
     ),
     # Going on from a state.
@@ -1976,8 +1981,8 @@ FAULTS = [
     Fault(
         "a stopped solve does not look at the losses that it put off",
         "diffopt/rollout/checks.py",
-        "        noted, self._noted = self._noted, []\n        self._look_at(noted)\n",
-        "",
+        "        self._look_at_noted()\n        if self._held is not None and self._latest",
+        "        if self._held is not None and self._latest",
         "along",
     ),
     # Many cotangents of one solve.
@@ -2283,5 +2288,62 @@ FAULTS = [
         "for value in held for part in tree.flatten(value)[0]]",
         "for value in held for part in [value]]",
         "nested",
+    ),
+    # the cost of checks
+    Fault(
+        "a sum that overflows is a bad number",
+        "diffopt/tensors/leaves.py",
+        "cmath.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])",
+        "cmath.isfinite(total)",
+        "finite",
+    ),
+    Fault(
+        "only the first tensor is looked at for bad numbers",
+        "diffopt/tensors/leaves.py",
+        "map(Tensor.sum, numbers)",
+        "map(Tensor.sum, numbers[:1])",
+        "finite",
+    ),
+    Fault(
+        "a graph that is kept is not looked at for missing derivatives",
+        "diffopt/rollout/checks.py",
+        "        autograd_graph.refuse_broken(graph)\n",
+        "",
+        "checks",
+    ),
+    Fault(
+        "a graph of missing derivatives is only looked at if its first node lacks one",
+        "diffopt/tensors/autograd_graph.py",
+        "for node in graph if suspects else ():",
+        "for node in graph[:1]:",
+        "checks",
+    ),
+    Fault(
+        "what the losses of the last steps capture is not looked at",
+        "diffopt/rollout/checks.py",
+        "if at_once or step == self._last or len(self._noted) == _AT_ONCE:",
+        "if at_once or len(self._noted) == _AT_ONCE:",
+        "captures",
+    ),
+    Fault(
+        "only the params are given to a loss, its args are captured",
+        "diffopt/rollout/checks.py",
+        "self._note_captured(losses, [*params, *wanted], step",
+        "self._note_captured(losses, [*params], step",
+        "captures",
+    ),
+    Fault(
+        "an update's write to its state goes unnoticed where a graph is kept",
+        "diffopt/rollout/checks.py",
+        "if versions != [leaf._version for leaf in state]:",
+        "if False:",
+        "in_place",
+    ),
+    Fault(
+        "an argument made in inference mode cannot be watched",
+        "diffopt/adjoint/estimator.py",
+        "        except RuntimeError:  # one was made in inference mode\n",
+        "        except TypeError:\n",
+        "unusable_tensors",
     ),
 ]

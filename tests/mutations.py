@@ -84,6 +84,7 @@ NAMES = [
     "lift_refusals",
     "recomputation",
     "hidden_state",
+    "finite",
     "captures",
     "levels",
     "memory",

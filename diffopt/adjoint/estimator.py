@@ -127,8 +127,11 @@ def versions(problem: Problem) -> list[int]:
     if not problem.check:
         return []
     given = (*inputs.params, *inputs.read, *inputs.hyperparameters)
-    if transforms.current_level() is None and all([type(x) is Tensor and not x.is_inference() for x in given]):
-        return [x._version for x in given]
+    if transforms.current_level() is None and set(map(type, given)) == {Tensor}:
+        try:
+            return [x._version for x in given]
+        except RuntimeError:  # one was made in inference mode
+            pass
     return [transforms.version(x) for x in given]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Checks:
         dynamics: Dynamics,
         watch: Watch,
         keep: Keep | None = None,
-        draws: Mapping[int, random_state.GeneratorStates] | None = None,
+        draws: random_state.Draws | None = None,
         *,
         passes_tangents: bool = False,
         stops: bool = False,
@@ -52,25 +53,23 @@ class Checks:
         Args:
             dynamics: what is looked at.
             watch: what for.
-            keep: what will be kept of the steps.
-            draws: the generators' states for steps that draw random numbers again.
+            keep: what will be kept of the steps; whoever keeps graphs calls :meth:`look_at_graph`.
+            draws: where the generators stood before the steps.
             passes_tangents: plain code that forward-mode differentiation goes through.
             stops: any step may turn out to be the last.
         """
-        self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
+        self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
         self._stops = stops
-        # (steps whose numbers may be drawn again)
-        self._looked_at = {1, 1 if keep is None else keep.first, self._last}
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
-        self._looks_for_breaks, self._born = True, -1
+        self._looks_for_breaks, self._born = keep is None, -1
         self._noted: list[autograd_graph.GraphPart] = []
         self._held: HiddenState | None = None
         self._stores = False
         self._latest: tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor], bool] | None = None
-        self._before: random_state.GeneratorStates | None = None
+        self._step = 0
         self._read: Sequence[Tensor] = ()
         self._versions: list[int] = []
         self.hidden_state: DiffoptError | None = None
@@ -81,9 +80,7 @@ class Checks:
         self, params: Sequence[Tensor], read: Sequence[Tensor], step: int, aux: list[Tensor] | None = None
     ) -> Tensor:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
-        self._read, self._versions = read, [x._version for x in params]
-        if self._stops or step in self._looked_at:
-            self._before = self._draws.get(step) or random_state.snapshot(params[0].device)
+        self._step, self._read, self._versions = step, read, [x._version for x in params]
         if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
         if self._plainly:
@@ -119,8 +116,7 @@ class Checks:
 
     def stopped(self) -> None:
         """The last step has been made, before its time: look at what was put off until then."""
-        noted, self._noted = self._noted, []
-        self._look_at(noted)
+        self._look_at_noted()
         if self._held is not None and self._latest is not None and self._held.has_moved():
             self._judge(self._held, *self._latest[:3], exactly=self._latest[3])
 
@@ -131,11 +127,13 @@ class Checks:
         grads = derivatives.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()
-        if self._watch.values:
+        watch, read = self._watch, self._read
+        if watch.values:
             if step == 1:
-                refuse_bad_start(self._dynamics, losses, grads, params, self._read)
-            if self._watch.captures:
-                self._note_captured(losses, [*params, *self._read], step, at_once=not differentiable)
+                refuse_bad_start(self._dynamics, losses, grads, params, read)
+            if watch.captures:
+                wanted = [x for x in read if x.requires_grad]
+                self._note_captured(losses, [*params, *wanted], step, at_once=not differentiable)
         if self._stops and self._held is not None:
             found = [None if g is None else g.detach() for g in grads]
             self._latest = losses.detach(), found, params, not differentiable
@@ -145,6 +143,8 @@ class Checks:
 
     def update(self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int) -> Leaves:
         """The update, evaluated apart from the transforms around the solve."""
+        if self._own_update and not self._looks_for_breaks:
+            return self._dynamics.update(state, grads, hyperparameters, step)
         if not torch.is_grad_enabled():  # without a graph, for which a first one is made to look at
             if step > 1 or not self._watch.values or self._own_update:
                 return self._dynamics.update(state, grads, hyperparameters, step)
@@ -153,14 +153,14 @@ class Checks:
                 after = self._apart_update(roots, grads, hyperparameters, step)
             self._refuse_captured(after, roots)
             return Leaves([leaf.detach() for leaf in after])
-        versions = [leaf._version for leaf in state]
+        versions = [] if self._own_update else [leaf._version for leaf in state]
         after = self._apart_update(state, grads, hyperparameters, step)
-        if versions != [leaf._version for leaf in state]:
-            raise changed_in_place()
         if self._looks_for_breaks:
             autograd_graph.refuse_broken_graph([leaf.grad_fn for leaf in after])
             self._looks_for_breaks = False
         if not self._own_update:
+            if versions != [leaf._version for leaf in state]:
+                raise changed_in_place()
             self._refuse_captured(after, [*state, *hyperparameters, *grads])
         return after
 
@@ -192,20 +192,33 @@ class Checks:
         """
         if not self._watch.captures:
             return
-        self._look_at([autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad])
+        parts = [autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad]
+        self._look_at(parts, parts)
 
     def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
         self._noted.append(autograd_graph.GraphPart.of(losses, given))
-        if at_once or step in (1, self._last) or len(self._noted) == _AT_ONCE:
-            noted, self._noted = self._noted, []
-            self._look_at(noted)
+        if at_once or step == self._last or len(self._noted) == _AT_ONCE:
+            self._look_at_noted()
 
-    def _look_at(self, parts: Sequence[autograd_graph.GraphPart]) -> None:
+    def look_at_graph(self, graph: Sequence[Any]) -> None:
+        """Look at the graph of the first step of which one is kept, given by all its nodes.
+
+        (Their Python objects, whose making is most of the work, are then there for what its losses have captured too.)
+        """
+        self._look_at_noted()
+        autograd_graph.refuse_broken(graph)
+
+    def _look_at_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        self._look_at(noted, noted[-1:])
+
+    def _look_at(self, parts: Sequence[autograd_graph.GraphPart], last: Sequence[autograd_graph.GraphPart]) -> None:
+        """Look at parts of a graph; among the ``last`` is that which ends in the newest node."""
         found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
             refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
-        newest = [autograd_graph.number(part.start) for part in parts if part.start is not None]
+        newest = [autograd_graph.number(part.start) for part in last if part.start is not None]
         self._born = max([self._born, *newest])
 
     def _without_tangents(
@@ -227,13 +240,17 @@ class Checks:
 
         def again() -> tuple[Tensor, Sequence[Tensor]]:
             params = [leaf.detach().requires_grad_() for leaf in self._dynamics.layout.params(state)]
-            with torch.enable_grad(), random_state.replayed(self._before, params[0].device):
+            with torch.enable_grad(), self._drawing_again(params[0].device):
                 return self._dynamics.losses(params, self._read).detach(), ()
 
         keeps = held.matters(again, losses, (), exactly=True)
         self._held = None if keeps else held  # looked at again after the last step
         self._stores = not keeps
         return keeps
+
+    def _drawing_again(self, device: torch.device) -> AbstractContextManager[None]:
+        """Draw the random numbers of the step that is being taken once more."""
+        return random_state.replayed(None if self._draws is None else self._draws.before(self._step), device)
 
     def _judge(
         self,
@@ -250,7 +267,7 @@ class Checks:
         """
 
         def again() -> tuple[Tensor, Sequence[Tensor]]:
-            with torch.enable_grad(), random_state.replayed(self._before, params[0].device):
+            with torch.enable_grad(), self._drawing_again(params[0].device):
                 roots = [leaf.detach().requires_grad_() for leaf in params]
                 value = self._dynamics.losses(roots, self._read)
                 return value.detach(), derivatives.or_zeros(

@@ -82,7 +82,7 @@ def _is_dense_floating(leaf: Any) -> bool:
 
 def refuse_frozen(leaves: Sequence[Tensor], structure: tree.Structure) -> None:
     """Refuse frozen parameters of a module among others: ``torch.optim`` leaves them alone, ``solve`` would not."""
-    if all([type(leaf) is Tensor for leaf in leaves]):
+    if set(map(type, leaves)) == {Tensor}:
         return
     parameters = [isinstance(leaf, torch.nn.Parameter) for leaf in leaves]
     if any(own and leaf.requires_grad for own, leaf in zip(parameters, leaves, strict=True)):

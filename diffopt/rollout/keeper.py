@@ -83,7 +83,10 @@ class Keeper:
         right for a small model must not be wrong, or refused, for a large one.
         """
         others = (*self._inputs.read, *self._inputs.hyperparameters)
-        first = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
+        graph = autograd_graph.nodes(block.last_nodes)
+        if isinstance(steps, Checks):
+            steps.look_at_graph(graph)
+        first = autograd_graph.saved_bytes(graph, others)
         expected = first * (self._last - self.first + 1)
         large = self._checkpoint is None and expected > GRAPH_BUDGET
         if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):

@@ -84,16 +84,15 @@ def roll_out(
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
-    layout, inputs, known = dynamics.layout, inputs.detached(), dict(draws or {})
+    layout, inputs = dynamics.layout, inputs.detached()
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
-    stops = stop is not NEVER
-    steps = Checks(dynamics, watch, keep, known, stops=stops) if watch else dynamics
-    device, keeper = inputs.params[0].device, Keeper(dynamics, inputs, keep, wanted, stops=stops)
+    stops, device = stop is not NEVER, inputs.params[0].device
+    keeper, drawn = Keeper(dynamics, inputs, keep, wanted, stops=stops), random_state.Draws(device, draws)
+    known, steps = drawn.known, Checks(dynamics, watch, keep, drawn, stops=stops) if watch else dynamics
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile and dynamics.aux is None and stop.tol is None else None
     tables, done, enough = Tables(len(layout.levels), layout.steps), 0, None
     autocast = derivatives.Autocast(device)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
-        before = random_state.snapshot(device)
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
             with random_state.replayed(known[step], device) if step in known else nullcontext():
@@ -111,10 +110,7 @@ def roll_out(
                 break
             ground, done = keeper.after(ground, step, steps, rows[0]) if step >= keeper.first else ground, step
             tables.write(step, rows, dynamics.names_of_rows)
-            drawn = random_state.snapshot(device)
-            if random_state.changed(before, drawn):
-                known.setdefault(step, before)
-            before = drawn
+            drawn.look(step)
             if stop.on_step is not None and stop.told(layout.first_update(step), rows[0]):
                 break
         state, handed_out = ground.state, tables.until(done)

@@ -99,8 +99,11 @@ def refuse_bad_start(
         )
     if isinstance(dynamics.loss, VectorField):
         refuse_constant(losses, params, grads, dynamics.layout.names().params)
-    values = transforms.plain(losses)
-    if not math.isfinite(values.sum()) and not bool(values.isfinite().all()):
+    values = transforms.unwrapped(losses)
+    if math.isfinite(values.item() if values.ndim == 0 else values.detach().sum().item()):
+        return
+    values = values.detach()
+    if not bool(values.isfinite().all()):
         named = not_finite(dynamics.layout, params, read, (), 1)
         raise NonFiniteLossError(
             f"the inner loss is {float(values[~values.isfinite()].flatten()[0])} at the initial params",

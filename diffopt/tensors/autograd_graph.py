@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,21 +16,27 @@ from diffopt.tensors import transforms
 from diffopt.tensors.torch_errors import missing_derivative, name_of_broken
 
 
-def nodes(starts: Iterable[Any], seen: set[Any] | None = None) -> Iterator[Any]:
+def nodes(starts: Iterable[Any], seen: set[Any] | None = None) -> list[Any]:
     """Every node that can be reached from ``starts``, once; ``None`` among them is passed over.
 
     Those in ``seen``, and what only they lead to, are passed over too; the others are added to it.
     """
     seen = set() if seen is None else seen
-    pending = [node for node in {*starts} if node is not None and node not in seen]
-    seen.update(pending)
-    while pending:
-        node = pending.pop()
-        yield node
+    seen.add(None)
+    found = [node for node in dict.fromkeys(starts) if node not in seen]
+    seen.update(found)
+    return _grown(found, seen)
+
+
+def _grown(found: list[Any], seen: set[Any]) -> list[Any]:
+    """Add to ``found`` all that is behind it, besides what is in ``seen``, which holds ``None`` and ``found``."""
+    push, add = found.append, seen.add
+    for node in found:  # (the loop that the checks of a rollout cost most: half a microsecond a node)
         for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
+            if parent not in seen:
+                add(parent)
+                push(parent)
+    return found
 
 
 def leaves_behind(loss: Tensor) -> list[Tensor]:
@@ -40,29 +46,27 @@ def leaves_behind(loss: Tensor) -> list[Tensor]:
 
 def refuse_broken_graph(starts: Iterable[Any]) -> None:
     """Refuse a graph, given by its last nodes, with an operation whose derivative was declared missing."""
-    pending = [node for node in {*starts} if node is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        kind = type(node)
-        if kind not in _sound and _may_be_broken(kind) and node.name().endswith(("Error", "NotImplemented")):
+    refuse_broken(nodes(starts))
+
+
+def refuse_broken(graph: Sequence[Any]) -> None:
+    """The same of a graph that is given by all its nodes."""
+    suspects = [kind for kind in set(map(type, graph)) - _sound if _may_be_broken(kind)]
+    for node in graph if suspects else ():
+        if type(node) in suspects and node.name().endswith(("Error", "NotImplemented")):
             raise missing_derivative(name_of_broken(node))
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
 
 
 _sound: set[type] = set()
-"""Types of nodes that stand for one operation each, which has a derivative."""
+"""Types of torch's own nodes that stand for one operation each, which has a derivative, or for a leaf."""
 
 
 def _may_be_broken(kind: type) -> bool:
     """Whether a node of this type may stand for a missing derivative; most operations have a type of their own."""
-    if kind.__name__.endswith(("Backward0", "Backward1")):
+    if kind.__name__.endswith(("Backward0", "Backward1", "AccumulateGrad")):
         _sound.add(kind)
         return False
-    return True
+    return not issubclass(kind, torch.autograd.function.BackwardCFunction)
 
 
 _NEVER = 2**63
@@ -91,8 +95,14 @@ class GraphPart(NamedTuple):
     @staticmethod
     def of(output: Tensor, given: Sequence[Tensor]) -> GraphPart:
         """That behind ``output``, grown from the tensors ``given``."""
-        leaves = [id(x) for x in given if x.requires_grad and x.grad_fn is None]
-        return GraphPart(output.grad_fn, [x.grad_fn for x in given], frozenset(leaves))
+        own = [x.grad_fn for x in given]
+        if None not in own:
+            return GraphPart(output.grad_fn, own, _NO_LEAVES)
+        leaves = [id(x) for x, node in zip(given, own, strict=True) if node is None and x.requires_grad]
+        return GraphPart(output.grad_fn, own, frozenset(leaves))
+
+
+_NO_LEAVES: frozenset[int] = frozenset()
 
 
 def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
@@ -104,27 +114,29 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
     returns (or, in a cycle, when collected).
     """
     suspects: list[tuple[Any, GraphPart]] = []
+    before: Any = None
     for part in parts:
-        first = part.given[0]
-        born = born if first is None else number(first)
-        seen: set[Any] = set(part.given)
-        pending = [] if part.start is None or part.start in seen else [part.start]
-        seen.update((None, part.start))
-        push, add = pending.append, seen.add
-        while pending:  # (the loop that these checks cost most: half a microsecond a node)
-            node = pending.pop()
-            at = node._sequence_nr()
-            if at < born or (at >= _NEVER and hasattr(node, "variable")):
-                suspects.append((node, part))
-            for parent, _ in node.next_functions:
-                if parent not in seen:
-                    add(parent)
-                    push(parent)
-        born = born if part.start is None else max(born, number(part.start))
+        start, given, leaves = part
+        first = given[0]
+        if first is not None:
+            born = number(first)
+        elif before is not None:
+            born = max(born, number(before))
+        before = start
+        if start is None:
+            continue
+        reached = [] if start in given else _grown([start], {None, start, *given})
+        old = [node for node in reached if not born <= node._sequence_nr() < _NEVER]
+        suspects += [(node, part) for node in old if number(node) >= 0 or _is_leaf_besides(node, leaves)]
     if not suspects or not _captured(suspects):
         return []
     gc.collect()
     return _captured(suspects)
+
+
+def _is_leaf_besides(node: Any, leaves: Collection[int]) -> bool:
+    leaf = getattr(node, "variable", None)
+    return leaf is not None and id(leaf) not in leaves
 
 
 def _captured(suspects: Sequence[tuple[Any, GraphPart]]) -> list[Any]:
@@ -132,7 +144,7 @@ def _captured(suspects: Sequence[tuple[Any, GraphPart]]) -> list[Any]:
     for node, part in suspects:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            if id(leaf) not in part.leaves and sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+            if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
                 found.append(node)
         # (another thread numbers its nodes from the start, but only a new node can lead to a given tensor)
         elif not any(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from types import SimpleNamespace
@@ -156,14 +156,13 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     if any(map(transforms.is_wrapped, numbers)):
         numbers = list(map(transforms.unwrapped, numbers))
     # A finite sum ends the matter in few calls and one synchronisation; another one may only have overflowed.
-    with torch.no_grad():
-        if len(numbers) <= _FEW and all([type(x) is Tensor and x.is_cpu and x.is_floating_point() for x in numbers]):
-            total = 0.0
-            for x in numbers:
-                total += x.sum().item()
-        else:
-            total = float(torch.stack(torch._foreach_norm(numbers)).sum())
-        return math.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])
+    if torch.is_grad_enabled():
+        numbers = [x.detach() for x in numbers]
+    if len(numbers) <= _FEW and set(map(type, numbers)) <= {Tensor} and (not numbers or numbers[0].is_cpu):
+        total = sum(map(Tensor.item, map(Tensor.sum, numbers)))
+    else:
+        total = float(torch.stack(torch._foreach_norm(numbers)).sum())
+    return cmath.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])
 
 
 def _apply(

@@ -13,7 +13,7 @@ in the loss does not know of these: what it recomputes, whenever that is, is tol
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
@@ -42,6 +42,31 @@ def restore(states: GeneratorStates, device: torch.device) -> None:
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
     """Whether random numbers were drawn between the two."""
     return not all(map(torch.equal, before, after))
+
+
+@final
+class Draws:
+    """The generators' states before the steps of a rollout, kept of those that drew random numbers.
+
+    Attributes:
+        known: the states before the steps that drew, or that are to draw the same numbers again.
+    """
+
+    def __init__(self, device: torch.device, known: Mapping[int, GeneratorStates] | None = None) -> None:
+        """Take note of where the generators stand before the first step."""
+        self.known = dict(known or {})
+        self._device, self._now = device, snapshot(device)
+
+    def before(self, step: int) -> GeneratorStates:
+        """Where they stood before step ``step``, which is being taken or has just been."""
+        return self.known.get(step) or self._now
+
+    def look(self, step: int) -> None:
+        """Take note of what step ``step`` drew, now that it has been taken."""
+        after = snapshot(self._device)
+        if changed(self._now, after):
+            self.known.setdefault(step, self._now)
+        self._now = after
 
 
 @contextmanager

@@ -167,3 +167,67 @@ def test_a_second_derivative_is_refused(name: str, style: str) -> None:
     ) as caught:
         differentiate_twice()
     assert len(str(caught.value)) < 350
+
+
+class Once(torch.autograd.Function):
+    """Doubles, and can be differentiated once only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+class BadlyNamed(torch.autograd.Function):
+    """Doubles, and has every derivative, whatever its name says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+BadlyNamed.__name__ = BadlyNamed.__qualname__ = "NotImplemented"
+
+LACKING: dict[str, Callable[[Tensor], Tensor]] = {
+    "multi_margin": lambda w: torch.nn.functional.multi_margin_loss(w[None], torch.tensor([0])),
+    "once": lambda w: Once.apply(w).square().sum(),
+    "among_others": lambda w: w.pow(4).sum() + Once.apply(w[:1]).square().sum() + w.sin().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LACKING.values(), ids=LACKING)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Reverse("sqrt"), Truncated(1), Unrolled()], ids=str)
+def test_a_missing_second_derivative_is_refused(rule: Any, steps: int, loss: Any) -> None:
+    """At the latest in the backward pass, which would give the number without it."""
+    start = tensor(1, 2).requires_grad_()
+    with pytest.raises(diffopt.MissingDerivativeError):
+        solve(loss, start, steps=steps, estimator=rule).square().sum().backward()
+    assert start.grad is None
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(2), Unrolled()], ids=str)
+def test_an_operation_that_is_differentiated_once_only_is_right(rule: Any) -> None:
+    """It has what the meta-parameter ``x`` needs: the inner gradient ``2 w + 2 x`` is linear in it."""
+    start, x = tensor(1, 2).requires_grad_(), tensor(3, 4).requires_grad_()
+    loss = lambda w, x: (w.square() + w * Once.apply(x)).sum()  # noqa: E731
+    end = diffopt.solve(loss, start, x, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule).params
+    end.sum().backward()
+    # w' = 0.8 w - 0.2 x, twice
+    assert torch.allclose(start.grad, torch.full_like(start, 0.64), rtol=1e-12)
+    assert torch.allclose(x.grad, torch.full_like(x, -0.36), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled()], ids=str)
+def test_an_operation_with_a_bad_name_is_right(rule: Any) -> None:
+    start = tensor(1, 2).requires_grad_()
+    solve(lambda w: BadlyNamed.apply(w).square().sum(), start, steps=2, estimator=rule).sum().backward()
+    assert torch.allclose(start.grad, torch.full_like(start, 0.04), rtol=1e-10)  # (1 - 0.1 * 8)^2

@@ -148,3 +148,32 @@ def test_an_update_that_changes_what_it_is_given_is_refused_or_right(
     expected = STYLES[style](solved(square, Momentum(what, change, pure=True), rule), *given())
     for one, other in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)  # a tensor in another place may be rounded otherwise
+
+
+@dataclass(frozen=True)
+class Doubling(diffopt.Optimizer):
+    """Gradient descent that doubles its params, or its buffer, where autograd does not see it."""
+
+    what: str
+    first: int
+
+    def init(self, params: Any) -> Any:
+        return {"count": params.zeros() + 1}
+
+    def update(self, params: Any, grads: Any, buffers: Any, step: int) -> Any:
+        given = {"params": params, "count": buffers["count"]}
+        if step >= self.first:
+            with torch.no_grad():
+                given[self.what].map(lambda x: x.mul_(2))
+        return params - 0.1 * grads, {"count": 1 + buffers["count"]}
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("what", ["params", "count"])
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Reverse("sqrt"), MultiStep(1)], ids=str)
+def test_a_write_that_no_graph_has_saved_is_refused(rule: Any, what: str, first: int) -> None:
+    """The loss is linear in its params, so that the backward pass reads none of them."""
+    w, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    options = {"optimizer": Doubling(what, first), "steps": 4, "estimator": rule}
+    with pytest.raises(diffopt.InPlaceError, match="in place"):
+        diffopt.solve(lambda w, x: (w * x).sum(), w, x, **options).params.sum().backward()
