@@ -6,7 +6,6 @@ import functools
 import gc
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -181,17 +180,23 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
             value = getattr(node, name, None)
             if value is None:
                 continue
-            if not isinstance(value, Tensor | tuple):  # and never will be
+            if isinstance(value, Tensor):
+                _add_storage(storages, value)
+            elif type(value) is tuple and (not value or any([x is None or isinstance(x, Tensor) for x in value])):
+                for x in value:
+                    _add_storage(storages, x)
+            else:  # a number, a shape: it will never be a tensor
                 _saved[kind] = [other for other in _saved[kind] if other != name]
-                continue
-            for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    with suppress(
-                        RuntimeError, NotImplementedError
-                    ):  # zeros of forward mode, and subclasses, have none
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for pointer, size in storages.items() if pointer not in others)
+    return sum([size for pointer, size in storages.items() if pointer not in others])
+
+
+def _add_storage(storages: dict[int, int], tensor: Any) -> None:
+    """Add the storage of a tensor, by its address; zeros of forward mode, subclasses and sparse tensors have none."""
+    try:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        pass
 
 
 _saved: dict[Any, list[str]] = {}

@@ -106,7 +106,7 @@ class Graph:
         edges, weights = zip(*pairs, strict=True)
         inputs = [self._inputs[i] for i in wanted]
         try:
-            return list(torch.autograd.grad(edges, inputs, weights, allow_unused=True, retain_graph=retain))
+            return list(_run(edges, inputs, weights, retain=retain))
         except RuntimeError as error:
             raise _named(error) from error
 
@@ -155,9 +155,30 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
         _refuse_compiled(output, inputs)
     try:
         total = output.sum() if output.ndim else output
-        return torch.autograd.grad(total, inputs, create_graph=differentiable, allow_unused=True)
+        return _run((total,), inputs, (_one(total),), retain=differentiable, differentiable=differentiable)
     except RuntimeError as error:
         raise _named(error) from error
+
+
+def _run(
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    weights: Sequence[Tensor],
+    *,
+    retain: bool,
+    differentiable: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad``, past the checks of its arguments, which cost as much as the gradient of a small loss."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    found: tuple[Tensor | None, ...] = engine.run_backward(
+        tuple(outputs), tuple(weights), retain, differentiable, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
+
+
+def _one(like: Tensor) -> Tensor:
+    """The cotangent of a scalar."""
+    return torch.ones_like(like, memory_format=torch.preserve_format)
 
 
 _COMPILED = "torch._functorch._aot_autograd.runtime_wrappers"
