@@ -16,7 +16,7 @@ from diffopt.implicit import ImplicitGradients, implicit, implicit_gradients
 from diffopt.lifting.from_torch import from_torch
 from diffopt.lifting.from_torchopt import from_torchopt
 from diffopt.mean_over_tasks import mean_over_tasks
-from diffopt.optimizers import SGD, Adagrad, Adam, AdamW, RMSprop
+from diffopt.optimizers import EMA, SGD, Adagrad, Adam, AdamW, Clip, Groups, Lookahead, Muon, Proximal, RMSprop
 from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.optimizers.preconditioned import Preconditioned
 from diffopt.optimizers.proximal import ProximalGD
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from diffopt import errors as errors
     from diffopt import estimators as estimators
     from diffopt import linear_solve as linear_solve
+    from diffopt import prox as prox
     from diffopt import tasks as tasks
     from diffopt import testing as testing
 
 __version__ = "0.1.0"
 
-_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "tasks", "testing"})
+_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "prox", "tasks", "testing"})
 """Subpackages that are there after ``import diffopt`` too, and imported when they are first asked for."""
 _MOVED = {"optimizer": "optimizers.base"}
 """Where the documentation of 0.1 names a module that is elsewhere now."""
@@ -55,18 +56,24 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "EMA",
     "SGD",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Clip",
     "Comparison",
     "DiffoptError",
     "Finding",
+    "Groups",
     "ImplicitGradients",
     "Kept",
     "Leaves",
+    "Lookahead",
+    "Muon",
     "Optimizer",
     "Preconditioned",
+    "Proximal",
     "ProximalGD",
     "RMSprop",
     "Report",

@@ -1510,8 +1510,8 @@ FAULTS = [
     ),
     Fault(
         "any update counts as one of this library's",
-        "diffopt/rollout/dynamics.py",
-        '.__module__.startswith("diffopt.optimizers.")',
+        "diffopt/optimizers/binding.py",
+        ".__module__.startswith(_OWN)",
         '.__module__.startswith("")',
         "captures",
     ),

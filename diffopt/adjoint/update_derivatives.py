@@ -105,10 +105,11 @@ class Updates:
 
     def blocks(self) -> UpdateBlocks:
         """All that needs no curvature, in the form that suits the update."""
-        shapes = [leaf.shape for leaf in self.rollout.states[self.first]]
-        params = self.dynamics.layout.params_count
-        kinds, rest = divmod(len(shapes), params)
-        alike = rest == 0 and shapes == shapes[:params] * kinds
+        layout, shapes = self.dynamics.layout, [leaf.shape for leaf in self.rollout.states[self.first]]
+        params = layout.params_count
+        # each buffer of its own: those of groups, which have some leaves each, could look like copies all together
+        alike = all([count == params for _, count in layout.buffers_layout])
+        alike = alike and shapes == shapes[:params] * (len(shapes) // params)
         return DiagonalBlocks(self) if self.dynamics.optimizer.elementwise and alike else GraphBlocks(self)
 
 

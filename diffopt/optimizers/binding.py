@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from diffopt.errors import (
     OptimizerError,
     ShapeError,
     StepsError,
-    StructureError,
 )
-from diffopt.optimizers.base import Optimizer, Schedule
+from diffopt.optimizers.base import Bindable, Optimizer, Part, Schedule
+from diffopt.optimizers.branches import Branches, other_structure
 from diffopt.tensors import hints, tree
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import is_integer, plain_tree
 from diffopt.tensors.usable import usable, usable_leaves
+
+_OWN = ("diffopt.optimizers.", "diffopt.prox")
+"""Modules of this library with optimizers, and what these hold."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class _Slot:
     index: int
 
 
+Reader: TypeAlias = Callable[[int, Leaves, Sequence[Tensor]], Any]
+"""``(step, params, tensors) ->`` what ``update`` sees in a field."""
+
+
 @final
 @dataclass(frozen=True)
 class BoundOptimizer:
@@ -39,17 +46,21 @@ class BoundOptimizer:
 
     Attributes:
         template: the optimizer as the user made it.
-        tensors: the tensors in its fields, in a fixed order.
+        tensors: the tensors in its fields, and in those of the optimizers that it holds, in a fixed order.
         scheduled: for each tensor, whether its leading axis runs over steps.
-        elementwise: whether updates may run on stacked tensors: the template says so, and no field is a tree of its
-            own shape, which could not be matched with the tasks' axes.
+        elementwise: whether updates may run on stacked tensors: the template and all that it holds say so, and no field
+            is a tree of its own shape, which could not be matched with the tasks' axes.
+        own: whether all of it is of this library.
+        placed: which of the params each group has, in the order in which groups were met.
     """
 
     template: Optimizer
     tensors: tuple[Tensor, ...]
     scheduled: tuple[bool, ...]
     elementwise: bool
-    _values: tuple[tuple[str, Callable[..., Any]], ...]
+    own: bool
+    placed: tuple[tuple[int, ...], ...]
+    _reader: Reader | None
 
     def at(self, step: int, params: Leaves, tensors: Sequence[Tensor]) -> Optimizer:
         """The optimizer with its hyperparameters ready for ``update`` at this step.
@@ -57,13 +68,9 @@ class BoundOptimizer:
         ``tensors`` stand for :attr:`tensors`, at this step where scheduled; those that belong to a leaf of ``params``
         may lack its trailing axes (a scalar per task), which are added here.
         """
-        if not self._values:
+        if self._reader is None:
             return self.template
-        ready: Optimizer = object.__new__(type(self.template))
-        for field in fields(self.template):  # type: ignore[arg-type]
-            object.__setattr__(ready, field.name, getattr(self.template, field.name))
-        for name, value in self._values:
-            object.__setattr__(ready, name, value(step, params, tensors))
+        ready: Optimizer = self._reader(step, params, tensors)
         return ready
 
 
@@ -71,53 +78,95 @@ def bind(optimizer: object, params: Sequence[Tensor], structure: tree.Structure,
     """Take an optimizer apart and check every hyperparameter against the parameters.
 
     Raises:
-        OptimizerError: not an :class:`Optimizer`, or not a dataclass.
+        OptimizerError: not an :class:`Optimizer`, or not a dataclass; nor what it holds.
         StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter tree does not fit ``params``.
         StepsError: a schedule's length is not ``steps``.
     """
     if not isinstance(optimizer, Optimizer):
         fix = hints.for_optimizer(optimizer)
         raise OptimizerError(f"optimizer is {tree.describe(optimizer)}", "a diffopt.Optimizer such as SGD", fix)
-    if not is_dataclass(optimizer):
-        raise OptimizerError(
-            f"{type(optimizer).__name__} is not a dataclass",
-            "its hyperparameters to be the fields of one",
-            "decorate the class with @dataclass(frozen=True)",
-        )
-    binder = _Binder(params, structure, steps)
-    values = []
-    for field in fields(optimizer):
-        value, kind = getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
-        if type(value) in _PLAIN and kind != "prefix":
-            continue
-        reader = binder.bind(field.name, value, kind)
-        if reader is not None:
-            values.append((field.name, reader))
-    elementwise = optimizer.elementwise and not binder.whole_trees
+    found = _Found()
+    reader = _Binder(params, Branches.all(structure), steps, found).whole("", optimizer)
     return BoundOptimizer(
         optimizer,
-        tuple(binder.tensors),
-        tuple(binder.scheduled),
-        elementwise,
-        tuple(values),
+        tuple(found.tensors),
+        tuple(found.scheduled),
+        found.elementwise,
+        found.own,
+        tuple(found.placed),
+        reader,
     )
+
+
+def ready(holder: Bindable, params: Sequence[Tensor], structure: tree.Structure) -> Any:
+    """What has hyperparameters, with all of them ready for arithmetic with ``params``; of a schedule the one entry."""
+    found = _Found()
+    reader = _Binder(params, Branches.all(structure), 1, found).whole("", holder)
+    now = [x[0] if scheduled else x for x, scheduled in zip(found.tensors, found.scheduled, strict=True)]
+    return holder if reader is None else reader(1, Leaves(params), now)
 
 
 _PLAIN = (float, int, bool, str, type(None))
 """Types of hyperparameters that are handed on as they are."""
 
 
+class _Found:
+    """What is collected on the way through an optimizer and all that it holds."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.scheduled: list[bool] = []
+        self.elementwise = True
+        self.own = True
+        self.placed: list[tuple[int, ...]] = []
+
+
 class _Binder:
     """Walks over the fields of one optimizer, collecting tensors and making a reader for every field that needs one."""
 
-    def __init__(self, params: Sequence[Tensor], structure: tree.Structure, steps: int) -> None:
-        self.params, self.structure, self.steps = params, structure, steps
-        self.tensors: list[Tensor] = []
-        self.scheduled: list[bool] = []
-        self.whole_trees = False
+    def __init__(self, params: Sequence[Tensor], branches: Branches, steps: int, found: _Found) -> None:
+        self.params, self.branches, self.steps, self.found = params, branches, steps, found
 
-    def bind(self, name: str, value: Any, kind: str) -> Callable[..., Any] | None:
-        """A reader ``(step, params, tensors) -> value for update``; ``None`` if the value needs no work."""
+    def whole(self, name: str, holder: Bindable) -> Reader | None:
+        """A reader for what has hyperparameters of its own; ``None`` if none of them needs work."""
+        if not is_dataclass(holder):
+            raise OptimizerError(
+                f"{type(holder).__name__} is not a dataclass",
+                "its hyperparameters to be the fields of one",
+                "decorate the class with @dataclass(frozen=True)",
+            )
+        self.found.elementwise &= bool(holder.elementwise)
+        self.found.own &= type(holder).__module__.startswith(_OWN)
+        readers: dict[str, Reader] = {}
+        for field in fields(holder):
+            value, kind = getattr(holder, field.name), field.metadata.get("hyperparameter", "leafwise")
+            if kind in ("option", "placing") or (type(value) in _PLAIN and kind != "prefix"):
+                continue
+            named = f"{name}{field.name}"
+            reader = self._groups(named, value, holder) if kind == "groups" else self.bind(named, value, kind)
+            if reader is not None:
+                readers[field.name] = reader
+        return None if not readers else lambda *now: _with_fields(holder, {k: r(*now) for k, r in readers.items()})
+
+    def _groups(self, name: str, value: dict[str, Optimizer], holder: Any) -> Reader:
+        """A reader for optimizers of parts of the params."""
+        readers: list[tuple[str, Optimizer, tuple[int, ...], Reader | None]] = []
+        for key, places in holder.places(self.branches.paths()).items():
+            self.found.placed.append(places)
+            own = _Binder([self.params[i] for i in places], self.branches.part(places), self.steps, self.found)
+            readers.append((key, value[key], places, own.whole(f"{name}[{key!r}].", value[key])))
+
+        def read(step: int, params: Leaves, now: Sequence[Tensor]) -> dict[str, Part]:
+            found = {}
+            for key, optimizer, places, reader in readers:
+                own = Leaves([params[i] for i in places])
+                found[key] = Part(optimizer if reader is None else reader(step, own, now), places)
+            return found
+
+        return read
+
+    def bind(self, name: str, value: Any, kind: str) -> Reader | None:
+        """A reader for a field, or for an entry of one; ``None`` if the value needs no work."""
         if kind == "each":
             named = value if isinstance(value, dict) else {f"{name}[{i}]": item for i, item in enumerate(value)}
             readers = {key: self.bind(key, item, "leafwise") for key, item in named.items()}
@@ -129,29 +178,50 @@ class _Binder:
             return self._whole_tree(name, value)
         if kind == "prefix":
             return None if value is None else self._prefix(name, value)
+        if isinstance(value, Bindable):
+            return self.whole(f"{name}.", value)
+        if isinstance(value, dict | list | tuple) and any(isinstance(x, Bindable) for x in tree.flatten(value)[0]):
+            return self._holders(name, value)
         return self._leafwise(name, value)
 
-    def _slot(self, tensor: Tensor, scheduled: bool) -> _Slot:
-        self.tensors.append(tensor)
-        self.scheduled.append(scheduled)
-        return _Slot(len(self.tensors) - 1)
+    def _holders(self, name: str, value: Any) -> Reader | None:
+        """A reader for a dict, list or tuple with optimizers among its entries."""
+        leaves, structure = tree.flatten(value)
+        named = zip(tree.paths(structure), leaves, strict=True)
+        readers = [self.bind(f"{name}{path}", leaf, "leafwise") for path, leaf in named]
+        if not any(readers):
+            return None
+        pairs = list(zip(readers, leaves, strict=True))
+        return lambda *now: tree.unflatten(structure, [r(*now) if r else leaf for r, leaf in pairs])
 
-    def _whole_tree(self, name: str, value: Any) -> Callable[..., Any] | None:
+    def _slot(self, tensor: Tensor, scheduled: bool) -> _Slot:
+        self.found.tensors.append(tensor)
+        self.found.scheduled.append(scheduled)
+        return _Slot(len(self.found.tensors) - 1)
+
+    def _whole_tree(self, name: str, value: Any) -> Reader | None:
         leaves, structure = tree.flatten(value)
         leaves = usable_leaves(leaves, lambda: [f"{name}{path}" for path in tree.paths(structure)])
-        slots = [self._slot(x, False) if isinstance(x, Tensor) else x for x in leaves]
-        self.whole_trees = self.whole_trees or any(isinstance(slot, _Slot) for slot in slots)
-        if not any(isinstance(slot, _Slot) for slot in slots):
+        readers = [self._as_it_is(name, leaf) for leaf in leaves]
+        if not any(readers):
             return None
-        return lambda step, params, now: tree.unflatten(
-            structure, [now[s.index] if isinstance(s, _Slot) else s for s in slots]
-        )
+        pairs = list(zip(readers, leaves, strict=True))
+        return lambda *now: tree.unflatten(structure, [r(*now) if r else leaf for r, leaf in pairs])
 
-    def _prefix(self, name: str, value: Any) -> Callable[..., Any]:
-        entries = [self._whole_tree(name, entry) or _always(entry) for entry in self._like_params(name, value)]
+    def _as_it_is(self, name: str, leaf: Any) -> Reader | None:
+        if isinstance(leaf, Bindable):
+            return self.whole(f"{name}.", leaf)
+        if not isinstance(leaf, Tensor):
+            return None
+        self.found.elementwise = False  # of a shape of its own
+        slot = self._slot(leaf, False)
+        return lambda step, params, now: now[slot.index]
+
+    def _prefix(self, name: str, value: Any) -> Reader:
+        entries = [self._whole_tree(name, entry) or _always(entry) for _, entry in self._like_params(name, value)]
         return lambda *now: tuple(entry(*now) for entry in entries)
 
-    def _leafwise(self, name: str, value: Any) -> Callable[..., Any] | None:
+    def _leafwise(self, name: str, value: Any) -> Reader | None:
         scheduled = isinstance(value, Schedule)
         inner = plain_tree(value.values if scheduled else value)
         inner = usable(inner, lambda: name) if isinstance(inner, Tensor) else inner
@@ -172,8 +242,7 @@ class _Binder:
             return lambda step, params, now: Leaves(_fit(now[slot.index].to(x), x) for x in params)
         entries = self._like_params(name, inner, self._meant(inner, scheduled))
         slots = [
-            self._entry(name, path, x, leaf, scheduled)
-            for path, x, leaf in zip(tree.paths(self.structure), entries, self.params, strict=True)
+            self._entry(name, path, x, leaf, scheduled) for (path, x), leaf in zip(entries, self.params, strict=True)
         ]
         return lambda step, params, now: Leaves(
             _fit(now[slot.index], x) if isinstance(slot, _Slot) else torch.tensor(slot, dtype=x.dtype, device=x.device)
@@ -210,19 +279,12 @@ class _Binder:
             )
         return self._slot(value, scheduled)
 
-    def _like_params(self, name: str, value: Any, meant: str = "") -> list[Any]:
+    def _like_params(self, name: str, value: Any, meant: str = "") -> list[tuple[str, Any]]:
+        """The path and the entry for each of the params."""
         try:
-            return tree.flatten_up_to(self.structure, value)
+            return self.branches.entries(value)
         except (ValueError, TypeError) as error:
-            found, odd = tree.flatten(value)[1], ""
-            if found.type is not None and (not meant or found.type is self.structure.type):
-                named = tree.differences(name, value, self.structure, deeper=True)
-                odd = f" ({(named or ['it has other kinds of branches'])[0]})"
-            raise StructureError(
-                f"{name} is {tree.describe(value)}{odd}",
-                "a float, a scalar tensor, a Schedule, or a tree with the structure of params",
-                meant,
-            ) from error
+            raise other_structure(name, value, self.branches, meant) from error
 
     def _meant(self, value: Any, scheduled: bool) -> str:
         """What to write for several values, or a function, where one value is expected."""
@@ -245,8 +307,16 @@ def _fit(value: Tensor, leaf: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * missing) if value.ndim and missing > 0 else value
 
 
-def _always(value: Any) -> Callable[..., Any]:
+def _always(value: Any) -> Reader:
     return lambda *now: value
+
+
+def _with_fields(holder: Any, values: dict[str, Any]) -> Any:
+    """The same with other values in some fields, which are not looked at: they are no longer what a user writes."""
+    made = object.__new__(type(holder))
+    for field in fields(holder):
+        object.__setattr__(made, field.name, values.get(field.name, getattr(holder, field.name)))
+    return made
 
 
 def _is_list_of_numbers(value: Any) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import HyperparameterError
-from diffopt.optimizers.base import Hyperparameter, Optimizer, Schedule
-from diffopt.tensors import tree
+from diffopt.errors import HyperparameterError, OptimizerError
+from diffopt.optimizers.base import Bindable, Hyperparameter, Optimizer, Schedule
+from diffopt.tensors import hints, tree
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import as_float
 
@@ -19,7 +19,7 @@ POSITIVE = (0.0, math.inf)
 FINITE = (-math.inf, math.inf)
 
 
-def check_range(optimizer: Optimizer, *optional: str, **ranges: tuple[float, float]) -> None:
+def check_range(optimizer: Bindable, *optional: str, **ranges: tuple[float, float]) -> None:
     """Refuse hyperparameters outside ``low <= value < high``, or not finite; those named may be ``None``.
 
     Floats only: tensors are the caller's to keep in range, who can look at them without waiting for a device.
@@ -40,6 +40,27 @@ def check_range(optimizer: Optimizer, *optional: str, **ranges: tuple[float, flo
                 raise HyperparameterError(
                     f"{type(optimizer).__name__}: {name}{path} is {tree.brief(item)}", f"{none}{inside}"
                 )
+
+
+def check_optimizer_field(owner: Bindable, name: str, value: Any) -> None:
+    """Refuse what is no optimizer where one is to be held."""
+    if not isinstance(value, Optimizer):
+        got = f"{type(owner).__name__}: {name} is {tree.describe(value)}"
+        raise OptimizerError(got, "a diffopt.Optimizer such as SGD(0.1)", hints.for_optimizer(value))
+
+
+def check_one_number(owner: Bindable, name: str, value: Any) -> None:
+    """Refuse a hyperparameter that is more than one number at a step: a tree, or a tensor with axes."""
+    scheduled = isinstance(value, Schedule)
+    inner = value.values if scheduled else value
+    axes = inner.ndim - scheduled if isinstance(inner, Tensor) else 0
+    listed = scheduled and isinstance(inner, list | tuple) and not any(isinstance(x, Tensor) for x in inner)
+    if axes > 0 or not (listed or isinstance(inner, Tensor | int | float | None)):
+        raise HyperparameterError(
+            f"{type(owner).__name__}: {name} is {tree.describe(inner)}",
+            "one number for all parameters: a float, a scalar tensor or a Schedule of them",
+            "for numbers of their own, give each group an optimizer: diffopt.Groups",
+        )
 
 
 def check_eps(optimizer: Any, params: Sequence[Tensor]) -> None:

@@ -40,6 +40,11 @@ class ProximalGD(Optimizer):
         make_plain(self)
         check_range(self, "center", lr=POSITIVE, strength=POSITIVE, center=FINITE)
 
+    @property
+    def step_size(self) -> Hyperparameter:
+        """``lr``."""
+        return self.lr
+
     def init(self, params: Leaves) -> Buffers:
         """The center, where it is the initial parameters."""
         return {"center": params} if self.center is None else {}

@@ -49,6 +49,11 @@ class SGD(Optimizer):
                 "momentum > 0 and dampening 0",
             )
 
+    @property
+    def step_size(self) -> Hyperparameter:
+        """``lr``."""
+        return self.lr
+
     def init(self, params: Leaves) -> Buffers:
         """A zero velocity, if there is momentum."""
         return {} if is_zero(self.momentum) else {"velocity": params.virtual_zeros()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import CapturedTensorError, CompileWarning
-from diffopt.optimizers.base import Schedule
+from diffopt.optimizers.base import Bindable, Schedule
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import as_written
@@ -164,7 +164,7 @@ def _compiled(
     layout, loss = dynamics.layout, dynamics.loss
     structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     try:
-        optimizer = _without_tensors(dynamics.optimizer.template)
+        optimizer = _without_tensors(dynamics.optimizer.template), dynamics.optimizer.placed
         kind = type(loss), getattr(as_written(loss), "__func__", None)
         key = (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
         known = _functions.setdefault(_owner(loss), {})
@@ -188,16 +188,25 @@ def _without_tensors(optimizer: Any) -> Hashable:
     """What tells two optimizers apart besides their tensors, which the compiled functions are given."""
     parts: list[Any] = [type(optimizer)]
     for field in fields(optimizer):
+        if field.metadata.get("hyperparameter") == "placing":  # a function, of which only the outcome matters
+            continue
         value = getattr(optimizer, field.name)
         scheduled = isinstance(value, Schedule)
         leaves, structure = tree.flatten(value.values if scheduled else value)
-        parts.append((scheduled, structure, _typed(leaves)))
+        order = tuple(value) if isinstance(value, dict) else ()  # in which its tensors are taken
+        parts.append((scheduled, structure, order, _typed(leaves)))
     return tuple(parts)
 
 
 def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What is not a tensor, with its type (``True`` equals 1), in a form that can be compared."""
-    return tuple(Tensor if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+    return tuple(map(_kind, leaves))
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Bindable | Schedule):
+        return _without_tensors(leaf)
+    return Tensor if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 class _LayoutError(Exception):

@@ -45,7 +45,7 @@ class Dynamics:
     @cached_property
     def own_update(self) -> bool:
         """Whether the update is one of this library's, which reads what it is given only, and makes new params."""
-        return type(self.optimizer.template).__module__.startswith("diffopt.optimizers.")
+        return self.optimizer.own
 
     def batched(self, level: Level) -> Dynamics:
         """The same problem with one more vmap around it."""

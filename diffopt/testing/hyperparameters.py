@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffopt.optimizers.base import Optimizer, Schedule
+from diffopt.optimizers.base import Bindable, Optimizer, Schedule
 from diffopt.tensors import tree
 
 Change = Callable[[str, Any], Any]
+Holder = TypeVar("Holder", bound=Bindable)
+
+_OPTIONS = ("option", "placing")
+"""Kinds of fields in which no number is learned."""
 
 
 def numbers(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -31,13 +35,20 @@ def numbers(optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def bare(optimizer: Optimizer) -> dict[str, float]:
+def bare(optimizer: Bindable, prefix: str = "") -> dict[str, float]:
     """Those numbers that stand for themselves, not in a tree or a schedule: they may have any form."""
     found: dict[str, float] = {}
     for field in fields(optimizer):  # type: ignore[arg-type]
         value, kind = getattr(optimizer, field.name), field.metadata.get("hyperparameter", "leafwise")
-        each = {f"{field.name}[{i}]": x for i, x in enumerate(value)} if kind == "each" else {}
-        for name, x in (each or ({field.name: value} if kind == "leafwise" else {})).items():
+        if kind in _OPTIONS:
+            continue
+        named = f"{prefix}{field.name}"
+        leaves, structure = tree.flatten(value)
+        for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+            if isinstance(leaf, Bindable):
+                found |= bare(leaf, f"{named}{path}.")
+        each = {f"{named}[{i}]": x for i, x in enumerate(value)} if kind == "each" else {}
+        for name, x in (each or ({named: value} if kind == "leafwise" else {})).items():
             if isinstance(x, float) or (isinstance(x, Tensor) and x.ndim == 0 and x.is_floating_point()):
                 found[name] = float(x)
     return found
@@ -65,15 +76,16 @@ def forms(params: Any, value: float, steps: int) -> dict[str, Any]:
     }
 
 
-def changed(optimizer: Optimizer, change: Change) -> Optimizer:
-    """The optimizer with ``change(name, number)`` in place of every number."""
+def changed(optimizer: Holder, change: Change, prefix: str = "") -> Holder:
+    """The optimizer with ``change(name, number)`` in place of every number, in the optimizers that it holds too."""
     found = [field for field in fields(optimizer) if field.init]  # type: ignore[arg-type]
-    options = {field.name: _changed(field, getattr(optimizer, field.name), change) for field in found}
+    options = {field.name: _changed(field, getattr(optimizer, field.name), change, prefix) for field in found}
     return replace(optimizer, **options)  # type: ignore[type-var]
 
 
-def _changed(field: Field[Any], value: Any, change: Change) -> Any:
-    whole = field.metadata.get("hyperparameter") in ("tree", "prefix")
+def _changed(field: Field[Any], value: Any, change: Change, prefix: str) -> Any:
+    kind = field.metadata.get("hyperparameter")
+    whole = kind in ("tree", "prefix")
 
     def walk(name: str, value: Any) -> Any:
         if isinstance(value, Schedule):
@@ -87,7 +99,9 @@ def _changed(field: Field[Any], value: Any, change: Change) -> Any:
     def one(name: str, leaf: Any) -> Any:
         if isinstance(leaf, Schedule):
             return walk(name, leaf)
+        if isinstance(leaf, Bindable):
+            return changed(leaf, change, f"{name}.")
         learnable = (isinstance(leaf, float) and not whole) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
         return change(name, leaf) if learnable else leaf
 
-    return walk(field.name, value)
+    return value if kind in _OPTIONS else walk(f"{prefix}{field.name}", value)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import OptimizerError, StepsError
+from diffopt.errors import HyperparameterError, OptimizerError, StepsError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import bind
 from diffopt.reports import Finding, Report
@@ -205,6 +205,8 @@ def _compared(trial: Trial, inputs: Inputs, usual: list[Tensor]) -> tuple[float,
     """How far the final params are from the usual ones, and the name of the error if there is one."""
     try:
         return max(_error(a, b) for a, b in zip(trial.final(inputs), usual, strict=True)), ""
+    except HyperparameterError:  # where it meets the shapes of the params
+        return 0.0, "refused"
     except Exception as error:
         return math.inf, type(error).__name__
 

@@ -10,7 +10,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-PACKAGES = ("diffopt", *(f"diffopt.{name}" for name in ("errors", "estimators", "linear_solve", "tasks", "testing")))
+PACKAGES = (
+    "diffopt",
+    *(f"diffopt.{name}" for name in ("errors", "estimators", "linear_solve", "prox", "tasks", "testing")),
+)
 
 
 def public_names() -> dict[str, str]:
