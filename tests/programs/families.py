@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from programs import meta_learning, optimizers
+from programs import implicit, meta_learning, optimizers, roots
 from programs.table import Program
 
-FAMILIES = (meta_learning, optimizers)
+FAMILIES = (meta_learning, optimizers, implicit, roots)
 TABLE = [row for family in FAMILIES for row in vars(family).values() if isinstance(row, Program)]
