@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from programs import implicit, meta_learning, optimizers, roots
+from programs import games, hyperparameters, implicit, meta_learning, optimizers, roots
 from programs.table import Program
 
-FAMILIES = (meta_learning, optimizers, implicit, roots)
+FAMILIES = (meta_learning, optimizers, hyperparameters, implicit, roots, games)
 TABLE = [row for family in FAMILIES for row in vars(family).values() if isinstance(row, Program)]

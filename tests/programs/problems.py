@@ -78,6 +78,7 @@ def loop(
 
     now, buffers = list(named.values()), [{} for _ in named] if buffers is None else buffers
     for t in range(start, start + steps):
+        now = [x.view_as(x) for x in now]  # a gradient by these alone, not by what else was made of them
         value = loss(given(now), t)
         grads = clip(torch.autograd.grad(value, now, create_graph=True))
         now = [
