@@ -49,12 +49,8 @@ def simultaneous_there(p):
     players, buffers = [x.requires_grad_() for x in p.start], [{}, {}]
     for t in range(6):
         losses = p.first(players, p.a), p.second(players, p.a)
-        grads = [
-            torch.autograd.grad(loss, x, create_graph=True)[0] for loss, x in zip(losses, players, strict=True)
-        ]
-        players = [
-            sgd_step(x, g, b, t + 1, 0.1, momentum=0.5) for x, g, b in zip(players, grads, buffers, strict=True)
-        ]
+        grads = [torch.autograd.grad(loss, x, create_graph=True)[0] for loss, x in zip(losses, players, strict=True)]
+        players = [sgd_step(x, g, b, t + 1, 0.1, momentum=0.5) for x, g, b in zip(players, grads, buffers, strict=True)]
     return grad(players[0].square().sum() + players[1].prod(), p.a)
 
 

@@ -51,7 +51,7 @@ def penalties_there(p):
     return p.answer()
 
 
-@program("benchmark_bilevel", "SOBA: one step each for weights, multiplier and penalties, which all go on", Logistic, lines=12)
+@program("benchmark_bilevel", "SOBA: one step each for weights, multiplier and penalties", Logistic, lines=12)
 def soba(p):
     logs, w, multiplier = p.logs.detach(), torch.zeros(4), torch.zeros(4)
     for _ in range(30):

@@ -89,11 +89,11 @@ def logistic(w, penalty, x, y):
     return torch.nn.functional.softplus(-y * (x @ w)).mean() + (penalty * w.square()).sum() / 2
 
 
-@program("jaxopt", "L-BFGS finds the minimiser, implicit differentiation does the rest (LBFGS)", Ridge, lines=5, tolerance=1e-6)
+@program("jaxopt", "L-BFGS finds the minimiser (LBFGS)", Ridge, lines=5, tolerance=1e-6)
 def by_lbfgs(p):
     w = torch.zeros(4, requires_grad=True)
     data = p.x, p.y.sign()
-    lbfgs = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-13, tolerance_change=0)
 
     def closure():
         lbfgs.zero_grad()
@@ -205,7 +205,8 @@ def simplex_there(p):
     right = torch.cat([3 * (p.x.T @ p.y / 12)[:3], torch.ones(1)])
     w = torch.cat([torch.linalg.solve(matrix, right)[:3], torch.zeros(1)])
     slope = (p.gram(p.penalty) @ w - 3 * p.x.T @ p.y / 12).detach()
-    assert (w[:3] > 0).all() and slope[3] > slope[0]
+    assert (w[:3] > 0).all()
+    assert slope[3] > slope[0]
     p.y = 3 * p.y
     return grad(p.outer(w), p.penalty)
 
@@ -254,9 +255,7 @@ def imaml(p):
     def loss(w, start, penalty):
         return p.loss(w, penalty) + (w - start).square().sum()
 
-    found = solve(
-        loss, start.detach(), start, p.penalty, optimizer=SGD(0.2), steps=400, estimator=Implicit(EXACT)
-    )
+    found = solve(loss, start.detach(), start, p.penalty, optimizer=SGD(0.2), steps=400, estimator=Implicit(EXACT))
     return grad(p.outer(found.params), start, p.penalty)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from oracles import adam_step, sgd_step
+from oracles import sgd_step
 from programs.problems import Fit, adam_loop, grad, learned, loop
 from programs.table import program
 from torch import nn
@@ -79,9 +79,7 @@ def adam_ahead_there(p):
 
 @program("torch.optim", "inner steps are written back, and the training goes on from them", adam, lines=3)
 def written_back(p):
-    found = solve(
-        p.loss, state_of(p.training, p.params), torch.ones(6), optimizer=Adam(0.05, eps=1e-3), steps=4
-    )
+    found = solve(p.loss, state_of(p.training, p.params), torch.ones(6), optimizer=Adam(0.05, eps=1e-3), steps=4)
     found.state.into(p.training)
     p.train()
     return list(p.params.values())
@@ -137,9 +135,7 @@ class WeightNet(Live):
 
 @program("Betty", "Meta-Weight-Net: one step ahead of the live training", WeightNet, lines=29)
 def weight_net(p):
-    found = solve(
-        p.weighed, state_of(p.training, p.params), p.theta, optimizer=SGD(0.1, momentum=0.9), steps=1
-    )
+    found = solve(p.weighed, state_of(p.training, p.params), p.theta, optimizer=SGD(0.1, momentum=0.9), steps=1)
     return grad(p.outer(found.params), p.theta)
 
 
@@ -218,9 +214,7 @@ def windows(p):
 def windows_there(p):
     w, buffers, total = p.params, [{} for _ in p.params], 0
     for window in range(3):
-        w = loop(
-            lambda w, t: p.loss(w, p.weights), w, 3, start=3 * window, buffers=buffers, lr=0.1, momentum=0.9
-        )
+        w = loop(lambda w, t: p.loss(w, p.weights), w, 3, start=3 * window, buffers=buffers, lr=0.1, momentum=0.9)
         total = total + p.outer(w)
         w = {name: x.detach().requires_grad_() for name, x in w.items()}
         for b in buffers:
@@ -286,9 +280,7 @@ class Normed(Fit):
 def statistics(p):
     state, statistics = p.params, torch.tensor([[0.0], [1.0]]).expand(2, 4)
     for _ in range(5):
-        found = solve(
-            p.with_statistics, state, statistics, optimizer=SGD(0.2, momentum=0.9), steps=1, has_aux=True
-        )
+        found = solve(p.with_statistics, state, statistics, optimizer=SGD(0.2, momentum=0.9), steps=1, has_aux=True)
         state, statistics = found.state, found.aux[0]
     return grad(p.outer(state.params, statistics), p.params)
 
@@ -342,25 +334,22 @@ def running_there(p):
     return grad(p.judged(out), params), buffers
 
 
-@program("Betty", "a long training in one solve, or in a chain of solves that never starts anew", Fit, lines=0)
+@program("TorchOpt", "a chain of solves that never starts anew, and all of its losses", Fit)
 def chain(p):
     state, losses = p.params, []
     for steps in (2, 1, 4):
-        found = solve(p.loss, state, p.weights, optimizer=Adam(0.05, eps=1e-3), steps=steps)
+        found = solve(p.loss, state, p.weights, optimizer=Adam(0.05, eps=1e-2), steps=steps)
         state, losses = found.state, [*losses, found.losses]
     return grad(p.outer(state.params) + torch.cat(losses).prod(), p.weights, p.params)
 
 
-@chain.answered_by("autograd")
+@chain.answered_by("torchopt")
 def chain_there(p):
-    losses = []
-    end = loop(
-        lambda w, t: p.loss(w, p.weights),
-        p.params,
-        7,
-        adam_step,
-        lambda w, t, loss: losses.append(loss),
-        lr=0.05,
-        eps=1e-3,
-    )
-    return grad(p.outer(end) + torch.stack(losses).prod(), p.weights, p.params)
+    import torchopt
+
+    initial, losses = list(p.net.parameters()), []
+    inner = torchopt.MetaAdam(p.net, lr=0.05, eps=1e-2)
+    for _ in range(7):
+        losses.append(p.weighted(p.net(p.x), p.weights))
+        inner.step(losses[-1])
+    return grad(p.judged(p.net(p.query_x)) + torch.stack(losses).prod(), p.weights, initial)

@@ -1,8 +1,6 @@
-"""Sixty programs of the kinds that users of other libraries write, each against an answer that is not this library's."""
+"""Programs of the kinds that users of other libraries write, each against an answer that is not this library's."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import pytest
 from programs.families import TABLE
