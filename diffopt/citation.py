@@ -15,7 +15,7 @@ from diffopt.adjoint.autograd_function import solves_behind
 from diffopt.adjoint.estimator import Estimator
 from diffopt.errors import EstimatorError
 from diffopt.linear_solve import LinearSolver
-from diffopt.optimizers.base import Optimizer
+from diffopt.optimizers.base import Bindable
 from diffopt.solve import Solution
 from diffopt.tensors import tree
 
@@ -49,7 +49,7 @@ def cite(*subjects: Any) -> str:
 
 
 def _refuse_what_is_not_cited(subject: Any) -> None:
-    kinds = (Estimator, Optimizer, LinearSolver)
+    kinds = (Estimator, Bindable, LinearSolver)
     named = subject if isinstance(subject, type | FunctionType) else type(subject)
     rule = issubclass(named, kinds) if isinstance(named, type) else False
     if not rule and named.__module__.split(".")[0] != "diffopt":
@@ -67,7 +67,8 @@ def _names(subject: Any) -> set[str]:
         return _behind(subject)
     named = subject if isinstance(subject, type) or not is_dataclass(subject) else type(subject)
     own = getattr(named, "__name__", "") if getattr(named, "__module__", "").split(".")[0] == "diffopt" else ""
-    parts = [] if named is subject else [getattr(subject, field.name) for field in fields(subject)]
+    held = [] if named is subject else [getattr(subject, field.name) for field in fields(subject)]
+    parts = [part for value in held for part in tree.flatten(value)[0]]
     return {own}.union(*(_names(part) for part in parts if is_dataclass(part)))
 
 

@@ -41,7 +41,7 @@ class L1(Prox):
     Raises:
         HyperparameterError: a negative strength.
 
-    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.5.2.
+    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
     Example:
         >>> import torch, diffopt
@@ -85,7 +85,7 @@ class GroupL1(Prox):
             differ within a leaf.
         ShapeError: by ``solve``: a leaf lacks the axis.
 
-    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.5.4.
+    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
     Example:
         The row (3, 4) has norm 5:
@@ -142,7 +142,7 @@ class Box(Prox):
     Raises:
         HyperparameterError: a bound that is no number, or two floats of which ``low`` is above ``high``.
 
-    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.2.4.
+    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
     Example:
         >>> import torch, diffopt
@@ -186,7 +186,7 @@ class Nonnegative(Prox):
 
     .. math:: x_i = \max(\phi_i, 0)
 
-    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.2.4.
+    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
     Example:
         >>> import torch, diffopt
@@ -261,7 +261,7 @@ class L2Ball(Prox):
         HyperparameterError: a negative radius, or one that is not one number; by ``solve``: step sizes that differ
             within a leaf.
 
-    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.5.1.
+    Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
     Example:
         >>> import torch, diffopt

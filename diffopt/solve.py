@@ -131,7 +131,8 @@ def solve(
 
     Args:
         loss: ``loss(params, *args)``, with ``batches`` ``loss(params, *args, batch)``; returns a floating scalar. It
-            must get every tensor that is to have a hypergradient through its arguments, not by closure.
+            must get every tensor that is to have a hypergradient through its arguments, not by closure. Or a
+            :class:`diffopt.VectorField`, whose value is used where the gradient is.
         params: where the inner problem starts: a tree of floating tensors, or a :class:`diffopt.State` to go on from.
         args: whatever else the loss reads: trees of tensors of any dtype and of other values.
         optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.
@@ -184,9 +185,10 @@ def solve(
     rule = _EXACT if estimator is None else estimator
     check_estimator(rule)
     check_flag("compile", compile)
-    check_flag("has_aux", has_aux)
-    if has_aux and isinstance(loss, VectorField):
-        raise LossError("has_aux=True of a VectorField", "a loss", "look at params by observe=")
+    if has_aux is not False:
+        check_flag("has_aux", has_aux)
+        if isinstance(loss, VectorField):
+            raise LossError("has_aux=True of a VectorField", "a loss", "look at params by observe=")
     if observe is not None:
         check_function("observe", observe, "a function observe(params, *args)", LossError)
     problem = checked_problem(loss, params, args, optimizer, steps, batches, check)
@@ -235,14 +237,14 @@ def checked_problem(
             f"use torch.no_grad(){hints.in_inference_mode()}",
         )
     check_function("loss", loss, "a function loss(params, *args)", LossError)
-    state = params if isinstance(params, State) else State(params, {})
-    leaves, structure = params_leaves(state.params)
+    start, given = (params.step, params) if isinstance(params, State) else (0, None)
+    leaves, structure = params_leaves(params if given is None else given.params)
     if check:
         refuse_frozen(leaves, structure)
-    bound = bind(optimizer, leaves, structure, state.step + steps)
-    buffers = _initial_buffers(bound, leaves, state.step)
-    if isinstance(params, State):
-        buffers = _given_buffers(state, buffers, bound)
+    bound = bind(optimizer, leaves, structure, start + steps)
+    buffers = _initial_buffers(bound, leaves, start)
+    if given is not None:
+        buffers = _given_buffers(given, buffers, bound)
     args_leaves, args_structure, read, stepped = _read(args, batches, steps)
     layout = Layout(
         inner_steps=steps,
@@ -254,11 +256,11 @@ def checked_problem(
         has_batches=batches is not None,
         stepped=Flags(stepped, bound.scheduled),
         optimizer_name=type(bound.template).__name__,
-        start=state.step,
+        start=start,
     )
-    if transforms.has_tangent([*leaves, *(x for buffer in buffers.values() for x in buffer), *read, *bound.tensors]):
-        raise forward_mode_error()
     flat = [leaf for buffer in buffers.values() for leaf in buffer]
+    if transforms.has_tangent([*leaves, *flat, *read, *bound.tensors]):
+        raise forward_mode_error()
     inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(read), Leaves(bound.tensors))
     return Problem(Dynamics(layout, loss, bound), inputs, check)
 

@@ -40,7 +40,8 @@ class State(Generic[Params]):
 
     def __post_init__(self) -> None:
         """Refuse a ``step`` that is no count."""
-        object.__setattr__(self, "step", check_integer("State: step", self.step, 0))
+        if type(self.step) is not int or self.step < 0:
+            object.__setattr__(self, "step", check_integer("State: step", self.step, 0))
 
     def __iter__(self) -> Iterator[Any]:
         """``params, buffers``, which it unpacks as."""

@@ -45,7 +45,7 @@ def fixed_point(m: Callable[..., Any]) -> VectorField:
         >>> torch.autograd.grad(z, a)
         (tensor(0.2500),)
 
-    Reference: Bai, Kolter and Koltun (2019), "Deep Equilibrium Models", theorem 1. Derivations (6.1).
+    Reference: Bai, Kolter and Koltun (2019), "Deep Equilibrium Models", theorem 1. Derivations (6.1) and (6.6).
     """
     check_function("m", m, "a function m(z, *args)", LossError)
     return VectorField(_Residual(m))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,17 +24,15 @@ class Truncated(Adjoint):
               \nabla = \sum_{t > T - L} B_t^\top\Lambda_t
                        + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_{T-L}
 
-    with ``L = steps``: the initial state gets the adjoint of the state before the last ``L`` steps, as if the earlier
-    steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
+    with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
     Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
-    one after the other. Memory: ``L`` steps, kept as :class:`Reverse` keeps them. Depth ``L``. Not for hyperparameters
-    that act early: their early terms are dropped, not approximated.
+    one after the other. Memory: ``L`` steps, as :class:`Reverse` keeps them. Depth ``L``.
+    Not for hyperparameters that act early.
 
     Args:
         steps: ``L``, at most the number of inner steps.
-        checkpoint: how the last ``L`` steps are kept; see :class:`Reverse`.
-        offload: where; see :class:`Reverse`.
+        checkpoint, offload: how and where the last ``L`` steps are kept; see :class:`Reverse`.
 
     Raises:
         StepsError: ``steps`` is negative or more than the inner problem has.
@@ -64,3 +63,7 @@ class Truncated(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""
         return trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))
+
+    def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents]:
+        """The same for many at once."""
+        return trajectory.sweeps(cotangents, first=max(1, trajectory.steps - self.steps + 1))

@@ -80,6 +80,10 @@ NAMES = [
     "levels",
     "memory",
     "in_place",
+    "vector_field",
+    "games",
+    "field_solutions",
+    "check_fields",
 ]
 
 

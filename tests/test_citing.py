@@ -13,6 +13,7 @@ import torch
 import diffopt
 import diffopt.estimators
 import diffopt.linear_solve
+import diffopt.prox
 from diffopt import EstimatorError, cite
 from diffopt.estimators import Binomial, Implicit, MultiStep, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES, Neumann
@@ -35,6 +36,11 @@ def keys(text: str) -> list[str]:
         (diffopt.Adam(0.1), ["kingma2015"]),
         (diffopt.implicit, ["pedregosa2016"]),
         (diffopt.SGD(0.1), []),
+        (diffopt.Proximal(diffopt.SGD(0.1), diffopt.prox.Simplex()), ["parikh2014", "duchi2008"]),
+        (
+            diffopt.Groups({"a": diffopt.Muon(), "b": diffopt.Clip(diffopt.Adam(), 1.0)}),
+            ["kingma2015", "pascanu2013", "jordan2024", "liu2025"],
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
@@ -94,7 +100,9 @@ def test_every_rule_and_every_solver_has_a_paper():
 
 def test_the_data_name_what_exists():
     text = BIB.read_text(encoding="utf-8")
-    known = {name for module in (diffopt, diffopt.estimators, diffopt.linear_solve) for name in module.__all__}
+    known = {
+        name for module in (diffopt, diffopt.estimators, diffopt.linear_solve, diffopt.prox) for name in module.__all__
+    }
     used = {name for names in re.findall(r"usedby = \{(.*?)\}", text) for name in names.split(", ")}
     assert used <= known
     assert "usedby" not in cite(*(getattr(diffopt.estimators, name) for name in diffopt.estimators.__all__))

@@ -66,6 +66,24 @@ def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
     assert names["found"].converged
 
 
+@pytest.mark.usefixtures("float64_by_default")
+def test_games_roots_and_constraints(pages):
+    names = run(pages["games"])
+    assert abs(names["wrong"] - names["slope"]) > abs(names["slope"])  # what detaching the other player costs
+    assert abs(names["logit"].sigmoid().item() - 0.7) < 0.02
+    assert float(names["error"].detach()) <= names["grid"][names["best"]]  # of the Lasso: better than the grid's best
+    assert names["kept"] < 20
+    assert torch.allclose(names["share"].detach(), torch.tensor([6.0, 3.0, 2.0]) / 11)
+
+
+@pytest.mark.usefixtures("float64_by_default")
+def test_outside_solvers(pages):
+    names = run(pages["solvers"])
+    for other in ("by_scipy", "through_six_steps", "by_implicit"):
+        assert torch.allclose(names[other], names["by_lbfgs"], rtol=1e-5)
+    assert names["damping"].item() < -1
+
+
 def test_the_front_page_weighs_examples_and_compares_estimators(pages, capsys):
     page = pages["index"].replace("diffopt.compare(", "comparison = diffopt.compare(")
     names = run(page)

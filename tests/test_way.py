@@ -11,7 +11,9 @@ CALLS = {True: 420, False: 330}
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_the_way_to_the_number_is_short(check: bool) -> None:
+def test_the_way_to_the_number_is_short(check: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # another test may have loaded torch's compiler, from when on every gradient is looked at for what it made
+    monkeypatch.setattr("diffopt.tensors.derivatives._COMPILED", "not loaded")
     exact = way.ours(way.Reverse(), check)
     assert exact.calls <= 1.05 * CALLS[check]
     assert exact.depth <= 15

@@ -10,77 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.claims import Claims
-from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.errors import EstimatorError, InPlaceError, RandomnessError, SecondDerivativeError
-from diffopt.rollout.along import NEVER, Running, Stop
-from diffopt.rollout.dynamics import Dynamics
+from diffopt.adjoint.call import Call, Rule
+from diffopt.adjoint.pull_back import pull_back, pull_back_together
+from diffopt.errors import EstimatorError, InPlaceError, SecondDerivativeError
 from diffopt.rollout.field import VectorField
-from diffopt.rollout.inputs import Inputs, Place
-from diffopt.rollout.layout import Layout
 from diffopt.rollout.loop import roll_out
-from diffopt.rollout.record import Keep, Record, Rollout, Watch
-from diffopt.rollout.refusals import is_imprecise, refuse_non_finite, refuse_other_losses, warn_of_precision
-from diffopt.tensors import autograd_graph, derivatives, transforms
-from diffopt.tensors.leaves import Leaves, all_finite
-from diffopt.tensors.torch_errors import forward_mode_error, is_in_place, mixed_error
-
-
-class Rule(Protocol):
-    """What an adjoint rule is to these functions."""
-
-    @property
-    def takes_running_costs(self) -> bool:
-        """Whether it takes the cotangents of what is handed out along the way."""
-        ...
-
-    def claims(self, steps: int) -> Claims:
-        """What holds of it on so many steps."""
-        ...
-
-    def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        """The adjoint of the initial state and the direct terms, given that of the final state."""
-        ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """One solve on its way down through the transforms around it.
-
-    Attributes:
-        wanted: the inputs, by number, that some transform above, or autograd below, differentiates.
-        stop: what may end the rollout early.
-        restacked: whether the pullback runs under a vmap that the rollout did not run under.
-        running: which of the outputs along the way have a cotangent, by number from the losses on.
-    """
-
-    dynamics: Dynamics
-    rule: Rule
-    keep: Keep
-    record: Record
-    watch: Watch
-    stop: Stop = NEVER
-    wanted: frozenset[int] = frozenset()
-    restacked: bool = False
-    running: tuple[int, ...] = ()
-
-    @cached_property
-    def state_count(self) -> int:
-        """How many inputs are leaves of the state."""
-        return self.dynamics.layout.state_count
-
-    @cached_property
-    def wanted_places(self) -> tuple[tuple[int, ...], tuple[Place, ...]]:
-        """The leaves of the state that are differentiated, by number, and the other inputs that are, by place."""
-        count, layout, wanted = self.state_count, self.dynamics.layout, sorted(self.wanted)
-        return tuple([i for i in wanted if i < count]), tuple([layout.place(i) for i in wanted if i >= count])
+from diffopt.rollout.refusals import is_imprecise, warn_of_precision
+from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.torch_errors import forward_mode_error, is_in_place
 
 
 def prepared(call: Call, inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -156,7 +101,7 @@ class _Solve(torch.autograd.Function):
             ordinary = [c.clone() if c.is_inference() else c for c in given]
             level = transforms.grads_batched()
             plainly = not (level or torch.is_grad_enabled() or transforms.transforms_active())
-            function: Any = _pull_back if plainly else partial(transforms.apply, _Pullback)
+            function: Any = pull_back if plainly else partial(transforms.apply, _Pullback)
             pullback = partial(function, call, *saved)
             terms = transforms.over_batched_grads(pullback, ordinary, level) if level else pullback(*ordinary)
         results = dict(zip(needed, terms, strict=True))
@@ -177,7 +122,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _pull_back(call, *tensors)
+        return pull_back(call, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,44 +143,17 @@ class _Pullback(torch.autograd.Function):
         count, dims, layout = call.state_count, in_dims[1:], call.dynamics.layout
         inputs = len(tensors) - 2 * count - len(call.running)
         own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
+        shared = all(dim is None for dim in dims[: inputs + count])
+        if shared and not call.restacked and not transforms.transforms_active():
+            rows = transforms.rows(tensors[inputs + count :], dims[inputs + count :], info.batch_size)
+            found = pull_back_together(call, tensors[: inputs + count], rows)
+            if found is not None:
+                return tuple([torch.stack(column) for column in zip(*found, strict=True)]), (0,) * len(call.wanted)
         restacked = call.restacked or all(dim is None for dim in dims[:inputs])
         stacked, dims = transforms.stacked(tensors, dims, info.batch_size, own)
         dynamics = call.dynamics.batched(layout.level(info, dims[:inputs]))
         outputs = transforms.apply(_Pullback, replace(call, dynamics=dynamics, restacked=restacked), *stacked)
         return outputs, (0,) * len(outputs)
-
-
-def _pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What :class:`_Pullback` computes."""
-    call = replace(call, dynamics=call.dynamics.until(call.record.rollout.steps))
-    count, layout = call.state_count, call.dynamics.layout
-    end = len(tensors) - len(call.running)
-    flat, final, cotangent = (
-        tensors[: end - 2 * count],
-        Leaves(tensors[end - 2 * count : end - count]),
-        tensors[end - count :],
-    )
-    inputs = layout.inputs(flat)
-    with torch.no_grad(), derivatives.named_in_place_changes():
-        record, running = _usable(call, inputs), _running(call, tensors[end:])
-        trajectory = Trajectory(call.dynamics, inputs, final, record, *call.wanted_places, call.watch.values, running)
-        try:
-            result = call.rule.pullback(trajectory, Leaves(cotangent[:count]))
-        except RuntimeError as error:
-            mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
-            if mixed is None:
-                raise
-            raise mixed from error
-        if not all([type(place) is Place for place in result.direct]):
-            raise EstimatorError(
-                f"{type(call.rule).__name__}.pullback returned direct terms of {[*result.direct][:3]}",
-                "their places, as in trajectory.wanted",
-                "return Cotangents(initial, {place: term for place in trajectory.wanted})",
-            )
-        terms = [_term(result, i, layout, flat[i]) for i in sorted(call.wanted)]
-        if call.watch.values and terms and not all_finite(terms):
-            refuse_non_finite(cotangent)
-    return tuple(terms)
 
 
 def _refuse_running_costs(rule: Rule) -> None:
@@ -246,15 +164,6 @@ def _refuse_running_costs(rule: Rule) -> None:
             "an estimator that differentiates what happens along the way: Reverse, Unrolled, ForwardMode, MultiStep",
             "use one of them; numbers without a derivative are solution.losses.detach()",
         )
-
-
-def _running(call: Call, cotangents: Sequence[Tensor]) -> Running | None:
-    """The cotangents of what was handed out along the way, as they came."""
-    if not call.running:
-        return None
-    found = dict(zip(call.running, cotangents, strict=True))
-    observed = tuple([found.get(i) for i in range(1, call.dynamics.observed_count + 1)])
-    return Running(found.get(0), observed, len(call.dynamics.layout.levels))
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
@@ -276,49 +185,6 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             "the usual cause is an outer optimizer's step() before backward(): take the hypergradient first, or "
             "pass a clone()",
         ) from error
-
-
-def _usable(call: Call, inputs: Inputs) -> Record:
-    """The solve's record; that of another rollout if what it kept has been used up or does not fit this pullback."""
-    record, old, wanted = call.record, call.record.rollout, call.wanted_places[1]
-    if record.usable and not call.restacked and set(wanted) <= set(old.wanted):
-        return record
-    if old.draws and call.restacked:
-        raise RandomnessError(
-            "the inner loss draws random numbers, and its hypergradient is taken under a vmap that the solve did "
-            "not run under (jacrev?)",
-            "the same one",
-            "the numbers cannot be drawn again; loop instead of vmap",
-        )
-    again = _rolled_out_again(call, inputs, wanted)
-    if again.hidden_state is not None:
-        raise again.hidden_state
-    if call.watch.values and old.losses is not None and not call.restacked:
-        assert again.losses is not None
-        refuse_other_losses(again.losses, old.losses, old.autocast)
-    return Record(counts=record.counts, diagnostics=record.diagnostics, rollout=again, usable=True)
-
-
-def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Rollout:
-    old = call.record.rollout
-    with old.replay(None, inputs.params[0].device):
-        return roll_out(
-            call.dynamics,
-            inputs,
-            counts=call.record.counts,
-            keep=call.keep if old.first is None else replace(call.keep, first=old.first),
-            wanted=wanted,
-            watch=Watch(state=call.watch.values),
-            draws=old.draws,
-        )[1]
-
-
-def _term(result: Cotangents, number: int, layout: Layout, like: Tensor) -> Tensor:
-    if number >= layout.state_count:
-        term = result.direct.get(layout.place(number))
-    else:
-        term = None if result.initial is None else result.initial[number]
-    return torch.zeros_like(like) if term is None else term.contiguous()  # a zero of one number becomes an ordinary one
 
 
 def solves_behind(outer_loss: Tensor) -> list[Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.autograd_function import Call, prepared
+from diffopt.adjoint.autograd_function import prepared
+from diffopt.adjoint.call import Call
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError
@@ -88,6 +90,13 @@ class Adjoint(Estimator):
     @abstractmethod
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The adjoint of the initial state and the direct terms, given that of the final state."""
+
+    def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents] | None:
+        """:meth:`pullback` for many cotangents of one large problem, taking its steps again once for all.
+
+        ``None``: not in this way; the problem is then stacked, with a copy of its state for each cotangent.
+        """
+        return None
 
     @final
     def run(self, problem: Problem) -> Outcome:

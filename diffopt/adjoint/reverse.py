@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -56,3 +57,7 @@ class Reverse(Adjoint):
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over all steps."""
         return trajectory.sweep(cotangent)
+
+    def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents]:
+        """The same for many, with each step taken again once."""
+        return trajectory.sweeps(cotangents)

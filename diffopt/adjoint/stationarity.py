@@ -86,11 +86,18 @@ class Point:
             return tasks.dot(Leaves(filled(gradient(losses, params, differentiable=False), params)), down)
 
 
-def _kink() -> StationarityError:
+def _kink(at: Point) -> StationarityError:
+    if at.is_field:
+        return StationarityError(
+            "params are at a kink of the vector field, at which it jumps and has no derivative",
+            "a field that is smooth there",
+            "of the slope of |w| take the proximal step instead: diffopt.fixed_point(step), whose zeros are no kinks",
+        )
     return StationarityError(
         "params are at a kink of the loss (an absolute value, a maximum), at which no gradient is zero",
         "a smooth loss",
-        "pass as params only those off the kink (of Lasso: not zero), or make it smooth, as by (w**2 + eps).sqrt()",
+        "take diffopt.fixed_point of a proximal step, or pass as params only those off the kink (of Lasso: not zero), "
+        "or make it smooth, as by (w**2 + eps).sqrt()",
     )
 
 
@@ -101,7 +108,7 @@ def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -
     size, scale = tasks.norm(at.gradient), tasks.norm(at.params)
     if not bool((size <= allowed * (1 + scale)).all()):
         if at.at_a_kink(tasks, 64):
-            raise _kink()
+            raise _kink(at)
         raise StationarityError(
             f"{at.called} at params has norm {float(size.max()):.1e}",
             f"at most {allowed:.0e} * (1 + |params|)",
@@ -116,7 +123,7 @@ def refuse_kink(at: Point, tasks: Tasks) -> None:
     """
     reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)  # beyond which nothing turns around
     if any([bool((x.abs() <= y).any()) for x, y in zip(at.params, reach, strict=True)]) and at.at_a_kink(tasks, 1e-6):
-        raise _kink()
+        raise _kink(at)
 
 
 def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) -> None:

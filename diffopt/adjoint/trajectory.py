@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -149,19 +149,25 @@ class Trajectory:
         stored = isinstance(self.rollout.kept.checkpoint, int)
         compiles = self.dynamics.compile and stored and self.running is None
         done = self._compiled_sweep(cotangent, first) if compiles else None
-        return self._sweep_of_blocks(cotangent, first) if done is None else done
+        return self._sweep_of_blocks([cotangent], first)[0] if done is None else done
 
-    def _sweep_of_blocks(self, cotangent: Leaves, first: int) -> Cotangents:
-        adjoint, direct, counts = cotangent, DirectTerms(self), self.record.counts
+    def sweeps(self, cotangents: Sequence[Leaves], first: int = 1) -> list[Cotangents]:
+        """:meth:`sweep` for each of many cotangents; what is recorded again is recorded once."""
+        return self._sweep_of_blocks(cotangents, first)
+
+    def _sweep_of_blocks(self, cotangents: Sequence[Leaves], first: int) -> list[Cotangents]:
+        adjoints, counts = list(cotangents), self.record.counts
+        direct, last = [DirectTerms(self) for _ in adjoints], len(adjoints) - 1
         for block, start, end in self._blocks_backwards(first):
-            passes_on = start > first or self.wants_initial
-            state = range(self.layout.state_count if passes_on else 0)
-            terms = block.pullback(adjoint, state=state, running=self.running)
-            direct.add_block(terms)
-            counts.products += end - start + 1
-            counts.depth += end - start + 1
-            adjoint = terms.state
-        return Cotangents(adjoint if self.wants_initial else None, direct.collect())
+            state = range(self.layout.state_count if start > first or self.wants_initial else 0)
+            for i, adjoint in enumerate(adjoints):
+                terms = block.pullback(adjoint, state=state, running=self.running, retain=i < last)
+                direct[i].add_block(terms)
+                adjoints[i] = terms.state
+            counts.products += (end - start + 1) * len(adjoints)
+            counts.depth += (end - start + 1) * len(adjoints)
+        wanted = self.wants_initial
+        return [Cotangents(x if wanted else None, d.collect()) for x, d in zip(adjoints, direct, strict=True)]
 
     def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
         """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""

@@ -17,9 +17,9 @@ from diffopt.checking.probes import (
     probe_loss,
     probe_purity,
     probe_repetition,
-    probe_vmap,
 )
 from diffopt.checking.second_derivative import probe_second_derivative
+from diffopt.checking.under_vmap import probe_vmap
 from diffopt.errors import DiffoptError, GradModeError
 from diffopt.reports import Finding, Report
 from diffopt.tensors import hints, transforms
@@ -44,8 +44,11 @@ def check(
     changes nothing         no argument, and nothing that the loss holds, is changed in place
     deterministic           two calls give one number; whether it draws from torch's generators
     second derivative       ``nabla (g'u)`` by autograd beside central differences of ``g`` along random ``u``
-    safe under vmap         two sets of params at once give what a loop over them gives
+    safe under vmap         two sets of params at once give what a loop over them gives, second derivatives too
     ======================  =========================================================================================
+
+    Of a :class:`diffopt.VectorField` the loss is its norm and the gradient ``g`` the field; its Jacobian need not be
+    symmetric, and the second derivative is compared as that of ``g`` along ``u``.
 
     ``solve`` itself makes the checks that cost next to nothing. This one costs about 40 evaluations of the loss and
     its gradient with the defaults, and finds what only a second opinion can: a second derivative that torch gets
@@ -56,7 +59,7 @@ def check(
     every evaluation; the report then says so.
 
     Args:
-        loss: ``loss(params, *args)``, as for :func:`diffopt.solve`.
+        loss: ``loss(params, *args)``, as for :func:`diffopt.solve`; or a :class:`diffopt.VectorField`.
         params: where the inner problem starts; also where the loss is looked at.
         args: whatever else the loss reads; one batch last, if the loss takes batches.
         directions: how many random directions the second derivative is probed along.
@@ -96,7 +99,7 @@ def check(
         "changes nothing": probe_purity,
         "deterministic": probe_repetition,
         "second derivative": partial(probe_second_derivative, directions=directions) if second_derivative else None,
-        "safe under vmap": probe_vmap if vmap else None,
+        "safe under vmap": partial(probe_vmap, products=second_derivative) if vmap else None,
     }
     subject, first = _start(loss, params, args)
     findings = {first.check: first}
@@ -105,6 +108,8 @@ def check(
             findings[name] = Finding(name, "skipped", "not asked for" if probe is None else "needs a loss that runs")
         elif name in _COMPARING and any(findings[need].outcome == "FAIL" for need in _NEEDED):
             findings[name] = Finding(name, "skipped", "needs a gradient, and a loss that repeats itself")
+        elif name == "safe under vmap" and findings["second derivative"].outcome == "FAIL":
+            findings[name] = _found(name, partial(probe_vmap, products=False), subject)
         else:
             findings[name] = _found(name, probe, subject)
     return Report(tuple(findings.values()))

@@ -110,15 +110,29 @@ class Subject:
 
         return replace(self, params=double(self.params), args=double(self.args), double=True)
 
-    def losses_of_two(self, others: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The losses at these parameters and at others, by one vmapped call, and the gradients of both, stacked."""
+    def of_two(
+        self, others: Sequence[Tensor], along: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        """The losses at these parameters and at others, by one vmapped call, and the gradients of both, stacked.
+
+        With vectors ``along``, one for each parameter, also the gradients' curvature products with them, stacked, and
+        the mixed ones for the arguments that require grad, summed over both.
+        """
         stacked = [torch.stack(pair) for pair in zip(self.params, others, strict=True)]
-        dynamics = self.dynamics.over(2)
+        dynamics, count = self.dynamics.over(2), len(stacked)
         with torch.enable_grad(), self.replayed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vmap says which operations it loops over
-            roots = derivatives.make_roots(stacked)
-            losses = dynamics.losses(roots, self.args)
-            return losses.detach(), derivatives.gradient(losses, roots, differentiable=False)
+            roots, args = self.at(stacked).roots()
+            losses = dynamics.losses(roots[:count], args)
+            grads = derivatives.gradient(losses, roots[:count], differentiable=bool(along))
+            twice = [u.expand_as(x) for u, x in zip(along, stacked, strict=False)]
+            return losses.detach(), grads, derivatives.pullback(grads, roots, twice) if along else ()
+
+    def products(self, along: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The curvature products of the gradient at these parameters, and the mixed ones."""
+        with torch.enable_grad():
+            roots, _, grads = self.gradients(differentiable=True)
+            return derivatives.pullback(grads[: len(self.params)], roots, along)
 
 
 class _Upcast(TorchFunctionMode):

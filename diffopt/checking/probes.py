@@ -19,9 +19,9 @@ from diffopt.errors import (
     NonFiniteGradientError,
     NonFiniteLossError,
     RandomnessError,
-    VmapError,
 )
 from diffopt.reports import Finding
+from diffopt.rollout.field import VectorField, refuse_constant
 from diffopt.rollout.hidden_state import HiddenState
 from diffopt.tensors import autograd_graph, derivatives, random_state
 from diffopt.tensors.captures import mend_for, named_tensors, names_of
@@ -52,7 +52,9 @@ def probe_loss(subject: Subject) -> Finding:
 def probe_dependence(subject: Subject) -> Finding:
     """The gradient in every leaf of the parameters."""
     check = "depends on params"
-    _, _, grads = subject.gradients(differentiable=False)
+    roots, loss, grads = subject.gradients(differentiable=False)
+    if isinstance(subject.dynamics.loss, VectorField):
+        refuse_constant(loss, roots[: len(subject.params)], grads, subject.params_paths)
     own = dict(zip(subject.params_paths, grads, strict=False))
     missing = [path for path, grad in own.items() if grad is None]
     if len(missing) == len(own):
@@ -169,34 +171,3 @@ def probe_purity(subject: Subject) -> Finding:
             "write x = x + y for x += y; batch norm: track_running_stats=False, or GroupNorm",
         )
     return Finding(check, "ok", f"{len(given)} tensors given, {len(held)} held: all as before")
-
-
-def probe_vmap(subject: Subject) -> Finding:
-    """Two sets of parameters at once give what they give one after the other."""
-    check = "safe under vmap"
-    scale = [x.abs().mean() + 1e-3 for x in subject.params]
-    others = [x + 1e-2 * s * _fixed_noise(x) for x, s in zip(subject.params, scale, strict=True)]
-    losses, stacked = subject.losses_of_two(others)
-    worst, where = 0.0, "the loss"
-    for row, params in enumerate((subject.params, others)):
-        _, loss, own = subject.at(params).gradients(differentiable=False)
-        expected = [loss.detach(), *derivatives.or_zeros(own[: len(params)], params)]
-        got = [losses[row], *(e if g is None else g[row] for g, e in zip(stacked, expected[1:], strict=True))]
-        size = float(sum(x.double().norm() for x in expected)) + 1e-300
-        for name, g, e in zip(("the loss", *subject.params_paths), got, expected, strict=True):
-            error = float((g - e).double().norm()) / size
-            if not error <= worst:
-                worst, where = error, name if name == "the loss" else f"the gradient of {name}"
-    tolerance = 10 * torch.finfo(losses.dtype).eps ** 0.5
-    if not worst <= tolerance:
-        raise VmapError(
-            f"under vmap {where} is {worst:.1e} off that of a loop",
-            "the same numbers",
-            "look for operations that mix tasks or read a shape; or loop over the tasks",
-        )
-    return Finding(check, "ok", f"two sets of params at once: {worst:.1e} off a loop")
-
-
-def _fixed_noise(like: Tensor) -> Tensor:
-    """Numbers between -1 and 1 without a pattern, always the same."""
-    return (12.9898 * torch.arange(1, like.numel() + 1, device=like.device)).sin().to(like.dtype).reshape(like.shape)

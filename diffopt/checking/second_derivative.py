@@ -13,6 +13,7 @@ from diffopt.checking.inner_loss import Subject
 from diffopt.checking.probes import short
 from diffopt.errors import DiffoptError, NonFiniteGradientError, WrongDerivativeError
 from diffopt.reports import Finding
+from diffopt.rollout.field import stands_behind
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import all_finite
 
@@ -123,12 +124,20 @@ def _directions(subject: Subject, count: int) -> list[_Direction]:
 
 
 def _products(subject: Subject, direction: _Direction) -> tuple[list[Tensor], list[Tensor]]:
-    """``H u`` and ``M' u`` by autograd twice, zeros where nothing depends on an input."""
-    roots, _, grads = subject.gradients(differentiable=True)
+    """``H u`` and ``M' u`` by autograd twice, zeros where nothing depends on an input; of a field ``V u`` for ``H u``.
+
+    (Its transpose, which ``V' u`` is the product with, is the derivative along no direction.)
+    """
+    roots, loss, grads = subject.gradients(differentiable=True)
     count = len(direction.params)
     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads[:count] if g is not None])
     with torch.enable_grad():
+        along = None
+        if stands_behind(loss):
+            along = derivatives.pushforward(grads[:count], roots[:count], direction.params)
         products = list(derivatives.pullback(grads[:count], roots, direction.params))
+        if along is not None:
+            products[:count] = derivatives.filled(along, subject.params)
     if not all_finite(products):
         wrong = [path for path, x in zip(subject.paths, products, strict=True) if not all_finite([x])]
         raise NonFiniteGradientError(

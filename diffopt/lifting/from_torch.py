@@ -19,7 +19,7 @@ from diffopt.tensors import hints, tree
 _REFUSED = {
     "LBFGS": ("it evaluates the loss itself, through a closure", "use SGD, or diffopt.implicit at its minimiser"),
     "SparseAdam": ("it takes sparse gradients, and inner gradients are dense", "use diffopt.Adam"),
-    "Muon": ("it rounds to bfloat16 in every step, which leaves no useful derivative", "use diffopt.Preconditioned"),
+    "Muon": ("it rounds to bfloat16 in every step, which leaves no useful derivative", "use diffopt.Muon"),
 }
 _SWITCHES = {
     "foreach": "the lifted step goes tensor by tensor",

@@ -92,7 +92,7 @@ class Pair:
         """For messages."""
         return "the pair" if isinstance(self.source, tuple) else getattr(self.source, "__name__", "the function")
 
-    advice = "write the rule as a diffopt.Optimizer"
+    advice = "write the rule as a diffopt.Optimizer; to clip gradients, put diffopt.Clip around the rest"
 
     def made(self, values: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """``init`` and ``update`` with these learned options."""

@@ -48,9 +48,10 @@ class Groups(Grouping):
     group's leaves. Elementwise if all optimizers are. No cost of its own.
 
     Raises:
-        HyperparameterError: ``optimizers`` is no dict from names to optimizers, or a name begins another's.
+        HyperparameterError: ``optimizers`` is no dict from names to optimizers, or a name begins another, so that a
+            leaf would be in two groups.
         OptimizerError: an entry is no optimizer.
-        StructureError: by ``solve``: a leaf is in no group or in two, or a group has no leaf.
+        StructureError: by ``solve``: a leaf is in no group, or a group has no leaf.
 
     Example:
         >>> import torch, diffopt
@@ -95,7 +96,7 @@ class Groups(Grouping):
                 raise HyperparameterError(
                     f"Groups: the name {name!r} begins {longer[0]!r}",
                     "names of which none begins another",
-                    "their buffers would be mixed up: use Groups in a group, or a function and other names",
+                    "a parameter would be in both: use Groups in a group, or a function of the path and other names",
                 )
 
     @property
@@ -116,10 +117,7 @@ class Groups(Grouping):
         """Which leaves each group has."""
         found: dict[str, list[int]] = {name: [] for name in self.optimizers}
         for i, path in enumerate(paths):
-            names = self._names(path)
-            if len(names) != 1:
-                raise _misplaced(path, names, list(found))
-            found[names[0]].append(i)
+            found[self._group(path)].append(i)
         empty = [name for name, places in found.items() if not places]
         if empty:
             shown = ", ".join(map(repr, paths[:_SHOWN])) + (", ..." if len(paths) > _SHOWN else "")
@@ -130,15 +128,22 @@ class Groups(Grouping):
             )
         return {name: tuple(places) for name, places in found.items()}
 
-    def _names(self, path: str) -> list[str]:
+    def _group(self, path: str) -> str:
         if self.by is None:
-            return [name for name in self.optimizers if path == name or path.startswith(f"{name}.")]
-        name = self.by(path)  # type: ignore[operator]
-        if name is not None and name not in self.optimizers:
+            begun = [name for name in self.optimizers if path == name or path.startswith(f"{name}.")]
+            name = begun[0] if begun else None
+        else:
+            name = self.by(path)  # type: ignore[operator]
+        if name is None:
             raise StructureError(
-                f"Groups: the function returned {brief(name)} for {path!r}", f"one of {list(self.optimizers)}"
+                f"Groups: the parameter {path!r} is in none of the groups {', '.join(map(repr, self.optimizers))}",
+                "every parameter in one group",
+                "add a group for it, of SGD(0.0) if it is to stay as it is",
             )
-        return [] if name is None else [name]
+        if not isinstance(name, str) or name not in self.optimizers:
+            known = f"one of {list(self.optimizers)}"
+            raise StructureError(f"Groups: the function returned {brief(name)} for {path!r}", known)
+        return name
 
     def init(self, params: Leaves) -> Buffers:
         """The buffers of every group, named after it."""
@@ -171,17 +176,3 @@ def _sizes(part: Part) -> list[tuple[int, Any]]:
     size = part.optimizer.step_size
     each = size if isinstance(size, tuple) else (size,) * len(part.places)  # Leaves are a tuple
     return list(zip(part.places, each, strict=True))
-
-
-def _misplaced(path: str, names: Sequence[str], known: Sequence[str]) -> StructureError:
-    if names:
-        return StructureError(
-            f"Groups: {path!r} is in the groups {', '.join(map(repr, names))}",
-            "every parameter in one group",
-            "give names of which none begins another, or a function of the path",
-        )
-    return StructureError(
-        f"Groups: the parameter {path!r} is in none of the groups {', '.join(map(repr, known))}",
-        "every parameter in one group",
-        "add a group for it, of SGD(0.0) if it is to stay as it is",
-    )

@@ -59,10 +59,9 @@ class Checks:
         """
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws or {}
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
-        self._stops, self._looked_at = (
-            stops,
-            {1, 1 if keep is None else keep.first, self._last},
-        )  # steps whose numbers may be drawn again
+        self._stops = stops
+        # (steps whose numbers may be drawn again)
+        self._looked_at = {1, 1 if keep is None else keep.first, self._last}
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None

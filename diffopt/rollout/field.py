@@ -25,7 +25,7 @@ class VectorField:
     For what no loss is behind: games, temporal differences, sharpness-aware steps, fixed points, roots. Taken by
     :func:`diffopt.solve`, :func:`diffopt.implicit`, :func:`diffopt.implicit_gradients` and :func:`diffopt.check`. The
     field's Jacobian :math:`V = \partial v/\partial params` need not be symmetric, and no estimator takes it to be:
-    adjoints go through :math:`V^\top`, tangents through :math:`V`. Derivations, section 13.
+    adjoints go through :math:`V^\top`, tangents through :math:`V`. Derivations, section 6.7.
 
     What is reported as the loss (``solution.losses``) is the field's norm, and has no derivative.
 
@@ -108,7 +108,8 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1 + ctx.shape.params :])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (cotangent,) = cotangents
         field, axes = ctx.saved_tensors, ctx.shape.axes
         if cotangent is None:
             return (None,) * (1 + 2 * len(field))
@@ -121,7 +122,8 @@ class _Norm(torch.autograd.Function):
         return torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], shape: _Shape, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        shape, *tensors = args
         stacked, _ = transforms.stacked(tensors, in_dims[1:], info.batch_size, set(range(len(tensors))))
         return transforms.apply(_Norm, shape._replace(axes=shape.axes + 1), *stacked), 0
 

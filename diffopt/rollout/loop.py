@@ -129,7 +129,7 @@ def roll_out(
         wanted=tuple(wanted),
         first=None if keep is None else keeper.first,
         steps=done,
-        updates=dynamics.until(done).layout.inner_steps,
+        updates=min(done * layout.window, layout.inner_steps),
         enough=enough,
         kept=keeper.kept,
         states=keeper.states,

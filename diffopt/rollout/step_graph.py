@@ -177,7 +177,13 @@ class Block:
         return handed_on, Leaves(derivatives.or_zeros([through.get(i) for i in before], adjoint))
 
     def pullback(
-        self, adjoint: Leaves, *, state: Sequence[int], running: Running | None = None, direct: bool = True
+        self,
+        adjoint: Leaves,
+        *,
+        state: Sequence[int],
+        running: Running | None = None,
+        direct: bool = True,
+        retain: bool = False,
     ) -> BlockTerms:
         """Pull the adjoint of the state after the block back to the state before it, and to the wanted inputs.
 
@@ -186,6 +192,7 @@ class Block:
             state: the leaves of the state before it that are asked for.
             running: the cotangents of what the steps have handed out; ``None``: zero.
             direct: whether the wanted inputs are asked for.
+            retain: whether there will be another call; if not, the graph is freed on the way.
         """
         assert self._graph is not None, "the block is still growing"
         first, numbers = self._layout.state_count, len(self._shared) + len(self._slices_at)
@@ -193,7 +200,7 @@ class Block:
         along: list[Tensor | None] = []
         for step, number in self._along_at:
             along += [None] * number if running is None else running.at(step)[:number]
-        terms = self._graph.pullback([*adjoint, *along], [*state, *others])
+        terms = self._graph.pullback([*adjoint, *along], [*state, *others], retain=retain)
         before = Leaves(derivatives.or_zeros(terms[: len(state)], [adjoint[i] for i in state]))
         rest = terms[len(state) :]
         return BlockTerms(

@@ -88,8 +88,7 @@ def roll_out_recorded(
             break
         now = dynamics.update(now, filled, hyperparameters, step)
         loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()
-        observed = apart_from(levels, dynamics.observed, layout.params(now), read)
-        rows.append((loss, *observed, *aux))
+        rows.append((loss, *_observed(dynamics, layout.params(now), read, levels), *aux))
         if watch.values:
             # the largest number of each leaf, in one call: it is looked at only if the end is not finite
             largest.append(torch.stack(torch._foreach_norm([transforms.plain(x) for x in now if x.numel()], math.inf)))
@@ -101,6 +100,13 @@ def roll_out_recorded(
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
     return now, tuple(along), enough
+
+
+def _observed(dynamics: Dynamics, params: Leaves, read: Leaves, levels: range) -> Sequence[Tensor]:
+    if not levels:
+        return dynamics.observed(params, read)
+    observed: Sequence[Tensor] = apart_from(levels, dynamics.observed, params, read)
+    return observed
 
 
 def _functional_gradient(

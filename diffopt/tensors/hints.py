@@ -124,6 +124,8 @@ def for_optimizer(value: Any) -> str:
     kind = value if isinstance(value, type) else type(value)
     if issubclass(kind, torch.optim.Optimizer):
         name = name_of_torch(kind)
+        if name == "torch.optim.Muon":
+            return "write diffopt.Muon(lr=...)"
         native = f"write diffopt.{kind.__name__}(lr=...), or " if kind.__name__ in NATIVE and "." in name else ""
         return f"{native}lift the class: diffopt.from_torch({name}, lr=...)"
     if issubclass(kind, LRScheduler):
@@ -152,7 +154,10 @@ def for_hyperparameter(value: Any, steps: int, scheduled: bool) -> str:
 def for_loss(value: Any) -> str:
     """What to do about something that a loss returned and that is not one floating scalar."""
     if isinstance(value, tuple | list | Mapping):
-        return "return the scalar alone, or a pair (loss, aux) with has_aux=True"
+        return (
+            "return the scalar alone, or a pair (loss, aux) with has_aux=True (what is like params, a gradient or "
+            "another field, goes in as diffopt.VectorField(v))"
+        )
     if value is None:
         return "end it with return"
     if not isinstance(value, Tensor):

@@ -244,6 +244,12 @@ def stacked(
     return stacked, tuple(new_dims)
 
 
+def rows(tensors: Sequence[Tensor], dims: Sequence[int | None], size: int) -> list[list[Tensor]]:
+    """What each task of a batch has of the tensors; those that the tasks share go to all."""
+    columns = [[x] * size if dim is None else list(x.unbind(dim)) for x, dim in zip(tensors, dims, strict=True)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under all wrappers of ``torch.func``, to look at its values."""
     return unwrapped(tensor).detach()

@@ -9,7 +9,7 @@ from diffopt.adjoint.estimator import Estimator
 from diffopt.errors import ConformanceError, EstimatorError, StepsError
 from diffopt.reports import Report
 from diffopt.tensors.arguments import check_instance, check_integer
-from diffopt.testing import behaviour, gradients, tasks
+from diffopt.testing import behaviour, fields, gradients, tasks
 from diffopt.testing.estimator_case import Rule
 from diffopt.testing.findings import run, title
 from diffopt.testing.problem import Setting
@@ -23,6 +23,7 @@ _CHECKS = (
     gradients.forms,
     gradients.linearity,
     gradients.leaf_order,
+    fields.vector_fields,
     tasks.tasks,
     behaviour.repeatability,
     behaviour.side_effects,
@@ -44,6 +45,7 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
 
     * ``exact``: equal to that answer, for schedules and an outer loss of the final buffers too; or (``"never"``)
       different from it by more than ``tolerance``;
+    * ``exact`` for a :class:`diffopt.VectorField` too, whose Jacobian is not symmetric; or a typed error;
     * ``inputs``: those claimed get a hypergradient, the same alone as with all others and as a schedule or a batch per
       step; the others get exact zeros;
     * ``vmap``: the numbers of a loop in ``vmap`` then ``backward``, ``vmap(grad)`` and ``vmap(vmap(grad))``, with some

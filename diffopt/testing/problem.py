@@ -17,6 +17,7 @@ from diffopt.adjoint.claims import ALL_INPUTS, KINDS, Kind
 from diffopt.adjoint.estimator import Estimator
 from diffopt.optimizers import SGD, Adam
 from diffopt.optimizers.base import Optimizer, Schedule
+from diffopt.rollout.field import VectorField
 from diffopt.solve import Solution, solve
 
 Point: TypeAlias = Mapping[Kind, tuple[Tensor, ...]]
@@ -62,15 +63,16 @@ class Setting:
         steps: inner steps.
         optimizer: the inner optimizer.
         stepped: one batch per step; else ``batches`` are one batch, passed as an argument of the loss.
-        loss: the inner loss.
+        loss: the inner loss; with ``field`` a vector field in its place, whose value is like the params.
         names: of the three params, whose alphabetical order decides the order of the leaves.
     """
 
     steps: int
     optimizer: Literal["momentum", "adam"] = "momentum"
     stepped: bool = True
-    loss: Callable[..., Tensor] = regression
+    loss: Callable[..., Any] = regression
     names: tuple[str, str, str] = ("bias", "shift", "weight")
+    field: bool = False
 
     def point(self, seed: int) -> Point:
         """Random inputs, in double precision."""
@@ -92,7 +94,7 @@ class Setting:
         """The problem, run by the library. A hyperparameter with an axis is a schedule."""
         (weights, idle), (inputs,) = point["args"], point["batches"]
         return solve(
-            lambda params, *args: self.loss([params[name] for name in self.names], *args),
+            VectorField(self._field) if self.field else self._loss,
             dict(zip(self.names, point["init"], strict=True)),
             weights,
             idle,
@@ -103,6 +105,12 @@ class Setting:
             batches=inputs if self.stepped else None,
             estimator=estimator,
         )
+
+    def _loss(self, params: Any, *args: Any) -> Any:
+        return self.loss([params[name] for name in self.names], *args)
+
+    def _field(self, params: Any, *args: Any) -> Any:
+        return dict(zip(self.names, self._loss(params, *args), strict=True))
 
     def _optimizer(self, point: Point) -> Optimizer:
         values = [Schedule(x) if x.ndim else x for x in point["hyperparameters"]]
@@ -129,7 +137,8 @@ class Setting:
         buffers: list[tuple[Tensor, ...]] = [(torch.zeros_like(p), torch.zeros_like(p)) for p in now]
         for t in range(1, self.steps + 1):
             loss = self.loss(now, weights, idle, FIXED, inputs[t - 1] if self.stepped else inputs)
-            found = zip(now, torch.autograd.grad(loss, now, create_graph=True), buffers, strict=True)
+            moves = loss if self.field else torch.autograd.grad(loss, now, create_graph=True)
+            found = zip(now, moves, buffers, strict=True)
             numbers = [x[t - 1] if x.ndim else x for x in point["hyperparameters"]]
             rows = [step(p, g, b, t, *numbers) for p, g, b in found]
             now, buffers = [row[0] for row in rows], [row[1:] for row in rows]

@@ -406,7 +406,19 @@ def test_a_field_that_jumps_at_the_point_is_refused():
     field = diffopt.VectorField(lambda z, a: z.sign() + z - a)
     z = torch.zeros(3, dtype=DOUBLE)
     a = torch.full((3,), 0.005, dtype=DOUBLE, requires_grad=True)
-    with pytest.raises(diffopt.StationarityError, match="kink"):
+    with pytest.raises(diffopt.StationarityError, match=r"kink of the vector field.*fixed_point"):
         diffopt.implicit(field, z, a).sum().backward()
     step = diffopt.fixed_point(lambda z, a: soft(z - (z - a), torch.tensor(1.0, dtype=DOUBLE)))
     assert torch.autograd.grad(diffopt.implicit(step, z, a).sum(), a)[0].tolist() == [0.0] * 3
+
+
+def test_a_field_without_its_graph_is_refused():
+    """Its Jacobian would be zero, and the system singular."""
+    field = diffopt.VectorField(lambda z, a: torch.autograd.grad((z**2 / 2 - a * z).sum(), z)[0])
+    a, z = number(2.0), torch.tensor(2.0, dtype=DOUBLE)
+    with pytest.raises(diffopt.DisconnectedError, match="create_graph=True"):
+        diffopt.implicit(field, z, a)
+    with pytest.raises(diffopt.DisconnectedError, match="create_graph=True"):
+        diffopt.implicit_gradients(field, z, a, cotangent=z)
+    whole = diffopt.VectorField(lambda z, a: torch.autograd.grad((z**2 / 2 - a * z).sum(), z, create_graph=True)[0])
+    assert torch.autograd.grad(diffopt.implicit(whole, z, a), a)[0].item() == pytest.approx(1.0)

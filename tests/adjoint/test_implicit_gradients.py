@@ -32,10 +32,6 @@ def test_implicit_gradients_checks_what_it_is_given():
         diffopt.implicit_gradients(
             lambda w, p: RIDGE.loss(w, p) + (torch.rand_like(w) * w).sum(), solution, theta, cotangent=TARGET
         )
-    with pytest.raises(diffopt.DiffoptError):
-        torch.func.vmap(lambda p: diffopt.implicit_gradients(RIDGE.loss, solution, p, cotangent=TARGET).args[0])(
-            PENALTIES
-        )
 
 
 def test_implicit_gradients_is_the_same_as_a_plain_function():
@@ -96,3 +92,104 @@ def test_the_memory_reduced_algorithm(warm, low, high):
             hypergradient = hypergradient + found.args[0] / 3
         theta = theta - 0.1 * hypergradient
     assert low <= float(true_gradient(theta).norm()) < high
+
+
+# ------------------------------------------------------------------------------------------ under transforms
+
+
+def solved(theta: Tensor, cotangent: Tensor, start: Tensor | None = None):
+    solution = RIDGE.solution(theta)
+    return diffopt.implicit_gradients(RIDGE.loss, solution, theta, cotangent=cotangent, solver=EXACT, start=start)
+
+
+def test_many_problems_at_once():
+    """Each with a system of its own: the numbers of a loop, how it was solved included."""
+    cotangents = normal(30, 3, SIZE)
+    found = torch.func.vmap(solved)(PENALTIES, cotangents)
+    for i in range(3):
+        alone = solved(PENALTIES[i], cotangents[i])
+        assert relative_error([found.args[0][i], found.multiplier[i]], [alone.args[0], alone.multiplier]) < CLOSED
+        assert found.system.converged[i]
+        assert found.system.iterations[i] == alone.system.iterations
+    again = torch.func.vmap(solved)(PENALTIES, cotangents, found.multiplier)
+    assert again.system.iterations.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0)], ids=["a shared cotangent", "a shared problem"])
+def test_what_all_problems_share(dims):
+    """A shared argument has a hypergradient for each problem."""
+    inputs = (PENALTIES, TARGET) if dims == (0, None) else (PENALTIES[0], normal(31, 3, SIZE))
+    found = torch.func.vmap(solved, in_dims=dims)(*inputs)
+    for i in range(3):
+        alone = solved(*(x if dim is None else x[i] for x, dim in zip(inputs, dims, strict=True)))
+        assert relative_error([found.args[0][i], found.multiplier[i]], [alone.args[0], alone.multiplier]) < CLOSED
+
+
+def test_nested_and_on_other_axes():
+    cotangents = normal(32, 3, SIZE, 2)
+    over_both = torch.func.vmap(torch.func.vmap(solved, in_dims=(None, 1)), in_dims=(0, 0))
+    found = over_both(PENALTIES, cotangents)
+    for i in range(3):
+        for j in range(2):
+            alone = solved(PENALTIES[i], cotangents[i, :, j])
+            assert relative_error([found.args[0][i, j]], [alone.args[0]]) < CLOSED
+
+
+def test_fields_of_many_problems():
+    matrix = torch.eye(2, dtype=torch.float64) + normal(33, 2, 2)
+    field = diffopt.VectorField(lambda z, m, a: m @ z - a)
+
+    def one(a, cotangent):
+        return diffopt.implicit_gradients(field, torch.linalg.solve(matrix, a), matrix, a, cotangent=cotangent)
+
+    aims, cotangents = normal(34, 4, 2), normal(35, 4, 2)
+    found = torch.func.vmap(one)(aims, cotangents)
+    multipliers = torch.linalg.solve(matrix.T, cotangents.T).T
+    assert relative_error([found.args[1], found.multiplier], [multipliers, multipliers]) < 1e-4
+    roots = torch.linalg.solve(matrix, aims.T).T
+    assert relative_error([found.args[0]], [-multipliers[:, :, None] * roots[:, None]]) < 1e-4
+
+
+def test_beside_what_a_transform_differentiates():
+    """Used as numbers it is no matter; its own derivative is refused, never zero without a word."""
+
+    def outer(scale, theta):
+        return (scale * solved(theta.detach(), TARGET).args[0]).sum()
+
+    alone = solved(PENALTIES[0], TARGET).args[0].sum()
+    got = torch.func.grad(outer)(torch.tensor(2.0, dtype=torch.float64), PENALTIES[0])
+    assert relative_error([got], [alone]) < CLOSED
+    each = torch.func.vmap(torch.func.grad(outer), in_dims=(0, None))(torch.ones(2, dtype=torch.float64), PENALTIES[0])
+    assert relative_error([each], [alone.expand(2)]) < CLOSED
+    for transformed in (
+        lambda: torch.func.grad(lambda theta: solved(theta, TARGET).args[0].sum())(PENALTIES[0]),
+        lambda: torch.func.grad(lambda theta: torch.func.vmap(solved)(theta, PENALTIES).args[0].sum())(PENALTIES),
+        lambda: torch.func.vmap(torch.func.grad(lambda theta: solved(theta, TARGET).multiplier.sum()))(PENALTIES),
+    ):
+        with pytest.raises(diffopt.SecondDerivativeError, match="implicit_gradients"):
+            transformed()
+
+
+def test_a_batch_with_an_unsolved_system_is_refused():
+    def one(theta, throw):
+        return diffopt.implicit_gradients(
+            RIDGE.loss,
+            RIDGE.solution(theta),
+            theta,
+            cotangent=TARGET,
+            solver=ConjugateGradient(max_iterations=1, throw=throw),
+        ).system.converged
+
+    with pytest.raises(diffopt.LinearSolveError, match="did not converge"):
+        torch.func.vmap(lambda theta: one(theta, True))(PENALTIES)
+    assert torch.func.vmap(lambda theta: one(theta, False))(PENALTIES).tolist() == [False] * 3
+
+
+def test_a_captured_tensor_of_a_batch_is_refused():
+    def one(theta):
+        return diffopt.implicit_gradients(lambda w: RIDGE.loss(w, theta), TARGET, cotangent=TARGET).multiplier
+
+    with pytest.raises(diffopt.CapturedTensorError):
+        torch.func.vmap(one)(PENALTIES)
+    with pytest.raises(diffopt.CapturedTensorError):
+        torch.func.grad(lambda theta: one(theta).sum())(PENALTIES[0])

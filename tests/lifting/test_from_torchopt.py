@@ -290,3 +290,53 @@ def test_torchopt_refusals_and_zero_gradients():
             lambda w, x: ((w * x).sum() - 1) ** 2, start, dead, optimizer=from_torchopt(make(0.1)), steps=3
         )
         assert torch.autograd.grad(solution.params.sum(), start)[0].isfinite().all()
+
+
+@needs_torchopt
+@pytest.mark.usefixtures("float64_by_default")
+@pytest.mark.parametrize("ready", [True, False], ids=["pair", "options"])
+def test_a_chain_is_a_pair_like_another(ready):
+    """Of two optimizers, and of one after a filter, which is that optimizer."""
+    torchopt = pytest.importorskip("torchopt")
+    start, target = [p.requires_grad_() for p in tensors(SHAPES, 0)], scalar(0.7)
+
+    def two(lr):
+        return torchopt.chain(torchopt.sgd(0.5, momentum=0.8), torchopt.adam(lr, betas=(0.8, 0.9), eps=0.05))
+
+    def filtered(lr):
+        return torchopt.chain(torchopt.nan_to_num(0.0), torchopt.adam(lr, betas=(0.8, 0.9), eps=0.05))
+
+    params, chain = tuple(p.detach().clone() for p in start), two(0.05)
+    state = chain.init(params)
+    for _ in range(20):
+        leaves = [p.requires_grad_() for p in params]
+        grads = torch.autograd.grad(wavy(leaves, target.detach()), leaves)
+        updates, state = chain.update(grads, state, params=params, inplace=False)
+        params = tuple(p.detach() for p in torchopt.apply_updates(params, updates, inplace=False))
+    lifted = from_torchopt(two(0.05)) if ready else from_torchopt(two, lr=scalar(0.05))
+    assert relative_error(diffopt.solve(wavy, start, target, optimizer=lifted, steps=20).params, params) < 1e-12
+
+    found, rates = [], [scalar(0.05), scalar(0.05)]
+    lifted = from_torchopt(filtered(0.05)) if ready else from_torchopt(filtered, lr=rates[0])
+    for optimizer, lr in zip((lifted, diffopt.Adam(rates[1], (0.8, 0.9), 0.05)), rates, strict=True):
+        end = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=6).params
+        leaves = [*start, target] if ready else [*start, target, lr]
+        found.append(torch.autograd.grad(sum(p.square().sum() for p in end), leaves))
+    assert relative_error(*found) < 1e-10
+
+
+@needs_torchopt
+@pytest.mark.usefixtures("float64_by_default")
+def test_the_clipping_of_a_chain_is_refused_and_put_around_the_rest():
+    """TorchOpt makes a Python number of the norm: its derivative would be lost."""
+    torchopt = pytest.importorskip("torchopt")
+    with pytest.raises(LiftError, match=r"makes a Python number of a tensor.*put diffopt\.Clip around the rest"):
+        from_torchopt(torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.sgd(0.1)))
+    start, target, most = [p.requires_grad_() for p in tensors(SHAPES, 0)], scalar(0.7), scalar(1.2)
+    found = []
+    for inner in (from_torchopt(torchopt.sgd, lr=scalar(0.1)), diffopt.SGD(0.1)):
+        optimizer = diffopt.Clip(inner, max_norm=most)
+        end = diffopt.solve(wavy, start, target, optimizer=optimizer, steps=6).params
+        found.append(torch.autograd.grad(sum(p.square().sum() for p in end), [*start, target, most]))
+    assert relative_error(*found) < 1e-12
+    assert float(found[0][-1]) != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from compositions import COMPOSITIONS, STEPS, Setting, gradient
@@ -63,6 +64,23 @@ def test_tasks_under_vmap_are_those_of_a_loop(case, estimator):
     for i, g in enumerate(got):
         column = [row[i] for row in alone]
         assert relative_error([g], [torch.stack(column) if i in (4, 5) else sum(column)]) < ROUND_OFF
+
+
+def graded(setting, case, order):
+    """The sum of the Taylor coefficients up to ``order`` in a factor on all curvature."""
+    points = np.cos(np.pi * (np.arange(STEPS + 1) + 0.5) / (STEPS + 1))
+    inputs = setting.inputs(case)
+    rows = [gradient(lambda x, e=e: setting.expected(case, x, setting.query, float(e)), inputs) for e in points]
+    weights = np.linalg.inv(np.vander(points, increasing=True))[: order + 1].sum(0)
+    return [sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("case", COMPOSITIONS, ids=str)
+@pytest.mark.parametrize("order", [1, 2])
+def test_orders_are_taylor_coefficients_of_the_curvature(case, order):
+    setting = Setting.random(seed=5)
+    got = gradient(lambda x: setting.value(case, x, Binomial(order), setting.query), setting.inputs(case))
+    assert relative_error(got, graded(setting, case, order)) < 1e-8, "a 5 by 5 Vandermonde system of condition 30"
 
 
 @given(

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffopt.errors import GradModeError, MissingDerivativeError
-from diffopt.estimators import Adjoint, Claims, Cotangents, Estimator, Keep, Reverse, Unrolled
+from diffopt.estimators import Adjoint, Claims, Cotangents, Estimator, Keep, Reverse, StepByStep, Unrolled
+from diffopt.tensors.derivatives import jvp
 from diffopt.tensors.leaves import Leaves
 
 EXACT, BIASED = Claims(), Claims("never")
@@ -50,6 +51,28 @@ class Changed(Adjoint):
 
     def pullback(self, trajectory, cotangent):
         return self.after(trajectory, trajectory.sweep(self.before(trajectory, cotangent)))
+
+
+@dataclass(frozen=True)
+class Symmetric(Adjoint):
+    """The exact rule with ``V u`` in the place of ``V' u``: right for every loss."""
+
+    def keep(self, steps):
+        return Keep(first=1, checkpoint=1, gradients=True)
+
+    def pullback(self, trajectory, cotangent):
+        steps, adjoint, dynamics = StepByStep(trajectory), cotangent, trajectory.dynamics
+        for t in range(trajectory.steps, 0, -1):
+            turned = steps.turn(t, adjoint)
+            steps.curvature(t, turned)  # for the arguments
+            params = dynamics.layout.params(trajectory.rollout.states[t])
+            read = dynamics.layout.at_step(trajectory.inputs, t)[0]
+
+            def gradient(roots, read=read):
+                return dynamics.gradient(dynamics.losses(roots, read), roots, differentiable=True)
+
+            adjoint = steps.through(t, adjoint, Leaves(jvp(gradient, params, turned)[1]))
+        return steps.cotangents(adjoint)
 
 
 def scaled(result, factor):

@@ -427,7 +427,7 @@ def ahead_leaves(inner: Update, period: int, ratios: list[Any]) -> Update:
 
 @dataclass(frozen=True)
 class Setting:
-    """A small network of three matrices with a weight for every example, and the leaves of all that is differentiated."""
+    """A small network of three matrices with a weight for every example."""
 
     start: list[Tensor]
     weights: Tensor
@@ -474,15 +474,16 @@ class Setting:
         ends = [solution.params, *([solution.state.buffers["average"]] if case.averages else [])]
         return sum(self.outer([e["body"]["b"], e["body"]["w"], e["head"]["h"]], query) for e in ends)
 
-    def expected(self, case: Composition, inputs: list[Tensor], query: Tensor) -> Tensor:
-        """The outer loss by a plain loop."""
+    def expected(self, case: Composition, inputs: list[Tensor], query: Tensor, curvature: float = 1.0) -> Tensor:
+        """The outer loss by a plain loop; ``curvature`` is a factor on every second derivative of the inner loss."""
         b, w, h, weights, x, y, *values = inputs
         update, memory = case.oracle(dict(zip(case.learned, values, strict=True))), {}
         now = [b, w, h]
         for t in range(1, STEPS + 1):
             now = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
             loss = self.loss(whole(*now), weights, (x, y))
-            now = update(now, list(torch.autograd.grad(loss, now, create_graph=True)), memory, t)
+            grads = torch.autograd.grad(loss, now, create_graph=True)
+            now = update(now, [g.detach() + curvature * (g - g.detach()) for g in grads], memory, t)
         ends = [now, *([memory["average"]] if case.averages else [])]
         return sum(self.outer(end, query) for end in ends)
 

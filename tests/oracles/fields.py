@@ -41,9 +41,10 @@ def walked(
     args: Sequence[Any],
     batches: Tensor,
     options: dict[str, Any],
+    first: Callable[..., dict[str, Tensor]] = lambda p, **options: {},
 ) -> dict[str, Any]:
-    """One step along ``field`` for each batch, which autograd records."""
-    buffers: list[dict[str, Tensor]] = [{}, {}]
+    """One step along ``field`` for each batch, which autograd records; ``first`` makes the buffers of a leaf."""
+    buffers = [first(p, **options) for p in (params["w"], params["in"]["b"])]
     now = params
     for t, batch in enumerate(batches, 1):
         moves = field(now, *args, batch)

@@ -547,3 +547,39 @@ def test_a_solve_that_was_stopped_can_be_gone_on_from(steps, stop, mode):
     found, whole = run(first.state, steps), run(values[0], stop + steps)
     got, expected = (torch.autograd.grad(x.params.prod(), values[0]) for x in (found, whole))
     assert relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("how", ["tol", "on_step"])
+def test_a_solve_that_ends_early_has_looked_at_every_loss(how):
+    """A tensor that is captured from the second step on: with graphs, losses are looked at some at a time."""
+    scale, calls = torch.ones(2, requires_grad=True), itertools.count()
+    w = torch.ones(2, requires_grad=True)
+
+    def loss(w):
+        return (w.square() * (scale if next(calls) else 1)).sum()
+
+    stop = {"tol": 2.0} if how == "tol" else {"on_step": lambda step, loss: step == 3}
+    with pytest.raises(diffopt.CapturedTensorError, match="`scale`"):
+        solve(loss, w, optimizer=diffopt.SGD(0.1), steps=12, estimator=Reverse("graph"), **stop)
+
+
+def test_a_solve_that_ends_early_knows_the_state_that_its_loss_keeps():
+    """An average that later losses read: refused where steps are taken again, also if it moved after the first only."""
+    w, average = torch.ones(2, requires_grad=True), torch.zeros(())
+
+    def loss(w):
+        average.mul_(0.5).add_(w.detach().sum())
+        return w.square().sum() * average.detach().clone()
+
+    with pytest.raises(diffopt.HiddenStateError):
+        solve(
+            loss, w, optimizer=diffopt.SGD(0.01), steps=12, estimator=Reverse(1), on_step=lambda step, loss: step == 3
+        )
+
+
+def test_the_norm_of_a_field_has_no_derivative():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    for rule in (Reverse(), Unrolled()):
+        found = solve(diffopt.VectorField(lambda w: 2 * w), w, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
+        assert found.params.requires_grad
+        assert not found.losses.requires_grad

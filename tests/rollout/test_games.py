@@ -241,3 +241,23 @@ def test_a_captured_tensor_of_a_transform_is_refused(rule):
         vmap(end, in_dims=(0, None))(torch.ones(3), torch.tensor(1.0))
     with pytest.raises(diffopt.CapturedTensorError):
         vmap(end)(torch.ones(3), torch.ones(3))
+
+
+def test_tasks_that_share_the_players_have_gradients_of_their_own():
+    """Called by hand under vmap, where nothing has given each task its own params."""
+    players, data = start(), normal(51, 3, 4, 2)
+    found = vmap(GAME.v, in_dims=(None, None, 0))(players, PRICE, data)
+    for i in range(3):
+        alone = GAME.v(players, PRICE, data[i])
+        for player in range(2):
+            got = [x[i] for x in found[player].values()]
+            assert relative_error(got, list(alone[player].values())) < ROUND_OFF
+
+
+@pytest.mark.compiler
+def test_compiled_games():
+    made = leaves()
+    a, b, c, d, price, data, lr = made
+    options = {"optimizer": diffopt.SGD(lr), "steps": STEPS, "compile": True}
+    solution = diffopt.solve(GAME, ({"w": a, "b": b}, {"w": c, "c": d}), price, data, **options)
+    assert relative_error(torch.autograd.grad(outer(solution.params), made), answers(*made)) < ROUND_OFF

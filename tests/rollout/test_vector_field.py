@@ -7,7 +7,10 @@ from functools import partial
 import oracles
 import pytest
 import torch
+from cases import OPTIMIZERS as CASES
 from fields import BATCHES, STEPS, arguments, normal, outer, start, turning, walked
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from oracles import relative_error
 from torch.func import grad, vmap
 
@@ -107,6 +110,46 @@ def test_truncated_goes_back_through_the_last_steps_only(steps):
     end = outer(walked(oracles.sgd_step, turning, now, args, batches[-steps:], options))
     answer = torch.autograd.grad(end, [now["w"], now["in"]["b"], *made[2:]])
     assert relative_error(got, answer) < ROUND_OFF
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    case=st.sampled_from(CASES),
+    estimator=st.sampled_from(EXACT),
+    batched=st.booleans(),
+)
+def test_random_fields_under_every_optimizer(seed, case, estimator, batched):
+    """A field with a random coupling; batched: beside other tasks, which take no part in the answer."""
+    names, values = zip(*case.learned.items(), strict=True)
+    made = [normal(seed, 3), normal(seed + 1, 2), 0.5 * normal(seed + 2, 3, 3), 0.3 * normal(seed + 3, 3)]
+    made += [normal(seed + 4, 2), normal(seed + 5, STEPS, 3), *(torch.tensor(x, dtype=torch.float64) for x in values)]
+    made = [x.requires_grad_() for x in made]
+
+    def parts(w, b, coupling, pull_w, pull_b, batches, *hypers):
+        return (
+            {"w": w, "in": {"b": b}},
+            (coupling, {"w": pull_w, "b": pull_b}),
+            batches,
+            dict(zip(names, hypers, strict=True)),
+        )
+
+    def library(*tensors):
+        params, args, batches, values = parts(*tensors)
+        options = {"optimizer": case.optimizer(values), "steps": STEPS, "batches": batches, "estimator": estimator}
+        return outer(diffopt.solve(FIELD, params, *args, **options).params)
+
+    params, args, batches, hypers = parts(*made)
+    hand = outer(walked(case.step, turning, params, args, batches, case.options(hypers), case.buffers))
+    assume(bool(hand.isfinite()) and abs(float(hand.detach())) < 1e3)
+    answer = torch.autograd.grad(hand, made, materialize_grads=True)
+    assume(max(float(x.abs().max()) for x in answer) < 1e4)
+    value = library(*made)
+    if batched:
+        pairs = [torch.stack([0.5 * made[0], made[0]]), *made[1:]]
+        value = vmap(library, in_dims=(0,) + (None,) * (len(made) - 1))(*pairs)[1]
+    got = torch.autograd.grad(value, made, materialize_grads=True)
+    # some derivatives are zero in exact arithmetic, such as those for Adam's betas after one step
+    assert relative_error(got, answer) < 1e-8
 
 
 RULES = [Reverse(), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS), Binomial(STEPS)]
@@ -328,6 +371,32 @@ def test_unrolled_gives_second_derivatives():
     assert relative_error([got], [answer]) < ROUND_OFF
     twice = torch.func.hessian(partial(value, library))(made[4])
     assert relative_error([twice], [answer]) < ROUND_OFF
+
+
+@pytest.mark.parametrize("estimator", EXACT[:9], ids=str)
+def test_sharpness_aware_steps(estimator):
+    """The gradient at a point that is a learned way uphill; its Jacobian is no Hessian's."""
+    target = normal(61, 3)
+
+    def loss(w, scale):
+        return ((scale * w - target) ** 4).sum() + (w[0] * w[1]).sin()
+
+    def uphill(w, scale, radius):
+        slope = grad(loss)(w, scale)
+        return grad(loss)(w + radius * slope / slope.norm(), scale)
+
+    made = [x.requires_grad_() for x in (normal(62, 3), normal(63, 3), torch.tensor(0.05, dtype=torch.float64))]
+    options = {"optimizer": diffopt.SGD(0.02, momentum=0.5), "steps": STEPS, "estimator": estimator}
+    found = diffopt.solve(diffopt.VectorField(uphill), *made, **options).params
+    w, velocity = made[0], 0.0
+    for _ in range(STEPS):
+        (slope,) = torch.autograd.grad(loss(w, made[1]), w, create_graph=True)
+        above = w + made[2] * slope / slope.norm()
+        (there,) = torch.autograd.grad(loss(above, made[1]), above, create_graph=True)
+        velocity = 0.5 * velocity + there
+        w = w - 0.02 * velocity
+    got, answer = (torch.autograd.grad(x.sin().sum(), made) for x in (found, w))
+    assert relative_error(got, answer) < ROUND_OFF
 
 
 # ------------------------------------------------------------------------------------------ refusals

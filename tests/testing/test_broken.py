@@ -17,6 +17,7 @@ from broken_rules import (
     RefusesBatches,
     Saying,
     ShortSweep,
+    Symmetric,
     WarmStarted,
     by_company,
     by_the_clock,
@@ -60,6 +61,7 @@ from diffopt.estimators import (
     Truncated,
     Unrolled,
 )
+from diffopt.linear_solve import ConjugateGradient
 from diffopt.testing import check_estimator, check_optimizer
 
 RANDOM = Claims(random=True, tolerance=1e-3)
@@ -76,6 +78,7 @@ EXACTNESS = {
     ),
     "schedules backwards": (Changed(schedules_reversed), "exact in the final buffers, and for sched"),
     "a dropped batch, biased": (Changed(without_last_batch, said=BIASED), "batches and schedules: sum"),
+    "takes Jacobians for symmetric": (Symmetric(), "exact for a vector field: got"),
     "right for momentum only": (Changed(wrong_for_adam), "exact with Adam: got 5.0e-01"),
     "claims exact, is biased": (saying(Truncated(2), exact="always"), "exact: got"),
     "claims biased, is exact": (Changed(said=BIASED), "biased: got"),
@@ -217,6 +220,17 @@ def test_the_error_names_the_claim_the_number_the_limit_and_what_to_check():
     assert text in str(caught.value)
     assert "exact                      " in caught.value.table
     assert caught.value.table.count("  FAIL  ") == caught.value.table.count("\n    fix: check ") >= 2
+
+
+def test_a_rule_that_is_wrong_for_fields_only_fails_for_them_only():
+    with pytest.raises(diffopt.ConformanceError) as caught:
+        check_estimator(Symmetric())
+    assert "\nexact: got" not in str(caught.value)  # of its numbers; its counts are another matter
+
+
+def test_an_honest_refusal_of_fields_passes():
+    findings = {f.claim: f for f in check_estimator(Implicit(ConjugateGradient(rtol=1e-9))).findings}
+    assert findings["exact for a vector field"].measured == "LinearSolveError"
 
 
 def test_an_honest_refusal_of_batches_passes():
