@@ -1,17 +1,18 @@
-"""Meta-Weight-Net: a small network weighs examples by their loss, learned one step ahead of a live torch.optim training.
+"""Meta-Weight-Net: a network weighs examples by their loss, learned one step ahead of a live ``torch.optim`` training.
 
-    ahead:     w'(theta) = the next step of torch.optim.SGD, momentum included, on  sum_i V_i loss_i / sum_i V_i,  V_i = V(loss_i; theta)
-    outer:     theta <- a step of Adam along  d/dtheta  (loss of w' on a batch of clean examples)
+    ahead:     w'(theta) = the next step of torch.optim.SGD on  sum_i V_i loss_i / sum_i V_i,  V_i = V(loss_i; theta)
+    outer:     theta <- a step of Adam along  d/dtheta  (loss of w' on clean examples)
     training:  w <- the same step with the new weights, by torch.optim.SGD itself
 
-Four of ten training labels are redrawn at random. The training loop is torch's own; before each of its steps,
-``state_of(optimizer, params)`` reads where it stands and ``diffopt.solve`` looks one step ahead. A weight network sees
-nothing but the loss, so it learns how much to trust examples that the network finds hard.
+Four of ten training labels are false. The training loop is torch's own; before each of its steps ``state_of`` reads
+where the optimizer stands, momentum included, and ``diffopt.solve`` looks one step ahead. The weight network sees
+nothing but the loss of an example: it learns how far to trust those that are hard.
 
-What to see: plain training learns the false labels by heart, weighted training does not; the learned curve falls with
-the loss; and the lookahead is the step that the live optimizer makes, to round-off.
+What to see: plain training learns the false labels by heart in the end, weighted training does not; the learned
+weight falls with the loss; and the step looked ahead is the step that the live optimizer makes, to round-off.
 
-Measured (30 November 2026, 2 cores, CPU; TIME of processor time on one thread): FIGURES
+Measured (30 November 2026, 2 cores, CPU; 8 s of processor time on one thread): test accuracy 82.5 % by plain training
+and 90.8 % by weighted training; a false label weighs 0.03 times the mean weight, a true one 1.64 times.
 
     python examples/meta_weight_net.py
 
@@ -64,14 +65,16 @@ class Weighing:
         weights = torch.func.functional_call(self.weigher, theta, each.detach()[:, None])[:, 0]
         return (weights * each).sum() / weights.sum()
 
-    def look_ahead(self, batch: Data, clean: Data) -> Params:
-        """Learn the weights, one step ahead of the training; returns where that step goes."""
+    def ahead(self, batch: Data) -> Params:
+        """Where the next step of the training goes, differentiable in the weight network."""
         state = diffopt.state_of(self.training, self.params)
-        ahead = diffopt.solve(self.loss, state, self.theta, batch, optimizer=self.sgd, steps=1).params
+        return diffopt.solve(self.loss, state, self.theta, batch, optimizer=self.sgd, steps=1).params
+
+    def learn(self, batch: Data, clean: Data) -> None:
+        """One step of the weight network."""
         self.outer.zero_grad()
-        F.cross_entropy(torch.func.functional_call(self.net, ahead, clean[0]), clean[1]).backward()
+        F.cross_entropy(torch.func.functional_call(self.net, self.ahead(batch), clean[0]), clean[1]).backward()
         self.outer.step()
-        return ahead
 
     def step(self, batch: Data, weighted: bool) -> None:
         """One step of the training."""
@@ -88,7 +91,7 @@ def train(epochs: int, weighted: bool) -> tuple[Weighing, list[float]]:
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(100):
             if weighted:
-                weighing.look_ahead((x[rows], y[rows]), clean)
+                weighing.learn((x[rows], y[rows]), clean)
             weighing.step((x[rows], y[rows]), weighted)
         with torch.no_grad():
             curve.append(float((weighing.net(x_test).argmax(1) == y_test).float().mean()))
@@ -97,7 +100,7 @@ def train(epochs: int, weighted: bool) -> tuple[Weighing, list[float]]:
 
 def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
     epochs, results = 40 if quick else 100, {}
-    (x, y), clean, _, false = data()
+    (x, y), _, _, false = data()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     for name, weighted in (("plain", False), ("weighted", True)):
         weighing, curve = train(epochs, weighted)
@@ -111,19 +114,17 @@ def main(quick: bool = False, out: Path = Path()) -> dict[str, float]:
         weights = weights / mean
         results |= {"false": float(weights[false].mean()), "true": float(weights[~false].mean())}
         right.plot(grid, weighing.weigher(grid[:, None])[:, 0] / mean)
-    ahead = weighing.look_ahead((x, y), clean)
-    again = diffopt.solve(
-        weighing.loss, diffopt.state_of(weighing.training, weighing.params), weighing.theta, (x, y),
-        optimizer=weighing.sgd, steps=1,
-    ).params  # fmt: skip
+    ahead = weighing.ahead((x, y))
     weighing.step((x, y), True)
-    results["ahead"] = max(float((again[name] - p).detach().abs().max()) for name, p in weighing.params.items())
+    results["ahead"] = max(float((ahead[name] - p).detach().abs().max()) for name, p in weighing.params.items())
     print(f"relative weight of a true label {results['true']:.2f}, of a false one {results['false']:.2f}")
     print(f"the step looked ahead and the step made differ by at most {results['ahead']:.0e}")
     left.set(xlabel="epoch", ylabel="test accuracy", title="40 % of the labels are false")
     for name, which in (("true", ~false), ("false", false)):
         right.hist(losses[which].numpy(), 30, density=True, alpha=0.4, label=f"examples with a {name} label")
-    right.set(xlabel="loss of an example", ylabel="weight, relative to the mean (line); density", title="The learned weight")
+    right.set(
+        xlabel="loss of an example", ylabel="weight, relative to the mean (line); density", title="The learned weight"
+    )
     for ax in (left, right):
         ax.legend()
     figure.savefig(out / "meta_weight_net.png", dpi=120)

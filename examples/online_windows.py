@@ -3,16 +3,19 @@
     window k:  s_k = n steps of SGD with momentum from s_{k-1}, on  mean_i sigmoid(v_i) log-loss(x_i, y_i)
     outer:     v <- a step of Adam along  d/dv  (mean over the steps of window k of the validation loss)
 
-Half of 400 training labels are redrawn at random; ``v`` has a number for each example, and is learned *while* the network
-is trained, once. ``diffopt.solve`` takes the state of the window before in place of parameters, so momentum goes on;
-``state.detach()`` cuts the history off, and the memory is that of one window. ``observe`` is the validation loss after
-every step. What is cut off is an error: how large, the exact hypergradient of the whole training tells.
+Half of 400 training labels are redrawn at random. ``v`` has a number for each example, and is learned *while* the
+network is trained, once. ``diffopt.solve`` takes the state of the window before in place of parameters, so momentum
+goes on; ``state.detach()`` cuts the history off, and the memory is that of one window. ``observe`` has the validation
+loss after every step. What is cut off is an error: the exact hypergradient of 200 steps tells how large it is.
 
-What to see: the longer the window, the nearer to the exact hypergradient; states in a chain, not cut off, are one solve,
-while parameters in a chain are another training, whose momentum starts anew; and windows of any length win back most
-of what the labels cost.
+What to see: the longer the window, the nearer to the exact hypergradient; states in a chain that is not cut off are
+one solve, parameters in a chain another training, whose momentum starts anew; and weights learned in windows of any
+length win back most of what the labels cost.
 
-Measured (30 November 2026, 2 cores, CPU; TIME of processor time on one thread): FIGURES
+Measured (30 November 2026, 2 cores, CPU; 12 s of processor time on one thread): a chain of states is 1e-7 from the
+exact hypergradient, one of parameters 63 %; cut off, windows of 1, 20 and 60 steps have a cosine of 0.47, 0.81 and
+0.92 with it. Test accuracy 62.4 % by plain training, 78.9, 79.7 and 79.3 % with weights learned in windows of 1, 5
+and 20 steps.
 
     python examples/online_windows.py
 """
