@@ -25,6 +25,7 @@ from diffopt.solve import Kept, Solution, solve
 from diffopt.state import State, state_of
 from diffopt.tensors.leaves import Leaves
 from diffopt.vector_field import VectorField, fixed_point, game
+from diffopt.warm_starts import WarmStarts
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -81,6 +82,7 @@ __all__ = [
     "Solution",
     "State",
     "VectorField",
+    "WarmStarts",
     "check",
     "cite",
     "compare",

@@ -29,8 +29,8 @@ class Implicit(Adjoint):
 
     Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
     ``relative_stationarity`` (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an
-    iteration and one more. Not for: unfinished problems; initial params, step sizes, momentum (zero, but for a
-    proximal center); Adam with conjugate gradients; half precision with ``lr`` times curvature near its ``eps``.
+    iteration and one more. Not for: unfinished problems (``tol`` not reached: a warning); initial params, step sizes,
+    momentum (zero, but for a proximal center); Adam by conjugate gradients; half precision if ``lr`` times H is small.
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object; default: conjugate gradients, GMRES for a vector field.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
-from diffopt.errors import LinearSolveError, RandomnessError
+from diffopt.errors import EstimateWarning, LinearSolveError, RandomnessError
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved
+from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
@@ -61,11 +63,15 @@ def implicit_pullback(
             "a step with a fixed point to differentiate",
             "use Reverse() or Truncated()",
         )
-    layout, tasks, counts = trajectory.layout, trajectory.tasks, trajectory.record.counts
+    _warn_if_not_reached(trajectory)
+    dynamics, tasks, counts = _with_a_step(trajectory.dynamics), trajectory.tasks, trajectory.record.counts
+    layout = dynamics.layout
     count, last = layout.state_count, layout.steps
     rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
-    replay = Replay(trajectory.dynamics, trajectory.inputs, rollout, counts, check=trajectory.check)
-    losses = trajectory.losses_to_replay()
+    replay = Replay(dynamics, trajectory.inputs, rollout, counts, check=trajectory.check)
+    losses = (
+        trajectory.losses_to_replay() if trajectory.steps else trajectory.final[0].new_empty(*layout.tasks_shape, 1)
+    )
     block, after = replay.block(trajectory.final, last, last, losses, apart=True)
     if trajectory.check:
         if losses_there is None:
@@ -99,11 +105,29 @@ def implicit_pullback(
             residual=found.residual,
             iterations=found.iterations,
             stationarity=distance,
-            relative_stationarity=torch.where(distance > 0, layout.steps * distance / way, 0),
+            relative_stationarity=torch.where((distance > 0) & (way > 0), layout.steps * distance / way, 0),
         )
     if solver.throw:
         refuse_unsolved(solver, found)
     return Cotangents(Leaves(initial), direct.collect()), found
+
+
+def _with_a_step(dynamics: Dynamics) -> Dynamics:
+    """The problem, with the step whose fixed point its start is if it was stopped before its first one."""
+    layout = dynamics.layout
+    return dynamics if layout.steps else replace(dynamics, layout=replace(layout, inner_steps=layout.window))
+
+
+def _warn_if_not_reached(trajectory: Trajectory) -> None:
+    """Warn of a solve that was to end at a small gradient and did not: its end is no fixed point."""
+    enough = trajectory.rollout.enough
+    if trajectory.check and enough is not None and not bool(enough.all()):
+        warnings.warn(
+            f"tol was not reached within {trajectory.steps} steps, and Implicit differentiates a fixed point: the "
+            "hypergradient is that of another point. Take more steps, a larger tol, or Reverse()",
+            EstimateWarning,
+            stacklevel=2,
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

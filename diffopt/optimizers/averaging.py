@@ -67,9 +67,9 @@ class EMA(Optimizer):
         return self.optimizer.elementwise
 
     @property
-    def step_size(self) -> Any:
+    def proximal_step_size(self) -> Any:
         """That of the inner optimizer."""
-        return self.optimizer.step_size
+        return self.optimizer.proximal_step_size
 
     def init(self, params: Leaves) -> Buffers:
         """The initial params, and the inner optimizer's buffers."""

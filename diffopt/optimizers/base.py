@@ -82,7 +82,7 @@ class Optimizer(Bindable):
     """
 
     @property
-    def step_size(self) -> Any:
+    def proximal_step_size(self) -> Any:
         """By what number an update multiplies a gradient, for :class:`diffopt.Proximal`; ``None``: by no one number.
 
         A number or ``Leaves`` once the fields are ready. ``None``, as of Adam, is always right: it refuses a prox.

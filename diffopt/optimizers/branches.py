@@ -36,8 +36,8 @@ class Branches:
         return Branches(self.structure, chosen, len(chosen) == self.structure.num_leaves)
 
     def paths(self) -> list[str]:
-        """The path of each leaf in the whole tree, its keys joined by dots, as a module names its parameters."""
-        found = [".".join(map(str, path)) for path in self.structure.paths()]
+        """The path of each leaf in the whole tree, its keys joined by dots."""
+        found = tree.dotted_paths(self.structure)
         return [found[i] for i in self.places]
 
     def entries(self, value: Any) -> list[tuple[str, Any]]:

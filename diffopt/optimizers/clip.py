@@ -73,9 +73,9 @@ class Clip(Optimizer):
         return self.value is not None and self.optimizer.elementwise
 
     @property
-    def step_size(self) -> Any:
+    def proximal_step_size(self) -> Any:
         """That of the inner optimizer."""
-        return self.optimizer.step_size
+        return self.optimizer.proximal_step_size
 
     def init(self, params: Leaves) -> Buffers:
         """The inner optimizer's buffers."""

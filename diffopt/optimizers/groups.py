@@ -105,10 +105,10 @@ class Groups(Grouping):
         return all([_optimizer(x).elementwise for x in self.optimizers.values()])
 
     @property
-    def step_size(self) -> Any:
+    def proximal_step_size(self) -> Any:
         """That of each leaf; ``None`` if an optimizer has none."""
         parts = self.optimizers.values()
-        if any([_optimizer(part).step_size is None for part in parts]):
+        if any([_optimizer(part).proximal_step_size is None for part in parts]):
             return None
         sizes = {i: size for part in parts if isinstance(part, Part) for i, size in _sizes(part)}
         return tuple([sizes[i] for i in range(len(sizes))])
@@ -173,6 +173,6 @@ def _optimizer(entry: Any) -> Optimizer:
 
 def _sizes(part: Part) -> list[tuple[int, Any]]:
     """The place and the step size of each leaf of a part."""
-    size = part.optimizer.step_size
+    size = part.optimizer.proximal_step_size
     each = size if isinstance(size, tuple) else (size,) * len(part.places)  # Leaves are a tuple
     return list(zip(part.places, each, strict=True))

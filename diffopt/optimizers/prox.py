@@ -94,7 +94,7 @@ class Proximal(Optimizer):
     With ``SGD(lr)`` it minimises the loss plus ``h`` (ISTA; with a projection, projected gradient descent). The step
     size is the inner optimizer's ``lr`` at that step: learned, scheduled or a tree like ``params``, and in ``Groups``
     that of each leaf. Optimizers without one step size, such as Adam, are refused: the prox would have to be that of
-    their own metric. Optimizers of your own say theirs by the property ``step_size``.
+    their own metric. Optimizers of your own say theirs by the property ``proximal_step_size``.
 
     With momentum the velocity knows nothing of the prox: at rest it is ``1 / (1 - momentum)`` gradients, so the limit
     is the minimiser with ``(1 - momentum)`` times ``h``. A projection is the same for every factor.
@@ -143,12 +143,12 @@ class Proximal(Optimizer):
                 "a diffopt.prox.Prox such as diffopt.prox.L1(0.1)",
                 "call it: that is the class" if called else "subclass it for one of your own",
             )
-        if self.optimizer.step_size is None:
+        if self.optimizer.proximal_step_size is None:
             raise OptimizerError(
                 f"Proximal: {type(self.optimizer).__name__} has no one step size",
                 "an optimizer whose step is a step size times the gradient, such as SGD",
                 "a prox after another step has another fixed point than the minimiser; of an optimizer of your own, "
-                "say its step size by the property step_size; in Groups, put Proximal around the groups that need it",
+                "say its step size by proximal_step_size; in Groups, put Proximal around the groups that need it",
             )
 
     @property
@@ -157,9 +157,9 @@ class Proximal(Optimizer):
         return self.optimizer.elementwise and self.prox.elementwise
 
     @property
-    def step_size(self) -> Any:
+    def proximal_step_size(self) -> Any:
         """That of the inner optimizer."""
-        return self.optimizer.step_size
+        return self.optimizer.proximal_step_size
 
     def init(self, params: Leaves) -> Buffers:
         """The inner optimizer's buffers."""
@@ -168,7 +168,7 @@ class Proximal(Optimizer):
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
         """A step of the inner optimizer, and the prox there."""
         moved, buffers = self.optimizer.update(params, grads, buffers, step)
-        after = self.prox.apply(moved, for_each(self.optimizer.step_size, moved))
+        after = self.prox.apply(moved, for_each(self.optimizer.proximal_step_size, moved))
         return after, buffers
 
 

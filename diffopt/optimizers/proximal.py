@@ -41,7 +41,7 @@ class ProximalGD(Optimizer):
         check_range(self, "center", lr=POSITIVE, strength=POSITIVE, center=FINITE)
 
     @property
-    def step_size(self) -> Hyperparameter:
+    def proximal_step_size(self) -> Hyperparameter:
         """``lr``."""
         return self.lr
 

@@ -50,7 +50,7 @@ class SGD(Optimizer):
             )
 
     @property
-    def step_size(self) -> Hyperparameter:
+    def proximal_step_size(self) -> Hyperparameter:
         """``lr``."""
         return self.lr
 

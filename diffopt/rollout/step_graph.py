@@ -200,7 +200,8 @@ class Block:
         along: list[Tensor | None] = []
         for step, number in self._along_at:
             along += [None] * number if running is None else running.at(step)[:number]
-        terms = self._graph.pullback([*adjoint, *along], [*state, *others], retain=retain)
+        graph, self._graph = self._graph, self._graph if retain else None  # of losses nobody asked for it keeps tensors
+        terms = graph.pullback([*adjoint, *along], [*state, *others], retain=retain)
         before = Leaves(derivatives.or_zeros(terms[: len(state)], [adjoint[i] for i in state]))
         rest = terms[len(state) :]
         return BlockTerms(

@@ -51,6 +51,17 @@ def paths(structure: Structure) -> list[str]:
     return ["".join(f"[{key!r}]" for key in path) for path in structure.paths()]
 
 
+def dotted_paths(structure: Structure) -> list[str]:
+    """The same with keys and fields joined by dots, as a module names its parameters: ``layer.weight``."""
+    return [".".join([str(_key(entry)) for entry in accessor]) for accessor in structure.accessors()]
+
+
+def _key(entry: optree.PyTreeEntry) -> Any:
+    if isinstance(entry, optree.NamedTupleEntry):
+        return entry.field
+    return entry.name if isinstance(entry, optree.DataclassEntry) else entry.entry
+
+
 def differences(name: str, value: Tree, structure: Structure, *, deeper: bool = False) -> list[str]:
     """The leaves that a tree called ``name`` lacks or has too many, in words; ``deeper``: it may go on below a leaf."""
     here, there = paths(flatten(value)[1]), dict.fromkeys(paths(structure))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def zeros(*shape: int) -> torch.Tensor:
 
 
 NESTED = {"body": {"w": zeros(2), "b": zeros(1)}, "head": [zeros(2), zeros(1)]}
-FLAT = {"body.0.w": zeros(2), "body.0.b": zeros(1), "body.10.w": zeros(1), "head.w": zeros(1)}
+FLAT = {"body.1.w": zeros(2), "body.1.b": zeros(1), "body.10.w": zeros(1), "head.w": zeros(1)}
 
 
 def rates(params):
@@ -47,10 +48,10 @@ def test_names_begin_paths_of_nested_params_and_of_those_of_modules():
     }
     got = one_step(NESTED, Groups({"body.w": SGD(0.1), "body.b": SGD(0.3), "head.0": SGD(0.2), "head.1": SGD(0.4)}))
     assert rates([got["body"]["w"], got["body"]["b"], *got["head"]]) == [0.1, 0.3, 0.2, 0.4]
-    got = one_step(FLAT, Groups({"body.0": SGD(0.1), "body.10": SGD(0.3), "head": SGD(0.2)}))
+    got = one_step(FLAT, Groups({"body.1": SGD(0.1), "body.10": SGD(0.3), "head": SGD(0.2)}))
     assert {name: rates(x)[0] for name, x in got.items()} == {
-        "body.0.w": 0.1,
-        "body.0.b": 0.1,
+        "body.1.w": 0.1,
+        "body.1.b": 0.1,
         "body.10.w": 0.3,
         "head.w": 0.2,
     }
@@ -65,9 +66,22 @@ def test_a_function_of_the_path_says_whose_a_leaf_is():
 
     got = one_step(FLAT, Groups(by, {"vectors": SGD(0.1), "rest": SGD(0.2)}))
     assert sorted(seen) == sorted(FLAT)
-    assert {name: rates(x)[0] for name, x in got.items() if rates(x)[0] == 0.1} == {"body.0.b": 0.1}
+    assert {name: rates(x)[0] for name, x in got.items() if rates(x)[0] == 0.1} == {"body.1.b": 0.1}
     bare = one_step(zeros(2), Groups(lambda path: f"all{path}", {"all": SGD(0.5)}))
     assert rates(bare) == [0.5]
+
+
+class Parts(NamedTuple):
+    body: torch.Tensor
+    head: list[torch.Tensor]
+
+
+def test_fields_of_named_tuples_are_keys():
+    params = {"net": Parts(zeros(2), [zeros(1), zeros(3)])}
+    got = one_step(params, Groups({"net.body": SGD(0.1), "net.head.0": SGD(0.2), "net.head.1": SGD(0.3)}))
+    assert rates([got["net"].body, *got["net"].head]) == [0.1, 0.2, 0.3]
+    got = one_step(params, Groups({"net.body": SGD(0.1), "net.head": SGD([0.2, 0.3])}))
+    assert rates([got["net"].body, *got["net"].head]) == [0.1, 0.2, 0.3]
 
 
 def test_a_module_in_parts():

@@ -34,7 +34,7 @@ class Mixture(diffopt.Optimizer):
     elementwise = True
 
     def _all(self):
-        return list(self.parts.values()) if isinstance(self.parts, dict) else list(self.parts)
+        return [self.parts[k] for k in sorted(self.parts)] if isinstance(self.parts, dict) else list(self.parts)
 
     def init(self, params):
         return {f"{i}.{k}": b for i, part in enumerate(self._all()) for k, b in part.init(params).items()}
@@ -192,6 +192,7 @@ SECRET = torch.tensor(2.0, requires_grad=True)
         Clip(Capturing(0.1), max_norm=1.0),
         Groups({"a": SGD(0.1), "b": Lookahead(Capturing(0.1))}),
         Mixture([SGD(0.1), Clip(Capturing(0.1), value=1.0)]),
+        EMA(Mixture([Capturing(0.1), SGD(0.1)])),
         Proximal(SGD(0.1), CapturingProx()),
     ],
     ids=lambda o: type(o).__name__,
@@ -289,7 +290,7 @@ def test_what_differs_within_is_compiled_anew_and_what_does_not_is_found_again(m
     assert count(Lookahead(SGD(leaf(0.1)), 2)) > 0
     assert count(Lookahead(SGD(leaf(0.2)), 2)) == 0
     assert count(Lookahead(SGD(leaf(0.1)), 3)) > 0, "another period"
-    assert count(Lookahead(SGD(leaf(0.1), 0.5), 3)) > 0, "another number within"
+    assert count(Lookahead(SGD(leaf(0.1), weight_decay=0.5), 3)) > 0, "another number within"
 
 
 @pytest.mark.compiler

@@ -331,7 +331,7 @@ class Halved(diffopt.Optimizer):
 
     rate: Any
     elementwise = True
-    step_size = property(lambda self: self.rate)
+    proximal_step_size = property(lambda self: self.rate)
 
     def init(self, params):
         return {}
@@ -375,7 +375,7 @@ def test_those_that_have_one_are_taken():
         Clip(SGD(0.1), max_norm=1.0),
         Proximal(SGD(0.1), L1(0.1)),
     ):
-        assert Proximal(optimizer, Nonnegative()).step_size == 0.1
+        assert Proximal(optimizer, Nonnegative()).proximal_step_size == 0.1
 
 
 @pytest.mark.parametrize(
@@ -410,3 +410,24 @@ def test_step_sizes_that_differ_within_a_parameter_are_refused_where_coordinates
     w = torch.ones(3)
     with pytest.raises(diffopt.HyperparameterError, match="one step size for each parameter"):
         diffopt.solve(lambda w: w.sum(), w, optimizer=Proximal(SGD(torch.ones(3) / 10), prox), steps=1)
+
+
+@dataclass(frozen=True)
+class Stepping(diffopt.Optimizer):
+    """A user's descent whose fields have names that the library might want to have."""
+
+    step_size: float
+    prox: float
+    places: float = 1.0
+
+    def init(self, params):
+        return {}
+
+    def update(self, params, grads, buffers, step):
+        return params - self.step_size * self.prox * self.places * grads, buffers
+
+
+def test_names_of_a_users_fields_are_free():
+    assert float(diffopt.solve(lambda w: w, torch.tensor(1.0), optimizer=Stepping(0.5, 0.5), steps=1).params) == 0.75
+    with pytest.raises(diffopt.OptimizerError, match="Stepping has no one step size"):
+        Proximal(Stepping(0.5, 0.5), L1(0.1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import oracles
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt import EMA, SGD, Adam, AdamW, Clip, Groups, Lookahead, Muon, Proximal, ProximalGD, Schedule
-from diffopt.prox import L1, Box, GroupL1, L2Ball, Nonnegative, Simplex
+from diffopt.prox import L1, Box, GroupL1, L2Ball, Nonnegative, Prox, Simplex
 
 Update: TypeAlias = Callable[[list[Tensor], list[Tensor], dict[Any, Any], int], list[Tensor]]
 Hypers: TypeAlias = dict[str, Tensor]
@@ -491,3 +491,13 @@ class Setting:
 def gradient(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     made = [x.detach().clone().requires_grad_() for x in inputs]
     return list(torch.autograd.grad(function(made), made, allow_unused=True, materialize_grads=True))
+
+
+def kinds(held: Any) -> set[type]:
+    """The classes of an optimizer and of all that it holds."""
+    found = {type(held)}
+    for field in fields(held):
+        value = getattr(held, field.name)
+        parts = value.values() if isinstance(value, dict) else [value]
+        found = found.union(*(kinds(part) for part in parts if isinstance(part, diffopt.Optimizer | Prox)))
+    return found

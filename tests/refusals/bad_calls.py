@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from bad_row import Row, solve, square, tensor
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad
 
 import diffopt
 from diffopt.estimators import (
@@ -135,10 +135,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         diffopt.LinearSolveError,
         r"expected step_size \* A between 0 and 2",
     ),
-    "implicit_gradients_under_vmap": (
-        lambda: vmap(lambda w: diffopt.implicit_gradients(square, w, cotangent=w).multiplier)(torch.zeros(2, 2)),
-        diffopt.GradModeError,
-        "under a torch.func transform, expected plain code; call it outside, or use diffopt.implicit",
+    "implicit_gradients_differentiated": (
+        lambda: grad(lambda w: diffopt.implicit_gradients(square, w, cotangent=w).multiplier.sum())(torch.ones(2)),
+        diffopt.SecondDerivativeError,
+        "the result of implicit_gradients is being differentiated, .*detach",
     ),
     "compare_one_estimator": (
         lambda: compared(rules=Reverse()),

@@ -109,7 +109,10 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     ),
     (ESJacobian, {"directions": 1, "radius": 0.1, "antithetic": 1}, "antithetic", "expected True or False"),
     (ESJacobian, {"directions": 1, "radius": 0.1, "generator": 3}, "generator", "expected None or a torch.Generator"),
-    *((Implicit, {"solver": x}, "solver", "expected a diffopt.linear_solve object") for x in ("cg", ConjugateGradient)),
+    *(
+        (Implicit, {"solver": x}, "solver", "expected None or a diffopt.linear_solve object")
+        for x in ("cg", ConjugateGradient)
+    ),
     (Implicit, {"whole_state": "x"}, "whole_state", "expected True or False"),
 ]
 

@@ -583,3 +583,23 @@ def test_the_norm_of_a_field_has_no_derivative():
         found = solve(diffopt.VectorField(lambda w: 2 * w), w, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
         assert found.params.requires_grad
         assert not found.losses.requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [diffopt.SGD(0.2), diffopt.SGD(0.2, momentum=0.5)], ids=["descent", "momentum"])
+@pytest.mark.parametrize("start", ["far away", "at the end"])
+def test_implicit_differentiates_where_a_tolerance_was_reached(optimizer, start):
+    """Also where no step was needed: the minimum of the bowl is the target, whatever it is."""
+    target = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    w = target.detach().clone() if start == "at the end" else torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = solve(bowl, w, target, optimizer=optimizer, steps=400, tol=1e-10, estimator=Implicit())
+    assert (found.steps == 0) == (start == "at the end")
+    got = torch.autograd.grad(found.params.square().sum(), target)
+    assert relative_error(got, [2 * target]) < 1e-8
+    assert bool(found.diagnostics["converged"])
+
+
+def test_implicit_warns_of_a_tolerance_that_was_not_reached():
+    target = torch.tensor([0.5, 1.0], requires_grad=True)
+    found = solve(bowl, torch.ones(2), target, optimizer=diffopt.SGD(0.1), steps=3, tol=1e-6, estimator=Implicit())
+    with pytest.warns(diffopt.EstimateWarning, match="tol was not reached within 3 steps"):
+        found.params.sum().backward()

@@ -14,9 +14,11 @@ import pytest
 import torch
 from broken_optimizers import AdaBelief
 from cases import ESTIMATORS, OPTIMIZERS, OptimizerCase
+from compositions import COMPOSITIONS, kinds
 
 import diffopt
 import diffopt.estimators
+import diffopt.prox
 from diffopt.comparing.comparison import brief
 from diffopt.estimators import (
     Adjoint,
@@ -89,7 +91,9 @@ def test_nothing_shipped_is_left_out():
     concrete = {c for c in rules if issubclass(c, diffopt.estimators.Estimator) and not inspect.isabstract(c)}
     assert {type(estimator) for estimator in ESTIMATORS} == concrete
     shipped = [c for c in vars(diffopt).values() if inspect.isclass(c) and issubclass(c, diffopt.Optimizer)]
-    assert {case.make for case in OPTIMIZERS} == {c for c in shipped if not inspect.isabstract(c)}
+    composed = {kind for case in COMPOSITIONS for kind in kinds(case.make(case.hypers()))}
+    shipped += [getattr(diffopt.prox, name) for name in diffopt.prox.__all__]
+    assert {case.make for case in OPTIMIZERS} | composed == {c for c in shipped if not inspect.isabstract(c)}
 
 
 @dataclass(frozen=True)
