@@ -37,7 +37,7 @@ class Players:
         return torch.linalg.solve(torch.cat([upper, lower]), right)
 
 
-@program("Betty", "two players step at the same time, with momentum; both are differentiated", Players, lines=30)
+@program("Betty", "two players step at the same time, with momentum; both are differentiated", Players)
 def simultaneous(p):
     found = solve(game(p.first, p.second), p.start, p.a, optimizer=SGD(0.1, momentum=0.5), steps=6)
     x, y = found.params
@@ -54,7 +54,7 @@ def simultaneous_there(p):
     return grad(players[0].square().sum() + players[1].prod(), p.a)
 
 
-@program("jaxopt", "the equilibrium of a game, by the implicit function theorem", Players, lines=6)
+@program("jaxopt", "the equilibrium of a game, by the implicit function theorem", Players)
 def equilibrium(p):
     point = p.equilibrium(p.a.detach()).split([3, 2])
     x, y = implicit(game(p.first, p.second), point, p.a, solver=GMRES(rtol=1e-12))
@@ -67,7 +67,7 @@ def equilibrium_there(p):
     return grad(x.square().sum() + y.prod(), p.a)
 
 
-@program("Betty", "players take turns: each steps from where the other has just gone", Players, lines=33)
+@program("Betty", "players take turns: each steps from where the other has just gone", Players)
 def turns(p):
     x, y = p.start
     for _ in range(3):
@@ -88,19 +88,20 @@ def turns_there(p):
     return grad(x.square().sum() + y.prod(), p.a)
 
 
-@program("TorchOpt", "LOLA: a player's gradient through the opponent's next step", Players, lines=14)
+@program("TorchOpt", "LOLA: a player's gradient through the opponent's next step", Players)
 def lola(p):
     x, y = p.start[0].requires_grad_(), p.start[1]
     after = solve(lambda y, x, a: p.second((x, y), a), y, x, p.a.detach(), optimizer=SGD(0.3), steps=1).params
     return grad(p.first((x, after), p.a), x)
 
 
-@lola.answered_by("closed form")
+@lola.answered_by("torchopt")
 def lola_there(p):
-    """By hand: ``y - 0.3 (2 y - M'x + a_0)`` in the first player's loss."""
-    (x, y), a = p.start, p.a.detach()
-    after = y - 0.3 * (2 * y - p.matrix.T @ x + a[0])
-    return x + p.matrix @ after - a + 0.3 * p.matrix @ (p.matrix.T @ x)
+    import torchopt
+
+    (x, y), inner = (z.requires_grad_() for z in p.start), torchopt.FuncOptimizer(torchopt.sgd(0.3))
+    (after,) = inner.step(p.second((x, y), p.a.detach()), (y,))
+    return grad(p.first((x, after), p.a), x)
 
 
 class Values:
@@ -121,22 +122,25 @@ class Values:
         return (self.now @ w - self.goal).square().mean()
 
 
-@program("TorchOpt", "a learned discount through steps of temporal differences (meta-gradient RL)", Values, lines=10)
+@program("TorchOpt", "a learned discount through steps of temporal differences (meta-gradient RL)", Values)
 def discount(p):
     found = solve(VectorField(p.step), torch.zeros(3), p.discount, optimizer=SGD(0.2, momentum=0.5), steps=8)
     return grad(p.outer(found.params), p.discount)
 
 
-@discount.answered_by("autograd")
+@discount.answered_by("torchopt")
 def discount_there(p):
-    w, velocity = torch.zeros(3), torch.zeros(3)
+    import torchopt
+
+    rule = torchopt.sgd(0.2, momentum=0.5)
+    w, state = (torch.zeros(3),), rule.init((torch.zeros(3),))
     for _ in range(8):
-        velocity = 0.5 * velocity + p.step(w, p.discount)
-        w = w - 0.2 * velocity
-    return grad(p.outer(w), p.discount)
+        updates, state = rule.update((p.step(w[0], p.discount),), state, params=w, inplace=False)
+        w = torchopt.apply_updates(w, updates, inplace=False)
+    return grad(p.outer(w[0]), p.discount)
 
 
-@program("optimistix", "the values that temporal differences tend to, as a root", Values, lines=3)
+@program("optimistix", "the values that temporal differences tend to, as a root", Values)
 def fixed_values(p):
     def field(w, discount):
         return p.step(w, discount) + 0.5 * w
@@ -152,7 +156,7 @@ def fixed_values_there(p):
     return grad(p.outer(torch.linalg.solve(system, p.now.T @ p.reward / 8)), p.discount)
 
 
-@program("Betty", "sharpness-aware steps: the gradient is taken where the loss is worse", Players, lines=20)
+@program("Betty", "sharpness-aware steps: the gradient is taken where the loss is worse", Players)
 def sharpness(p):
     def loss(w, a):
         return (a * w.square()).sum() / 2 + w.sin().sum()

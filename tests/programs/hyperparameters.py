@@ -39,7 +39,7 @@ class Logistic(Ridge):
         return implicit_function(torch.func.grad(self.loss), w, self.logs, *grad(self.outer(w), w))
 
 
-@program("benchmark_bilevel", "a penalty for every feature of a logistic regression", Logistic, lines=4)
+@program("benchmark_bilevel", "a penalty for every feature of a logistic regression", Logistic)
 def penalties(p):
     rule = Implicit(ConjugateGradient(rtol=1e-12))
     found = solve(p.loss, torch.zeros(4), p.logs, optimizer=SGD(1.0, momentum=0.5), steps=500, estimator=rule)
@@ -51,7 +51,7 @@ def penalties_there(p):
     return p.answer()
 
 
-@program("benchmark_bilevel", "SOBA: one step each for weights, multiplier and penalties", Logistic, lines=12)
+@program("benchmark_bilevel", "SOBA: one step each for weights, multiplier and penalties", Logistic)
 def soba(p):
     logs, w, multiplier = p.logs.detach(), torch.zeros(4), torch.zeros(4)
     for _ in range(30):
@@ -93,7 +93,7 @@ class Cleaning(Fit):
         return cross_entropy(self.query_x @ w, self.query_labels)
 
 
-@program("benchmark_bilevel", "data cleaning by softmax regression, through all steps", Cleaning, lines=10)
+@program("benchmark_bilevel", "data cleaning by softmax regression, through all steps", Cleaning)
 def cleaning(p):
     found = solve(p.loss, p.start, p.logits, optimizer=SGD(0.5, momentum=0.9), steps=20, estimator=Reverse("sqrt"))
     return grad(p.outer(found.params), p.logits)
@@ -105,7 +105,7 @@ def cleaning_there(p):
     return grad(p.outer(loop(lambda w, t: p.loss(w, p.logits), start, 20, lr=0.5, momentum=0.9)), p.logits)
 
 
-@program("benchmark_bilevel", "stocBiO: minibatches in the steps, a Neumann series of another", Logistic, lines=16)
+@program("benchmark_bilevel", "stocBiO: minibatches in the steps, a Neumann series of another", Logistic)
 def stocbio(p):
     rows = torch.arange(12).reshape(4, 3)
 
@@ -135,7 +135,7 @@ def stocbio_there(p):
     return [-torch.autograd.grad(gradient, p.logs, total)[0]]
 
 
-@program("hypertorch", "forward mode for few hyperparameters", Fit, lines=6)
+@program("hypertorch", "forward mode for few hyperparameters", Fit)
 def forward(p):
     lr, momentum = learned(0.1), learned(0.7)
     found = solve(p.loss, p.params, p.weights, optimizer=SGD(lr, momentum), steps=8, estimator=ForwardMode())
@@ -148,7 +148,7 @@ def forward_there(p):
     return grad(p.outer(loop(lambda w, t: p.loss(w, p.weights), p.params, 8, **rule)), list(rule.values()))
 
 
-@program("hypertorch", "reverse mode from stored states, with momentum (reverse)", Fit, lines=8)
+@program("hypertorch", "reverse mode from stored states, with momentum (reverse)", Fit)
 def stored(p):
     rule = Reverse(1)
     found = solve(p.loss, p.params, p.weights, optimizer=SGD(0.1, momentum=0.9), steps=8, estimator=rule)
@@ -160,7 +160,7 @@ def stored_there(p):
     return grad(p.outer(loop(lambda w, t: p.loss(w, p.weights), p.params, 8, lr=0.1, momentum=0.9)), p.weights)
 
 
-@program("Betty", "three levels: the outermost learns the step size of the middle one", lambda: Fit(2), lines=38)
+@program("Betty", "three levels: the outermost learns the step size of the middle one", lambda: Fit(2))
 def levels(p):
     lr = learned(0.5)
 
@@ -182,7 +182,7 @@ def levels_there(p):
     return grad(loop(middle, p.weights, 2, lr=lr).square().sum(), lr, p.params)
 
 
-@program("Betty", "learned shares of two losses, by the implicit gradient (Neumann)", Logistic, lines=24)
+@program("Betty", "learned shares of two losses, by the implicit gradient (Neumann)", Logistic)
 def shares(p):
     logits = learned(0.3, -0.4)
 
@@ -206,7 +206,7 @@ def shares_there(p):
     return implicit_function(torch.func.grad(loss), w, logits, *grad(p.outer(w), w))
 
 
-@program("benchmark_bilevel", "the value's gradient of the public quadratics", Ridge, lines=3)
+@program("benchmark_bilevel", "the value's gradient of the public quadratics", Ridge)
 def quadratics(p):
     """Inner and outer functions quadratic in both variables; the outer one reads its own directly, too."""
     cross = torch.outer(torch.linspace(1, 2, 4), torch.linspace(-1, 1, 3))
@@ -227,7 +227,7 @@ def quadratics_there(p):
     return grad((z - 1).square().sum() + x.square().sum(), x)
 
 
-@program("Betty", "a learned loss: a network of the prediction and the target", Fit, lines=27)
+@program("Betty", "a learned loss: a network of the prediction and the target", Fit)
 def learned_loss(p):
     theta = torch.linspace(-1, 1, 8).reshape(4, 2).requires_grad_()
 

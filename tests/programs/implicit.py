@@ -34,7 +34,7 @@ def ridge_there(p):
     return grad(p.outer(solver(torch.zeros(4), p.penalty)), p.penalty)
 
 
-@program("TorchOpt", "a scalar root (where the peer returns 0)", lambda: learned(3.0), lines=7)
+@program("TorchOpt", "a scalar root (where the peer returns 0)", lambda: learned(3.0))
 def scalar(a):
     return grad(implicit(lambda w, a: w**4 / 4 - a * w, a.detach() ** (1 / 3), a), a)
 
@@ -44,7 +44,7 @@ def scalar_there(a):
     return grad(a ** (1 / 3), a)
 
 
-@program("hypertorch", "conjugate gradients after descent to the end (CG)", Ridge, lines=9)
+@program("hypertorch", "conjugate gradients after descent to the end (CG)", Ridge)
 def after_descent(p):
     rule = Implicit(EXACT)
     found = solve(p.loss, torch.zeros(4), p.penalty, optimizer=SGD(0.5), steps=400, estimator=rule)
@@ -56,7 +56,7 @@ def after_descent_there(p):
     return p.answer()
 
 
-@program("hypertorch", "seven terms of the fixed-point iteration (fixed_point)", Ridge, lines=9)
+@program("hypertorch", "seven terms of the fixed-point iteration (fixed_point)", Ridge)
 def fixed_point_terms(p):
     found = solve(
         p.loss, p.minimiser(p.penalty.detach()), p.penalty, optimizer=SGD(0.2), steps=9, estimator=Truncated(7)
@@ -73,7 +73,7 @@ def fixed_point_terms_there(p):
     return -0.2 * multiplier * w
 
 
-@program("hypertorch", "a Neumann series until it converges", Ridge, lines=9)
+@program("hypertorch", "a Neumann series until it converges", Ridge)
 def neumann(p):
     solver = Neumann(500, step_size=0.5, rtol=1e-12)
     return grad(p.outer(implicit(p.loss, p.minimiser(p.penalty.detach()), p.penalty, solver=solver)), p.penalty)
@@ -89,7 +89,7 @@ def logistic(w, penalty, x, y):
     return torch.nn.functional.softplus(-y * (x @ w)).mean() + (penalty * w.square()).sum() / 2
 
 
-@program("jaxopt", "L-BFGS finds the minimiser (LBFGS)", Ridge, lines=5, tolerance=1e-6)
+@program("jaxopt", "L-BFGS finds the minimiser (LBFGS)", Ridge, tolerance=1e-6)
 def by_lbfgs(p):
     w = torch.zeros(4, requires_grad=True)
     data = p.x, p.y.sign()
@@ -114,7 +114,7 @@ def by_lbfgs_there(p):
     return implicit_function(gradient, w, p.penalty, *grad(p.outer(w), w))
 
 
-@program("jaxopt", "a path of four penalties at once (vmap of a solver)", Ridge, lines=7)
+@program("jaxopt", "a path of four penalties at once (vmap of a solver)", Ridge)
 def path(p):
     factors = torch.tensor([0.1, 0.5, 1.0, 3.0])
 
@@ -163,7 +163,7 @@ class Lasso(Ridge):
         return grad(self.outer(w), self.strength)
 
 
-@program("jaxopt", "Lasso by proximal gradient, through all of its steps (ProximalGradient, unrolled)", Lasso, lines=4)
+@program("jaxopt", "Lasso by proximal gradient, through all of its steps (ProximalGradient, unrolled)", Lasso)
 def lasso_unrolled(p):
     optimizer = Proximal(SGD(0.3), prox.L1(p.strength))
     found = solve(p.squares, torch.zeros(8), p.x, optimizer=optimizer, steps=300)
@@ -175,7 +175,7 @@ def lasso_unrolled_there(p):
     return p.on_support()
 
 
-@program("jaxopt", "Lasso found elsewhere, differentiated where it stands (custom_fixed_point)", Lasso, lines=6)
+@program("jaxopt", "Lasso found elsewhere, differentiated where it stands (custom_fixed_point)", Lasso)
 def lasso_in_place(p):
     def step(w, strength):
         return prox.L1(strength)(w - 0.3 * p.x.T @ (p.x @ w - p.y) / 20, 0.3)
@@ -189,7 +189,7 @@ def lasso_in_place_there(p):
     return p.on_support()
 
 
-@program("jaxopt", "weights on the simplex, by projected descent (ProjectedGradient)", Ridge, lines=5)
+@program("jaxopt", "weights on the simplex, by projected descent (ProjectedGradient)", Ridge)
 def simplex(p):
     p.y = 3 * p.y
     optimizer = Proximal(SGD(0.3), prox.Simplex())
@@ -211,7 +211,7 @@ def simplex_there(p):
     return grad(p.outer(w), p.penalty)
 
 
-@program("jaxopt", "nonnegative least squares with a learned bound from above (box)", Ridge, lines=5)
+@program("jaxopt", "nonnegative least squares with a learned bound from above (box)", Ridge)
 def box(p):
     high = learned(0.15)
     optimizer = Proximal(SGD(0.3), prox.Box(0.0, high))
@@ -235,7 +235,7 @@ def box_there(p):
     raise AssertionError
 
 
-@program("Betty", "Nystrom's approximation of full rank, damped", Ridge, lines=16)
+@program("Betty", "a damped approximation of Nystrom's, of full rank", Ridge)
 def nystrom(p):
     solver = Nystrom(rank=4, damping=0.1)
     return grad(p.outer(implicit(p.loss, p.minimiser(p.penalty.detach()), p.penalty, solver=solver)), p.penalty)
@@ -248,7 +248,7 @@ def nystrom_there(p):
     return -torch.linalg.solve(damped, grad(p.outer(w), w)[0]) * w
 
 
-@program("optimistix", "iMAML, whose published recipe gives zero there (an open issue)", Ridge, lines=14)
+@program("optimistix", "iMAML, whose published recipe gives zero there (an open issue)", Ridge)
 def imaml(p):
     start = learned(0.3, -0.2, 0.5, 0.1)
 

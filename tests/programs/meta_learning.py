@@ -70,18 +70,22 @@ def groups_there(p):
         return grad(p.judged(net(p.query_x)), rates)
 
 
-@program("higher", "first order: a gradient where the peer's users find None", Fit, lines=7)
+@program("higher", "first order: a gradient where the peer's users find None", Fit)
 def first_order(p):
     found = solve(p.loss, p.params, p.weights, optimizer=SGD(0.1), steps=5, estimator=FirstOrder())
     return grad(p.outer(found.params), p.params)
 
 
-@first_order.answered_by("closed form")
+@first_order.answered_by("higher")
 def first_order_there(p):
-    """The gradient of the outer loss at the end of the loop, as if the end were the start."""
-    end = loop(lambda params, t: p.loss(params, p.weights), p.params, 5, lr=0.1)
-    end = {name: value.detach().requires_grad_() for name, value in end.items()}
-    return grad(p.outer(end), end)
+    import higher
+
+    optimizer = torch.optim.SGD(p.net.parameters(), lr=0.1)
+    with higher.innerloop_ctx(p.net, optimizer, track_higher_grads=False) as (net, inner):
+        for _ in range(5):
+            inner.step(p.weighted(net(p.x), p.weights))
+        end = [x.detach().requires_grad_() for x in net.parameters()]
+        return grad(p.judged(net(p.query_x, params=end)), end)
 
 
 @program("higher", "the head alone is adapted, of a network with a frozen body", Fit)
@@ -151,7 +155,7 @@ class Tasks(Fit):
         return list(zip(*self.tasks, strict=True))
 
 
-@program("learn2learn", "MAML over a batch of tasks", Tasks, lines=7)
+@program("learn2learn", "MAML over a batch of tasks", Tasks)
 def maml(p):
     def task(params, x, y, query_x, query_y):
         adapted = solve(p.squares, params, x, y, optimizer=SGD(0.1), steps=5).params
@@ -165,7 +169,7 @@ def maml_there(p):
     return grad(p.by_loop(lambda loss: loop(loss, p.params, 5, lr=0.1)), p.params)
 
 
-@program("learn2learn", "Meta-SGD: a learned step size for every weight", Tasks, lines=8)
+@program("learn2learn", "Meta-SGD: a learned step size for every weight", Tasks)
 def meta_sgd(p):
     rates = {name: torch.full_like(value, 0.1, requires_grad=True) for name, value in p.params.items()}
 
@@ -182,7 +186,7 @@ def meta_sgd_there(p):
     return grad(p.by_loop(lambda loss: loop(loss, p.params, 3, lr=lambda i, t: rates[i])), p.params, rates)
 
 
-@program("learn2learn", "ANIL: the head is adapted, head and body are learned", Tasks, lines=9)
+@program("learn2learn", "ANIL: the head is adapted, head and body are learned", Tasks)
 def anil(p):
     def loss(head, body, x, y):
         return p.squares({**body, **head}, x, y)
@@ -204,7 +208,7 @@ def anil_there(p):
     return grad(p.by_loop(adapt), body, head)
 
 
-@program("learn2learn", "Adam within MAML, whose loss counts every step (asked for, open)", Tasks, lines=12)
+@program("learn2learn", "Adam within MAML, whose loss counts every step (asked for, open)", Tasks)
 def maml_adam(p):
     weights = torch.tensor([0.2, 0.3, 0.5])
 
@@ -239,7 +243,7 @@ def maml_adam_there(p):
     return grad(total, p.params)
 
 
-@program("learn2learn", "a learned matrix that transforms the gradient (meta-curvature)", Fit, lines=12)
+@program("learn2learn", "a learned matrix that transforms the gradient (meta-curvature)", Fit)
 def curvature(p):
     matrices = {k: (torch.eye(len(v)) + 0.1).requires_grad_() for k, v in p.params.items()}
     factors = {k: (m, None) if p.params[k].ndim == 2 else (m,) for k, m in matrices.items()}
@@ -257,7 +261,7 @@ def curvature_there(p):
     return grad(p.outer(loop(lambda w, t: p.loss(w, p.weights), p.params, 3, lr=0.1, clip=transformed)), matrices)
 
 
-@program("learn2learn", "Reptile: towards the adapted parameters", Fit, lines=9)
+@program("learn2learn", "Reptile: towards the adapted parameters", Fit)
 def reptile(p):
     found = solve(p.loss, p.params, p.weights, optimizer=SGD(0.1), steps=5, estimator=Reptile())
     return grad(sum(value.sum() for value in found.params.values()), p.params)

@@ -54,7 +54,7 @@ def adam() -> Live:
     return Live(torch.optim.Adam, lr=0.05, eps=1e-3)
 
 
-@program("torch.optim", "Adam looks two steps ahead, each step with a learned step size", adam, lines=0)
+@program("torch.optim", "Adam looks two steps ahead, each step with a learned step size", adam)
 def adam_ahead(p):
     rates = torch.full((5,), 0.05, requires_grad=True)  # by the number of the step; the first three are history
     state = state_of(p.training, p.params)
@@ -77,7 +77,7 @@ def adam_ahead_there(p):
     return grad(p.outer(end), rates, p.weights)
 
 
-@program("torch.optim", "inner steps are written back, and the training goes on from them", adam, lines=3)
+@program("torch.optim", "inner steps are written back, and the training goes on from them", adam)
 def written_back(p):
     found = solve(p.loss, state_of(p.training, p.params), torch.ones(6), optimizer=Adam(0.05, eps=1e-3), steps=4)
     found.state.into(p.training)
@@ -92,7 +92,7 @@ def written_back_there(p):
     return list(p.params.values())
 
 
-@program("torch.optim", "hypergradient descent: the step size learns while the training runs", Fit, lines=0)
+@program("torch.optim", "hypergradient descent: the step size learns while the training runs", Fit)
 def hypergradient_descent(p):
     lr, state = learned(0.05), p.params
     for _ in range(6):
@@ -133,7 +133,7 @@ class WeightNet(Live):
         return (weights * losses).mean()
 
 
-@program("Betty", "Meta-Weight-Net: one step ahead of the live training", WeightNet, lines=29)
+@program("Betty", "Meta-Weight-Net: one step ahead of the live training", WeightNet)
 def weight_net(p):
     found = solve(p.weighed, state_of(p.training, p.params), p.theta, optimizer=SGD(0.1, momentum=0.9), steps=1)
     return grad(p.outer(found.params), p.theta)
@@ -174,7 +174,7 @@ class Search(Live):
         return loss
 
 
-@program("Betty", "DARTS, second order: training and shares step in turn, both go on", Search, lines=36)
+@program("Betty", "DARTS, second order: training and shares step in turn, both go on", Search)
 def darts(p):
     state, shares = state_of(p.training, p.params), p.shares
     optimizer = SGD(0.1, momentum=0.9, weight_decay=0.01)
@@ -201,7 +201,7 @@ def darts_there(p):
     return shares, list(w.values())
 
 
-@program("higher", "windows of three steps, cut by detach, with the momentum kept", Fit, lines=14)
+@program("higher", "windows of three steps, cut by detach, with the momentum kept", Fit)
 def windows(p):
     state, total, optimizer = p.params, 0, SGD(0.1, momentum=0.9)
     for _ in range(3):
@@ -210,16 +210,20 @@ def windows(p):
     return grad(total, p.weights)
 
 
-@windows.answered_by("autograd")
+@windows.answered_by("higher")
 def windows_there(p):
-    w, buffers, total = p.params, [{} for _ in p.params], 0
-    for window in range(3):
-        w = loop(lambda w, t: p.loss(w, p.weights), w, 3, start=3 * window, buffers=buffers, lr=0.1, momentum=0.9)
-        total = total + p.outer(w)
-        w = {name: x.detach().requires_grad_() for name, x in w.items()}
-        for b in buffers:
-            b["v"] = b["v"].detach()
-    return grad(total, p.weights)
+    import higher
+
+    total, optimizer = 0, torch.optim.SGD(p.net.parameters(), lr=0.1, momentum=0.9)
+    with higher.innerloop_ctx(p.net, optimizer) as (net, inner):
+        for _ in range(3):
+            for _ in range(3):
+                inner.step(p.weighted(net(p.x), p.weights))
+            total = total + p.judged(net(p.query_x))
+            net.update_params([x.detach().requires_grad_() for x in net.parameters()])
+            for buffers in inner.state[0].values():
+                buffers["momentum_buffer"] = buffers["momentum_buffer"].detach()
+        return grad(total, p.weights)
 
 
 @program("TorchOpt", "one training, two futures of it (extract and recover the state)", Fit)
@@ -276,7 +280,7 @@ class Normed(Fit):
         return self.judged(self.forward(params, self.query_x, statistics)[0])
 
 
-@program("learn2learn", "batch-norm statistics as inner state: one-step solves that go on", Normed, lines=21)
+@program("learn2learn", "batch-norm statistics as inner state: one-step solves that go on", Normed)
 def statistics(p):
     state, statistics = p.params, torch.tensor([[0.0], [1.0]]).expand(2, 4)
     for _ in range(5):
@@ -297,7 +301,7 @@ def statistics_there(p):
     return grad(p.outer(loop(loss, p.params, 5, lr=0.2, momentum=0.9), kept[-1]), p.params)
 
 
-@program("higher", "the running statistics of torch's own batch norm, after the inner loop (asked for)", Fit, lines=0)
+@program("higher", "the running statistics of torch's batch norm, after the inner loop", Fit)
 def running(p):
     """The layer's buffers are arguments, and what it writes into a copy of them comes back as ``aux``."""
     net, state = normed(), None

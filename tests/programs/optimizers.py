@@ -57,21 +57,25 @@ def clipped_there(p):
         return grad(p.judged(net(p.query_x)), p.weights, list(p.net.parameters()))
 
 
-@program("higher", "a schedule of step sizes, all learned (asked for, open)", Fit, lines=9)
+@program("higher", "a schedule of step sizes, all learned", Fit)
 def schedule(p):
     rates = learned(0.2, 0.15, 0.1, 0.05)
     found = solve(p.loss, p.params, p.weights, optimizer=SGD(Schedule(rates), momentum=0.9), steps=4)
     return grad(p.outer(found.params), rates)
 
 
-@schedule.answered_by("autograd")
+@schedule.answered_by("higher")
 def schedule_there(p):
-    rates = learned(0.2, 0.15, 0.1, 0.05)
-    end = loop(lambda w, t: p.loss(w, p.weights), p.params, 4, lr=lambda i, t: rates[t], momentum=0.9)
-    return grad(p.outer(end), rates)
+    import higher
+
+    rates, optimizer = learned(0.2, 0.15, 0.1, 0.05), torch.optim.SGD(p.net.parameters(), lr=1.0, momentum=0.9)
+    with higher.innerloop_ctx(p.net, optimizer) as (net, inner):
+        for t in range(4):
+            inner.step(p.weighted(net(p.x), p.weights), override={"lr": [rates[t]]})
+        return grad(p.judged(net(p.query_x)), rates)
 
 
-@program("higher", "AdamW with a learned decay (refused by the peer)", Fit, lines=9)
+@program("higher", "AdamW with a learned decay (refused by the peer)", Fit)
 def decay(p):
     weight_decay = learned(0.3)
     found = solve(p.loss, p.params, p.weights, optimizer=AdamW(0.05, weight_decay=weight_decay, eps=1e-3), steps=5)
@@ -104,7 +108,7 @@ def move(theta, g, m):
     return 0.1 * torch.tanh(torch.stack([g, m], -1) @ theta[:2]) @ theta[2]
 
 
-@program("higher", "a learned optimizer, judged by the sum of all losses (asked for, open)", Fit, lines=13)
+@program("higher", "a learned optimizer, judged by the sum of all losses (asked for, open)", Fit)
 def learned_optimizer(p):
     theta = (torch.randn(3, 2, 2)).requires_grad_()
     found = solve(p.loss, p.params, p.weights, optimizer=Learned(theta[:, :, 0] + theta[:, :, 1]), steps=6)
@@ -164,7 +168,7 @@ def functional_pair_there(p):
     return grad(p.outer(dict(zip(p.params, now, strict=True))), p.weights, p.params)
 
 
-@program("TorchOpt", "a chain of clipping and descent (the peer drops the norm's derivative)", Fit, lines=10)
+@program("TorchOpt", "a chain of clipping and descent (the peer drops the norm's derivative)", Fit)
 def chain(p):
     found = solve(p.loss, p.params, p.weights, optimizer=Clip(SGD(0.2, 0.9), max_norm=0.7), steps=4)
     return grad(p.outer(found.params), p.weights, p.params)
@@ -199,7 +203,7 @@ def polynomial_there(p):
     return grad(p.judged(p.net(p.query_x)), p.weights, initial)
 
 
-@program("TorchOpt", "the Hessian of the outer loss in the example weights", lambda: Fit(3), lines=12)
+@program("TorchOpt", "the Hessian of the outer loss in the example weights", lambda: Fit(3))
 def hessian(p):
     def outer(weights):
         found = solve(p.loss, p.params, weights, optimizer=SGD(0.1), steps=3, estimator=Unrolled())
@@ -208,15 +212,24 @@ def hessian(p):
     return torch.autograd.functional.hessian(outer, p.weights)
 
 
-@hessian.answered_by("autograd")
+@hessian.answered_by("torchopt")
 def hessian_there(p):
+    import torchopt
+
     def outer(weights):
-        return p.outer(loop(lambda w, t: p.loss(w, weights), p.params, 3, lr=0.1))
+        rule = torchopt.sgd(0.1)
+        now, state = tuple(p.params.values()), rule.init(tuple(p.params.values()))
+        for _ in range(3):
+            value = p.loss(dict(zip(p.params, now, strict=True)), weights)
+            grads = torch.autograd.grad(value, now, create_graph=True)
+            updates, state = rule.update(grads, state, params=now, inplace=False)
+            now = torchopt.apply_updates(now, updates, inplace=False)
+        return p.outer(dict(zip(p.params, now, strict=True)))
 
     return torch.autograd.functional.hessian(outer, p.weights)
 
 
-@program("torch.optim", "NAdam, lifted, with a learned step size", Fit, lines=0, tolerance=1e-6)
+@program("torch.optim", "NAdam, lifted, with a learned step size", Fit, tolerance=1e-6)
 def nadam(p):
     lr = learned(0.05)
     optimizer = diffopt.from_torch(torch.optim.NAdam, lr=lr)
@@ -238,7 +251,7 @@ def nadam_there(p):
     return (found[0] - found[1]) / 2e-5
 
 
-@program("torch.optim", "RMSprop with a learned smoothing", Fit, lines=0)
+@program("torch.optim", "RMSprop with a learned smoothing", Fit)
 def rmsprop(p):
     alpha = learned(0.9)
     found = solve(p.loss, p.params, p.weights, optimizer=diffopt.RMSprop(0.01, alpha, eps=1e-3), steps=5)
@@ -251,7 +264,7 @@ def rmsprop_there(p):
     return grad(p.outer(loop(lambda w, t: p.loss(w, p.weights), p.params, 5, rmsprop_step, **rule)), rule["alpha"])
 
 
-@program("torch.optim", "a mean teacher: the average of the iterates is judged", Fit, lines=0)
+@program("torch.optim", "a mean teacher: the average of the iterates is judged", Fit)
 def teacher(p):
     decay = learned(0.7)
     found = solve(p.loss, p.params, p.weights, optimizer=EMA(Adam(0.05, eps=1e-3), decay), steps=5)

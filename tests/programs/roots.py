@@ -20,7 +20,7 @@ def system(z, theta):
     return torch.stack([z[0] ** 3 + z[1] - theta[0], z[1].exp() - z[0] * theta[1] - 1])
 
 
-@program("optimistix", "a root of two equations (root_find)", lambda: learned(2.0, 0.7), lines=3)
+@program("optimistix", "a root of two equations (root_find)", lambda: learned(2.0, 0.7))
 def root(theta):
     z = newton(lambda z: system(z, theta.detach()), torch.ones(2))
     return grad(implicit(VectorField(system), z, theta, solver=EXACT).prod(), theta)
@@ -32,7 +32,7 @@ def root_there(theta):
     return implicit_function(system, z, theta, z.flip(0))
 
 
-@program("optimistix", "a fixed point of a map (fixed_point)", lambda: learned(0.8), lines=3)
+@program("optimistix", "a fixed point of a map (fixed_point)", lambda: learned(0.8))
 def cosine(a):
     z = torch.tensor(0.5)
     for _ in range(200):
@@ -83,7 +83,7 @@ class Curve:
         return implicit_function(torch.func.grad(self.loss), z, self.weights, z.flip(0))
 
 
-@program("optimistix", "nonlinear least squares with learned weights (least_squares)", Curve, lines=4)
+@program("optimistix", "nonlinear least squares with learned weights (least_squares)", Curve)
 def least_squares(p):
     return grad(implicit(p.loss, p.solution(), p.weights, solver=Dense()).prod(), p.weights)
 
@@ -93,7 +93,7 @@ def least_squares_there(p):
     return p.answer()
 
 
-@program("theseus", "least squares through the steps of Gauss and Newton (UNROLL)", Curve, lines=11)
+@program("theseus", "least squares through the steps of Gauss and Newton (UNROLL)", Curve)
 def gauss_newton(p):
     field = VectorField(p.gauss_newton)
     found = solve(field, torch.tensor([1.0, 1.0]), p.weights, optimizer=SGD(1.0), steps=60)
@@ -105,7 +105,7 @@ def gauss_newton_there(p):
     return p.answer()
 
 
-@program("theseus", "least squares through the last three steps only (TRUNCATED)", Curve, lines=12)
+@program("theseus", "least squares through the last three steps only (TRUNCATED)", Curve)
 def truncated(p):
     field = VectorField(p.gauss_newton)
     state = solve(field, torch.tensor([1.0, 1.0]), p.weights, optimizer=SGD(0.7), steps=4).state
@@ -122,7 +122,7 @@ def truncated_there(p):
     return grad(z.prod(), p.weights)
 
 
-@program("theseus", "least squares where the steps have ended (IMPLICIT)", Curve, lines=11)
+@program("theseus", "least squares where the steps have ended (IMPLICIT)", Curve)
 def implicit_end(p):
     field = VectorField(p.gauss_newton)
     rule = Implicit(EXACT)
@@ -155,7 +155,7 @@ class Equilibrium:
         return z
 
 
-@program("hypertorch", "a deep equilibrium: the weights of a layer's fixed point", Equilibrium, lines=6)
+@program("hypertorch", "a deep equilibrium: the weights of a layer's fixed point", Equilibrium)
 def equilibrium(p):
     z = implicit(diffopt.fixed_point(p.layer), p.end(), p.matrix, solver=GMRES(60, rtol=1e-12))
     return grad(z.square().sum(), p.matrix)
@@ -169,7 +169,7 @@ def equilibrium_there(p):
     return grad(z.square().sum(), p.matrix)
 
 
-@program("optimistix", "a layer's 60 applications (RecursiveCheckpointAdjoint)", Equilibrium, lines=4)
+@program("optimistix", "a layer's 60 applications (RecursiveCheckpointAdjoint)", Equilibrium)
 def checkpointed(p):
     field, rule = diffopt.fixed_point(p.layer), Reverse("sqrt")
     found = solve(field, torch.zeros(4, 5), p.matrix, optimizer=SGD(1.0), steps=60, estimator=rule)
@@ -184,7 +184,7 @@ def checkpointed_there(p):
     return grad(z.square().sum(), p.matrix)
 
 
-@program("jaxopt", "a quadratic program and its multipliers (EqualityConstrainedQP)", Ridge, lines=4)
+@program("jaxopt", "a quadratic program and its multipliers (EqualityConstrainedQP)", Ridge)
 def kkt(p):
     matrix, b = torch.tensor([[1.0, 1, 1, 1], [1, -1, 0, 0]]), learned(1.0, 0.3)
 

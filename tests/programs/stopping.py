@@ -12,7 +12,7 @@ from diffopt.estimators import Implicit
 from diffopt.linear_solve import ConjugateGradient
 
 
-@program("jaxopt", "descent until the gradient is small, then implicit (maxiter, tol)", Ridge, lines=2)
+@program("jaxopt", "descent until the gradient is small, then implicit (maxiter, tol)", Ridge)
 def until_small(p):
     rule = Implicit(ConjugateGradient(rtol=1e-12))
     found = solve(p.loss, torch.zeros(4), p.penalty, optimizer=SGD(0.5), steps=2000, tol=1e-12, estimator=rule)
@@ -24,7 +24,7 @@ def until_small_there(p):
     return p.answer()
 
 
-@program("jaxopt", "descent until the gradient is small, through its steps", Ridge, lines=3)
+@program("jaxopt", "descent until the gradient is small, through its steps", Ridge)
 def unrolled_until_small(p):
     found = solve(p.loss, torch.zeros(4), p.penalty, optimizer=SGD(0.5), steps=2000, tol=1e-3)
     return grad(p.outer(found.params), p.penalty), found.steps
@@ -38,7 +38,7 @@ def unrolled_until_small_there(p):
     return grad(p.outer(w), p.penalty), steps
 
 
-@program("optimistix", "a solver that did not get there says so (max_steps, throw=False)", Ridge, lines=4)
+@program("optimistix", "a solver that did not get there says so (max_steps, throw=False)", Ridge)
 def not_there(p):
     found = solve(p.loss, torch.zeros(4), p.penalty, optimizer=SGD(0.5), steps=5, tol=1e-9)
     return found.params, found.steps, float(found.diagnostics["converged"])
@@ -51,7 +51,7 @@ def not_there_there(p):
     return end - torch.matrix_power(torch.eye(4) - 0.5 * p.gram(p.penalty), 5) @ end, 5, 0
 
 
-@program("optimistix", "residuals beside the loss, of every step (has_aux)", Ridge, lines=4)
+@program("optimistix", "residuals beside the loss, of every step (has_aux)", Ridge)
 def residuals(p):
     def loss(w, penalty):
         residual = p.x @ w - p.y
@@ -74,7 +74,7 @@ def residuals_there(p):
     return grad(p.outer(end), p.penalty), largest[:4]
 
 
-@program("theseus", "a callback ends the steps (end_iter_callback)", Fit, lines=14)
+@program("theseus", "a callback ends the steps (end_iter_callback)", Fit)
 def callback(p):
     told = []
 
@@ -134,7 +134,7 @@ def batches_there(p):
         return grad(p.judged(net(p.query_x)), list(p.net.parameters()))
 
 
-@program("jaxopt", "several problems stop together, when the last has got there (vmap, tol)", Ridge, lines=5)
+@program("jaxopt", "several problems stop together, when the last has got there (vmap, tol)", Ridge)
 def together(p):
     factors = torch.tensor([1.0, 2.0, 0.5])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from programs.theirs import THEIRS
 from torch import Tensor
 
 INSTALLED = ("higher", "torchopt")
@@ -25,8 +26,6 @@ class Program:
         case: what it does.
         problem: makes the problem, anew for both sides.
         ours: the program, with this library: from the problem to the numbers that are compared.
-        lines: how many lines of user code the peer's program has, counted by hand; ``None``: the answer is the peer's
-            own program, and its lines are counted from its source.
         tolerance: of the relative error.
         gap: why it cannot be written yet, or is wrong; empty where it is right.
         by: who gives the answer: a peer, "autograd" (a loop that autograd records), "closed form", or another.
@@ -37,7 +36,6 @@ class Program:
     case: str
     problem: Callable[[], Any]
     ours: Callable[[Any], Any]
-    lines: int | None
     tolerance: float
     gap: str
     by: str = ""
@@ -68,23 +66,25 @@ class Program:
         return count(self.ours)
 
     def lines_there(self) -> int:
-        """Lines of the peer's program."""
+        """Lines of the peer's program: of the answer, if the peer gives it, or of the text; 0: it cannot be written."""
         assert self.answer is not None
-        return count(self.answer) if self.lines is None else self.lines
+        if self.by in INSTALLED:
+            return count(self.answer)
+        text = THEIRS.get(f"{self.ours.__module__.rpartition('.')[2]}.{self.ours.__name__}", "")
+        return sum(bool(line) for line in text.splitlines())
 
 
 def program(
     peer: str,
     case: str,
     problem: Callable[[], Any],
-    lines: int | None = None,
     tolerance: float = 1e-8,
     gap: str = "",
 ) -> Callable[[Callable[[Any], Any]], Program]:
     """Make a row of the table of a function."""
 
     def make(ours: Callable[[Any], Any]) -> Program:
-        return Program(peer, case, problem, ours, lines, tolerance, gap)
+        return Program(peer, case, problem, ours, tolerance, gap)
 
     return make
 
@@ -114,8 +114,11 @@ def markdown(rows: Sequence[Program]) -> str:
     """The table, measured: the relative error, and lines of user code here and there."""
     table = ["| users of | program | answer by | error | lines here | lines there |", "|---|---|---|---|---|---|"]
     for row in rows:
-        by_hand = "" if row.lines is None else " (by hand)"
+        run = ", run" if row.by in INSTALLED else ""
+        there = f"{row.lines_there()}{run}" if row.lines_there() else "cannot"
         error = f"gap: {row.gap}" if row.gap else f"{row.error():.0e}"
-        cells = (row.peer, row.case, row.by, error, row.lines_here(), f"{row.lines_there()}{by_hand}")
-        table.append("| " + " | ".join(map(str, cells)) + " |")
+        table.append("| " + " | ".join([row.peer, row.case, row.by, error, str(row.lines_here()), there]) + " |")
+    both = [row for row in rows if row.lines_there()]
+    here, there = (sum(getattr(row, f"lines_{side}")() for row in both) for side in ("here", "there"))
+    table.append(f"| all | the {len(both)} that both can write | | | {here} | {there} |")
     return "\n".join(table)
