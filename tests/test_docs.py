@@ -84,6 +84,19 @@ def test_outside_solvers(pages):
     assert names["damping"].item() < -1
 
 
+@pytest.mark.usefixtures("float64_by_default")
+def test_the_page_of_the_inner_loop_goes_on_looks_inside_and_stops(pages, capsys):
+    """Its cells assert what they say; here, that the numbers it prints are those that the text speaks of."""
+    pytest.importorskip("rich")
+    names = run(pages["inner_loop"])
+    assert names["second"].state.step == 10
+    assert names["off"] > 0.1  # of a chain of params
+    assert len(names["told"]) == 25
+    printed = capsys.readouterr().out
+    for said in ("`scale`", "Truncated", "the module's own: 0", "the last state is that of step 20"):
+        assert said in printed
+
+
 def test_the_front_page_weighs_examples_and_compares_estimators(pages, capsys):
     page = pages["index"].replace("diffopt.compare(", "comparison = diffopt.compare(")
     names = run(page)

@@ -107,6 +107,27 @@ def test_a_training_loop_learns_shifts_against_rare_classes(run):
     assert found["tuned"] > found["plain"]
 
 
+def test_windows_of_one_training_go_on_and_win_back_what_false_labels_cost(run):
+    found = run("online_windows")
+    assert found["states"] < 1e-5  # single precision
+    assert found["parameters"] > 0.1
+    assert found["cut 1"] < found["cut 60"]
+    assert found["window 1"] > found["plain"] + 0.02
+
+
+def test_weights_learned_one_step_ahead_fall_with_the_loss(run):
+    found = run("meta_weight_net")
+    assert found["ahead"] < 1e-5
+    assert found["false"] < 0.6 < found["true"]
+    assert found["weighted"] > found["plain"]
+
+
+def test_one_step_solves_with_statistics_are_a_loop_by_hand(run):
+    found = run("maml_plus_plus")
+    assert found["exactness"] < 1e-12
+    assert found["every step, 5"] < found["every step, 1"]
+
+
 def test_the_loop_runs_under_accelerate(run):
     pytest.importorskip("accelerate")
     assert run("accelerate_recipe", picture=False)["rare shift"] < -0.1
