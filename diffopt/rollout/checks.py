@@ -31,8 +31,8 @@ class Checks:
 
     # NOTE [what is looked for at every step, and what it costs]
     A loss may read other tensors later than at its first step (behind an ``if``, after a warm-up). So the graph of
-    every loss is walked for captured tensors: about a microsecond a node, most of which makes the nodes' Python objects,
-    13 for an MLP of three layers. Of updates those are that are not this library's own.
+    every loss is walked for captured tensors: about a microsecond a node, most of which makes the nodes' Python
+    objects, 13 for an MLP of three layers. Of updates those are that are not this library's own.
 
     Attributes:
         hidden_state: the error for whoever computes a step again; ``None``: no state of the loss is known.
