@@ -118,7 +118,8 @@ def roll_out(
         if isinstance(steps, Checks) and done < layout.steps:
             steps.stopped()
         if watch.values:
-            refuse_divergence(dynamics, inputs, losses, state, _finite_again(dynamics, inputs, known))
+            made_again = _finite_again(dynamics.until(done), inputs, known)
+            refuse_divergence(dynamics, inputs, losses, state, made_again)
     counts.gradients += done if enough is None or not bool(enough.all()) else done + 1
     keeper.finish(ground, done)
     return state, Rollout(

@@ -603,3 +603,30 @@ def test_implicit_warns_of_a_tolerance_that_was_not_reached():
     found = solve(bowl, torch.ones(2), target, optimizer=diffopt.SGD(0.1), steps=3, tol=1e-6, estimator=Implicit())
     with pytest.warns(diffopt.EstimateWarning, match="tol was not reached within 3 steps"):
         found.params.sum().backward()
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_where_no_step_is_needed_nothing_is_made(mode):
+    """The start is the end, handed through with its derivative; there is nothing along the way."""
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    found = solve(
+        bowl, w, torch.zeros(2), optimizer=diffopt.SGD(0.1, momentum=0.5), steps=4, tol=100.0, estimator=EXACT[mode]
+    )
+    assert found.steps == found.state.step == len(found.losses) == 0
+    assert torch.autograd.grad((found.params * torch.tensor([2.0, 3.0])).sum(), w)[0].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("mode", ["graph", "states", "unrolled"])
+def test_a_solve_that_diverges_before_it_is_stopped_says_where(mode):
+    def loss(w):
+        return (w**4).sum()
+
+    with pytest.raises(diffopt.DivergenceError, match=r"step \d of"):
+        solve(
+            loss,
+            torch.full((2,), 1e3),
+            optimizer=diffopt.SGD(1.0),
+            steps=50,
+            estimator=EXACT[mode],
+            on_step=lambda step, value: step == 6,
+        )
