@@ -79,7 +79,7 @@ class _Solve(torch.autograd.Function):
         count, observed = ctx.call.state_count, ctx.call.dynamics.observed_count
         along = enumerate(output[count:])
         constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1  # a field's norm is only reported
-        fixed = [x for i, x in along if i == constant or i > observed or not x.is_floating_point()]
+        fixed = [x for i, x in along if i == constant or i > observed or not (x.is_floating_point() or x.is_complex())]
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output[:count])
