@@ -1932,7 +1932,7 @@ FAULTS = [
     Fault(
         "what an observer captures is let through",
         "diffopt/rollout/checks.py",
-        "        self._refuse_captured(observed, [*params, *read])\n",
+        '        self._refuse_captured(observed, [*params, *read], "observe")\n',
         "",
         "along",
     ),

@@ -160,7 +160,7 @@ def _refuse_running_costs(rule: Rule) -> None:
     """Refuse an outer loss that depends on what happens along the way, where the estimator would drop that."""
     if not rule.takes_running_costs:
         raise EstimatorError(
-            f"the outer loss depends on Solution.losses or Solution.observed, by {type(rule).__name__}()",
+            f"the outer loss depends on Solution.losses or Solution.observed, by {rule!r}",
             "an estimator that differentiates what happens along the way: Reverse, Unrolled, ForwardMode, MultiStep",
             "use one of them; numbers without a derivative are solution.losses.detach()",
         )

@@ -21,6 +21,8 @@ from diffopt.tensors.captures import everything_held
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import changed_in_place, forward_mode_error
 
+_SOURCE = "the inner loss (or the optimizer)"
+
 
 @final
 class Checks:
@@ -111,7 +113,7 @@ class Checks:
                 raise wrapped_error()
         if versions != [x._version for x in params]:
             raise changed_in_place()
-        self._refuse_captured(observed, [*params, *read])
+        self._refuse_captured(observed, [*params, *read], "observe")
         return observed
 
     def stopped(self) -> None:
@@ -185,7 +187,7 @@ class Checks:
         after: Leaves = apart_from(levels, update, state, grads, hyperparameters, step)
         return after
 
-    def _refuse_captured(self, outputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    def _refuse_captured(self, outputs: Sequence[Tensor], given: Sequence[Tensor], what: str = _SOURCE) -> None:
         """Refuse tensors that require grad in the graph of a step, besides those that it was given or made by itself.
 
         ``given`` begins with the params, from which the graph grows.
@@ -193,7 +195,7 @@ class Checks:
         if not self._watch.captures:
             return
         parts = [autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad]
-        self._look_at(parts, parts)
+        self._look_at(parts, parts, what)
 
     def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
@@ -213,11 +215,16 @@ class Checks:
         noted, self._noted = self._noted, []
         self._look_at(noted, noted[-1:])
 
-    def _look_at(self, parts: Sequence[autograd_graph.GraphPart], last: Sequence[autograd_graph.GraphPart]) -> None:
+    def _look_at(
+        self,
+        parts: Sequence[autograd_graph.GraphPart],
+        last: Sequence[autograd_graph.GraphPart],
+        what: str = _SOURCE,
+    ) -> None:
         """Look at parts of a graph; among the ``last`` is that which ends in the newest node."""
         found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
-            refuse_captures("the inner loss (or the optimizer)", self._dynamics.functions(), found)
+            refuse_captures(what, self._dynamics.functions(), found)
         newest = [autograd_graph.number(part.start) for part in last if part.start is not None]
         self._born = max([self._born, *newest])
 

@@ -350,7 +350,7 @@ def test_what_observe_captures_is_refused(rule):
     """It would get no hypergradient."""
     scale = torch.ones(2, requires_grad=True)
     w = torch.ones(2, requires_grad=True)
-    with pytest.raises(diffopt.CapturedTensorError, match="`scale`"):
+    with pytest.raises(diffopt.CapturedTensorError, match="observe reads `scale`"):
         solve(
             lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2, observe=lambda w: (w * scale).sum(),
             estimator=rule,
