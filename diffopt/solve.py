@@ -148,8 +148,8 @@ def solve(
             most that are made; ``Solution.steps`` says how many were, ``Solution.diagnostics["converged"]`` whether it
             was reached. Steps then run uncompiled.
         on_step: ``on_step(step, loss)`` is called after every step (under ``MultiStep``: every window) with its number,
-            counted on from that of a state, and its loss, as numbers; if it returns ``True`` no more steps are made. Not
-            under vmap.
+            counted on from that of a state, and its loss, as numbers; if it returns ``True`` no more steps are made.
+            Not under vmap.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
