@@ -18,14 +18,14 @@ from diffopt.rollout.along import Form, Observer, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.given import (
-    check_batches,
     checked_steps,
     params_leaves,
     refuse_frozen,
 )
 from diffopt.rollout.inputs import Flags, Inputs
-from diffopt.rollout.layout import Layout, Slot, names_of_read
+from diffopt.rollout.layout import Layout
 from diffopt.rollout.problem import Outcome, Problem
+from diffopt.rollout.reading import what_is_read
 from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
 from diffopt.state import State
@@ -137,7 +137,10 @@ def solve(
         args: whatever else the loss reads: trees of tensors of any dtype and of other values.
         optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.
         steps: number of inner steps ``T``.
-        batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
+        batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``. Or a
+            function of the step, such as :class:`diffopt.Batches`: ``batches(i)`` is a tree of tensors, where ``i``
+            counts from 0, on from that of a state, and all tasks of a vmap around the call get the same ones. They are
+            constants. It is called whenever a step is evaluated, in the backward pass too, and must return the same.
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
         observe: ``observe(params, *args)``, with ``batches`` ``observe(params, *args, batch)``, called with the params
             after every step and the batch of that step; returns a tree of tensors and numbers, stacked over steps in
@@ -245,23 +248,24 @@ def checked_problem(
     buffers = _initial_buffers(bound, leaves, start)
     if given is not None:
         buffers = _given_buffers(given, buffers, bound)
-    args_leaves, args_structure, read, stepped = _read(args, batches, steps)
+    reading = what_is_read(args, batches, start, steps, leaves[0].device)
     layout = Layout(
         inner_steps=steps,
         params_structure=structure,
         params_count=len(leaves),
         buffers_layout=tuple([(name, len(buffer)) for name, buffer in buffers.items()]),
-        args_leaves=args_leaves,
-        args_structure=args_structure,
+        args_leaves=reading.leaves,
+        args_structure=reading.structure,
         has_batches=batches is not None,
-        stepped=Flags(stepped, bound.scheduled),
+        stepped=Flags(reading.stepped, bound.scheduled),
         optimizer_name=type(bound.template).__name__,
         start=start,
+        stream=reading.stream,
     )
     flat = [leaf for buffer in buffers.values() for leaf in buffer]
-    if transforms.has_tangent([*leaves, *flat, *read, *bound.tensors]):
+    if transforms.has_tangent([*leaves, *flat, *reading.tensors, *bound.tensors]):
         raise forward_mode_error()
-    inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(read), Leaves(bound.tensors))
+    inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(reading.tensors), Leaves(bound.tensors))
     return Problem(Dynamics(layout, loss, bound), inputs, check)
 
 
@@ -305,26 +309,6 @@ def _given_buffers(state: State[Any], made: dict[str, Leaves], bound: BoundOptim
             )
         buffers[key] = Leaves(leaves)
     return buffers
-
-
-def _read(
-    args: tuple[Any, ...], batches: Any, steps: int
-) -> tuple[tuple[Any, ...], tree.Structure, list[Tensor], tuple[bool, ...]]:
-    """What the loss reads: leaves with a slot for each tensor, their structure, the tensors, which run over steps."""
-    leaves, structure = tree.flatten((args, batches))
-    leaves = usable_leaves(leaves, lambda: names_of_read(structure))
-    first_batch = len(leaves)
-    if batches is not None:
-        check_batches(batches, steps)
-        first_batch = len(tree.flatten(args)[0])
-    tensors: list[Tensor] = []
-    stepped: list[bool] = []
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            leaves[i] = Slot(len(tensors))
-            tensors.append(leaf)
-            stepped.append(i >= first_batch and batches is not None)
-    return tuple(leaves), structure, tensors, tuple(stepped)
 
 
 def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:

@@ -181,7 +181,7 @@ class Trajectory:
                     terms = pullbacks.pull(states.pop(), step, adjoint)
                 if terms is None:
                     return None  # what is stored is still there
-                adjoint = terms[0]
+                adjoint, again[..., step - 1] = terms[0], terms[2]
                 direct.add(step, terms[1])
             end = start - 1
         counts.products += self.steps - first + 1

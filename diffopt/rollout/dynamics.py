@@ -310,7 +310,7 @@ class Dynamics:
         )
         if wrong is None and (self.layout.levels or transforms.transforms_active()):
             wrong = torch_errors.vmap_error(error)
-        given = dict(zip(self.layout.names().read, read, strict=True))
+        given = dict(zip(self.layout.names_of_step(), read, strict=True))
         return (
             wrong
             or torch_errors.device_error(error, params[0].device, given)

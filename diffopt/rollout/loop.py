@@ -92,6 +92,8 @@ def roll_out(
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile and dynamics.aux is None and stop.tol is None else None
     tables, done, enough = Tables(len(layout.levels), layout.steps), 0, None
     autocast = derivatives.Autocast(device)
+    if layout.stream is not None:
+        layout.stream.remember(latest=fast is not None)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
         before = random_state.snapshot(device)
         for step in range(1, layout.steps + 1):
@@ -117,6 +119,8 @@ def roll_out(
             before = drawn
             if stop.on_step is not None and stop.told(layout.first_update(step), rows[0]):
                 break
+        if layout.stream is not None:
+            layout.stream.remember(latest=False)
         state, handed_out = ground.state, tables.until(done)
         losses = handed_out[0] if handed_out else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if isinstance(steps, Checks) and done < layout.steps:
