@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
+from diffopt.batches import Batches
 from diffopt.checking.check import check
 from diffopt.citation import cite
 from diffopt.comparing.compare import compare
@@ -62,6 +63,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Batches",
     "Clip",
     "Comparison",
     "DiffoptError",
