@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
+from diffopt.attribution import attribute
 from diffopt.batches import Batches
 from diffopt.checking.check import check
 from diffopt.citation import cite
@@ -85,6 +86,7 @@ __all__ = [
     "State",
     "VectorField",
     "WarmStarts",
+    "attribute",
     "check",
     "cite",
     "compare",
