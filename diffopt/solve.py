@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.adjoint.estimator import Estimator, check_estimator, refuse_changes, versions
 from diffopt.adjoint.reverse import Reverse
-from diffopt.errors import GradModeError, LossError, OptimizerError, VmapError
+from diffopt.errors import BatchesError, GradModeError, LossError, OptimizerError, VmapError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
 from diffopt.rollout.along import Form, Observer, Stop
@@ -30,7 +30,7 @@ from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
 from diffopt.state import State
 from diffopt.tensors import hints, transforms, tree
-from diffopt.tensors.arguments import check_flag, check_function, check_number
+from diffopt.tensors.arguments import check_flag, check_function, check_integer, check_number
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.usable import usable_leaves
@@ -85,6 +85,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Params]: ...
 
 
@@ -103,6 +104,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Params]: ...
 
 
@@ -121,6 +123,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Any]:
     r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
 
@@ -152,6 +155,12 @@ def solve(
             was reached. Steps then run uncompiled.
         on_step: ``on_step(step, loss)`` is called after every step with its number (counted on from that of a state)
             and loss, as numbers; if it returns ``True`` no more steps are made. Not under vmap.
+        micro_batches: the loss is a mean over the leading axis of its batch (of every tensor of it with that length):
+            take its gradient, and the products with its second derivatives, in so many pieces, weighted by their sizes.
+            Equal to round-off, in the memory of one piece. By ``Reverse``, ``Truncated``, ``FirstOrder``, ``Reptile``
+            and ``Implicit``, and ``MultiStep`` of these; others take the whole loss where they differentiate it. With
+            ``check`` the whole loss is compared with the pieces' at steps 1, 2, 4, 8, ... and the last, unless it draws
+            random numbers.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
@@ -199,6 +208,9 @@ def solve(
         aux = Form("what the inner loss returned as aux") if has_aux else None
         observer = None if observe is None else Observer(observe)
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=compile, aux=aux, observer=observer))
+    if micro_batches is not None:
+        count = _pieces(micro_batches, loss, batches, compile=compile, has_aux=has_aux)
+        problem = replace(problem, dynamics=replace(problem.dynamics, micro_batches=count))
     if tol is not None or on_step is not None:
         problem = replace(problem, stop=_stop(tol, on_step))
     before = versions(problem)
@@ -208,6 +220,20 @@ def solve(
 
 
 _EXACT = Reverse()
+
+
+def _pieces(count: Any, loss: Any, batches: Any, *, compile: bool, has_aux: bool) -> int:
+    """In how many pieces the batch is taken; refused where that has no meaning."""
+    if isinstance(loss, VectorField) or has_aux or compile:
+        what = "a VectorField" if isinstance(loss, VectorField) else "has_aux=True" if has_aux else "compile=True"
+        raise LossError(
+            f"micro_batches with {what}", "a loss that is a mean over its batch, uncompiled", "leave one out"
+        )
+    if batches is None:
+        raise BatchesError(
+            "micro_batches without batches", "a batch to take in pieces", "pass the data as batches=lambda step: data"
+        )
+    return int(check_integer("micro_batches", count, 1))
 
 
 def _stop(tol: Any, on_step: Any) -> Stop:

@@ -92,6 +92,10 @@ NAMES = [
     "games",
     "field_solutions",
     "check_fields",
+    "streams",
+    "batches",
+    "micro_batches",
+    "attribution",
 ]
 
 

@@ -9,6 +9,7 @@ the outermost vmap's first. Only the loss runs under vmap; all else is plain ari
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from diffopt.errors import BatchesError
 from diffopt.optimizers.base import Buffers
 from diffopt.rollout.inputs import STATE_PARTS, Flags, Inputs, Level, Names, Part, Place
 from diffopt.rollout.stream import Stream, stacked
@@ -206,6 +208,36 @@ class Layout:
         rows, names = [self.at_step(inputs, t)[0] for t in steps], self.names_of_step()
         stepped = [*self.stepped.read, *(True,) * (len(rows[0]) - len(self.stepped.read))]
         return [stacked(rows, i, names[i]) if runs else rows[0][i] for i, runs in enumerate(stepped)]
+
+    @cached_property
+    def _batch_axes(self) -> dict[int, int]:
+        """The leading axis of each tensor of a step's batch, behind those of the tasks, by its number."""
+        count = len(self.stepped.read)
+        return {
+            i: self.step_axis(Place("read", i)) if i < count else 0
+            for i, name in enumerate(self.names_of_step())
+            if name.startswith("batches")
+        }
+
+    def pieces(self, read: Sequence[Tensor], count: int) -> list[tuple[list[Tensor], float]]:
+        """What a step reads, with one of ``count`` pieces of its batch at a time, and the share of each in its size.
+
+        The size is the length of the leading axis that most tensors of the batch have; others are in every piece.
+        """
+        lengths = {i: read[i].shape[axis] for i, axis in self._batch_axes.items() if read[i].ndim > axis}
+        if not lengths:
+            raise BatchesError("micro_batches: no tensor of the batch has an axis", "one that runs over examples", "")
+        size = Counter(lengths.values()).most_common(1)[0][0]
+        parts, first, found = max(1, min(count, size)), 0, []
+        for number in range(parts):
+            last = first + size // parts + (number < size % parts)
+            piece = [
+                x.narrow(self._batch_axes[i], first, last - first) if lengths.get(i) == size else x
+                for i, x in enumerate(read)
+            ]
+            found.append((piece, (last - first) / size))
+            first = last
+        return found
 
     def runs_over_steps(self, place: Place) -> bool:
         """Whether the tensor at a place runs over steps."""

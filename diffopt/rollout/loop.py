@@ -18,6 +18,7 @@ from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.keeper import Keeper
+from diffopt.rollout.pieces import pieced
 from diffopt.rollout.record import Counts, Keep, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, saved_hooks
@@ -35,10 +36,14 @@ def take_step(
     whether the gradient was small enough to stop (``None``: nobody asks). If it was for all, the step is not taken.
     """
     aux: list[Tensor] = []
+    found: Sequence[Tensor | None]
     with torch.enable_grad():
         state, params, read, hyperparameters = ground.slice(step)
-        losses = steps.losses(params, read, step, aux)
-        found = steps.gradient(losses, params, step, differentiable=ground.linked)
+        if steps.micro_batches is None:
+            losses = steps.losses(params, read, step, aux)
+            found = steps.gradient(losses, params, step, differentiable=ground.linked)
+        else:
+            losses, found = pieced(steps, params, read, step, linked=ground.linked)
     grads = derivatives.filled(found, params)
     enough = None if stop.tol is None else stop.reached(grads, losses.ndim)
     if enough is not None and bool(enough.all()):

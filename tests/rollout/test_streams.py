@@ -213,6 +213,19 @@ def test_steps_may_end_early(rule):
     assert_same(ended, gradients(of(data()), rule, steps=3))
 
 
+@pytest.mark.parametrize("rule", [*EXACT.values(), Binomial(STEPS), Krylov(STEPS)], ids=str)
+def test_a_vector_field_sees_the_batch_of_its_step(rule):
+    turn = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.5], [0.0, 0.2, 0.3]])
+    field = diffopt.VectorField(lambda w, decay, b: turn @ w * b["y"].mean() + decay * w**3 + b["x"].sum(0))
+
+    def found(batches):
+        w, decay = torch.ones(3, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+        options = {"optimizer": diffopt.SGD(0.05), "steps": STEPS, "batches": batches, "estimator": rule}
+        return torch.autograd.grad(solve(field, w, decay, **options).params.sum(), (w, decay))
+
+    assert_same(found(of(data())), found(data()))
+
+
 # ---------------------------------------------------------------------------------------- shapes, devices, structure
 
 
