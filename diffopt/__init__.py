@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
+from diffopt.attribution import attribute
+from diffopt.batches import Batches
 from diffopt.checking.check import check
 from diffopt.citation import cite
 from diffopt.comparing.compare import compare
@@ -62,6 +64,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Batches",
     "Clip",
     "Comparison",
     "DiffoptError",
@@ -83,6 +86,7 @@ __all__ = [
     "State",
     "VectorField",
     "WarmStarts",
+    "attribute",
     "check",
     "cite",
     "compare",

@@ -131,7 +131,7 @@ class StepsError(DiffoptError, ValueError):
 
 
 class BatchesError(DiffoptError, ValueError):
-    """``batches`` does not hold one entry per inner step."""
+    """``batches`` does not hold one entry per inner step, or is no function of the step."""
 
 
 class HyperparameterError(DiffoptError, ValueError):

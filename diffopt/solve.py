@@ -11,26 +11,26 @@ from torch import Tensor
 
 from diffopt.adjoint.estimator import Estimator, check_estimator, refuse_changes, versions
 from diffopt.adjoint.reverse import Reverse
-from diffopt.errors import GradModeError, LossError, OptimizerError, VmapError
+from diffopt.errors import BatchesError, GradModeError, LossError, OptimizerError, VmapError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
 from diffopt.rollout.along import Form, Observer, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.given import (
-    check_batches,
     checked_steps,
     params_leaves,
     refuse_frozen,
 )
 from diffopt.rollout.inputs import Flags, Inputs
-from diffopt.rollout.layout import Layout, Slot, names_of_read
+from diffopt.rollout.layout import Layout
 from diffopt.rollout.problem import Outcome, Problem
+from diffopt.rollout.reading import what_is_read
 from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
 from diffopt.state import State
 from diffopt.tensors import hints, transforms, tree
-from diffopt.tensors.arguments import check_flag, check_function, check_number
+from diffopt.tensors.arguments import check_flag, check_function, check_integer, check_number
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.usable import usable_leaves
@@ -85,6 +85,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Params]: ...
 
 
@@ -103,6 +104,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Params]: ...
 
 
@@ -121,6 +123,7 @@ def solve(
     has_aux: bool = False,
     tol: float | None = None,
     on_step: Callable[[int, float], Any] | None = None,
+    micro_batches: int | None = None,
 ) -> Solution[Any]:
     r"""Run ``steps`` steps of ``optimizer`` on ``loss`` from ``params``, with a hypergradient by ``estimator``.
 
@@ -137,7 +140,10 @@ def solve(
         args: whatever else the loss reads: trees of tensors of any dtype and of other values.
         optimizer: the update rule, such as :class:`diffopt.SGD`; its tensor fields are differentiable.
         steps: number of inner steps ``T``.
-        batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``.
+        batches: a tree of tensors with a leading axis of length ``steps``; step ``t`` sees entry ``t - 1``. Or a
+            function of the step, such as :class:`diffopt.Batches`: ``batches(i)`` is a tree of tensors, where ``i``
+            counts from 0, on from that of a state, and all tasks of a vmap around the call get the same ones. They are
+            constants. It is called whenever a step is evaluated, in the backward pass too, and must return the same.
         estimator: how the backward pass is computed; default: exact, :class:`diffopt.estimators.Reverse`.
         observe: ``observe(params, *args)``, with ``batches`` ``observe(params, *args, batch)``, called with the params
             after every step and the batch of that step; returns a tree of tensors and numbers, stacked over steps in
@@ -150,6 +156,12 @@ def solve(
         on_step: ``on_step(step, loss)`` is called after every step (under ``MultiStep``: every window) with its number,
             counted on from that of a state, and its loss, as numbers; if it returns ``True`` no more steps are made.
             Not under vmap.
+        micro_batches: the loss is a mean over the leading axis of its batch (of every tensor of it with that length):
+            take its gradient, and the products with its second derivatives, in so many pieces, weighted by their sizes.
+            Equal to round-off, in the memory of one piece. By ``Reverse``, ``Truncated``, ``FirstOrder``, ``Reptile``
+            and ``Implicit``, and ``MultiStep`` of these; others take the whole loss where they differentiate it. With
+            ``check`` the whole loss is compared with the pieces' at steps 1, 2, 4, 8, ... and the last, unless it draws
+            random numbers.
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
@@ -197,6 +209,9 @@ def solve(
         aux = Form("what the inner loss returned as aux") if has_aux else None
         observer = None if observe is None else Observer(observe)
         problem = replace(problem, dynamics=replace(problem.dynamics, compile=compile, aux=aux, observer=observer))
+    if micro_batches is not None:
+        count = _pieces(micro_batches, loss, batches, compile=compile, has_aux=has_aux)
+        problem = replace(problem, dynamics=replace(problem.dynamics, micro_batches=count))
     if tol is not None or on_step is not None:
         problem = replace(problem, stop=_stop(tol, on_step))
     before = versions(problem)
@@ -206,6 +221,20 @@ def solve(
 
 
 _EXACT = Reverse()
+
+
+def _pieces(count: Any, loss: Any, batches: Any, *, compile: bool, has_aux: bool) -> int:
+    """In how many pieces the batch is taken; refused where that has no meaning."""
+    if isinstance(loss, VectorField) or has_aux or compile:
+        what = "a VectorField" if isinstance(loss, VectorField) else "has_aux=True" if has_aux else "compile=True"
+        raise LossError(
+            f"micro_batches with {what}", "a loss that is a mean over its batch, uncompiled", "leave one out"
+        )
+    if batches is None:
+        raise BatchesError(
+            "micro_batches without batches", "a batch to take in pieces", "pass the data as batches=lambda step: data"
+        )
+    return int(check_integer("micro_batches", count, 1))
 
 
 def _stop(tol: Any, on_step: Any) -> Stop:
@@ -246,23 +275,24 @@ def checked_problem(
     buffers = _initial_buffers(bound, leaves, start)
     if given is not None:
         buffers = _given_buffers(given, buffers, bound)
-    args_leaves, args_structure, read, stepped = _read(args, batches, steps)
+    reading = what_is_read(args, batches, start, steps, leaves[0].device)
     layout = Layout(
         inner_steps=steps,
         params_structure=structure,
         params_count=len(leaves),
         buffers_layout=tuple([(name, len(buffer)) for name, buffer in buffers.items()]),
-        args_leaves=args_leaves,
-        args_structure=args_structure,
+        args_leaves=reading.leaves,
+        args_structure=reading.structure,
         has_batches=batches is not None,
-        stepped=Flags(stepped, bound.scheduled),
+        stepped=Flags(reading.stepped, bound.scheduled),
         optimizer_name=type(bound.template).__name__,
         start=start,
+        stream=reading.stream,
     )
     flat = [leaf for buffer in buffers.values() for leaf in buffer]
-    if transforms.has_tangent([*leaves, *flat, *read, *bound.tensors]):
+    if transforms.has_tangent([*leaves, *flat, *reading.tensors, *bound.tensors]):
         raise forward_mode_error()
-    inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(read), Leaves(bound.tensors))
+    inputs = Inputs(Leaves(leaves), Leaves(flat), Leaves(reading.tensors), Leaves(bound.tensors))
     return Problem(Dynamics(layout, loss, bound), inputs, check)
 
 
@@ -306,26 +336,6 @@ def _given_buffers(state: State[Any], made: dict[str, Leaves], bound: BoundOptim
             )
         buffers[key] = Leaves(leaves)
     return buffers
-
-
-def _read(
-    args: tuple[Any, ...], batches: Any, steps: int
-) -> tuple[tuple[Any, ...], tree.Structure, list[Tensor], tuple[bool, ...]]:
-    """What the loss reads: leaves with a slot for each tensor, their structure, the tensors, which run over steps."""
-    leaves, structure = tree.flatten((args, batches))
-    leaves = usable_leaves(leaves, lambda: names_of_read(structure))
-    first_batch = len(leaves)
-    if batches is not None:
-        check_batches(batches, steps)
-        first_batch = len(tree.flatten(args)[0])
-    tensors: list[Tensor] = []
-    stepped: list[bool] = []
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            leaves[i] = Slot(len(tensors))
-            tensors.append(leaf)
-            stepped.append(i >= first_batch and batches is not None)
-    return tuple(leaves), structure, tensors, tuple(stepped)
 
 
 def _solution(dynamics: Dynamics, outcome: Outcome) -> Solution[Any]:

@@ -93,6 +93,10 @@ NAMES = [
     "games",
     "field_solutions",
     "check_fields",
+    "streams",
+    "batches",
+    "micro_batches",
+    "attribution",
 ]
 
 

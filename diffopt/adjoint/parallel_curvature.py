@@ -107,11 +107,7 @@ class ParallelCurvature:
         trajectory, layout = self._trajectory, self._trajectory.layout
         states = [layout.params(trajectory.rollout.states[t]) for t in steps]
         params = [torch.stack(column) for column in zip(*states, strict=True)]
-        slices = [layout.at_step(trajectory.inputs, t)[0] for t in steps]
-        current = [
-            torch.stack([row[i] for row in slices]) if stepped else slices[0][i]
-            for i, stepped in enumerate(layout.stepped.read)
-        ]
+        current = layout.read_at_steps(trajectory.inputs, steps)
         batched = trajectory.dynamics.over_steps(len(steps))
 
         def function(roots: tuple[Tensor, ...]) -> Sequence[Tensor]:

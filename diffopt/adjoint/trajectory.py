@@ -173,6 +173,7 @@ class Trajectory:
         """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
         pullbacks, adjoint = compiled.Pullbacks(self.dynamics, self.inputs.detached(), self.wanted), cotangent
         direct, replay, again = DirectTerms(self), self.replay(), self.losses_to_replay()
+        pulled = again.clone()
         device, end, counts = self.final[0].device, self.steps, self.record.counts
         for start in reversed(self.rollout.states):
             states = replay.states(self.rollout.state(start, device), start, end, again)
@@ -181,7 +182,7 @@ class Trajectory:
                     terms = pullbacks.pull(states.pop(), step, adjoint)
                 if terms is None:
                     return None  # what is stored is still there
-                adjoint = terms[0]
+                adjoint, pulled[..., step - 1] = terms[0], terms[2]
                 direct.add(step, terms[1])
             end = start - 1
         counts.products += self.steps - first + 1
@@ -189,6 +190,7 @@ class Trajectory:
         self.record.usable = False
         self.rollout.states.clear()
         self.refuse_other_losses(again)
+        self.refuse_other_losses(pulled)
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def replay(self) -> Replay:

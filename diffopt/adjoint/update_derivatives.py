@@ -87,7 +87,7 @@ class Updates:
     def graph(self, step: int, hypers: Sequence[Place] = ()) -> UpdateGraph:
         """The graph of one update from the state, its gradient (as an independent input) and some hyperparameters."""
         dynamics, state, grads = self.dynamics, self.rollout.states[step], self.rollout.gradients[step]
-        current = list(dynamics.layout.at_step(self.inputs, step)[1])
+        current = list(dynamics.layout.hyperparameters_at(self.inputs, step))
 
         def function(roots: tuple[Tensor, ...]) -> Leaves:
             own, read, others = dynamics.layout.split_update(roots)
@@ -237,7 +237,7 @@ def _graph_of_any(updates: Updates, steps: range) -> derivatives.Graph:
     layout = updates.dynamics.layout
     if layout.window > 1:
         raise _StepIsReadError
-    slices = [layout.at_step(updates.inputs, t)[1] for t in steps]
+    slices = [layout.hyperparameters_at(updates.inputs, t) for t in steps]
     current = [
         torch.stack([row[i] for row in slices]) if stepped else slices[0][i]
         for i, stepped in enumerate(layout.stepped.hyperparameters)

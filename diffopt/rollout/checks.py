@@ -38,6 +38,7 @@ class Checks:
 
     Attributes:
         hidden_state: the error for whoever computes a step again; ``None``: no state of the loss is known.
+        whole: what the last step has read, if it was taken in pieces.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Checks:
         self._read: Sequence[Tensor] = ()
         self._versions: list[int] = []
         self.hidden_state: DiffoptError | None = None
+        self.whole: Sequence[Tensor] | None = None
 
     # ------------------------------------------------------------------------------------ what the loop calls
 
@@ -95,6 +97,21 @@ class Checks:
         if self._watch.levels and any(transforms.is_wrapped(x) for x in [losses, *(aux or ())]):
             raise wrapped_error()
         return losses
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """What is looked at."""
+        return self._dynamics
+
+    @property
+    def micro_batches(self) -> int | None:
+        """In how many pieces gradients are taken."""
+        return self._dynamics.micro_batches
+
+    @property
+    def compares_values(self) -> bool:
+        """Whether values are looked at."""
+        return self._watch.values
 
     @property
     def observer(self) -> Observer | None:
@@ -248,7 +265,11 @@ class Checks:
         def again() -> tuple[Tensor, Sequence[Tensor]]:
             params = [leaf.detach().requires_grad_() for leaf in self._dynamics.layout.params(state)]
             with torch.enable_grad(), self._drawing_again(params[0].device):
-                return self._dynamics.losses(params, self._read).detach(), ()
+                if self.whole is None:
+                    return self._dynamics.losses(params, self._read).detach(), ()
+                pieces = self._dynamics.pieces(self.whole)
+                values = [weight * self._dynamics.losses(params, piece).detach() for piece, weight in pieces]
+                return sum(values[1:], params[0].new_zeros(()) + values[0]), ()
 
         keeps = held.matters(again, losses, (), exactly=True)
         self._held = None if keeps else held  # looked at again after the last step

@@ -61,7 +61,7 @@ class Steps:
         return Done(done[0], Leaves(done[1:split]), Leaves(done[split:]))
 
     def _evaluate(self, updates: int, first: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        dynamics, now = self._dynamics, self._dynamics.layout.inputs(tensors)
+        dynamics, now = self._dynamics, self._dynamics.layout.inputs(tensors, of_step=True)
         with torch.enable_grad():
             roots = [x.detach().requires_grad_() for x in now.params]
             losses = dynamics.losses(roots, now.read)
@@ -79,8 +79,10 @@ class Pullbacks:
         self._dynamics, self._inputs, self._wanted = dynamics, inputs, tuple(wanted)
         self._function = _Lookup(dynamics, ("pullback", *wanted), self._evaluate)
 
-    def pull(self, state: Leaves, step: int, adjoint: Leaves) -> tuple[Leaves, dict[Place, Tensor]] | None:
+    def pull(self, state: Leaves, step: int, adjoint: Leaves) -> tuple[Leaves, dict[Place, Tensor], Tensor] | None:
         """The adjoint of ``state`` and the direct terms by place, given the adjoint of the state after step ``step``.
+
+        And the losses, by which a batch shows that is not the one of the rollout.
 
         ``None`` as for :meth:`Steps.take`.
         """
@@ -88,20 +90,23 @@ class Pullbacks:
         done = self._function(step, *state, *read, *hyperparameters, *adjoint)
         if done is None:
             return None
-        return Leaves(done[: len(state)]), dict(zip(self._wanted, done[len(state) :], strict=True))
+        direct = dict(zip(self._wanted, done[len(state) : -1], strict=True))
+        return Leaves(done[: len(state)]), direct, done[-1]
 
     def _evaluate(self, updates: int, first: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         dynamics, layout = self._dynamics, self._dynamics.layout
         adjoint = tensors[len(tensors) - layout.state_count :]
-        now = layout.inputs(tensors[: len(tensors) - layout.state_count])
+        now = layout.inputs(tensors[: len(tensors) - layout.state_count], of_step=True)
         with torch.enable_grad():
             now = now.put({place: now.at(place).detach().requires_grad_() for place in self._wanted})
             roots = [x.detach().requires_grad_() for x in now.state]
             params = layout.params(roots)
-            found = derivatives.gradient(dynamics.losses(params, now.read).sum(), params, differentiable=True)
+            losses = dynamics.losses(params, now.read)
+            found = derivatives.gradient(losses.sum(), params, differentiable=True)
             after = dynamics.updates(roots, derivatives.filled(found, params), now.hyperparameters, first, updates)
             sources = [*roots, *map(now.at, self._wanted)]
-            return derivatives.or_zeros(derivatives.pullback(after, sources, adjoint), sources)
+            terms = derivatives.or_zeros(derivatives.pullback(after, sources, adjoint), sources)
+            return (*terms, losses.detach())
 
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
@@ -136,7 +141,7 @@ class _Lookup:
 
     def __init__(self, dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction) -> None:
         self._dynamics, self._what, self._function = dynamics, what, function
-        self._found: dict[int, TensorFunction | None] = {}
+        self._found: dict[Hashable, TensorFunction | None] = {}
 
     def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         if any(x.layout != torch.strided for x in tensors):
@@ -146,12 +151,15 @@ class _Lookup:
         # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
         first = torch.tensor(float(self._dynamics.layout.first_update(number)), dtype=torch.float64)
         arguments = [first, *(x.contiguous().view_as(x) for x in tensors)]
-        updates = self._dynamics.layout.length(number)
-        if updates not in self._found:  # apart from that, the shapes of all steps of a rollout are the same
+        updates: int = self._dynamics.layout.length(number)
+        kind: Hashable = updates  # apart from that, the shapes of all steps of a rollout are the same
+        if self._dynamics.layout.stream is not None:
+            kind = updates, tuple([x.shape for x in arguments]), tuple([x.dtype for x in arguments])
+        if kind not in self._found:
             # the window too: of one update hyperparameters that are scheduled come without their axis
             what, function = (*self._what, self._dynamics.layout.window, updates), partial(self._function, updates)
-            self._found[updates] = _compiled(self._dynamics, what, function, arguments)
-        found = self._found[updates]
+            self._found[kind] = _compiled(self._dynamics, what, function, arguments)
+        found = self._found[kind]
         return None if found is None else found(*arguments)
 
 

@@ -53,9 +53,10 @@ def not_finite(
     """Which of the tensors that a step was given is not finite itself, in words; empty if all are."""
     names = layout.names()
     called = [*names.params]
-    for part, own in (("read", names.read), ("hyperparameters", names.hyperparameters)):
-        stepped = getattr(layout.stepped, part)
-        called += [f"{name} at step {step}" if runs else name for name, runs in zip(own, stepped, strict=True)]
+    more = (True,) * (len(read) - len(names.read))  # of a batch that a function has handed out
+    stepped = (*layout.stepped.read, *more, *layout.stepped.hyperparameters)
+    own = (*layout.names_of_step()[: len(read)], *names.hyperparameters)
+    called += [f"{name} at step {step}" if runs else name for name, runs in zip(own, stepped, strict=True)]
     for name, x in zip(called, (*params, *read, *hyperparameters), strict=False):
         if x.is_floating_point() and x.layout == torch.strided and not all_finite([x]):
             return f"{name} is not finite itself"

@@ -33,6 +33,7 @@ class Dynamics:
         compile: whether a step and its pullback are compiled where steps are taken one by one.
         aux: the form of what the loss returns besides; ``None``: it returns nothing else.
         observer: what looks at the params after every step; ``None``: nothing.
+        micro_batches: in how many pieces of the batch gradients are taken; ``None``: whole.
     """
 
     layout: Layout
@@ -41,6 +42,7 @@ class Dynamics:
     compile: bool = False
     aux: Form | None = None
     observer: Observer | None = None
+    micro_batches: int | None = None
 
     @cached_property
     def own_update(self) -> bool:
@@ -98,6 +100,10 @@ class Dynamics:
             if named is None:
                 raise
             raise named from error
+
+    def pieces(self, read: Sequence[Tensor]) -> list[tuple[list[Tensor], float]]:
+        """What the loss reads, with each piece of its batch in turn, and the weight of each."""
+        return self.layout.pieces(read, self.micro_batches or 1)
 
     def observed(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int = 0) -> Sequence[Tensor]:
         """What the observer says of params, of all tasks, where a step has read this; nothing if there is none.
@@ -310,7 +316,7 @@ class Dynamics:
         )
         if wrong is None and (self.layout.levels or transforms.transforms_active()):
             wrong = torch_errors.vmap_error(error)
-        given = dict(zip(self.layout.names().read, read, strict=True))
+        given = dict(zip(self.layout.names_of_step(), read, strict=True))
         return (
             wrong
             or torch_errors.device_error(error, params[0].device, given)

@@ -94,11 +94,13 @@ class Level:
         size: the number of tasks.
         randomness: what the vmap said of random numbers.
         own: which of the tensors that a step reads each task has its own of; the others are shared.
+        over_steps: whether its tasks are steps, each of which has a batch of its own of a a function of the step.
     """
 
     size: int
     randomness: str
     own: Flags
+    over_steps: bool = False
 
     def has(self, place: Place) -> bool:
         """Whether each task has its own tensor at a place."""

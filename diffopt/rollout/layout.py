@@ -9,6 +9,7 @@ the outermost vmap's first. Only the loss runs under vmap; all else is plain ari
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +18,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from diffopt.errors import BatchesError
 from diffopt.optimizers.base import Buffers
 from diffopt.rollout.inputs import STATE_PARTS, Flags, Inputs, Level, Names, Part, Place
+from diffopt.rollout.stream import Stream, stacked
 from diffopt.tensors import tree
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.transforms import Vmap
@@ -50,6 +53,8 @@ class Layout:
         levels: the vmaps around the problem, innermost first.
         window: how many updates in a row use one gradient; they then count as one step (derivations, section 5).
         start: how many updates had been made before the first of these; what counts or schedules them goes on from it.
+        stream: what hands out the batches, if they are a function of the step. Their tensors stand behind those of
+            ``args`` in what a step reads, and are none of the inputs.
     """
 
     inner_steps: int
@@ -64,6 +69,7 @@ class Layout:
     levels: tuple[Level, ...] = ()
     window: int = 1
     start: int = 0
+    stream: Stream | None = None
 
     @cached_property
     def steps(self) -> int:
@@ -106,18 +112,17 @@ class Layout:
     @cached_property
     def dims_of_loss(self) -> list[tuple[int | None, ...]]:
         """For each vmap, which of the params and of what the loss reads have its axis, as axis 0."""
-        own = (0,) * self.params_count
-        return [(*own, *[0 if has else None for has in level.own.read]) for level in self.levels]
+        own, handed_out = (0,) * self.params_count, 0 if self.stream is None else self.stream.count
+        return [
+            (*own, *[0 if has else None for has in level.own.read], *(0 if level.over_steps else None,) * handed_out)
+            for level in self.levels
+        ]
 
     @cached_property
     def dims_of_update(self) -> list[tuple[int | None, ...]]:
         """The same of the state, of its gradient and of the hyperparameters."""
         own = (0,) * (self.state_count + self.params_count)
         return [(*own, *[0 if has else None for has in level.own.hyperparameters]) for level in self.levels]
-
-    @cached_property
-    def _runs_over_steps(self) -> bool:
-        return any(self.stepped.read) or any(self.stepped.hyperparameters)
 
     def batched(self, level: Level) -> Layout:
         """The same with one more vmap around it."""
@@ -137,12 +142,14 @@ class Layout:
 
     def over_steps(self, count: int) -> Layout:
         """The same for so many steps at once, each with a state and a slice of what runs over steps of its own."""
-        return self.batched(Level(count, "error", self.stepped))
+        return self.batched(Level(count, "error", self.stepped, over_steps=True))
 
-    def inputs(self, flat: Sequence[Tensor]) -> Inputs:
-        """Tensors in the order of :attr:`Inputs.flat`, by name."""
+    def inputs(self, flat: Sequence[Tensor], *, of_step: bool = False) -> Inputs:
+        """Tensors in the order of :attr:`Inputs.flat`, by name; ``of_step``: those that one step has read."""
         first, second = self.params_count, self.state_count
         third = second + len(self.stepped.read)
+        if of_step and self.stream is not None:
+            third += self.stream.count
         plain = tuple(flat)
         return Inputs(
             Leaves(plain[:first]), Leaves(plain[first:second]), Leaves(plain[second:third]), Leaves(plain[third:])
@@ -181,13 +188,56 @@ class Layout:
 
     def at_step(self, inputs: Inputs, step: int) -> tuple[Leaves, Leaves]:
         """What the loss reads and the hyperparameters in step ``step`` (from 1): slices of what runs over steps."""
-        if not self._runs_over_steps:
-            return inputs.read, inputs.hyperparameters
-        read, hyperparameters = (
-            Leaves([self.slice_at(Place(part, i), x, step) for i, x in enumerate(getattr(inputs, part))])
-            for _, part in _READ
-        )
-        return read, hyperparameters
+        read = inputs.read
+        if any(self.stepped.read):
+            read = self._slices("read", read, step)
+        if self.stream is not None:
+            read = Leaves((*read, *self.stream.at(self.start + (step - 1) * self.window)))
+        return read, self.hyperparameters_at(inputs, step)
+
+    def hyperparameters_at(self, inputs: Inputs, step: int) -> Leaves:
+        """The hyperparameters in step ``step`` alone."""
+        own = inputs.hyperparameters
+        return self._slices("hyperparameters", own, step) if any(self.stepped.hyperparameters) else own
+
+    def _slices(self, part: Part, tensors: Leaves, step: int) -> Leaves:
+        return Leaves([self.slice_at(Place(part, i), x, step) for i, x in enumerate(tensors)])
+
+    def read_at_steps(self, inputs: Inputs, steps: Sequence[int]) -> list[Tensor]:
+        """What the loss reads in some steps together, for :meth:`over_steps`: what differs by step is stacked."""
+        rows, names = [self.at_step(inputs, t)[0] for t in steps], self.names_of_step()
+        stepped = [*self.stepped.read, *(True,) * (len(rows[0]) - len(self.stepped.read))]
+        return [stacked(rows, i, names[i]) if runs else rows[0][i] for i, runs in enumerate(stepped)]
+
+    @cached_property
+    def _batch_axes(self) -> dict[int, int]:
+        """The leading axis of each tensor of a step's batch, behind those of the tasks, by its number."""
+        count = len(self.stepped.read)
+        return {
+            i: self.step_axis(Place("read", i)) if i < count else 0
+            for i, name in enumerate(self.names_of_step())
+            if name.startswith("batches")
+        }
+
+    def pieces(self, read: Sequence[Tensor], count: int) -> list[tuple[list[Tensor], float]]:
+        """What a step reads, with one of ``count`` pieces of its batch at a time, and the share of each in its size.
+
+        The size is the length of the leading axis that most tensors of the batch have; others are in every piece.
+        """
+        lengths = {i: read[i].shape[axis] for i, axis in self._batch_axes.items() if read[i].ndim > axis}
+        if not lengths:
+            raise BatchesError("micro_batches: no tensor of the batch has an axis", "one that runs over examples", "")
+        size = Counter(lengths.values()).most_common(1)[0][0]
+        parts, first, found = max(1, min(count, size)), 0, []
+        for number in range(parts):
+            last = first + size // parts + (number < size % parts)
+            piece = [
+                x.narrow(self._batch_axes[i], first, last - first) if lengths.get(i) == size else x
+                for i, x in enumerate(read)
+            ]
+            found.append((piece, (last - first) / size))
+            first = last
+        return found
 
     def runs_over_steps(self, place: Place) -> bool:
         """Whether the tensor at a place runs over steps."""
@@ -227,9 +277,13 @@ class Layout:
         """What a caller would call the inputs (a leaf of a buffer: by the buffer's name)."""
         params = tuple(f"params{path}" for path in tree.paths(self.params_structure))
         buffers = tuple(name for name, count in self.buffers_layout for _ in range(count))
-        read = tuple(path for path, leaf in self._read() if isinstance(leaf, Slot))
+        read = tuple(self.names_of_step()[: len(self.stepped.read)])
         own = f"a hyperparameter of {self.optimizer_name}"
         return Names(params, buffers, read, (own,) * len(self.stepped.hyperparameters))
+
+    def names_of_step(self) -> list[str]:
+        """What a caller would call the tensors that the loss reads in a step."""
+        return [path for path, leaf in self._read() if isinstance(leaf, Slot)]
 
     def constants(self) -> dict[str, Any]:
         """What the loss is given that is no tensor, by the name that a caller would use."""

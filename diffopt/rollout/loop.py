@@ -18,6 +18,7 @@ from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.keeper import Keeper
+from diffopt.rollout.pieces import pieced
 from diffopt.rollout.record import Counts, Keep, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, saved_hooks
@@ -35,10 +36,14 @@ def take_step(
     whether the gradient was small enough to stop (``None``: nobody asks). If it was for all, the step is not taken.
     """
     aux: list[Tensor] = []
+    found: Sequence[Tensor | None]
     with torch.enable_grad():
         state, params, read, hyperparameters = ground.slice(step)
-        losses = steps.losses(params, read, step, aux)
-        found = steps.gradient(losses, params, step, differentiable=ground.linked)
+        if steps.micro_batches is None:
+            losses = steps.losses(params, read, step, aux)
+            found = steps.gradient(losses, params, step, differentiable=ground.linked)
+        else:
+            losses, found = pieced(steps, params, read, step, linked=ground.linked)
     grads = derivatives.filled(found, params)
     enough = None if stop.tol is None else stop.reached(grads, losses.ndim)
     if enough is not None and bool(enough.all()):
@@ -92,6 +97,8 @@ def roll_out(
     fast = compiled.Steps(dynamics, inputs) if dynamics.compile and dynamics.aux is None and stop.tol is None else None
     tables, done, enough = Tables(len(layout.levels), layout.steps), 0, None
     autocast = derivatives.Autocast(device)
+    if layout.stream is not None:
+        layout.stream.remember(latest=fast is not None)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
@@ -113,6 +120,8 @@ def roll_out(
             drawn.look(step)
             if stop.on_step is not None and stop.told(layout.first_update(step), rows[0]):
                 break
+        if layout.stream is not None:
+            layout.stream.remember(latest=False)
         state, handed_out = ground.state, tables.until(done)
         losses = handed_out[0] if handed_out else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if isinstance(steps, Checks) and done < layout.steps:

@@ -92,10 +92,14 @@ def for_batches(value: Any, steps: int) -> str:
     if isinstance(value, list | tuple) and len(value) > 0:
         many = isinstance(value, list) or not isinstance(value[0], Tensor)
         return f"if it is a list of batches, {stacked(value, steps)}" if many else ""
-    if isinstance(value, torch.utils.data.DataLoader | Iterator | torch.utils.data.Dataset):
-        return f"take {steps} batches in a list and stack them: tuple(torch.stack(x) for x in zip(*list_of_batches))"
-    if callable(value):
-        return f"call it for every step, and torch.stack what it returns: range({steps})"
+    data = torch.utils.data
+    taken = f"take {steps} batches in a list and stack them: tuple(torch.stack(x) for x in zip(*list_of_batches))"
+    if isinstance(value, data.DataLoader) and not isinstance(value.dataset, data.IterableDataset):
+        return f"write diffopt.Batches(loader.dataset, batch_size={value.batch_size}), or {taken}"
+    if isinstance(value, data.Dataset) and not isinstance(value, data.IterableDataset):
+        return "write diffopt.Batches(dataset, batch_size)"
+    if isinstance(value, data.DataLoader | data.Dataset | Iterator):
+        return taken
     return "convert it with torch.as_tensor" if type(value).__module__ == "numpy" else ""
 
 

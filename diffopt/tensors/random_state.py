@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 GeneratorStates: TypeAlias = tuple[Tensor, ...]
 
@@ -145,6 +145,18 @@ _here = _Here()
 def standing() -> tuple[GeneratorStates, torch.device] | None:
     """Where the generators of a replay beside other threads stand now; ``None``: no such replay is running."""
     return None if _here.drawing is None else _here.drawing.standing()
+
+
+@contextmanager
+def as_it_is(device: torch.device) -> Iterator[None]:
+    """Draw from the global generators in a replay beside other threads too, and put them back if that was done."""
+    before = snapshot(device)
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        if changed(before, snapshot(device)):
+            restore(before, device)
 
 
 def drawn_from(place: tuple[GeneratorStates, torch.device] | None) -> AbstractContextManager[Any]:

@@ -231,6 +231,19 @@ def below_vmap(
     return tuple([_functorch._add_batch_dim(x, 0, level) for x in outputs])
 
 
+@contextmanager
+def below_all() -> Iterator[None]:
+    """Run outside all transforms that are running."""
+    layers: list[Any] = []
+    try:
+        while transforms_active():
+            layers.append(_functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        for popped in reversed(layers):
+            _functorch.push_dynamic_layer_stack(popped)
+
+
 def stacked(
     tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, own: frozenset[int] | set[int]
 ) -> tuple[list[Tensor], tuple[int | None, ...]]:

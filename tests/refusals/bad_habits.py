@@ -138,10 +138,13 @@ BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
     "larger": (lambda: [(torch.ones(8, 2), torch.ones(8))] * 3, f"if it is a list of batches, stack .*{STACKED}"),
     "too_many": (lambda: [(torch.ones(8, 2), torch.ones(8))] * 5, rf"{STACKED}\[:3\]"),
     "too_few": (lambda: [(torch.ones(8, 2), torch.ones(8))] * 2, r"there are 2 for 3 steps"),
-    "loader": (lambda: DataLoader([1, 2]), r"take 3 batches in a list and stack them"),
-    "dataset": (lambda: TensorDataset(torch.ones(3)), r"take 3 batches in a list"),
+    "loader": (
+        lambda: DataLoader([1, 2]),
+        r"write diffopt\.Batches\(loader\.dataset, batch_size=1\), or take 3 batches",
+    ),
+    "dataset": (lambda: TensorDataset(torch.ones(3)), r"write diffopt\.Batches\(dataset, batch_size\)"),
     "iterator": (lambda: iter([torch.ones(3)]), r"take 3 batches in a list"),
-    "function": (lambda: lambda step: torch.ones(3), r"call it for every step, and torch\.stack"),
+    "class": (lambda: diffopt.Batches, r"call it, as in diffopt\.Batches\(dataset, batch_size\)"),
 }
 
 
