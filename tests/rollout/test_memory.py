@@ -104,6 +104,7 @@ COUNTS: dict[str, tuple[Any, Callable[[int], int]]] = {
     "every_fifth": (Reverse(5), lambda steps: math.ceil(steps / 5)),
     "one_block": (Reverse(1000), lambda steps: 1),
     "sqrt": (Reverse("sqrt"), lambda steps: round(math.sqrt(steps))),
+    "log": (Reverse("log"), lambda steps: math.ceil(math.log2(steps)) + 1),
     "truncated": (Truncated(4, checkpoint=1), lambda steps: 4),
     "truncated_sqrt": (Truncated(16, checkpoint="sqrt"), lambda steps: 4),
     "truncated_at_none": (Truncated(0, checkpoint=1), lambda steps: 0),
