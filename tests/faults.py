@@ -2284,4 +2284,47 @@ FAULTS = [
         "for value in held for part in [value]]",
         "nested",
     ),
+    # few states and one graph: schedules, checkpoints, offloading
+    Fault(
+        "a state is stored where a piece is too long",
+        "diffopt/rollout/schedules.py",
+        "longest = comb(slots + rounds - 1, slots)",
+        "longest = comb(slots + rounds - 1, slots) + 1",
+        "schedules",
+    ),
+    Fault(
+        "as many states are stored as steps want",
+        "diffopt/rollout/schedules.py",
+        "free -= 1",
+        "free -= 0",
+        "schedules",
+    ),
+    Fault(
+        "the state before the last step is not kept",
+        "diffopt/rollout/keeper.py",
+        "schedules.stored(count, slots)] + [self._last])",
+        "schedules.stored(count, slots)])",
+        "schedules",
+    ),
+    Fault(
+        "a state that has been handed out is kept",
+        "diffopt/rollout/replay.py",
+        "held.pop()",
+        "held[-1]",
+        "schedules",
+    ),
+    Fault(
+        "steps of a second rollout are not counted",
+        "diffopt/adjoint/pull_back.py",
+        "counts.extra_steps += old.steps",
+        "counts.extra_steps += 0",
+        "schedules",
+    ),
+    Fault(
+        "slots of stored states are used twice",
+        "diffopt/adjoint/trajectory.py",
+        "kept.kept.slots - len(kept.states) + 1",
+        "kept.kept.slots",
+        "schedules",
+    ),
 ]

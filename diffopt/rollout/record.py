@@ -68,7 +68,7 @@ class Kept:
         checkpoint: ``"graph"``, ``"log"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
         states: how many states were stored.
         bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
-        slots: how many states the recursion (13.2) may hold, besides that of the step at hand; ``None``: it is not used.
+        slots: how many states the recursion (13.2) may hold besides that of the step at hand; ``None``: not used.
     """
 
     checkpoint: str | int | None = None

@@ -48,7 +48,7 @@ def logarithmic(steps: int) -> int:
 
 
 def _rounds(steps: int, slots: int) -> int:
-    """The least ``r`` with ``steps <= comb(slots + r, slots)``: how often the first step is taken, graphs not counted."""
+    """The least ``r`` with ``steps <= comb(slots + r, slots)``: how often the first step is taken."""
     if slots == 1:
         return steps - 1
     rounds = 0

@@ -159,9 +159,11 @@ def test_a_solve_that_ends_early_gives_the_hypergradient_of_its_steps(rule: Any,
 
 def test_a_second_backward_pass_and_tasks_under_vmap() -> None:
     leaves = inputs(19)
-    value = solved(Reverse("log"), leaves).params.square().sum()
+    solution = solved(Reverse("log"), leaves)
+    value = solution.params.square().sum()
     first, again = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
     assert relative_error(again, first) < 1e-14
+    assert solution.counts.extra_steps == 19 + 2 * (schedules.least_steps(19, 5) + 1)
     tasks = torch.stack([leaves[0].detach(), -0.3 * leaves[0].detach()]).requires_grad_()
 
     def outer(rule: Any) -> list[torch.Tensor]:
