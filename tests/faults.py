@@ -1588,8 +1588,8 @@ FAULTS = [
     Fault(
         "a compiled sweep leaves its record usable",
         "diffopt/adjoint/trajectory.py",
-        "self.record.usable = False\n        self.rollout.states.clear()",
-        "self.rollout.states.clear()",
+        "        if end >= first:\n            self.record.usable = False\n",
+        "",
         "compiled",
     ),
     Fault(
@@ -1602,8 +1602,8 @@ FAULTS = [
     Fault(
         "the last state is not stored",
         "diffopt/rollout/keeper.py",
-        "(step - self.first) % self._checkpoint == 0:",
-        "(step - self.first) % self._checkpoint == 0 and step < self._last:",
+        "(step - self.first) % self._checkpoint == 0):",
+        "(step - self.first) % self._checkpoint == 0 and step < self._last):",
         "memory",
     ),
     Fault(
@@ -1892,8 +1892,8 @@ FAULTS = [
     Fault(
         "what is observed is no output of a block that is taken again",
         "diffopt/adjoint/trajectory.py",
-        "observes=observes)",
-        "observes=False)",
+        "(state, step, step, again, observes=observes)",
+        "(state, step, step, again, observes=False)",
         "along",
     ),
     Fault(
@@ -2326,5 +2326,19 @@ FAULTS = [
         "kept.kept.slots - len(kept.states) + 1",
         "kept.kept.slots",
         "schedules",
+    ),
+    Fault(
+        "graphs larger than states are linked in a block",
+        "diffopt/rollout/replay.py",
+        "> sum([leaf.nbytes for leaf in state]):",
+        "> 99 * sum([leaf.nbytes for leaf in state]):",
+        "memory",
+    ),
+    Fault(
+        "the first step of a block is begun again",
+        "diffopt/adjoint/trajectory.py",
+        "held.append((start + 1, after))",
+        "held.append((start, state))",
+        "memory",
     ),
 ]

@@ -194,7 +194,13 @@ class Trajectory:
         return Replay(self.dynamics, self.inputs, self.rollout, self.record.counts, check=self.check)
 
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
-        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one."""
+        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one.
+
+        # NOTE [one graph at a time]
+        What lies between two stored states is one graph where a step's graph is no larger than a state, which the first
+        one says: nothing is then computed twice. Where it is larger the states between are stored for a while, and each
+        step's graph is recorded, used and freed: so the graphs of a block never outweigh the states of all steps.
+        """
         end, kept = self.steps, self.rollout
         if kept.graphs:
             self.record.usable = False
@@ -202,26 +208,36 @@ class Trajectory:
             return
         replay, again = self.replay(), self.losses_to_replay()
         observes = self.running is not None and any([x is not None for x in self.running.observed])
-        if kept.kept.slots is None:
-            if end >= first:
-                self.record.usable = False
-            while end >= first:
-                start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
-                state = kept.take_state(start, self.final[0].device)
-                block, _ = replay.block(state, start, end, again, observes=observes)
-                yield block, start, end
-                end = start - 1
-        else:
-            for step, state in self._states_backwards(replay, again, first):
+        linked = kept.kept.slots is None  # until a graph is seen to be larger than a state
+        for held, end, slots in self._pieces(first):
+            block: Block | None
+            start, state = held[0]
+            if linked and start < end:
+                block, after = replay.block_of_small(state, start, end, again, observes=observes)
+                if block is not None:
+                    held.clear()
+                    del state, after
+                    yield block, start, end
+                    continue
+                linked = False
+                held.append((start + 1, after))
+                del after
+            del state
+            for step, state in replay.backwards(held, end, slots, again):
                 block, _ = replay.block(state, step, step, again, observes=observes)
+                del state  # the graph has what it needs of it
                 yield block, step, step
         self.refuse_other_losses(again)
 
     def _states_backwards(self, replay: Replay, again: Tensor, first: int) -> Iterator[tuple[int, Leaves]]:
-        """The steps ``T, ..., first`` and the states before them, stored or computed again from one that is stored.
+        """The steps ``T, ..., first`` and the states before them, stored or computed again from one that is stored."""
+        for held, end, slots in self._pieces(first):
+            yield from replay.backwards(held, end, slots, again)
 
-        Those between two stored states are computed within the slots that are then free: all that the recursion has, or
-        as many as there are steps between the two.
+    def _pieces(self, first: int) -> Iterator[tuple[list[tuple[int, Leaves]], int, int]]:
+        """Each stored state with its step, the last first, the last step before the next one, and the slots to use.
+
+        Those are what the recursion has left, or as many as there are steps between the two states.
         """
         end, kept = self.steps, self.rollout
         if end >= first:
@@ -229,8 +245,7 @@ class Trajectory:
         while end >= first:
             start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
             slots = end - start + 1 if kept.kept.slots is None else max(1, kept.kept.slots - len(kept.states) + 1)
-            held = [(start, kept.take_state(start, self.final[0].device))]
-            yield from replay.backwards(held, end, slots, again)
+            yield [(start, kept.take_state(start, self.final[0].device))], end, slots
             end = start - 1
 
     def warn_if_bad(self, measured: Tensor, limit: float, what: str) -> None:

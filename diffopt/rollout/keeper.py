@@ -14,8 +14,7 @@ from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Keep, Kept
-from diffopt.rollout.step_graph import Block, Plain
-from diffopt.tensors import autograd_graph
+from diffopt.rollout.step_graph import Block, Plain, graph_bytes
 from diffopt.tensors.leaves import Leaves
 
 GRAPH_BUDGET = 2**30
@@ -97,9 +96,7 @@ class Keeper:
         What keeps a state needs none again with the graphs of all steps, and gets them whatever their size: what is
         right for a small model must not be wrong, or refused, for a large one.
         """
-        others = (*self._inputs.read, *self._inputs.hyperparameters)
-        first = autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
-        expected = first * (self._last - self.first + 1)
+        expected = graph_bytes(block, self._inputs) * (self._last - self.first + 1)
         large = self._checkpoint is None and expected > GRAPH_BUDGET
         if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):
             return True

@@ -14,7 +14,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.loop import take_step
 from diffopt.rollout.record import Counts, Rollout, Watch
-from diffopt.rollout.step_graph import Block, Plain
+from diffopt.rollout.step_graph import Block, Plain, graph_bytes
 from diffopt.tensors.leaves import Leaves
 
 
@@ -40,6 +40,20 @@ class Replay:
         """
         block = Block(self._dynamics, self._inputs, self._rollout.wanted, state, apart=apart)
         for step in range(first, last + 1):
+            self._take(block, step, losses, observes)
+        after = block.state
+        block.close()
+        return block, after
+
+    def block_of_small(
+        self, state: Leaves, first: int, last: int, losses: Tensor, *, observes: bool = False
+    ) -> tuple[Block | None, Leaves]:
+        """:meth:`block`, unless its first graph is larger than a state: then ``None`` and the state after that step."""
+        block = Block(self._dynamics, self._inputs, self._rollout.wanted, state)
+        self._take(block, first, losses, observes)
+        if graph_bytes(block, self._inputs) > sum([leaf.nbytes for leaf in state]):
+            return None, block.state
+        for step in range(first + 1, last + 1):
             self._take(block, step, losses, observes)
         after = block.state
         block.close()

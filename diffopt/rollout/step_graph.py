@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.tensors import derivatives
+from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
 
@@ -209,6 +209,12 @@ class Block:
             dict(zip(self._shared, rest, strict=False)),
             dict(zip(self._slices_at, rest[len(self._shared) :], strict=False)),
         )
+
+
+def graph_bytes(block: Block, inputs: Inputs) -> int:
+    """The bytes that the graph of a block which is not closed yet keeps alive besides the inputs."""
+    others = (*inputs.read, *inputs.hyperparameters)
+    return autograd_graph.saved_bytes(autograd_graph.nodes(block.last_nodes), others)
 
 
 @final
