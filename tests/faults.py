@@ -1593,8 +1593,8 @@ FAULTS = [
     Fault(
         "a compiled sweep leaves its record usable",
         "diffopt/adjoint/trajectory.py",
-        "self.record.usable = False\n        self.rollout.states.clear()",
-        "self.rollout.states.clear()",
+        "        if end >= first:\n            self.record.usable = False\n",
+        "",
         "compiled",
     ),
     Fault(
@@ -1607,8 +1607,8 @@ FAULTS = [
     Fault(
         "the last state is not stored",
         "diffopt/rollout/keeper.py",
-        "(step - self.first) % self._checkpoint == 0:",
-        "(step - self.first) % self._checkpoint == 0 and step < self._last:",
+        "(step - self.first) % self._checkpoint == 0):",
+        "(step - self.first) % self._checkpoint == 0 and step < self._last):",
         "memory",
     ),
     Fault(
@@ -1621,8 +1621,8 @@ FAULTS = [
     Fault(
         "the graph of one step is measured for all",
         "diffopt/rollout/keeper.py",
-        "expected = first * (self._last - self.first + 1)",
-        "expected = first",
+        "expected = graph_bytes(graph, self._inputs) * (self._last - self.first + 1)",
+        "expected = graph_bytes(graph, self._inputs)",
         "memory",
     ),
     Fault(
@@ -1897,8 +1897,8 @@ FAULTS = [
     Fault(
         "what is observed is no output of a block that is taken again",
         "diffopt/adjoint/trajectory.py",
-        "observes=observes)",
-        "observes=False)",
+        "(state, step, step, again, observes=observes)",
+        "(state, step, step, again, observes=False)",
         "along",
     ),
     Fault(
@@ -2385,7 +2385,7 @@ FAULTS = [
     Fault(
         "another batch in a compiled pullback passes",
         "diffopt/adjoint/trajectory.py",
-        "self.refuse_other_losses(pulled)",
+        "self.refuse_other_losses(seen)",
         "self.refuse_other_losses(again)",
         "streams",
     ),
@@ -2444,5 +2444,62 @@ FAULTS = [
         "torch.eye(len(measured), dtype",
         "torch.ones(len(measured), len(measured), dtype",
         "attribution",
+    ),
+    # few states and one graph: schedules, checkpoints, offloading
+    Fault(
+        "a state is stored where a piece is too long",
+        "diffopt/rollout/schedules.py",
+        "longest = comb(slots + rounds - 1, slots)",
+        "longest = comb(slots + rounds - 1, slots) + 1",
+        "schedules",
+    ),
+    Fault(
+        "as many states are stored as steps want",
+        "diffopt/rollout/schedules.py",
+        "free -= 1",
+        "free -= 0",
+        "schedules",
+    ),
+    Fault(
+        "the state before the last step is not kept",
+        "diffopt/rollout/keeper.py",
+        "schedules.stored(count, slots)] + [self._last])",
+        "schedules.stored(count, slots)])",
+        "schedules",
+    ),
+    Fault(
+        "a state that has been handed out is kept",
+        "diffopt/rollout/replay.py",
+        "held.pop()",
+        "held[-1]",
+        "schedules",
+    ),
+    Fault(
+        "steps of a second rollout are not counted",
+        "diffopt/adjoint/pull_back.py",
+        "counts.extra_steps += old.steps",
+        "counts.extra_steps += 0",
+        "schedules",
+    ),
+    Fault(
+        "slots of stored states are used twice",
+        "diffopt/adjoint/trajectory.py",
+        "kept.kept.slots - len(kept.states) + 1",
+        "kept.kept.slots",
+        "schedules",
+    ),
+    Fault(
+        "graphs larger than states are linked in a block",
+        "diffopt/rollout/replay.py",
+        "> sum([leaf.nbytes for leaf in state]):",
+        "> 99 * sum([leaf.nbytes for leaf in state]):",
+        "memory",
+    ),
+    Fault(
+        "the first step of a block is begun again",
+        "diffopt/adjoint/trajectory.py",
+        "held.append((start + 1, after))",
+        "held.append((start, state))",
+        "memory",
     ),
 ]

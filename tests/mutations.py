@@ -88,6 +88,7 @@ NAMES = [
     "captures",
     "levels",
     "memory",
+    "schedules",
     "in_place",
     "vector_field",
     "games",

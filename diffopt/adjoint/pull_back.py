@@ -119,6 +119,7 @@ def _usable(call: Call, inputs: Inputs) -> Record:
 
 def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Rollout:
     old = call.record.rollout
+    call.record.counts.extra_steps += old.steps
     with old.replay(None, inputs.params[0].device):
         return roll_out(
             call.dynamics,

@@ -21,14 +21,16 @@ class Reverse(Adjoint):
               \nabla = \sum_t B_t^\top\Lambda_t + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_0
 
     Exact. Cost: ``T`` gradients and ``T`` HVPs, one after the other; storing less than the graphs costs up to ``T``
-    gradients more. Depth ``T``.
+    gradients more, ``"log"`` about ``log2(T) / 3`` times ``T``. Depth ``T``.
 
     Args:
         checkpoint: what is kept of the rollout. ``"graph"``: the graph of every step, no recomputation (memory: ``T``
             graphs). ``1``: every state, each step's graph recorded again when needed (``T`` states and one graph).
             ``k``: every ``k``-th state, blocks of ``k`` steps recomputed (``T / k`` states and ``k`` graphs).
-            ``"sqrt"``: ``k`` near the root of ``T``. ``None``: ``"graph"`` while the graphs take less than 1 GiB,
-            judged by the first, else ``"sqrt"``. All give the same numbers.
+            ``"sqrt"``: ``k`` near the root of ``T``. ``"log"``: ``ceil(log2(T))`` states and that of the step at hand,
+            stored and computed again by the recursion (13.2) that takes the fewest steps, and one graph. ``None``:
+            ``"graph"`` while the graphs take less than 1 GiB, judged by the first, else ``"sqrt"``. All give the same
+            numbers; ``Solution.counts.extra_steps`` says how many steps were taken again.
         offload: keep stored states in the CPU's memory instead of the GPU's (no effect on what runs on the CPU, or on
             retained graphs).
 

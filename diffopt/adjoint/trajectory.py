@@ -146,10 +146,9 @@ class Trajectory:
                 "the same number",
                 f"return Keep(first={first}) from keep()",
             )
-        stored = isinstance(self.rollout.kept.checkpoint, int)
-        compiles = self.dynamics.compile and stored and self.running is None
-        done = self._compiled_sweep(cotangent, first) if compiles else None
-        return self._sweep_of_blocks([cotangent], first)[0] if done is None else done
+        if self.dynamics.compile and not self.rollout.graphs and self.running is None:
+            return self._compiled_sweep(cotangent, first)
+        return self._sweep_of_blocks([cotangent], first)[0]
 
     def sweeps(self, cotangents: Sequence[Leaves], first: int = 1) -> list[Cotangents]:
         """:meth:`sweep` for each of many cotangents; what is recorded again is recorded once."""
@@ -169,28 +168,26 @@ class Trajectory:
         wanted = self.wants_initial
         return [Cotangents(x if wanted else None, d.collect()) for x, d in zip(adjoints, direct, strict=True)]
 
-    def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents | None:
-        """The same from stored states, each step one compiled call; ``None`` if it could not be compiled."""
+    def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
+        """The same from stored states, each step one compiled call; a step that cannot be compiled, by its graph."""
         pullbacks, adjoint = compiled.Pullbacks(self.dynamics, self.inputs.detached(), self.wanted), cotangent
         direct, replay, again = DirectTerms(self), self.replay(), self.losses_to_replay()
-        pulled = again.clone()
-        device, end, counts = self.final[0].device, self.steps, self.record.counts
-        for start in reversed(self.rollout.states):
-            states = replay.states(self.rollout.state(start, device), start, end, again)
-            for step in range(end, start - 1, -1):
-                with self.rollout.replay(None, device):
-                    terms = pullbacks.pull(states.pop(), step, adjoint)
-                if terms is None:
-                    return None  # what is stored is still there
-                adjoint, pulled[..., step - 1] = terms[0], terms[2]
+        seen, device, counts = again.clone(), self.final[0].device, self.record.counts
+        for step, state in self._states_backwards(replay, again, first):
+            with self.rollout.replay(None, device):
+                terms = pullbacks.pull(state, step, adjoint)
+            if terms is None:
+                block, _ = replay.block(state, step, step, again)
+                pulled = block.pullback(adjoint, state=range(self.layout.state_count))
+                adjoint = pulled.state
+                direct.add_block(pulled)
+            else:
+                counts.extra_steps += 1
+                adjoint, seen[..., step - 1] = terms[0], terms[2]
                 direct.add(step, terms[1])
-            end = start - 1
-        counts.products += self.steps - first + 1
-        counts.depth += self.steps - first + 1
-        self.record.usable = False
-        self.rollout.states.clear()
+            counts.add_products(1)
         self.refuse_other_losses(again)
-        self.refuse_other_losses(pulled)
+        self.refuse_other_losses(seen)
         return Cotangents(adjoint if self.wants_initial else None, direct.collect())
 
     def replay(self) -> Replay:
@@ -198,22 +195,59 @@ class Trajectory:
         return Replay(self.dynamics, self.inputs, self.rollout, self.record.counts, check=self.check)
 
     def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
-        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one."""
+        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one.
+
+        # NOTE [one graph at a time]
+        What lies between two stored states is one graph where a step's graph is no larger than a state, which the first
+        one says: nothing is then computed twice. Where it is larger the states between are stored for a while, and each
+        step's graph is recorded, used and freed: so the graphs of a block never outweigh the states of all steps.
+        """
         end, kept = self.steps, self.rollout
-        if end >= first:
-            self.record.usable = False
         if kept.graphs:
+            self.record.usable = False
             yield kept.graphs.pop(), first, end
             return
         replay, again = self.replay(), self.losses_to_replay()
+        observes = self.running is not None and any([x is not None for x in self.running.observed])
+        linked = kept.kept.slots is None  # until a graph is seen to be larger than a state
+        for held, end, slots in self._pieces(first):
+            block: Block | None
+            start, state = held[0]
+            if linked and start < end:
+                block, after = replay.block_of_small(state, start, end, again, observes=observes)
+                if block is not None:
+                    held.clear()
+                    del state, after
+                    yield block, start, end
+                    continue
+                linked = False
+                held.append((start + 1, after))
+                del after
+            del state
+            for step, state in replay.backwards(held, end, slots, again):
+                block, _ = replay.block(state, step, step, again, observes=observes)
+                del state  # the graph has what it needs of it
+                yield block, step, step
+        self.refuse_other_losses(again)
+
+    def _states_backwards(self, replay: Replay, again: Tensor, first: int) -> Iterator[tuple[int, Leaves]]:
+        """The steps ``T, ..., first`` and the states before them, stored or computed again from one that is stored."""
+        for held, end, slots in self._pieces(first):
+            yield from replay.backwards(held, end, slots, again)
+
+    def _pieces(self, first: int) -> Iterator[tuple[list[tuple[int, Leaves]], int, int]]:
+        """Each stored state with its step, the last first, the last step before the next one, and the slots to use.
+
+        Those are what the recursion has left, or as many as there are steps between the two states.
+        """
+        end, kept = self.steps, self.rollout
+        if end >= first:
+            self.record.usable = False
         while end >= first:
             start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
-            state = kept.take_state(start, self.final[0].device)
-            observes = self.running is not None and any([x is not None for x in self.running.observed])
-            block, _ = replay.block(state, start, end, again, observes=observes)
-            yield block, start, end
+            slots = end - start + 1 if kept.kept.slots is None else max(1, kept.kept.slots - len(kept.states) + 1)
+            yield [(start, kept.take_state(start, self.final[0].device))], end, slots
             end = start - 1
-        self.refuse_other_losses(again)
 
     def warn_if_bad(self, measured: Tensor, limit: float, what: str) -> None:
         """Warn, where checks are on, of an estimate whose measure ``[...]`` is above ``limit`` for some task."""

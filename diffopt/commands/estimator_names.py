@@ -40,13 +40,11 @@ class _Rule:
 
 
 def _reverse(text: str) -> Reverse:
-    if text == "graph":
-        return Reverse("graph")
-    return Reverse("sqrt") if text == "sqrt" else Reverse(int(text))
+    return Reverse(text) if text in ("graph", "sqrt", "log") else Reverse(int(text))  # type: ignore[arg-type]
 
 
 _RULES: dict[str, _Rule] = {
-    "reverse": _Rule(Reverse, "graph|sqrt|K", _reverse),
+    "reverse": _Rule(Reverse, "graph|sqrt|log|K", _reverse),
     "unrolled": _Rule(Unrolled),
     "forward-mode": _Rule(lambda: ForwardMode(chunk_size=64)),
     "first-order": _Rule(FirstOrder),

@@ -9,11 +9,12 @@ from typing import Any, final
 
 from torch import Tensor
 
+from diffopt.rollout import schedules
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Keep, Kept
-from diffopt.rollout.step_graph import Block, Plain
+from diffopt.rollout.step_graph import Block, Plain, graph_bytes
 from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves
 
@@ -41,6 +42,8 @@ class Keeper:
         self._keep = keep
         self.first = self._last + 1 if keep is None else keep.first
         self._checkpoint: Any = None
+        self._slots: int | None = None
+        self._at: frozenset[int] = frozenset()
         self._bytes = self._stored = 0
         self.states: dict[int, Leaves] = {}
         self.gradients: dict[int, Leaves] = {}
@@ -49,7 +52,7 @@ class Keeper:
     @property
     def kept(self) -> Kept:
         """How much has been kept."""
-        return Kept(self._checkpoint, self._stored, self._bytes)
+        return Kept(self._checkpoint, self._stored, self._bytes, self._slots)
 
     def before(self, ground: Block | Plain, step: int) -> Block | Plain:
         """What step ``step >= first`` is to be taken on, after the step before it was taken on ``ground``."""
@@ -59,7 +62,9 @@ class Keeper:
             self._checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
             if self._checkpoint is None or self._checkpoint == "graph":
                 return Block(self._dynamics, self._inputs, self._wanted, ground.state)
-        if isinstance(self._checkpoint, int) and (step - self.first) % self._checkpoint == 0:
+            if self._checkpoint == "log":
+                self._plan(schedules.logarithmic(count))
+        if step in self._at or (isinstance(self._checkpoint, int) and (step - self.first) % self._checkpoint == 0):
             self._store(step, ground.state)
         return ground
 
@@ -76,18 +81,26 @@ class Keeper:
             return Plain(self._dynamics, self._inputs, ground.state)
         return ground
 
+    def _plan(self, slots: int) -> None:
+        """Store the states that the recursion within ``slots`` wants, and that before the last step.
+
+        In (13.2) the first sweep ends before the last step, which is then pulled back at once. A rollout ends after it:
+        so the state before it is kept too. (If the rollout ends early, there is one less, and never a wrong number.)
+        """
+        count = self._last - self.first + 1
+        self._slots = slots
+        self._at = frozenset([self.first + t for t in schedules.stored(count, slots)] + [self._last])
+
     def _is_too_large(self, block: Block, steps: Dynamics | Checks, losses: Tensor) -> bool:
         """Measure the graph of the first step, and decide whether to go on with graphs.
 
         What keeps a state needs none again with the graphs of all steps, and gets them whatever their size: what is
         right for a small model must not be wrong, or refused, for a large one.
         """
-        others = (*self._inputs.read, *self._inputs.hyperparameters)
         graph = autograd_graph.nodes(block.last_nodes)
         if isinstance(steps, Checks):
             steps.look_at_graph(graph)
-        first = autograd_graph.saved_bytes(graph, others)
-        expected = first * (self._last - self.first + 1)
+        expected = graph_bytes(graph, self._inputs) * (self._last - self.first + 1)
         large = self._checkpoint is None and expected > GRAPH_BUDGET
         if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):
             return True

@@ -17,7 +17,7 @@ from diffopt.tensors import derivatives, random_state
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
 
-Checkpoint: TypeAlias = Literal["graph", "sqrt"] | int | None
+Checkpoint: TypeAlias = Literal["graph", "sqrt", "log"] | int | None
 
 
 @final
@@ -28,7 +28,8 @@ class Keep:
     Attributes:
         first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
         checkpoint: ``"graph"``: the steps' graphs; ``k``: every ``k``-th state, blocks recomputed; ``"sqrt"``: ``k``
-            near the root of the number of steps; ``None``: graphs while they fit, else ``"sqrt"``.
+            near the root of the number of steps; ``"log"``: as many states as the logarithm of that number, where the
+            recursion (13.2) wants them; ``None``: graphs while they fit, else ``"sqrt"``.
         gradients: keep also the inner gradient of every step whose state is kept.
         offload: keep states in the CPU's memory (pinned, so that they are copied beside the computation).
     """
@@ -49,11 +50,12 @@ class Keep:
 def check_checkpoint(options: Any) -> None:
     """Refuse options of storage that are none of the allowed ones, in a dataclass that is being made."""
     checked = Options(options)
-    checked.integer("checkpoint", 1, also=(None, "graph", "sqrt"))
+    checked.integer("checkpoint", 1, also=(None, "graph", "sqrt", "log"))
     checked.flag("offload")
     if options.offload and options.checkpoint == "graph":
         raise HyperparameterError(
-            f"{type(options).__name__}: offload=True with checkpoint='graph'", "one that stores states: 1, k or 'sqrt'"
+            f"{type(options).__name__}: offload=True with checkpoint='graph'",
+            "one that stores states: 1, k, 'sqrt' or 'log'",
         )
 
 
@@ -63,14 +65,16 @@ class Kept:
     """How much a rollout kept for the backward pass.
 
     Attributes:
-        checkpoint: ``"graph"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
+        checkpoint: ``"graph"``, ``"log"``, or the ``k`` of every ``k``-th state; ``None``: no step was kept.
         states: how many states were stored.
         bytes: bytes of the stored states, or of the graphs as estimated from the first one; all tasks together.
+        slots: how many states the recursion (13.2) may hold besides that of the step at hand; ``None``: not used.
     """
 
     checkpoint: str | int | None = None
     states: int = 0
     bytes: int = 0
+    slots: int | None = None
 
 
 @final
@@ -82,11 +86,13 @@ class Counts:
         gradients: evaluations of the inner gradient.
         products: curvature products, of which one gives ``H_t u`` and ``M_t' u`` together.
         depth: how many batches of curvature products had to wait for one another.
+        extra_steps: how many steps :class:`Reverse` or :class:`Truncated` took again, those for their graphs included.
     """
 
     gradients: int = 0
     products: int = 0
     depth: int = 0
+    extra_steps: int = 0
 
     def add_products(self, count: int) -> None:
         """One batch of curvature products."""

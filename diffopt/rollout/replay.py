@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
 
 import torch
 from torch import Tensor
 
-from diffopt.rollout import compiled
+from diffopt.rollout import compiled, schedules
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.loop import take_step
 from diffopt.rollout.record import Counts, Rollout, Watch
-from diffopt.rollout.step_graph import Block, Plain
+from diffopt.rollout.step_graph import Block, Plain, graph_bytes
+from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves
 
 
@@ -44,16 +46,49 @@ class Replay:
         block.close()
         return block, after
 
-    def states(self, state: Leaves, first: int, last: int, losses: Tensor) -> list[Leaves]:
-        """The states before steps ``first, ..., last``, the first of which is ``state``.
+    def block_of_small(
+        self, state: Leaves, first: int, last: int, losses: Tensor, *, observes: bool = False
+    ) -> tuple[Block | None, Leaves]:
+        """:meth:`block`, unless its first graph is larger than a state: then ``None`` and the state after that step."""
+        block = Block(self._dynamics, self._inputs, self._rollout.wanted, state)
+        self._take(block, first, losses, observes)
+        if graph_bytes(autograd_graph.nodes(block.last_nodes), self._inputs) > sum([leaf.nbytes for leaf in state]):
+            return None, block.state
+        for step in range(first + 1, last + 1):
+            self._take(block, step, losses, observes)
+        after = block.state
+        block.close()
+        return block, after
 
-        The losses on the way are written to their places in ``losses`` ``[..., T]``.
+    def backwards(
+        self, held: list[tuple[int, Leaves]], last: int, slots: int, losses: Tensor
+    ) -> Iterator[tuple[int, Leaves]]:
+        """The steps from ``last`` down to the first of ``held`` and the states before them, within ``slots`` of these.
+
+        ``held`` are the states before some steps, the earliest first; each goes when it has been handed out. No more
+        steps are taken than (13.2) says. The losses on the way are written to their places in ``losses`` ``[..., T]``.
         """
-        ground, states = Plain(self._dynamics, self._inputs, state), [state]
+        while held:
+            step, state = held[-1]
+            while step < last:
+                free = slots - len(held) + 1
+                to = step + schedules.split(last - step + 1, free) if free > 1 else last
+                state, step = self._advanced(state, step, to, losses), to
+                if free > 1:
+                    held.append((step, state))
+            if held[-1][0] == last:
+                held.pop()
+            yield last, state
+            del state  # else it would live on while the next ones are computed
+            last -= 1
+
+    def _advanced(self, state: Leaves, first: int, last: int, losses: Tensor) -> Leaves:
+        """The state before step ``last``, by steps from ``state``, that before step ``first``."""
+        ground = Plain(self._dynamics, self._inputs, state)
+        del state
         for step in range(first, last):
             self._take(ground, step, losses)
-            states.append(ground.state)
-        return states
+        return ground.state
 
     def losses(self, state: Leaves, step: int) -> Tensor:
         """The losses of step ``step`` at a state, and nothing else."""
@@ -70,3 +105,4 @@ class Replay:
         if done is not None:
             ground.keep(done.after, done.grads, done.losses, step)
         self._counts.gradients += 1
+        self._counts.extra_steps += 1

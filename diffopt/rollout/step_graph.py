@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.tensors import derivatives
+from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
 
@@ -209,6 +209,11 @@ class Block:
             dict(zip(self._shared, rest, strict=False)),
             dict(zip(self._slices_at, rest[len(self._shared) :], strict=False)),
         )
+
+
+def graph_bytes(graph: Sequence[Any], inputs: Inputs) -> int:
+    """The bytes that a graph, given by its nodes, keeps alive besides the inputs."""
+    return autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters))
 
 
 @final

@@ -194,7 +194,10 @@ def test_an_unknown_estimator_name_lists_the_known_ones(name):
         *((rule, f"lacks its argument, expected {rule}:K") for rule in NUMBERED),
         *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
         *((f"{rule}:{x}", f"has an argument, expected none; write {rule}") for rule in BARE for x in ("", "2")),
-        ("reverse:0", "cannot be: Reverse: checkpoint is int 0, expected None, 'graph', 'sqrt' or an integer >= 1"),
+        (
+            "reverse:0",
+            "cannot be: Reverse: checkpoint is int 0, expected None, 'graph', 'sqrt', 'log' or an integer >= 1",
+        ),
         ("truncated:-1", "cannot be: Truncated: steps is int -1, expected an integer >= 0"),
         ("binomial:-1", "cannot be: Binomial: order is int -1, expected an integer >= 0"),
         ("krylov:-1", "cannot be: Krylov: order is int -1, expected an integer >= 0"),

@@ -72,7 +72,7 @@ def specs(draw: st.DrawFn, steps: int) -> Spec:
     """An estimator for this many steps; now and then with an option that does not fit them."""
     name = draw(st.sampled_from(("default", "Reverse", *_CLASSES, "MultiStep", "Implicit", "ESJacobian")))
     if name in ("Reverse", "Truncated"):
-        checkpoint = draw(st.sampled_from((None, "graph", "sqrt", 1, 2, 3, 10)))
+        checkpoint = draw(st.sampled_from((None, "graph", "sqrt", "log", 1, 2, 3, 10)))
         options = {"checkpoint": checkpoint, "offload": checkpoint not in (None, "graph") and draw(st.booleans())}
         if name == "Truncated":
             options["steps"] = draw(st.integers(0, steps + 1))

@@ -106,7 +106,7 @@ OPTIMIZERS = [
 ]
 
 ESTIMATORS: list[Estimator] = [
-    *map(Reverse, [None, "graph", 1, 3, "sqrt"]),
+    *map(Reverse, [None, "graph", 1, 3, "sqrt", "log"]),
     Unrolled(),
     ForwardMode(),
     FirstOrder(),

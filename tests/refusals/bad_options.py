@@ -48,14 +48,17 @@ WHOLE, NUMBER = "expected (None, .* or )?an integer >= ", "expected .*number"
 # the estimator's class -> options, the one that is wrong, what it says
 RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     *(
-        (Reverse, {"checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt' or an i")
+        (Reverse, {"checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an i")
         for x in (0, -1, 1.5, True, "x")
     ),
     *((Reverse, {"offload": x}, "offload", "expected True or False") for x in (None, 1, "yes")),
-    *((Keep, {"first": 1, "checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt' or an i") for x in (0, "x")),
+    *(
+        (Keep, {"first": 1, "checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an i")
+        for x in (0, "x")
+    ),
     *((ForwardMode, {"chunk_size": x}, "chunk_size", "expected None or an integer >= 1") for x in (0, True, 2.0)),
     *((Truncated, {"steps": x}, "steps", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
-    (Truncated, {"steps": 1, "checkpoint": 0}, "checkpoint", "expected None, 'graph', 'sqrt' or an integer"),
+    (Truncated, {"steps": 1, "checkpoint": 0}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an integer"),
     *((Binomial, {"order": x}, "order", "expected an integer >= 0") for x in (-1, 1.5, True, None)),
     *((Binomial, {"order": 1, name: -1}, name, "expected None or an integer >= ") for name in ("window", "chunk_size")),
     *((Binomial, {"order": 1, "scale": x}, "scale", "expected a finite number") for x in (float("nan"), "x", None)),

@@ -171,7 +171,7 @@ def test_sizes_of_numpy_do_not_wrap_around() -> None:
 
 
 def test_what_is_taken_besides_is_named() -> None:
-    with pytest.raises(diffopt.HyperparameterError, match="expected None, 'graph', 'sqrt' or an integer >= 1"):
+    with pytest.raises(diffopt.HyperparameterError, match="expected None, 'graph', 'sqrt', 'log' or an integer >= 1"):
         Reverse("all")
     with pytest.raises(diffopt.HyperparameterError, match="expected 'error', 'same' or 'different'"):
         mean(randomness=None)

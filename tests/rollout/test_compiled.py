@@ -107,7 +107,7 @@ def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(again.params, plain.params, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("checkpoint", "again"), [(1, 0), (2, 2), (3, 3), (5, 4), ("sqrt", 3)])
+@pytest.mark.parametrize(("checkpoint", "again"), [(1, 0), (2, 2), (3, 3), (5, 4), ("sqrt", 3), ("log", 1)])
 def test_checkpoints_take_the_steps_between_them_again_compiled(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Any, again: int
 ) -> None:

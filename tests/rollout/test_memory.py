@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -104,6 +105,7 @@ COUNTS: dict[str, tuple[Any, Callable[[int], int]]] = {
     "every_fifth": (Reverse(5), lambda steps: math.ceil(steps / 5)),
     "one_block": (Reverse(1000), lambda steps: 1),
     "sqrt": (Reverse("sqrt"), lambda steps: round(math.sqrt(steps))),
+    "log": (Reverse("log"), lambda steps: math.ceil(math.log2(steps)) + 1),
     "truncated": (Truncated(4, checkpoint=1), lambda steps: 4),
     "truncated_sqrt": (Truncated(16, checkpoint="sqrt"), lambda steps: 4),
     "truncated_at_none": (Truncated(0, checkpoint=1), lambda steps: 0),
@@ -290,11 +292,46 @@ def test_the_peak_of_storing_every_state_grows_by_one_state_per_step() -> None:
 
 
 def test_the_peak_of_root_checkpointing_grows_like_the_root() -> None:
-    """The replayed blocks count, too: ``sqrt(T)`` states and the graphs of ``sqrt(T)`` steps."""
+    """The replayed blocks count, too: ``sqrt(T)`` states, those of ``sqrt(T)`` steps, and one graph at a time."""
     four, eight, twelve = (peak(Reverse("sqrt"), k * k) for k in (4, 8, 12))
     assert eight - four == twelve - eight
-    graph = (peak(Reverse("graph"), 20) - peak(Reverse("graph"), 10)) / 10
-    assert (eight - four) / 4 == 2 + graph
+    assert (eight - four) / 4 == 2 + 2  # parameters and velocity of each
+
+
+@pytest.mark.parametrize("steps", [4, 9, 30])
+@pytest.mark.parametrize("rule", [Reverse("sqrt"), Reverse(2), Reverse(7), Reverse(1000), Reverse("log")], ids=str)
+def test_no_way_of_storing_needs_more_than_storing_every_state(rule: Any, steps: int) -> None:
+    assert peak(rule, steps) <= peak(Reverse(1), steps)
+
+
+def test_the_peak_of_the_recursion_grows_like_the_logarithm() -> None:
+    """By one state, of two tensors, when the steps are doubled."""
+    found = [peak(Reverse("log"), 2**k) for k in (4, 5, 6, 7)]
+    assert [more - less for less, more in itertools.pairwise(found)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("used", "again"), [(SIZE, 28), (10, 16)], ids=["large graphs", "small graphs"])
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_blocks_are_one_graph_where_graphs_are_no_larger_than_states(used: int, again: int, tasks: int | None) -> None:
+    """Of 16 steps in four blocks, the states between are computed once more where they are stored."""
+    w, scale = inputs()
+    solutions = []
+
+    def partly(w: Tensor, scale: Tensor) -> Tensor:
+        return (w[:used].tanh() * scale).square().sum()
+
+    def one(w: Tensor, rule: Any) -> Tensor:
+        optimizer = diffopt.SGD(0.05, momentum=0.5)
+        solutions.append(diffopt.solve(partly, w, scale, optimizer=optimizer, steps=16, estimator=rule))
+        return solutions[-1].params.square().sum()
+
+    start = w if tasks is None else torch.stack([w.detach() * i for i in range(1, tasks + 1)]).requires_grad_()
+    found = []
+    for rule in (Reverse("sqrt"), Reverse("graph")):
+        value = one(start, rule) if tasks is None else vmap(one, (0, None))(start, rule).sum()
+        found.append(torch.autograd.grad(value, [start, scale]))
+    assert solutions[0].counts.extra_steps == again
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)  # rounding
 
 
 def test_the_peak_of_plain_unrolling_grows_with_steps() -> None:

@@ -38,6 +38,7 @@ EXACT: dict[str, Any] = {
     "every_state": Reverse(1),
     "every_third": Reverse(3),
     "sqrt": Reverse("sqrt"),
+    "log": Reverse("log"),
     "forward": ForwardMode(),
     "forward_in_chunks": ForwardMode(chunk_size=2),
     "truncated_at_all": Truncated(STEPS, checkpoint=2),
