@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from diffopt.errors import (
     LossError,
     ShapeError,
 )
-from diffopt.rollout.task_chunks import Call, mean
+from diffopt.rollout.task_chunks import Aux, Call, mean
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.arguments import check_choice, check_flag, check_function, check_integer
 from diffopt.tensors.plain_numbers import is_integer, plain
 from diffopt.tensors.usable import usable_leaves
 
 
+@overload
 def mean_over_tasks(
     task_loss: Callable[..., Tensor],
     *args: Any,
@@ -28,7 +29,31 @@ def mean_over_tasks(
     task_chunk: int | None = None,
     randomness: str = "error",
     check: bool = True,
-) -> Tensor:
+    has_aux: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def mean_over_tasks(
+    task_loss: Callable[..., tuple[Tensor, Any]],
+    *args: Any,
+    in_dims: int | Sequence[int | None] | None = 0,
+    task_chunk: int | None = None,
+    randomness: str = "error",
+    check: bool = True,
+    has_aux: Literal[True],
+) -> tuple[Tensor, Any]: ...
+
+
+def mean_over_tasks(
+    task_loss: Callable[..., Any],
+    *args: Any,
+    in_dims: int | Sequence[int | None] | None = 0,
+    task_chunk: int | None = None,
+    randomness: str = "error",
+    check: bool = True,
+    has_aux: bool = False,
+) -> Any:
     r"""``torch.func.vmap(task_loss, in_dims)(*args).mean()``, in the memory of one chunk of tasks.
 
     .. math:: F = \frac1B \sum_{b=1}^B f(\theta, x_b),\qquad
@@ -48,9 +73,11 @@ def mean_over_tasks(
         randomness: what ``vmap`` says of random numbers: ``"error"``, ``"same"`` (for all tasks, whatever their chunk)
             or ``"different"``.
         check: refuse tensors that require grad and are captured by closure, and arguments changed in place.
+        has_aux: ``task_loss`` returns a pair ``(loss, aux)`` with a tree of tensors and numbers.
 
     Returns:
-        The mean, a scalar that can be differentiated once.
+        The mean, a scalar that can be differentiated once; with ``has_aux`` a pair of it and the trees of all tasks,
+        their tensors stacked over tasks and detached.
 
     Raises:
         HyperparameterError: ``task_chunk``, ``in_dims`` or ``randomness`` is not what was expected.
@@ -76,6 +103,7 @@ def mean_over_tasks(
     task_chunk = check_integer("task_chunk", task_chunk, 1, also=(None,))
     randomness = check_choice("randomness", randomness, "error", "same", "different")
     check_flag("mean_over_tasks: check", check)
+    check_flag("mean_over_tasks: has_aux", has_aux)
     leaves, structure = tree.flatten(args)
     leaves = usable_leaves(leaves, lambda: [f"args{path}" for path in tree.paths(structure)])
     dims = _dims_of_leaves(args, leaves, in_dims)
@@ -83,9 +111,10 @@ def mean_over_tasks(
     # without grad nothing is differentiated, whatever the tensors require
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in leaves if isinstance(x, Tensor))
     chunk, watched = task_chunk or size, check and torch.is_grad_enabled()
-    return mean(
-        Call(task_loss, structure, tuple(leaves), tuple(dims), size, chunk, randomness, wanted, watched, bool(check))
-    )
+    aux = Aux() if has_aux else None
+    parts = structure, tuple(leaves), tuple(dims)
+    result = mean(Call(task_loss, *parts, size, chunk, randomness, wanted, watched, bool(check), aux))
+    return result if aux is None else (result, aux.of_all_tasks())
 
 
 def _dims_of_leaves(args: Sequence[Any], leaves: Sequence[Any], in_dims: Any) -> list[int | None]:

@@ -1967,8 +1967,8 @@ FAULTS = [
     Fault(
         "on_step cannot stop",
         "diffopt/rollout/along.py",
-        "self.on_step(step, float(loss)) is True",
-        "self.on_step(step, float(loss)) is None and False",
+        "        return answer is True",
+        "        return False",
         "along",
     ),
     Fault(

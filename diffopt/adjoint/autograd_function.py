@@ -71,7 +71,9 @@ class _Solve(torch.autograd.Function):
         if not (call.dynamics.own_update and layout.steps and not layout.buffers_layout):  # else all tensors are new
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
-        return (*final, losses.clone(), *record.rollout.handed_out)
+        along = (losses.clone(), *record.rollout.handed_out)
+        record.rollout = replace(record.rollout, handed_out=())  # else what is returned would hold itself
+        return (*final, *along)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

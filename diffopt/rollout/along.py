@@ -18,6 +18,7 @@ from torch import Tensor
 from diffopt.errors import LossError
 from diffopt.tensors import tree
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import plain
 from diffopt.tensors.tasks import Tasks
 
 
@@ -43,8 +44,8 @@ class Form:
         """What a caller would call the leaves."""
         return [] if self.structure is None else [f"{self.what}{path}" for path in tree.paths(self.structure)]
 
-    def leaves(self, value: Any, device: torch.device) -> list[Tensor]:
-        """The leaves of one such tree; numbers become tensors.
+    def leaves(self, value: Any, like: Tensor) -> list[Tensor]:
+        """The leaves of one such tree; numbers become tensors, on the device and in the precision of ``like``.
 
         Raises:
             LossError: a leaf is neither, or the tree is not made up as the first one was.
@@ -54,7 +55,8 @@ class Form:
             self.structure = structure
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, int | float):
-                leaves[i] = torch.tensor(leaf, device=device)
+                dtype = like.dtype if type(leaf) is float else None
+                leaves[i] = torch.tensor(leaf, dtype=dtype, device=like.device)
             elif not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
                 place = f"{self.what}{tree.paths(structure)[i]}"
                 raise LossError(f"{place} is {tree.describe(leaf)}", "dense tensors and numbers", "leave it out")
@@ -65,8 +67,10 @@ class Form:
         return leaves
 
     def tree(self, leaves: Sequence[Tensor]) -> Any:
-        """Leaves of all steps, as the tree."""
-        return None if self.structure is None else tree.unflatten(self.structure, list(leaves))
+        """Leaves of all steps, as the tree; ``None`` if no step has been made, which could say how it is made up."""
+        if self.structure is None or len(leaves) != self.count:
+            return None
+        return tree.unflatten(self.structure, list(leaves))
 
 
 @final
@@ -99,6 +103,10 @@ class Tables:
             self.tensors = [x.new_empty(*x.shape[:axis], steps, *x.shape[axis:]) for x in rows]
         for number, (table, row) in enumerate(zip(self.tensors, rows, strict=True)):
             place = table.select(self._axis, step - 1)
+            if place.dtype != row.dtype:  # what began as an integer may go on as another number
+                wide = torch.promote_types(place.dtype, row.dtype)
+                table = self.tensors[number] = table.to(wide)
+                place = table.select(self._axis, step - 1)
             if place.shape != row.shape:
                 raise LossError(
                     f"{names()[number]} has shape {tuple(row.shape[self._axis :])} at step {step}",
@@ -153,7 +161,12 @@ class Stop:
 
     def told(self, step: int, loss: Tensor) -> bool:
         """Tell of a step; whether to make no more."""
-        return self.on_step is not None and self.on_step(step, float(loss)) is True
+        if self.on_step is None:
+            return False
+        answer = plain(self.on_step(step, float(loss)))
+        if isinstance(answer, Tensor) and answer.dtype is torch.bool and answer.ndim == 0:
+            return bool(answer)
+        return answer is True
 
 
 NEVER = Stop()

@@ -127,7 +127,7 @@ class Dynamics:
         """What the observer says of one task."""
         assert self.observer is not None
         inner, args = self._called_with(params, read)
-        return tuple(self.observer.form.leaves(self.observer.function(inner, *args), params[0].device))
+        return tuple(self.observer.form.leaves(self.observer.function(inner, *args), params[0]))
 
     def _under_levels(
         self,
@@ -156,7 +156,7 @@ class Dynamics:
                 raise LossError(
                     f"has_aux=True: the inner loss returned {tree.describe(loss)}", "a pair (loss, aux)", ""
                 )
-            loss, besides = loss[0], self.aux.leaves(loss[1], params[0].device)
+            loss, besides = loss[0], self.aux.leaves(loss[1], params[0])
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
                 f"the inner loss returned {tree.describe(loss)}", "one floating scalar tensor", hints.for_loss(loss)

@@ -127,6 +127,8 @@ class Keeper:
             self._drop(step)
         if self._window:
             self.first = max(1, steps - self._window + 1)
+        elif self.first > self._last:  # nothing was to be kept
+            self.first = steps + 1
         if isinstance(ground, Block):
             self.graphs.append(ground)
             ground.close()

@@ -62,6 +62,13 @@ def _observed(steps: Dynamics | Checks, ground: Block | Plain, read: Sequence[Te
     return observed
 
 
+def _look(dynamics: Dynamics, inputs: Inputs) -> Sequence[Tensor]:
+    """What is observed of the initial params, as if after the first step."""
+    with torch.enable_grad():
+        params = [x.detach().requires_grad_() for x in inputs.params]
+        return [x.detach() for x in dynamics.observed(params, dynamics.layout.at_step(inputs, 1)[0])]
+
+
 def roll_out(
     dynamics: Dynamics,
     inputs: Inputs,
@@ -114,11 +121,13 @@ def roll_out(
                     read = layout.at_step(inputs, step)[0]
                     rows = made.losses, *([] if dynamics.observer is None else _observed(steps, ground, read, step))
             if enough is not None and bool(enough.all()):
+                if step == 1:  # what would have been handed out, of which there is nothing, says its form
+                    tables.write(1, (rows[0], *_look(dynamics, inputs), *rows[1:]), dynamics.names_of_rows)
                 break
             ground, done = keeper.after(ground, step, steps, rows[0]) if step >= keeper.first else ground, step
             tables.write(step, rows, dynamics.names_of_rows)
             drawn.look(step)
-            if stop.on_step is not None and stop.told(layout.first_update(step), rows[0]):
+            if stop.on_step is not None and stop.told(layout.first_update(step) + layout.length(step) - 1, rows[0]):
                 break
         if layout.stream is not None:
             layout.stream.remember(latest=False)

@@ -8,16 +8,30 @@ gradients are added up in single precision at least, and come back in the dtypes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, field
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError, InPlaceError, LossError, SecondDerivativeError
+from diffopt.rollout.along import Form
 from diffopt.rollout.refusals import refuse_captures
 from diffopt.tensors import autograd_graph, derivatives, hints, random_state, torch_errors, transforms, tree
 from diffopt.tensors.captures import Given
+
+
+@final
+@dataclass(frozen=True)
+class Aux:
+    """What the loss of each task returns besides: its form, and the leaves of all tasks, chunk by chunk."""
+
+    form: Form = field(default_factory=lambda: Form("what task_loss returned as aux"))
+    chunks: list[Sequence[Tensor]] = field(default_factory=list)
+
+    def of_all_tasks(self) -> Any:
+        """The tree, stacked over tasks."""
+        return self.form.tree([torch.cat(column) for column in zip(*self.chunks, strict=True)])
 
 
 @final
@@ -36,6 +50,7 @@ class Call:
     watched: bool
     """Whether to look for captured tensors: also where nothing given is wanted, since what is captured may be."""
     check: bool
+    aux: Aux | None = None
 
     @property
     def tensor_dims(self) -> list[int | None]:
@@ -47,15 +62,24 @@ class Call:
         if count > 1:
             vmapped = transforms.vmap(self._of_one, [self.tensor_dims], [count], [self.randomness])
             try:
-                losses: Tensor = vmapped(*tensors)
+                return self._without_aux(vmapped(*tensors))
             except RuntimeError as error:
                 named = None if isinstance(error, DiffoptError) else torch_errors.vmap_error(error, "task_loss")
                 if named is None or torch_errors.is_in_place(error):
                     raise
                 raise named from error
-            return losses
         pairs = zip(tensors, self.tensor_dims, strict=True)
-        return self._of_one(*(x if dim is None else x.squeeze(dim) for x, dim in pairs)).unsqueeze(0)
+        found = self._of_one(*(x if dim is None else x.squeeze(dim) for x, dim in pairs))
+        if self.aux is None:
+            return cast("Tensor", found.unsqueeze(0))
+        return self._without_aux([x.unsqueeze(0) for x in found])
+
+    def _without_aux(self, found: Any) -> Tensor:
+        """The losses out of what a chunk returned; the rest of it is put by."""
+        if self.aux is None:
+            return cast("Tensor", found)
+        self.aux.chunks.append([x.detach() for x in found[1:]])
+        return cast("Tensor", found[0])
 
     def _named(self, error: Exception, count: int) -> DiffoptError | None:
         """What was wrong with a call of the loss that raised ``error``; ``None`` if only the loss can know."""
@@ -77,7 +101,7 @@ class Call:
         pairs = zip(tree.paths(self.structure), self.leaves, strict=True)
         return Given({f"args{path}": leaf for path, leaf in pairs if not isinstance(leaf, Tensor)})
 
-    def _of_one(self, *tensors: Tensor) -> Tensor:
+    def _of_one(self, *tensors: Tensor) -> Any:
         now = iter(tensors)
         leaves = [next(now) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args = tree.unflatten(self.structure, leaves)
@@ -88,11 +112,16 @@ class Call:
             if named is None or isinstance(error, DiffoptError):
                 raise
             raise named from error
+        besides: Sequence[Tensor] = ()
+        if self.aux is not None:
+            if not isinstance(loss, tuple) or len(loss) != 2:
+                raise LossError(f"has_aux=True: task_loss returned {tree.describe(loss)}", "a pair (loss, aux)", "")
+            loss, besides = loss[0], self.aux.form.leaves(loss[1], tensors[0])
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             raise LossError(
                 f"task_loss returned {tree.describe(loss)}", "one floating scalar tensor", hints.for_loss(loss)
             )
-        return loss
+        return loss if self.aux is None else (loss, *besides)
 
 
 def mean(call: Call) -> Tensor:

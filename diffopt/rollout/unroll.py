@@ -22,6 +22,7 @@ from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
+from diffopt.tensors.torch_errors import changed_in_place
 
 
 def unroll(problem: Problem) -> Outcome:
@@ -62,6 +63,7 @@ def roll_out_recorded(
     Returns the final state, what was handed out along the way, and whether each task's gradient was small enough.
     """
     layout, now, rows, largest, enough = dynamics.layout, inputs.state, [], [], None
+    nothing: list[Tensor] = []
     checks = Checks(dynamics, watch, passes_tangents=True) if watch else None
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
@@ -85,6 +87,9 @@ def roll_out_recorded(
         filled = derivatives.filled(grads, before)
         enough = stop.reached([transforms.plain(g) for g in filled], loss.ndim)
         if enough is not None and bool(enough.all()):
+            if step == 1:  # what would have been handed out, of which there is nothing, says its form
+                first = (loss, *_observed(dynamics, before, read, levels), *aux)
+                nothing = [x.detach().unsqueeze(len(layout.levels)).narrow(len(layout.levels), 0, 0) for x in first]
             break
         now = dynamics.update(now, filled, hyperparameters, step)
         loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()
@@ -92,20 +97,24 @@ def roll_out_recorded(
         if watch.values:
             # the largest number of each leaf, in one call: it is looked at only if the end is not finite
             largest.append(torch.stack(torch._foreach_norm([transforms.plain(x) for x in now if x.numel()], math.inf)))
-        if stop.told(layout.first_update(step), transforms.plain(loss)):
+        if stop.told(layout.first_update(step) + layout.length(step) - 1, transforms.plain(loss)):
             break
     axis = len(layout.levels)
     along = [torch.stack(table, dim=axis) for table in zip(*rows, strict=True)]
-    along = along or [now[0].new_empty(*layout.tasks_shape, 0)]
+    along = along or nothing or [now[0].new_empty(*layout.tasks_shape, 0)]
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
     return now, tuple(along), enough
 
 
 def _observed(dynamics: Dynamics, params: Leaves, read: Leaves, levels: range) -> Sequence[Tensor]:
-    if not levels:
-        return dynamics.observed(params, read)
-    observed: Sequence[Tensor] = apart_from(levels, dynamics.observed, params, read)
+    if dynamics.observer is None:
+        return ()
+    versions = [transforms.version(x) for x in params]
+    found = apart_from(levels, dynamics.observed, params, read) if levels else dynamics.observed(params, read)
+    observed: Sequence[Tensor] = found
+    if versions != [transforms.version(x) for x in params]:
+        raise changed_in_place()
     return observed
 
 
@@ -163,5 +172,7 @@ def _refusing_non_finite(tensor: Tensor) -> Tensor:
 
 
 def _refuse_non_finite_gradient(gradient: Tensor) -> Any:
-    if not (transforms.transforms_active() or transforms.grads_batched()) and not all_finite([gradient]):
+    if gradient is None or transforms.transforms_active() or transforms.grads_batched():
+        return
+    if not all_finite([gradient]):
         refuse_non_finite(())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -630,3 +633,140 @@ def test_a_solve_that_diverges_before_it_is_stopped_says_where(mode):
             estimator=EXACT[mode],
             on_step=lambda step, value: step == 6,
         )
+
+
+# ------------------------------------------------------------------------------------------------ what a review found
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_numbers_that_begin_as_others_are_not_cut_off(mode):
+    """A penalty that is the integer zero at first, and counts later; in aux, too."""
+
+    def penalty(w, a):
+        return torch.clamp(w[0] - 0.9, min=0) * a[0] if float(w[0].detach()) > 0.9 else 0
+
+    a = torch.tensor([2.0, 2.0], dtype=torch.float64, requires_grad=True)
+    w = torch.full((2,), 0.5, dtype=torch.float64)
+
+    def loss(w, a):
+        return (w - a).square().sum(), penalty(w, a)
+
+    found = solve(
+        loss, w, a, optimizer=diffopt.SGD(0.05), steps=5, observe=penalty, has_aux=True, estimator=Reverse("graph")
+    )
+    now, seen = w, []
+    for _ in range(5):
+        now = now - 0.1 * (now - a)
+        seen.append(penalty(now, a) + 0 * a[0])
+    expected = torch.stack(seen)
+    torch.testing.assert_close(found.observed, expected)
+    torch.testing.assert_close(found.aux[1:], expected[:-1].detach())
+    if "forward" in mode:  # which batches what differs from step to step, and cannot branch
+        return
+    found = solve(
+        loss, w, a, optimizer=diffopt.SGD(0.05), steps=5, observe=penalty, has_aux=True, estimator=EXACT[mode]
+    )
+    got, wanted = (torch.autograd.grad(x.sum(), a)[0] for x in (found.observed, expected))
+    torch.testing.assert_close(got, wanted)
+    assert wanted[0] > 1
+
+
+def test_a_float_has_the_precision_of_params():
+    w = torch.ones(2, dtype=torch.float64)
+    found = solve(lambda w: w.sum(), w, optimizer=diffopt.SGD(0.1), steps=2, observe=lambda w: [0.1, 3, True])
+    assert found.observed[0].tolist() == [0.1, 0.1]
+    assert [x.dtype for x in found.observed] == [torch.float64, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled(), FirstOrder()], ids=repr)
+def test_what_is_observed_is_not_written_to(rule):
+    with pytest.raises(diffopt.InPlaceError):
+        solve(
+            lambda w: w.square().sum(), torch.ones(2), optimizer=diffopt.SGD(0.1), steps=2, estimator=rule,
+            observe=lambda w: w.mul_(0.5).sum(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [np.True_, torch.tensor(True), True])
+def test_any_true_stops(answer):
+    found = solve(
+        bowl, torch.ones(2), torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=5, on_step=lambda step, loss: answer
+    )
+    assert found.steps == 1
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Unrolled(), ForwardMode(), FirstOrder()], ids=repr)
+def test_of_no_step_there_are_trees_of_length_zero(rule):
+    def loss(w):
+        return w.square().sum(), {"norm": w.norm(), "all": w}
+
+    found = solve(
+        loss, torch.zeros(3), optimizer=diffopt.SGD(0.1), steps=4, tol=1e-3, has_aux=True, observe=lambda w: (w, 1),
+        estimator=rule,
+    )  # fmt: skip
+    assert found.steps == 0
+    assert found.aux["norm"].shape == (0,)
+    assert found.aux["all"].shape == found.observed[0].shape == (0, 3)
+    assert found.observed[1].shape == (0,)
+
+
+@pytest.mark.parametrize("stop", [{"tol": 1.0}, {"on_step": lambda step, loss: step == 3}])
+def test_truncation_at_none_is_first_order_where_a_solve_was_stopped(stop):
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    for rule in (Truncated(0), FirstOrder()):
+        found = solve(bowl, w, torch.zeros(2), optimizer=diffopt.SGD(0.2), steps=50, estimator=rule, **stop)
+        assert 0 < found.steps < 50
+        assert torch.autograd.grad(found.params.sum(), w)[0].tolist() == [1, 1]
+
+
+def test_what_was_observed_is_let_go_of_without_the_garbage_collector():
+    """A solve is no reference cycle: the graph and what it holds die with the solution."""
+    a = torch.ones(2, requires_grad=True)
+    alive = []
+    for backward in (False, True):
+        x = (2 * a).detach().requires_grad_()
+        alive.append(weakref.ref(x))
+        found = solve(
+            lambda w, x: (w * x).square().sum(), torch.ones(2), x, optimizer=diffopt.SGD(0.1), steps=2,
+            observe=lambda w, x: w.sum(),
+        )  # fmt: skip
+        if backward:
+            torch.autograd.grad(found.observed.sum(), x)
+        gc.disable()
+        try:
+            del found, x
+            assert alive[-1]() is None
+        finally:
+            gc.enable()
+
+
+def test_a_window_is_told_of_by_the_number_of_its_last_update():
+    told = []
+    first = solve(bowl, torch.ones(2), torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=2)
+    found = solve(
+        bowl, first.state, torch.zeros(2), optimizer=diffopt.SGD(0.1), steps=5, estimator=MultiStep(2),
+        on_step=lambda step, loss: told.append(step),
+    )  # fmt: skip
+    assert told == [4, 6, 7]
+    assert found.state.step == 7
+
+
+def test_a_solve_within_a_field_is_unrolled():
+    """The field's own derivative is that of the map that the inner solve makes."""
+
+    def field(x, a):
+        inner = solve(
+            lambda z, x, a: (z - x * a).square().sum(), torch.zeros(2, dtype=torch.float64), x, a,
+            optimizer=diffopt.SGD(0.2), steps=1, estimator=Unrolled(),
+        )  # fmt: skip
+        return x - inner.params
+
+    a = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    w = torch.ones(2, dtype=torch.float64)
+    found = solve(diffopt.VectorField(field), w, a, optimizer=diffopt.SGD(0.1), steps=3)
+    now = w
+    for _ in range(3):
+        now = now - 0.1 * (now - 0.4 * now * a)
+    assert relative_error([found.params], [now]) < 1e-12
+    got, expected = (torch.autograd.grad(x.sum(), a) for x in (found.params, now))
+    assert relative_error(got, expected) < 1e-12

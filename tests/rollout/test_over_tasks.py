@@ -278,3 +278,24 @@ def test_a_rule_that_does_not_look_at_the_outer_loss_sums_the_same_in_chunks(rul
         return torch.autograd.grad(mean, w)[0]
 
     torch.testing.assert_close(found(chunk), found(None))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, None])
+def test_aux_of_all_tasks_is_stacked_and_detached(chunk):
+    w, xs = torch.tensor([1.0, 2.0], requires_grad=True), torch.arange(6.0).reshape(3, 2)
+
+    def task(w, x):
+        return (w * x).square().sum(), {"product": w * x, "count": 1}
+
+    mean, aux = diffopt.mean_over_tasks(task, w, xs, in_dims=(None, 0), task_chunk=chunk, has_aux=True)
+    torch.testing.assert_close(aux["product"], w.detach() * xs)
+    assert aux["count"].tolist() == [1, 1, 1]
+    assert not aux["product"].requires_grad
+    expected = (w * xs).square().sum(1).mean()
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(torch.autograd.grad(mean, w), torch.autograd.grad(expected, w))
+
+
+def test_a_task_without_aux_is_told_of_it():
+    with pytest.raises(diffopt.LossError, match="has_aux=True: task_loss returned"):
+        diffopt.mean_over_tasks(lambda x: x.sum(), torch.ones(2, 3), has_aux=True)
