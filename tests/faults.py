@@ -1616,8 +1616,8 @@ FAULTS = [
     Fault(
         "the graph of one step is measured for all",
         "diffopt/rollout/keeper.py",
-        "expected = first * (self._last - self.first + 1)",
-        "expected = first",
+        "graph_bytes(block, self._inputs) * (self._last - self.first + 1)",
+        "graph_bytes(block, self._inputs)",
         "memory",
     ),
     Fault(
@@ -2340,5 +2340,26 @@ FAULTS = [
         "held.append((start + 1, after))",
         "held.append((start, state))",
         "memory",
+    ),
+    Fault(
+        "the graph is left out of the budget",
+        "diffopt/rollout/budget.py",
+        "5 * state + 2 * graph + 2",
+        "5 * state + 2",
+        "schedules",
+    ),
+    Fault(
+        "more states are stored than help",
+        "diffopt/rollout/keeper.py",
+        "self._plan(min(found, max(1, self._last - self.first)))",
+        "self._plan(found)",
+        "schedules",
+    ),
+    Fault(
+        "compiled first steps are not looked at on a graph",
+        "diffopt/rollout/loop.py",
+        "looks = step == 1 and watch.values and ground.linked",
+        "looks = False",
+        "schedules",
     ),
 ]
