@@ -104,8 +104,11 @@ W, N = "ceil(T / n)", "(T - L + 1)"
 ROWS = (
     Row('Reverse("graph")', Costs("T", "T", "T", graphs="T")),
     Row("Reverse(1)", Costs("2 * T", "T", "T", states="T")),
-    Row("Reverse(k)", Costs("2 * T", "T", "T", states="ceil(T / k)")),
-    Row('Reverse("sqrt")', Costs("2 * T", "T", "T", states="ceil(T / (isqrt(T - 1) + 1))")),
+    Row("Reverse(k)", Costs("3 * T - ceil(T / k)", "T", "T", states="ceil(T / k)")),
+    Row(
+        'Reverse("sqrt")',
+        Costs("3 * T - ceil(T / (isqrt(T - 1) + 1))", "T", "T", states="ceil(T / (isqrt(T - 1) + 1))"),
+    ),
     Row("ForwardMode()", Costs("2 * T", "T * p", "T"), start=False),
     Row("FirstOrder()", Costs("T", "0", "0")),
     Row("Reptile()", Costs("T", "0", "0")),
@@ -230,7 +233,9 @@ and {EXAMPLES} examples with one learned penalty per weight (`p = {WEIGHTS}`), S
 What the numbers do not show:
 
 - `Reverse(1)`, `Reverse(k)` and `Truncated(L, 1)` compute again, in the backward pass, the gradients of the steps they
-  go through: `T` (or `L`) of the gradients above. While they do, the graphs of one block of `k` steps are alive.
+  go through: `T` (or `L`) of the gradients above. While they do, one graph is alive, and the states of one block of `k`
+  steps, all but the first of which cost a gradient more. Where a graph is no larger than a state (here it is not) the
+  graphs of the block are alive instead, and the gradients are `2 * T`. `Reverse("log")` takes the steps of (13.2).
 - `Binomial` and `Krylov` evaluate the gradients of the steps of a batch once more to differentiate them; that is part
   of an HVP here. While they do, `G` of one batch is alive. `Krylov` also holds `L` stacks of `T` adjoints.
 - What is counted for `Binomial` and `Krylov` is the products that they need. Without `chunk_size`, and from the second

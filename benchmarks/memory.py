@@ -18,6 +18,7 @@ RULES = (
     "Reptile()",
     "ForwardMode()",
     "Truncated(10, 1)",
+    "Reverse('log')",
     "Reverse('sqrt')",
     "Reverse(1)",
     "Reverse('graph')",

@@ -10,7 +10,7 @@ from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
-from diffopt.rollout.record import Checkpoint, Keep, check_checkpoint
+from diffopt.rollout.record import Checkpoint, Keep, check_storage
 from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
 
@@ -27,12 +27,11 @@ class Truncated(Adjoint):
     with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
     Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
-    one after the other. Memory: ``L`` steps, as :class:`Reverse` keeps them. Depth ``L``.
-    Not for hyperparameters that act early.
+    one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for hyperparameters that act early.
 
     Args:
         steps: ``L``, at most the number of inner steps.
-        checkpoint, offload: how and where the last ``L`` steps are kept; see :class:`Reverse`.
+        checkpoint, memory, offload: how and where the last ``L`` steps are kept; see :class:`Reverse`.
 
     Raises:
         StepsError: ``steps`` is negative or more than the inner problem has.
@@ -42,12 +41,13 @@ class Truncated(Adjoint):
 
     steps: int
     checkpoint: Checkpoint = None
+    memory: int | str | None = None
     offload: bool = False
     if_wrong = "drops terms that matter here"
 
     def __post_init__(self) -> None:
-        """Check both options."""
-        check_checkpoint(self)
+        """Check all options."""
+        check_storage(self)
         Options(self).integer("steps", 0, kind=StepsError)
 
     def claims(self, steps: int) -> Claims:
@@ -58,7 +58,7 @@ class Truncated(Adjoint):
     def keep(self, steps: int) -> Keep:
         """The last steps."""
         check_within_steps("Truncated: steps", self.steps, steps)
-        return Keep(first=steps - self.steps + 1, checkpoint=self.checkpoint, offload=self.offload)
+        return Keep.of(self, steps - self.steps + 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""

@@ -2502,4 +2502,25 @@ FAULTS = [
         "held.append((start, state))",
         "memory",
     ),
+    Fault(
+        "the graph is left out of the budget",
+        "diffopt/rollout/budget.py",
+        "5 * state + 2 * graph + 2",
+        "5 * state + 2",
+        "schedules",
+    ),
+    Fault(
+        "more states are stored than help",
+        "diffopt/rollout/keeper.py",
+        "self._plan(min(found, max(1, self._last - self.first)))",
+        "self._plan(found)",
+        "schedules",
+    ),
+    Fault(
+        "compiled first steps are not looked at on a graph",
+        "diffopt/rollout/loop.py",
+        "looks = step == 1 and watch.values and ground.linked",
+        "looks = False",
+        "schedules",
+    ),
 ]

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.rollout.record import Checkpoint, Keep, check_checkpoint
+from diffopt.rollout.record import Checkpoint, Keep, check_storage
 from diffopt.tensors.leaves import Leaves
 
 
@@ -31,6 +31,10 @@ class Reverse(Adjoint):
             stored and computed again by the recursion (13.2) that takes the fewest steps, and one graph. ``None``:
             ``"graph"`` while the graphs take less than 1 GiB, judged by the first, else ``"sqrt"``. All give the same
             numbers; ``Solution.counts.extra_steps`` says how many steps were taken again.
+        memory: in place of ``checkpoint``, the bytes that the backward pass may take, as a number or a text such as
+            ``"2GB"`` (``10**9`` each; ``"2GiB"`` is ``2**30`` each): as many states are stored by that recursion as fit
+            beside one step's graph, measured on the first step, and the adjoint. What the outer loss itself holds is
+            not counted, nor are more cotangents than one. ``Solution.kept`` says what was chosen.
         offload: keep stored states in the CPU's memory instead of the GPU's (no effect on what runs on the CPU, or on
             retained graphs).
 
@@ -38,23 +42,24 @@ class Reverse(Adjoint):
     (``Implicit``); differentiating twice (``Unrolled``).
 
     Raises:
-        HyperparameterError: an option is none of these.
+        HyperparameterError: an option is none of these, or (by ``solve``) ``memory`` is less than the least possible.
 
     References: LeCun (1988), "A theoretical framework for back-propagation"; Franceschi et al. (2017), "Forward and
     Reverse Gradient-Based Hyperparameter Optimization", algorithm 1. Derivations (1.1)-(1.3).
     """
 
     checkpoint: Checkpoint = None
+    memory: int | str | None = None
     offload: bool = False
     takes_running_costs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check ``checkpoint``."""
-        check_checkpoint(self)
+        """Check all options."""
+        check_storage(self)
 
     def keep(self, steps: int) -> Keep:
         """All steps."""
-        return Keep(first=1, checkpoint=self.checkpoint, offload=self.offload)
+        return Keep.of(self, 1)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over all steps."""

@@ -72,7 +72,7 @@ def estimator(name: str) -> Estimator:
 
     Example:
         >>> estimator("truncated:2")
-        Truncated(steps=2, checkpoint=None, offload=False)
+        Truncated(steps=2, checkpoint=None, memory=None, offload=False)
     """
     kind, colon, argument = name.partition(":")
     rule = _RULES.get(kind)

@@ -10,6 +10,7 @@ from typing import Any, final
 from torch import Tensor
 
 from diffopt.rollout import schedules
+from diffopt.rollout.budget import slots_within
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
@@ -36,9 +37,10 @@ class Keeper:
         """
         self._dynamics, self._inputs, self._wanted = dynamics, inputs, wanted
         self._last, self._window = dynamics.layout.steps, 0
+        self._memory = None if keep is None else keep.memory
         if keep is not None and stops and 1 < keep.first <= self._last:
             self._window = self._last - keep.first + 1
-            keep = replace(keep, first=1, checkpoint=1)
+            keep, self._memory = replace(keep, first=1, checkpoint=1, memory=None), keep.memory
         self._keep = keep
         self.first = self._last + 1 if keep is None else keep.first
         self._checkpoint: Any = None
@@ -60,7 +62,7 @@ class Keeper:
         assert keep is not None
         if step == self.first:
             self._checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
-            if self._checkpoint is None or self._checkpoint == "graph":
+            if self._checkpoint is None or self._checkpoint == "graph" or self._memory is not None:
                 return Block(self._dynamics, self._inputs, self._wanted, ground.state)
             if self._checkpoint == "log":
                 self._plan(schedules.logarithmic(count))
@@ -74,12 +76,22 @@ class Keeper:
             if self._keep is not None and self._keep.gradients:
                 self.gradients[step] = Leaves(ground.grads)
             return ground
-        if step == self.first and self._is_too_large(ground, steps, losses):
-            count = self._last - self.first + 1
-            self._checkpoint = math.isqrt(count - 1) + 1
-            self._store(step, ground.before)
-            return Plain(self._dynamics, self._inputs, ground.state)
-        return ground
+        if step != self.first:
+            return ground
+        if self._memory is not None:
+            self._choose(ground, self._memory)
+        elif self._is_too_large(ground, steps, losses):
+            self._checkpoint = math.isqrt(self._last - self.first) + 1
+        else:
+            return ground
+        self._store(step, ground.before)
+        return Plain(self._dynamics, self._inputs, ground.state)
+
+    def _choose(self, first: Block, memory: int) -> None:
+        """Store as many states as fit into ``memory`` beside what the first step says of all, and no more than help."""
+        found = slots_within(memory, first, self._inputs, self._wanted, self._window or 1)
+        if not self._window:
+            self._plan(min(found, max(1, self._last - self.first)))
 
     def _plan(self, slots: int) -> None:
         """Store the states that the recursion within ``slots`` wants, and that before the last step.

@@ -110,7 +110,10 @@ def roll_out(
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
             with random_state.replayed(known[step], device) if step in known else nullcontext():
-                made = None if fast is None else fast.take(ground, step)
+                # (on a graph no step is compiled; the first one is looked at all the same)
+                looks = step == 1 and watch.values and ground.linked
+                place = Plain(dynamics, inputs, ground.state) if looks else ground
+                made = None if fast is None else fast.take(place, step)
                 trusted = made is not None and not (step == 1 and watch.values)
                 if made is None or not trusted:
                     rows, enough = take_step(steps, ground, step, stop=stop)

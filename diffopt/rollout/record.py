@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError, HyperparameterError
+from diffopt.rollout.budget import as_bytes
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors import derivatives, random_state
@@ -32,12 +33,22 @@ class Keep:
             recursion (13.2) wants them; ``None``: graphs while they fit, else ``"sqrt"``.
         gradients: keep also the inner gradient of every step whose state is kept.
         offload: keep states in the CPU's memory (pinned, so that they are copied beside the computation).
+        memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
     """
 
     first: int
     checkpoint: Checkpoint = 1
     gradients: bool = False
     offload: bool = False
+    memory: int | None = None
+
+    @staticmethod
+    def of(options: Any, first: int) -> Keep:
+        """The steps from ``first`` on, as the options ``checkpoint``, ``memory`` and ``offload`` of a rule say."""
+        if options.memory is None:
+            return Keep(first, options.checkpoint, offload=options.offload)
+        memory = as_bytes(f"{type(options).__name__}: memory", options.memory)
+        return Keep(first, "log", offload=options.offload, memory=memory)
 
     def __post_init__(self) -> None:
         """Check what a rule asks for."""
@@ -45,6 +56,27 @@ class Keep:
             Options(self).integer("first", 1)
         if self.checkpoint is not None or self.offload is not False:
             check_checkpoint(self)
+        if self.memory is not None:
+            Options(self).integer("memory", 1)
+            if self.checkpoint != "log" or self.gradients:
+                raise HyperparameterError(
+                    "Keep: memory with another checkpoint than 'log', or with gradients", "one of them alone"
+                )
+
+
+def check_storage(options: Any) -> None:
+    """Refuse the options ``checkpoint``, ``memory`` and ``offload`` of a rule that is being made."""
+    check_checkpoint(options)
+    if options.memory is None:
+        return
+    where = type(options).__name__
+    as_bytes(f"{where}: memory", options.memory)
+    if options.checkpoint is not None:
+        raise HyperparameterError(
+            f"{where}: checkpoint={options.checkpoint!r} and memory={options.memory!r}",
+            "one of them",
+            "memory says how many states are stored; leave checkpoint out",
+        )
 
 
 def check_checkpoint(options: Any) -> None:

@@ -113,7 +113,7 @@ def counted(solution: diffopt.Solution[Tensor]) -> tuple[int, int, int]:
 EXPECTED: list[tuple[Any, str, Any]] = [
     (lambda L: Reverse("graph"), "all", lambda T, L: (T, T, T, 0)),
     (lambda L: Reverse(1), "all", lambda T, L: (2 * T, T, T, T)),
-    (lambda L: Reverse(3), "all", lambda T, L: (2 * T, T, T, (T + 2) // 3)),
+    (lambda L: Reverse(3), "all", lambda T, L: (3 * T - (T + 2) // 3, T, T, (T + 2) // 3)),
     (lambda L: ForwardMode(), "penalty", lambda T, L: (2 * T, T * SIZE, T, 0)),
     (lambda L: ForwardMode(chunk_size=4), "penalty", lambda T, L: (T + T * SIZE // 4, T * SIZE, T * SIZE // 4, 0)),
     (lambda L: FirstOrder(), "all", lambda T, L: (T, 0, 0, 0)),

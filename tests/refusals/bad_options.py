@@ -51,6 +51,12 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
         (Reverse, {"checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an i")
         for x in (0, -1, 1.5, True, "x")
     ),
+    *(
+        (Reverse, {"memory": x}, "memory", "expected None, a number of bytes")
+        for x in (0, -1, 1.5, True, "x", "2 XB", "-1GB")
+    ),
+    (Reverse, {"memory": "1GB", "checkpoint": "log"}, "memory", "expected one of them"),
+    (Truncated, {"steps": 1, "memory": 0}, "memory", "expected None, a number of bytes"),
     *((Reverse, {"offload": x}, "offload", "expected True or False") for x in (None, 1, "yes")),
     *(
         (Keep, {"first": 1, "checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an i")

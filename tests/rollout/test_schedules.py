@@ -15,8 +15,10 @@ from torch.func import vmap
 import diffopt
 from diffopt.estimators import MultiStep, Reverse, Truncated, Unrolled
 from diffopt.rollout import schedules
+from diffopt.rollout.budget import as_bytes
 from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.memory import peak_bytes
 
 
 @cache
@@ -141,10 +143,9 @@ def test_windows_and_other_optimizers(optimizer: Any, window: int) -> None:
 
 @pytest.mark.parametrize("checkpoint", ["graph", 1, 4, "sqrt", "log"])
 def test_the_steps_taken_again_are_counted_in_every_mode(checkpoint: Any) -> None:
-    expected = {"graph": 0, 1: 16, "log": schedules.least_steps(16, 4) + 1}
-    found = hypergradient(Reverse(checkpoint), 16)[1].counts.extra_steps
-    assert found == expected.get(checkpoint, 16)
-    assert found <= 3 * 16
+    """In blocks of four: three of the four once more without their graph, which is larger than a state here."""
+    expected = {"graph": 0, 1: 16, 4: 12 + 16, "sqrt": 12 + 16, "log": schedules.least_steps(16, 4) + 1}
+    assert hypergradient(Reverse(checkpoint), 16)[1].counts.extra_steps == expected[checkpoint]
 
 
 @pytest.mark.parametrize("stop", [{"tol": 0.05}, {"tol": 1e9}, {"on_step": lambda step, value: step == 13}], ids=str)
@@ -224,3 +225,97 @@ def test_a_long_rollout_keeps_few_states() -> None:
     assert relative_error(gradients, expected) < 1e-12
     assert solution.kept.states <= 12
     assert solution.counts.extra_steps == schedules.least_steps(steps, 11) + 1 < 4.1 * steps
+
+
+# ----------------------------------------------------------------------------------------------- a given memory
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(7, 7), ("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("12B", 12), ("1TiB", 2**40)],
+)
+def test_amounts_of_memory(text: Any, expected: int) -> None:
+    assert as_bytes("memory", text) == expected
+
+
+def wide(rule: Any, steps: int, *, batch: int = 4, **options: Any) -> tuple[Any, Any]:
+    """A hypergradient whose graphs grow with the batch."""
+    w = torch.linspace(-1, 1, 3000, dtype=torch.float64, requires_grad=True)
+    scale = torch.full((batch, 1), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def loss(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return ((w * scale).tanh() * scale).square().mean()
+
+    given = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": steps, "estimator": rule, **options}
+    solution = diffopt.solve(loss, w, scale, **given)
+    return torch.autograd.grad(solution.params.square().sum(), [w, scale]), solution
+
+
+def least_memory(**options: Any) -> int:
+    with pytest.raises(diffopt.HyperparameterError, match=r"memory is 1 bytes, expected at least \d+ here") as error:
+        wide(Reverse(memory=1), 30, **options)
+    return int(str(error.value).partition("at least ")[2].split()[0])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_a_given_memory_is_kept(batch: int) -> None:
+    state, least = 2 * 3000 * 8, least_memory(batch=batch)
+    expected, _ = wide(Reverse("graph"), 30, batch=batch)
+    for slots in (1, 2, 5, 12):
+        budget, solutions = least + (slots - 1) * state, []
+        peak = peak_bytes(lambda b=budget, found=solutions: found.append(wide(Reverse(memory=b), 30, batch=batch)))
+        ((found, solution),) = solutions
+        assert relative_error(found, expected) < 1e-12
+        assert peak is not None
+        assert peak <= 1.1 * budget
+        assert (solution.kept.slots, solution.kept.checkpoint) == (slots, "log")
+        assert solution.counts.extra_steps == schedules.least_steps(30, slots) + 1
+        with pytest.raises(diffopt.HyperparameterError, match="expected at least"):
+            wide(Reverse(memory=least - 1), 30, batch=batch)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_no_more_states_are_stored_than_there_are_steps(steps: int) -> None:
+    found, solution = wide(Reverse(memory="1GB"), steps)
+    assert (solution.kept.states, solution.counts.extra_steps) == (steps, steps)
+    assert solution.kept.slots == max(1, steps - 1)
+    assert relative_error(found, wide(Reverse("graph"), steps)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("stop", [{}, {"tol": 1e-3}, {"on_step": lambda step, value: step == 8}], ids=str)
+def test_truncation_within_a_given_memory(stop: dict[str, Any]) -> None:
+    expected, _ = wide(Truncated(5, "graph"), 30, **stop)
+    found, solution = wide(Truncated(5, memory="1GB"), 30, **stop)
+    assert relative_error(found, expected) < 1e-12
+    assert solution.kept.states <= 5
+
+
+@pytest.mark.parametrize("stop", [{"tol": 1e9}, {"tol": 1e-3}, {"on_step": lambda step, value: step == 1}], ids=str)
+def test_an_early_end_within_a_given_memory(stop: dict[str, Any]) -> None:
+    expected, _ = wide(Reverse("graph"), 30, **stop)
+    found, _ = wide(Reverse(memory=least_memory()), 30, **stop)
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_where_any_step_may_be_the_last_truncation_needs_memory_for_all_that_it_keeps() -> None:
+    budget = least_memory() + 2 * 3000 * 8
+    wide(Truncated(10, memory=budget), 30)
+    with pytest.raises(diffopt.HyperparameterError, match=r"10 stored state\(s\)"):
+        wide(Truncated(10, memory=budget), 30, tol=1e-9)
+
+
+def test_a_compiled_loss_that_has_changed_is_refused_within_a_given_memory() -> None:
+    factor = 1.0
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return (w.square() * factor).sum()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 6, "estimator": Reverse(memory="1MB"), "compile": True}
+        return torch.autograd.grad(diffopt.solve(loss, w, **options).params.sum(), w)
+
+    torch.testing.assert_close(run()[0], torch.full((3,), 0.8**6, dtype=torch.float64), rtol=1e-12, atol=0)
+    factor = 2.0
+    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+        run()
