@@ -333,3 +333,15 @@ def test_a_batch_that_changes_is_refused():
     end = solve(square, w, micro_batches=2, **options).params.sum()
     with pytest.raises(RandomnessError, match="came out differently"):
         end.backward()
+
+
+@pytest.mark.parametrize("name", ["graph", "states", "sqrt", "unrolled"])
+def test_steps_end_as_with_the_whole_batch(name):
+    def ended(pieces):
+        w, stack = torch.ones(3, requires_grad=True), {key: x[:1].expand(60, *x.shape[1:]) for key, x in data().items()}
+        options = {"optimizer": diffopt.SGD(0.3), "steps": 60, "batches": stack, "estimator": RULES[name], "tol": 1e-3}
+        solution = solve(square, w, micro_batches=pieces, **options)
+        assert 2 < solution.steps < 60
+        return torch.tensor(solution.steps), *torch.autograd.grad(solution.params.sum(), w)
+
+    assert_same(ended(3), ended(None))
