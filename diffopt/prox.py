@@ -153,6 +153,7 @@ class Box(Prox):
     low: Hyperparameter = None
     high: Hyperparameter = None
     elementwise: ClassVar[bool] = True
+    polyhedral: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what is no box."""
@@ -195,6 +196,7 @@ class Nonnegative(Prox):
     """
 
     elementwise: ClassVar[bool] = True
+    polyhedral: ClassVar[bool] = True
 
     def apply(self, params: Leaves, step_size: Leaves) -> Leaves:
         """The nearest point without negative numbers."""
@@ -221,6 +223,8 @@ class Simplex(Prox):
         >>> diffopt.prox.Simplex()(torch.tensor([0.9, 0.5, -1.0]))
         tensor([0.7000, 0.3000, 0.0000])
     """
+
+    polyhedral: ClassVar[bool] = True
 
     def apply(self, params: Leaves, step_size: Leaves) -> Leaves:
         """The nearest probabilities."""

@@ -14,6 +14,8 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.errors import BatchesError, GradModeError, LossError, OptimizerError, VmapError
 from diffopt.optimizers.base import Optimizer
 from diffopt.optimizers.binding import BoundOptimizer, bind
+from diffopt.optimizers.held import held
+from diffopt.optimizers.prox import Proximal
 from diffopt.rollout.along import Form, Observer, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
@@ -152,7 +154,7 @@ def solve(
         has_aux: the loss returns a pair ``(loss, aux)``, as in ``torch.func.grad``; ``Solution.aux`` has the trees.
         tol: stop before the step at which the gradient's norm, every task's, is at most this. ``steps`` is then the
             most that are made; ``Solution.steps`` says how many were, ``Solution.diagnostics["converged"]`` whether it
-            was reached. Steps then run uncompiled.
+            was reached. Steps then run uncompiled. Not under ``Proximal``.
         on_step: ``on_step(step, loss)`` is called after every step (under ``MultiStep``: every window) with its number,
             counted on from that of a state, and its loss, as numbers; if it returns ``True`` no more steps are made.
             Not under vmap.
@@ -213,7 +215,7 @@ def solve(
         count = _pieces(micro_batches, loss, batches, compile=compile, has_aux=has_aux)
         problem = replace(problem, dynamics=replace(problem.dynamics, micro_batches=count))
     if tol is not None or on_step is not None:
-        problem = replace(problem, stop=_stop(tol, on_step))
+        problem = replace(problem, stop=_stop(tol, on_step, optimizer))
     before = versions(problem)
     outcome = rule.run(problem)
     refuse_changes(problem, before)
@@ -237,8 +239,14 @@ def _pieces(count: Any, loss: Any, batches: Any, *, compile: bool, has_aux: bool
     return int(check_integer("micro_batches", count, 1))
 
 
-def _stop(tol: Any, on_step: Any) -> Stop:
+def _stop(tol: Any, on_step: Any, optimizer: Optimizer) -> Stop:
     """What may end the steps early."""
+    if tol is not None and any(isinstance(x, Proximal) for x in held(optimizer)):
+        raise OptimizerError(
+            f"tol={tol!r} with Proximal, at whose solution the gradient is not zero",
+            "an optimizer that ends at a small gradient",
+            "leave out tol, and look at Solution.diagnostics['stationarity'] (of Implicit)",
+        )
     if on_step is not None:
         check_function("on_step", on_step, "a function on_step(step, loss)", LossError)
         if transforms.inside_vmap():

@@ -7,7 +7,7 @@ from typing import final
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.fixed_point import chosen_solver, implicit_pullback
+from diffopt.adjoint.fixed_point import implicit_pullback, refuse_unfit
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.linear_solve import LinearSolver
@@ -25,18 +25,17 @@ class Implicit(Adjoint):
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
     with the last step's blocks at the final state: of ``params``, the buffers held fixed (for a loss symmetric under
-    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state.
-
-    Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
+    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state. Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
     ``relative_stationarity`` (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an
-    iteration and one more. Not for: unfinished problems (``tol`` not reached: a warning); initial params, step sizes,
-    momentum (zero, but for a proximal center); Adam by conjugate gradients; half precision if ``lr`` times H is small.
+    iteration and one more. Not for: unfinished problems (a warning); initial params, step sizes, momentum (zero, but for a
+    proximal center); Adam or a prox by conjugate gradients; half precision if ``lr`` times H is small.
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object; default: conjugate gradients, GMRES for a vector field.
         whole_state: solve for params and buffers together (by GMRES or Neumann).
 
     Raises:
+        EstimatorError: the fixed point depends on how buffers move that are held fixed (momentum under a penalty).
         LinearSolveError: the solver is of no use for a vector field; or, in the backward pass, has not solved.
 
     References: Rajeswaran et al. (2019), Grazzi et al. (2020, section 3). Derivations (6.1).
@@ -61,8 +60,8 @@ class Implicit(Adjoint):
         return Keep(first=steps + 1)
 
     def refuse(self, problem: Problem) -> None:
-        """A solver of symmetric systems for a vector field."""
-        chosen_solver(self.solver, problem.dynamics.loss)
+        """A solver of symmetric systems for a vector field; buffers that cannot be held fixed."""
+        refuse_unfit(problem, self.solver, whole_state=self.whole_state)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve the adjoint system at the final state."""

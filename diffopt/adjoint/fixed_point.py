@@ -9,11 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from diffopt.adjoint.held_buffers import refuse_held_buffers
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.errors import EstimateWarning, LinearSolveError, RandomnessError
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved
+from diffopt.rollout.along import NEVER
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
+from diffopt.rollout.problem import Problem
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
@@ -32,6 +35,13 @@ def chosen_solver(solver: LinearSolver | None, loss: Callable[..., Tensor]) -> L
             "take GMRES() (the default for fields), Dense() or Neumann()",
         )
     return solver
+
+
+def refuse_unfit(problem: Problem, solver: LinearSolver | None, *, whole_state: bool) -> None:
+    """Refuse a solver, or an optimizer, that is of no use for the problem."""
+    chosen_solver(solver, problem.dynamics.loss)
+    if not whole_state:
+        refuse_held_buffers(problem.dynamics, ends_known=problem.stop is NEVER)
 
 
 def implicit_pullback(
@@ -57,6 +67,8 @@ def implicit_pullback(
     if it throws.
     """
     solver = chosen_solver(solver, trajectory.dynamics.loss)
+    if not (whole_state or root):
+        refuse_held_buffers(trajectory.dynamics, ends_known=True)
     if trajectory.rollout.draws:
         raise RandomnessError(
             "the inner loss draws random numbers",
@@ -101,11 +113,13 @@ def implicit_pullback(
     if not root:  # whose step goes nowhere, and of whose record nobody hears
         final = layout.params(trajectory.final)
         distance, way = (tasks.norm(layout.params(x) - final) for x in (after, trajectory.initial))
+        share = torch.where((distance > 0) & (way > 0), layout.steps * distance / way, 0)
+        _warn_if_no_fixed_point(trajectory, share, way, tasks.norm(final))
         trajectory.record.diagnostics.update(
             residual=found.residual,
             iterations=found.iterations,
             stationarity=distance,
-            relative_stationarity=torch.where((distance > 0) & (way > 0), layout.steps * distance / way, 0),
+            relative_stationarity=share,
         )
     if solver.throw:
         refuse_unsolved(solver, found)
@@ -128,6 +142,27 @@ def _warn_if_not_reached(trajectory: Trajectory) -> None:
             EstimateWarning,
             stacklevel=2,
         )
+
+
+def _warn_if_no_fixed_point(trajectory: Trajectory, share: Tensor, way: Tensor, size: Tensor) -> None:
+    """Warn of a solve that went far, and would go on nearly as fast as it went on average.
+
+    Not of one whose steps are as small as they can be, nor of a warm start, which is near to its fixed point.
+    """
+    far = (share > _UNFINISHED) & (way > _FAR * size)
+    if trajectory.check and trajectory.rollout.enough is None and bool(far.any()):
+        warnings.warn(
+            f"the end of {trajectory.steps} steps is no fixed point, which Implicit differentiates: the next step is "
+            f"{float(share.max()):.2g} of an average one. Take more steps, a step size that converges, or Reverse()",
+            EstimateWarning,
+            stacklevel=2,
+        )
+
+
+_UNFINISHED = 0.5
+"""The next step over the average one, from which a problem is called unfinished (a quarter of the way is left)."""
+_FAR = 0.1
+"""The way over the params, up to which a start is called warm."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

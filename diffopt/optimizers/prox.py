@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Prox(Bindable):
 
     A projection is that of the function that is zero inside a set and infinite outside. A subclass is a frozen
     dataclass whose fields are its hyperparameters, learned and in any form as those of an optimizer are. It has one
-    method, :meth:`apply`. Set ``elementwise = True`` where it treats every coordinate by itself.
+    method, :meth:`apply`. Set ``elementwise = True`` where it treats every coordinate by itself, and ``polyhedral = True``
+    where it is the projection onto a set with flat faces: ``Implicit`` then takes it after momentum.
 
     A prox can be called on a tensor or a tree, in a fixed-point map of your own: ``L1(0.1)(w - lr * gradient, lr)``.
 
@@ -45,6 +46,9 @@ class Prox(Bindable):
         >>> diffopt.solve(lambda w: w.square().sum() / 2, torch.tensor([8.0]), optimizer=optimizer, steps=1).params
         tensor([2.])
     """
+
+    polyhedral: ClassVar[bool] = False
+    """Whether it is a projection onto a set with flat faces, whose derivative does not depend on how far it goes."""
 
     @abstractmethod
     def apply(self, params: Leaves, step_size: Leaves) -> Leaves:
