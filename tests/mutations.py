@@ -77,6 +77,7 @@ NAMES = [
     "recomputation",
     "hidden_state",
     "finite",
+    "inner_products",
     "captures",
     "levels",
     "memory",
