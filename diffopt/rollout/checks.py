@@ -29,7 +29,7 @@ class Checks:
 
     # NOTE [what is looked for at every step, and what it costs]
     A loss may read other tensors later than at its first step (behind an ``if``, after a warm-up). So the graph of
-    every loss is walked for captured tensors: about a microsecond a node, most of which makes the nodes' Python objects,
+    every loss is walked for captured tensors: about a microsecond a node (most of it to make the node's Python object),
     13 for an MLP of three layers. Of updates those are that are not this library's own.
 
     Attributes:
