@@ -449,7 +449,7 @@ FAULTS = [
         "diffopt/tensors/tasks.py",
         "pairs = zip(a.widened(), b.widened(), strict=True)",
         "pairs = zip(a, b, strict=True)",
-        "half_precision",
+        "inner_products",
     ),
     Fault(
         "the fixed point is never that of the whole state",

@@ -85,6 +85,7 @@ NAMES = [
     "recomputation",
     "hidden_state",
     "finite",
+    "inner_products",
     "captures",
     "levels",
     "memory",

@@ -87,6 +87,21 @@ def test_an_unfinished_smooth_problem_is_not_called_kinked(curvature: float, dty
         diffopt.implicit(lambda w: (scales * w.square()).sum(), torch.tensor([1.0, 1.0, 0.0], dtype=dtype))
 
 
+@pytest.mark.parametrize("off", [4, 32, 64])
+@pytest.mark.parametrize("shape", ["square", "cosh", "fourth"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_steep_smooth_problem_is_not_called_kinked(dtype: torch.dtype, shape: str, off: int) -> None:
+    """Some roundings from its minimum, which the shortest step that is looked at leaps over."""
+    eps = torch.finfo(dtype).eps
+    losses: dict[str, Any] = {
+        "square": lambda w: (w - 1).square().sum() / eps,
+        "cosh": lambda w: ((w - 1) / eps / 100).cosh().sum() * eps * 1e4,
+        "fourth": lambda w: ((w - 1) / eps).pow(4).sum() * eps,
+    }
+    with pytest.raises(StationarityError, match="minimise further"):
+        diffopt.implicit(losses[shape], torch.tensor([1 + off * eps, 1.0], dtype=dtype))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_network_of_kinks_with_zeros_among_its_params_is_taken(seed: int) -> None:
     """Biases that are zero, at a point whose gradient is round-off: ReLUs are no reason to refuse."""

@@ -120,7 +120,7 @@ def test_no_solve_with_a_prox_ends_at_a_small_gradient(optimizer):
         diffopt.solve(lambda w: w.square().sum(), torch.ones(2), optimizer=optimizer, steps=3, tol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- ends that are no fixed point
+# ---------------------------------------------------------------------------------- ends that are no fixed point
 
 
 def derivative(lr, steps, start=0.0, check=True):
