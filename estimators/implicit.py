@@ -27,7 +27,7 @@ class Implicit(Adjoint):
     with the last step's blocks at the final state: of ``params``, the buffers held fixed (for a loss symmetric under
     descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state. Exact only at the
     fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``), ``relative_stationarity``
-    (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an iteration and one more. Not for:
+    (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an iteration and one. Not for:
     unfinished problems (a warning); initial params, step sizes, momentum (zero, but for a proximal center); Adam or a
     prox by conjugate gradients; half precision if ``lr`` times H is small.
 
