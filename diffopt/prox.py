@@ -19,7 +19,7 @@ from diffopt.optimizers.base import OPTION, Hyperparameter
 from diffopt.optimizers.checks import POSITIVE, check_one_number, check_range
 from diffopt.optimizers.norm import norm, one_number, times
 from diffopt.optimizers.prox import Prox, one_step_size
-from diffopt.tensors import tree
+from diffopt.tensors import transforms, tree
 from diffopt.tensors.leaves import Leaves, root
 from diffopt.tensors.plain_numbers import as_float, is_integer, make_plain
 
@@ -140,7 +140,7 @@ class Box(Prox):
         high: ``u``, likewise.
 
     Raises:
-        HyperparameterError: a bound that is no number, or two floats of which ``low`` is above ``high``.
+        HyperparameterError: a bound that is no number, or ``low`` above ``high`` (looked at in floats and CPU tensors).
 
     Reference: Parikh and Boyd (2014), "Proximal Algorithms", section 6.
 
@@ -163,14 +163,29 @@ class Box(Prox):
                 if isinstance(leaf, bool | str) or (isinstance(leaf, float | int) and as_float(leaf) != leaf):
                     raise HyperparameterError(f"Box: {name} is {tree.describe(leaf)}", "None, a number or a tensor")
         low, high = self.low, self.high
-        if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
-            raise HyperparameterError(f"Box: low is {low} and high is {high}", "low <= high")
+        numbers = isinstance(low, float | int) and isinstance(high, float | int)
+        if (numbers and low > high) or _crossed(low, high):
+            raise HyperparameterError(f"Box: low is {tree.brief(low)} and high is {tree.brief(high)}", "low <= high")
 
     def apply(self, params: Leaves, step_size: Leaves) -> Leaves:
         """The nearest point of the box."""
         if self.low is not None:
             params = _bounded(params, self.low, torch.lt)
         return params if self.high is None else _bounded(params, self.high, torch.gt)
+
+
+def _crossed(low: Any, high: Any) -> bool:
+    """Whether bounds that can be looked at without waiting for a device cross."""
+    bounds = (low, high)
+    if not any(isinstance(x, Tensor) for x in bounds) or not all(isinstance(x, Tensor | float | int) for x in bounds):
+        return False
+    tensors = [x for x in bounds if isinstance(x, Tensor)]
+    if transforms.transforms_active() or any(type(x) is not Tensor or x.device.type != "cpu" for x in tensors):
+        return False
+    try:
+        return bool((torch.as_tensor(low) > high).any())
+    except RuntimeError:  # of shapes that do not go together, which fit params or are refused there
+        return False
 
 
 def _bounded(params: Leaves, bound: Any, beyond: Any) -> Leaves:
@@ -246,7 +261,7 @@ def _support(x: Tensor) -> Tensor:
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     shifts = (largest.cumsum(-1) - 1) / counts
     kept = (largest > shifts).sum(-1, keepdim=True)
-    return x > shifts.gather(-1, kept - 1)
+    return ~(x <= shifts.gather(-1, (kept - 1).clamp(min=0)))  # NaN goes on
 
 
 @final

@@ -15,6 +15,7 @@ from diffopt.rollout.field import VectorField as VectorField
 from diffopt.rollout.field import leaves_like_params
 from diffopt.tensors import derivatives, transforms, tree
 from diffopt.tensors.arguments import check_function
+from diffopt.tensors.torch_errors import signature_error
 
 
 def fixed_point(m: Callable[..., Any]) -> VectorField:
@@ -126,7 +127,7 @@ class _Partials:
             given = list(leaves)
             for i, tensor in zip(slots, tensors, strict=True):
                 given[i] = tensor
-            return _scalar(self.losses[player](*_unpacked(tree.unflatten(structure, given))), player)
+            return _scalar(self._called(player, _unpacked(tree.unflatten(structure, given))), player)
 
         found: list[Tensor] = []
         for player, size in enumerate(sizes):
@@ -134,6 +135,17 @@ class _Partials:
             gradient = _Gradient(partial(loss_of, player), own, sum(sizes), player)
             found += gradient.of([leaves[i] for i in slots])
         return tree.unflatten(tree.flatten(params)[1], found)
+
+    def _called(self, player: int, given: tuple[Any, ...]) -> Any:
+        """What a player's loss returns; one that does not take what it is given is named."""
+        try:
+            return self.losses[player](*given)
+        except TypeError as error:
+            expected = "a function loss(params, *args[, batch]) of all players' params"
+            wrong = signature_error(error, f"player {player}'s loss", self.losses[player], len(given), expected)
+            if wrong is None:
+                raise
+            raise wrong from error
 
 
 def _unpacked(given: Any) -> tuple[Any, ...]:

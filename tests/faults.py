@@ -2523,4 +2523,33 @@ FAULTS = [
         "looks = False",
         "schedules",
     ),
+    # buffers held fixed, and ends that are no fixed point
+    Fault(
+        "a velocity under a penalty is held fixed",
+        "diffopt/adjoint/held_buffers.py",
+        "if layout.buffers_layout and any(",
+        "if not layout.buffers_layout and any(",
+        "prox_at_rest",
+    ),
+    Fault(
+        "slow weights are held fixed where a step goes back to them",
+        "diffopt/adjoint/held_buffers.py",
+        "if last // optimizer.period >",
+        "if last // optimizer.period > 1 +",
+        "prox_at_rest",
+    ),
+    Fault(
+        "an end that is no fixed point is not told",
+        "diffopt/adjoint/fixed_point.py",
+        "_UNFINISHED = 0.5",
+        "_UNFINISHED = 500.0",
+        "prox_at_rest",
+    ),
+    Fault(
+        "a prox may end at a small gradient",
+        "diffopt/solve.py",
+        "if tol is not None and any(",
+        "if tol is not None and not any(",
+        "prox_at_rest",
+    ),
 ]

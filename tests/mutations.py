@@ -25,6 +25,7 @@ NAMES = [
     "clip",
     "groups",
     "prox",
+    "prox_at_rest",
     "muon",
     "averaging",
     "nested",

@@ -46,7 +46,7 @@ class Nystrom(LinearSolver):
     throw: bool = True
     symmetric = True
     needs = "a symmetric positive semidefinite matrix of that rank at least"
-    if_broken = "take GMRES if it is not symmetric (under Adam), else a smaller rank or a larger damping"
+    if_broken = "take GMRES if it is not symmetric (under Adam or Proximal), else a smaller rank or a larger damping"
     if_unsolved = "the residual is larger than b itself: take a larger rank or damping"
 
     def __post_init__(self) -> None:

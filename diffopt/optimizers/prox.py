@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import HyperparameterError, LeafError, OptimizerError
+from diffopt.errors import HyperparameterError, LeafError, OptimizerError, StructureError
 from diffopt.optimizers.base import Bindable, Buffers, Optimizer
 from diffopt.optimizers.binding import ready
 from diffopt.optimizers.checks import check_optimizer_field
@@ -65,6 +66,7 @@ class Prox(Bindable):
 
         Raises:
             LeafError: a leaf of ``params`` is no floating tensor.
+            HyperparameterError: a step size is no number or tensor, or a negative number.
             StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter does not fit ``params``.
         """
         leaves, structure = tree.flatten(params)
@@ -72,10 +74,27 @@ class Prox(Bindable):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 raise LeafError(f"{type(self).__name__}: params{path} is {tree.describe(leaf)}", "a floating tensor")
         own = ready(self, leaves, structure)
-        one = isinstance(step_size, Tensor | float | int)
-        each = step_size if one else tuple(tree.flatten_up_to(structure, step_size))
+        each = _step_sizes(self, step_size, structure)
         now = Leaves(leaves)
         return tree.unflatten(structure, own.apply(now, for_each(each, now)))
+
+
+def _step_sizes(owner: Prox, step_size: Any, structure: tree.Structure) -> Any:
+    """The step size of a call, or those of all leaves."""
+    one = tree.flatten(step_size)[1] == tree.flatten(0)[1]
+    try:
+        each = (step_size,) if one or step_size is None else tuple(tree.flatten_up_to(structure, step_size))
+    except (ValueError, TypeError) as error:
+        raise StructureError(
+            f"{type(owner).__name__}: step_size is {tree.describe(step_size)}", "a number, or a tree like params"
+        ) from error
+    for size in each:
+        number = isinstance(size, float | int) and not isinstance(size, bool)
+        if not isinstance(size, Tensor) and not (number and 0 <= size < math.inf):
+            raise HyperparameterError(
+                f"{type(owner).__name__}: step_size is {tree.brief(size)}", "a number >= 0, or a tensor"
+            )
+    return each[0] if one else each
 
 
 def for_each(step_size: Any, params: Leaves) -> Leaves:

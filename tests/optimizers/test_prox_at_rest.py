@@ -151,3 +151,47 @@ def test_an_end_that_is_no_fixed_point_is_told(lr, steps):
 )
 def test_an_end_near_one_is_not(lr, steps, start):
     assert float(derivative(lr, steps, start)) == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------------------- odd prox calls
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_under_a_simplex_is_a_divergence(factor):
+    def loss(w, x):
+        return (x * w).sum() * torch.where(w[0] > 0.34, factor, 1.0).detach()
+
+    start, slope = torch.ones(3) / 3, torch.tensor([-1.0, 0.0, 0.0])
+    with pytest.raises((diffopt.DivergenceError, diffopt.NonFiniteLossError)):
+        diffopt.solve(loss, start, slope, optimizer=Proximal(SGD(0.1), Simplex()), steps=4)
+    assert bool(Simplex()(torch.tensor([float("nan"), 1.0])).isnan().any())
+
+
+@pytest.mark.parametrize("size", ["a", None, -0.1, float("nan"), True, {"w": -1.0}, {"w": "a"}])
+def test_odd_step_sizes_of_a_call_are_refused(size):
+    with pytest.raises(diffopt.HyperparameterError, match="step_size"):
+        L1(0.1)({"w": torch.ones(2)}, size)
+
+
+@pytest.mark.parametrize("size", [{"v": 1.0}, {"w": 1.0, "v": 1.0}, [1.0]])
+def test_step_sizes_for_other_params_are_refused(size):
+    with pytest.raises(diffopt.StructureError, match="L1: step_size"):
+        L1(0.1)({"w": torch.ones(2)}, size)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(torch.tensor(1.0), 0.5), (1.0, torch.tensor(0.5)), (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))],
+)
+def test_a_box_of_tensors_that_cross_is_refused(low, high):
+    with pytest.raises(diffopt.HyperparameterError, match="low <= high"):
+        Box(low, high)
+    assert float(torch.func.vmap(lambda x: Box(x, 5.0)(torch.tensor(2.0)))(torch.tensor([1.0, 3.0])).sum()) == 5.0
+
+
+@pytest.mark.parametrize("wrong", [lambda both: both[1], lambda: 0.0, lambda both, a, b: both[1]])
+def test_a_players_loss_with_other_arguments_is_named(wrong):
+    game = diffopt.game(lambda both, a: (both[0] - a).square(), wrong)
+    start = (torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(diffopt.LossError, match=r"player 1's loss takes .* was given 2 arguments"):
+        diffopt.solve(game, start, torch.tensor(2.0), optimizer=SGD(0.1), steps=1)
