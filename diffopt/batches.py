@@ -82,7 +82,7 @@ class Batches:
         step = check_integer("Batches: the step", step, 0, kind=BatchesError)
         epoch, at = divmod(step, self.per_epoch)
         chosen = self._order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
-        data = self.dataset
+        data: Any = self.dataset
         if type(data) is TensorDataset and self.collate_fn is None:
             return [x[chosen] for x in data.tensors]
         if hasattr(data, "__getitems__"):

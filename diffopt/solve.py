@@ -34,6 +34,7 @@ from diffopt.state import State
 from diffopt.tensors import hints, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function, check_integer, check_number
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.like_params import buffer_leaves
 from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.usable import usable_leaves
 
@@ -282,7 +283,7 @@ def checked_problem(
     bound = bind(optimizer, leaves, structure, start + steps)
     buffers = _initial_buffers(bound, leaves, start)
     if given is not None:
-        buffers = _given_buffers(given, buffers, bound)
+        buffers = _given_buffers(given, buffers, bound, structure)
     reading = what_is_read(args, batches, start, steps, leaves[0].device)
     layout = Layout(
         inner_steps=steps,
@@ -323,7 +324,9 @@ def _initial_buffers(bound: BoundOptimizer, leaves: list[Tensor], start: int) ->
     return buffers
 
 
-def _given_buffers(state: State[Any], made: dict[str, Leaves], bound: BoundOptimizer) -> dict[str, Leaves]:
+def _given_buffers(
+    state: State[Any], made: dict[str, Leaves], bound: BoundOptimizer, structure: tree.Structure
+) -> dict[str, Leaves]:
     """The buffers of a state, which are like those that the optimizer would have ``made``."""
     name, fix = type(bound.template).__name__, "go on with the optimizer that made the state, or anew from state.params"
     if not isinstance(state.buffers, Mapping) or set(state.buffers) != set(made):
@@ -332,8 +335,7 @@ def _given_buffers(state: State[Any], made: dict[str, Leaves], bound: BoundOptim
         )
     buffers = {}
     for key, expected in made.items():
-        leaves, structure = tree.flatten(state.buffers[key])
-        names = [f"buffers[{key!r}]{path}" for path in tree.paths(structure)]
+        leaves, names = buffer_leaves(key, state.buffers[key], structure)
         leaves = usable_leaves(leaves, names.copy)
         kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in leaves]
         if kinds != [(x.shape, x.dtype, x.device) for x in expected]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import OptimizerError
-from diffopt.lifting import live
+from diffopt.lifting import live, live_writing
 from diffopt.optimizers.base import Optimizer
 from diffopt.tensors import tree
 from diffopt.tensors.arguments import check_integer
@@ -87,15 +87,22 @@ class State(Generic[Params]):
     def into(self, torch_optimizer: torch.optim.Optimizer, params: Any = None) -> None:
         """Write this state, in place, into a live ``torch.optim`` optimizer and its parameters, which go on from it.
 
+        Numbers are cast to the dtype and device of the optimizer's own. The buffers must be those that it keeps with
+        its options, by name: a state of ``SGD`` with momentum is refused by ``Adam``. Names do not tell a plain
+        ``RMSprop`` (a mean of squares) from ``Adagrad`` (their sum): which of the two a state is of you must know. Of a
+        lifted class whose number of steps is not in ``state[p]["step"]`` this number is not written.
+
         Args:
-            torch_optimizer: SGD, Adam, AdamW, RMSprop, Adagrad; or a class that was lifted, after its first step.
+            torch_optimizer: SGD, Adam, AdamW, RMSprop, Adagrad; or a subclass or a class that was lifted, after its
+                first step.
             params: its parameters as a tree like ``self.params``; ``None``: in the order in which they are there, which
                 is looked up by name if the optimizer knows names, and must agree in every shape.
 
         Raises:
-            OptimizerError, StructureError, ShapeError: the optimizer has other parameters, or other state.
+            OptimizerError, StructureError, ShapeError: the optimizer has other parameters, or keeps other buffers;
+                nothing is written then.
         """
-        live.write(self.params, self.buffers, self.step, torch_optimizer, params)
+        live_writing.write(self.params, self.buffers, self.step, torch_optimizer, params)
 
 
 def state_of(torch_optimizer: torch.optim.Optimizer, params: Params, like: Optimizer | None = None) -> State[Params]:

@@ -1854,8 +1854,8 @@ FAULTS = [
     Fault(
         "the buffers of a state are dropped",
         "diffopt/solve.py",
-        "        buffers = _given_buffers(given, buffers, bound)\n",
-        "        _given_buffers(given, buffers, bound)\n",
+        "        buffers = _given_buffers(given, buffers, bound, structure)\n",
+        "        _given_buffers(given, buffers, bound, structure)\n",
         "going_on",
     ),
     Fault(
@@ -1881,8 +1881,8 @@ FAULTS = [
     ),
     Fault(
         "a state is written without the number of its step",
-        "diffopt/lifting/live.py",
-        'if counts and (names or "step" in store):',
+        "diffopt/lifting/live_writing.py",
+        'if "step" not in values and ("step" in store or (live.exact and counts)):',
         "if False:",
         "going_on",
     ),
@@ -2551,5 +2551,41 @@ FAULTS = [
         "if tol is not None and any(",
         "if tol is not None and not any(",
         "prox_at_rest",
+    ),
+    # whose buffers a state has: written into a live optimizer, and given to a solve
+    Fault(
+        "a state of another optimizer is written",
+        "diffopt/lifting/live_writing.py",
+        "if sorted(keys.values()) != expected:",
+        "if False:",
+        "going_on",
+    ),
+    Fault(
+        "what a live optimizer keeps besides is left as it was",
+        "diffopt/lifting/live_writing.py",
+        'if not (kept - {"step"} <= keys <= there):',
+        "if not keys <= there:",
+        "going_on",
+    ),
+    Fault(
+        "a buffer is not looked up by the keys of params",
+        "diffopt/tensors/like_params.py",
+        "leaves, form = tree.flatten_up_to(structure, buffer), structure",
+        "leaves, form = leaves, form",
+        "going_on",
+    ),
+    Fault(
+        "the dtype of a written buffer is that of the state",
+        "diffopt/lifting/live_writing.py",
+        "store[key] = value.detach().clone().to(live.targets[i])",
+        "store[key] = value.detach().clone()",
+        "going_on",
+    ),
+    Fault(
+        "a subclass of a known class is not read by its names",
+        "diffopt/lifting/live.py",
+        "names = {} if isinstance(ours, TorchRule) else keys_of(optimizer)",
+        "names = {} if type(optimizer) not in KEYS else keys_of(optimizer)",
+        "going_on",
     ),
 ]

@@ -16,6 +16,9 @@ from pathlib import Path
 from faults import FAULTS, Fault
 
 NAMES = [
+    "going_on",
+    "along",
+    "many_cotangents",
     "estimators",
     "binomial",
     "multi_step",

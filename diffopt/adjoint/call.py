@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
@@ -19,10 +19,8 @@ from diffopt.tensors.leaves import Leaves
 class Rule(Protocol):
     """What an adjoint rule is to these functions."""
 
-    @property
-    def takes_running_costs(self) -> bool:
-        """Whether it takes the cotangents of what is handed out along the way."""
-        ...
+    takes_running_costs: ClassVar[bool]
+    """Whether it takes the cotangents of what is handed out along the way."""
 
     def claims(self, steps: int) -> Claims:
         """What holds of it on so many steps."""

@@ -86,10 +86,10 @@ def implicit_pullback(
     )
     block, after = replay.block(trajectory.final, last, last, losses, apart=True)
     if trajectory.check:
+        there = losses.clone() if losses_there is None else losses_there
         if losses_there is None:
-            losses_there = losses.clone()
-            losses_there[..., last - 1] = replay.losses(trajectory.final, last)
-        refuse_other_losses(losses_there, losses, rollout.autocast)
+            there[..., last - 1] = replay.losses(trajectory.final, last)
+        refuse_other_losses(there, losses, rollout.autocast)
     still = [i for i in range(layout.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
     moving = [i for i in range(count) if i not in still]
     residuals = [i + layout.params_count for i in moving] if root else moving

@@ -138,7 +138,7 @@ class Lookahead(Optimizer):
         """A step of the inner optimizer; after every ``period`` of them, back to a point on the way."""
         fast, inner = self.optimizer.update(params, grads, of_name(_INNER, buffers), step)
         slow, inner = buffers["slow"], named_apart(_INNER, inner)
-        due = step % self.period == 0
+        due: Any = step % self.period == 0
         if isinstance(due, Tensor):  # a compiled step, whose number is not known
             back = slow + self.ratio * (fast - slow)
             fast, slow = (back.map(lambda new, old: torch.where(due, new, old), x) for x in (fast, slow))

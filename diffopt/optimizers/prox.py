@@ -16,6 +16,7 @@ from diffopt.optimizers.binding import ready
 from diffopt.optimizers.checks import check_optimizer_field
 from diffopt.tensors import tree
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.plain_numbers import as_float
 
 
 class Prox(Bindable):
@@ -89,8 +90,8 @@ def _step_sizes(owner: Prox, step_size: Any, structure: tree.Structure) -> Any:
             f"{type(owner).__name__}: step_size is {tree.describe(step_size)}", "a number, or a tree like params"
         ) from error
     for size in each:
-        number = isinstance(size, float | int) and not isinstance(size, bool)
-        if not isinstance(size, Tensor) and not (number and 0 <= size < math.inf):
+        number = as_float(size)  # NaN, which no comparison holds for, if it is none
+        if not isinstance(size, Tensor) and not 0 <= number < math.inf:
             raise HyperparameterError(
                 f"{type(owner).__name__}: step_size is {tree.brief(size)}", "a number >= 0, or a tensor"
             )

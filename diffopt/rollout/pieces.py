@@ -97,7 +97,9 @@ class _Pieced(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         taken: _Taken = ctx.taken
         given, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         sums: list[Tensor | None] = [None] * len(given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -245,6 +247,47 @@ def test_a_dictionary_of_something_else_is_no_state(wrong):
         State.from_state_dict(wrong)
 
 
+ONES, TWOS = torch.ones(2), torch.full((2,), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("params", "velocity", "told"),
+    [
+        ({"a": ONES, "b": ONES}, {"b": ONES, "c": TWOS}, r"\['a'\] is missing, .*\['c'\] is too many"),
+        ({"a": ONES, "b": ONES}, (ONES, TWOS), r"\['a'\] is missing"),
+        ([ONES, ONES], {"x": ONES, "y": TWOS}, r"a tree like params"),
+        ({"a": {"x": ONES}, "b": ONES}, {"a": ONES, "b": {"x": TWOS}}, r"\['a'\]\['x'\] is missing"),
+        ({"a": ONES, "b": ONES}, {"a": ONES}, "or a tuple of other length"),
+    ],
+)
+def test_a_buffer_of_other_keys_belongs_to_other_parameters(params, velocity, told):
+    """As many tensors of the same shapes, which would go to one another's parameters."""
+    state = State(params, {"velocity": velocity}, 1)
+    live = [ONES.clone().requires_grad_() for _ in range(2)]
+    training = torch.optim.SGD(live, 0.1, momentum=0.9)
+    with pytest.raises(diffopt.OptimizerError, match=told):
+        solve(lambda p: p["a"].sum(), state, optimizer=diffopt.SGD(0.1, momentum=0.9), steps=1)
+    with pytest.raises(diffopt.OptimizerError, match=told):
+        state.into(training)
+    assert not training.state
+    assert bool((live[0] == 1).all())
+
+
+def test_buffers_are_found_by_their_keys():
+    """A dictionary that keeps its order is the same tree, and a group's buffers stay a tuple or a list."""
+    params = {"a": ONES, "b": ONES}
+    velocity = OrderedDict(b=TWOS, a=torch.zeros(2))
+    for start in (params, OrderedDict(b=ONES, a=ONES)):
+        state = State(start, {"velocity": velocity}, 1)
+        found = solve(lambda p: 0 * p["a"].sum() + 0 * p["b"].sum(), state, optimizer=diffopt.SGD(1.0, 1.0), steps=1)
+        assert {key: float(x[0]) for key, x in found.params.items()} == {"a": 1, "b": -1}
+    groups = diffopt.Groups({"a": diffopt.SGD(1.0, 1.0), "b": diffopt.SGD(1.0)})
+    for kind in (tuple, list):
+        state = State(params, {"a.velocity": kind([TWOS])}, 1)
+        found = solve(lambda p: 0 * p["a"].sum() + 0 * p["b"].sum(), state, optimizer=groups, steps=1)
+        assert float(found.params["a"][0]) == -1
+
+
 # ------------------------------------------------------------------------------------------------ live optimizers
 
 LIVE = {
@@ -344,7 +387,7 @@ def test_a_state_is_written_back_and_training_goes_on_from_it(name, named):
 def test_a_tree_says_which_parameter_is_which():
     """Two of one shape, of which the optimizer was told in another order than the state has."""
     first, second = (torch.full((2,), x, requires_grad=True) for x in (1.0, 2.0))
-    optimizer = torch.optim.Adam([first, second])
+    optimizer = torch.optim.SGD([first, second])
     state = State({"b": torch.full((2,), 5.0), "a": torch.full((2,), 7.0)}, {})
     state.into(optimizer)  # in the order in which the dictionary was written
     assert (first[0], second[0]) == (5, 7)
@@ -374,7 +417,7 @@ def test_steps_on_some_parameters_only_are_refused():
     optimizer = torch.optim.Adam([a, b])
     a.grad = torch.ones(2)
     optimizer.step()
-    with pytest.raises(diffopt.DiffoptError, match=r"has made 1 steps on .* 0 on"):
+    with pytest.raises(diffopt.DiffoptError, match=r"made 1 steps on .* 0 on"):
         state_of(optimizer, {"a": a, "b": b})
     assert state_of(optimizer, {"a": a}).step == 1
 
@@ -384,3 +427,177 @@ def test_a_state_of_another_network_is_not_written(held, told):
     optimizer = torch.optim.SGD([torch.ones(n, requires_grad=True) for n in held], lr=0.1)
     with pytest.raises(diffopt.DiffoptError, match=told):
         State({"a": torch.ones(2), "b": torch.ones(3)}, {}).into(optimizer)
+
+
+NET = {"a": torch.ones(2, 3), "b": torch.ones(3)}
+
+
+def pair(kind, options=(), steps=1):
+    """A live optimizer on a matrix and a vector, with ones in them, after some steps."""
+    params = {key: x.clone().requires_grad_() for key, x in NET.items()}
+    training = kind(params.values(), lr=0.1, **dict(options))
+    walk(training, params, steps)
+    return training, params
+
+
+def walk(training, params, steps):
+    for _ in range(steps):
+        for x in params.values():
+            x.grad = x.detach().sin()
+        training.step()
+
+
+def solved(optimizer, steps=2):
+    """A state after some steps along the same gradients."""
+    return solve(lambda p: -(p["a"].cos().sum() + p["b"].cos().sum()), NET, optimizer=optimizer, steps=steps).state
+
+
+SGD, ADAM, RMSPROP, ADAGRAD = torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad
+FOREIGN = {
+    "sgd into momentum": (diffopt.SGD(0.1), SGD, {"momentum": 0.9}),
+    "momentum into sgd": (diffopt.SGD(0.1, momentum=0.9), SGD, {}),
+    "momentum into adam": (diffopt.SGD(0.1, momentum=0.9), ADAM, {}),
+    "adam into momentum": (diffopt.Adam(), SGD, {"momentum": 0.9}),
+    "average": (diffopt.EMA(diffopt.SGD(0.1)), SGD, {}),
+    "momentum into adagrad": (diffopt.SGD(0.1, momentum=0.9), ADAGRAD, {}),
+    "rmsprop with momentum into adagrad": (diffopt.RMSprop(momentum=0.9), ADAGRAD, {}),
+    "centred rmsprop into plain": (diffopt.RMSprop(centered=True), RMSPROP, {}),
+    "adam into amsgrad": (diffopt.Adam(), ADAM, {"amsgrad": True}),
+    "amsgrad into adam": (diffopt.Adam(amsgrad=True), ADAM, {}),
+    "groups": (diffopt.Groups({"a": diffopt.SGD(0.1, 0.9), "b": diffopt.Adam()}), SGD, {"momentum": 0.9}),
+    "groups into adam": (diffopt.Groups({"a": diffopt.Adam(), "b": diffopt.Adam()}), ADAM, {}),
+    "adam into nadam": (diffopt.Adam(), torch.optim.NAdam, {}),
+    "radam into nadam": (diffopt.from_torch(torch.optim.RAdam, lr=0.1), torch.optim.NAdam, {}),
+    "nadam into radam": (diffopt.from_torch(torch.optim.NAdam, lr=0.1), torch.optim.RAdam, {}),
+    "sgd into adadelta": (diffopt.SGD(0.1), torch.optim.Adadelta, {}),
+    "lifted adagrad into rmsprop": (diffopt.from_torch(ADAGRAD, lr=0.1), RMSPROP, {}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("made", [0, 2])
+def test_a_state_of_another_optimizer_is_not_written(name, made):
+    """Refused before anything is written, into one that has made steps and one that has not."""
+    ours, kind, options = FOREIGN[name]
+    training, params = pair(kind, options, made)
+    before = deepcopy((dict(params), training.state_dict()))
+    with pytest.raises(diffopt.OptimizerError, match=r"the state's buffers are|has not made a step yet"):
+        solved(ours).into(training)
+    torch.testing.assert_close((dict(params), training.state_dict()), before, rtol=0, atol=0)
+    assert made or kind is ADAGRAD or not training.state
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_a_lifted_known_class_is_written_by_its_own_names(name):
+    kind = getattr(torch.optim, name)
+    options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    training, params = pair(kind, options, 0)
+    state = solved(diffopt.from_torch(kind, lr=0.1, **options))
+    state.into(training)
+    walk(training, params, 1)
+    _, live = pair(kind, options, 3)
+    torch.testing.assert_close(params, live)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop", "Adamax", "ASGD"])
+def test_a_lifted_class_is_written_where_it_keeps_what(name):
+    """Adafactor keeps other buffers of a matrix than of a vector."""
+    kind = getattr(torch.optim, name)
+    training, params = pair(kind, {}, 1)
+    solved(diffopt.from_torch(kind, lr=0.1), 3).into(training)
+    walk(training, params, 2)
+    _, live = pair(kind, {}, 5)
+    torch.testing.assert_close(params, live)
+    with pytest.raises(diffopt.OptimizerError, match="has made steps"):
+        solved(diffopt.from_torch(kind, lr=0.1), 0).into(training)
+    anew, params = pair(kind, {}, 0)
+    solved(diffopt.from_torch(kind, lr=0.1), 0).into(anew)
+    walk(anew, params, 5)
+    torch.testing.assert_close(params, live)
+
+
+def test_buffers_of_other_shapes_are_not_written():
+    training, _ = pair(ADAM)
+    state = solved(diffopt.Adam())
+    turned = replace(state, buffers={**state.buffers, "mean": {"a": torch.ones(3, 2), "b": torch.ones(3)}})
+    for wrong in (turned, replace(state, buffers={**state.buffers, "mean": {"a": 1, "b": 2}})):
+        with pytest.raises(
+            diffopt.OptimizerError, match=r"buffer for 'exp_avg' of Adam is .*expected tensors of shapes"
+        ):
+            wrong.into(training)
+    with pytest.raises(diffopt.OptimizerError, match="buffers are NoneType"):
+        State(state.params, None, 1).into(training)
+
+
+@pytest.mark.parametrize("made", [0, 1])
+@pytest.mark.parametrize(("kind", "ours"), [(ADAM, diffopt.Adam(0.1)), (SGD, diffopt.SGD(0.1, momentum=0.9))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_of_another_precision_is_cast(made, kind, ours, dtype):
+    options = {"momentum": 0.9} if kind is SGD else {}
+    training, params = pair(kind, options, made)
+    solved(ours).to(dtype).into(training)
+    assert {x.dtype for store in training.state.values() for x in store.values()} == {torch.float32}
+    walk(training, params, 1)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
+@pytest.mark.parametrize("made", [0, 1])
+def test_the_count_stays_what_it_was(options, made):
+    """In double precision by default only where torch has it so, and a count that is there keeps its dtype."""
+    training, params = pair(ADAM, options, made)
+    torch.set_default_dtype(torch.float64)
+    try:
+        solved(diffopt.Adam(0.1)).into(training)
+        dtype = torch.float32 if made or "fused" in options else torch.float64
+        assert {(store["step"].dtype, float(store["step"])) for store in training.state.values()} == {(dtype, 2.0)}
+        walk(training, params, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(params, pair(ADAM, options, 3)[1])
+
+
+class MyAdam(torch.optim.Adam):
+    """A subclass that changes nothing."""
+
+
+class MySGD(torch.optim.SGD):
+    """Another."""
+
+
+class Counting(torch.optim.AdamW):
+    """One that keeps something besides."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for store in self.state.values():
+            store["norm"] = store["exp_avg"].norm()
+
+
+SUBCLASSES = {
+    "adam": (MyAdam, {}, diffopt.Adam(0.1)),
+    "lifted": (MyAdam, {}, diffopt.from_torch(MyAdam, lr=0.1)),
+    "momentum": (MySGD, {"momentum": 0.9}, diffopt.SGD(0.1, momentum=0.9)),
+    "plain": (MySGD, {}, diffopt.SGD(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_a_subclass_is_read_and_written_as_what_it_is(name):
+    kind, options, ours = SUBCLASSES[name]
+    training, params = pair(kind, options, 2)
+    with pytest.raises(diffopt.OptimizerError, match="or like="):
+        state_of(training, params)
+    state = state_of(training, params, like=ours)
+    ahead = solve(lambda p: -(p["a"].cos().sum() + p["b"].cos().sum()), state, optimizer=ours, steps=2)
+    ahead.state.into(training)
+    walk(training, params, 1)
+    torch.testing.assert_close(params, pair(kind, options, 5)[1])
+
+
+def test_what_a_subclass_keeps_besides_is_not_left_behind():
+    training, params = pair(Counting, {}, 2)
+    state = state_of(training, params, like=diffopt.AdamW(0.1))
+    with pytest.raises(diffopt.OptimizerError, match="'norm'"):
+        state.into(training)
+    with pytest.raises(diffopt.OptimizerError, match="has not made a step"):
+        state.into(pair(Counting, {}, 0)[0])
