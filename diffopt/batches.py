@@ -85,10 +85,9 @@ class Batches:
         data: Any = self.dataset
         if type(data) is TensorDataset and self.collate_fn is None:
             return [x[chosen] for x in data.tensors]
-        if hasattr(data, "__getitems__"):
-            samples = data.__getitems__(chosen.tolist())
-        else:
-            samples = [data[i] for i in chosen.tolist()]
+        together = getattr(data, "__getitems__", None)
+        numbers = chosen.tolist()
+        samples = [data[i] for i in numbers] if together is None else together(numbers)
         return default_collate(samples) if self.collate_fn is None else self.collate_fn(samples)
 
     def __reduce__(self) -> tuple[Any, ...]:

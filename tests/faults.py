@@ -2243,8 +2243,8 @@ FAULTS = [
     Fault(
         "look ahead comes back a step late",
         "diffopt/optimizers/averaging.py",
-        "due = step % self.period == 0",
-        "due = (step - 1) % self.period == 0",
+        "due: Any = step % self.period == 0",
+        "due: Any = (step - 1) % self.period == 0",
         "averaging",
     ),
     Fault(

@@ -107,7 +107,7 @@ def roll_out(
     if layout.stream is not None:
         layout.stream.remember(latest=fast is not None)
     with torch.no_grad(), derivatives.named_in_place_changes(), saved_hooks.kept_out():
-        rows: Sequence[Tensor] = ()
+        rows: Sequence[Tensor] = []
         for step in range(1, layout.steps + 1):
             ground = keeper.before(ground, step) if step >= keeper.first else ground
             with random_state.replayed(known[step], device) if step in known else nullcontext():
