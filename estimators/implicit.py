@@ -25,10 +25,11 @@ class Implicit(Adjoint):
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
     with the last step's blocks at the final state: of ``params``, the buffers held fixed (for a loss symmetric under
-    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state. Exact only at the fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
-    ``relative_stationarity`` (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an
-    iteration and one more. Not for: unfinished problems (a warning); initial params, step sizes, momentum (zero, but for a
-    proximal center); Adam or a prox by conjugate gradients; half precision if ``lr`` times H is small.
+    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state. Exact only at the
+    fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``), ``relative_stationarity``
+    (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an iteration and one more. Not
+    for: unfinished problems (a warning); initial params, step sizes, momentum (zero, but for a proximal center); Adam
+    or a prox by conjugate gradients; half precision if ``lr`` times H is small.
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object; default: conjugate gradients, GMRES for a vector field.

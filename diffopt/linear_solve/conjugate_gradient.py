@@ -42,7 +42,10 @@ class ConjugateGradient(LinearSolver):
     throw: bool = True
     symmetric = True
     needs = "a symmetric positive definite matrix"
-    if_broken = "it has a direction of curvature <= 0: take GMRES (under Adam or Proximal it is not symmetric), or Dense(damping=...)"
+    if_broken = (
+        "it has a direction of curvature <= 0: take GMRES (under Adam or Proximal it is not symmetric), "
+        "or Dense(damping=...)"
+    )
     if_unsolved = "allow a larger max_iterations or rtol, take GMRES if A is not symmetric (under Adam or Proximal)"
 
     def __post_init__(self) -> None:

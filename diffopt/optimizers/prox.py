@@ -25,8 +25,8 @@ class Prox(Bindable):
 
     A projection is that of the function that is zero inside a set and infinite outside. A subclass is a frozen
     dataclass whose fields are its hyperparameters, learned and in any form as those of an optimizer are. It has one
-    method, :meth:`apply`. Set ``elementwise = True`` where it treats every coordinate by itself, and ``polyhedral = True``
-    where it is the projection onto a set with flat faces: ``Implicit`` then takes it after momentum.
+    method, :meth:`apply`. Set ``elementwise = True`` where it treats every coordinate by itself, and ``polyhedral =
+    True`` where it is the projection onto a set with flat faces: ``Implicit`` then takes it after momentum.
 
     A prox can be called on a tensor or a tree, in a fixed-point map of your own: ``L1(0.1)(w - lr * gradient, lr)``.
 

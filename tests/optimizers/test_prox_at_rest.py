@@ -120,7 +120,7 @@ def test_no_solve_with_a_prox_ends_at_a_small_gradient(optimizer):
         diffopt.solve(lambda w: w.square().sum(), torch.ones(2), optimizer=optimizer, steps=3, tol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- ends that are no fixed point
+# --------------------------------------------------------------------------------------- ends that are no fixed point
 
 
 def derivative(lr, steps, start=0.0, check=True):
@@ -161,8 +161,8 @@ def test_a_gradient_that_is_not_finite_under_a_simplex_is_a_divergence(factor):
     def loss(w, x):
         return (x * w).sum() * torch.where(w[0] > 0.34, factor, 1.0).detach()
 
+    start, slope = torch.ones(3) / 3, torch.tensor([-1.0, 0.0, 0.0])
     with pytest.raises((diffopt.DivergenceError, diffopt.NonFiniteLossError)):
-        start, slope = torch.ones(3) / 3, torch.tensor([-1.0, 0.0, 0.0])
         diffopt.solve(loss, start, slope, optimizer=Proximal(SGD(0.1), Simplex()), steps=4)
     assert bool(Simplex()(torch.tensor([float("nan"), 1.0])).isnan().any())
 
@@ -193,5 +193,5 @@ def test_a_box_of_tensors_that_cross_is_refused(low, high):
 def test_a_players_loss_with_other_arguments_is_named(wrong):
     game = diffopt.game(lambda both, a: (both[0] - a).square(), wrong)
     start = (torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(diffopt.LossError, match="player 1's loss takes .* was given 2 arguments"):
+    with pytest.raises(diffopt.LossError, match=r"player 1's loss takes .* was given 2 arguments"):
         diffopt.solve(game, start, torch.tensor(2.0), optimizer=SGD(0.1), steps=1)
