@@ -231,6 +231,7 @@ def fault_of(case: Case) -> str:
     """What is wrong with what came of a call, in words; empty if it is as it should be."""
     row = TABLE[case.name]
     ahead = tuple(e for e in (diffopt.StepsError,) if case.estimator.name in ("Truncated", "Binomial", "Implicit"))
+    ahead += (diffopt.EstimatorError,) if case.estimator.name == "Implicit" else ()  # of an optimizer's buffers
     try:
         case.run()
     except DiffoptError as error:

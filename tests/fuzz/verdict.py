@@ -133,6 +133,7 @@ def may_refuse(call: Call) -> tuple[type[DiffoptError], ...]:
         allowed.append(diffopt.CapturedTensorError)
     if spec.name == "Implicit":
         allowed.append(diffopt.LinearSolveError)
+        allowed += [diffopt.EstimatorError] if call.rule.kind == "adamw" else []  # whose decay is decoupled
     return tuple(allowed)
 
 

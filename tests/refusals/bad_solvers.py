@@ -22,7 +22,7 @@ def solved(matrix: Tensor, b: Any = None, solver: Any = CONJUGATE, **options: An
 
 
 MINIMUM = "; is the inner problem at a minimum, and all finite\\?"
-SYMMETRIC = "expected a symmetric positive definite matrix; .*take GMRES \\(under Adam it is not symmetric"
+SYMMETRIC = "expected a symmetric positive definite matrix; .*take GMRES \\(under Adam or Proximal it is not symmetric"
 SOLVERS: dict[str, Bad] = {
     "indefinite": (lambda: solved(-EYE), diffopt.LinearSolveError, f"{SYMMETRIC}.*Dense\\(damping"),
     "singular": (lambda: solved(0 * EYE), diffopt.LinearSolveError, "broke down .*expected a symmetric positive d"),
