@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import LossError
-from diffopt.tensors import tree
+from diffopt.tensors import torch_errors, tree
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import plain
 from diffopt.tensors.tasks import Tasks
@@ -163,7 +163,13 @@ class Stop:
         """Tell of a step; whether to make no more."""
         if self.on_step is None:
             return False
-        answer = plain(self.on_step(step, float(loss)))
+        try:
+            answer = plain(self.on_step(step, float(loss)))
+        except TypeError as error:
+            named = torch_errors.signature_error(error, "on_step", self.on_step, 2, "the step's number and its loss")
+            if named is None:
+                raise
+            raise named from error
         if isinstance(answer, Tensor) and answer.dtype is torch.bool and answer.ndim == 0:
             return bool(answer)
         return answer is True

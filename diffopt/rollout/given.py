@@ -111,7 +111,7 @@ def check_batches(batches: Any, steps: int) -> None:
         fix = hints.for_batches(batches, steps)
         raise BatchesError(f"batches is {tree.describe(batches)}", f"a tree of tensors with {steps} entries each", fix)
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != steps:
+        if not _runs_over(leaf, steps):
             raise BatchesError(
                 f"batches{path} is {tree.describe(leaf)}",
                 f"a tensor whose first axis has length steps = {steps}, one entry per inner step",
@@ -123,6 +123,13 @@ def check_batches(batches: Any, steps: int) -> None:
             "a tree of tensors that run over steps",
             f"Batches: {hints.stacked(batches, steps)}. Tensors that run over steps: put them into a tuple or a dict",
         )
+
+
+def _runs_over(leaf: Any, steps: int) -> bool:
+    """Whether it is a tensor with so many entries; what has no one shape has none."""
+    if not isinstance(leaf, Tensor) or torch.nn.parameter.is_lazy(leaf) or leaf.is_nested:
+        return False
+    return leaf.ndim > 0 and len(leaf) == steps
 
 
 def _is_one_batch_per_step(batches: Any, steps: int) -> bool:

@@ -100,7 +100,11 @@ CALLS: dict[str, Slot] = {
     "solve(args)": Slot(lambda x: solved(square, start(), x), frozenset({"any"})),
     "solve(args deep)": Slot(lambda x: solved(square, start(), {"a": [x, torch.ones(2)]}), frozenset({"any"})),
     **{
-        f"solve({name}=)": Slot(lambda x, n=name: solved(**{n: x, **({"steps": 0} if n == "compile" else {})}), right)
+        f"solve({name}=)": Slot(
+            lambda x, n=name: solved(**{n: x, **({"steps": 0} if n == "compile" else {})}),
+            right,
+            own_errors=name in ("batches", "observe", "on_step"),
+        )
         for name, right in {
             "optimizer": frozenset[str](),
             "steps": INTEGERS,
@@ -108,12 +112,17 @@ CALLS: dict[str, Slot] = {
             "estimator": frozenset({"none"}),
             "check": FLAGS,
             "compile": FLAGS,
+            "has_aux": FLAGS,
+            "tol": NUMBERS | {"none"},
+            "observe": frozenset({"none", "builtin", "lambda"}),
+            "on_step": frozenset({"none", "lambda"}),
+            "micro_batches": frozenset({"none"}),
         }.items()
     },
     "solve(batches leaf)": Slot(
         lambda x: solved(batches={"a": torch.ones(3), "b": x}), frozenset({"empty_list", "empty_dict"})
     ),
-    "solve(batches, function)": Slot(lambda x: solved(lambda w, b: (w * b["a"]).sum(), batches=x)),
+    "solve(batches, function)": Slot(lambda x: solved(lambda w, b: (w * b["a"]).sum(), batches=x), own_errors=True),
     "mean_over_tasks(task_loss)": Slot(lambda x: diffopt.mean_over_tasks(x, torch.ones(4, 2)), own_errors=True),
     "mean_over_tasks(args)": Slot(lambda x: mean(lambda w, x: w.sum(), start(), x), frozenset({"any"})),
     **_by_option(
@@ -191,12 +200,18 @@ _SOLVERS: dict[Any, dict[str, Any]] = {
     linear_solve.Neumann: {},
     linear_solve.Nystrom: {"rank": 1, "damping": 0.1},
 }
-_OPTIONAL = {"window", "chunk_size", "checkpoint", "center", "diagonal", "factors", "generator", "step_size", "rtol"}
+_OPTIONAL = {
+    *("window", "chunk_size", "checkpoint", "memory", "center", "diagonal"),
+    *("factors", "generator", "step_size", "rtol", "solver"),
+}
 
 
 def _right(name: str, default: Any) -> frozenset[str]:
     right = FLAGS if isinstance(default, bool) else INTEGERS if isinstance(default, int) else SCALARS
-    if name in ("order", "window", "chunk_size", "steps", "directions", "rank", "seed", "checkpoint") or "iter" in name:
+    if (
+        name in ("order", "window", "chunk_size", "steps", "directions", "rank", "seed", "checkpoint", "memory")
+        or "iter" in name
+    ):
         right = INTEGERS
     if name in ("dampening", "scale", "center", "diagonal"):
         right = right | {"negative", "minus_infinity"}
