@@ -161,7 +161,7 @@ CALLS: dict[str, Slot] = {
     "cite": Slot(lambda x: diffopt.cite(x)),
     "check_estimator": Slot(lambda x: testing.check_estimator(x)),
     "check_optimizer": Slot(lambda x: testing.check_optimizer(x)),
-    "Schedule in lr": Slot(lambda x: solved(optimizer=diffopt.SGD(diffopt.Schedule(x)))),
+    "Schedule in lr": Slot(lambda x: solved(optimizer=diffopt.SGD(diffopt.Schedule(x))), frozenset({"vector"})),
     "lr in a tree": Slot(lambda x: solved(_any_square, [start(), start()], optimizer=diffopt.SGD([0.1, x])), SCALARS),
     "factors": Slot(lambda x: solved(optimizer=diffopt.Preconditioned(0.1, factors=x)), frozenset({"none"})),
 }
