@@ -141,3 +141,17 @@ def test_a_fault_is_found_by_its_check(name):
     assert type(finding.error) is kind
     with pytest.raises(kind, match=said):
         raise finding.error
+
+
+@pytest.mark.parametrize(("penalty", "fits"), [(0.9, True), (1.0, False), (1.1, True)])
+def test_an_active_set_that_changes_under_a_small_move_is_reported(penalty, fits):
+    """Lasso with three coefficients, of which the last reaches its threshold at a penalty of one."""
+    target = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64)
+
+    def step(w, penalty):
+        return diffopt.prox.L1(penalty)(w - 0.5 * (w - target), 0.5)
+
+    strength = torch.tensor(penalty, dtype=torch.float64)
+    solution = diffopt.prox.L1(strength)(target, 1.0)
+    report = diffopt.check(diffopt.fixed_point(step), solution, strength)
+    assert [finding.check for finding in report.failures] == ([] if fits else ["second derivative"])
