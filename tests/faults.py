@@ -1879,11 +1879,4 @@ FAULTS = [
         "if False:",
         "in_place",
     ),
-    Fault(
-        "an argument made in inference mode cannot be watched",
-        "diffopt/adjoint/estimator.py",
-        "        except RuntimeError:  # one was made in inference mode\n",
-        "        except TypeError:\n",
-        "unusable_tensors",
-    ),
 ]
