@@ -2339,13 +2339,6 @@ FAULTS = [
         "if False:",
         "in_place",
     ),
-    Fault(
-        "an argument made in inference mode cannot be watched",
-        "diffopt/adjoint/estimator.py",
-        "        except RuntimeError:  # one was made in inference mode\n",
-        "        except TypeError:\n",
-        "unusable_tensors",
-    ),
     # batches as a function of the step, in pieces, and what is attributed to them
     Fault(
         "a stream begins anew where a state goes on",

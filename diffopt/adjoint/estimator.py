@@ -128,10 +128,7 @@ def versions(problem: Problem) -> list[int]:
         return []
     given = (*inputs.params, *inputs.read, *inputs.hyperparameters)
     if transforms.current_level() is None and set(map(type, given)) == {Tensor}:
-        try:
-            return [x._version for x in given]
-        except RuntimeError:  # one was made in inference mode
-            pass
+        return [x._version for x in given]  # (none was made in inference mode: of such a copy is read)
     return [transforms.version(x) for x in given]
 
 
