@@ -111,6 +111,8 @@ def check_batches(batches: Any, steps: int) -> None:
         fix = hints.for_batches(batches, steps)
         raise BatchesError(f"batches is {tree.describe(batches)}", f"a tree of tensors with {steps} entries each", fix)
     for path, leaf in zip(tree.paths(structure), leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            refuse_unusable(leaf, lambda path=path: f"batches{path}")  # type: ignore[misc]
         if not _runs_over(leaf, steps):
             raise BatchesError(
                 f"batches{path} is {tree.describe(leaf)}",

@@ -73,7 +73,7 @@ def check_storage(options: Any) -> None:
     as_bytes(f"{where}: memory", options.memory)
     if options.checkpoint is not None:
         raise HyperparameterError(
-            f"{where}: checkpoint={options.checkpoint!r} and memory={options.memory!r}",
+            f"{where}: memory is {options.memory!r} beside checkpoint={options.checkpoint!r}",
             "one of them",
             "memory says how many states are stored; leave checkpoint out",
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import diffopt
+from diffopt.errors import EstimatorError
 from diffopt.estimators import (
     Binomial,
     ESJacobian,
@@ -158,6 +159,10 @@ def test_every_optimizer_with_every_rule(case, way):
     tasks = some_tasks("network", 71, steps)
     known = {window: [blocks(task, case, steps, window) for task in tasks] for window in (1, 2)}
     for name, (rule, window, answer) in rules(steps, order).items():
+        if name == "Implicit" and case.name == "adamw":  # whose decay depends on buffers that are held fixed
+            with pytest.raises(EstimatorError, match="whole_state"):
+                way(tasks, case, steps, rule)
+            continue
         for got, b in zip(way(tasks, case, steps, rule), known[window], strict=True):
             assert relative_error(got, answer(b)) < ROUND_OFF, name
 
@@ -172,6 +177,7 @@ def test_every_optimizer_with_every_rule(case, way):
 )
 def test_random_problems(kind, case, name, way, sizes, seed):
     steps, order = sizes
+    assume(name != "Implicit" or case.name != "adamw")  # which is refused
     rule, window, answer = rules(steps, order)[name]
     tasks = some_tasks(kind, seed, steps)
     for got, task in zip(way(tasks, case, steps, rule), tasks, strict=True):

@@ -119,6 +119,8 @@ RULES = [
 def test_every_rule_gives_the_numbers_of_the_native_optimizer(name, options, rule):
     # Not compared, as the dynamics differ there: Krylov below full order, whose space depends on the buffers before the
     # first step, and what Adagrad's sum starts from, which is a native buffer's start but part of a lifted first step.
+    if name == "AdamW" and isinstance(rule, Implicit):
+        pytest.skip("of the native one, whose decay depends on buffers that are held fixed, it is refused")
     start = tensors(SHAPES, 0)
     made = [(getattr(diffopt, name), lambda kind, **o: kind(**o)), (getattr(torch.optim, name), from_torch)]
     found = []

@@ -210,7 +210,7 @@ ONE = torch.tensor(1.0)
         ((lambda p: p[0] ** 2,), (ONE, ONE), diffopt.StructureError, "a tuple of 1, one entry for each player"),
         ((lambda p: p[0] ** 2, lambda p: p[1] ** 2), ONE, diffopt.StructureError, "a tuple of 2"),
         ((lambda p: p[0] ** 2, lambda p: p[1] ** 2), {0: ONE, 1: ONE}, diffopt.StructureError, "a tuple of 2"),
-        ((lambda p, a: p[0] ** 2,), (ONE,), diffopt.LossError, "refuses its arguments"),
+        ((lambda p, a: p[0] ** 2,), (ONE,), diffopt.LossError, r"player 0's loss takes \(p, a\)"),
     ],
     ids=["no own entry", "no tensor", "too many entries", "one tensor", "a dict", "arguments"],
 )

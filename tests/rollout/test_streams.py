@@ -47,6 +47,8 @@ RULES = {
 }
 EXACT = {"states": Reverse(1), "every second": Reverse(2), "unrolled": Unrolled(), "forward": ForwardMode()}
 
+COMPILED = pytest.param(True, marks=pytest.mark.compiler)
+
 
 @pytest.fixture(autouse=True)
 def double():
@@ -99,7 +101,7 @@ def assert_same(got, expected) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_numbers_are_those_of_stacked_batches(rule, compile):
     torch.manual_seed(1)
@@ -145,7 +147,7 @@ def test_under_transforms(rule, transform):
     assert_same([outer(of(data()))], [outer(data())])
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
 @pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
 def test_what_observes_sees_the_batch_of_its_step(rule, compile):
     def of_observed(batches):
@@ -191,6 +193,7 @@ def test_a_batch_is_asked_for_where_its_step_is_evaluated_only(rule, calls):
     assert sorted(asked) == sorted([*range(STEPS)] * calls)
 
 
+@pytest.mark.compiler
 def test_compiled_steps_that_are_looked_at_ask_once_each():
     asked: list[int] = []
     batches = of(data())
@@ -256,6 +259,7 @@ def test_rules_that_take_steps_together_want_one_shape(rule):
         gradients(ragged, rule)
 
 
+@pytest.mark.compiler
 def test_compiled_steps_of_several_shapes():
     assert_same(gradients(ragged, Reverse(1), compile=True), gradients(ragged, Reverse(1)))
 
@@ -415,7 +419,7 @@ def test_an_iterator_is_right_where_no_step_is_taken_again():
 CHANGING = {name: RULES[name] for name in ("states", "every second", "sqrt", "truncated", "binomial", "krylov")}
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
 @pytest.mark.parametrize("rule", [*CHANGING.values(), ForwardMode(), ESJacobian(2, 1e-3)], ids=str)
 def test_a_batch_that_is_another_one_when_asked_for_again_is_refused(rule, compile):
     asked: list[int] = []
