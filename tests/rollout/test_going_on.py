@@ -364,6 +364,8 @@ def test_a_live_optimizer_is_read_and_goes_on_as_it_would(name, made):
     training.train(3)
     assert training.same(found.params)
     assert not any(x.requires_grad for x in tree.flatten(state)[0])
+    again = training.ahead(state, 3)  # from copies, which training has left alone
+    torch.testing.assert_close(again.params, found.params, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LIVE)
