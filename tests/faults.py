@@ -1941,7 +1941,7 @@ FAULTS = [
         "diffopt/adjoint/autograd_function.py",
         "constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1",
         "constant = -1",
-        "vector_field",
+        "along",
     ),
     Fault(
         "the backward pass of a stopped solve takes all steps",
