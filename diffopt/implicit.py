@@ -15,13 +15,13 @@ from diffopt.adjoint.implicit_gradients import Call, implicit_gradients_at
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError
+from diffopt.inner_problem import checked_problem
 from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec, Tasks, leaves_like, refuse_not_finite
 from diffopt.optimizers import SGD
 from diffopt.rollout.given import params_leaves
 from diffopt.rollout.layout import Slot
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Keep, Watch
-from diffopt.solve import checked_problem
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.arguments import check_flag, check_instance, check_number
 from diffopt.tensors.leaves import Leaves

@@ -1853,7 +1853,7 @@ FAULTS = [
     ),
     Fault(
         "the buffers of a state are dropped",
-        "diffopt/solve.py",
+        "diffopt/inner_problem.py",
         "        buffers = _given_buffers(given, buffers, bound, structure)\n",
         "        _given_buffers(given, buffers, bound, structure)\n",
         "going_on",

@@ -98,6 +98,7 @@ NAMES = [
     "vector_field",
     "games",
     "field_solutions",
+    "field_constraints",
     "check_fields",
     "streams",
     "batches",

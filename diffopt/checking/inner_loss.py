@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffopt.errors import DiffoptError, LossError
+from diffopt.inner_problem import checked_problem
 from diffopt.optimizers import SGD
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.solve import checked_problem
 from diffopt.tensors import derivatives, random_state, tree
 
 

@@ -9,10 +9,10 @@ from typing import Any, cast, final
 
 from torch import Tensor
 
-from diffopt.errors import DeviceError, DiffoptError, LossError, OptimizerError
+from diffopt.errors import DeviceError, LossError, OptimizerError
 from diffopt.optimizers.binding import BoundOptimizer
+from diffopt.rollout import loss_errors
 from diffopt.rollout.along import Form, Observer
-from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Level, Place
 from diffopt.rollout.layout import Layout, Slot
 from diffopt.tensors import derivatives, hints, torch_errors, transforms, tree
@@ -96,7 +96,7 @@ class Dynamics:
         except StopIteration as error:
             raise torch_errors.ended_iterator() from error
         except (RuntimeError, TypeError) as error:
-            named = self._named(error, params, read)
+            named = loss_errors.named(error, self.layout, "the inner loss", self.loss, params, read)
             if named is None:
                 raise
             raise named from error
@@ -118,7 +118,7 @@ class Dynamics:
             found: Sequence[Tensor] = self._under_levels(self._observed, params, read)
             return found
         except (RuntimeError, TypeError) as error:
-            named = self._named(error, params, read, "observe", self.observer.function)
+            named = loss_errors.named(error, self.layout, "observe", self.observer.function, params, read)
             if named is None:
                 raise
             raise named from error
@@ -283,42 +283,3 @@ class Dynamics:
         """What may hold tensors besides those that are given: functions, the update, arguments that are no tensors."""
         observe = () if self.observer is None else (self.observer.function,)
         return self.loss, *observe, self.optimizer.template, Given(self.layout.constants())
-
-    def _named(
-        self,
-        error: Exception,
-        params: Sequence[Tensor],
-        read: Sequence[Tensor],
-        what: str = "the inner loss",
-        function: Callable[..., Any] | None = None,
-    ) -> DiffoptError | None:
-        """What was wrong with a loss that raised ``error``; ``None`` if only the loss itself can know."""
-        if isinstance(error, DiffoptError):
-            return None
-        if torch_errors.is_in_place(error):
-            return torch_errors.changed_in_place()
-        if "saved tensor hooks" in str(error):
-            return torch_errors.hooks_around_transforms()
-        if torch_errors.is_missing_derivative(error):
-            return torch_errors.missing_derivative(str(error).partition("\n")[0])
-        mixed = torch_errors.mixed_error(
-            error, what, "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
-        )
-        if mixed is not None:
-            return mixed
-        args, _ = tree.unflatten(self.layout.args_structure, list(self.layout.args_leaves))
-        wrong: DiffoptError | None = torch_errors.signature_error(
-            error,
-            what,
-            as_written(function or self.loss),
-            1 + len(args) + self.layout.has_batches,
-            "one for params, one for each of *args and, with batches, one for the batch",
-        )
-        if wrong is None and (self.layout.levels or transforms.transforms_active()):
-            wrong = torch_errors.vmap_error(error)
-        given = dict(zip(self.layout.names_of_step(), read, strict=True))
-        return (
-            wrong
-            or torch_errors.device_error(error, params[0].device, given)
-            or torch_errors.inference_error(error, given)
-        )

@@ -6,6 +6,7 @@ import functools
 import gc
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -190,13 +191,17 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     return sum([size for pointer, size in storages.items() if pointer not in others])
 
 
-def _add_storage(storages: dict[int, int], tensor: Any) -> None:
-    """Add the storage of a tensor, by its address; zeros of forward mode, subclasses and sparse tensors have none."""
-    try:
+def _add_storage(storages: dict[int, int], tensor: Tensor | None) -> None:
+    """Add the storage of a tensor, by its address.
+
+    Sparse tensors, zeros of forward mode and subclasses that hold others say by one of these errors that they have none
+    of their own: torch has no other way to ask.
+    """
+    if tensor is None:
+        return
+    with suppress(RuntimeError, NotImplementedError):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    except (RuntimeError, NotImplementedError, AttributeError):
-        pass
 
 
 _saved: dict[Any, list[str]] = {}

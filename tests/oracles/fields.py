@@ -63,3 +63,7 @@ def jacobian(field: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
     """``V`` of a field on one vector, row by row."""
     found: Tensor = torch.autograd.functional.jacobian(lambda z: field(z, *args), z)
     return found
+
+
+def soft(x: Tensor, threshold: Tensor) -> Tensor:
+    return x.sign() * (x.abs() - threshold).clamp_min(0)
