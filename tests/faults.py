@@ -2581,4 +2581,11 @@ FAULTS = [
         "names = {} if type(optimizer) not in KEYS else keys_of(optimizer)",
         "going_on",
     ),
+    Fault(
+        "a tangent that observe captures is dropped",
+        "diffopt/rollout/checks.py",
+        "if transforms.has_tangent(observed):",
+        "if False:",
+        "along",
+    ),
 ]

@@ -125,7 +125,8 @@ class Checks:
         if self._plainly:
             observed = self._dynamics.observed(params, read)
         else:
-            observed = apart_from(self.levels_at(step), self._dynamics.observed, params, read)
+            function = self._observed_without_tangents if self._drops_tangents else self._dynamics.observed
+            observed = apart_from(self.levels_at(step), function, params, read)
             if any(transforms.is_wrapped(x) for x in observed):
                 raise wrapped_error()
         if versions != [x._version for x in params]:
@@ -253,6 +254,13 @@ class Checks:
             if transforms.has_tangent([losses]):
                 raise forward_mode_error("the inner loss reads a tensor that")
         return losses
+
+    def _observed_without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
+        with transforms.tangents_seen():
+            observed = self._dynamics.observed(params, read)
+            if transforms.has_tangent(observed):
+                raise forward_mode_error("observe reads a tensor that")
+        return observed
 
     # ------------------------------------------------------------------------------------ state that a loss keeps
 

@@ -770,3 +770,19 @@ def test_a_solve_within_a_field_is_unrolled():
     assert relative_error([found.params], [now]) < 1e-12
     got, expected = (torch.autograd.grad(x.sum(), a) for x in (found.params, now))
     assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), FirstOrder()], ids=repr)
+def test_a_tangent_that_observe_captures_is_refused(rule):
+    """As one that the loss captures is: what is observed would have none."""
+    with torch.autograd.forward_ad.dual_level():
+        scale = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+        with pytest.raises(diffopt.DiffoptError, match="observe reads a tensor that carries a tangent"):
+            solve(
+                lambda w: w.square().sum(),
+                torch.ones(2),
+                optimizer=diffopt.SGD(0.1),
+                steps=2,
+                observe=lambda w: (w * scale).sum(),
+                estimator=rule,
+            )
