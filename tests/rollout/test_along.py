@@ -772,6 +772,7 @@ def test_a_solve_within_a_field_is_unrolled():
     assert relative_error(got, expected) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode loads it
 @pytest.mark.parametrize("rule", [Reverse(), Reverse(1), FirstOrder()], ids=repr)
 def test_a_tangent_that_observe_captures_is_refused(rule):
     """As one that the loss captures is: what is observed would have none."""
