@@ -454,8 +454,8 @@ FAULTS = [
     Fault(
         "the fixed point is never that of the whole state",
         "diffopt/adjoint/fixed_point.py",
-        "if not whole_state or _same(after[i], trajectory.final[i])]",
-        "]",
+        "range(count if whole_state else layout.params_count)",
+        "range(layout.params_count)",
         "implicit",
     ),
     Fault(
@@ -2530,6 +2530,20 @@ FAULTS = [
         "if last // optimizer.period >",
         "if last // optimizer.period > 1 +",
         "prox_at_rest",
+    ),
+    Fault(
+        "a loss of buffers that are held fixed is not told",
+        "diffopt/adjoint/fixed_point.py",
+        "if trajectory.check and any(bool(x.any()) for x in cotangents):",
+        "if False:",
+        "implicit_rule",
+    ),
+    Fault(
+        "a buffer that moves counts as an input of the step",
+        "diffopt/adjoint/fixed_point.py",
+        "if _same(after[i], trajectory.final[i])]",
+        "if not whole_state or _same(after[i], trajectory.final[i])]",
+        "implicit_rule",
     ),
     Fault(
         "an end that is no fixed point is not told",

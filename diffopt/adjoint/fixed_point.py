@@ -59,8 +59,8 @@ def implicit_pullback(
 
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
-    The unknown is the state, or only its params: the buffers are then held fixed, and like buffers that the step
-    returns unchanged they count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
+    The unknown is the state, or only its params: the buffers are then held fixed, with no derivative. Those that the
+    step returns unchanged count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
     ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
     ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
     takes the place of ``I - J``. ``solver``: as in :func:`chosen_solver`; a system that it does not solve is refused
@@ -90,8 +90,8 @@ def implicit_pullback(
         if losses_there is None:
             there[..., last - 1] = replay.losses(trajectory.final, last)
         refuse_other_losses(there, losses, rollout.autocast)
-    still = [i for i in range(layout.params_count, count) if not whole_state or _same(after[i], trajectory.final[i])]
-    moving = [i for i in range(count) if i not in still]
+    still = [i for i in range(layout.params_count, count) if _same(after[i], trajectory.final[i])]
+    moving = [i for i in range(count if whole_state else layout.params_count) if i not in still]
     residuals = [i + layout.params_count for i in moving] if root else moving
 
     def system(v: Leaves) -> Leaves:
@@ -99,6 +99,7 @@ def implicit_pullback(
         past, through = block.pullback_apart(residuals, v, moving, past=not root)
         return through if root else (v - past) - through
 
+    _warn_of_held_buffers(trajectory, [cotangent[i] for i in range(count) if i not in {*still, *moving}])
     look(system)
     found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
@@ -139,6 +140,17 @@ def _warn_if_not_reached(trajectory: Trajectory) -> None:
         warnings.warn(
             f"tol was not reached within {trajectory.steps} steps, and Implicit differentiates a fixed point: the "
             "hypergradient is that of another point. Take more steps, a larger tol, or Reverse()",
+            EstimateWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_held_buffers(trajectory: Trajectory, cotangents: list[Tensor]) -> None:
+    """Warn of an outer loss that depends on buffers that are held fixed."""
+    if trajectory.check and any(bool(x.any()) for x in cotangents):
+        warnings.warn(
+            "the outer loss depends on the optimizer's buffers, which Implicit holds fixed: nothing is differentiated "
+            "through them. Take Implicit(GMRES(max_iterations=100), whole_state=True), or detach the state",
             EstimateWarning,
             stacklevel=2,
         )

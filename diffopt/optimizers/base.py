@@ -95,7 +95,11 @@ class Optimizer(Bindable):
 
     @abstractmethod
     def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
-        """The next parameters and buffers; ``step`` counts from 1. Differentiable, nothing in place."""
+        """The next parameters and buffers; ``step`` counts from 1. Differentiable, nothing in place.
+
+        A buffer that no step changes is returned itself, not a copy: :class:`diffopt.estimators.Implicit` knows by that
+        the inputs of a step, which have a derivative, from buffers that move, which it holds fixed.
+        """
 
 
 class Grouping(Optimizer):

@@ -193,3 +193,35 @@ def test_small_curvature_is_not_lost_beside_the_identity(optimizer):
     end.sum().backward()
     assert a.grad is not None
     torch.testing.assert_close(a.grad, torch.ones(2), rtol=1e-4, atol=0)
+
+
+def _averaged(estimator):
+    """The gradient of an outer loss of the average of the iterates, for the problem and for the initial params."""
+    theta, start = leaf(THETA), leaf(START)
+    optimizer = diffopt.EMA(diffopt.SGD(0.4, momentum=0.5), decay=0.5)
+    found = diffopt.solve(logistic, start, theta, optimizer=optimizer, steps=400, estimator=estimator)
+    outer(found.state.buffers["average"]).backward()
+    return theta.grad, start.grad
+
+
+def test_an_average_of_iterates_is_part_of_the_whole_state():
+    theta, start = _averaged(Implicit(GMRES(rtol=1e-13, max_iterations=100), whole_state=True))
+    assert relative_error(theta, _averaged(Reverse())[0]) < 1e-9
+    assert float(start.abs().max()) == 0
+
+
+def test_a_loss_of_buffers_that_are_held_fixed_is_told():
+    with pytest.warns(diffopt.EstimateWarning, match="depends on the optimizer's buffers, which Implicit holds fixed"):
+        theta, start = _averaged(Implicit(EXACT))
+    assert float(theta.abs().max()) == 0
+    assert float(start.abs().max()) == 0  # the average starts there, and has long forgotten it
+
+
+def test_a_buffer_that_moves_has_no_derivative_at_the_start():
+    theta, velocity = leaf(THETA), leaf(torch.ones(SIZE, dtype=torch.float64))
+    start = diffopt.State(START, {"velocity": velocity}, step=3)
+    optimizer = diffopt.SGD(0.4, momentum=0.5)
+    found = diffopt.solve(logistic, start, theta, optimizer=optimizer, steps=400, estimator=Implicit(EXACT))
+    outer(found.params).backward()
+    assert theta.grad.any()
+    assert not velocity.grad.any()

@@ -401,18 +401,19 @@ STYLES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 def test_200_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
     w, scale = (x.detach()[..., :10] if x.ndim else x.detach() for x in inputs())
 
-    def count() -> int:
+    def alive() -> list[Tensor]:
         gc.collect()
-        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
     def objective(w: Tensor) -> Tensor:
         return solve(rule, 2, w, scale).params.square().sum()
 
+    others = alive()  # what other tests left must not go while this one counts
     counts = []
     for step in range(1, 221):
         w = (w.detach() - 0.01 * STYLES[style](objective, w.detach().requires_grad_())).detach()
         if step in (20, 220):
-            counts.append(count())
+            counts.append(len(alive()) - len(others))
     assert counts[0] == counts[1]
 
 
