@@ -205,12 +205,15 @@ def minimal_residual(b: Blocks, order: int) -> list[Tensor]:
 
 
 def at_the_fixed_point(b: Blocks, moving: Callable[[int], Sequence[int]]) -> tuple[list[Tensor], float]:
-    """(6.1) at the final state, solved for the numbers ``moving(params)`` of it; and the condition of that system."""
+    """(6.1) at the final state, solved for the numbers ``moving(params)`` of it; and the condition of that system.
+
+    Of the others, those that a step hands through are its inputs; what it moves has no derivative.
+    """
     numbers = list(moving(b.end.H.shape[0]))
     matrix = torch.eye(len(numbers), dtype=b.last.dtype) - b.end.J[numbers][:, numbers].mT
     v = torch.zeros_like(b.last)
     v[numbers] = torch.linalg.solve(matrix, b.last[numbers])
-    still = torch.ones(len(v), dtype=torch.bool)
+    still = (torch.eye(len(v), dtype=v.dtype) == b.end.J).all(1)
     still[numbers] = False
     initial = torch.where(still, b.last + b.end.J.mT @ v, 0)
     return b.answer(initial, [v], steps=[b.end]), float(torch.linalg.cond(matrix))
