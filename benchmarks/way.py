@@ -1,14 +1,13 @@
-"""How far it is from the call to the number, and how the house is laid out: ``python -m benchmarks.way``.
+"""How far it is from the call to the number: ``python -m benchmarks.way``.
 
 The way: a solve of three steps (gradient descent with momentum on three numbers) and its backward pass under a profiler
 that counts what happens in the files of one package: files entered, functions, calls, changes of file, the deepest
 stack, and the frames between the call and the user's loss. Comprehensions count as calls where Python makes them so.
-The house: files, lines, folders and import arrows of the library, and the arrows that run back.
+How the house is laid out, :mod:`benchmarks.house` says.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -129,54 +128,8 @@ def through_higher() -> Way | None:
     return Way(lambda name: name.startswith(folder)).watch(work, quadratic)
 
 
-def arrows(package: Path = ROOT) -> tuple[set[tuple[str, str]], dict[str, set[str]]]:
-    """The import arrows between modules, and between folders; a folder's facade counts as the folder."""
-    modules = {name: path for folder in ("diffopt", "estimators", "tasks") for name, path in _modules(package, folder)}
-    found: set[tuple[str, str]] = set()
-    for name, path in modules.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            targets: list[str] = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                targets = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-            elif isinstance(node, ast.Import):
-                targets = [alias.name for alias in node.names]
-            known = [target for target in targets if target in modules and target != name]
-            found.update((name, target) for target in known if target != "diffopt")
-    folders: dict[str, set[str]] = {}
-    for a, b in found:
-        if _folder(a, modules) != _folder(b, modules):
-            folders.setdefault(_folder(a, modules), set()).add(_folder(b, modules))
-    return found, folders
-
-
-def _modules(package: Path, folder: str) -> list[tuple[str, Path]]:
-    top = "diffopt" if folder == "diffopt" else f"diffopt.{folder}"
-    found = []
-    for path in sorted((package / folder).rglob("*.py")):
-        parts = path.relative_to(package / folder).with_suffix("").parts
-        if parts[0] not in ("estimators", "tasks") or folder != "diffopt":
-            found.append((".".join([top, *parts]).removesuffix(".__init__"), path))
-    return found
-
-
-def _folder(module: str, modules: dict[str, Path]) -> str:
-    return module if modules[module].name == "__init__.py" else module.rpartition(".")[0]
-
-
-def running_back(folders: dict[str, set[str]]) -> list[str]:
-    """Pairs of folders that import each other, on any way through others; the top's own files are not counted."""
-    reach = {name: set(targets) for name, targets in folders.items() if name != "diffopt"}
-    changed = True
-    while changed:
-        changed = False
-        for name, targets in reach.items():
-            further = set().union(targets, *(reach.get(target, set()) for target in targets))
-            changed, reach[name] = changed or further != targets, further
-    return sorted(name for name, targets in reach.items() if name in targets)
-
-
 def main() -> None:
-    """Print both tables."""
+    """Print the table."""
     print(f"{'three steps and their backward pass':38s} files functions calls changes depth to the loss")
     rows: list[tuple[str, Way | None]] = [
         ("Reverse(), check=True", ours(Reverse(), True)),
@@ -193,13 +146,6 @@ def main() -> None:
                 f"{name:38s}{len(way.files):6d}{len(way.functions):10d}{way.calls:6d}{way.changes:8d}{way.depth:6d}"
                 f"{way.to_loss:12d}"
             )
-    found, folders = arrows()
-    modules = [path for folder in ("diffopt", "estimators", "tasks") for _, path in _modules(ROOT, folder)]
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in modules)
-    between = sum(len(targets) for targets in folders.values())
-    print(f"\n{len(modules)} files, {lines} lines, {len({path.parent for path in modules})} folders")
-    circles = ", ".join(running_back(folders)) or "none"
-    print(f"{len(found)} import arrows between files, {between} between folders; folders in circles: {circles}")
 
 
 if __name__ == "__main__":

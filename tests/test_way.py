@@ -1,10 +1,16 @@
-"""How long the way is from the call to the number, held loosely: ``python -m benchmarks.way`` prints it."""
+"""How long the way is from the call to the number, held loosely, and the map of the folders.
+
+``python -m benchmarks.way`` prints the one, ``python -m benchmarks.house`` draws the other.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 way = pytest.importorskip("benchmarks.way", reason="the checkout, of which benchmarks are a part")
+house = pytest.importorskip("benchmarks.house")
 
 CALLS = {True: 420, False: 330}
 """Calls in the library's own files, of a solve of three steps and its backward pass, with checks and without."""
@@ -27,3 +33,18 @@ def test_without_checks_no_check_is_called(rule: str) -> None:
     checks = ("rollout/checks.py", "rollout/refusals.py", "rollout/hidden_state.py")
     names = {name for file, name, _ in seen.functions if file.endswith(checks)}
     assert names == set()
+
+
+def test_the_map_is_drawn_from_the_imports(checkout: Path) -> None:
+    """If it is not: ``python -m benchmarks.house``."""
+    assert house.drawn(house.arrows()[1]) in (checkout / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_map_leaves_out_what_a_longer_way_says() -> None:
+    folders = {"diffopt.top": {"diffopt.middle", "diffopt.ground", "diffopt"}, "diffopt.middle": {"diffopt.ground"}}
+    assert house.needed(folders) == [("diffopt.middle", "diffopt.ground"), ("diffopt.top", "diffopt.middle")]
+
+
+def test_folders_that_import_each_other_are_found() -> None:
+    folders = {"diffopt.a": {"diffopt.b"}, "diffopt.b": {"diffopt.c"}, "diffopt.c": {"diffopt.a"}, "diffopt.d": set()}
+    assert house.running_back(folders) == ["diffopt.a", "diffopt.b", "diffopt.c"]
