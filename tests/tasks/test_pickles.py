@@ -72,7 +72,7 @@ values = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=5),
         st.lists(inner, max_size=5).map(tuple),
-        st.dictionaries(st.one_of(st.text(), st.binary(), st.integers()), inner, max_size=5),
+        st.dictionaries(st.one_of(st.text(), st.binary(), st.integers(1 - 2**63, 2**63 - 1)), inner, max_size=5),
     ),
     max_leaves=12,
 )
