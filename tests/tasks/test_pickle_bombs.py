@@ -95,7 +95,7 @@ KEYS = {
     + b".",
     "one hash all, in a new dictionary": b"(" + b"".join(b"L%dL\nN" % (n * SAME_HASH) for n in range(9, 999)) + b"d.",
     "a large integer many times": with_keys(LARGE_KEY + b"q\x00", *[b"h\x00"] * TIMES),
-    "tuples of shared tuples": with_keys(b")" + b"q\x00h\x00\x86" * 60),
+    "tuples of shared tuples": with_keys(b")" + b"q\x00h\x00\x86" * 20),
     "a tuple": with_keys(b"K\x01\x85"),
     "a tuple, set alone": b"}K\x01\x85Ns.",
     "a tuple, in a new dictionary": b"(K\x01\x85Nd.",
