@@ -82,9 +82,10 @@ def _chosen(members: Iterator[Member], names: tuple[str, ...], size: int, path: 
     """The images of the classes, those of the file ``train`` before those of ``test``."""
     tables = {member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}") for member in members}
     meta, train, test = (tables[one.name] for one in EXTRACTED)
-    official = [text(name) for name in _listed(meta, "fine_label_names", f"{path}: meta")]
-    if sorted(official) != sorted(name for five in superclasses().values() for name in five):
-        raise DataError(f"{path}: meta names {len(official)} classes", "the hundred of CIFAR-100")
+    listed = _listed(meta, "fine_label_names", f"{path}: meta")
+    official = [text(name) for name in listed[:100]]
+    if len(listed) != 100 or sorted(official) != sorted(name for five in superclasses().values() for name in five):
+        raise DataError(f"{path}: meta names {len(listed)} classes", "the hundred of CIFAR-100")
     halves = [_half(train, f"{path}: train"), _half(test, f"{path}: test")]
     pixels = np.concatenate([images for images, _ in halves])
     labels = np.concatenate([labels for _, labels in halves])

@@ -38,9 +38,12 @@ def pickled_images(table: Any, name: str, split: Split, size: int) -> Tensor:
     classes = entry(table, "class_dict", name)
     if not isinstance(classes, dict):
         raise DataError(f"{name} has class_dict as {type(classes).__name__}", "a dictionary of places by class")
-    rows = {text(label): array(places, f"{name}: class_dict") for label, places in classes.items()}
-    _check_classes(set(rows), split, name)
-    for label, places in rows.items():
+    listed = {text(label): places for label, places in classes.items()}
+    _check_classes(set(listed), split, name)
+    rows = {}
+    for label in listed:
+        # One by one: a file that names one long array for every class would take the memory of all.
+        rows[label] = places = array(listed[label], f"{name}: class_dict")
         _check_count(len(places) if places.ndim == 1 else 0, label, name)
         if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= len(pixels):
             raise DataError(

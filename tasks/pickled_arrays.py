@@ -13,15 +13,19 @@ from diffopt.tasks.errors import DataError
 
 Array: TypeAlias = npt.NDArray[Any]
 
+_LONGEST = 1000
 _MOST_AXES = 8
 _KINDS = {f"{kind}{size}" for kind, sizes in {"u": "1248", "i": "1248", "f": "248", "b": "1"}.items() for size in sizes}
 
 
 def text(value: Any) -> str:
-    """A string of Python 3, or of Python 2 and hence pickled as bytes; of anything else, its type."""
+    """A string of Python 3, or of Python 2 and hence pickled as bytes; of anything else, its type.
+
+    Cut after 1,000 characters, more than any name has: a file may name one long string many times.
+    """
     if isinstance(value, bytes):
-        return value.decode("latin-1")
-    return value if isinstance(value, str) else type(value).__name__
+        return value[:_LONGEST].decode("latin-1")
+    return value[:_LONGEST] if isinstance(value, str) else type(value).__name__
 
 
 def shown(value: Any) -> str:
@@ -34,8 +38,8 @@ def shown(value: Any) -> str:
 class PickledNumber:
     """What a pickle says of a kind of number: ``code`` such as ``u1``, and the order of its bytes."""
 
-    code: str
-    order: str = "="
+    code: Any
+    order: Any = "="
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The numpy dtype.
@@ -43,9 +47,10 @@ class PickledNumber:
         Raises:
             DataError: it is none of the plain kinds: booleans, integers and floats of a fixed size.
         """
-        if self.code not in _KINDS or self.order not in ("=", "|", "<", ">"):
-            raise DataError(f"{name} holds an array of {shown(self.order + self.code)}", "plain numbers, such as u1")
-        return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)  # type: ignore[arg-type]
+        code, order = text(self.code), text(self.order)
+        if code not in _KINDS or order not in ("=", "|", "<", ">"):
+            raise DataError(f"{name} holds an array of {shown(order + code)}", "plain numbers, such as u1")
+        return np.dtype(code).newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
 
 
 @final

@@ -1,33 +1,39 @@
 """Reading the pickles that data sets are published in, without running anything they name.
 
-A pickle is a program: it may name any function and call it. So nothing here unpickles. The opcodes are taken
-apart by the standard library's ``pickletools`` and followed by a small interpreter of our own that knows plain
-values, containers, byte strings of Python 2, and the few names numpy's arrays are pickled with. Those names
-are never looked up or called: an array is put together from its shape, its kind of number and its bytes, once
-these fit together. Any other name, any other opcode, and any mismatch is a
-:class:`diffopt.tasks.errors.DataError`.
+A pickle is a program: it may name any function and call it. It is read here by the standard library's unpickler,
+cut down: of its opcodes only those are left that data needs, and a name, if it is one of the few that numpy's
+arrays are pickled with, is written down, never looked up. Nothing is ever called: an array is put together from its
+shape, its kind of number and its bytes, once these fit together. Any other name, any other opcode, and any mismatch
+is a :class:`diffopt.tasks.errors.DataError`.
 
 Memory is bounded by the size of the file: no length that a pickle claims is believed beyond the bytes there
-are, and no opcode copies.
+are, and no opcode copies what the file holds once.
 """
 
 from __future__ import annotations
 
+import pickle
 import pickletools
+import struct
 import tarfile
 import zlib
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO, ClassVar, final
 
 import numpy as np
 
 from diffopt.tasks.data import open_file
 from diffopt.tasks.errors import DataError
-from diffopt.tasks.pickled_arrays import Array, PickledArray, PickledNumber, shown, text
+from diffopt.tasks.pickled_arrays import Array, PickledArray, PickledNumber, shown
 
 # What the standard library raises on a pickle that is broken, or on an archive that ends within it.
-_BROKEN = (ValueError, LookupError, OverflowError, OSError, EOFError, zlib.error, tarfile.TarError)
+_BROKEN = (
+    *(pickle.UnpicklingError, struct.error, ValueError, LookupError, AttributeError, OverflowError, DeprecationWarning),
+    *(OSError, EOFError, zlib.error, tarfile.TarError),
+)
 
 
 def load_pickle(path: Path, limit: int) -> Any:
@@ -46,25 +52,27 @@ def load_pickle(path: Path, limit: int) -> Any:
 def read_pickle(stream: BinaryIO, size: int, name: str) -> Any:
     """What is pickled in the next ``size`` bytes of a stream.
 
-    Plain values come out as themselves; byte strings of Python 2 as ``bytes``, so the keys of its dictionaries
-    too (see :func:`entry`); numpy arrays as :class:`PickledArray`. Protocols 0 to 5.
+    Plain values come out as themselves, but a ``bytearray`` as ``bytes``; byte strings of Python 2 as ``bytes``, so
+    the keys of its dictionaries too (see :func:`entry`); numpy arrays as :class:`PickledArray`. Protocols 0 to 5.
 
     Raises:
         DataError: the pickle names anything but numpy's arrays, is cut short or broken.
     """
-    machine = _Machine(name)
+    reader = _Reader(stream, size, name)
     try:
-        for opcode, argument, _ in pickletools.genops(_Window(stream, size)):  # type: ignore[arg-type]
-            machine.follow(opcode.name, argument)
-        return machine.result()
+        value = reader.load()
     except DataError:
         raise
     except _BROKEN as error:
         raise DataError(
-            f"{name} cannot be read ({error})",
+            f"{name} cannot be read ({str(error)[:100]})",
             "a whole pickle",
             "the download was cut short or damaged: download it again",
         ) from error
+    if reader.stack or reader.metastack:
+        count = 1 + sum(map(len, (reader.stack, *reader.metastack)))
+        raise DataError(f"{name} leaves {count} values and {len(reader.metastack)} marks", "one value")
+    return value
 
 
 def entry(table: Any, key: str, name: str) -> Any:
@@ -95,179 +103,165 @@ def array(value: Any, name: str) -> Array:
     raise DataError(f"{name} is a {type(value).__name__}", "a numpy array")
 
 
-class _Name(Enum):
-    """The names that a pickle may mention; none of them is ever looked up."""
-
-    RECONSTRUCT = "numpy.core.multiarray _reconstruct"
-    SCALAR = "numpy.core.multiarray scalar"
-    FROM_BUFFER = "numpy.core.numeric _frombuffer"
-    ARRAY = "numpy ndarray"
-    NUMBER = "numpy dtype"
-    ENCODE = "_codecs encode"
-    BYTES = "builtins bytes"
-
-
-_RENAMED = {"numpy._core": "numpy.core", "__builtin__ ": "builtins "}
-
-_NUMBERS = frozenset(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"])
-_STRINGS = frozenset(["UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"])
-_BYTES = frozenset(["BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"])
-_VALUES = _NUMBERS | _STRINGS | _BYTES
-_PYTHON_2_STRINGS = frozenset(["STRING", "BINSTRING", "SHORT_BINSTRING"])
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PUT = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
-_GET = frozenset(["GET", "BINGET", "LONG_BINGET"])
-_PASSED_OVER = frozenset(["PROTO", "FRAME", "STOP"])
+# NOTE [which names and opcodes are let in]
+# A pickle is refused for whatever is not listed here. By these opcodes the standard library puts plain values, tuples,
+# lists and names on its stack and into its memo; what the reader does in its own way instead ends the reader.
+_NAMES = """
+    numpy.ndarray numpy.dtype numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
+    numpy.core.numeric._frombuffer _codecs.encode builtins.bytes
+"""
+_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT
+    BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL
+"""
+# NOTE [why keys are strings or small integers]
+# Tuples within tuples take any time to hash, and so does a large integer that is a key many times. Large integers can
+# also be chosen to have one hash all, which makes a dictionary slow: hence the limit for numbers in the memo, too.
+_LARGE = 2**63
+_DANGER = "nothing of it was run: do not open this file with pickle"
 
 
 @final
-class _Machine:
-    """The stack and memo of one pickle."""
+@dataclass(frozen=True)
+class _Named:
+    """A name that a pickle mentions."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def result(self) -> Any:
-        """The one value left at the end."""
-        if len(self.stack) != 1 or self.marks:
-            raise DataError(f"{self.name} leaves {len(self.stack)} values", "one, as of a whole pickle")
-        return self.stack[0]
-
-    def follow(self, opcode: str, argument: Any) -> None:
-        """Do what one opcode says, or refuse it. The frequent ones come first."""
-        stack = self.stack
-        if opcode in _PUT:
-            self.memo[argument] = stack[-1]
-        elif opcode in _GET:
-            stack.append(self.memo[argument])
-        elif opcode in _VALUES:
-            stack.append(argument)
-        elif opcode in _PYTHON_2_STRINGS:
-            stack.append(argument.encode("latin-1"))
-        elif opcode in _CONSTANTS:
-            stack.append(_CONSTANTS[opcode])
-        elif opcode == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif opcode == "MARK":
-            self.marks.append(len(stack))
-        elif opcode in _TUPLES:
-            self._tuple(len(stack) - _TUPLES[opcode])
-        elif opcode == "TUPLE":
-            self._tuple(self.marks.pop())
-        elif opcode in ("REDUCE", "BUILD"):
-            state, subject = stack.pop(), stack.pop()
-            stack.append(self._called(subject, state) if opcode == "REDUCE" else self._built(subject, state))
-        elif opcode in ("GLOBAL", "STACK_GLOBAL"):
-            spelled = argument if opcode == "GLOBAL" else " ".join(map(text, reversed([stack.pop(), stack.pop()])))
-            stack.append(self._named(spelled))
-        elif opcode not in _PASSED_OVER:
-            self._fill(opcode)
-
-    def _tuple(self, start: int) -> None:
-        if start < 0 or (self.marks and start < self.marks[-1]):
-            raise IndexError("a tuple of more values than there are")
-        self.stack[start:] = [tuple(self.stack[start:])]
-
-    def _fill(self, opcode: str) -> None:
-        """Lists and dictionaries, empty, full or in parts."""
-        stack = self.stack
-        if opcode in ("EMPTY_LIST", "EMPTY_DICT"):
-            stack.append([] if opcode == "EMPTY_LIST" else {})
-            return
-        if opcode in ("LIST", "DICT", "APPENDS", "SETITEMS"):
-            start = self.marks.pop()
-        elif opcode in ("APPEND", "SETITEM"):
-            start = len(stack) - (1 if opcode == "APPEND" else 2)
-        else:
-            raise DataError(
-                f"{self.name} uses the opcode {opcode}",
-                "those that data needs",
-                "nothing of it was run: do not open this file with pickle",
-            )
-        values = stack[start:]
-        del stack[start:]
-        if opcode in ("LIST", "DICT"):
-            stack.append([] if opcode == "LIST" else {})
-        filled = stack[-1]
-        if opcode in ("LIST", "APPENDS", "APPEND") and isinstance(filled, list):
-            filled.extend(values)
-        elif opcode in ("DICT", "SETITEMS", "SETITEM") and isinstance(filled, dict) and len(values) % 2 == 0:
-            keys = values[::2]
-            if not all(isinstance(key, (str, bytes, int)) for key in keys):
-                raise DataError(f"{self.name} has a dictionary with other keys", "strings and integers")
-            filled.update(zip(keys, values[1::2], strict=True))
-        else:
-            raise ValueError(f"{opcode} on a {type(filled).__name__}")
-
-    def _named(self, spelled: str) -> _Name:
-        usual = spelled
-        for new, old in _RENAMED.items():
-            usual = old + usual[len(new) :] if usual.startswith(new) else usual
-        try:
-            return _Name(usual)
-        except ValueError:
-            raise DataError(
-                f"{self.name} names {shown(spelled.replace(' ', '.'))}",
-                "numpy arrays and plain values only",
-                "nothing of it was run: do not open this file with pickle",
-            ) from None
-
-    def _called(self, function: Any, arguments: Any) -> Any:
-        """What the call of a known name stands for; nothing is called."""
-        values = arguments if isinstance(arguments, tuple) else (arguments,)
-        if function is _Name.RECONSTRUCT and len(values) == 3 and values[0] is _Name.ARRAY:
-            return PickledArray()
-        if function is _Name.NUMBER and values and isinstance(values[0], (str, bytes)):
-            return PickledNumber(text(values[0]))
-        if function is _Name.FROM_BUFFER and len(values) == 4:
-            data, number, shape, order = values
-            return PickledArray(shape, number, order == "F", data)
-        if function is _Name.SCALAR and len(values) == 2:
-            return PickledArray((), values[0], False, values[1]).numpy(self.name).item()
-        if function is _Name.ENCODE and len(values) == 2 and isinstance(values[0], str) and values[1] == "latin1":
-            return values[0].encode("latin-1")
-        if function is _Name.BYTES and values == ():
-            return b""
-        raise DataError(
-            f"{self.name} calls {_described(function)} in another way", "one in which numpy's arrays are pickled"
-        )
-
-    def _built(self, subject: Any, state: Any) -> Any:
-        """An array, or a kind of number, told its state."""
-        if isinstance(subject, PickledArray) and isinstance(state, tuple) and len(state) == 5:
-            _, subject.shape, subject.number, subject.columns_first, subject.data = state
-        elif isinstance(subject, PickledNumber) and isinstance(state, tuple) and 8 <= len(state) <= 9:
-            if state[2:5] != (None, None, None):
-                raise DataError(f"{self.name} holds an array of records", "plain numbers")
-            subject.order = text(state[1])
-        else:
-            raise DataError(f"{self.name} gives a state to {_described(subject)}", "only numpy arrays to have one")
-        return subject
+    spelled: str
 
 
 def _described(value: Any) -> str:
-    return value.value.replace(" ", ".") if isinstance(value, _Name) else f"a {type(value).__name__}"
+    return value.spelled if isinstance(value, _Named) else f"a {type(value).__name__}"
+
+
+def _refuse(opcode: str, reader: _Reader) -> None:
+    raise DataError(f"{reader.name} uses the opcode {opcode}", "those that data needs", _DANGER)
+
+
+@final
+class _Reader(pickle._Unpickler):
+    """The standard library's unpickler, without its means to call, to build objects and to take memory on trust.
+
+    It is the one written in Python, whose table of opcodes can be cut down and whose memo is a dictionary. The one
+    in C fills a memo as long as the largest index in it, and looks extension codes up past ``find_class``.
+    """
+
+    stack: list[Any]
+    metastack: list[list[Any]]
+    memo: dict[int, Any]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, stream: BinaryIO, size: int, name: str) -> None:
+        super().__init__(_Window(stream, size), encoding="bytes")
+        self.name, self._unencoded = name, size
+
+    def find_class(self, module: str, name: str) -> _Named:
+        """The name, as it was before numpy 2 and is in Python 3."""
+        usual = f"{module.replace('numpy._core', 'numpy.core').replace('__builtin__', 'builtins')}.{name}"
+        if usual not in _NAMES.split():
+            given = shown(f"{module}.{name}")
+            raise DataError(f"{self.name} names {given}", "numpy arrays and plain values only", _DANGER)
+        return _Named(usual)
+
+    def _reduce(self) -> None:
+        """What the call of a known name stands for; nothing is called."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        match function, arguments:
+            case _Named("numpy.core.multiarray._reconstruct"), (_Named("numpy.ndarray"), _, _):
+                value: Any = PickledArray()
+            case _Named("numpy.dtype"), (str() | bytes() as code, *_):
+                value = PickledNumber(code)
+            case _Named("numpy.core.numeric._frombuffer"), (data, number, shape, order):
+                value = PickledArray(shape, number, order == "F", data)
+            case _Named("numpy.core.multiarray.scalar"), (number, data):
+                value = PickledArray((), number, False, data).numpy(self.name).item()
+            case _Named("_codecs.encode"), (str() as decoded, "latin1"):
+                # One string encoded again and again would take any memory; a true pickle encodes each of its own once.
+                self._unencoded -= len(decoded)
+                if self._unencoded < 0:
+                    raise ValueError("it encodes more than it holds")
+                value = decoded.encode("latin-1")
+            case _Named("builtins.bytes"), ():
+                value = b""
+            case _:
+                got = f"{self.name} calls {_described(function)} in another way"
+                raise DataError(got, "one in which numpy's arrays are pickled")
+        self.stack.append(value)
+
+    def _build(self) -> None:
+        """An array, or a kind of number, told its state."""
+        state, subject = self.stack.pop(), self.stack[-1]
+        match subject, state:
+            case PickledArray(), (_, shape, number, columns_first, data):
+                subject.shape, subject.number, subject.columns_first, subject.data = shape, number, columns_first, data
+            case PickledNumber(), (_, order, None, None, None, _, _, _, *_):
+                subject.order = order
+            case PickledNumber(), _:
+                raise DataError(f"{self.name} holds an array of records", "plain numbers")
+            case _:
+                got = f"{self.name} gives a state to {_described(subject)}"
+                raise DataError(got, "only numpy arrays to have one")
+
+    def _dict(self) -> None:
+        values = self.pop_mark()
+        self.stack.append({})
+        self._fill(values)
+
+    def _setitem(self) -> None:
+        self._fill([self.stack.pop(-2), self.stack.pop()])
+
+    def _setitems(self) -> None:
+        self._fill(self.pop_mark())
+
+    def _fill(self, values: list[Any]) -> None:
+        table, keys = self.stack[-1], values[::2]
+        if not isinstance(table, dict):
+            raise ValueError(f"entries for a {type(table).__name__}")
+        if not all(isinstance(key, (str, bytes)) or (isinstance(key, int) and abs(key) < _LARGE) for key in keys):
+            raise DataError(f"{self.name} has a dictionary with other keys", "strings and integers of 64 bits")
+        table.update(zip(keys, values[1::2], strict=True))
+
+    def _put(self) -> None:
+        index = int(self.readline())
+        if not 0 <= index < _LARGE:
+            raise ValueError("a place in the memo that no pickle needs")
+        self.memo[index] = self.stack[-1]
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{ord(one.code): partial(_refuse, one.name) for one in pickletools.opcodes},
+        **{code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, one)[0] for one in _OPCODES.split())},
+        pickle.REDUCE[0]: _reduce,
+        pickle.BUILD[0]: _build,
+        pickle.DICT[0]: _dict,
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+        pickle.PUT[0]: _put,
+        # The standard library's takes as many bytes as are claimed before it reads any.
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+    }
 
 
 @final
 class _Window:
-    """The next ``size`` bytes of a stream, whatever lengths are asked for: all that ``pickletools`` needs of a file."""
+    """The next ``size`` bytes of a stream, and no length believed beyond them."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._left = stream, size
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes; the request never reaches beyond those that are left."""
-        content = self._stream.read(min(size, self._left))
-        self._left -= len(content)
+        """The next ``size`` bytes, if there are so many."""
+        content = self._stream.read(size) if size <= self._left else b""
+        if len(content) != size:
+            raise EOFError("it ends within a value")
+        self._left -= size
         return content
 
     def readline(self) -> bytes:
-        """The next line."""
+        """The next line, if it is whole."""
         content = self._stream.readline(self._left)
+        if not content.endswith(b"\n"):
+            raise EOFError("it ends within a line")
         self._left -= len(content)
         return content

@@ -104,6 +104,9 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "pickles",
+    "pickle_bombs",
+    "mutated_pickles",
 ]
 
 

@@ -196,6 +196,11 @@ BROKEN = {
         lambda t: t | {"fine_label_names": ["cat"] * 10},
         "names 10 classes, expected the hundred",
     ),
+    "a class too many": (
+        "meta",
+        lambda t: t | {"fine_label_names": [*t["fine_label_names"], "cat"]},
+        "names 101 classes, expected the hundred",
+    ),
     "no list": ("meta", lambda t: t | {"fine_label_names": 3}, "fine_label_names as int, expected a list"),
     "a list": ("meta", lambda t: [1, 2], "holds a list, expected a dictionary with the key 'fine_label_names'"),
 }

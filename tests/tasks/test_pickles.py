@@ -72,7 +72,7 @@ values = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=5),
         st.lists(inner, max_size=5).map(tuple),
-        st.dictionaries(st.one_of(st.text(), st.binary(), st.integers()), inner, max_size=5),
+        st.dictionaries(st.one_of(st.text(), st.binary(), st.integers(1 - 2**63, 2**63 - 1)), inner, max_size=5),
     ),
     max_leaves=12,
 )
@@ -299,6 +299,36 @@ def test_cut_short_wherever_is_refused():
     for end in range(len(content) - 1):
         with pytest.raises(DataError, match=r"a whole pickle|holds an array"):
             array(entry(read(content[:end]), "data", "it"), "it")
+
+
+def test_what_lies_behind_a_pickle_is_not_read():
+    for protocol in PROTOCOLS:
+        content = pickle.dumps({"data": [1, b"xy", "text"]}, protocol)
+        stream = io.BytesIO(content + b"behind")
+        assert read_pickle(stream, len(content), "it") == {"data": [1, b"xy", "text"]}
+        assert stream.read() == b"behind"
+        for size in (len(content) - 1, len(content) // 2, 1, 0):
+            stream = io.BytesIO(content + b"behind")
+            with pytest.raises(DataError, match="a whole pickle"):
+                read_pickle(stream, size, "it")
+            assert stream.tell() <= size, "what is behind belongs to others"
+
+
+def test_a_name_has_no_state_and_is_no_value_of_its_own():
+    for state in (b"}", b"}U\x08__call__NsN\x86", b"N}U\x07spelledU\x06systems\x86", b"N"):
+        with pytest.raises(DataError, match=r"gives a state to numpy\.dtype"):
+            read(b"\x80\x02cnumpy\ndtype\n" + state + b"b.")
+    for name in (b"numpy\nndarray", b"builtins\nbytes", b"__builtin__\nbytes", b"_codecs\nencode"):
+        assert type(read(b"c" + name + b"\n.")).__module__ == "diffopt.tasks.pickles"
+    for called in (
+        b"}",
+        b"U\x0bnumpy.dtype",
+        b"cnumpy.core.multiarray\nscalar\n)R",
+        b"N",
+        b"cnumpy\ndtype\nU\x02u1\x85R",
+    ):
+        with pytest.raises(DataError, match="in another way"):
+            read(b"\x80\x02" + called + b"U\x02u1\x85R.")
 
 
 def test_files_and_keys_that_are_not_there(tmp_path):
