@@ -104,6 +104,9 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "datamodeling",
+    "rank_correlation",
+    "attribution_experiment",
 ]
 
 

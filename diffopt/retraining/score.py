@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DisconnectedError, HyperparameterError, LeafError, ShapeError
-from diffopt.retraining.rank_correlation import interval, rank_correlations
+from diffopt.retraining.rank_correlation import score_and_interval
 from diffopt.retraining.trainings import predictions
 from diffopt.tensors.leaves import all_finite
 from diffopt.tensors.tree import describe
@@ -23,8 +23,8 @@ class DatamodelingScore:
 
     Attributes:
         score: the mean of ``per_metric``.
-        interval: the percentile interval of ``score``: the subsets are drawn again 2,000 times, with replacement, and
-            the metrics taken as given.
+        interval: of ``score``: as wide as the percentile interval where the subsets are drawn again 2,000 times, with
+            replacement, around the score. The metrics are taken as given.
         per_metric: ``[m]``, Spearman's correlation of predicted and measured changes over the subsets.
         predicted: ``[subsets, m]``, changes of the metrics by the scores.
         measured: ``[subsets, m]``, changes of the metrics by training again.
@@ -76,10 +76,8 @@ def scored(
     predicted = predictions(scores, weights, left_out)
     _refuse_alike("measured", measured)
     _refuse_alike("predicted", predicted)
-    per_metric = rank_correlations(predicted, measured, torch.ones(1, len(measured), dtype=torch.float64))[0]
-    ends = interval(predicted, measured, confidence, seed)
-    mean = float(per_metric.mean())
-    return DatamodelingScore(mean, ends, per_metric, predicted, measured, left_out, noise, weights, confidence, seed)
+    per_metric, score, ends = score_and_interval(predicted, measured, confidence, seed)
+    return DatamodelingScore(score, ends, per_metric, predicted, measured, left_out, noise, weights, confidence, seed)
 
 
 def noise_beside(difference: Tensor, measured: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from diffopt.retraining import rank_correlation
-from diffopt.retraining.rank_correlation import interval, rank_correlations
+from diffopt.retraining.rank_correlation import rank_correlations, score_and_interval
 
 
 def table(rows: int, ties: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +57,19 @@ def test_the_interval_is_that_of_a_loop_over_tables(monkeypatch, rows, ties):
     drawn = torch.randint(rows, (60, rows), generator=torch.Generator().manual_seed(5))
     every = np.array([spearman(x[chosen], y[chosen]) for chosen in drawn])
     means = [np.mean(row[~np.isnan(row)]) for row in every if not np.isnan(row).all()]
-    found = interval(x, y, 0.9, seed=5)
-    np.testing.assert_allclose(found, np.quantile(means, [0.05, 0.95]), rtol=1e-9, atol=1e-9)
+    each, score, found = score_and_interval(x, y, 0.9, seed=5)
+    np.testing.assert_allclose(each, spearman(x, y), rtol=1e-12)
+    assert score == pytest.approx(np.mean(spearman(x, y)))
+    low, middle, high = np.quantile(means, [0.05, 0.5, 0.95])
+    np.testing.assert_allclose(found, [max(-1, score + low - middle), min(1, score + high - middle)], atol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 1.0, 10.0])
+def test_the_score_lies_in_its_interval(noise):
+    x, y = table(40, ties=False)
+    for seed in range(5):
+        _, score, (low, high) = score_and_interval(x, x + noise * (y - x), 0.5, seed)
+        assert -1 <= low < score < high <= 1
 
 
 def test_the_interval_is_about_that_of_scipy_and_grows_with_the_confidence():
@@ -72,7 +83,9 @@ def test_the_interval_is_about_that_of_scipy_and_grows_with_the_confidence():
     of_scipy = stats.bootstrap(
         data, mean, paired=True, vectorized=False, n_resamples=400, method="percentile", random_state=0
     ).confidence_interval
-    found = interval(x, y, 0.95, seed=0)
-    np.testing.assert_allclose(found, of_scipy, atol=0.02)  # two random samples of tables
-    wider = interval(x, y, 0.99, seed=0)
-    assert wider[0] < found[0] < np.mean(spearman(x, y)) < found[1] < wider[1]
+    _, score, found = score_and_interval(x, y, 0.95, seed=0)
+    # two random samples of tables; and ours lies around the score
+    np.testing.assert_allclose(np.diff(found), np.diff(of_scipy), rtol=0.15)
+    np.testing.assert_allclose(found, of_scipy, atol=0.03)
+    wider = score_and_interval(x, y, 0.99, seed=0)[2]
+    assert wider[0] < found[0] < score < found[1] < wider[1]
