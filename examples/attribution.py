@@ -78,14 +78,15 @@ def draw(problem: Problem, scores: Tensor, found: diffopt.DatamodelingScore, pat
         [["all", *row] for row in ("abc", "def", "ghi")], width_ratios=[4.5, 1, 1, 1], figsize=(9, 4.6)
     )
     for predicted, measured in zip(found.predicted.T, found.measured.T, strict=True):
-        grid["all"].plot(predicted / measured.std(), measured / measured.std(), ".", markersize=3)
+        spread = measured.std()
+        grid["all"].plot((predicted / spread).numpy(), (measured / spread).numpy(), ".", markersize=3)
     grid["all"].axline((0, 0), slope=1, color="0.6", zorder=0)
     grid["all"].set(xlabel="predicted change", ylabel="measured change", title=f"score {found.score:.3f}")
     for row, names in enumerate(("abc", "def", "ghi")):
         shown = problem.hard[row], int(scores[row].argmax()), int(scores[row].argmin())
         sides = (problem.x_test, problem.y_test), (problem.x, problem.y), (problem.x, problem.y)
         for name, place, (x, y), title in zip(names, shown, sides, ("test", "harms", "helps"), strict=True):
-            grid[name].imshow(x[place].reshape(8, 8), cmap="gray_r")
+            grid[name].imshow(x[place].reshape(8, 8).numpy(), cmap="gray_r")
             grid[name].set_title(f"{title}: {int(y[place])}", fontsize="small")
             grid[name].axis("off")
     figure.tight_layout()
