@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import EstimateWarning, HyperparameterError, LossError
+from diffopt.errors import EstimateWarning, GradModeError, HyperparameterError, LossError
 from diffopt.retraining.file import RetrainingFile, fingerprint
 from diffopt.retraining.score import DatamodelingScore, check_scores, check_tensor, noise_beside, scored
 from diffopt.retraining.trainings import finite, measure, random_subsets, retrain
+from diffopt.tensors import transforms
 from diffopt.tensors.arguments import check_function, check_instance, check_integer, check_number
 
 NOISE = 0.1
@@ -44,7 +45,8 @@ def datamodeling_score(
 
     over random subsets ``S`` of a ``fraction`` of the examples, whose weights are zero in a training of their own. 1:
     the order of all changes is predicted; 0: nothing is. Cost: ``subsets + 2`` trainings without a backward pass, two
-    of them with all examples: their difference is the noise of the training. Memory: one training, in each process.
+    of them with all examples, one of which ``executor`` runs: their difference is the noise of the training. Memory:
+    one training, in each process.
 
     The training has to be the same each time but for the weights: one initialisation, one order of batches (index the
     weights by the batch; leave no example out of the data). Where two trainings differ by themselves, no score can be
@@ -75,6 +77,7 @@ def datamodeling_score(
         NonFiniteLossError: what is measured is NaN or infinite.
         RandomnessError: the training is not the one that the file at ``path`` was begun with.
         DisconnectedError: no training differs from that with all examples: it does not read the weights.
+        GradModeError: called under a ``torch.func`` transform.
 
     Warns:
         EstimateWarning: two trainings with all examples differ by more than a tenth of what leaving some out changes.
@@ -89,10 +92,10 @@ def datamodeling_score(
         >>> diffopt.datamodeling_score(train, metric, torch.ones(4), scores, fraction=0.5, subsets=8).score
         1.0
 
-    Reference: Park, Georgiev, Ilyas, Leclerc and Madry (2023), "TRAK: Attributing Model Behavior at Scale", section
-    2.1; with 1 % left out, Ilyas and Engstrom (2025), "MAGIC: Near-Optimal Data Attribution for Deep Learning".
+    Reference: Park, Georgiev, Ilyas, Leclerc and Madry (2023), "TRAK: Attributing Model Behavior at Scale"; with
+    1 % left out, Ilyas and Engstrom (2025), "MAGIC: Near-Optimal Data Attribution for Deep Learning".
     """
-    _check_functions(train, metric, executor, on_retraining)
+    _check_call(train, metric, executor, on_retraining)
     check_tensor("weights", weights, "write torch.ones(n)")
     check_scores(scores, weights, None)
     fraction = check_number("datamodeling_score: fraction", fraction, 0, 1, above=True)
@@ -101,8 +104,11 @@ def datamodeling_score(
     seed = check_integer("datamodeling_score: seed", seed, 0)
     weights = weights.detach().clone()
     left_out = random_subsets(weights.numel(), _size(weights, fraction), subsets, seed)
-    base, again = (finite(measure(train, metric, weights), "with all examples") for _ in range(2))
+    base = finite(measure(train, metric, weights), "with all examples")
     check_scores(scores, weights, base.shape)
+    # where the others are: a module of another process may begin with other random numbers
+    elsewhere = None if executor is None else executor.submit(measure, train, metric, weights)
+    again = measure(train, metric, weights) if elsewhere is None else elsewhere.result()
     difference = (again - base).abs()
     known: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -124,7 +130,10 @@ def datamodeling_score(
     return scored(scores, measured, left_out, noise, weights, confidence, seed)
 
 
-def _check_functions(train: Any, metric: Any, executor: Any, on_retraining: Any) -> None:
+def _check_call(train: Any, metric: Any, executor: Any, on_retraining: Any) -> None:
+    if transforms.transforms_active():
+        got, fix = "datamodeling_score was called under a torch.func transform", "it measures numbers; call it outside"
+        raise GradModeError(got, "plain code", fix)
     check_function("datamodeling_score: train", train, "a function train(weights)", LossError)
     check_function("datamodeling_score: metric", metric, "a function of what train returns", LossError)
     fix = "make one: concurrent.futures.ProcessPoolExecutor(4)"

@@ -2700,6 +2700,12 @@ FAULTS = [
         "slack = 10 * float(difference.max())",
         "slack = 0.0",
     ),
+    Fault(
+        "the training of other processes is not compared with that here",
+        "diffopt/datamodeling.py",
+        "if elsewhere is None else",
+        "if True else",
+    ),
     Fault("noise is not warned of", "diffopt/datamodeling.py", "if noise > NOISE:", "if False:"),
     Fault(
         "changes that are all alike are ordered",

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from diffopt import DatamodelingScore, datamodeling_score
 from diffopt.errors import (
     DisconnectedError,
     EstimateWarning,
+    GradModeError,
     HyperparameterError,
     LeafError,
     LossError,
@@ -355,6 +356,41 @@ def test_a_training_that_is_not_repeatable_is_warned_of():
         found = datamodeling_score(drifting(ridge, 1.0), ridge.predicted, ONES, ridge.scores(), subsets=10)
     assert found.noise > 0.1
     assert found.score < 0.8
+
+
+class Elsewhere(Executor):
+    """Runs at once what it is given, where other random numbers come out."""
+
+    def submit(self, function, /, *args):
+        torch.manual_seed(7)
+        future = Future()
+        future.set_result(function(*args))
+        torch.manual_seed(0)
+        return future
+
+
+def test_trainings_that_begin_differently_elsewhere_are_warned_of():
+    ridge = Ridge()
+
+    def train(w):
+        before = torch.get_rng_state()
+        start = torch.randn(FEATURES)  # as a module begins that does not seed it
+        torch.set_rng_state(before)
+        return ridge.minimiser(w) + start
+
+    torch.manual_seed(0)
+    scores = ridge.scores()
+    assert datamodeling_score(train, ridge.predicted, ONES, scores, subsets=5).noise == 0
+    with pytest.warns(EstimateWarning, match="make the training the same each time"):
+        found = datamodeling_score(train, ridge.predicted, ONES, scores, subsets=5, executor=Elsewhere())
+    assert found.noise > 0.1
+
+
+def test_it_is_refused_under_a_transform():
+    ridge = Ridge()
+    scores = ridge.scores()
+    with pytest.raises(GradModeError, match="call it outside"):
+        torch.func.grad(lambda w: datamodeling_score(ridge.minimiser, ridge.predicted, w, scores).score)(ONES)
 
 
 def test_a_little_noise_is_only_told_and_a_file_allows_for_it(tmp_path, recwarn):
