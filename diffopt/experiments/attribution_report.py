@@ -61,7 +61,7 @@ def _scores(compared: Mapping[str, Row]) -> Table:
         for name, found in row["methods"].items():
             low, high = found["interval"]
             setting = f"{images}, {row['left out']} of {row['examples']} left out {len(row['measured'])} times"
-            ends = f"{low:.3f} to {high:.3f}"
+            ends = f"{low:.4f} to {high:.4f}"
             rows.append((setting, name, round(found["score"], 4), ends, min(found["each"]), row["seconds"][name]))
     columns = ("setting", "method", "score", "95 % interval", "worst query", "seconds")
     return Table("Linear datamodeling score", columns, tuple(rows))
@@ -76,7 +76,8 @@ def _curves(settings: Any, images: str, row: Row) -> Table:
     ]
     rows.append(("random", *_random(curves)))
     columns = ("left out", *(f"{100 * share:g} %" for share in settings.shares))
-    title = f"Change of the mean test loss ({row['loss']:.3f}) after training without examples, {images}"
+    model = f"{images}: test loss {row['loss']:.3f}, accuracy {row['accuracy']:.1f} %"
+    title = f"Change of the mean test loss after training without examples ({model})"
     return Table(title, columns, tuple(rows))
 
 
@@ -108,7 +109,7 @@ def _claims(compared: Mapping[str, Row], labels: Row | None) -> Iterator[Claim]:
         if images in compared:
             found = compared[images]["methods"]["exact"]
             flags, (low, high) = [found["score"] >= goal], found["interval"]
-            told = f"{found['score']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+            told = f"{found['score']:.4f} (95 % interval {low:.4f} to {high:.4f})"
         yield Claim(f"{images}: the linear datamodeling score is at least {goal}", HERE, *verdict(flags, told))
     scores = {
         images: (row["methods"]["exact"], row["methods"][best_influence(row)], row["methods"]["gradient product"])
@@ -196,7 +197,8 @@ def _draw_scores(axes: Axes, images: str, row: Row) -> None:
 def _draw_curves(settings: Any, axes: Axes, images: str, row: Row) -> None:
     shares, curves = [100 * share for share in settings.shares], row["curves"]
     for name in ("exact", best_influence(row), "gradient product"):
-        axes.plot(shares, curves[f"{name}, most"], **_look(name))
+        label = "influence, the best damping" if name.startswith("influence") else name
+        axes.plot(shares, curves[f"{name}, most"], **{**_look(name), "label": label})
         axes.plot(shares, curves[f"{name}, least"], **{**_look(name), "label": None, "fillstyle": "none"})
     axes.plot(shares, _random(curves), **_look("random"))
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
