@@ -11,6 +11,7 @@ from diffopt.checking.check import check
 from diffopt.citation import cite
 from diffopt.comparing.compare import compare
 from diffopt.comparing.comparison import Comparison
+from diffopt.datamodeling import datamodeling_score
 from diffopt.errors import *  # noqa: F403  (each is importable from here too; __all__ lists their base)
 from diffopt.errors import DiffoptError
 from diffopt.functional import functional
@@ -23,6 +24,7 @@ from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.optimizers.preconditioned import Preconditioned
 from diffopt.optimizers.proximal import ProximalGD
 from diffopt.reports import Finding, Report
+from diffopt.retraining.score import DatamodelingScore
 from diffopt.solve import Kept, Solution, solve
 from diffopt.state import State, state_of
 from diffopt.tensors.leaves import Leaves
@@ -67,6 +69,7 @@ __all__ = [
     "Batches",
     "Clip",
     "Comparison",
+    "DatamodelingScore",
     "DiffoptError",
     "Finding",
     "Groups",
@@ -90,6 +93,7 @@ __all__ = [
     "check",
     "cite",
     "compare",
+    "datamodeling_score",
     "fixed_point",
     "from_torch",
     "from_torchopt",

@@ -107,6 +107,9 @@ NAMES = [
     "pickles",
     "pickle_bombs",
     "mutated_pickles",
+    "datamodeling",
+    "rank_correlation",
+    "attribution_experiment",
 ]
 
 

@@ -128,6 +128,12 @@ def test_one_step_solves_with_statistics_are_a_loop_by_hand(run):
     assert found["every step, 5"] < found["every step, 1"]
 
 
+def test_attributions_predict_what_training_without_images_does(run):
+    score = run("attribution")
+    assert score["attribute"] > 0.9
+    assert score["gradient product"] < score["attribute"] - 0.2
+
+
 def test_the_loop_runs_under_accelerate(run):
     pytest.importorskip("accelerate")
     assert run("accelerate_recipe", picture=False)["rare shift"] < -0.1

@@ -17,6 +17,7 @@ NAMES = (
     "memory-reduced",
     "few-shot",
     "meta-transfer",
+    "attribution",
 )
 
 

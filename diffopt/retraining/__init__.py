@@ -1,0 +1,1 @@
+"""Training again without some of the examples, and what that says of scores that predict it."""
