@@ -1,0 +1,59 @@
+"""Running a function in double precision that was written for a lower one."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diffopt.tensors import tree
+
+_CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16)
+"""Operations whose purpose is another precision."""
+
+
+@final
+class InDouble(TorchFunctionMode):
+    """Where double precision meets a lower one, as in constants of a function's own, raises the latter.
+
+    What is written into keeps its precision: a raised copy of it would take the write instead. ``casts=False`` leaves
+    out casts of what is in double precision to a lower one.
+    """
+
+    def __init__(self, *, casts: bool = True) -> None:
+        """Say whether the function's own casts are made."""
+        super().__init__()
+        self._casts = casts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation on raised copies."""
+        if not self._casts and func in _CASTS and _is_double(args[0]):
+            found = func(*args, **(kwargs or {}))
+            return args[0].to(found.device) if _is_lower(found) else found
+        leaves, structure = tree.flatten((args, kwargs or {}))
+        if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _writes(func):
+            args, kwargs = tree.unflatten(structure, [x.double() if _is_lower(x) else x for x in leaves])
+        return func(*args, **(kwargs or {}))
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """The same in double precision, if it is of a lower one."""
+    return tensor.double() if _is_lower(tensor) else tensor
+
+
+def _is_double(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.float64
+
+
+def _is_lower(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _writes(func: Any) -> bool:
+    """Whether an operation writes into its first argument, as its name says."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
