@@ -89,7 +89,7 @@ class Whole:
         return [place for places in self.parts.values() for place in places]
 
     def in_double(self) -> Whole:
-        """The same in double precision, where the loss runs in it; casts of its own to a lower one are left out."""
+        """The same in double precision, where the loss runs in it."""
         return replace(self, inputs=Inputs(*(Leaves(map(doubled, part)) for part in self.inputs)), double=True)
 
     def value(self, moved: Mapping[Place, Tensor]) -> Tensor:
@@ -139,7 +139,7 @@ class Whole:
     @contextmanager
     def _taken(self) -> Iterator[None]:
         """The same random numbers at every entry, in the precision asked for, without warnings of it."""
-        precision = InDouble(casts=False) if self.double else nullcontext()
+        precision = InDouble() if self.double else nullcontext()
         device = self.inputs.params[0].device
         with random_state.replayed(self.generators, device), precision, warnings.catch_warnings():
             warnings.simplefilter("ignore")

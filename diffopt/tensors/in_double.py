@@ -18,20 +18,15 @@ _CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Ten
 class InDouble(TorchFunctionMode):
     """Where double precision meets a lower one, as in constants of a function's own, raises the latter.
 
-    What is written into keeps its precision: a raised copy of it would take the write instead. ``casts=False`` leaves
-    out casts of what is in double precision to a lower one.
+    What is written into keeps its precision: a raised copy of it would take the write instead. Casts to a lower
+    precision, which a function makes to save time, are left out.
     """
-
-    def __init__(self, *, casts: bool = True) -> None:
-        """Say whether the function's own casts are made."""
-        super().__init__()
-        self._casts = casts
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation on raised copies."""
-        if not self._casts and func in _CASTS and _is_double(args[0]):
+        if func in _CASTS and _is_double(args[0]):
             found = func(*args, **(kwargs or {}))
             return args[0].to(found.device) if _is_lower(found) else found
         leaves, structure = tree.flatten((args, kwargs or {}))

@@ -132,7 +132,7 @@ def test_few_chaotic_steps_are_no_failure_yet() -> None:
 def lost(dtype: torch.dtype) -> tuple[Any, ...]:
     """Every update is below half the spacing of bfloat16 at one, so that nothing moves."""
     strength = learned(torch.full((4,), 2.0), dtype)
-    return lambda w, a: (a * w.square()).sum() / 2, torch.ones(4, dtype=dtype), strength, SGD(9e-4), 300
+    return lambda w, a: (a * w.square()).sum() / 2, torch.ones(4, dtype=dtype), strength, SGD(9.4e-4), 250
 
 
 def cancelled(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -145,7 +145,17 @@ def cancelled(dtype: torch.dtype) -> tuple[Any, ...]:
     return loss, torch.ones(4, dtype=dtype), learned(torch.ones(4), dtype), SGD(0.05), 20
 
 
-@pytest.mark.parametrize("make", [lost, cancelled])
+def cast(dtype: torch.dtype) -> tuple[Any, ...]:
+    """Params in float64, and the same difference in a lower precision, to which the loss itself casts."""
+
+    def loss(w: Tensor, scale: Tensor) -> Tensor:
+        moved = (scale * w).to(dtype) * x.to(dtype) + 20
+        return (moved.square().mean(0) - moved.mean(0).square() - 1).square().mean().double()
+
+    return loss, torch.ones(4).double(), learned(torch.ones(4)), SGD(0.05), 20
+
+
+@pytest.mark.parametrize("make", [lost, cancelled, cast])
 def test_a_hypergradient_that_half_precision_loses_is_found(make: Callable[..., tuple[Any, ...]]) -> None:
     loss, params, args, optimizer, steps = make(torch.bfloat16)
     half = check(loss, params, args, optimizer=optimizer, steps=steps, directions=1)
@@ -193,6 +203,25 @@ def test_kinks_are_a_note() -> None:
     assert report["adjoint"].outcome == "ok"
     assert report["smooth"].outcome == "note"
     assert "compare" in report["smooth"].fix
+
+
+def test_what_a_loss_writes_or_casts_is_in_double_precision_too() -> None:
+    """A loss that fills a tensor of its own in float32, and one that casts to half precision."""
+
+    def writing(w: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros(16)
+        out[:] = x.float() @ w - y.float()
+        return (weights * out.square()).mean()
+
+    def casting(w: Tensor, weights: Tensor) -> Tensor:
+        return (weights * (x.bfloat16() @ w.bfloat16() - y.to(torch.bfloat16)).square()).mean()
+
+    start, ones = numbers(4), learned(torch.ones(16), torch.float32)
+    written = check(writing, start, ones, optimizer=SGD(0.1), steps=5)
+    half = check(casting, start, ones, optimizer=SGD(0.1), steps=5)
+    assert written["precise"].outcome == written["smooth"].outcome == "ok", written
+    off = float(half["precise"].measured.split(",")[1].split()[0])
+    assert 1e-3 < off < 0.1  # were both in bfloat16, it would be none
 
 
 def test_what_cannot_be_looked_at_is_skipped() -> None:
