@@ -104,6 +104,9 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "smoothness",
+    "check_solve",
+    "compare_worth",
 ]
 
 
