@@ -25,6 +25,7 @@ from diffopt.checking.whole_probes import CHECKS, probe_whole
 from diffopt.errors import DiffoptError, GradModeError, OptimizerError, StepsError
 from diffopt.optimizers.base import Optimizer
 from diffopt.reports import Finding, Report
+from diffopt.state import State
 from diffopt.tensors import hints, transforms
 from diffopt.tensors.arguments import MOST, check_flag, check_integer
 
@@ -77,7 +78,8 @@ def check(
 
     Args:
         loss: ``loss(params, *args)``, as for :func:`diffopt.solve`; or a :class:`diffopt.VectorField`.
-        params: where the inner problem starts; also where the loss is looked at.
+        params: where the inner problem starts; also where the loss is looked at. A :class:`diffopt.State`: a
+            solve goes on from it.
         args: whatever else the loss reads; one batch last, if the loss takes batches.
         directions: how many random directions the second derivative, and the outer loss, are probed along.
         second_derivative: whether it is needed; not for ``FirstOrder``, ``Reptile`` and ``ESJacobian``.
@@ -158,7 +160,7 @@ def _of_solve(whole: Callable[[], Whole], before: dict[str, Finding], directions
 def _start(loss: Callable[..., Tensor], params: Any, args: tuple[Any, ...]) -> tuple[Subject | None, Finding]:
     """The subject, if the loss runs on what it is given and returns a scalar, and the finding on that."""
     try:
-        subject = Subject.of(loss, params, args)
+        subject = Subject.of(loss, params.params if isinstance(params, State) else params, args)
         return subject, probe_loss(subject)
     except DiffoptError as error:
         return None, Finding.of("scalar, finite", error)

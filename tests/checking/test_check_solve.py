@@ -205,6 +205,21 @@ def test_kinks_are_a_note() -> None:
     assert "compare" in report["smooth"].fix
 
 
+def test_a_solve_may_go_on_from_a_state_and_follow_a_field() -> None:
+    adam, ones = Adam(0.05), learned(torch.ones(16))
+    state = diffopt.solve(ridge, numbers(4).double(), ones.detach(), optimizer=adam, steps=7).state
+    rates = SGD(diffopt.Schedule(learned(torch.linspace(0.3, 0.1, 12))))
+    momentum = diffopt.solve(ridge, numbers(4).double(), ones.detach(), optimizer=rates, steps=7).state
+    game = diffopt.game(lambda p: (p[0] * p[1]).sum() + p[0].square().sum(), lambda p: (p[1] - p[0]).square().sum())
+    for report in (
+        check(ridge, state, ones, optimizer=adam, steps=5),
+        check(ridge, momentum, ones, optimizer=rates, steps=5),
+        check(game, (numbers(3).double(), numbers(3).double()), optimizer=SGD(0.05), steps=6),
+        check(ridge, numbers(4).double(), ones, optimizer=SGD(0.1), steps=0),
+    ):
+        assert [report[name].outcome for name in SOLVE] == ["ok"] * 3, report
+
+
 def test_what_a_loss_writes_or_casts_is_in_double_precision_too() -> None:
     """A loss that fills a tensor of its own in float32, and one that casts to half precision."""
 
