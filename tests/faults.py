@@ -2683,8 +2683,8 @@ FAULTS = [
     Fault(
         "the moved solve draws other random numbers",
         "diffopt/checking/whole.py",
-        "random_state.replayed(self.generators, device), precision",
-        "random_state.preserved(device), precision",
+        "random_state.replayed(self.generators, device), warnings",
+        "random_state.preserved(device), warnings",
         "check_solve",
     ),
     Fault(
@@ -2710,10 +2710,17 @@ FAULTS = [
     ),
     Fault(
         "a solve in double precision starts in a lower one",
-        "diffopt/comparing/worth.py",
+        "diffopt/rollout/in_double.py",
         "Leaves(map(doubled, part)) for part in problem.inputs",
         "Leaves(part) for part in problem.inputs",
         "compare_worth",
+    ),
+    Fault(
+        "a loss that is evaluated again in the backward pass is in its own precision",
+        "diffopt/rollout/in_double.py",
+        "else run_in_double(loss)",
+        "else loss",
+        "check_solve",
     ),
     Fault(
         "a learned rate of double precision meets params of a lower one",
@@ -2721,5 +2728,27 @@ FAULTS = [
         "candidates.append(own)",
         "pass",
         "compare_worth",
+    ),
+    # a hypergradient that goes on from files
+    Fault(
+        "a window that is run again draws other random numbers",
+        "examples/resume.py",
+        "torch.manual_seed(number)",
+        "pass",
+        "resume",
+    ),
+    Fault(
+        "what later windows gave is not in the sum",
+        "examples/resume.py",
+        "terms[name] + x for name",
+        "x for name",
+        "resume",
+    ),
+    Fault(
+        "the buffers of a state get no adjoint",
+        "examples/resume.py",
+        "for part in (state.params, *state.buffers.values()) for x",
+        "for part in (state.params,) for x",
+        "resume",
     ),
 ]

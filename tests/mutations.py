@@ -107,6 +107,7 @@ NAMES = [
     "smoothness",
     "check_solve",
     "compare_worth",
+    "resume",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -15,14 +15,17 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.inner_problem import checked_problem
 from diffopt.optimizers.base import Optimizer
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.problem import Problem
 from diffopt.tensors import random_state
-from diffopt.tensors.in_double import InDouble, doubled
 from diffopt.tensors.leaves import Leaves
 
 PIECES = 16
 """In how many pieces of equal length, at most, the steps are taken where the adjoint is wanted between them."""
+
+_EXACT = Reverse("sqrt")
+"""Exact, in little memory: pieces that each keep all their graphs would together keep many."""
 
 _CALLED = {"params": "params", "read": "args", "hyperparameters": "hyperparameters"}
 """What may get a hypergradient, and what to call it."""
@@ -59,14 +62,12 @@ class Whole:
         inputs: where they start, and all that they read.
         parts: what is moved: the places of the tensors that get a hypergradient, by what to call them.
         generators: the generators' state under which the steps are taken.
-        double: whether to take them in double precision.
     """
 
     dynamics: Dynamics
     inputs: Inputs
     parts: Mapping[str, tuple[Place, ...]]
     generators: random_state.GeneratorStates
-    double: bool = False
 
     @classmethod
     def of(
@@ -90,13 +91,14 @@ class Whole:
 
     def in_double(self) -> Whole:
         """The same in double precision, where the loss runs in it."""
-        return replace(self, inputs=Inputs(*(Leaves(map(doubled, part)) for part in self.inputs)), double=True)
+        problem = problem_in_double(Problem(self.dynamics, self.inputs, True))
+        return replace(self, dynamics=problem.dynamics, inputs=problem.inputs)
 
     def value(self, moved: Mapping[Place, Tensor]) -> Tensor:
         """The end, with other tensors at some places; it may be NaN."""
         with torch.no_grad(), self._taken():
             inputs = self.inputs.put(moved)
-            outcome = Reverse().run(Problem(self.dynamics, inputs, False))
+            outcome = _EXACT.run(Problem(self.dynamics, inputs, False))
             return self._end(outcome.state)
 
     def derivatives(self, pieces: int = 1) -> Found:
@@ -108,7 +110,7 @@ class Whole:
         with torch.enable_grad(), self._taken():
             for first in range(0, layout.inner_steps, every):
                 piece = replace(layout, start=layout.start + first, inner_steps=min(every, layout.inner_steps - first))
-                outcome = Reverse().run(Problem(replace(self.dynamics, layout=piece), inputs, True))
+                outcome = _EXACT.run(Problem(replace(self.dynamics, layout=piece), inputs, True))
                 inputs = layout.with_state(inputs, outcome.state)
                 between.append(inputs.params)
             points = [x for params in between for x in params]
@@ -138,10 +140,9 @@ class Whole:
 
     @contextmanager
     def _taken(self) -> Iterator[None]:
-        """The same random numbers at every entry, in the precision asked for, without warnings of it."""
-        precision = InDouble() if self.double else nullcontext()
+        """The same random numbers at every entry, without warnings of the precision, which is looked at here."""
         device = self.inputs.params[0].device
-        with random_state.replayed(self.generators, device), precision, warnings.catch_warnings():
+        with random_state.replayed(self.generators, device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
 

@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 from diffopt.adjoint.estimator import Estimator
 from diffopt.adjoint.smoothness import CALMER, CLOSE, WORTHLESS, Smoothness, smoothness
 from diffopt.errors import DiffoptError
-from diffopt.rollout.inputs import Inputs
+from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.tensors.in_double import InDouble, doubled
-from diffopt.tensors.leaves import Leaves
 
 
 class Worth(NamedTuple):
@@ -142,7 +140,7 @@ def _doubling(rule: Estimator) -> Estimator:
     copied = copy.copy(rule)
 
     def run(problem: Problem) -> Outcome:
-        return rule.run(replace(problem, inputs=Inputs(*(Leaves(map(doubled, part)) for part in problem.inputs))))
+        return rule.run(problem_in_double(problem))
 
     object.__setattr__(copied, "run", run)
     return copied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, final
 
 import torch
@@ -28,11 +30,22 @@ class InDouble(TorchFunctionMode):
         """Run one operation on raised copies."""
         if func in _CASTS and _is_double(args[0]):
             found = func(*args, **(kwargs or {}))
-            return args[0].to(found.device) if _is_lower(found) else found
+            return args[0].to(found.device, copy=True) if _is_lower(found) else found
         leaves, structure = tree.flatten((args, kwargs or {}))
         if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _writes(func):
             args, kwargs = tree.unflatten(structure, [x.double() if _is_lower(x) else x for x in leaves])
         return func(*args, **(kwargs or {}))
+
+
+def run_in_double(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, run in double precision wherever it is called."""
+
+    @wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with InDouble():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def doubled(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diffopt
 from diffopt import SGD, Adam
-from diffopt.estimators import FirstOrder, Truncated
+from diffopt.estimators import FirstOrder, Reverse, Truncated, Unrolled
 
 Problem = Callable[[Any], Tensor]
 torch_generator = torch.Generator().manual_seed(0)
@@ -92,6 +92,13 @@ def test_smooth_problems_have_nothing_to_beware_of(make: Any, dtype: torch.dtype
     for leaf, (address, version, value) in zip(leaves, before, strict=True):
         assert (leaf.data_ptr(), leaf._version, leaf.dtype, leaf.grad) == (address, version, dtype, None)
         assert torch.equal(leaf, value)
+
+
+@pytest.mark.parametrize("exact", [Reverse(1), Reverse("sqrt"), Reverse("log"), Unrolled()])
+def test_steps_taken_again_are_in_double_precision_too(exact: Any) -> None:
+    found = diffopt.compare(ridge(torch.float32)[0], [], exact=exact, directions=1)
+    assert found.worth.precision is not None
+    assert 0 < found.worth.precision < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
