@@ -94,6 +94,26 @@ def test_smooth_problems_have_nothing_to_beware_of(make: Any, dtype: torch.dtype
         assert torch.equal(leaf, value)
 
 
+def test_a_rate_for_every_weight_has_the_precision_of_params_that_are_made_outside() -> None:
+    rates, start = {"w": learned(torch.full((4,), 0.1), torch.float32)}, {"w": torch.ones(4)}
+
+    def problem(estimator: Any) -> Tensor:
+        return (
+            diffopt.solve(
+                lambda p: (x @ p["w"] - y).square().mean(), start, optimizer=SGD(rates), steps=6, estimator=estimator
+            )
+            .params["w"]
+            .square()
+            .sum()
+        )
+
+    found = diffopt.compare(problem, [], directions=2)
+    assert found.worth.precision is not None
+    assert found.worth.precision < 1e-5
+    assert found.worth.smoothness.error < 0.01
+    assert rates["w"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("exact", [Reverse(1), Reverse("sqrt"), Reverse("log"), Unrolled()])
 def test_steps_taken_again_are_in_double_precision_too(exact: Any) -> None:
     found = diffopt.compare(ridge(torch.float32)[0], [], exact=exact, directions=1)
