@@ -2690,7 +2690,7 @@ FAULTS = [
     Fault(
         "a raised copy takes what is written into a tensor",
         "diffopt/tensors/in_double.py",
-        "and not _writes(func)",
+        "and not _needs_itself(func)",
         "",
         "check_solve",
     ),
@@ -2727,6 +2727,13 @@ FAULTS = [
         "diffopt/comparing/worth.py",
         "candidates.append(own)",
         "pass",
+        "compare_worth",
+    ),
+    Fault(
+        "a raised copy is looked for in the graph",
+        "diffopt/tensors/in_double.py",
+        "return func in _DIFFERENTIATING or name",
+        "return name",
         "compare_worth",
     ),
     # a hypergradient that goes on from files

@@ -15,6 +15,9 @@ from diffopt.tensors import tree
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16)
 """Operations whose purpose is another precision."""
 
+_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+"""What must be given a tensor itself: a raised copy has no place in the graph."""
+
 
 @final
 class InDouble(TorchFunctionMode):
@@ -32,7 +35,7 @@ class InDouble(TorchFunctionMode):
             found = func(*args, **(kwargs or {}))
             return args[0].to(found.device, copy=True) if _is_lower(found) else found
         leaves, structure = tree.flatten((args, kwargs or {}))
-        if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _writes(func):
+        if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _needs_itself(func):
             args, kwargs = tree.unflatten(structure, [x.double() if _is_lower(x) else x for x in leaves])
         return func(*args, **(kwargs or {}))
 
@@ -61,7 +64,7 @@ def _is_lower(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
-def _writes(func: Any) -> bool:
-    """Whether an operation writes into its first argument, as its name says."""
+def _needs_itself(func: Any) -> bool:
+    """Whether a copy of an argument will not do: an operation writes into it, as its name says, or looks for it."""
     name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return func in _DIFFERENTIATING or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
