@@ -2736,26 +2736,4 @@ FAULTS = [
         "return name",
         "compare_worth",
     ),
-    # a hypergradient that goes on from files
-    Fault(
-        "a window that is run again draws other random numbers",
-        "examples/resume.py",
-        "torch.manual_seed(number)",
-        "pass",
-        "resume",
-    ),
-    Fault(
-        "what later windows gave is not in the sum",
-        "examples/resume.py",
-        "terms[name] + x for name",
-        "x for name",
-        "resume",
-    ),
-    Fault(
-        "the buffers of a state get no adjoint",
-        "examples/resume.py",
-        "for part in (state.params, *state.buffers.values()) for x",
-        "for part in (state.params,) for x",
-        "resume",
-    ),
 ]

@@ -107,7 +107,6 @@ NAMES = [
     "smoothness",
     "check_solve",
     "compare_worth",
-    "resume",
 ]
 
 
