@@ -34,11 +34,13 @@ __all__ = [
     "NonFiniteGradientError",
     "NonFiniteLossError",
     "OptimizerError",
+    "PrecisionError",
     "PrecisionWarning",
     "RandomnessError",
     "RecomputationError",
     "SecondDerivativeError",
     "ShapeError",
+    "SmoothnessError",
     "StationarityError",
     "StepsError",
     "StructureError",
@@ -184,6 +186,14 @@ class MissingDerivativeError(DiffoptError, RuntimeError):
 
 class WrongDerivativeError(DiffoptError, ArithmeticError):
     """Autograd's second derivative of the inner loss is not the one that finite differences find."""
+
+
+class SmoothnessError(DiffoptError, ArithmeticError):
+    """The outer loss does not move as its hypergradient says, however small the step: it is too rough."""
+
+
+class PrecisionError(DiffoptError, ArithmeticError):
+    """A hypergradient has little in common with the same one in double precision."""
 
 
 class VmapError(DiffoptError, RuntimeError):

@@ -110,6 +110,9 @@ NAMES = [
     "datamodeling",
     "rank_correlation",
     "attribution_experiment",
+    "smoothness",
+    "check_solve",
+    "compare_worth",
 ]
 
 

@@ -115,6 +115,10 @@ def test_windows_of_one_training_go_on_and_win_back_what_false_labels_cost(run):
     assert found["window 1"] > found["plain"] + 0.02
 
 
+def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_bits(run):
+    assert run("resume", picture=False) == {"same": 1, "stops": 3}
+
+
 def test_weights_learned_one_step_ahead_fall_with_the_loss(run):
     found = run("meta_weight_net")
     assert found["ahead"] < 1e-5

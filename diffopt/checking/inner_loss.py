@@ -10,13 +10,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from diffopt.errors import DiffoptError, LossError
 from diffopt.inner_problem import checked_problem
 from diffopt.optimizers import SGD
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.tensors import derivatives, random_state, tree
+from diffopt.tensors import derivatives, random_state
+from diffopt.tensors.in_double import InDouble, doubled
 
 
 @final
@@ -66,7 +66,7 @@ class Subject:
 
     def loss(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> Tensor:
         """The loss there, on the same random numbers at every call."""
-        with self.replayed(), _Upcast() if self.double else nullcontext():
+        with self.replayed(), InDouble() if self.double else nullcontext():
             return self.dynamics.losses(params, args)
 
     def value(self) -> Tensor:
@@ -104,11 +104,7 @@ class Subject:
 
     def in_double(self) -> Subject:
         """The same in double precision."""
-
-        def double(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(x.double() if x.is_floating_point() else x for x in tensors)
-
-        return replace(self, params=double(self.params), args=double(self.args), double=True)
+        return replace(self, params=tuple(map(doubled, self.params)), args=tuple(map(doubled, self.args)), double=True)
 
     def of_two(
         self, others: Sequence[Tensor], along: Sequence[Tensor]
@@ -133,21 +129,6 @@ class Subject:
         with torch.enable_grad():
             roots, _, grads = self.gradients(differentiable=True)
             return derivatives.pullback(grads[: len(self.params)], roots, along)
-
-
-class _Upcast(TorchFunctionMode):
-    """Where double precision meets a lower one, as in constants of the loss's own, raises the latter."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one operation on raised copies."""
-        leaves, structure = tree.flatten((args, kwargs or {}))
-        floating = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-        if any(x.dtype == torch.float64 for x in floating) and any(x.dtype != torch.float64 for x in floating):
-            lower = {id(x) for x in floating if x.dtype != torch.float64}
-            args, kwargs = tree.unflatten(structure, [x.double() if id(x) in lower else x for x in leaves])
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.comparing.comparison import Comparison, Row, brief, failed_row
 from diffopt.comparing.curvature import curvature_number, krylov_residual, stationarity
 from diffopt.comparing.notes import notes
+from diffopt.comparing.worth import worth
 from diffopt.errors import DiffoptError, DisconnectedError, EstimatorError, LossError, RandomnessError
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.tensors.arguments import MOST, check_function, check_instance, check_integer
@@ -42,6 +43,7 @@ def compare(
     *,
     exact: Estimator | None = None,
     repeats: int = 3,
+    directions: int = 0,
 ) -> Comparison:
     r"""Run every estimator on one problem and set its hypergradient beside the exact one.
 
@@ -56,6 +58,11 @@ def compare(
         estimators: what to compare.
         exact: what to compare with; default :class:`diffopt.estimators.Reverse`.
         repeats: runs per estimator, of which the median time counts; a run before them is not timed.
+        directions: along how many random directions the exact hypergradient is set beside differences of the outer
+            loss, and once beside itself in float64; 0: not at all. ``Comparison.worth`` and the notes then say whether
+            any estimator's number is worth something here. For these runs the meta-parameters are given other values,
+            and then their own again. Costs two runs of the problem per direction for each of two
+            to six step sizes (three directions, a smooth problem: 12 or 18), and one hypergradient in float64.
 
     Returns:
         A :class:`Comparison`. Time is processor time and includes the outer loss; memory is the peak of torch's
@@ -67,7 +74,7 @@ def compare(
         EstimatorError: ``exact`` or an entry of ``estimators`` is not one, or ``problem`` runs no solve with the one
             that it is given; or every one of them failed.
         LossError: ``problem`` is not a function of an estimator, or does not return a scalar.
-        HyperparameterError: ``repeats`` is not an integer >= 1.
+        HyperparameterError: ``repeats`` is not an integer >= 1, or ``directions`` not one >= 0.
         RandomnessError: the outer loss is another at the next call with ``exact``, by more than the third root of its
             precision (6e-6 of it in float64, 5e-3 in float32). At later calls, that costs the row.
         DisconnectedError: the outer loss depends on no tensor that requires grad, or its exact gradient is zero.
@@ -86,6 +93,7 @@ def compare(
         (0.9531, 0.0)
     """
     run, reference_rule = _checked(problem, estimators, exact, repeats)
+    directions = check_integer("compare: directions", directions, 0, high=MOST + 1, note=f" (and at most {MOST})")
     watched, solves = _watched(reference_rule)
     loss = _outer_loss(run, watched)
     again = run(reference_rule)
@@ -106,8 +114,7 @@ def compare(
         )
     _refuse_change(loss, again)
     del again
-    nodes = solves_behind(loss)
-    known = [number for number in map(_curvature, nodes) if number is not None]
+    known = [number for number in map(_curvature, solves_behind(loss)) if number is not None]
     curvature = max(known, default=None)
     reference = _flat(torch.autograd.grad(loss, leaves, materialize_grads=True))
     if float(reference.norm()) == 0:
@@ -121,7 +128,8 @@ def compare(
             "one that this problem can be differentiated by",
             f"{rows[0].estimator}: {rows[0].failure}",
         )
-    return Comparison(rows, curvature, notes(rows, curvature))
+    found = worth(run, reference_rule, leaves, reference, directions, loss.dtype) if directions else None
+    return Comparison(rows, curvature, (*notes(rows, curvature), *(found.notes() if found else ())), found)
 
 
 def _checked(

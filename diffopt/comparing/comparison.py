@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.adjoint.estimator import Estimator
 from diffopt.comparing.curvature import Stationarity
+from diffopt.comparing.worth import Worth
 from diffopt.errors import EstimatorError
 from diffopt.reports import table
 from diffopt.tensors.tree import flatten
@@ -69,11 +70,13 @@ class Comparison:
         curvature: ``T`` times the spectral radius of one step's curvature term (``T * lr * lambda_max`` for gradient
             descent), the larger over the solves; ``None`` if it cannot be computed.
         notes: what to beware of on this problem.
+        worth: what the exact hypergradient itself is worth, if ``compare`` was given ``directions``.
     """
 
     rows: tuple[Row, ...]
     curvature: float | None
     notes: tuple[str, ...]
+    worth: Worth | None = None
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's cells as text, header first."""

@@ -91,8 +91,16 @@ def test_a_kink_is_a_note(loss: Any, said: str) -> None:
 
 
 def test_a_precision_too_coarse_for_differences_is_a_note() -> None:
-    finding = diffopt.check(lambda w: w.half().square().sum(), numbers(4))["second derivative"]
+    finding = diffopt.check(lambda w: torch.zeros(4).half().copy_(w).square().sum(), numbers(4))["second derivative"]
     assert (finding.outcome, "float16 is too coarse" in finding.measured) == ("note", True)
+
+
+@pytest.mark.parametrize("cast", [Tensor.half, Tensor.bfloat16, lambda w: w.to(torch.bfloat16), Tensor.float])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_casts_of_the_loss_are_no_fault(cast: Any, dtype: torch.dtype) -> None:
+    """Differences of what is rounded say nothing: they are taken of the loss without its casts."""
+    finding = diffopt.check(lambda w: (cast(w).pow(3) * w).sum(), numbers(4).to(dtype))["second derivative"]
+    assert (finding.outcome, "(float64)" in finding.measured) == ("ok", True)
 
 
 def test_constants_of_the_loss_are_raised_to_double_precision() -> None:

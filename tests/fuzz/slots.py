@@ -153,6 +153,9 @@ CALLS: dict[str, Slot] = {
         f"check({name}=)": Slot(lambda x, n=name: diffopt.check(square, start(), **{n: x}), right)
         for name, right in {"directions": INTEGERS, "second_derivative": FLAGS, "vmap": FLAGS}.items()
     },
+    "check(optimizer=)": Slot(lambda x: diffopt.check(square, start(), optimizer=x, steps=1)),
+    "check(steps=)": Slot(lambda x: diffopt.check(square, start(), optimizer=diffopt.SGD(0.1), steps=x), INTEGERS),
+    "compare(directions=)": Slot(lambda x: compared(None, [], directions=x), INTEGERS),
     "compare(problem)": Slot(lambda x: compared(x), frozenset({"none"}), own_errors=True),
     "compare(estimators)": Slot(lambda x: compared(None, x), frozenset({"none", "empty_list"})),
     "compare(estimators[1])": Slot(lambda x: compared(None, [Reverse(), x])),

@@ -1,0 +1,146 @@
+"""Whether the hypergradient of a problem is worth anything: beside differences of its outer loss, and in float64."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffopt.adjoint.estimator import Estimator
+from diffopt.adjoint.smoothness import CALMER, CLOSE, WORTHLESS, Smoothness, smoothness
+from diffopt.errors import DiffoptError
+from diffopt.rollout.in_double import problem_in_double
+from diffopt.rollout.problem import Outcome, Problem
+from diffopt.tensors.in_double import InDouble, doubled
+
+
+class Worth(NamedTuple):
+    """What the exact hypergradient of a problem is worth.
+
+    Attributes:
+        smoothness: its error beside differences of the outer loss.
+        precision: its relative error beside the same in float64; ``None``: the problem does not run in that.
+        kind: the precision of the outer loss.
+    """
+
+    smoothness: Smoothness
+    precision: float | None
+    kind: str
+
+    def notes(self) -> Iterator[str]:
+        """In words."""
+        by = f"{self.smoothness} of the meta-parameters"
+        text = f"the exact hypergradient is off differences of the outer loss by {by}"
+        if self.smoothness.derivative is False:
+            yield f"{text}, which agree with one another: look for a detach(), or for tensors made outside the problem"
+        elif self.smoothness.error > WORTHLESS:
+            yield f"{text}: it is chaotic or jumps, and no estimator's number says much; {CALMER}"
+        else:
+            yield f"{text}{': expect noise' if self.smoothness.error > CLOSE else ''}"
+        if self.precision is None:
+            yield f"the problem does not run in float64, beside which to set its {self.kind}"
+        else:
+            bad = ": use a higher precision" if self.precision > CLOSE else ""
+            yield f"in {self.kind} the exact hypergradient is {self.precision:.1e} off that in float64{bad}"
+
+
+def worth(
+    run: Callable[[Estimator], Tensor],
+    rule: Estimator,
+    leaves: Sequence[Tensor],
+    own: Tensor,
+    directions: int,
+    dtype: torch.dtype,
+) -> Worth:
+    """Look at the hypergradient ``own``, in one vector, of the meta-parameters ``leaves`` of a problem.
+
+    Args:
+        run: the problem.
+        rule: the exact estimator.
+        leaves: the meta-parameters.
+        own: its hypergradient, in one vector.
+        directions: along how many random directions to look.
+        dtype: the precision of the outer loss.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    here, gradient = [x.detach() for x in leaves], torch.split(own, [x.numel() for x in leaves])
+    double = _in_double(run, rule, leaves)
+    if double is not None:
+        here, gradient = double
+
+    def value(moved: Sequence[Tensor]) -> Tensor:
+        try:
+            with _at(leaves, moved, rule, double=double is not None) as used:
+                return run(used).detach()
+        except DiffoptError:  # it has none there
+            return torch.tensor(torch.nan, dtype=torch.float64)
+
+    slopes = [g.reshape(x.shape) for g, x in zip(gradient, here, strict=True)]
+    smooth = smoothness(value, here, slopes, directions)
+    if double is None:
+        return Worth(smooth, None, kind)
+    exact = torch.cat([g.double().flatten() for g in gradient])
+    return Worth(smooth, float((own - exact).norm()) / (float(exact.norm()) + 1e-300), kind)
+
+
+def _in_double(
+    run: Callable[[Estimator], Tensor], rule: Estimator, leaves: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[Tensor, ...]] | None:
+    """The meta-parameters and the hypergradient in double precision, if the problem runs in it.
+
+    A hyperparameter must have the precision of the params, which the problem may have made outside: the meta-parameters
+    are then left in their own, unless that is too coarse to move them.
+    """
+    own = [x.detach() for x in leaves]
+    candidates = [list(map(doubled, own))]
+    if all(torch.finfo(x.dtype).eps < _FINE for x in own):
+        candidates.append(own)
+    for here in candidates:
+        try:
+            with _at(leaves, here, rule, double=True) as used:
+                loss = run(used)
+                found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        except Exception:  # a problem may ask for a precision in any way
+            continue
+        if loss.dtype == torch.float64:
+            return here, found
+    return None
+
+
+_FINE = 1e-6
+"""The relative spacing of numbers below which a small move is one."""
+
+
+@contextmanager
+def _at(leaves: Sequence[Tensor], values: Sequence[Tensor], rule: Estimator, *, double: bool) -> Iterator[Estimator]:
+    """Let the meta-parameters have other values for a while, and give the rule to run the problem with.
+
+    # NOTE [other values, not other tensors]
+    A problem has its meta-parameters in its closure, by their objects. Each is given another storage, and then its own
+    again, which has not been written to.
+    """
+    with ExitStack() as stack:
+        for leaf, value in zip(leaves, values, strict=True):
+            stack.callback(setattr, leaf, "data", leaf.data)
+            leaf.data = value
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of the precision, which is looked at here
+        if double:
+            stack.enter_context(InDouble())
+        yield _doubling(rule) if double else rule
+
+
+def _doubling(rule: Estimator) -> Estimator:
+    """A copy of a rule that takes a problem to double precision (``compare.py``, NOTE [a copy, not a wrapper])."""
+    copied = copy.copy(rule)
+
+    def run(problem: Problem) -> Outcome:
+        return rule.run(problem_in_double(problem))
+
+    object.__setattr__(copied, "run", run)
+    return copied
