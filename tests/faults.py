@@ -145,26 +145,26 @@ FAULTS = [
     Fault(
         "an order of the binomial rule leaves out its earliest step",
         "estimators/binomial.py",
-        "write(adjoints, low - 1, updates.scan(",
-        "write(adjoints, low - (level < 2), updates.scan(",
+        "low, high = first + last - order, steps - order + 1",
+        "low, high = first + last - order + (order == 1), steps - order + 1",
     ),
     Fault(
         "the binomial rule forgets its scale",
         "estimators/binomial.py",
-        "self.scale * updates.turn(",
-        "updates.turn(",
+        "self.scale * updates.to_gradient(",
+        "updates.to_gradient(",
     ),
     Fault(
         "the binomial rule takes mixed products at every order",
         "estimators/binomial.py",
-        "mixed, count = last and curvature.reads_wanted,",
-        "mixed, count = curvature.reads_wanted,",
+        "mixed, before = order == last and curvature.reads_wanted,",
+        "mixed, before = curvature.reads_wanted,",
     ),
     Fault(
         "the binomial window is one step too long",
         "estimators/binomial.py",
-        "first, highest = steps - curved + 1,",
-        "first, highest = max(1, steps - curved),",
+        "first, last = steps - curved + 1,",
+        "first, last = max(1, steps - curved),",
     ),
     Fault(
         "E' is taken without its curvature's step (C instead of E)",
@@ -182,14 +182,14 @@ FAULTS = [
     Fault(
         "the Krylov rule leaves out its free last step",
         "estimators/krylov.py",
-        "            stack = stack + residual\n",
-        "",
+        "stack = stack + residual ",
+        "stack = stack + 0 * residual ",
     ),
     Fault(
         "the Krylov system has the wrong sign",
         "diffopt/adjoint/adjoint_system.py",
-        "return x - self.apart(self.scan(",
-        "return x + self.apart(self.scan(",
+        "return x - self.tasks_first(self.scan(",
+        "return x + self.tasks_first(self.scan(",
         "krylov",
     ),
     Fault(
@@ -309,20 +309,21 @@ FAULTS = [
     Fault(
         "the last order of the binomial rule leaves out its latest step",
         "estimators/binomial.py",
-        "first + highest - order, steps - order + 1, min(",
-        "first + highest - order, steps - order + (order < highest), min(",
+        "low, high = first + last - order, steps - order + 1",
+        "low, high = first + last - order, steps - order + (order < last)",
     ),
     Fault(
         "the loss's terms of the Krylov rule belong to the adjoints after the free step",
         "estimators/krylov.py",
-        "system.curvature.product(system.turned(stack, cotangent), 1, direct)",
-        "system.curvature.product(system.turned(stack + residual, cotangent), 1, direct)",
+        "system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)",
+        "system.curvature.product(system.to_gradient(stack + residual, cotangent), 1, direct)",
     ),
     Fault(
-        "the Krylov rule reports its residual in no unit",
-        "estimators/krylov.py",
-        "torch.where(size > 0, left_over / size, 0)",
-        "left_over",
+        "estimates report their quality in no unit",
+        "diffopt/adjoint/trajectory.py",
+        "torch.where(whole > 0, part / whole, 0)",
+        "part",
+        "krylov",
     ),
     Fault(
         "products that are not needed are counted",
@@ -1057,8 +1058,8 @@ FAULTS = [
     Fault(
         "what the last order adds is measured at the step before",
         "estimators/binomial.py",
-        "(before, row(adjoints, first) - before)",
-        "(before, row(adjoints, first - 1) - before)",
+        "norm(row(adjoints, first) - before)",
+        "norm(row(adjoints, first - 1) - before)",
         "warnings_of_estimates",
     ),
     Fault(
@@ -1430,8 +1431,8 @@ FAULTS = [
     Fault(
         "a binomial estimate outside its range is not warned of",
         "estimators/binomial.py",
-        "trajectory.warn_if_bad(relative, 1.0, f",
-        "trajectory.warn_if_bad(relative, 1e9, f",
+        "norm(before), 1.0, what",
+        "norm(before), 1e9, what",
         "warnings_of_estimates",
     ),
     # integers that nothing can count up to
@@ -2601,5 +2602,19 @@ FAULTS = [
         "if transforms.has_tangent(observed):",
         "if False:",
         "along",
+    ),
+    # the estimators, read from top to bottom
+    Fault(
+        "the binomial window counts steps that were not made",
+        "estimators/binomial.py",
+        "else min(self.window, steps)",
+        "else self.window",
+    ),
+    Fault(
+        "an estimate of which no order is missing is reported as a bad one",
+        "estimators/binomial.py",
+        '["last_order"] = 0 * norm(cotangent)',
+        '["last_order"] = norm(cotangent)',
+        "warnings_of_estimates",
     ),
 ]
