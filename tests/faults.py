@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "truncation keeps one step too many",
         "estimators/truncated.py",
-        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))",
-        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps))",
+        "return max(1, trajectory.steps - self.steps + 1)",
+        "return max(1, trajectory.steps - self.steps)",
     ),
     Fault(
         "the sign of weight decay is wrong",
@@ -267,8 +267,8 @@ FAULTS = [
     Fault(
         "central differences are divided by one radius",
         "estimators/es_jacobian.py",
-        "group.final_states(-radius * z)) / (2 * radius)",
-        "group.final_states(-radius * z)) / radius",
+        "group.rolled_out(-self.radius * z)) / (2 * self.radius)",
+        "group.rolled_out(-self.radius * z)) / self.radius",
     ),
     *(
         Fault(f"lifting: {what}", f"diffopt/lifting/{file}.py", old, new, "from_torch")
@@ -974,7 +974,7 @@ FAULTS = [
     Fault(
         "ForwardMode forgets the imaginary part",
         "estimators/forward_mode.py",
-        "response(trajectory, place, 1j * tangent, cotangent)",
+        "_rate(trajectory, place, 1j * tangent, cotangent)",
         "0 * part",
         "complex",
     ),
