@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.adjoint.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.claims import ALL_INPUTS, Claims, Kind
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
@@ -26,8 +26,9 @@ class Truncated(Adjoint):
 
     with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
-    Biased; for gradient descent the bias shrinks like ``(1 - lr * a)**L`` if the loss is ``a``-strongly convex. Cost: ``L`` HVPs,
-    one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for hyperparameters that act early.
+    Biased; for gradient descent the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly
+    convex. Cost: ``L`` HVPs, one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for
+    hyperparameters that act early.
 
     Args:
         steps: ``L``, at most the number of inner steps.
@@ -52,7 +53,7 @@ class Truncated(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Exact if no step is left out; the first-order rule if all are."""
-        inputs = ALL_INPUTS if self.steps else frozenset({"init"})
+        inputs: frozenset[Kind] = ALL_INPUTS if self.steps else frozenset({"init"})
         return Claims("always" if self.steps >= steps else "never", inputs, second_derivatives=self.steps > 0)
 
     def keep(self, steps: int) -> Keep:

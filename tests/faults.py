@@ -209,15 +209,15 @@ FAULTS = [
     Fault(
         "the implicit system lacks the identity",
         "diffopt/adjoint/fixed_point.py",
-        "return through if root else (v - past) - through",
+        "return through if self._root else (v - past) - through",
         "return through",
         "implicit",
     ),
     Fault(
         "the implicit system forgets what its update hands on",
         "diffopt/adjoint/fixed_point.py",
-        "return through if root else (v - past) - through",
-        "return through if root else v - through",
+        "return through if self._root else (v - past) - through",
+        "return through if self._root else v - through",
         "implicit",
     ),
     Fault(
@@ -229,7 +229,7 @@ FAULTS = [
     Fault(
         "the gradient of implicit is differentiated with the wrong sign",
         "diffopt/adjoint/fixed_point.py",
-        "solution[i] = -x if root else x",
+        "solution[i] = -x if self._root else x",
         "solution[i] = x",
         "implicit",
     ),
@@ -455,14 +455,14 @@ FAULTS = [
     Fault(
         "the fixed point is never that of the whole state",
         "diffopt/adjoint/fixed_point.py",
-        "range(count if whole_state else layout.params_count)",
-        "range(layout.params_count)",
+        "range(count if whole_state else params)",
+        "range(params)",
         "implicit",
     ),
     Fault(
         "stationarity is measured against the whole way, not the average step",
         "diffopt/adjoint/fixed_point.py",
-        "layout.steps * distance / way",
+        "self._layout.steps * distance / way",
         "distance / way",
         "compare_notes",
     ),
@@ -2542,8 +2542,8 @@ FAULTS = [
     Fault(
         "a buffer that moves counts as an input of the step",
         "diffopt/adjoint/fixed_point.py",
-        "if _same(after[i], trajectory.final[i])]",
-        "if not whole_state or _same(after[i], trajectory.final[i])]",
+        "if _same(self._after[i], trajectory.final[i])]",
+        "if not whole_state or _same(self._after[i], trajectory.final[i])]",
         "implicit_rule",
     ),
     Fault(
