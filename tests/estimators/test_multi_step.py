@@ -263,7 +263,7 @@ def test_options_out_of_range(options, message):
     ids=str,
 )
 def test_more_windows_than_there_are(rule, steps, windows):
-    told = rf"at most {windows}; .*only {windows} steps \(a window of MultiStep counts as one\)"
+    told = rf"at most {windows}; .* only {windows} steps \(each window of MultiStep counts as one\): take fewer"
     with pytest.raises(diffopt.StepsError, match=told):
         diffopt.solve(lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=steps, estimator=rule)
 
