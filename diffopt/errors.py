@@ -209,7 +209,7 @@ class CompileWarning(UserWarning):
 
 
 class EstimateWarning(UserWarning):
-    """An estimator has measured that its estimate is bad: far outside the range in which it converges."""
+    """An estimator has measured that its estimate is bad: it may be wrong in size and sign."""
 
 
 class PrecisionWarning(UserWarning):

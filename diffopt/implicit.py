@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint, refuse_changes, versions
-from diffopt.adjoint.fixed_point import chosen_solver, implicit_pullback
+from diffopt.adjoint.fixed_point import LastStep, chosen_solver
 from diffopt.adjoint.implicit_gradients import Call, implicit_gradients_at
 from diffopt.adjoint.stationarity import Point, refuse_far_from_stationary, refuse_kink, refuse_long_step
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError
 from diffopt.inner_problem import checked_problem
-from diffopt.linear_solve import LinearSolution, LinearSolver, Matvec, Tasks, leaves_like, refuse_not_finite
+from diffopt.linear_solve import LinearSolution, LinearSolver, Tasks, leaves_like, refuse_not_finite
 from diffopt.optimizers import SGD
 from diffopt.rollout.given import params_leaves
 from diffopt.rollout.layout import Slot
@@ -67,20 +67,13 @@ class _AtSolution(Adjoint):
         at = Point.of(trajectory.dynamics, trajectory.inputs, trajectory.final, trajectory.rollout)
         refuse_far_from_stationary(at, tasks, self.stationarity)
 
-        def look(system: Matvec) -> None:
-            if self.stationarity is not None:
-                refuse_long_step(at, system, tasks, self.stationarity)
-                refuse_kink(at, tasks)
-
-        result, _ = implicit_pullback(
-            trajectory,
-            cotangent,
-            self.solver,
-            root=True,
-            look=look,
-            losses_there=trajectory.rollout.losses,  # the only step went nowhere
-        )
-        return Cotangents(None, result.direct)
+        # the only step went nowhere: the losses there are those of the rollout
+        step = LastStep(trajectory, self.solver, root=True, losses_there=trajectory.rollout.losses)
+        if self.stationarity is not None:
+            refuse_long_step(at, step.system, tasks, self.stationarity)
+            refuse_kink(at, tasks)
+        found = step.solve(step.system, cotangent)
+        return Cotangents(None, step.cotangents(found.value, cotangent).direct)
 
 
 def implicit(

@@ -1,7 +1,16 @@
 """Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`.
 
-``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what a rule of your own is written with, and
-``StepByStep`` one that goes from step to step; :func:`diffopt.testing.check_estimator` tests it.
+All docstrings write one step as ``s_{t+1} = U_t(s_t, g_t; eta)``, where ``s_t`` is the state (params and buffers)
+before step ``t = 1, ..., T``, ``g_t`` the inner gradient there and ``eta`` the optimizer's hyperparameters
+(derivations, section 0). ``C_t``, ``E_t``, ``D_t`` are the derivatives of ``U_t`` in ``s_t``, ``g_t``, ``eta``; ``H_t``
+and ``M_t`` those of ``g_t`` in the params and in what the loss reads; ``P`` takes the params out of a state. So a whole
+step has the derivatives ``J_t = C_t + E_t H_t P`` in the state and ``B_t = D_t + E_t M_t`` in the rest, and
+``Lambda_t`` (the adjoint) is the derivative of the outer loss ``F`` in ``s_{t+1}``. ``nabla`` leaves out the explicit
+derivative of the outer loss, which ordinary autograd adds. An HVP is one product that gives ``H_t u`` and ``M_t' u``.
+
+``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what a rule of your own is written with;
+``StepByStep`` helps a rule that goes from step to step, and :func:`diffopt.testing.check_estimator` tests it.
+``Reverse`` is in ``diffopt/adjoint/reverse.py``, because it is the default and the core does not import this folder.
 """
 
 from diffopt.adjoint.claims import Claims

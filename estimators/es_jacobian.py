@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.perturbation import Group, Sampling, directions, refuse_other_losses_again
+from diffopt.adjoint.perturbation import Group, Sampling, directions, refuse_a_loss_that_does_not_repeat
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -37,15 +37,17 @@ class ESJacobian(Adjoint):
     ``radius**2``. Cost: ``2 Q`` rollouts (``Q`` if not antithetic), run as two batches (one), and one more that checks
     that the loss repeats itself. Memory: ``2 Q`` states, independent of the number of steps.
 
-    ``p`` counts the numbers of all inputs that want their hypergradient, and the error is relative to that of them all,
-    as ``radius`` is absolute: give the solve numbers of like size and effect (scaling, or the ``exp`` of a logarithm,
-    belongs in the loss), or take ``Q = p``. Inputs that tasks share and inputs of each task's own are perturbed in runs
-    of their own, with independent directions per task. Not for: many hyperparameters with few directions.
+    ``p`` counts the numbers of all inputs of a group, and the error is relative to that of them all, as ``radius`` is
+    absolute: give the solve numbers of like size and effect (scaling, or the ``exp`` of a logarithm, belongs in the
+    loss), or take ``Q = p``. Inputs that tasks share form one group and inputs of each task's own another, with
+    independent directions per task; ``p``, ``Q`` and the ``2 Q`` rollouts count for each group.
+
+    Not for: many hyperparameters with few directions.
 
     Args:
         directions: ``Q``.
-        radius: ``beta``; near the third root of the precision if antithetic (the square root if not), relative to
-            the size of the numbers.
+        radius: ``beta``. Sphere and orthonormal directions have length 1, gaussian and rademacher ones about
+            ``sqrt(p)``. Near ``eps**(1/3)`` times the size of the numbers if antithetic, else ``eps**(1/2)``.
         sampling: ``"gaussian"``, ``"rademacher"``, ``"sphere"`` or ``"orthonormal"`` (Haar-distributed frames; at most
             ``p`` directions are used).
         antithetic: central differences instead of forward ones.
@@ -54,8 +56,8 @@ class ESJacobian(Adjoint):
     Raises:
         HyperparameterError: an option is out of range.
 
-    Reference: Sow, Ji and Liang (2022), "On the Convergence Theory for Hessian-Free Bilevel Algorithms". Derivations
-    (7.1).
+    Reference: Sow, Ji and Liang (2022), "On the Convergence Theory for Hessian-Free Bilevel Algorithms", whose
+    estimator is ``sampling="gaussian", antithetic=False``. Derivations (7.1).
     """
 
     directions: int
@@ -75,7 +77,8 @@ class ESJacobian(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Right in the mean, up to the bias of the differences and their round-off."""
-        tolerance = min(self.radius + 1e-14 / self.radius, 0.1)
+        round_off = 1e-14 / self.radius  # of a difference: about a hundred roundings of float64
+        tolerance = min(self.radius + round_off, 0.1)
         return Claims(second_derivatives=False, random=True, tolerance=tolerance)
 
     def keep(self, steps: int) -> Keep:
@@ -84,15 +87,14 @@ class ESJacobian(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The estimate for every wanted input, one group of inputs after the other."""
-        refuse_other_losses_again(trajectory)
+        refuse_a_loss_that_does_not_repeat(trajectory)
         found: dict[Place, Tensor] = {}
-        radius = float(self.radius)  # an integer may be more than torch's hold
         for group in Group.all_of(trajectory):
             z, factor = directions(group.vector, self.directions, self.sampling, self.generator)
             if self.antithetic:
-                slope = (group.final_states(radius * z) - group.final_states(-radius * z)) / (2 * radius)
+                slope = (group.rolled_out(self.radius * z) - group.rolled_out(-self.radius * z)) / (2 * self.radius)
             else:
-                slope = (group.final_states(radius * z) - trajectory.final) / radius
+                slope = (group.rolled_out(self.radius * z) - trajectory.final) / self.radius
             responses = group.responses(slope, cotangent)
-            found |= group.found(factor * (responses[..., None] * z).mean(0))
+            found |= group.by_place(factor * (responses[..., None] * z).mean(0))
         return Cotangents.of(found, trajectory)

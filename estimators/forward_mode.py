@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.tangents import response
+from diffopt.adjoint.tangents import MovingProblem, contracted, unit_tangents
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -30,12 +29,15 @@ class ForwardMode(Adjoint):
     ``p`` states, independent of ``T``. Depth ``T``. All that for each tensor that is learned, one after the other:
     twelve tensors of one number have the depth ``12 * T``, so put them in one and let the loss take it apart.
 
+    Not for: many hyperparameters, an initialisation above all. Every input that requires grad gets tangents, even if
+    the backward pass is asked for others only: detach an initialisation that is not to be learned.
+
     Args:
         chunk_size: how many tangents are carried at once; ``None``: all of one tensor. Bounds the memory, and each
             chunk costs a rollout.
 
-    Not for: many hyperparameters, an initialisation above all. Whatever requires grad gets its tangents, also if the
-    backward pass is asked for other inputs only: detach an initialisation that is not to be learned.
+    Raises:
+        HyperparameterError: ``chunk_size`` is not ``None`` or an integer >= 1.
 
     Reference: Franceschi et al. (2017), "Forward and Reverse Gradient-Based Hyperparameter Optimization", algorithm 2.
     Derivations, section 1.
@@ -54,22 +56,37 @@ class ForwardMode(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The product of the cotangent with the tangents of every wanted input."""
-        found = {place: self._derivative(trajectory, cotangent, place) for place in trajectory.wanted_places}
+        found = {place: self._derivative(trajectory, place, cotangent) for place in trajectory.wanted_places}
         return Cotangents.of(found, trajectory)
 
-    def _derivative(self, trajectory: Trajectory, cotangent: Leaves, place: Place) -> Tensor:
-        """The derivative for one input, all its coordinates in turn."""
-        like, shared = trajectory.inputs.at(place), trajectory.layout.own_axes(place)
-        own = like.shape[sum(shared) :]
-        size = math.prod(own)
-        if size == 0:
-            return torch.zeros_like(like)
-        parts = []
-        for indices in torch.split(torch.arange(size, device=like.device), self.chunk_size or size):
-            basis = torch.nn.functional.one_hot(indices, size).to(like.dtype)
-            tangent = basis.reshape(-1, *(1,) * sum(shared), *own).expand(-1, *like.shape)
-            part = response(trajectory, place, tangent, cotangent)
-            if like.is_complex():  # torch's gradient: the real part's derivative plus i times the imaginary part's
-                part = torch.complex(part, response(trajectory, place, 1j * tangent, cotangent))
+    def _derivative(self, trajectory: Trajectory, place: Place, cotangent: Leaves) -> Tensor:
+        """The derivative in one input, all its coordinates in turn."""
+        value, parts = trajectory.inputs.at(place), []
+        for tangent in unit_tangents(trajectory, place, self.chunk_size):
+            part = _rate(trajectory, place, tangent, cotangent)
+            if value.is_complex():  # torch's gradient: the real part's derivative plus i times the imaginary part's
+                part = torch.complex(part, _rate(trajectory, place, 1j * tangent, cotangent))
             parts.append(part)
-        return torch.cat(parts).movedim(0, -1).reshape(like.shape)
+        return torch.cat(parts).movedim(0, -1).reshape(value.shape) if parts else torch.zeros_like(value)
+
+
+def _rate(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves) -> Tensor:
+    """How fast the outer loss moves with the input at ``place``, one number for each direction ``[p, ...]``.
+
+    What was handed out along the way counts at its step (13.1).
+    """
+    counts, running, again = trajectory.record.counts, trajectory.running, trajectory.losses_to_replay()
+    own, problem = trajectory.layout.own_axes(place), MovingProblem.of(trajectory, place, tangent)
+    state, moving = problem.start()  # s_1 and Z_1
+    total = 0 * contracted(moving, cotangent, own)
+    counts.gradients += trajectory.steps
+    for step in range(1, trajectory.steps + 1):
+        counts.add_products(len(tangent))
+        cotangents = [] if running is None else running.at(step)
+        with trajectory.rollout.replay(step, tangent.device):
+            state, moving, losses, along = problem.take_step(state, moving, step, cotangents)  # Z_{t+1} = J_t Z_t + B_t
+        again[..., step - 1] = losses[0]
+        for tangents, weights in along:
+            total = total + contracted(tangents, weights, own)
+    trajectory.refuse_other_losses(again)
+    return total + contracted(moving, cotangent, own)  # Z_{T+1}' dF/ds_{T+1}

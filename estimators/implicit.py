@@ -7,7 +7,7 @@ from typing import final
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.fixed_point import implicit_pullback, refuse_unfit
+from diffopt.adjoint.fixed_point import LastStep, refuse_unfit
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, StepsError
 from diffopt.linear_solve import LinearSolver
@@ -24,19 +24,29 @@ class Implicit(Adjoint):
 
     .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
 
-    with the last step's blocks at the final state: of ``params``, the buffers held fixed (for a loss symmetric under
-    descent, momentum and decay; iMAML under :class:`diffopt.ProximalGD`), or of the whole state. Exact only at the
-    fixed point; ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``), ``relative_stationarity``
-    (over the average step), ``residual``, ``iterations``. Cost: 2 gradients, one HVP an iteration and one. Not for:
-    unfinished problems (a warning); initial params, step sizes, momentum (zero, but for a proximal center); Adam or a
-    prox by conjugate gradients; half precision if ``lr`` times H is small.
+    Both blocks are those of one more step, taken at the final state. By default the unknown is ``params`` and buffers
+    are constants: the system is then symmetric for gradient descent, momentum and weight decay on a loss, and is
+    iMAML's under :class:`diffopt.ProximalGD`. With ``whole_state=True`` the unknown is the whole state.
+
+    Exact only at the fixed point. ``Solution.diagnostics`` has ``stationarity`` (``|params - step(params)|``),
+    ``relative_stationarity`` (over the average step), ``residual`` and ``iterations``. Cost: one gradient, one
+    evaluation of the loss where checks are on, one HVP per iteration of the solver and one more (GMRES, Nystrom: two
+    more). Memory: the final state, and the graph of one step.
+
+    Not for: unfinished problems (there is a warning); initial params, step sizes or momentum, which get zero (except a
+    proximal center); Adam or Proximal with conjugate gradients, since their systems are not symmetric; half precision
+    where ``lr`` times the curvature is small.
 
     Args:
         solver: a :mod:`diffopt.linear_solve` object; default: conjugate gradients, GMRES for a vector field.
         whole_state: solve for params and buffers together (by GMRES or Neumann).
 
     Raises:
-        EstimatorError: the fixed point depends on how buffers move that are held fixed (momentum under a penalty).
+        EstimatorError: ``solver`` is not a linear solver; or the fixed point depends on how buffers move that are held
+            fixed (momentum under a penalty).
+        HyperparameterError: ``whole_state`` is neither ``True`` nor ``False``.
+        StepsError: the inner problem has no step.
+        RandomnessError: the inner loss draws random numbers, so that no step has a fixed point.
         LinearSolveError: the solver is of no use for a vector field; or, in the backward pass, has not solved.
 
     References: Rajeswaran et al. (2019), Grazzi et al. (2020, section 3). Derivations (6.1).
@@ -47,7 +57,9 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         """Check the solver."""
-        Options(self).instance("solver", LinearSolver, "a diffopt.linear_solve object", EstimatorError, also=(None,))
+        fix = "such as Implicit(GMRES(max_iterations=100))"
+        wanted = "a diffopt.linear_solve object"
+        Options(self).instance("solver", LinearSolver, wanted, EstimatorError, also=(None,), fix=fix)
         Options(self).flag("whole_state")
 
     def claims(self, steps: int) -> Claims:
@@ -57,7 +69,8 @@ class Implicit(Adjoint):
     def keep(self, steps: int) -> Keep:
         """No step: the final state is enough, and the graph of one step in the backward pass."""
         if steps == 0:
-            raise StepsError("Implicit: the inner problem has no step", "one whose fixed point was reached")
+            fix = "take enough steps to reach the fixed point"
+            raise StepsError("Implicit: the inner problem has no step", "at least one", fix)
         return Keep(first=steps + 1)
 
     def refuse(self, problem: Problem) -> None:
@@ -66,4 +79,6 @@ class Implicit(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve the adjoint system at the final state."""
-        return implicit_pullback(trajectory, cotangent, self.solver, whole_state=self.whole_state)[0]
+        step = LastStep(trajectory, self.solver, whole_state=self.whole_state)
+        v = step.solve(step.system, cotangent).value  # (I - J') v = dF/ds
+        return step.cotangents(v, cotangent)  # B' v

@@ -18,7 +18,10 @@ class MultiStep(Estimator):
     r"""Inner steps in windows of ``window`` updates that share one gradient, then any rule on the composite steps.
 
     .. math:: s_{t+1} = U_t(s_t, g_{t_w}; \eta),\quad t = t_w, \dots, t_w + n - 1,\qquad
-              \hat C_w = \textstyle\prod C_t,\quad \hat E_w = \sum_i \big(\prod_{j > i} C_{t_w+j}\big) E_{t_w+i}
+              \hat C_w = C_{t_w+n-1}\cdots C_{t_w},\quad
+              \hat E_w = \sum_{i=0}^{n-1} C_{t_w+n-1}\cdots C_{t_w+i+1}\,E_{t_w+i}
+
+    and ``D`` of a window likewise with ``D`` for ``E``.
 
     This changes the forward pass: the solution is that of the windowed dynamics, and with an exact ``adjoint`` the
     hypergradient is exact for *them*. ``window=1`` is the ordinary problem. With plain gradient descent it is
@@ -32,7 +35,8 @@ class MultiStep(Estimator):
 
     Args:
         window: updates per gradient, ``n``.
-        adjoint: the rule for the composite steps.
+        adjoint: the estimator for the composite steps. Its own options (``Truncated.steps``, ``Binomial.order``,
+            ``window``, ...) count windows, not updates.
 
     Raises:
         HyperparameterError: ``window`` is not an integer >= 1, or ``adjoint`` is not an estimator.
@@ -59,5 +63,7 @@ class MultiStep(Estimator):
     def run(self, problem: Problem) -> Outcome:
         """Run the adjoint's rule on the windowed problem."""
         layout = problem.dynamics.layout
+        # A window is one step: one gradient, then that many updates with it (Dynamics.updates). Windows of a MultiStep
+        # around it multiply.
         windowed = replace(problem.dynamics, layout=replace(layout, window=self.window * layout.window))
         return self.adjoint.run(replace(problem, dynamics=windowed))

@@ -20,9 +20,9 @@ class Reptile(Adjoint):
     .. math:: \Lambda_0 := \phi_1 - \phi_{T+1}\quad(\text{for gradient descent } \alpha\textstyle\sum_t g_t),\qquad
               \text{direct terms} := 0
 
-    Not a gradient of the outer loss, which is not looked at: only that it depends on the solution counts. So a
-    factor on the outer loss has no effect: over a batch of tasks the result is the sum of the tasks' directions, also
-    when the outer loss is their mean. Cost: nothing beyond the rollout. Memory: no states. Depth 0.
+    Not a gradient. Neither the value nor the gradient of the outer loss matters; it only starts the backward pass. So a
+    factor on it has no effect: over a batch of tasks the result is the sum of the tasks' directions, also when the
+    outer loss is their mean. Cost: nothing beyond the rollout. Memory: no states. Depth 0.
 
     Not for: anything but the initial parameters (all else gets a zero), or outer losses on other data than the inner.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from diffopt.adjoint.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.claims import ALL_INPUTS, Claims, Kind
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
@@ -26,8 +26,9 @@ class Truncated(Adjoint):
 
     with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
 
-    Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
-    one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for hyperparameters that act early.
+    Biased; for gradient descent the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly
+    convex. Cost: ``L`` HVPs, one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for
+    hyperparameters that act early.
 
     Args:
         steps: ``L``, at most the number of inner steps.
@@ -52,7 +53,7 @@ class Truncated(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Exact if no step is left out; the first-order rule if all are."""
-        inputs = ALL_INPUTS if self.steps else ALL_INPUTS & {"init"}
+        inputs: frozenset[Kind] = ALL_INPUTS if self.steps else frozenset({"init"})
         return Claims("always" if self.steps >= steps else "never", inputs, second_derivatives=self.steps > 0)
 
     def keep(self, steps: int) -> Keep:
@@ -62,8 +63,11 @@ class Truncated(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The recursion over the last steps."""
-        return trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))
+        return trajectory.sweep(cotangent, first=self._first(trajectory))
 
     def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents]:
         """The same for many at once."""
-        return trajectory.sweeps(cotangents, first=max(1, trajectory.steps - self.steps + 1))
+        return trajectory.sweeps(cotangents, first=self._first(trajectory))
+
+    def _first(self, trajectory: Trajectory) -> int:  # (a solve that stops early may have made fewer than ``steps``)
+        return max(1, trajectory.steps - self.steps + 1)

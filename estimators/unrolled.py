@@ -16,8 +16,8 @@ from diffopt.rollout.unroll import unroll
 class Unrolled(Estimator):
     """The exact hypergradient by recording every inner step, differentiable to any order.
 
-    Cost: ``T`` gradients and ``T`` HVPs for a first derivative. Memory: the graph of all ``T`` steps, which only goes
-    when the outer loss does. Depth ``T``. Tensors captured by closure do get their gradient, except under vmap.
+    Cost: ``T`` gradients and ``T`` HVPs for a first derivative. Memory: the graph of all ``T`` steps, freed together
+    with the outer loss. Depth ``T``. Tensors captured by closure do get their gradient, except under vmap.
 
     For: second derivatives of a hypergradient, and an inner solve within the loss of another solve. Not for: anything
     else; :class:`Reverse` gives the same first derivative faster, in less memory.
@@ -32,4 +32,4 @@ class Unrolled(Estimator):
 
     def run(self, problem: Problem) -> Outcome:
         """Roll out under autograd."""
-        return unroll(problem)
+        return unroll(problem)  # rollout/unroll.py: the loop of the rollout, recorded

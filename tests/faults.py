@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "truncation keeps one step too many",
         "estimators/truncated.py",
-        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps + 1))",
-        "trajectory.sweep(cotangent, first=max(1, trajectory.steps - self.steps))",
+        "return max(1, trajectory.steps - self.steps + 1)",
+        "return max(1, trajectory.steps - self.steps)",
     ),
     Fault(
         "the sign of weight decay is wrong",
@@ -145,26 +145,26 @@ FAULTS = [
     Fault(
         "an order of the binomial rule leaves out its earliest step",
         "estimators/binomial.py",
-        "write(adjoints, low - 1, updates.scan(",
-        "write(adjoints, low - (level < 2), updates.scan(",
+        "low, high = first + last - order, steps - order + 1",
+        "low, high = first + last - order + (order == 1), steps - order + 1",
     ),
     Fault(
         "the binomial rule forgets its scale",
         "estimators/binomial.py",
-        "self.scale * updates.turn(",
-        "updates.turn(",
+        "self.scale * updates.to_gradient(",
+        "updates.to_gradient(",
     ),
     Fault(
         "the binomial rule takes mixed products at every order",
         "estimators/binomial.py",
-        "mixed, count = last and curvature.reads_wanted,",
-        "mixed, count = curvature.reads_wanted,",
+        "mixed, before = order == last and curvature.reads_wanted,",
+        "mixed, before = curvature.reads_wanted,",
     ),
     Fault(
         "the binomial window is one step too long",
         "estimators/binomial.py",
-        "first, highest = steps - curved + 1,",
-        "first, highest = max(1, steps - curved),",
+        "first, last = steps - curved + 1,",
+        "first, last = max(1, steps - curved),",
     ),
     Fault(
         "E' is taken without its curvature's step (C instead of E)",
@@ -182,14 +182,14 @@ FAULTS = [
     Fault(
         "the Krylov rule leaves out its free last step",
         "estimators/krylov.py",
-        "            stack = stack + residual\n",
-        "",
+        "stack = stack + residual ",
+        "stack = stack + 0 * residual ",
     ),
     Fault(
         "the Krylov system has the wrong sign",
         "diffopt/adjoint/adjoint_system.py",
-        "return x - self.apart(self.scan(",
-        "return x + self.apart(self.scan(",
+        "return x - self.tasks_first(self.scan(",
+        "return x + self.tasks_first(self.scan(",
         "krylov",
     ),
     Fault(
@@ -209,15 +209,15 @@ FAULTS = [
     Fault(
         "the implicit system lacks the identity",
         "diffopt/adjoint/fixed_point.py",
-        "return through if root else (v - past) - through",
+        "return through if self._root else (v - past) - through",
         "return through",
         "implicit",
     ),
     Fault(
         "the implicit system forgets what its update hands on",
         "diffopt/adjoint/fixed_point.py",
-        "return through if root else (v - past) - through",
-        "return through if root else v - through",
+        "return through if self._root else (v - past) - through",
+        "return through if self._root else v - through",
         "implicit",
     ),
     Fault(
@@ -229,7 +229,7 @@ FAULTS = [
     Fault(
         "the gradient of implicit is differentiated with the wrong sign",
         "diffopt/adjoint/fixed_point.py",
-        "solution[i] = -x if root else x",
+        "solution[i] = -x if self._root else x",
         "solution[i] = x",
         "implicit",
     ),
@@ -267,8 +267,8 @@ FAULTS = [
     Fault(
         "central differences are divided by one radius",
         "estimators/es_jacobian.py",
-        "group.final_states(-radius * z)) / (2 * radius)",
-        "group.final_states(-radius * z)) / radius",
+        "group.rolled_out(-self.radius * z)) / (2 * self.radius)",
+        "group.rolled_out(-self.radius * z)) / self.radius",
     ),
     *(
         Fault(f"lifting: {what}", f"diffopt/lifting/{file}.py", old, new, "from_torch")
@@ -309,20 +309,14 @@ FAULTS = [
     Fault(
         "the last order of the binomial rule leaves out its latest step",
         "estimators/binomial.py",
-        "first + highest - order, steps - order + 1, min(",
-        "first + highest - order, steps - order + (order < highest), min(",
+        "low, high = first + last - order, steps - order + 1",
+        "low, high = first + last - order, steps - order + (order < last)",
     ),
     Fault(
         "the loss's terms of the Krylov rule belong to the adjoints after the free step",
         "estimators/krylov.py",
-        "system.curvature.product(system.turned(stack, cotangent), 1, direct)",
-        "system.curvature.product(system.turned(stack + residual, cotangent), 1, direct)",
-    ),
-    Fault(
-        "the Krylov rule reports its residual in no unit",
-        "estimators/krylov.py",
-        "torch.where(size > 0, left_over / size, 0)",
-        "left_over",
+        "system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)",
+        "system.curvature.product(system.to_gradient(stack + residual, cotangent), 1, direct)",
     ),
     Fault(
         "products that are not needed are counted",
@@ -454,14 +448,14 @@ FAULTS = [
     Fault(
         "the fixed point is never that of the whole state",
         "diffopt/adjoint/fixed_point.py",
-        "range(count if whole_state else layout.params_count)",
-        "range(layout.params_count)",
+        "range(count if whole_state else params)",
+        "range(params)",
         "implicit",
     ),
     Fault(
         "stationarity is measured against the whole way, not the average step",
         "diffopt/adjoint/fixed_point.py",
-        "layout.steps * distance / way",
+        "self._layout.steps * distance / way",
         "distance / way",
         "compare_notes",
     ),
@@ -973,7 +967,7 @@ FAULTS = [
     Fault(
         "ForwardMode forgets the imaginary part",
         "estimators/forward_mode.py",
-        "response(trajectory, place, 1j * tangent, cotangent)",
+        "_rate(trajectory, place, 1j * tangent, cotangent)",
         "0 * part",
         "complex",
     ),
@@ -1057,8 +1051,8 @@ FAULTS = [
     Fault(
         "what the last order adds is measured at the step before",
         "estimators/binomial.py",
-        "(before, row(adjoints, first) - before)",
-        "(before, row(adjoints, first - 1) - before)",
+        "norm(row(adjoints, first) - before)",
+        "norm(row(adjoints, first - 1) - before)",
         "warnings_of_estimates",
     ),
     Fault(
@@ -1430,8 +1424,8 @@ FAULTS = [
     Fault(
         "a binomial estimate outside its range is not warned of",
         "estimators/binomial.py",
-        "trajectory.warn_if_bad(relative, 1.0, f",
-        "trajectory.warn_if_bad(relative, 1e9, f",
+        "norm(before), 1.0, what",
+        "norm(before), 1e9, what",
         "warnings_of_estimates",
     ),
     # integers that nothing can count up to
@@ -2541,8 +2535,8 @@ FAULTS = [
     Fault(
         "a buffer that moves counts as an input of the step",
         "diffopt/adjoint/fixed_point.py",
-        "if _same(after[i], trajectory.final[i])]",
-        "if not whole_state or _same(after[i], trajectory.final[i])]",
+        "if _same(self._after[i], trajectory.final[i])]",
+        "if not whole_state or _same(self._after[i], trajectory.final[i])]",
         "implicit_rule",
     ),
     Fault(
@@ -2981,5 +2975,26 @@ FAULTS = [
         "return func in _DIFFERENTIATING or name",
         "return name",
         "compare_worth",
+    ),
+    Fault(
+        "estimates report their quality in no unit",
+        "diffopt/adjoint/trajectory.py",
+        "torch.where(whole > 0, part / whole, 0)",
+        "part",
+        "krylov",
+    ),
+    # the estimators, read from top to bottom
+    Fault(
+        "the binomial window counts steps that were not made",
+        "estimators/binomial.py",
+        "else min(self.window, steps)",
+        "else self.window",
+    ),
+    Fault(
+        "an estimate of which no order is missing is reported as a bad one",
+        "estimators/binomial.py",
+        '["last_order"] = 0 * norm(cotangent)',
+        '["last_order"] = norm(cotangent)',
+        "warnings_of_estimates",
     ),
 ]

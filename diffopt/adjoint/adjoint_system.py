@@ -14,9 +14,9 @@ from diffopt.tensors.leaves import Leaves
 
 @final
 class AdjointSystem:
-    """``(I - S K) x = r`` for ``Lambda_0, ..., Lambda_{T-1}``, stacked along axis 0.
+    """``(I - S K) x = r`` for ``Lambda_0, ..., Lambda_{T-1}``, stacked along axis 0; ``Lambda_T`` is known.
 
-    To a linear solver time comes behind the tasks: its vectors are :meth:`apart`.
+    A linear solver wants the tasks' axes in front of all others: its vectors are :meth:`tasks_first`.
     """
 
     def __init__(self, trajectory: Trajectory, chunk_size: int | None, *, again: bool) -> None:
@@ -25,25 +25,29 @@ class AdjointSystem:
         self._updates, self._steps = trajectory.updates.blocks(), trajectory.steps
         self._axis = len(trajectory.tasks_shape)
 
-    def apart(self, stack: Leaves) -> Leaves:
-        """The tasks' axes in front."""
+    def tasks_first(self, stack: Leaves) -> Leaves:
+        """The tasks' axes in front of time."""
         return stack.map(lambda leaf: leaf.movedim(0, self._axis))
 
-    def joined(self, stack: Leaves) -> Leaves:
-        """Time in front."""
+    def time_first(self, stack: Leaves) -> Leaves:
+        """Time in front of the tasks' axes."""
         return stack.map(lambda leaf: leaf.movedim(self._axis, 0))
 
-    def turned(self, stack: Leaves, last: Leaves) -> Leaves:
+    def with_last(self, stack: Leaves, last: Leaves) -> Leaves:
+        """``x_1, ..., x_T``, where ``x_T = last``, for the stack ``x_0, ..., x_{T-1}``."""
+        return appended(rows(stack, 1, self._steps - 1), last)
+
+    def to_gradient(self, stack: Leaves, last: Leaves) -> Leaves:
         """``E_t' x_t`` for ``t = 1, ..., T``, where ``x_T = last``."""
-        return self._updates.turn(appended(rows(stack, 1, self._steps), last), 1)
+        return self._updates.to_gradient(self.with_last(stack, last), 1)
 
     def scan(self, pushes: Leaves | None, last: Leaves) -> Leaves:
         """``S y``: ``x_{t-1} = C_t' x_t + P' y_t`` from ``x_T = last``; no HVP."""
         return self._updates.scan(last, 1, self._steps, pushes)
 
     def matvec(self, x: Leaves) -> Leaves:
-        """``(I - S K) x``."""
-        stack = self.joined(x)
-        product = self.curvature.product(self._updates.turn(rows(stack, 1, self._steps), 1), 1)
+        """``x - S K x``, with one HVP for each of ``x_1, ..., x_{T-1}``: ``x_T``, and so ``(K x)_T``, is zero."""
+        stack = self.time_first(x)
+        pushes = self.curvature.product(self._updates.to_gradient(rows(stack, 1, self._steps - 1), 1), 1)
         nothing = stack.map(lambda leaf: torch.zeros_like(leaf[0]))
-        return x - self.apart(self.scan(appended(product, nothing), nothing))
+        return x - self.tasks_first(self.scan(appended(pushes, nothing), nothing))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from diffopt.rollout.field import VectorField
 from diffopt.rollout.problem import Problem
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
+from diffopt.rollout.step_graph import Block
 from diffopt.tensors.leaves import Leaves
 
 
@@ -44,87 +46,112 @@ def refuse_unfit(problem: Problem, solver: LinearSolver | None, *, whole_state: 
         refuse_held_buffers(problem.dynamics, ends_known=problem.stop is NEVER)
 
 
-def implicit_pullback(
-    trajectory: Trajectory,
-    cotangent: Leaves,
-    solver: LinearSolver | None,
-    *,
-    whole_state: bool = False,
-    root: bool = False,
-    start: Leaves | None = None,
-    look: Callable[[Matvec], None] = lambda system: None,
-    losses_there: Tensor | None = None,
-) -> tuple[Cotangents, LinearSolution]:
-    r"""The implicit hypergradient at the end of a trajectory, taken to be a fixed point of its last step.
+@final
+class LastStep:
+    """One more step from the end of a trajectory, which is taken to be its fixed point. Derivations (6.1).
 
-    .. math:: (I - J^\top)\,v = \frac{\partial F}{\partial s},\qquad \nabla = B^\top v
+    The unknown of the system is the state, or only its params: the buffers are then held fixed, with no derivative.
+    Those that the step returns unchanged count as inputs of the step. One graph of the step serves all products.
 
-    The unknown is the state, or only its params: the buffers are then held fixed, with no derivative. Those that the
-    step returns unchanged count as inputs of the step. One graph of the step serves all products. Derivations (6.1).
-    ``look`` is shown the system before it is solved. ``losses_there``: those at that end, if they are known.
-    ``root``: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
-    takes the place of ``I - J``. ``solver``: as in :func:`chosen_solver`; a system that it does not solve is refused
-    if it throws.
+    Args:
+        trajectory: the one at whose end it is.
+        solver: as in :func:`chosen_solver`.
+        whole_state: whether the unknown is the state.
+        root: the solution is where the step makes its buffers, one for each leaf of the params, zero; their Jacobian
+            takes the place of ``I - J``.
+        losses_there: those at that end, if they are known.
     """
-    solver = chosen_solver(solver, trajectory.dynamics.loss)
-    if not (whole_state or root):
-        refuse_held_buffers(trajectory.dynamics, ends_known=True)
-    if trajectory.rollout.draws:
-        raise RandomnessError(
-            "the inner loss draws random numbers",
-            "a step with a fixed point to differentiate",
-            "use Reverse() or Truncated()",
-        )
-    _warn_if_not_reached(trajectory)
-    dynamics, tasks, counts = _with_a_step(trajectory.dynamics), trajectory.tasks, trajectory.record.counts
-    layout = dynamics.layout
-    count, last = layout.state_count, layout.steps
-    rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
-    replay = Replay(dynamics, trajectory.inputs, rollout, counts, check=trajectory.check)
-    losses = (
-        trajectory.losses_to_replay() if trajectory.steps else trajectory.final[0].new_empty(*layout.tasks_shape, 1)
-    )
-    block, after = replay.block(trajectory.final, last, last, losses, apart=True)
-    if trajectory.check:
-        there = losses.clone() if losses_there is None else losses_there
-        if losses_there is None:
-            there[..., last - 1] = replay.losses(trajectory.final, last)
-        refuse_other_losses(there, losses, rollout.autocast)
-    still = [i for i in range(layout.params_count, count) if _same(after[i], trajectory.final[i])]
-    moving = [i for i in range(count if whole_state else layout.params_count) if i not in still]
-    residuals = [i + layout.params_count for i in moving] if root else moving
 
-    def system(v: Leaves) -> Leaves:
-        counts.add_products(1)
-        past, through = block.pullback_apart(residuals, v, moving, past=not root)
-        return through if root else (v - past) - through
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        solver: LinearSolver | None,
+        *,
+        whole_state: bool = False,
+        root: bool = False,
+        losses_there: Tensor | None = None,
+    ) -> None:
+        """Check what is given and record the step."""
+        self._trajectory, self._root = trajectory, root
+        self._solver = chosen_solver(solver, trajectory.dynamics.loss)
+        if not (whole_state or root):
+            refuse_held_buffers(trajectory.dynamics, ends_known=True)
+        if trajectory.rollout.draws:
+            raise RandomnessError(
+                "the inner loss draws random numbers",
+                "a step with a fixed point to differentiate",
+                "use Reverse() or Truncated()",
+            )
+        _warn_if_not_reached(trajectory)
+        self._dynamics = _with_a_step(trajectory.dynamics)
+        self._layout = self._dynamics.layout
+        self._block, self._after = self._record(losses_there)
+        count, params = self._layout.state_count, self._layout.params_count
+        self._still = [i for i in range(params, count) if _same(self._after[i], trajectory.final[i])]
+        self._moving = [i for i in range(count if whole_state else params) if i not in self._still]
+        self._residuals = [i + params for i in self._moving] if root else self._moving
 
-    _warn_of_held_buffers(trajectory, [cotangent[i] for i in range(count) if i not in {*still, *moving}])
-    look(system)
-    found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
-    initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
-    solution = initial.copy()
-    for i, x in zip(residuals, found.value, strict=True):
-        solution[i] = -x if root else x
-    counts.add_products(1)
-    terms = block.pullback(Leaves(solution), state=still)
-    for i, term in zip(still, terms.state, strict=True):
-        initial[i] = cotangent[i] + term
-    direct.add_block(terms)
-    if not root:  # whose step goes nowhere, and of whose record nobody hears
-        final = layout.params(trajectory.final)
-        distance, way = (tasks.norm(layout.params(x) - final) for x in (after, trajectory.initial))
-        share = torch.where((distance > 0) & (way > 0), layout.steps * distance / way, 0)
-        _warn_if_no_fixed_point(trajectory, share, way, tasks.norm(final))
+    def _record(self, losses_there: Tensor | None) -> tuple[Block, Leaves]:
+        """The graph of the step, and the state after it."""
+        trajectory, last = self._trajectory, self._layout.steps
+        rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
+        replay = Replay(self._dynamics, trajectory.inputs, rollout, trajectory.record.counts, check=trajectory.check)
+        shape = (*self._layout.tasks_shape, 1)
+        losses = trajectory.losses_to_replay() if trajectory.steps else trajectory.final[0].new_empty(*shape)
+        block, after = replay.block(trajectory.final, last, last, losses, apart=True)
+        if trajectory.check:
+            there = losses.clone() if losses_there is None else losses_there
+            if losses_there is None:
+                there[..., last - 1] = replay.losses(trajectory.final, last)
+            refuse_other_losses(there, losses, rollout.autocast)
+        return block, after
+
+    def system(self, v: Leaves) -> Leaves:
+        """``(I - J') v``, or the Jacobian of the root; ``v - C' v`` first, which is zero for gradient descent."""
+        self._trajectory.record.counts.add_products(1)
+        past, through = self._block.pullback_apart(self._residuals, v, self._moving, past=not self._root)
+        return through if self._root else (v - past) - through
+
+    def solve(self, system: Matvec, cotangent: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """Solve ``system(v) = cotangent`` for the unknown, and report how.
+
+        Raises:
+            LinearSolveError: it is not solved, and the solver throws.
+        """
+        known = [i for i in range(self._layout.state_count) if i not in {*self._still, *self._moving}]
+        _warn_of_held_buffers(self._trajectory, [cotangent[i] for i in known])
+        found = self._solver.run(system, Leaves(cotangent[i] for i in self._moving), self._trajectory.tasks, start)
+        if not self._root:  # whose step goes nowhere, and of whose record nobody hears
+            self._report(found)
+        if self._solver.throw:
+            refuse_unsolved(self._solver, found)
+        return found
+
+    def _report(self, found: LinearSolution) -> None:
+        trajectory, params = self._trajectory, self._layout.params
+        final, norm = params(trajectory.final), trajectory.tasks.norm
+        distance, way = (norm(params(x) - final) for x in (self._after, trajectory.initial))
+        share = torch.where((distance > 0) & (way > 0), self._layout.steps * distance / way, 0)
+        _warn_if_no_fixed_point(trajectory, share, way, norm(final))
         trajectory.record.diagnostics.update(
             residual=found.residual,
             iterations=found.iterations,
             stationarity=distance,
             relative_stationarity=share,
         )
-    if solver.throw:
-        refuse_unsolved(solver, found)
-    return Cotangents(Leaves(initial), direct.collect()), found
+
+    def cotangents(self, v: Leaves, cotangent: Leaves) -> Cotangents:
+        """``B' v``; for buffers that the step returns unchanged, what they get by ``v`` besides their own cotangent."""
+        initial, direct = list(cotangent.zeros()), DirectTerms(self._trajectory)
+        solution = initial.copy()
+        for i, x in zip(self._residuals, v, strict=True):
+            solution[i] = -x if self._root else x
+        self._trajectory.record.counts.add_products(1)
+        terms = self._block.pullback(Leaves(solution), state=self._still)
+        for i, term in zip(self._still, terms.state, strict=True):
+            initial[i] = cotangent[i] + term
+        direct.add_block(terms)
+        return Cotangents(Leaves(initial), direct.collect())
 
 
 def _with_a_step(dynamics: Dynamics) -> Dynamics:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.fixed_point import implicit_pullback
+from diffopt.adjoint.fixed_point import LastStep
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.errors import SecondDerivativeError
 from diffopt.linear_solve import LinearSolution, LinearSolver
@@ -117,7 +117,9 @@ def _solved(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         padded = layout.padded(cotangent.map(Tensor.detach), inputs.state)
         initial = start.map(Tensor.detach) if len(start) else None
-        result, found = implicit_pullback(trajectory, padded, call.solver, root=True, start=initial)
+        step = LastStep(trajectory, call.solver, root=True)
+        found = step.solve(step.system, padded, initial)
+        result = step.cotangents(found.value, padded)
     terms = [result.direct.get(place, torch.zeros_like(inputs.at(place))) for place in call.wanted]
     return _apart([*terms, *found.value, *found[1:]], tensors)
 

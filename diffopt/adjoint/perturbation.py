@@ -71,7 +71,7 @@ class Group:
         """All of them, ``[..., p]``, in single precision at least."""
         return Tasks(sum(self.own)).flatten(self.inputs.widened())
 
-    def final_states(self, moves: Tensor) -> Leaves:
+    def rolled_out(self, moves: Tensor) -> Leaves:
         """The final states of rollouts from moved inputs, for ``moves`` ``[Q, ..., p]``; ``Q`` is their first axis."""
         size, rollout, counts = len(moves), self.trajectory.rollout, self.trajectory.record.counts
         stacked = self.inputs.map(lambda x: x.expand(size, *x.shape))
@@ -89,7 +89,7 @@ class Group:
         summed = [axis + 1 for axis, own in enumerate(self.own) if not own]
         return total.sum(dim=summed) if summed else total
 
-    def found(self, vector: Tensor) -> dict[Place, Tensor]:
+    def by_place(self, vector: Tensor) -> dict[Place, Tensor]:
         """A vector ``[..., p]`` in the form of the inputs, by their places."""
         return self._at_places(Tasks(sum(self.own)).unflatten(vector, self.inputs).cast(self.inputs))
 
@@ -99,7 +99,7 @@ class Group:
         return {place: torch.complex(x[..., 0], x[..., 1]) if complexes[place] else x for place, x in pairs}
 
 
-def refuse_other_losses_again(trajectory: Trajectory) -> None:
+def refuse_a_loss_that_does_not_repeat(trajectory: Trajectory) -> None:
     """Refuse, where checks are on, a loss that differs in one more rollout: that would drown the differences."""
     if not trajectory.check:
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -11,42 +13,19 @@ from torch import Tensor
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import stands_behind
-from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.inputs import STATE_PARTS, Inputs, Place
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
 
-def response(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves) -> Tensor:
-    r"""How the outer loss moves with the input at ``place``; directions along axis 0, behind it the tasks of its own.
-
-    .. math:: Z_{t+1} = J_t Z_t + B_t,\qquad \dot F = \Big\langle\frac{\partial F}{\partial s_{T+1}}, Z_{T+1}\Big\rangle
-
-    and the same of what was handed out along the way (13.1). One more rollout, and one HVP per step and direction,
-    batched over directions.
-    """
-    layout, size, counts = trajectory.layout, len(tangent), trajectory.record.counts
-    dynamics, inputs = trajectory.dynamics.over(size, [place]), trajectory.inputs
-    state = trajectory.initial.map(lambda leaf: leaf.expand(size, *leaf.shape))
-    moving = state.zeros()
-    if place.part in ("params", "buffers"):
-        moving = layout.with_state(inputs, moving).put({place: tangent}).state
-    else:
-        # not an expanded tensor: a loss that differentiates in it in forward mode gives its parts tangents to write to
-        inputs = inputs.put({place: inputs.at(place).expand(tangent.shape).contiguous()})
-    again, running, own = trajectory.losses_to_replay(), trajectory.running, layout.own_axes(place)
-    total = 0 * contracted(moving, cotangent, own)
-    counts.gradients += layout.steps
-    for step in range(1, layout.steps + 1):
-        counts.add_products(size)
-        with trajectory.rollout.replay(step, tangent.device):
-            rate = dynamics.layout.slice_at(place, tangent, step)
-            cotangents = [] if running is None else running.at(step)
-            state, moving, losses, along = _step(dynamics, inputs, state, moving, place, rate, step, cotangents)
-            again[..., step - 1] = losses[0]
-            for tangents, weights in along:
-                total = total + contracted(tangents, weights, own)
-    trajectory.refuse_other_losses(again)
-    return total + contracted(moving, cotangent, own)
+def unit_tangents(trajectory: Trajectory, place: Place, chunk_size: int | None) -> Iterator[Tensor]:
+    """The unit vectors of the input at ``place``, the same for all tasks: ``[p, ...]`` with ``p <= chunk_size``."""
+    value, own_axes = trajectory.inputs.at(place), trajectory.layout.own_axes(place)
+    shape = value.shape[sum(own_axes) :]  # of each task's own
+    size = math.prod(shape)
+    for indices in torch.split(torch.arange(size, device=value.device), chunk_size or size) if size else ():
+        basis = torch.nn.functional.one_hot(indices, size).to(value.dtype)
+        yield basis.reshape(-1, *(1,) * sum(own_axes), *shape).expand(-1, *value.shape)
 
 
 def contracted(tangents: Sequence[Tensor], weights: Sequence[Tensor], own: Sequence[bool]) -> Tensor:
@@ -62,66 +41,94 @@ def contracted(tangents: Sequence[Tensor], weights: Sequence[Tensor], own: Seque
     return sum(terms[1:], terms[0])
 
 
-def _step(
-    dynamics: Dynamics,
-    inputs: Inputs,
-    state: Leaves,
-    moving: Leaves,
-    place: Place,
-    rate: Tensor,
-    step: int,
-    cotangents: Sequence[Tensor | None],
-) -> tuple[Leaves, Leaves, Tensor, list[Pair]]:
-    """One step of the state and of its tangent, ``C s' + E (H P s' + M theta') + D eta'``; its losses.
+Pair: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"
 
-    And, for the ``cotangents`` of what it hands out, the tangents of what that depends on and their weights.
 
-    Of a vector field ``H`` is its Jacobian ``V``, and the tangent goes through ``V`` itself, not its transpose.
+@final
+@dataclass(frozen=True)
+class MovingProblem:
+    """The inner problem while one of its inputs moves, in all directions at once.
+
+    Attributes:
+        dynamics: the problem, with the directions as one more axis in front of every state.
+        inputs: its inputs.
+        place: the input that moves.
+        tangent: how it moves: directions along axis 0, behind it the tasks of its own.
     """
-    layout = dynamics.layout
-    read, hypers = layout.at_step(inputs, step)
-    params, count = layout.params(state), layout.params_count
-    with torch.enable_grad():
-        of_loss = place.part == "read"
-        roots = derivatives.make_roots([*params, *([read[place.number]] if of_loss else [])])
-        seen = list(read)
-        if of_loss:
-            seen[place.number] = roots[count]
-        losses = dynamics.losses(roots[:count], seen)
-        field = stands_behind(losses)
-        found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
-        if step == 1:
-            autograd_graph.refuse_broken_graph([g.grad_fn for g in found if g is not None])
-        tangents = [*layout.params(moving), *([rate] if of_loss else [])]
-        along = _weighed([losses], roots, tangents, cotangents[:1])
-        if field:
-            grads_moving = derivatives.filled(derivatives.pushforward(found, roots, tangents), params)
-        else:  # three quarters of the time: the second derivatives of a loss are symmetric, the mixed ones, too
-            grads_moving = derivatives.pullback(found, roots[:count], tangents)
-    grads = derivatives.or_zeros(found[:count], params)
-    of_update = [place] if place.part == "hyperparameters" else []
 
-    def update(sources: tuple[Tensor, ...]) -> Leaves:
-        now, own, learned = layout.split_update(sources)
-        current = list(hypers)
-        for at, value in zip(of_update, learned, strict=True):
-            current[at.number] = value
-        return dynamics.update(now, own, current, step)
+    dynamics: Dynamics
+    inputs: Inputs
+    place: Place
+    tangent: Tensor
 
-    sources = [*state, *grads, *(hypers[at.number] for at in of_update)]
-    after, after_moving = derivatives.jvp(update, sources, [*moving, *grads_moving, *(rate for _ in of_update)])
-    if any([x is not None for x in cotangents[1:]]):
+    @staticmethod
+    def of(trajectory: Trajectory, place: Place, tangent: Tensor) -> MovingProblem:
+        """The problem of a trajectory."""
+        inputs = trajectory.inputs
+        if place.part not in STATE_PARTS:
+            # copied, not expanded: a loss that differentiates in it in forward mode gives its parts tangents in place
+            inputs = inputs.put({place: inputs.at(place).expand(tangent.shape).contiguous()})
+        return MovingProblem(trajectory.dynamics.over(len(tangent), [place]), inputs, place, tangent)
+
+    def start(self) -> tuple[Leaves, Leaves]:
+        """``s_1``, once for each direction, and its tangents ``Z_1``."""
+        size, layout = len(self.tangent), self.dynamics.layout
+        state = self.inputs.state.map(lambda leaf: leaf.expand(size, *leaf.shape))
+        still = state.zeros()
+        if self.place.part not in STATE_PARTS:
+            return state, still
+        return state, layout.with_state(self.inputs, still).put({self.place: self.tangent}).state
+
+    def take_step(
+        self, state: Leaves, moving: Leaves, step: int, cotangents: Sequence[Tensor | None]
+    ) -> tuple[Leaves, Leaves, Tensor, list[Pair]]:
+        """``s_{t+1}`` and ``Z_{t+1} = C Z_t + E (H P Z_t + M theta') + D eta'``; the losses.
+
+        And, for the ``cotangents`` of what the step hands out, the tangents of what that depends on and their weights.
+
+        Of a vector field ``H`` is its Jacobian ``V``, and the tangent goes through ``V`` itself, not its transpose.
+        """
+        dynamics, layout, place = self.dynamics, self.dynamics.layout, self.place
+        rate, (read, hypers) = layout.slice_at(place, self.tangent, step), layout.at_step(self.inputs, step)
+        params, count = layout.params(state), layout.params_count
         with torch.enable_grad():
-            roots = derivatives.make_roots([*layout.params(after), *([read[place.number]] if of_loss else [])])
+            of_loss = place.part == "read"
+            roots = derivatives.make_roots([*params, *([read[place.number]] if of_loss else [])])
+            seen = list(read)
             if of_loss:
                 seen[place.number] = roots[count]
-            observed = dynamics.observed(roots[:count], seen)
-            rates = [*layout.params(after_moving), *([rate] if of_loss else [])]
-            along += _weighed(observed, roots, rates, cotangents[1:])
-    return Leaves(after), Leaves(after_moving), losses.detach(), along
+            losses = dynamics.losses(roots[:count], seen)
+            field = stands_behind(losses)
+            found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
+            if step == 1:
+                autograd_graph.refuse_broken_graph([g.grad_fn for g in found if g is not None])
+            tangents = [*layout.params(moving), *([rate] if of_loss else [])]
+            along = _weighed([losses], roots, tangents, cotangents[:1])
+            if field:
+                grads_moving = derivatives.filled(derivatives.pushforward(found, roots, tangents), params)
+            else:  # three quarters of the time: the second derivatives of a loss are symmetric, the mixed ones, too
+                grads_moving = derivatives.pullback(found, roots[:count], tangents)
+        grads = derivatives.or_zeros(found[:count], params)
+        of_update = [place] if place.part == "hyperparameters" else []
 
+        def update(sources: tuple[Tensor, ...]) -> Leaves:
+            now, own, learned = layout.split_update(sources)
+            current = list(hypers)
+            for at, value in zip(of_update, learned, strict=True):
+                current[at.number] = value
+            return dynamics.update(now, own, current, step)
 
-Pair: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"
+        sources = [*state, *grads, *(hypers[at.number] for at in of_update)]
+        after, after_moving = derivatives.jvp(update, sources, [*moving, *grads_moving, *(rate for _ in of_update)])
+        if any([x is not None for x in cotangents[1:]]):
+            with torch.enable_grad():
+                roots = derivatives.make_roots([*layout.params(after), *([read[place.number]] if of_loss else [])])
+                if of_loss:
+                    seen[place.number] = roots[count]
+                observed = dynamics.observed(roots[:count], seen)
+                rates = [*layout.params(after_moving), *([rate] if of_loss else [])]
+                along += _weighed(observed, roots, rates, cotangents[1:])
+        return Leaves(after), Leaves(after_moving), losses.detach(), along
 
 
 def _weighed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffopt.adjoint.update_derivatives import UpdateBlocks
 from diffopt.tensors.leaves import Leaves
 
 
@@ -17,6 +18,11 @@ def row(stack: Leaves, at: int) -> Leaves:
     return stack.map(lambda leaf: leaf[at])
 
 
+def copy_of_row(stack: Leaves, at: int) -> Leaves:
+    """One row, as it is now."""
+    return stack.map(lambda leaf: leaf[at].clone())
+
+
 def rows(stack: Leaves, first: int, last: int) -> Leaves:
     """The rows ``first, ..., last``."""
     return stack.map(lambda leaf: leaf[first : last + 1])
@@ -26,6 +32,16 @@ def write(stack: Leaves, first: int, new: Leaves) -> None:
     """Put new rows in the place of ``first, first + 1, ...``."""
     for leaf, part in zip(stack, new, strict=True):
         leaf[first : first + len(part)] = part
+
+
+def scan(updates: UpdateBlocks, stack: Leaves, first: int, last: int, pushes: Leaves | None = None) -> None:
+    """``x_{t-1} = C_t' x_t + P' y_t`` for ``t = last, ..., first`` (none if ``last < first``): row ``t`` is ``x_t``.
+
+    ``pushes`` is the stack ``y_first, ...``, of which what is behind ``y_last`` is left out; ``None``: zero.
+    """
+    if first <= last:
+        own = None if pushes is None else rows(pushes, 0, last - first)
+        write(stack, first - 1, updates.scan(row(stack, last), first, last, own))
 
 
 def appended(stack: Leaves, last: Leaves) -> Leaves:

@@ -249,13 +249,20 @@ class Trajectory:
             yield [(start, kept.take_state(start, self.final[0].device))], end, slots
             end = start - 1
 
-    def warn_if_bad(self, measured: Tensor, limit: float, what: str) -> None:
-        """Warn, where checks are on, of an estimate whose measure ``[...]`` is above ``limit`` for some task."""
+    def report(self, name: str, part: Tensor, whole: Tensor, limit: float, what: str, fix: str) -> None:
+        """Leave ``part / whole`` of each task in the diagnostics, and warn as :meth:`warn_if_bad` does of it."""
+        relative = self.record.diagnostics[name] = torch.where(whole > 0, part / whole, 0)
+        self.warn_if_bad(relative, limit, what, fix)
+
+    def warn_if_bad(self, measured: Tensor, limit: float, what: str, fix: str = "Use Reverse()") -> None:
+        """Warn, where checks are on, of an estimate whose measure ``[...]`` is above ``limit`` for some task.
+
+        ``what`` names the measure, ``fix`` says what to do.
+        """
         if self.check and bool((measured > limit).any()):
             warnings.warn(
-                f"{what} is {float(measured.max()):.2g}, expected at most {limit:g}: the inner problem is outside the "
-                "range in which this estimate converges, and the hypergradient may be wrong in size and sign. Use a "
-                "higher order, fewer or smaller steps, or Reverse()",
+                f"{what} is {float(measured.max()):.2g}, expected at most {limit:g}: the hypergradient may be wrong in "
+                f"size and sign. {fix}",
                 EstimateWarning,
                 stacklevel=2,
             )

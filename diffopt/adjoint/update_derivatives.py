@@ -24,7 +24,7 @@ Factor: TypeAlias = "float | Leaves"
 class UpdateBlocks(Protocol):
     """``C_t' x`` and ``E_t' x`` for many steps ``t``."""
 
-    def turn(self, adjoints: Leaves, first: int) -> Leaves:
+    def to_gradient(self, adjoints: Leaves, first: int) -> Leaves:
         """``E_t' x_t``, like the params, for the stack ``x_first, x_{first+1}, ...``."""
         ...
 
@@ -122,7 +122,7 @@ class GraphBlocks:
         self._layout = updates.dynamics.layout
         self._graphs = {step: updates.graph(step) for step in updates.steps}
 
-    def turn(self, adjoints: Leaves, first: int) -> Leaves:
+    def to_gradient(self, adjoints: Leaves, first: int) -> Leaves:
         """See :class:`UpdateBlocks`."""
         rows = enumerate(zip(*adjoints, strict=True), first)
         return _stacked([self._graphs[step].to_gradient(Leaves(row)) for step, row in rows])
@@ -166,7 +166,7 @@ class DiagonalBlocks:
         factors = {key: _constant(stack) for key, stack in diagonals.items() if stack is not None}
         gradient = len(self._kinds)
         self._through = {key: factor for key, factor in factors.items() if key[1] != gradient}
-        self._turns = {key[0]: factor for key, factor in factors.items() if key[1] == gradient}
+        self._into_gradient = {key[0]: factor for key, factor in factors.items() if key[1] == gradient}
 
     def _read_off(self, graph: derivatives.Graph, state: Leaves) -> dict[tuple[int, int], Leaves | None]:
         """The diagonal between each kind of leaf that comes out and each that goes in, the last being the gradient."""
@@ -185,12 +185,12 @@ class DiagonalBlocks:
     def _part(self, kind: int) -> slice:
         return slice(kind * self._size, (kind + 1) * self._size)
 
-    def turn(self, adjoints: Leaves, first: int) -> Leaves:
+    def to_gradient(self, adjoints: Leaves, first: int) -> Leaves:
         """See :class:`UpdateBlocks`."""
         end = first + len(adjoints[0]) - 1
         terms = [
             adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)
-            for out, f in self._turns.items()
+            for out, f in self._into_gradient.items()
         ]
         return _sum(terms, adjoints[: self._size])
 

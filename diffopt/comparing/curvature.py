@@ -36,7 +36,7 @@ def curvature_number(dynamics: Dynamics, inputs: Sequence[Tensor], iterations: i
             size = tasks.norm(x)
             for _ in range(iterations):
                 x = tasks.times(torch.where(size > 0, 1 / size, 0), x)
-                product = curvature.product(updates.turn(x.map(lambda leaf: leaf[None]), step), step)
+                product = curvature.product(updates.to_gradient(x.map(lambda leaf: leaf[None]), step), step)
                 x = layout.padded(product.map(lambda leaf: leaf[0]), nothing)
                 size = tasks.norm(x)
             largest = max(largest, float(size.max()))

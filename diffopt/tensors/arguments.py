@@ -87,7 +87,8 @@ def check_number(
 def check_within_steps(where: str, count: int, steps: int) -> None:
     """Refuse more of an inner problem's steps than it has."""
     if count > steps:
-        raise StepsError(f"{where} is {brief(count)}", f"at most {steps}", f"the inner problem has only {steps} steps")
+        has = f"the inner problem has only {steps} steps (each window of MultiStep counts as one)"
+        raise StepsError(f"{where} is {brief(count)}", f"at most {steps}", f"{has}: take fewer, or more inner steps")
 
 
 def check_choice(where: str, value: Any, *choices: str) -> str:

@@ -167,8 +167,10 @@ def test_errors_come_early():
         diffopt.implicit(lambda w, p: w * p, solution, theta)
     with pytest.raises(diffopt.EstimatorError, match="linear_solve"):
         diffopt.implicit(RIDGE.loss, solution, theta, solver=ConjugateGradient)
-    with pytest.raises(diffopt.EstimatorError, match="linear_solve"):
+    with pytest.raises(diffopt.EstimatorError, match=r"linear_solve object; such as Implicit\(GMRES\("):
         Implicit(solver="cg")
+    with pytest.raises(diffopt.StepsError, match="at least one; take enough steps to reach the fixed point"):
+        diffopt.solve(RIDGE.loss, solution, theta, optimizer=diffopt.SGD(0.1), steps=0, estimator=Implicit())
 
 
 def test_a_second_derivative_is_refused():

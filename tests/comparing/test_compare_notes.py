@@ -196,7 +196,7 @@ def test_what_a_rule_says_of_the_curvature_is_said_once_for_all_of_its_rows():
     first, *said = notes(rows, 3.14)
     assert first.endswith(": 3.1")
     assert said == [
-        "Binomial: the terms of its series grow up to an order near 3: distrust lower orders; Krylov has no such limit",
+        "Binomial: its terms grow until about order 3: distrust orders below three times that, or take Krylov",
         "BinomialLike: rounds off 3.1 digits",
     ]
     assert len(notes(rows, 1.5)) == 2

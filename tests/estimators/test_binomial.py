@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, expected_hypergradient, hypergradient, small_network
+from cases import OPTIMIZERS, MetaParameters, expected_hypergradient, hypergradient, small_network
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import relative_error
@@ -20,11 +21,11 @@ STEPS = 4
 TAYLOR = 1e-8
 
 
-def graded(problem, case, order, window=STEPS, scale=1.0):
+def graded(problem, case, order, window=STEPS, scale=1.0, steps=STEPS):
     """The sum of the Taylor coefficients up to ``order`` in a factor on the curvature of the last ``window`` steps."""
-    points = np.cos(np.pi * (np.arange(STEPS + 1) + 0.5) / (STEPS + 1))
+    points = np.cos(np.pi * (np.arange(steps + 1) + 0.5) / (steps + 1))
     rows = [
-        expected_hypergradient(problem, case, STEPS, curvature=lambda t, e=e: e if t > STEPS - window else 0.0)
+        expected_hypergradient(problem, case, steps, curvature=lambda t, e=e: e if t > steps - window else 0.0)
         for e in points
     ]
     weights = np.linalg.inv(np.vander(points, increasing=True))[: order + 1]
@@ -52,6 +53,44 @@ def test_windows_scales_and_chunks(seed, order, window, scale, chunk_size, case)
     problem = small_network(seed, STEPS)
     got = hypergradient(problem, case, STEPS, Binomial(order, window, scale, chunk_size))
     assert relative_error(got, graded(problem, case, order, window, scale)) < TAYLOR
+
+
+@pytest.mark.parametrize("made", range(1, STEPS))
+@pytest.mark.parametrize("window", range(1, STEPS + 1))
+@pytest.mark.parametrize("order", [1, 2, STEPS])
+def test_a_window_of_a_solve_that_its_caller_stops(order, window, made):
+    """The last ``window`` of the steps that were made have curvature, or all of them if there are fewer."""
+    problem, case = small_network(seed=22, steps=STEPS), OPTIMIZERS[1]
+    meta = MetaParameters.of(problem, case)
+    solution = diffopt.solve(
+        problem.loss,
+        meta.params,
+        meta.weights,
+        optimizer=case.optimizer(meta.hyperparameters),
+        steps=STEPS,
+        batches=(meta.inputs, meta.targets),
+        estimator=Binomial(order, window),
+        on_step=lambda step, loss: step >= made,
+    )
+    assert solution.steps == made
+    got = torch.autograd.grad(problem.outer_loss(solution.params), meta.leaves())
+    assert relative_error(got, graded(problem, case, order, window, steps=made)) < TAYLOR
+
+
+@pytest.mark.parametrize(("tol", "made"), [(5.0, 0), (1.2, 3), (0.7, 5)])
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("order", [0, 1, 2, 8])
+def test_a_window_of_a_solve_that_ends_at_a_small_gradient(order, window, tol, made):
+    """On ``2 w**2 / 2`` each step of 0.1 takes a fifth off: curvature in ``n`` steps is ``n`` factors ``1 - 0.2``."""
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    solution = diffopt.solve(
+        lambda w: w.square(), w, optimizer=diffopt.SGD(0.1), steps=9, tol=tol, estimator=Binomial(order, window)
+    )
+    assert solution.steps == made  # the gradient before step t is 2 * 0.8**(t - 1)
+    (got,) = torch.autograd.grad(solution.params, w)
+    curved = min(window, made)
+    expected = sum(math.comb(curved, k) * (-0.2) ** k for k in range(min(order, curved) + 1))
+    assert float(got) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", range(5))

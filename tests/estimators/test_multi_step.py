@@ -253,10 +253,19 @@ def test_options_out_of_range(options, message):
         MultiStep(**options)
 
 
-def test_more_windows_than_there_are():
-    rule = MultiStep(2, Truncated(3))
-    with pytest.raises(diffopt.StepsError, match="only 2 steps"):
-        diffopt.solve(lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
+@pytest.mark.parametrize(
+    ("rule", "steps", "windows"),
+    [
+        (MultiStep(2, Truncated(3)), 4, 2),
+        (MultiStep(4, Truncated(5)), 10, 3),
+        (MultiStep(3, Binomial(1, window=3)), 5, 2),
+    ],
+    ids=str,
+)
+def test_more_windows_than_there_are(rule, steps, windows):
+    told = rf"at most {windows}; .* only {windows} steps \(each window of MultiStep counts as one\): take fewer"
+    with pytest.raises(diffopt.StepsError, match=told):
+        diffopt.solve(lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=steps, estimator=rule)
 
 
 def test_windows_of_windows(problem, case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -56,12 +57,26 @@ def test_binomial_says_what_its_last_order_adds(order: int, lr: float) -> None:
         assert f"is {expected:.2g}, expected at most 1" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("order", [0, STEPS, STEPS + 3])
-def test_binomial_without_curvature_or_with_all_of_it_has_nothing_to_say(order: int) -> None:
-    """The one is first order, the other exact."""
-    solved = solution(Binomial(order), 0.9)
+@pytest.mark.parametrize(
+    "rule",
+    [*map(Binomial, [0, STEPS, STEPS + 3]), Binomial(2, window=0), Binomial(STEPS, scale=0.0), Binomial(0, window=3)],
+    ids=str,
+)
+def test_binomial_without_curvature_or_with_all_of_it_reports_zero(rule: Any) -> None:
+    """There is no last order that adds anything, or nothing is left out."""
+    solved = solution(rule, 0.9)
     solved.params.square().sum().backward()
-    assert "last_order" not in solved.diagnostics
+    assert float(solved.diagnostics["last_order"]) == 0
+
+
+@pytest.mark.parametrize("rule", [Binomial(1), Binomial(2, scale=0.5), Binomial(1, window=0)], ids=str)
+def test_binomial_reports_zero_where_no_step_is_made(rule: Any) -> None:
+    solved = solution(rule, 0.9, steps=0, c=torch.ones(()))
+    assert solved.diagnostics == {}  # there is no backward pass yet
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    solved = diffopt.solve(loss, w, torch.ones(()), optimizer=diffopt.SGD(0.1), steps=0, estimator=rule)
+    solved.params.sum().backward()
+    assert float(solved.diagnostics["last_order"]) == 0
 
 
 @pytest.mark.parametrize("rule", [Binomial(2, window=4), Binomial(2, scale=0.01), Binomial(2, chunk_size=1)], ids=str)
@@ -102,7 +117,8 @@ def test_the_warning_is_silenced_by_class_and_by_check(rule: Any) -> None:
                 warnings.simplefilter("ignore", category)
             found.append(torch.autograd.grad(end, c)[0])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
-    with pytest.warns(diffopt.EstimateWarning, match=r"Use a higher order, fewer or smaller steps, or Reverse\(\)"):
+    fix = "Take more orders or fewer steps, or Reverse()" if isinstance(rule, Krylov) else "Use Krylov or Reverse()"
+    with pytest.warns(diffopt.EstimateWarning, match=re.escape(f"wrong in size and sign. {fix}")):
         solution(rule, 0.9).params.square().sum().backward()
 
 
