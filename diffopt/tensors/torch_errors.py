@@ -25,7 +25,7 @@ from diffopt.tensors import hints, tree
 
 # a part of the operation's name, or of torch's message -> what to do about it
 _SECOND_DERIVATIVES = {
-    "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
+    "attention": "run it under diffopt.nn.second_order_attention() or sdpa_kernel([SDPBackend.MATH])",
     "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
     "once_differentiable": "write the function's backward in differentiable operations",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out and use Reverse('sqrt')",
