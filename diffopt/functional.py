@@ -45,7 +45,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     ``checkpoint`` names parts whose forward pass is computed again in every backward pass, with these parameters, the
     same random numbers, autocast and kernels. Of such a block only what it is given is kept, in second derivatives,
     too: the memory of a deep model is that of one block and of what goes from block to block. A gradient costs one more
-    forward pass of the blocks, a second derivative a forward pass and a gradient. Results are the same, to round-off,
+    forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
 

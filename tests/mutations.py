@@ -104,6 +104,10 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "attention",
+    "attention_in_modules",
+    "checkpointed_blocks",
+    "transformers",
 ]
 
 
