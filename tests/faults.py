@@ -2698,7 +2698,8 @@ FAULTS = [
         "a block is computed again with the module's own weights",
         "diffopt/tensors/recomputed.py",
         "outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)",
-        "outputs, buffers = transforms.functional_call(self.inside, state if self.note.is_first else {}, inputs, named)",
+        "state = state if self.note.is_first else {}\n"
+        "        outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)",
         "checkpointed_blocks",
     ),
     Fault(

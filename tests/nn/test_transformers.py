@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import small_transformers as small  # which skips all this where transformers is not installed
 import torch
+from small_transformers import BLOCKS, batch, by_hand, inner_loss, losses, metas, model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import small_transformers as small  # which skips all this where transformers is not installed
-from small_transformers import BLOCKS, batch, by_hand, inner_loss, losses, metas, model
 
 import diffopt
 from diffopt.estimators import Reverse
