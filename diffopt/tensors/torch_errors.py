@@ -50,7 +50,7 @@ _VMAP = {
     "accessing `data`": "write x.detach() for x.data",
     "data-dependent": "write torch.where for an if that asks a tensor",
     "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
-    "Reverse('sqrt')",
+    "diffopt.functional(module, checkpoint=blocks), or Reverse('sqrt')",
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "does not require grad and does not have": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
@@ -112,7 +112,8 @@ def hooks_around_transforms() -> GradModeError:
         "torch.func and saved-tensor hooks (torch.utils.checkpoint, save_on_cpu) meet in the inner loss or around it, "
         "which torch refuses",
         "one without the other",
-        "take a checkpoint out of the loss (Reverse('sqrt') stores less around it); hooks around the solve are kept "
+        "take a checkpoint out of the loss (diffopt.functional(module, checkpoint=blocks) needs none, Reverse('sqrt') "
+        "stores less around it); hooks around the solve are kept "
         "out by estimators such as Reverse()",
     )
 
