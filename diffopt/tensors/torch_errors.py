@@ -50,7 +50,7 @@ _VMAP = {
     "accessing `data`": "write x.detach() for x.data",
     "data-dependent": "write torch.where for an if that asks a tensor",
     "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
-    "diffopt.functional(module, checkpoint=blocks), or Reverse('sqrt')",
+    "Reverse('sqrt') or diffopt.functional(module, checkpoint=blocks)",
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "does not require grad and does not have": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",

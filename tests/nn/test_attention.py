@@ -313,23 +313,21 @@ def test_dropout_under_vmap_is_each_task_s_own_or_the_same() -> None:
 # ---------------------------------------------------------------------------------------------- precision and options
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
-    """So each result is that of float64 but for its own rounding, also of the cotangents that are handed on."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype, causal: bool) -> None:
+    """So values and gradients of the same numbers in float64 are missed by their own rounding only."""
     low = [x.detach().to(dtype).requires_grad_() for x in inputs()]
     exact = [x.detach().double().requires_grad_() for x in low]
-    for function in (lambda f, *x: f(*x), lambda f, *x: f(*x, is_causal=True)):
-        found, expected = (function(attention, *x) for x in (low, exact))
-        assert found.dtype == dtype
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(found.double(), expected, rtol=2 * eps, atol=2 * eps)
-        pairs = [torch.autograd.grad(x.sum(), y, create_graph=True) for x, y in ((found, low), (expected, exact))]
-        for a, b in zip(*pairs, strict=True):
-            assert a.dtype == dtype
-            torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=8 * eps)
-        again = [torch.autograd.grad(p[0].sum() + p[1].sum(), y) for p, y in zip(pairs, (low, exact), strict=True)]
-        for a, b in zip(*again, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=30 * eps)
+    half = torch.finfo(dtype).eps / 2
+    found, expected = (attention(*x, is_causal=causal) for x in (low, exact))
+    pairs = [torch.autograd.grad(x.sum(), y, create_graph=True) for x, y in ((found, low), (expected, exact))]
+    for a, b in zip((found, *pairs[0]), (expected, *pairs[1]), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=1.02 * half, atol=2e-6)
+    again = [torch.autograd.grad(p[0].sum() + p[1].sum(), y) for p, y in zip(pairs, (low, exact), strict=True)]
+    for a, b in zip(*again, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=16 * half, atol=60 * half)
 
 
 def test_autocast_lowers_it_as_torch_s() -> None:
