@@ -37,13 +37,14 @@ if TYPE_CHECKING:
     from diffopt import errors as errors
     from diffopt import estimators as estimators
     from diffopt import linear_solve as linear_solve
+    from diffopt import nn as nn
     from diffopt import prox as prox
     from diffopt import tasks as tasks
     from diffopt import testing as testing
 
 __version__ = "0.1.0"
 
-_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "prox", "tasks", "testing"})
+_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing"})
 """Subpackages that are there after ``import diffopt`` too, and imported when they are first asked for."""
 _MOVED = {"optimizer": "optimizers.base"}
 """Where the documentation of 0.1 names a module that is elsewhere now."""

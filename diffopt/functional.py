@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 from diffopt.errors import LeafError, StructureError
 from diffopt.tensors import hints, transforms
+from diffopt.tensors.recomputed import recomputing
 from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
@@ -22,7 +24,10 @@ class ModuleFunction(Protocol):
         ...
 
 
-def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
+Blocks: TypeAlias = "str | nn.Module | Iterable[str | nn.Module] | Callable[[str], bool]"
+
+
+def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFunction, Params]:
     """A module as a function of its parameters, and the parameters to start from.
 
     ``function(params, *inputs, **inputs)`` is ``module(*inputs, **inputs)`` with exactly these parameters: a name that
@@ -37,15 +42,29 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
       dropped, and under ``torch.func.vmap`` raises: use layers without running statistics there.
     - ``module.train()`` and ``module.eval()`` act on later calls.
 
+    ``checkpoint`` names parts whose forward pass is computed again in every backward pass, with these parameters, the
+    same random numbers, autocast and kernels. Of such a block only what it is given is kept, in second derivatives,
+    too: the memory of a deep model is that of one block and of what goes from block to block. A gradient costs one more
+    forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
+    also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
+    again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
+
     Args:
         module: any module. A lazy one must have been called once, on data.
+        checkpoint: blocks, each a name as in ``module.named_modules()``, or the module inside ``module`` itself; or a
+            function that says so of a name. A ``ModuleList`` stands for its entries: ``checkpoint="transformer.h"``.
 
     Returns:
         ``function``, and ``params``: each trainable parameter's name with a detached copy that requires grad.
 
     Raises:
         LeafError: it is no module, or has no parameter to train, or is a lazy module before its first call.
-        StructureError: from ``function``: ``params`` has other names; or a parameter that was frozen no longer is.
+        StructureError: ``checkpoint`` names what is not there. From ``function``: ``params`` has other names; or a
+            parameter that was frozen no longer is.
+        CapturedTensorError: from ``function``: a block of ``checkpoint`` reads a tensor that requires grad from
+            elsewhere.
+        HiddenStateError: from ``function``: a block of ``checkpoint`` is given an object that holds tensors, such as a
+            cache, which it may change.
 
     Example:
         >>> import torch
@@ -57,6 +76,7 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
         tensor([[6.]])
     """
     named, frozen = _parameters(module)
+    blocks = _blocks(module, checkpoint)
     params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
@@ -70,7 +90,10 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
         if any(parameter.requires_grad for parameter in frozen.values()):
             raise _no_longer_frozen(frozen)
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-        return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
+        if not blocks:
+            return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
+        with recomputing(blocks):
+            return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
 
     return function, params
 
@@ -94,6 +117,46 @@ def _parameters(module: Any) -> tuple[Params, Params]:
             "call requires_grad_() on those",
         )
     return trained, {name: parameter for name, parameter in named.items() if name not in trained}
+
+
+def _blocks(module: nn.Module, checkpoint: Any) -> dict[str, nn.Module]:
+    """The modules that ``checkpoint`` names, by name."""
+    inside = {name: block for name, block in module.named_modules() if name}
+    if isinstance(checkpoint, str | nn.Module):
+        checkpoint = [checkpoint]
+    if callable(checkpoint):
+        names = [name for name in inside if checkpoint(name)]
+        if not names:
+            raise StructureError("checkpoint is a function that says no to every name", f"one of {_shown(inside)}")
+    elif isinstance(checkpoint, Iterable):
+        names = [_name(block, inside) for block in checkpoint]
+    else:
+        raise StructureError(f"checkpoint is {describe(checkpoint)}", "names of blocks", f"such as {_shown(inside)}")
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        block = inside[name]
+        lists = isinstance(block, nn.ModuleList)
+        found.update({f"{name}.{key}": entry for key, entry in block.named_children()} if lists else {name: block})
+    return found
+
+
+def _name(block: Any, inside: Mapping[str, nn.Module]) -> str:
+    """The name of a block that is given by it, or as a module."""
+    if isinstance(block, str) and block in inside:
+        return block
+    name = next((name for name, module in inside.items() if module is block), None)
+    if name is not None:
+        return name
+    near = difflib.get_close_matches(str(block), list(inside), n=3, cutoff=0.4) if isinstance(block, str) else []
+    raise StructureError(
+        f"checkpoint names {block!r}" if isinstance(block, str) else f"checkpoint holds {describe(block)}",
+        "a name of module.named_modules(), or a module inside it",
+        f"the closest are {', '.join(map(repr, near))}" if near else f"names are such as {_shown(inside)}",
+    )
+
+
+def _shown(inside: Mapping[str, nn.Module]) -> str:
+    return ", ".join([repr(name) for name in inside][:4]) + (" ..." if len(inside) > 4 else "")
 
 
 def _other_names(params: Any, names: Params, frozen: Params) -> StructureError:

@@ -113,6 +113,10 @@ NAMES = [
     "smoothness",
     "check_solve",
     "compare_worth",
+    "attention",
+    "attention_in_modules",
+    "checkpointed_blocks",
+    "transformers",
 ]
 
 

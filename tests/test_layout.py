@@ -60,7 +60,7 @@ def within(name: str, package: str) -> bool:
 FLOORS = [
     ["errors"],
     ["tensors"],
-    ["optimizers", "linear_solve", "retraining"],
+    ["optimizers", "linear_solve", "nn", "retraining"],
     ["lifting", "rollout"],
     ["adjoint"],
     ["calls", "estimators"],

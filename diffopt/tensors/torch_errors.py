@@ -25,7 +25,7 @@ from diffopt.tensors import hints, tree
 
 # a part of the operation's name, or of torch's message -> what to do about it
 _SECOND_DERIVATIVES = {
-    "attention": "run it under torch.nn.attention.sdpa_kernel([SDPBackend.MATH])",
+    "attention": "run it under diffopt.nn.second_order_attention() or sdpa_kernel([SDPBackend.MATH])",
     "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
     "once_differentiable": "write the function's backward in differentiable operations",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out and use Reverse('sqrt')",
@@ -50,7 +50,7 @@ _VMAP = {
     "accessing `data`": "write x.detach() for x.data",
     "data-dependent": "write torch.where for an if that asks a tensor",
     "escaped from inside": "take torch.utils.checkpoint out of it, which recomputes when vmap has ended, and use "
-    "Reverse('sqrt')",
+    "Reverse('sqrt') or diffopt.functional(module, checkpoint=blocks)",
     "requires_grad_()": "differentiate by torch.func.grad there, which vmap can batch",
     "does not require grad and does not have": "differentiate by torch.func.grad there, which vmap can batch",
     "dynamic shape": "write torch.where for an index by a mask",
@@ -112,7 +112,8 @@ def hooks_around_transforms() -> GradModeError:
         "torch.func and saved-tensor hooks (torch.utils.checkpoint, save_on_cpu) meet in the inner loss or around it, "
         "which torch refuses",
         "one without the other",
-        "take a checkpoint out of the loss (Reverse('sqrt') stores less around it); hooks around the solve are kept "
+        "take a checkpoint out of the loss (diffopt.functional(module, checkpoint=blocks) needs none, Reverse('sqrt') "
+        "stores less around it); hooks around the solve are kept "
         "out by estimators such as Reverse()",
     )
 

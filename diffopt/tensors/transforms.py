@@ -76,6 +76,16 @@ def register_branch(kind: type[Any], taken_apart: Callable[..., Any], made: Call
     pytree.register_pytree_node(kind, taken_apart, made, serialized_type_name=f"{kind.__module__}.{kind.__name__}")
 
 
+def flattened(values: Any) -> tuple[list[Any], Any]:
+    """The leaves of what a module takes or returns, and its form; classes of other libraries that torch knows count."""
+    return pytree.tree_flatten(values)
+
+
+def rebuilt(leaves: Sequence[Any], form: Any) -> Any:
+    """What has these leaves and this form."""
+    return pytree.tree_unflatten(leaves, form)
+
+
 def applying(function: type[torch.autograd.Function], first: Any, *tensors: Any) -> Callable[[], Any]:
     """What ``function.apply(first, *tensors)`` does, past the inspection of signatures where no transform runs."""
     if current_level() is not None:
@@ -112,6 +122,13 @@ def inside_vmap() -> bool:
     """Whether any of the transforms that are running is a vmap."""
     layers = _functorch.get_interpreter_stack() or []
     return any(layer.key() == _functorch.TransformType.Vmap for layer in layers)
+
+
+def differentiating_levels() -> range:
+    """The numbers of the transforms that are running, if any of them differentiates; else none."""
+    layers = _functorch.get_interpreter_stack() or []
+    vmaps = [layer.key() == _functorch.TransformType.Vmap for layer in layers]
+    return range(0) if all(vmaps) else range(1, transform_level() + 1)
 
 
 def vmap(

@@ -12,7 +12,7 @@ from sphinx.environment import BuildEnvironment
 
 PACKAGES = (
     "diffopt",
-    *(f"diffopt.{name}" for name in ("errors", "estimators", "linear_solve", "prox", "tasks", "testing")),
+    *(f"diffopt.{name}" for name in ("errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing")),
 )
 
 

@@ -136,7 +136,7 @@ ROWS: dict[str, Row] = {
         "second derivative",
         lambda: backward(loss=attention),
         diffopt.MissingDerivativeError,
-        SECOND + r"run it under torch.nn.attention.sdpa_kernel\(\[SDPBackend.MATH\]\)",
+        SECOND + r"run it under diffopt.nn.second_order_attention\(\) or sdpa_kernel\(\[SDPBackend.MATH\]\)",
         "flash_attention",
     ),
     "ctc": Row(

@@ -1,0 +1,204 @@
+"""Parts of a module whose forward pass is computed again in every backward pass, with the weights that were given.
+
+# NOTE [why not torch.utils.checkpoint]
+It computes again what a module's ``forward`` computes, when ``functional_call`` has ended and the module has its own
+weights back; it fails under ``vmap``; and a gradient that is to be differentiated keeps what was computed again, so
+that a second derivative saves no memory. Here weights and buffers are arguments of an autograd function. Its backward
+pass is a function of the same kind, whose backward pass computes all of it anew: no derivative keeps more than the
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from diffopt.errors import CapturedTensorError, HiddenStateError
+from diffopt.tensors import transforms
+from diffopt.tensors.captures import everything_held
+from diffopt.tensors.recomputation import Dims, Repeatable, recomputed
+from diffopt.tensors.surroundings import Surroundings
+from diffopt.tensors.tree import describe
+
+
+@contextmanager
+def recomputing(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Calls of these modules, of which each has a name for errors, compute again in the backward pass."""
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(_replaced(block, _Block(name, block, block.forward)))
+        yield
+
+
+@contextmanager
+def _replaced(block: nn.Module, forward: Any) -> Iterator[None]:
+    """Another ``forward`` for one object; ``functional_call``, around this, changes the module in the same way."""
+    own = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.__dict__["forward"]
+        else:
+            block.__dict__["forward"] = own
+
+
+@final
+class _Block:
+    """A block's ``forward``, that keeps its arguments only."""
+
+    def __init__(self, name: str, block: nn.Module, forward: Any) -> None:
+        self._name, self._block = name, block
+        self._inside = _Inside(block, forward)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._inside.function(*inputs, **named)
+        leaves, form = transforms.flattened((inputs, named))
+        weights = dict(self._block.named_parameters())
+        buffers = {key: buffer.clone() for key, buffer in self._block.named_buffers()}
+        state = {f"block.{key}": x for key, x in {**weights, **buffers}.items()}
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        given = [*state.values(), *(leaves[i] for i in places)]
+        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        note = _Note(self._name, Surroundings(self._block, given))
+        run = _Forward(self._inside, tuple(state), len(buffers), tuple(places), tuple(rest), form, note)
+        found = recomputed(run, *given)
+        note.refuse_objects_with_tensors([*rest, *note.constants])
+        for buffer, written in zip(self._block.buffers(), note.written, strict=True):
+            with torch.no_grad():
+                buffer.copy_(written)
+        return note.rebuilt(found)
+
+
+class _Inside(nn.Module):
+    """A block inside another module, so that ``functional_call`` runs its own ``forward``, not what stands for it."""
+
+    def __init__(self, block: nn.Module, function: Any) -> None:
+        super().__init__()
+        self.block, self.function = block, function
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Any, list[Tensor]]:
+        found = self.function(*inputs, **named)
+        return found, list(self.block.buffers())
+
+
+@final
+class _Note:
+    """What the first evaluation of a block found out, for those that follow.
+
+    Attributes:
+        written: the buffers, as the block has left them.
+        constants: what it returned besides tensors, in its order.
+    """
+
+    def __init__(self, name: str, surroundings: Surroundings) -> None:
+        self.name, self.surroundings = name, surroundings
+        self._levels = transforms.differentiating_levels()
+        self.written: Sequence[Tensor] = ()
+        self.constants: list[Any] = []
+        self.is_first = True
+        self._form: Any = None
+
+    def taken_apart(self, outputs: Any) -> tuple[Tensor, ...]:
+        """The tensors among outputs."""
+        leaves, self._form = transforms.flattened(outputs)
+        self.constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tuple([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
+        """Outputs with these tensors."""
+        rest = iter(tensors)
+        return transforms.rebuilt([next(rest) if x is _TENSOR else x for x in self.constants], self._form)
+
+    def refuse_objects_with_tensors(self, objects: Sequence[Any]) -> None:
+        """Refuse what a block may have written to, or hides tensors from autograd."""
+        for x in objects:
+            if type(x).__module__ != "builtins" and everything_held([x]).tensors:
+                raise HiddenStateError(
+                    f"block {self.name!r}, which is to be computed again, takes or returns {describe(x)}, which holds "
+                    "tensors",
+                    "tensors, and tuples, lists and dictionaries of them",
+                    "a cache of keys and values: pass use_cache=False; else leave the block out of checkpoint=",
+                )
+
+    def first(self, run: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate it for the first time, and refuse what autograd would not see: tensors that it captures."""
+        given = [x.detach() for x in tensors]
+        try:
+            if self._levels:
+                with self.surroundings.aside():
+                    transforms.apart_from(self._levels, run, *given)
+            with self.surroundings.noted(), transforms.tangents_seen(), torch.enable_grad():
+                found = tuple(run(*given))
+        except transforms.WrappedTensorError as error:
+            raise self._captured() from error
+        except RuntimeError as error:
+            if "escaped from inside" not in str(error):
+                raise
+            raise self._captured() from error
+        if any(x.requires_grad for x in found) or transforms.has_tangent(found):
+            raise self._captured()
+        self.is_first = False
+        return found
+
+    def _captured(self) -> CapturedTensorError:
+        return CapturedTensorError(
+            f"block {self.name!r}, which is to be computed again, reads a tensor that requires grad, or is batched, "
+            "and is neither an input nor a weight of its own",
+            "a block that reads these only",
+            "pass the tensor to the block's forward, or leave the block out of checkpoint=",
+        )
+
+
+_TENSOR = object()
+
+
+@final
+@dataclass(frozen=True)
+class _Forward(Repeatable):
+    """The forward pass of a block: of its weights and buffers, and of the tensors among its inputs."""
+
+    inside: _Inside
+    names: tuple[str, ...]
+    buffers: int
+    places: tuple[int, ...]
+    rest: tuple[Any, ...]
+    form: Any
+    note: _Note
+    levels: tuple[tuple[Dims, int, str], ...] = ()
+
+    @property
+    def apart(self) -> frozenset[int]:
+        return frozenset()
+
+    def over(self, dims: Dims, size: int, mode: str) -> Repeatable:
+        return replace(self, levels=(*self.levels, (dims, size, mode)))
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dims, sizes, modes = ([level[i] for level in self.levels] for i in range(3))
+        run = transforms.vmap(self._run, dims, sizes, modes)  # type: ignore[arg-type]
+        if self.note.is_first:
+            return self.note.first(run, tensors)
+        with self.note.surroundings.entered():
+            return tuple(run(*tensors))
+
+    def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(self.names)
+        state = dict(zip(self.names, tensors, strict=False))
+        for name in self.names[count - self.buffers :]:
+            state[name] = state[name].clone()
+        leaves = list(self.rest)
+        for place, x in zip(self.places, tensors[count:], strict=True):
+            leaves[place] = x
+        inputs, named = transforms.rebuilt(leaves, self.form)
+        outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)
+        if self.note.is_first:
+            self.note.written = [x.detach() for x in buffers]
+        return self.note.taken_apart(outputs)

@@ -1,0 +1,454 @@
+"""``functional(module, checkpoint=...)``: the numbers of the module as it is, in the memory of one block; float64."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import diffopt
+from diffopt.estimators import Binomial, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.nn import second_order_attention
+from diffopt.tensors.memory import peak_bytes
+
+
+class Block(nn.Module):
+    """Takes and returns tuples, keywords and what is no tensor; holds a buffer that it reads, and may drop out."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("shift", torch.linspace(0, 1, width))
+
+    def forward(self, x: Tensor, gates: tuple[Tensor, str], *, scale: float = 1.0, no: None = None) -> Any:
+        assert (gates[1], no) == ("gate", None)
+        y = self.dropout(torch.tanh(self.inner(self.norm(x)) + self.shift)) * gates[0] * scale
+        return x + y, {"kept": None, "mean": y.mean()}
+
+
+class Deep(nn.Module):
+    """Blocks one after the other, one of them twice; the first weight is the last one's as well."""
+
+    def __init__(self, depth: int = 3, width: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.last = nn.Linear(width, width)
+        self.last.weight = self.first.weight
+        self.blocks[-1].inner.weight = self.blocks[0].inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        gates = (x.sigmoid(), "gate")
+        total = x.sum() * 0
+        for block in (*self.blocks, self.blocks[0]):
+            x, more = block(x, gates, scale=0.7)
+            total = total + more["mean"]
+        return self.last(x) + total
+
+
+def made(kind: Callable[..., nn.Module] = Deep, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(**options).double()
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hypergradient(module: nn.Module, checkpoint: Any, estimator: Any, tasks: int | None = None) -> tuple[Tensor, ...]:
+    """Of the data, the initial parameters and the learning rate, after three steps, one seed for all."""
+    function, params = diffopt.functional(module, checkpoint)
+    x = drawn(*([] if tasks is None else [tasks]), 5, 4)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        return (function(params, x) - 1).square().mean()
+
+    def outer(x: Tensor, params: Any, lr: Tensor) -> Tensor:
+        optimizer = diffopt.SGD(lr, momentum=0.5)
+        end = diffopt.solve(loss, params, x, optimizer=optimizer, steps=3, estimator=estimator).params
+        return sum(p.sin().sum() for p in end.values())
+
+    torch.manual_seed(4)
+    gradient = torch.func.grad(outer, (0, 1, 2))
+    if tasks is not None:
+        gradient = torch.func.vmap(gradient, (0, None, None), randomness="different")
+    of_x, of_params, of_lr = gradient(x, params, lr)
+    return of_x, *(of_params[name] for name in sorted(of_params)), of_lr
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------- numbers
+
+ESTIMATORS = [Reverse(), Reverse(1), Reverse("sqrt"), Unrolled(), Truncated(2), Binomial(order=2)]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_hypergradients_are_those_without(estimator: Any, tasks: int | None) -> None:
+    assert_same(*(hypergradient(made(), blocks, estimator, tasks) for blocks in ("blocks", ())))
+
+
+@pytest.mark.parametrize("blocks", [["blocks.1"], ["blocks.0", "last"], ["blocks", "blocks.0.norm"]], ids=str)
+def test_any_modules_may_be_blocks(blocks: list[str]) -> None:
+    """Those within another block, too."""
+    assert_same(*(hypergradient(made(), names, Reverse()) for names in (blocks, ())))
+
+
+def test_forward_mode_as_an_estimator() -> None:
+    assert_same(*(hypergradient(made(depth=1), blocks, ForwardMode()) for blocks in ("blocks", ())))
+
+
+def test_frozen_weights_are_constants_of_a_block() -> None:
+    found = []
+    for blocks in ("blocks", ()):
+        module = made()
+        module.blocks[1].inner.requires_grad_(False)
+        found.append(hypergradient(module, blocks, Reverse()))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_derivatives_of_any_order(order: int) -> None:
+    found = []
+    for blocks in ("blocks", ()):
+        function, params = diffopt.functional(made(depth=2), blocks)
+        x = drawn(5, 4).requires_grad_()
+        value, leaves = function(params, x).square().sum(), [x, *params.values()]
+        for _ in range(order):
+            gradients = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum((g * drawn(*g.shape, seed=9)).sum() for g in gradients)
+        found.append([g.detach() for g in gradients])
+    for a, b in zip(*found, strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [(None, 0), (0, None), (0, 0)], ids=str)
+def test_transforms_over_a_block(dims: tuple[int | None, ...]) -> None:
+    """Of weights and of data, shared by tasks or each one's own."""
+    found = []
+    for blocks in ("blocks", ()):
+        function, params = diffopt.functional(made(depth=2), blocks)
+        many = {k: p.detach() + (0.1 * drawn(3, *p.shape) if dims[0] == 0 else 0) for k, p in params.items()}
+        x = drawn(3, 5, 4) if dims[1] == 0 else drawn(5, 4)
+
+        def loss(params: Any, x: Tensor, function: Any = function) -> Tensor:
+            return function(params, x).square().mean()
+
+        def product(params: Any, x: Tensor, loss: Any = loss) -> Any:
+            return torch.func.grad(lambda y: torch.func.grad(loss)(params, y)["blocks.0.inner.weight"].sum())(x)
+
+        found.append(
+            [
+                vmap(loss, dims)(many, x),
+                vmap(grad(loss, (0, 1)), dims)(many, x),
+                grad(lambda p, y, f=loss: vmap(f, dims)(p, y).pow(2).sum(), (0, 1))(many, x),
+                vmap(product, dims)(many, x),
+            ]
+        )
+    assert_same(*found)
+
+
+# ------------------------------------------------------------------------------------------------- what is repeated
+
+
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+def test_dropout_is_the_same_when_it_is_computed_again(estimator: Any) -> None:
+    found = [hypergradient(made(dropout=0.4), blocks, estimator) for blocks in ("blocks", ())]
+    assert_same(*found)
+    other = hypergradient(made(), "blocks", estimator)
+    assert not torch.allclose(found[0][0], other[0])
+
+
+@pytest.mark.parametrize("estimator", [Reverse(1), Truncated(3)], ids=repr)
+def test_dropout_of_each_task(estimator: Any) -> None:
+    assert_same(*(hypergradient(made(dropout=0.4), "blocks", rule, tasks=2) for rule in (estimator, Unrolled())))
+
+
+def test_dropout_beside_another_thread() -> None:
+    expected = hypergradient(made(dropout=0.4), (), Reverse(1))
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert_same(hypergradient(made(dropout=0.4), "blocks", Reverse(1)), expected)
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_the_generator_stands_where_it_would_without() -> None:
+    stands = []
+    for blocks in ("blocks", ()):
+        function, params = diffopt.functional(made(dropout=0.4), blocks)
+        torch.manual_seed(0)
+        torch.autograd.grad(function(params, drawn(5, 4)).sum(), list(params.values()))
+        stands.append(torch.get_rng_state())
+    assert torch.equal(*stands)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+        self.block.forward = self.attend
+
+    def attend(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.block.weight, self.block.bias)[None, None]  # with fewer axes torch takes its math kernel
+        return F.scaled_dot_product_attention(y, y, y)[0, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize(
+    "context", [second_order_attention, lambda: sdpa_kernel([SDPBackend.MATH])], ids=["ours", "math"]
+)
+def test_contexts_of_the_loss_are_there_when_it_is_computed_again(context: Any) -> None:
+    """The loss has left them when its gradient is taken; without them there is no second derivative."""
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Attends), blocks)
+        with context():
+            value = function(params, drawn(5, 4)).square().sum()
+        gradients = torch.autograd.grad(value, list(params.values()), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.sin().sum() for g in gradients), list(params.values())))
+    assert_same(*found)
+
+
+def test_autocast_of_the_loss() -> None:
+    found = []
+    for blocks in ("0", ()):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), nn.Tanh())
+        function, params = diffopt.functional(module, blocks)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = function(params, drawn(5, 4).float()).float().square().sum()
+        found.append(torch.autograd.grad(value, list(params.values())))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_the_mode_is_that_of_the_call() -> None:
+    """``eval()`` between the loss and its gradient changes neither."""
+    found = []
+    for blocks in ("blocks", ()):
+        module = made(dropout=0.4)
+        function, params = diffopt.functional(module, blocks)
+        torch.manual_seed(0)
+        value = function(params, drawn(5, 4)).square().sum()
+        module.eval()
+        found.append(torch.autograd.grad(value, list(params.values())))
+        assert not any(part.training for part in module.modules())
+    assert_same(*found)
+
+
+class Counting(nn.Module):
+    """A block that writes to a buffer and reads it when it is called again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.BatchNorm1d(4, momentum=None)
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.spectral(self.block(x) + 0.1 * x)
+        return x + self.block.running_mean + self.block.num_batches_tracked
+
+
+def test_what_a_block_writes_to_its_buffers_is_there_for_the_rest_of_the_call() -> None:
+    found = []
+    for blocks in (["block", "spectral"], ()):
+        module = made(Counting)
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        function, params = diffopt.functional(module, blocks)
+        value = function(params, drawn(5, 4))
+        gradients = torch.autograd.grad(value.square().sum(), list(params.values()), create_graph=True)
+        again = torch.autograd.grad(sum(g.sin().sum() for g in gradients), list(params.values()))
+        found.append([value, *gradients, *again])
+        assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    assert_same(*found)
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    module = made()
+    before = {name: dict(part.__dict__) for name, part in module.named_modules()}
+    function, params = diffopt.functional(module, "blocks")
+    function(params, drawn(5, 4)).sum().backward()
+    with pytest.raises(RuntimeError):
+        function(params, drawn(5, 3))
+    assert {name: list(part.__dict__) for name, part in module.named_modules()} == {
+        k: list(v) for k, v in before.items()
+    }
+    assert all(
+        part.forward.__func__ is type(part).forward for part in module.modules() if not isinstance(part, nn.ModuleList)
+    )
+    assert all(p.grad is None for p in module.parameters())
+    assert all(p.grad is not None for p in params.values())
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_a_gradient_and_of_a_second_derivative_falls() -> None:
+    """To the inputs of the blocks and one block; measured by torch's allocator."""
+    peaks = []
+    for blocks in (lambda name: name.isdecimal(), ()):
+        torch.manual_seed(0)
+        parts = [nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8), nn.Tanh()) for _ in range(8)]
+        function, params = diffopt.functional(nn.Sequential(*parts), blocks)
+        x = torch.randn(500, 8)
+
+        def second(function: Any = function, params: Any = params, x: Tensor = x) -> None:
+            gradients = torch.autograd.grad(function(params, x).sum(), list(params.values()), create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in gradients), list(params.values()))
+
+        def first(function: Any = function, params: Any = params, x: Tensor = x) -> None:
+            torch.autograd.grad(function(params, x).sum(), list(params.values()))
+
+        second()
+        peaks.append([peak_bytes(work) for work in (first, second)])
+    for with_blocks, without in zip(*peaks, strict=True):
+        assert with_blocks < 0.5 * without
+
+
+def test_how_often_a_block_is_evaluated() -> None:
+    """Once more for the gradient; for a second derivative twice, as the activations behind it have one as well."""
+    calls: list[int] = []
+    module = made(depth=2)
+    module.blocks[1].inner.register_forward_hook(lambda *_: calls.append(1))
+    function, params = diffopt.functional(module, "blocks")
+    value = function(params, drawn(5, 4)).sum()
+    assert len(calls) == 1
+    gradients = torch.autograd.grad(value, list(params.values()), create_graph=True)
+    assert len(calls) == 2
+    torch.autograd.grad(sum(g.sin().sum() for g in gradients), list(params.values()), allow_unused=True)
+    assert len(calls) == 4
+    with torch.no_grad():
+        function(params, drawn(5, 4))
+    assert len(calls) == 5
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+class Reads(nn.Module):
+    """A block that reads a tensor which it is not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+        self.block.forward = lambda x: F.linear(x, self.block.weight) * self.held
+        self.held: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x).sum()
+
+
+func, TWO = torch.func, torch.tensor(2.0, dtype=torch.float64)
+ELSEWHERE: dict[str, Callable[[Any], Any]] = {
+    "requires grad": lambda run: run(TWO.clone().requires_grad_()),
+    "depends on it": lambda run: run(TWO.clone().requires_grad_() * 2),
+    "grad": lambda run: func.grad(run)(TWO),
+    "vmap": lambda run: func.vmap(run)(TWO.expand(3)),
+    "vmap of grad": lambda run: func.vmap(func.grad(run))(TWO.expand(3)),
+    "grad of vmap": lambda run: func.grad(lambda c: func.vmap(lambda _: run(c))(TWO.expand(3)).sum())(TWO),
+    "jvp": lambda run: func.jvp(run, (TWO,), (TWO,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode loads it
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_tensor_that_a_block_reads_from_elsewhere_is_refused(name: str) -> None:
+    module = made(Reads)
+    function, params = diffopt.functional(module, "block")
+
+    x = drawn(5, 4)
+
+    def run(held: Tensor) -> Tensor:
+        module.held = held
+        return function(params, x)
+
+    with pytest.raises(
+        diffopt.CapturedTensorError, match=r"block 'block', which is to be computed again, reads a tensor"
+    ):
+        ELSEWHERE[name](run)
+    module.held = TWO  # a constant is nothing to be said against
+    assert function(params, drawn(5, 4)).requires_grad
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+        self.block.forward = self.cached
+
+    def cached(self, x: Tensor, cache: Cache) -> Tensor:
+        cache.keys.append(F.linear(x, self.block.weight))
+        return sum(cache.keys)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, Cache())
+
+
+def test_an_object_that_a_block_writes_to_is_refused() -> None:
+    function, params = diffopt.functional(made(Caching), "block")
+    with pytest.raises(diffopt.HiddenStateError, match=r"takes or returns .*Cache.*use_cache=False"):
+        function(params, drawn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_through_a_block_is_refused() -> None:
+    function, params = diffopt.functional(made(), "blocks")
+    with pytest.raises(
+        diffopt.MissingDerivativeError, match=r"in forward mode, expected reverse mode; leave checkpoint="
+    ):
+        func.jvp(lambda x: function(params, x), (drawn(5, 4),), (drawn(5, 4),))
+
+
+NAMES: dict[str, tuple[Any, str]] = {
+    "a letter off": ("block.1", r"checkpoint names 'block\.1', expected .*; the closest are 'blocks\.1'"),
+    "one of several": (["blocks.0", "blocks.0.atn"], r"names 'blocks\.0\.atn'"),
+    "nothing like it": ("zzz", "names are such as 'first', 'blocks'"),
+    "another module": (nn.Linear(1, 1), "checkpoint holds Linear.*a module inside it"),
+    "a number": (3, "checkpoint is int 3, expected names of blocks"),
+    "a function": (lambda name: False, "says no to every name"),
+    "the whole": ("", "checkpoint names ''"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_that_is_not_there_is_refused(name: str) -> None:
+    given, says = NAMES[name]
+    with pytest.raises(diffopt.StructureError, match=says):
+        diffopt.functional(made(), given)
+
+
+def test_blocks_may_be_named_in_every_way() -> None:
+    module = made()
+    expected = hypergradient(module, "blocks", Reverse())
+    for given in (
+        module.blocks,
+        list(module.blocks),
+        ["blocks"],
+        lambda name: name.count(".") == 1 and "blocks" in name,
+    ):
+        assert all(map(torch.equal, hypergradient(module, given, Reverse()), expected))
