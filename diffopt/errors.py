@@ -41,6 +41,7 @@ __all__ = [
     "ShapeError",
     "StationarityError",
     "StepsError",
+    "StorageError",
     "StructureError",
     "VmapError",
     "WrongDerivativeError",
@@ -168,6 +169,10 @@ class LinearSolveError(DiffoptError, ArithmeticError):
 
 class StationarityError(DiffoptError, ValueError):
     """A point given as a minimiser is not one."""
+
+
+class StorageError(DiffoptError, RuntimeError):
+    """Stored states could not be written to the disk, or read from it."""
 
 
 class InPlaceError(DiffoptError, RuntimeError):

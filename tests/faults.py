@@ -131,8 +131,8 @@ FAULTS = [
     Fault(
         "a used-up record is used again",
         "diffopt/adjoint/trajectory.py",
-        "if end >= first:\n            self.record.usable = False",
-        "if end >= first:\n            self.record.usable = True",
+        "while end >= first:\n            self.record.usable = False",
+        "while end >= first:\n            self.record.usable = True",
         "randomness",
     ),
     Fault(
@@ -1593,8 +1593,8 @@ FAULTS = [
     Fault(
         "a compiled sweep leaves its record usable",
         "diffopt/adjoint/trajectory.py",
-        "        if end >= first:\n            self.record.usable = False\n",
-        "",
+        "            self.record.usable = False\n            with",
+        "            with",
         "compiled",
     ),
     Fault(
@@ -2463,8 +2463,8 @@ FAULTS = [
     Fault(
         "a state that has been handed out is kept",
         "diffopt/rollout/replay.py",
-        "held.pop()",
-        "held[-1]",
+        "states.take(step) if step == end else states[step]",
+        "states[step]",
         "schedules",
     ),
     Fault(
@@ -2476,9 +2476,9 @@ FAULTS = [
     ),
     Fault(
         "slots of stored states are used twice",
-        "diffopt/adjoint/trajectory.py",
-        "kept.kept.slots - len(kept.states) + 1",
-        "kept.kept.slots",
+        "diffopt/rollout/replay.py",
+        "slots - len(states) + 1",
+        "slots",
         "schedules",
     ),
     Fault(
@@ -2491,8 +2491,8 @@ FAULTS = [
     Fault(
         "the first step of a block is begun again",
         "diffopt/adjoint/trajectory.py",
-        "held.append((start + 1, after))",
-        "held.append((start, state))",
+        "linked, states[start], states[start + 1] = False, state, after",
+        "linked, states[start] = False, state",
         "memory",
     ),
     Fault(
