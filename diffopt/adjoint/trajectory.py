@@ -200,8 +200,9 @@ class Trajectory:
 
         # NOTE [one graph at a time]
         What lies between two stored states is one graph where a step's graph is no larger than a state, which the first
-        one says: nothing is then computed twice. Where it is larger the states between are stored for a while, and each
-        step's graph is recorded, used and freed: so the graphs of a block never outweigh the states of all steps.
+        one says: nothing is then computed twice. Where it is larger, or states are offloaded, those between are stored
+        for a while, and each step's graph is recorded, used and freed: so the graphs of a block never outweigh the
+        states of all steps, and those of an offloaded block take the memory of one.
         """
         end, kept = self.steps, self.rollout
         if kept.graphs:
@@ -210,7 +211,7 @@ class Trajectory:
             return
         replay, again, states = self.replay(), self.losses_to_replay(), kept.states
         observes = self.running is not None and any([x is not None for x in self.running.observed])
-        linked = kept.kept.slots is None  # until a graph is seen to be larger than a state
+        linked = kept.kept.slots is None and not states.elsewhere  # until a graph is seen to be larger than a state
         while end >= first:
             self.record.usable = False
             start, block = states.latest, None

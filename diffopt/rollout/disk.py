@@ -103,7 +103,7 @@ class _OnDisk:
         self._pinned = bool(events)
         # What has holes in memory stays there: an initial state may, which is not copied by being held.
         self._held = [None if _is_dense(leaf) else leaf for leaf in state]
-        self._like = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in state]
+        self._forms = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in state]
         self._unwritten: Leaves | None = state
         parts = self._parts(state)
         self.nbytes = sum([leaf.nbytes for leaf in state])
@@ -126,8 +126,10 @@ class _OnDisk:
         """Begin to read it."""
         if self._unwritten is not None:
             return transfers.brought(self._unwritten, self._devices)
-        with torch.device("cpu"):
-            made = [torch.empty_strided(*form[:2], dtype=form[2], pin_memory=self._pinned) for form in self._like]
+        made = [
+            torch.empty_strided(size, stride, dtype=dtype, device="cpu", pin_memory=self._pinned)
+            for size, stride, dtype in self._forms
+        ]
         state = Leaves([new if held is None else held for new, held in zip(made, self._held, strict=True)])
         reading = self._disk.run(partial(self._file.read, self._parts(state), self._place))
 
@@ -153,7 +155,12 @@ def _is_dense(leaf: Tensor) -> bool:
         raise EstimatorError(
             f"offload='disk' with a leaf of the state that is {describe(leaf)}", "plain tensors", "use offload='cpu'"
         )
-    return leaf.stride() == torch.empty_like(leaf, device="meta").stride() and not (leaf.is_conj() or leaf.is_neg())
+    expected = 1
+    for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return not (leaf.is_conj() or leaf.is_neg())
 
 
 @final

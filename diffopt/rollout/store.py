@@ -41,6 +41,7 @@ class Store(MutableMapping[int, Leaves]):
         """``False``: each waits where it is; ``"cpu"`` or ``True``, ``"disk"``: there."""
         self._disk = Disk() if offload == "disk" else None
         self._in_place = not offload
+        self._devices: list[torch.device] = []
         self._waiting: dict[int, Waiting] = {}
         self._ahead: tuple[int, Callable[[], Leaves]] | None = None
         self._copies: deque[Any] = deque()
@@ -49,6 +50,11 @@ class Store(MutableMapping[int, Leaves]):
     def latest(self) -> int:
         """The number of the state that was stored last."""
         return next(reversed(self._waiting))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether they wait elsewhere than where they are computed."""
+        return self._disk is not None or any([x.type != "cpu" for x in self._devices])
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +100,7 @@ class Store(MutableMapping[int, Leaves]):
             self._waiting[step] = _InMemory(state, None)
             return
         copies, events = transfers.copied(state, [transfers.CPU] * len(state))
-        devices = [leaf.device for leaf in state]
+        self._devices = devices = [leaf.device for leaf in state]
         if self._disk is not None:
             self._waiting[step] = self._disk.put(copies, events, devices)
             return
