@@ -94,6 +94,7 @@ NAMES = [
     "levels",
     "memory",
     "schedules",
+    "offload",
     "in_place",
     "vector_field",
     "games",

@@ -76,7 +76,7 @@ def same(found: Any, expected: Any) -> bool:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len([*Path("/proc/self/fd").iterdir()])
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files on this system")
@@ -357,7 +357,7 @@ def test_places_in_the_file_are_used_again() -> None:
     assert file._end <= 6 * state[0].nbytes
 
 
-# -------------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -449,7 +449,7 @@ def test_a_file_that_was_cut_is_no_state_of_zeros() -> None:
 
 def test_a_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/no such folder")
-    with pytest.raises(diffopt.errors.StorageError, match="no temporary file can be made in .*no such folder"):
+    with pytest.raises(diffopt.errors.StorageError, match=r"no temporary file can be made in .*no such folder"):
         solved(Reverse(1, offload="disk"), 9, *inputs())
 
 
