@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument(
-        "--divide", type=int, default=1, help="take this fraction of the steps of rows of 1,000 or more"
+        "--divide", type=int, default=1, help="of the steps of rows of 1,000 or more take one in this many"
     )
     parser.add_argument("--row", type=int, help="print what this row measures in this process, as JSON")
     given = parser.parse_args()

@@ -6,7 +6,6 @@ import gc
 import os
 import pickle
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from diffopt.rollout import disk
 from diffopt.rollout.store import Store
 from diffopt.tensors.memory import peak_bytes
 
+resource = pytest.importorskip("resource", reason="no limits of files on this system")
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="no positional reads of files on this system")
 
 OFFLOADS = ("cpu", "disk")
