@@ -2620,8 +2620,8 @@ FAULTS = [
     Fault(
         "a written state stays in memory",
         "diffopt/rollout/disk.py",
-        "            self._writing.result()\n        self._unwritten = None",
-        "            self._writing.result()",
+        "        self._unwritten = self._writing = None",
+        "        self._writing = None",
         "offload",
     ),
     Fault(

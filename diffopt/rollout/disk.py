@@ -109,7 +109,7 @@ class _OnDisk:
         self.nbytes = sum([leaf.nbytes for leaf in state])
         self._size = sum([len(part) for part in parts])
         self._place = file.place(self._size)
-        self._writing = disk.run(partial(file.write, parts, self._place, events))
+        self._writing: Future[None] | None = disk.run(partial(file.write, parts, self._place, events))
 
     def _parts(self, state: Leaves) -> list[memoryview]:
         """The bytes of what is in the file, in the order in which they lie in memory."""
@@ -117,10 +117,13 @@ class _OnDisk:
         return [x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy().data for x in leaves]
 
     def wait(self) -> None:
-        """Wait until it has been written."""
-        if not self._writing.cancelled():
+        """Wait until it has been written.
+
+        (Nothing is kept of the future: its locks, between large tensors, would leave holes in the C library's heap.)
+        """
+        if self._writing is not None and not self._writing.cancelled():
             self._writing.result()
-        self._unwritten = None
+        self._unwritten = self._writing = None
 
     def fetch(self) -> Callable[[], Leaves]:
         """Begin to read it."""
@@ -141,7 +144,8 @@ class _OnDisk:
 
     def let_go(self) -> None:
         """Give its place to others; what has begun with it ends before they are written."""
-        self._writing.cancel()
+        if self._writing is not None:
+            self._writing.cancel()
         self._file.free_places[self._size].append(self._place)
 
 
@@ -195,20 +199,22 @@ class _File:
         self._end += size
         return self._end - size
 
-    def write(self, parts: Sequence[memoryview], place: int, events: Sequence[Any]) -> None:
-        """Write bytes from ``place`` on, once ``events`` are over."""
+    def write(self, parts: list[memoryview], place: int, events: Sequence[Any]) -> None:
+        """Write bytes from ``place`` on, once ``events`` are over; none is held when that is done, nor after a read."""
         for event in events:
             event.synchronize()
         with _errors_named(f"a state of {sum(map(len, parts)):,} bytes cannot be written, after {place:,} others"):
-            for part in parts:
+            while parts:
+                part = parts.pop(0)
                 while part:
                     done = os.pwrite(self._number, part, place)
                     part, place = part[done:], place + done
 
-    def read(self, parts: Sequence[memoryview], place: int) -> None:
+    def read(self, parts: list[memoryview], place: int) -> None:
         """Read into ``parts`` the bytes from ``place`` on."""
         with _errors_named("a state cannot be read"):
-            for part in parts:
+            while parts:
+                part = parts.pop(0)
                 while part:
                     done = os.preadv(self._number, [part], place)
                     if not done:
