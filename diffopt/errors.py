@@ -43,6 +43,7 @@ __all__ = [
     "SmoothnessError",
     "StationarityError",
     "StepsError",
+    "StorageError",
     "StructureError",
     "VmapError",
     "WrongDerivativeError",
@@ -170,6 +171,10 @@ class LinearSolveError(DiffoptError, ArithmeticError):
 
 class StationarityError(DiffoptError, ValueError):
     """A point given as a minimiser is not one."""
+
+
+class StorageError(DiffoptError, RuntimeError):
+    """Stored states could not be written to the disk, or read from it."""
 
 
 class InPlaceError(DiffoptError, RuntimeError):

@@ -10,7 +10,7 @@ from diffopt.adjoint.claims import ALL_INPUTS, Claims, Kind
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import StepsError
-from diffopt.rollout.record import Checkpoint, Keep, check_storage
+from diffopt.rollout.record import Checkpoint, Keep, Offload, check_storage
 from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
 
@@ -43,7 +43,7 @@ class Truncated(Adjoint):
     steps: int
     checkpoint: Checkpoint = None
     memory: int | str | None = None
-    offload: bool = False
+    offload: Offload = False
     if_wrong = "drops terms that matter here"
 
     def __post_init__(self) -> None:

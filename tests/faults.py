@@ -131,8 +131,8 @@ FAULTS = [
     Fault(
         "a used-up record is used again",
         "diffopt/adjoint/trajectory.py",
-        "if end >= first:\n            self.record.usable = False",
-        "if end >= first:\n            self.record.usable = True",
+        "while end >= first:\n            self.record.usable = False",
+        "while end >= first:\n            self.record.usable = True",
         "randomness",
     ),
     Fault(
@@ -1587,8 +1587,8 @@ FAULTS = [
     Fault(
         "a compiled sweep leaves its record usable",
         "diffopt/adjoint/trajectory.py",
-        "        if end >= first:\n            self.record.usable = False\n",
-        "",
+        "            self.record.usable = False\n            with",
+        "            with",
         "compiled",
     ),
     Fault(
@@ -2457,8 +2457,8 @@ FAULTS = [
     Fault(
         "a state that has been handed out is kept",
         "diffopt/rollout/replay.py",
-        "held.pop()",
-        "held[-1]",
+        "states.take(step) if step == end else states[step]",
+        "states[step]",
         "schedules",
     ),
     Fault(
@@ -2470,9 +2470,9 @@ FAULTS = [
     ),
     Fault(
         "slots of stored states are used twice",
-        "diffopt/adjoint/trajectory.py",
-        "kept.kept.slots - len(kept.states) + 1",
-        "kept.kept.slots",
+        "diffopt/rollout/replay.py",
+        "slots - len(states) + 1",
+        "slots",
         "schedules",
     ),
     Fault(
@@ -2485,8 +2485,8 @@ FAULTS = [
     Fault(
         "the first step of a block is begun again",
         "diffopt/adjoint/trajectory.py",
-        "held.append((start + 1, after))",
-        "held.append((start, state))",
+        "linked, states[start], states[start + 1] = False, state, after",
+        "linked, states[start] = False, state",
         "memory",
     ),
     Fault(
@@ -3166,5 +3166,83 @@ FAULTS = [
         'if type(x).__module__ != "builtins" and everything_held([x]).tensors:',
         "if False:",
         "checkpointed_blocks",
+    ),
+    # where stored states wait
+    Fault(
+        "a place in the file is given out twice",
+        "diffopt/rollout/disk.py",
+        "return self.free_places[size].pop()",
+        "return self.free_places[size][-1]",
+        "offload",
+    ),
+    Fault(
+        "a place in the file overlaps the next one",
+        "diffopt/rollout/disk.py",
+        "self._end += size",
+        "self._end += size // 2",
+        "offload",
+    ),
+    Fault(
+        "a written state stays in memory",
+        "diffopt/rollout/disk.py",
+        "        self._unwritten = self._writing = None",
+        "        self._writing = None",
+        "offload",
+    ),
+    Fault(
+        "writing goes on behind the solve",
+        "diffopt/rollout/keeper.py",
+        "            self.states.settle()",
+        "            pass",
+        "offload",
+    ),
+    Fault(
+        "what is stored later goes to the file of before",
+        "diffopt/rollout/disk.py",
+        "self._thread = self._file = None\n\n\n",
+        "self._thread = None\n\n\n",
+        "offload",
+    ),
+    Fault(
+        "a state that was brought ahead outlives another with its number",
+        "diffopt/rollout/store.py",
+        "        self._ahead = None  # else",
+        "        pass  # else",
+        "offload",
+    ),
+    Fault(
+        "a state that was brought ahead is handed out for any",
+        "diffopt/rollout/store.py",
+        "if ahead is not None and ahead[0] == step",
+        "if ahead is not None",
+        "offload",
+    ),
+    Fault(
+        "graphs of offloaded blocks are linked",
+        "diffopt/adjoint/trajectory.py",
+        "kept.kept.slots is None and not states.elsewhere",
+        "kept.kept.slots is None",
+        "offload",
+    ),
+    Fault(
+        "a file that was cut is read",
+        "diffopt/rollout/disk.py",
+        'raise EOFError("the file is shorter than what was written to it")',
+        "break",
+        "offload",
+    ),
+    Fault(
+        "the disk is asked for what may never come",
+        "diffopt/rollout/keeper.py",
+        "if step == self.first and not self._stops:",
+        "if step == self.first:",
+        "offload",
+    ),
+    Fault(
+        "one state less than will be stored is expected",
+        "diffopt/rollout/disk.py",
+        "if count * nbytes > free:",
+        "if (count - 1) * nbytes > free:",
+        "offload",
     ),
 ]

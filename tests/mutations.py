@@ -117,6 +117,7 @@ NAMES = [
     "attention_in_modules",
     "checkpointed_blocks",
     "transformers",
+    "offload",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
-from diffopt.rollout.record import Checkpoint, Keep, check_storage
+from diffopt.rollout.record import Checkpoint, Keep, Offload, check_storage
 from diffopt.tensors.leaves import Leaves
 
 
@@ -35,14 +35,18 @@ class Reverse(Adjoint):
             ``"2GB"`` (``10**9`` each; ``"2GiB"`` is ``2**30`` each): as many states are stored by that recursion as fit
             beside one step's graph, measured on the first step, and the adjoint. What the outer loss itself holds is
             not counted, nor are more cotangents than one. ``Solution.kept`` says what was chosen.
-        offload: keep stored states in the CPU's memory instead of the GPU's (no effect on what runs on the CPU, or on
-            retained graphs).
+        offload: where stored states wait, those between them in the backward pass as well, if not (``False``) where
+            they are. ``"cpu"`` (or ``True``): in the CPU's pinned memory, copied beside the computation; no effect on
+            what runs on the CPU. ``"disk"``: in a temporary file without a name, in the folder that ``TMPDIR`` names,
+            written and read beside the computation; a few states remain in memory. No effect on retained graphs;
+            ``memory`` counts the states all the same.
 
     Not for: very long inner loops of which only the end matters (``Truncated``) or whose end is a stationary point
     (``Implicit``); differentiating twice (``Unrolled``).
 
     Raises:
         HyperparameterError: an option is none of these, or (by ``solve``) ``memory`` is less than the least possible.
+        StorageError: (by ``solve`` or the backward pass) the disk has no room for the states.
 
     References: LeCun (1988), "A theoretical framework for back-propagation"; Franceschi et al. (2017), "Forward and
     Reverse Gradient-Based Hyperparameter Optimization", algorithm 1. Derivations (1.1)-(1.3).
@@ -50,7 +54,7 @@ class Reverse(Adjoint):
 
     checkpoint: Checkpoint = None
     memory: int | str | None = None
-    offload: bool = False
+    offload: Offload = False
     takes_running_costs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

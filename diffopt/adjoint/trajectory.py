@@ -173,7 +173,8 @@ class Trajectory:
         pullbacks, adjoint = compiled.Pullbacks(self.dynamics, self.inputs.detached(), self.wanted), cotangent
         direct, replay, again = DirectTerms(self), self.replay(), self.losses_to_replay()
         seen, device, counts = again.clone(), self.final[0].device, self.record.counts
-        for step, state in self._states_backwards(replay, again, first):
+        for step, state in replay.backwards(first, self.steps, again):
+            self.record.usable = False
             with self.rollout.replay(None, device):
                 terms = pullbacks.pull(state, step, adjoint)
             if terms is None:
@@ -199,55 +200,35 @@ class Trajectory:
 
         # NOTE [one graph at a time]
         What lies between two stored states is one graph where a step's graph is no larger than a state, which the first
-        one says: nothing is then computed twice. Where it is larger the states between are stored for a while, and each
-        step's graph is recorded, used and freed: so the graphs of a block never outweigh the states of all steps.
+        one says: nothing is then computed twice. Where it is larger, or states are offloaded, those between are stored
+        for a while, and each step's graph is recorded, used and freed: so the graphs of a block never outweigh the
+        states of all steps, and those of an offloaded block take the memory of one.
         """
         end, kept = self.steps, self.rollout
         if kept.graphs:
             self.record.usable = False
             yield kept.graphs.pop(), first, end
             return
-        replay, again = self.replay(), self.losses_to_replay()
+        replay, again, states = self.replay(), self.losses_to_replay(), kept.states
         observes = self.running is not None and any([x is not None for x in self.running.observed])
-        linked = kept.kept.slots is None  # until a graph is seen to be larger than a state
-        for held, end, slots in self._pieces(first):
-            block: Block | None
-            start, state = held[0]
-            if linked and start < end:
-                block, after = replay.block_of_small(state, start, end, again, observes=observes)
-                if block is not None:
-                    held.clear()
-                    del state, after
-                    yield block, start, end
-                    continue
-                linked = False
-                held.append((start + 1, after))
-                del after
-            del state
-            for step, state in replay.backwards(held, end, slots, again):
-                block, _ = replay.block(state, step, step, again, observes=observes)
-                del state  # the graph has what it needs of it
-                yield block, step, step
-        self.refuse_other_losses(again)
-
-    def _states_backwards(self, replay: Replay, again: Tensor, first: int) -> Iterator[tuple[int, Leaves]]:
-        """The steps ``T, ..., first`` and the states before them, stored or computed again from one that is stored."""
-        for held, end, slots in self._pieces(first):
-            yield from replay.backwards(held, end, slots, again)
-
-    def _pieces(self, first: int) -> Iterator[tuple[list[tuple[int, Leaves]], int, int]]:
-        """Each stored state with its step, the last first, the last step before the next one, and the slots to use.
-
-        Those are what the recursion has left, or as many as there are steps between the two states.
-        """
-        end, kept = self.steps, self.rollout
-        if end >= first:
-            self.record.usable = False
+        linked = kept.kept.slots is None and not states.elsewhere  # until a graph is seen to be larger than a state
         while end >= first:
-            start = next(reversed(kept.states))  # stored in the order of the steps; later ones are used up
-            slots = end - start + 1 if kept.kept.slots is None else max(1, kept.kept.slots - len(kept.states) + 1)
-            yield [(start, kept.take_state(start, self.final[0].device))], end, slots
+            self.record.usable = False
+            start, block = states.latest, None
+            if linked and start < end:
+                state = states.take(start)
+                block, after = replay.block_of_small(state, start, end, again, observes=observes)
+                if block is None:
+                    linked, states[start], states[start + 1] = False, state, after
+                del state, after
+            if block is not None:
+                yield block, start, end
+            for step, state in replay.backwards(start, end, again) if block is None else ():
+                one, _ = replay.block(state, step, step, again, observes=observes)
+                del state  # the graph has what it needs of it
+                yield one, step, step
             end = start - 1
+        self.refuse_other_losses(again)
 
     def report(self, name: str, part: Tensor, whole: Tensor, limit: float, what: str, fix: str) -> None:
         """Leave ``part / whole`` of each task in the diagnostics, and warn as :meth:`warn_if_bad` does of it."""

@@ -16,6 +16,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Keep, Kept
 from diffopt.rollout.step_graph import Block, Plain, graph_bytes
+from diffopt.rollout.store import Store
 from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves
 
@@ -36,7 +37,7 @@ class Keeper:
         earlier ones are let go as later ones come.
         """
         self._dynamics, self._inputs, self._wanted = dynamics, inputs, wanted
-        self._last, self._window = dynamics.layout.steps, 0
+        self._last, self._window, self._stops = dynamics.layout.steps, 0, stops
         self._memory = None if keep is None else keep.memory
         if keep is not None and stops and 1 < keep.first <= self._last:
             self._window = self._last - keep.first + 1
@@ -46,15 +47,16 @@ class Keeper:
         self._checkpoint: Any = None
         self._slots: int | None = None
         self._at: frozenset[int] = frozenset()
-        self._bytes = self._stored = 0
-        self.states: dict[int, Leaves] = {}
+        self._graph_bytes = 0
+        self.states = Store(keep is not None and keep.offload)
         self.gradients: dict[int, Leaves] = {}
         self.graphs: list[Block] = []
 
     @property
     def kept(self) -> Kept:
         """How much has been kept."""
-        return Kept(self._checkpoint, self._stored, self._bytes, self._slots)
+        states = (0, self._graph_bytes) if self.graphs else (len(self.states), self.states.nbytes)
+        return Kept(self._checkpoint, *states, self._slots)
 
     def before(self, ground: Block | Plain, step: int) -> Block | Plain:
         """What step ``step >= first`` is to be taken on, after the step before it was taken on ``ground``."""
@@ -116,27 +118,32 @@ class Keeper:
         large = self._checkpoint is None and expected > GRAPH_BUDGET
         if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):
             return True
-        self._checkpoint, self._bytes = "graph", expected
+        self._checkpoint, self._graph_bytes = "graph", expected
         return False
 
     def _store(self, step: int, state: Leaves) -> None:
-        """Keep ``s_step``, on its device or in the CPU's memory."""
-        assert self._keep is not None
-        self.states[step] = state.map(_on_cpu) if self._keep.offload else state
+        """Keep ``s_step``."""
+        if step == self.first and not self._stops:
+            self.states.expect(self._expected, state)
+        self.states[step] = state
         if self._window and step > self._window + 1:  # one more than that: the step that is begun may not be taken
             self._drop(step - self._window - 1)
-        self._stored += 1
-        self._bytes += sum([leaf.nbytes for leaf in state])
+
+    @property
+    def _expected(self) -> int:
+        """How many states will be stored."""
+        count = self._last - self.first + 1
+        return -(-count // self._checkpoint) if isinstance(self._checkpoint, int) else len(self._at)
 
     def _drop(self, step: int) -> None:
-        self._stored -= 1
-        self._bytes -= sum([leaf.nbytes for leaf in self.states.pop(step)])
+        del self.states[step]
         self.gradients.pop(step, None)
 
     def finish(self, ground: Block | Plain, steps: int) -> None:
         """Let go of what is not needed, and close the graph, now that the last step made is the ``steps``-th."""
-        for step in [t for t in self.states if t > steps or (self._window and t <= steps - self._window)]:
-            self._drop(step)
+        for step in [*self.states] if self._stops else ():
+            if step > steps or (self._window and step <= steps - self._window):
+                self._drop(step)
         if self._window:
             self.first = max(1, steps - self._window + 1)
         elif self.first > self._last:  # nothing was to be kept
@@ -144,11 +151,5 @@ class Keeper:
         if isinstance(ground, Block):
             self.graphs.append(ground)
             ground.close()
-
-
-def _on_cpu(leaf: Tensor) -> Tensor:
-    if leaf.device.type == "cpu":
-        return leaf
-    # Pinned, the copy runs beside what follows; whoever brings it back does so on the same stream, after it.
-    held = leaf.new_empty(leaf.shape, device="cpu", pin_memory=leaf.device.type == "cuda")
-    return held.copy_(leaf, non_blocking=True)
+        else:
+            self.states.settle()

@@ -14,6 +14,8 @@ from diffopt.errors import DiffoptError, HyperparameterError
 from diffopt.rollout.budget import as_bytes
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.step_graph import Block
+from diffopt.rollout.store import Offload as Offload
+from diffopt.rollout.store import Store
 from diffopt.tensors import derivatives, random_state
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
@@ -32,14 +34,15 @@ class Keep:
             near the root of the number of steps; ``"log"``: as many states as the logarithm of that number, where the
             recursion (13.2) wants them; ``None``: graphs while they fit, else ``"sqrt"``.
         gradients: keep also the inner gradient of every step whose state is kept.
-        offload: keep states in the CPU's memory (pinned, so that they are copied beside the computation).
+        offload: where stored states wait; ``False``: where they are; ``"cpu"``: in the CPU's memory; ``"disk"``: in a
+            temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
     """
 
     first: int
     checkpoint: Checkpoint = 1
     gradients: bool = False
-    offload: bool = False
+    offload: Offload = False
     memory: int | None = None
 
     @staticmethod
@@ -83,10 +86,13 @@ def check_checkpoint(options: Any) -> None:
     """Refuse options of storage that are none of the allowed ones, in a dataclass that is being made."""
     checked = Options(options)
     checked.integer("checkpoint", 1, also=(None, "graph", "sqrt", "log"))
-    checked.flag("offload")
+    if options.offload is True:  # its name when there was no other place
+        object.__setattr__(options, "offload", "cpu")
+    if options.offload is not False:
+        checked.choice("offload", "cpu", "disk", also="False, ")
     if options.offload and options.checkpoint == "graph":
         raise HyperparameterError(
-            f"{type(options).__name__}: offload=True with checkpoint='graph'",
+            f"{type(options).__name__}: offload={options.offload!r} with checkpoint='graph'",
             "one that stores states: 1, k, 'sqrt' or 'log'",
         )
 
@@ -160,7 +166,7 @@ class Rollout:
     updates: int = 0
     enough: Tensor | None = None
     kept: Kept = field(default_factory=Kept)
-    states: dict[int, Leaves] = field(default_factory=dict)
+    states: Store = field(default_factory=Store)
     gradients: dict[int, Leaves] = field(default_factory=dict)
     graphs: list[Block] = field(default_factory=list)
     losses: Tensor | None = None
@@ -168,16 +174,6 @@ class Rollout:
     draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
-
-    def take_state(self, step: int, device: torch.device) -> Leaves:
-        """Hand out ``s_step`` on ``device``, and let go of it."""
-        state = self.state(step, device)
-        del self.states[step]
-        return state
-
-    def state(self, step: int, device: torch.device) -> Leaves:
-        """The stored ``s_step`` on ``device``."""
-        return self.states[step].map(lambda leaf: leaf.to(device, non_blocking=True))
 
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:

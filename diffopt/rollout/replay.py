@@ -60,27 +60,25 @@ class Replay:
         block.close()
         return block, after
 
-    def backwards(
-        self, held: list[tuple[int, Leaves]], last: int, slots: int, losses: Tensor
-    ) -> Iterator[tuple[int, Leaves]]:
-        """The steps from ``last`` down to the first of ``held`` and the states before them, within ``slots`` of these.
+    def backwards(self, first: int, last: int, losses: Tensor) -> Iterator[tuple[int, Leaves]]:
+        """The steps from ``last`` down to ``first`` and the states before them, of which ``s_first`` is stored.
 
-        ``held`` are the states before some steps, the earliest first; each goes when it has been handed out. No more
-        steps are taken than (13.2) says. The losses on the way are written to their places in ``losses`` ``[..., T]``.
+        States in between are stored for a while, within the slots of the rollout, if it was given any, and each goes
+        when it is handed out. No more steps are taken than (13.2) says. The losses on the way are written to their
+        places in ``losses`` ``[..., T]``.
         """
-        while held:
-            step, state = held[-1]
-            while step < last:
-                free = slots - len(held) + 1
-                to = step + schedules.split(last - step + 1, free) if free > 1 else last
+        states, slots = self._rollout.states, self._rollout.kept.slots
+        for end in range(last, first - 1, -1):
+            step = states.latest
+            state = states.take(step) if step == end else states[step]
+            while step < end:
+                free = end - step + 1 if slots is None else slots - len(states) + 1
+                to = step + schedules.split(end - step + 1, free) if free > 1 else end
                 state, step = self._advanced(state, step, to, losses), to
-                if free > 1:
-                    held.append((step, state))
-            if held[-1][0] == last:
-                held.pop()
-            yield last, state
+                if step < end:
+                    states[step] = state
+            yield end, state
             del state  # else it would live on while the next ones are computed
-            last -= 1
 
     def _advanced(self, state: Leaves, first: int, last: int, losses: Tensor) -> Leaves:
         """The state before step ``last``, by steps from ``state``, that before step ``first``."""

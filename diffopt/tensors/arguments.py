@@ -91,10 +91,10 @@ def check_within_steps(where: str, count: int, steps: int) -> None:
         raise StepsError(f"{where} is {brief(count)}", f"at most {steps}", f"{has}: take fewer, or more inner steps")
 
 
-def check_choice(where: str, value: Any, *choices: str) -> str:
-    """Refuse what is none of these words."""
+def check_choice(where: str, value: Any, *choices: str, also: str = "") -> str:
+    """Refuse what is none of these words; ``also`` names before them what else would have been taken."""
     if not _is_among(value, choices):
-        raise HyperparameterError(f"{where} is {describe(value)}", _either(choices[:-1], repr(choices[-1])))
+        raise HyperparameterError(f"{where} is {describe(value)}", also + _either(choices[:-1], repr(choices[-1])))
     return str(value)
 
 
@@ -166,9 +166,9 @@ class Options:
         """A finite number; see :func:`check_number`."""
         self._keep(name, check_number(self._where(name), getattr(self._owner, name), low, high, **how))
 
-    def choice(self, name: str, *choices: str) -> None:
-        """One of several words."""
-        check_choice(self._where(name), getattr(self._owner, name), *choices)
+    def choice(self, name: str, *choices: str, also: str = "") -> None:
+        """One of several words; see :func:`check_choice`."""
+        check_choice(self._where(name), getattr(self._owner, name), *choices, also=also)
 
     def instance(self, name: str, kind: type[Any], expected: str, *error: type[DiffoptError], **how: Any) -> None:
         """An object of a class; see :func:`check_instance`."""

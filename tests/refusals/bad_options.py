@@ -57,7 +57,9 @@ RULES: list[tuple[Any, dict[str, Any], str, str]] = [
     ),
     (Reverse, {"memory": "1GB", "checkpoint": "log"}, "memory", "expected one of them"),
     (Truncated, {"steps": 1, "memory": 0}, "memory", "expected None, a number of bytes"),
-    *((Reverse, {"offload": x}, "offload", "expected True or False") for x in (None, 1, "yes")),
+    *((Reverse, {"offload": x}, "offload", "expected False, 'cpu' or 'disk'") for x in (None, 1, 0, "yes")),
+    (Truncated, {"steps": 1, "offload": "gpu"}, "offload", "expected False, 'cpu' or 'disk'"),
+    (Keep, {"first": 1, "offload": ["cpu"]}, "offload", "expected False, 'cpu' or 'disk'"),
     *(
         (Keep, {"first": 1, "checkpoint": x}, "checkpoint", "expected None, 'graph', 'sqrt', 'log' or an i")
         for x in (0, "x")

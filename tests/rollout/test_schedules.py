@@ -16,7 +16,9 @@ import diffopt
 from diffopt.estimators import MultiStep, Reverse, Truncated, Unrolled
 from diffopt.rollout import schedules
 from diffopt.rollout.budget import as_bytes
+from diffopt.rollout.record import Rollout
 from diffopt.rollout.replay import Replay
+from diffopt.rollout.store import Store
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.memory import peak_bytes
 
@@ -62,7 +64,8 @@ def test_the_slots_of_log_are_the_logarithm_rounded_up() -> None:
 @given(steps=st.integers(1, 60), slots=st.integers(1, 12))
 def test_going_backwards_takes_the_least_steps_within_its_slots(steps: int, slots: int) -> None:
     """Each state is its number, and a step adds one; the states held are counted before every step."""
-    held: list[tuple[int, Leaves]] = [(1, Leaves([torch.tensor(1.0)]))]
+    held = Store()
+    held[1] = Leaves([torch.tensor(1.0)])
     taken, most, order = 0, 0, []
 
     def advanced(state: Leaves, first: int, last: int, losses: torch.Tensor) -> Leaves:
@@ -73,7 +76,8 @@ def test_going_backwards_takes_the_least_steps_within_its_slots(steps: int, slot
 
     replay = Replay.__new__(Replay)
     replay._advanced = advanced  # type: ignore[method-assign]
-    for step, state in replay.backwards(held, steps, slots, torch.empty(0)):
+    replay._rollout = Rollout(states=held, kept=diffopt.Kept(slots=slots))
+    for step, state in replay.backwards(1, steps, torch.empty(0)):
         assert float(state[0]) == step
         most = max(most, len(held))
         order.append(step)
