@@ -36,6 +36,7 @@ __all__ = [
     "OptimizerError",
     "PrecisionWarning",
     "RandomnessError",
+    "RanksError",
     "RecomputationError",
     "SecondDerivativeError",
     "ShapeError",
@@ -152,6 +153,10 @@ class EstimatorError(DiffoptError, TypeError):
 
 class RandomnessError(DiffoptError, RuntimeError):
     """A loss draws random numbers that the backward pass cannot draw again."""
+
+
+class RanksError(DiffoptError, RuntimeError):
+    """Ranks of one program do not solve the same problem, or communicate so that derivatives come out wrong."""
 
 
 class HiddenStateError(DiffoptError, RuntimeError):

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.perturbation import Group, Sampling, directions, refuse_other_losses_again
+from diffopt.adjoint.perturbation import (
+    Group,
+    Sampling,
+    directions,
+    refuse_other_losses_again,
+    refuse_other_ranks,
+)
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -89,6 +95,7 @@ class ESJacobian(Adjoint):
         radius = float(self.radius)  # an integer may be more than torch's hold
         for group in Group.all_of(trajectory):
             z, factor = directions(group.vector, self.directions, self.sampling, self.generator)
+            refuse_other_ranks(trajectory, z)
             if self.antithetic:
                 slope = (group.final_states(radius * z) - group.final_states(-radius * z)) / (2 * radius)
             else:

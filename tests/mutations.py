@@ -104,6 +104,7 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "inner_data",
 ]
 
 

@@ -60,7 +60,7 @@ def within(name: str, package: str) -> bool:
 FLOORS = [
     ["errors"],
     ["tensors"],
-    ["optimizers", "linear_solve"],
+    ["optimizers", "linear_solve", "distributed"],
     ["lifting", "rollout"],
     ["adjoint"],
     ["calls", "estimators"],

@@ -12,6 +12,7 @@ from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import stands_behind
 from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.ranks import refuse_held_apart
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -88,6 +89,8 @@ def _step(
         if of_loss:
             seen[place.number] = roots[count]
         losses = dynamics.losses(roots[:count], seen)
+        if of_loss and step == 1:
+            refuse_held_apart(losses, roots[count], layout.names().read[place.number], "ForwardMode")
         field = stands_behind(losses)
         found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
         if step == 1:
