@@ -2680,4 +2680,25 @@ FAULTS = [
         "    if not any([node is given.grad_fn or",
         "inner_data",
     ),
+    Fault(
+        "ranks take the same tasks",
+        "diffopt/experiments/framework/ranks.py",
+        "return slice(ends[self.rank], ends[self.rank + 1])",
+        "return slice(ends[0], ends[1])",
+        "training",
+    ),
+    Fault(
+        "a rank with fewer tasks weighs them more",
+        "diffopt/experiments/framework/few_shot_problem.py",
+        "torch.autograd.backward(losses.sum() / tasks)",
+        "torch.autograd.backward(losses.mean() / ranks.count)",
+        "training",
+    ),
+    Fault(
+        "episodes are evaluated on every rank, and added up",
+        "diffopt/experiments/framework/few_shot_problem.py",
+        "if number % ranks.count == ranks.rank:",
+        "if number % ranks.count >= 0:",
+        "training",
+    ),
 ]

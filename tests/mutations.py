@@ -105,6 +105,7 @@ NAMES = [
     "micro_batches",
     "attribution",
     "inner_data",
+    "training",
 ]
 
 

@@ -44,6 +44,7 @@ def outcome(check: Callable[[], None]) -> str:
 def run(rank: int, world: int, folder: Path, module: str, slow: bool) -> None:
     """Run all checks; after a failure the ranks may wait for one another, and the rest is not run."""
     torch.set_num_threads(1)
+    os.environ["RANKS_FOLDER"] = str(folder)  # for what all ranks write
     store = (folder / "store").as_uri()
     patience = timedelta(seconds=SECONDS)
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
