@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from diffopt.distributed.sharded import refuse_wrapper
 from diffopt.errors import LeafError, StructureError
 from diffopt.tensors import hints, transforms
 from diffopt.tensors.tree import describe
@@ -45,6 +46,7 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
 
     Raises:
         LeafError: it is no module, or has no parameter to train, or is a lazy module before its first call.
+        RanksError: it is wrapped by ``DistributedDataParallel`` or ``fully_shard``: give it the bare module.
         StructureError: from ``function``: ``params`` has other names; or a parameter that was frozen no longer is.
 
     Example:
@@ -57,6 +59,7 @@ def functional(module: nn.Module) -> tuple[ModuleFunction, Params]:
         tensor([[6.]])
     """
     named, frozen = _parameters(module)
+    refuse_wrapper(module)
     params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 

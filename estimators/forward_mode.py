@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.tangents import response
+from diffopt.adjoint.tangents import response, response_alone
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
+from diffopt.distributed.sharded import on_all_ranks, spread_like
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import gathered, is_spread
 
 
 @final
@@ -29,6 +31,8 @@ class ForwardMode(Adjoint):
     Exact. Cost: one more rollout and ``T * p`` HVPs for ``p`` hyperparameters (per task), batched over ``p``. Memory:
     ``p`` states, independent of ``T``. Depth ``T``. All that for each tensor that is learned, one after the other:
     twelve tensors of one number have the depth ``12 * T``, so put them in one and let the loss take it apart.
+
+    Of params that are DTensors, each tangent is carried by itself, and costs a rollout: no vmap knows them.
 
     Args:
         chunk_size: how many tangents are carried at once; ``None``: all of one tensor. Bounds the memory, and each
@@ -60,6 +64,8 @@ class ForwardMode(Adjoint):
     def _derivative(self, trajectory: Trajectory, cotangent: Leaves, place: Place) -> Tensor:
         """The derivative for one input, all its coordinates in turn."""
         like, shared = trajectory.inputs.at(place), trajectory.layout.own_axes(place)
+        if any(map(is_spread, trajectory.initial)) and not trajectory.layout.levels:
+            return _one_by_one(trajectory, place, like, cotangent)
         own = like.shape[sum(shared) :]
         size = math.prod(own)
         if size == 0:
@@ -73,3 +79,21 @@ class ForwardMode(Adjoint):
                 part = torch.complex(part, response(trajectory, place, 1j * tangent, cotangent))
             parts.append(part)
         return torch.cat(parts).movedim(0, -1).reshape(like.shape)
+
+
+def _one_by_one(trajectory: Trajectory, place: Place, like: Tensor, cotangent: Leaves) -> Tensor:
+    """The derivative for one input of a problem that is spread over ranks, a coordinate at a time."""
+    inputs, mesh = trajectory.inputs, next(x for x in trajectory.initial if is_spread(x))
+    plain = [at for at in trajectory.layout.places if not is_spread(inputs.at(at))]
+    trajectory = replace(trajectory, inputs=inputs.put({at: on_all_ranks(inputs.at(at), mesh) for at in plain}))
+    rows, factors = (
+        torch.eye(like.numel(), dtype=like.dtype, device=like.device),
+        (1, 1j) if like.is_complex() else (1,),
+    )
+    parts = []
+    for row in rows:
+        tangent = spread_like(row.reshape(like.shape), trajectory.inputs.at(place))
+        found = [gathered(response_alone(trajectory, place, x * tangent, cotangent)) for x in factors]
+        parts.append(torch.complex(*found) if like.is_complex() else found[0])
+    derivative = torch.cat(parts).reshape(like.shape)
+    return spread_like(derivative, like) if is_spread(like) else derivative

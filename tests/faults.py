@@ -2701,4 +2701,32 @@ FAULTS = [
         "if number % ranks.count >= 0:",
         "training",
     ),
+    Fault(
+        "a wrong mean over sharded numbers is not refused",
+        "diffopt/distributed/sharded.py",
+        "if name in _MEANS and node",
+        "if name in () and node",
+        "sharded",
+    ),
+    Fault(
+        "a right mean is refused as wrong",
+        "diffopt/distributed/sharded.py",
+        "return any(x.is_shard() and size > 1 for x",
+        "return any(size > 1 for x",
+        "sharded",
+    ),
+    Fault(
+        "functional takes a module within hooks",
+        "diffopt/functional.py",
+        "    refuse_wrapper(module)\n",
+        "    pass\n",
+        "sharded",
+    ),
+    Fault(
+        "DTensors are copied over ranks",
+        "diffopt/distributed/collectives.py",
+        "        if is_spread(x):",
+        "        if is_spread(x) and x.ndim > 9:",
+        "sharded",
+    ),
 ]

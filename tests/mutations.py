@@ -106,6 +106,7 @@ NAMES = [
     "attribution",
     "inner_data",
     "training",
+    "sharded",
 ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.adjoint.held_buffers import refuse_held_buffers
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.distributed.sharded import spread_like
 from diffopt.errors import EstimateWarning, LinearSolveError, RandomnessError
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved
 from diffopt.rollout.along import NEVER
@@ -20,6 +21,8 @@ from diffopt.rollout.problem import Problem
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import gathered, is_spread
+from diffopt.tensors.tasks import Tasks
 
 
 def chosen_solver(solver: LinearSolver | None, loss: Callable[..., Tensor]) -> LinearSolver:
@@ -101,7 +104,7 @@ def implicit_pullback(
 
     _warn_of_held_buffers(trajectory, [cotangent[i] for i in range(count) if i not in {*still, *moving}])
     look(system)
-    found = solver.run(system, Leaves(cotangent[i] for i in moving), tasks, start)
+    found = _solved(solver, system, Leaves(cotangent[i] for i in moving), tasks, start)
     initial, direct = list(cotangent.zeros()), DirectTerms(trajectory)
     solution = initial.copy()
     for i, x in zip(residuals, found.value, strict=True):
@@ -125,6 +128,23 @@ def implicit_pullback(
     if solver.throw:
         refuse_unsolved(solver, found)
     return Cotangents(Leaves(initial), direct.collect()), found
+
+
+def _solved(solver: LinearSolver, system: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    """Solve; the vectors of a problem that is spread over ranks are gathered, so that all ranks decide the same."""
+    if not any(map(is_spread, b)):
+        return solver.run(system, b, tasks, start)
+
+    def spread(whole: Leaves) -> Leaves:
+        return whole.map(lambda x, like: spread_like(x, like) if is_spread(like) else x, b)
+
+    found = solver.run(
+        lambda v: system(spread(v)).map(gathered),
+        b.map(gathered),
+        tasks,
+        None if start is None else start.map(gathered),
+    )
+    return found._replace(value=spread(found.value))
 
 
 def _with_a_step(dynamics: Dynamics) -> Dynamics:

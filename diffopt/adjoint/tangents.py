@@ -25,7 +25,7 @@ def response(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: L
     and the same of what was handed out along the way (13.1). One more rollout, and one HVP per step and direction,
     batched over directions.
     """
-    layout, size, counts = trajectory.layout, len(tangent), trajectory.record.counts
+    layout, size = trajectory.layout, len(tangent)
     dynamics, inputs = trajectory.dynamics.over(size, [place]), trajectory.inputs
     state = trajectory.initial.map(lambda leaf: leaf.expand(size, *leaf.shape))
     moving = state.zeros()
@@ -34,20 +34,50 @@ def response(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: L
     else:
         # not an expanded tensor: a loss that differentiates in it in forward mode gives its parts tangents to write to
         inputs = inputs.put({place: inputs.at(place).expand(tangent.shape).contiguous()})
+    return _carried(trajectory, dynamics, inputs, state, moving, place, tangent, cotangent)
+
+
+def response_alone(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves) -> Tensor:
+    """:func:`response` to one direction, which is like the input: without the vmap, under which no DTensor can run."""
+    moving, inputs = trajectory.initial.zeros(), trajectory.inputs
+    if place.part in ("params", "buffers"):
+        moving = trajectory.layout.with_state(inputs, moving).put({place: tangent}).state
+    given = trajectory.dynamics, inputs, trajectory.initial, moving
+    return _carried(trajectory, *given, place, tangent, cotangent, alone=True)
+
+
+def _carried(
+    trajectory: Trajectory,
+    dynamics: Dynamics,
+    inputs: Inputs,
+    state: Leaves,
+    moving: Leaves,
+    place: Place,
+    tangent: Tensor,
+    cotangent: Leaves,
+    *,
+    alone: bool = False,
+) -> Tensor:
+    """Carry the tangents ``moving`` of ``state`` through all steps; ``alone``: they have no axis of directions."""
+
+    def product(tangents: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        return contracted([x.unsqueeze(0) for x in tangents] if alone else tangents, weights, own)
+
+    layout, counts = trajectory.layout, trajectory.record.counts
     again, running, own = trajectory.losses_to_replay(), trajectory.running, layout.own_axes(place)
-    total = 0 * contracted(moving, cotangent, own)
+    total = 0 * product(moving, cotangent)
     counts.gradients += layout.steps
     for step in range(1, layout.steps + 1):
-        counts.add_products(size)
+        counts.add_products(1 if alone else len(tangent))
         with trajectory.rollout.replay(step, tangent.device):
             rate = dynamics.layout.slice_at(place, tangent, step)
             cotangents = [] if running is None else running.at(step)
             state, moving, losses, along = _step(dynamics, inputs, state, moving, place, rate, step, cotangents)
-            again[..., step - 1] = losses[0]
+            again[..., step - 1] = losses if alone else losses[0]
             for tangents, weights in along:
-                total = total + contracted(tangents, weights, own)
+                total = total + product(tangents, weights)
     trajectory.refuse_other_losses(again)
-    return total + contracted(moving, cotangent, own)
+    return total + product(moving, cotangent)
 
 
 def contracted(tangents: Sequence[Tensor], weights: Sequence[Tensor], own: Sequence[bool]) -> Tensor:

@@ -21,6 +21,7 @@ from diffopt.distributed.agreement import refuse_other_copies
 from diffopt.distributed.groups import Group, several
 from diffopt.errors import LeafError
 from diffopt.tensors import transforms, tree
+from diffopt.tensors.spread import is_spread
 
 
 def copied(tree_of_tensors: Any, group: Group = None) -> Any:
@@ -119,7 +120,7 @@ def _replaced(function: type[Function], group: Group, leaves: Sequence[Any], pla
 
 def _refuse_unusual(tensors: Sequence[Tensor], name: str) -> None:
     for x in tensors:
-        if type(x).__name__ == "DTensor":
+        if is_spread(x):
             raise LeafError(
                 f"{name} was given a DTensor",
                 "what a rank holds for itself",

@@ -158,7 +158,7 @@ class Checks:
         self, losses: Tensor, params: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor | None, ...]:
         """The gradient; a first one tells whether the loss depends on the params and is finite there."""
-        with nullcontext() if step > 1 or self.ranks is None else self.ranks.differentiating():
+        with nullcontext() if step > 1 or self.ranks is None else self.ranks.differentiating(losses):
             grads = derivatives.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()

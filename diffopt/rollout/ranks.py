@@ -22,8 +22,10 @@ from torch import Tensor
 
 from diffopt.distributed import agreement, groups
 from diffopt.distributed.collectives import is_copied, is_summed
+from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
-from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors import autograd_graph
+from diffopt.tensors.spread import is_spread
 
 _FIX = (
     "write summed(local_loss(copied(params), batch)), both of diffopt.distributed, with copied() around all that the "
@@ -51,11 +53,13 @@ class FirstStep:
             yield
 
     @contextmanager
-    def differentiating(self) -> Iterator[None]:
-        """Take a first gradient, and refuse it if it passes by a collective in place."""
+    def differentiating(self, losses: Tensor) -> Iterator[None]:
+        """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
         if self._done or not self._before:
             yield
             return
+        if is_spread(losses):
+            refuse_wrong_means(losses)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             yield
@@ -80,7 +84,7 @@ class FirstStep:
         self._done = True
         used = [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
         found = [g.detach() for g in grads if g is not None]
-        if not used or any([has_own_ranks(x) for x in (*params, losses)]):
+        if not used or any(map(is_spread, (*params, losses))):
             return
         for group in used:
             if not agreement.agree([losses], group):
@@ -156,11 +160,6 @@ def largest(size: int, graph: Sequence[Any], device: torch.device) -> int:
     for group in shared:
         size = int(groups.largest(size, group, device))
     return size
-
-
-def has_own_ranks(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over ranks by itself."""
-    return type(transforms.unwrapped(tensor)).__name__ == "DTensor"
 
 
 def _in_place(name: str) -> RanksError:

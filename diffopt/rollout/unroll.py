@@ -82,7 +82,7 @@ def roll_out_recorded(
                 # views, so that a tensor that is also an argument counts here as the params only
                 params = Leaves([p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before])
                 loss = (checks or dynamics).losses(params, read, step, aux)
-                with nullcontext() if ranks is None else ranks.differentiating():
+                with nullcontext() if ranks is None else ranks.differentiating(loss):
                     grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if ranks is not None and step == 1:
                     ranks.refuse(loss, grads, params)
