@@ -33,7 +33,8 @@ def pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     given, cotangent, along = tensors[: end - call.state_count], tensors[end - call.state_count : end], tensors[end:]
     with torch.no_grad(), derivatives.named_in_place_changes():
         trajectory = _trajectory(call, given, along)
-        refuse_other_cotangents(call.record.rollout.copied_to, (*cotangent, *along))
+        if call.record.rollout.copied_to:
+            refuse_other_cotangents(call.record.rollout.copied_to, (*cotangent, *along))
         try:
             result = call.rule.pullback(trajectory, Leaves(cotangent))
         except RuntimeError as error:

@@ -214,3 +214,7 @@ def is_copied(node: Any) -> bool:
 def is_summed(node: Any) -> bool:
     """Whether a node of a graph is that of :func:`summed`; it then has its ``group``, and the ``sizes`` of the sums."""
     return type(node) is _Summed._backward_cls
+
+
+COLLECTIVES: frozenset[Any] = frozenset({_Copied._backward_cls, _Summed._backward_cls})
+"""The types of both nodes."""

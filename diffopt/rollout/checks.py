@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, final
 
@@ -66,7 +66,7 @@ class Checks:
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
         self._stops = stops
-        self.ranks = FirstStep() if watch.values else None
+        self.ranks = FirstStep.here() if watch.values else None
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
@@ -90,12 +90,9 @@ class Checks:
         self._step, self._read, self._versions = step, read, [x._version for x in params]
         if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
-        if step == 1 and self.ranks is not None:
+        if step == 1 and self.ranks is not None and not self.ranks.evaluates:
             with self.ranks.evaluating():
-                return self._losses(params, read, step, aux)
-        return self._losses(params, read, step, aux)
-
-    def _losses(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int, aux: list[Tensor] | None) -> Tensor:
+                return self.losses(params, read, step, aux)
         if self._plainly:
             return self._dynamics.losses(params, read, step, aux)
         function = partial(
@@ -111,11 +108,6 @@ class Checks:
     def dynamics(self) -> Dynamics:
         """What is looked at."""
         return self._dynamics
-
-    @property
-    def copied_to(self) -> tuple[Any, ...]:
-        """The groups of ranks to which the first loss has copied something."""
-        return () if self.ranks is None else tuple(self.ranks.copied_to)
 
     @property
     def micro_batches(self) -> int | None:
@@ -158,8 +150,11 @@ class Checks:
         self, losses: Tensor, params: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor | None, ...]:
         """The gradient; a first one tells whether the loss depends on the params and is finite there."""
-        with nullcontext() if step > 1 or self.ranks is None else self.ranks.differentiating(losses):
+        if step > 1 or self.ranks is None:
             grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        else:
+            with self.ranks.differentiating(losses):
+                grads = derivatives.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()
         watch, read = self._watch, self._read
@@ -180,13 +175,10 @@ class Checks:
 
     def update(self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int) -> Leaves:
         """The update, evaluated apart from the transforms around the solve."""
-        if self.ranks is not None and step == 1 and self.ranks.copied_to:
-            after = self._update(state, grads, hyperparameters, step)
+        if step == 1 and self.ranks is not None and self.ranks.compares_update():
+            after = self.update(state, grads, hyperparameters, step)
             self.ranks.refuse_other_updates(after)
             return after
-        return self._update(state, grads, hyperparameters, step)
-
-    def _update(self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int) -> Leaves:
         if self._own_update and not self._looks_for_breaks:
             return self._dynamics.update(state, grads, hyperparameters, step)
         if not torch.is_grad_enabled():  # without a graph, for which a first one is made to look at

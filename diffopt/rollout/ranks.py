@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffopt.distributed import agreement, groups
-from diffopt.distributed.collectives import is_copied, is_summed
+from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
 from diffopt.tensors import autograd_graph
@@ -37,25 +37,35 @@ _FIX = (
 class FirstStep:
     """What is looked at while the ranks of this process's groups take a first step."""
 
-    def __init__(self) -> None:
-        """Take note of how many collectives each group has been asked for."""
-        self._before = {group: groups.collectives_so_far(group) for group in groups.groups_of_this_rank()}
-        self._done = False
+    @staticmethod
+    def here() -> FirstStep | None:
+        """For this process; ``None`` if it is alone."""
+        known = groups.groups_of_this_rank() if groups.is_running() else ()
+        return FirstStep(known) if known else None
+
+    def __init__(self, known: Sequence[groups.Group]) -> None:
+        """Take note of how many collectives each of the groups that are known has been asked for."""
+        self._before = {group: groups.collectives_so_far(group) for group in known}
+        self._done = self._updated = self.evaluates = False
         self.copied_to: list[groups.Group] = []
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluate a loss: what is copied in it is compared."""
-        if self._done or not self._before:
-            yield
-            return
-        with agreement.watching(self.copied_to):
-            yield
+        """Evaluate a loss: what is copied in it is compared, the first time."""
+        self.evaluates = True
+        try:
+            if self._done:
+                yield
+                return
+            with agreement.watching(self.copied_to):
+                yield
+        finally:
+            self.evaluates = False
 
     @contextmanager
     def differentiating(self, losses: Tensor) -> Iterator[None]:
         """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
-        if self._done or not self._before:
+        if self._done:
             yield
             return
         if is_spread(losses):
@@ -79,7 +89,7 @@ class FirstStep:
 
         (All decisions are made from what all ranks know, for they must go the same way.)
         """
-        if self._done or not self._before:
+        if self._done:
             return
         self._done = True
         used = [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
@@ -97,6 +107,11 @@ class FirstStep:
             apart = max(agreement.deviations(found, group))
             if apart > agreement.tolerance(found) and _sums_a_scalar(losses):
                 raise _other_gradients(apart, group)
+
+    def compares_update(self) -> bool:
+        """Whether the next update is the one to be compared, which it is once."""
+        first, self._updated = not self._updated and bool(self.copied_to), True
+        return first
 
     def refuse_other_updates(self, state: Sequence[Tensor]) -> None:
         """Refuse updates that lead from one state, by one gradient, to different ones."""
@@ -156,8 +171,9 @@ def largest(size: int, graph: Sequence[Any], device: torch.device) -> int:
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
-    shared = {node.group: None for node in graph if is_copied(node) or is_summed(node)}
-    for group in shared:
+    if COLLECTIVES.isdisjoint(map(type, graph)):
+        return size
+    for group in {node.group: None for node in graph if type(node) in COLLECTIVES}:
         size = int(groups.largest(size, group, device))
     return size
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -82,8 +81,11 @@ def roll_out_recorded(
                 # views, so that a tensor that is also an argument counts here as the params only
                 params = Leaves([p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before])
                 loss = (checks or dynamics).losses(params, read, step, aux)
-                with nullcontext() if ranks is None else ranks.differentiating(loss):
+                if ranks is None or step > 1:
                     grads = derivatives.gradient(loss, params, differentiable=recorded)
+                else:
+                    with ranks.differentiating(loss):
+                        grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if ranks is not None and step == 1:
                     ranks.refuse(loss, grads, params)
                 if step == 1 and watch.values:
