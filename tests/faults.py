@@ -2709,13 +2709,6 @@ FAULTS = [
         "sharded",
     ),
     Fault(
-        "a right mean is refused as wrong",
-        "diffopt/distributed/sharded.py",
-        "return any(x.is_shard() and size > 1 for x",
-        "return any(size > 1 for x",
-        "sharded",
-    ),
-    Fault(
         "functional takes a module within hooks",
         "diffopt/functional.py",
         "    refuse_wrapper(module)\n",
