@@ -34,6 +34,7 @@ from diffopt.warm_starts import WarmStarts
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from diffopt import distributed as distributed
     from diffopt import errors as errors
     from diffopt import estimators as estimators
     from diffopt import linear_solve as linear_solve
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_AT_HAND = frozenset({"errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing"})
+_AT_HAND = frozenset({"distributed", "errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing"})
 """Subpackages that are there after ``import diffopt`` too, and imported when they are first asked for."""
 _MOVED = {"optimizer": "optimizers.base"}
 """Where the documentation of 0.1 names a module that is elsewhere now."""

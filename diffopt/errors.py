@@ -37,6 +37,7 @@ __all__ = [
     "PrecisionError",
     "PrecisionWarning",
     "RandomnessError",
+    "RanksError",
     "RecomputationError",
     "SecondDerivativeError",
     "ShapeError",
@@ -155,6 +156,10 @@ class EstimatorError(DiffoptError, TypeError):
 
 class RandomnessError(DiffoptError, RuntimeError):
     """A loss draws random numbers that the backward pass cannot draw again."""
+
+
+class RanksError(DiffoptError, RuntimeError):
+    """Ranks of one program do not solve the same problem, or communicate so that derivatives come out wrong."""
 
 
 class HiddenStateError(DiffoptError, RuntimeError):

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from diffopt.distributed.sharded import refuse_wrapper
 from diffopt.errors import LeafError, StructureError
 from diffopt.tensors import hints, transforms
 from diffopt.tensors.recomputed import recomputing
@@ -59,6 +60,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
 
     Raises:
         LeafError: it is no module, or has no parameter to train, or is a lazy module before its first call.
+        RanksError: it is wrapped by ``DistributedDataParallel`` or ``fully_shard``: give it the bare module.
         StructureError: ``checkpoint`` names what is not there. From ``function``: ``params`` has other names; or a
             parameter that was frozen no longer is.
         CapturedTensorError: from ``function``: a block of ``checkpoint`` reads a tensor that requires grad from
@@ -76,6 +78,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         tensor([[6.]])
     """
     named, frozen = _parameters(module)
+    refuse_wrapper(module)
     blocks = _blocks(module, checkpoint)
     params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}

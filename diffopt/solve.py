@@ -170,6 +170,7 @@ def solve(
         NonFiniteLossError, DivergenceError: it is not finite at the start, or later.
         DisconnectedError, CapturedTensorError: it ignores ``params``, or reads tensors it was not given.
         InPlaceError, VmapError: it writes into what it is given, or cannot run under the vmap around the call.
+        RanksError: ranks solve different problems, or communicate so that derivatives come out wrong.
         LeafError: ``params`` has a leaf that is not a floating, non-empty tensor.
         StepsError, BatchesError, OptimizerError, EstimatorError: the argument named is not what was expected.
         StructureError, ShapeError, DtypeError, DeviceError: a hyperparameter does not fit ``params``.

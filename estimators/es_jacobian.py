@@ -10,7 +10,13 @@ from torch import Tensor
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.perturbation import Group, Sampling, directions, refuse_a_loss_that_does_not_repeat
+from diffopt.adjoint.perturbation import (
+    Group,
+    Sampling,
+    directions,
+    refuse_a_loss_that_does_not_repeat,
+    refuse_other_ranks,
+)
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -91,6 +97,7 @@ class ESJacobian(Adjoint):
         found: dict[Place, Tensor] = {}
         for group in Group.all_of(trajectory):
             z, factor = directions(group.vector, self.directions, self.sampling, self.generator)
+            refuse_other_ranks(trajectory, z)
             if self.antithetic:
                 slope = (group.rolled_out(self.radius * z) - group.rolled_out(-self.radius * z)) / (2 * self.radius)
             else:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.tangents import MovingProblem, contracted, unit_tangents
+from diffopt.adjoint.spread_tangents import is_spread_out, one_by_one
+from diffopt.adjoint.tangents import MovingProblem, unit_tangents
 from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.record import Keep
@@ -30,7 +31,8 @@ class ForwardMode(Adjoint):
     twelve tensors of one number have the depth ``12 * T``, so put them in one and let the loss take it apart.
 
     Not for: many hyperparameters, an initialisation above all. Every input that requires grad gets tangents, even if
-    the backward pass is asked for others only: detach an initialisation that is not to be learned.
+    the backward pass is asked for others only: detach an initialisation that is not to be learned. Of params that are
+    DTensors, each tangent is carried by itself, and costs a rollout: no vmap knows them.
 
     Args:
         chunk_size: how many tangents are carried at once; ``None``: all of one tensor. Bounds the memory, and each
@@ -61,6 +63,8 @@ class ForwardMode(Adjoint):
 
     def _derivative(self, trajectory: Trajectory, place: Place, cotangent: Leaves) -> Tensor:
         """The derivative in one input, all its coordinates in turn."""
+        if is_spread_out(trajectory):
+            return one_by_one(trajectory, place, lambda spread, x: _rate(spread, place, x, cotangent, alone=True))
         value, parts = trajectory.inputs.at(place), []
         for tangent in unit_tangents(trajectory, place, self.chunk_size):
             part = _rate(trajectory, place, tangent, cotangent)
@@ -70,23 +74,23 @@ class ForwardMode(Adjoint):
         return torch.cat(parts).movedim(0, -1).reshape(value.shape) if parts else torch.zeros_like(value)
 
 
-def _rate(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves) -> Tensor:
+def _rate(trajectory: Trajectory, place: Place, tangent: Tensor, cotangent: Leaves, *, alone: bool = False) -> Tensor:
     """How fast the outer loss moves with the input at ``place``, one number for each direction ``[p, ...]``.
 
     What was handed out along the way counts at its step (13.1).
     """
     counts, running, again = trajectory.record.counts, trajectory.running, trajectory.losses_to_replay()
-    own, problem = trajectory.layout.own_axes(place), MovingProblem.of(trajectory, place, tangent)
+    problem = MovingProblem.of(trajectory, place, tangent, alone=alone)
     state, moving = problem.start()  # s_1 and Z_1
-    total = 0 * contracted(moving, cotangent, own)
+    total = 0 * problem.contracted(moving, cotangent)
     counts.gradients += trajectory.steps
     for step in range(1, trajectory.steps + 1):
-        counts.add_products(len(tangent))
+        counts.add_products(problem.directions)
         cotangents = [] if running is None else running.at(step)
         with trajectory.rollout.replay(step, tangent.device):
             state, moving, losses, along = problem.take_step(state, moving, step, cotangents)  # Z_{t+1} = J_t Z_t + B_t
-        again[..., step - 1] = losses[0]
+        again[..., step - 1] = losses
         for tangents, weights in along:
-            total = total + contracted(tangents, weights, own)
+            total = total + problem.contracted(tangents, weights)
     trajectory.refuse_other_losses(again)
-    return total + contracted(moving, cotangent, own)  # Z_{T+1}' dF/ds_{T+1}
+    return total + problem.contracted(moving, cotangent)  # Z_{T+1}' dF/ds_{T+1}

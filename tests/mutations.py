@@ -118,6 +118,9 @@ NAMES = [
     "checkpointed_blocks",
     "transformers",
     "offload",
+    "inner_data",
+    "training",
+    "sharded",
 ]
 
 

@@ -60,7 +60,7 @@ def within(name: str, package: str) -> bool:
 FLOORS = [
     ["errors"],
     ["tensors"],
-    ["optimizers", "linear_solve", "nn", "retraining"],
+    ["optimizers", "linear_solve", "nn", "retraining", "distributed"],
     ["lifting", "rollout"],
     ["adjoint"],
     ["calls", "estimators"],

@@ -76,7 +76,7 @@ def test_what_the_pages_of_0_1_called_a_constant_for_optimizers_is_there() -> No
 
 # ------------------------------------------------------------------------------------------------------ what dir shows
 
-SUBPACKAGES = {"errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing"}
+SUBPACKAGES = {"distributed", "errors", "estimators", "linear_solve", "nn", "prox", "tasks", "testing"}
 
 
 def test_dir_shows_the_public_names_and_nothing_of_the_inside() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffopt.adjoint.held_buffers import refuse_held_buffers
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.distributed.sharded import spread_like
 from diffopt.errors import EstimateWarning, LinearSolveError, RandomnessError
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved
 from diffopt.rollout.along import NEVER
@@ -22,6 +23,8 @@ from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import gathered, is_spread
+from diffopt.tensors.tasks import Tasks
 
 
 def chosen_solver(solver: LinearSolver | None, loss: Callable[..., Tensor]) -> LinearSolver:
@@ -120,7 +123,7 @@ class LastStep:
         """
         known = [i for i in range(self._layout.state_count) if i not in {*self._still, *self._moving}]
         _warn_of_held_buffers(self._trajectory, [cotangent[i] for i in known])
-        found = self._solver.run(system, Leaves(cotangent[i] for i in self._moving), self._trajectory.tasks, start)
+        found = _solved(self._solver, system, Leaves(cotangent[i] for i in self._moving), self._trajectory.tasks, start)
         if not self._root:  # whose step goes nowhere, and of whose record nobody hears
             self._report(found)
         if self._solver.throw:
@@ -152,6 +155,23 @@ class LastStep:
             initial[i] = cotangent[i] + term
         direct.add_block(terms)
         return Cotangents(Leaves(initial), direct.collect())
+
+
+def _solved(solver: LinearSolver, system: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+    """Solve; the vectors of a problem that is spread over ranks are gathered, so that all ranks decide the same."""
+    if not any(map(is_spread, b)):
+        return solver.run(system, b, tasks, start)
+
+    def spread(whole: Leaves) -> Leaves:
+        return whole.map(lambda x, like: spread_like(x, like) if is_spread(like) else x, b)
+
+    found = solver.run(
+        lambda v: system(spread(v)).map(gathered),
+        b.map(gathered),
+        tasks,
+        None if start is None else start.map(gathered),
+    )
+    return found._replace(value=spread(found.value))
 
 
 def _with_a_step(dynamics: Dynamics) -> Dynamics:

@@ -16,6 +16,7 @@ from diffopt.linear_solve import LinearSolution, LinearSolver
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.loop import roll_out
+from diffopt.rollout.ranks import refuse_other_cotangents
 from diffopt.rollout.record import Record, Watch
 from diffopt.rollout.refusals import is_imprecise, warn_of_precision
 from diffopt.tensors import transforms
@@ -113,6 +114,7 @@ def _solved(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     _, record.rollout = roll_out(  # for its checks
         call.dynamics, inputs, counts=record.counts, wanted=call.wanted, watch=call.watch
     )
+    refuse_other_cotangents(record.rollout.copied_to, cotangent)
     trajectory = Trajectory(call.dynamics, inputs, inputs.state, record, (), call.wanted, call.check)
     with torch.no_grad():
         padded = layout.padded(cotangent.map(Tensor.detach), inputs.state)

@@ -12,6 +12,7 @@ from diffopt.adjoint.trajectory import DirectTerms, Trajectory
 from diffopt.errors import RandomnessError
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.keeper import GRAPH_BUDGET
+from diffopt.rollout.ranks import largest
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -76,10 +77,9 @@ class ParallelCurvature:
             return self._pull(self._record(steps), steps, vectors, direct, retain=False)
         if self._kept is None:
             self._kept = self._record(every)
-            self._again = (
-                autograd_graph.saved_bytes(autograd_graph.nodes(self._kept.nodes()), self._trajectory.inputs.read)
-                <= GRAPH_BUDGET
-            )
+            nodes = autograd_graph.nodes(self._kept.nodes())
+            size = autograd_graph.saved_bytes(nodes, self._trajectory.inputs.read)
+            self._again = largest(size, nodes, vectors[0].device) <= GRAPH_BUDGET
         before = steps.start - every.start
         padded = vectors.map(lambda leaf: _between_zeros(leaf, before, len(every)))
         product = self._pull(self._kept, every, padded, direct, retain=self._again)

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.loop import roll_out
+from diffopt.rollout.ranks import refuse_held_apart, refuse_other_directions
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -97,6 +98,23 @@ class Group:
         pairs = zip(self.places, parts, strict=True)
         complexes = {place: self.trajectory.inputs.at(place).is_complex() for place in self.places}
         return {place: torch.complex(x[..., 0], x[..., 1]) if complexes[place] else x for place, x in pairs}
+
+
+def refuse_other_ranks(trajectory: Trajectory, moves: Tensor) -> None:
+    """Refuse, if ranks share the solve, that they move inputs by different amounts, or inputs that each has its own."""
+    rollout, layout = trajectory.rollout, trajectory.layout
+    if not rollout.copied_to or not trajectory.check:
+        return
+    refuse_other_directions(rollout.copied_to, moves)
+    places = [place for place in trajectory.wanted_places if place.part == "read"]
+    read = list(layout.at_step(trajectory.inputs, 1)[0])
+    with rollout.replay(1, moves.device), torch.enable_grad():
+        for place in places:
+            read[place.number] = read[place.number].detach().requires_grad_()
+        params = [x.detach().requires_grad_() for x in layout.params(trajectory.initial)]
+        losses = trajectory.dynamics.losses(params, read)
+    for place in places:
+        refuse_held_apart(losses, read[place.number], layout.names().read[place.number], "ESJacobian")
 
 
 def refuse_a_loss_that_does_not_repeat(trajectory: Trajectory) -> None:

@@ -15,6 +15,7 @@ from diffopt.rollout.along import Running
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.layout import Layout
 from diffopt.rollout.loop import roll_out
+from diffopt.rollout.ranks import refuse_other_cotangents
 from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import refuse_non_finite, refuse_other_losses
 from diffopt.tensors import derivatives
@@ -32,6 +33,8 @@ def pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     given, cotangent, along = tensors[: end - call.state_count], tensors[end - call.state_count : end], tensors[end:]
     with torch.no_grad(), derivatives.named_in_place_changes():
         trajectory = _trajectory(call, given, along)
+        if call.record.rollout.copied_to:
+            refuse_other_cotangents(call.record.rollout.copied_to, (*cotangent, *along))
         try:
             result = call.rule.pullback(trajectory, Leaves(cotangent))
         except RuntimeError as error:
@@ -55,6 +58,8 @@ def pull_back_together(
         return None
     call = replace(call, dynamics=call.dynamics.until(call.record.rollout.steps))
     with torch.no_grad(), derivatives.named_in_place_changes():
+        for row in rows:
+            refuse_other_cotangents(call.record.rollout.copied_to, row)
         results = call.rule.pullbacks(_trajectory(call, given, ()), [Leaves(row) for row in rows])
         if results is None:
             return None

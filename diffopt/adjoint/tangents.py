@@ -14,6 +14,7 @@ from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import stands_behind
 from diffopt.rollout.inputs import STATE_PARTS, Inputs, Place
+from diffopt.rollout.ranks import refuse_held_apart
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -26,19 +27,6 @@ def unit_tangents(trajectory: Trajectory, place: Place, chunk_size: int | None) 
     for indices in torch.split(torch.arange(size, device=value.device), chunk_size or size) if size else ():
         basis = torch.nn.functional.one_hot(indices, size).to(value.dtype)
         yield basis.reshape(-1, *(1,) * sum(own_axes), *shape).expand(-1, *value.shape)
-
-
-def contracted(tangents: Sequence[Tensor], weights: Sequence[Tensor], own: Sequence[bool]) -> Tensor:
-    """The inner product of each tangent with its weight, per task where the input is a task's own: ``[p, ...]``.
-
-    ``own`` says so of each leading axis of the state; what is like the input has only the axes of its own.
-    """
-    terms = []
-    for tangent, weight in zip(tangents, weights, strict=True):
-        product = (tangent * weight.conj()).real if tangent.is_complex() else tangent * weight
-        summed = [axis + 1 for axis in range(product.ndim - 1) if axis >= len(own) or not own[axis]]
-        terms.append(product.sum(dim=summed) if summed else product)
-    return sum(terms[1:], terms[0])
 
 
 Pair: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"
@@ -54,26 +42,48 @@ class MovingProblem:
         inputs: its inputs.
         place: the input that moves.
         tangent: how it moves: directions along axis 0, behind it the tasks of its own.
+        own: of each leading axis of the state, whether the input has it too.
+        alone: whether there is one direction instead, without an axis of its own.
     """
 
     dynamics: Dynamics
     inputs: Inputs
     place: Place
     tangent: Tensor
+    own: Sequence[bool]
+    alone: bool = False
 
     @staticmethod
-    def of(trajectory: Trajectory, place: Place, tangent: Tensor) -> MovingProblem:
+    def of(trajectory: Trajectory, place: Place, tangent: Tensor, *, alone: bool = False) -> MovingProblem:
         """The problem of a trajectory."""
-        inputs = trajectory.inputs
+        inputs, own = trajectory.inputs, trajectory.layout.own_axes(place)
+        if alone:
+            return MovingProblem(trajectory.dynamics, inputs, place, tangent, own, alone)
         if place.part not in STATE_PARTS:
             # copied, not expanded: a loss that differentiates in it in forward mode gives its parts tangents in place
             inputs = inputs.put({place: inputs.at(place).expand(tangent.shape).contiguous()})
-        return MovingProblem(trajectory.dynamics.over(len(tangent), [place]), inputs, place, tangent)
+        return MovingProblem(trajectory.dynamics.over(len(tangent), [place]), inputs, place, tangent, own)
+
+    @property
+    def directions(self) -> int:
+        """How many there are."""
+        return 1 if self.alone else len(self.tangent)
+
+    def contracted(self, tangents: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """The inner product of each tangent with its weight, per task where the input is a task's own: ``[p, ...]``."""
+        terms = []
+        for tangent, weight in zip(tangents, weights, strict=True):
+            rows = tangent.unsqueeze(0) if self.alone else tangent
+            product = (rows * weight.conj()).real if rows.is_complex() else rows * weight
+            summed = [axis + 1 for axis in range(product.ndim - 1) if axis >= len(self.own) or not self.own[axis]]
+            terms.append(product.sum(dim=summed) if summed else product)
+        return sum(terms[1:], terms[0])
 
     def start(self) -> tuple[Leaves, Leaves]:
         """``s_1``, once for each direction, and its tangents ``Z_1``."""
-        size, layout = len(self.tangent), self.dynamics.layout
-        state = self.inputs.state.map(lambda leaf: leaf.expand(size, *leaf.shape))
+        layout, state = self.dynamics.layout, self.inputs.state
+        if not self.alone:
+            state = state.map(lambda leaf: leaf.expand(self.directions, *leaf.shape))
         still = state.zeros()
         if self.place.part not in STATE_PARTS:
             return state, still
@@ -98,6 +108,8 @@ class MovingProblem:
             if of_loss:
                 seen[place.number] = roots[count]
             losses = dynamics.losses(roots[:count], seen)
+            if of_loss and step == 1:
+                refuse_held_apart(losses, roots[count], layout.names().read[place.number], "ForwardMode")
             field = stands_behind(losses)
             found = derivatives.gradient(losses.sum(), roots[:count] if field else roots, differentiable=True)
             if step == 1:
@@ -128,7 +140,7 @@ class MovingProblem:
                 observed = dynamics.observed(roots[:count], seen)
                 rates = [*layout.params(after_moving), *([rate] if of_loss else [])]
                 along += _weighed(observed, roots, rates, cotangents[1:])
-        return Leaves(after), Leaves(after_moving), losses.detach(), along
+        return Leaves(after), Leaves(after_moving), (losses if self.alone else losses[0]).detach(), along
 
 
 def _weighed(

@@ -33,16 +33,19 @@ def run(given: argparse.Namespace) -> int:
     """Start a run, or continue the one in ``--out``."""
     from diffopt.commands.training import train  # needs optional packages
     from diffopt.experiments.framework.files import check_alone
+    from diffopt.experiments.framework.ranks import joined
     from diffopt.experiments.framework.train_folder import RunFolder
 
-    check_alone()
     options = read(given.kind, given, None)
     run_folder = RunFolder(options.out)
-    if not given.resume:
-        run_folder.check_unused()
-        return train(given.problem, options, run_folder, None)
-    stopped = run_folder.stopped(given.problem)
-    with closing(stopped.log):
-        check_stored(given.kind, stopped.checkpoint.options, FREE)
-        options = read(given.kind, given, stopped.checkpoint.options)
-        return train(given.problem, options, run_folder, stopped)
+    with joined(options.device) as ranks:
+        if ranks.count == 1:
+            check_alone()
+        if not given.resume:
+            ranks.of_first(run_folder.check_unused)
+            return train(given.problem, options, run_folder, None, ranks)
+        stopped = run_folder.stopped_on(ranks, given.problem)
+        with closing(stopped.log):
+            check_stored(given.kind, stopped.checkpoint.options, FREE)
+            options = read(given.kind, given, stopped.checkpoint.options)
+            return train(given.problem, options, run_folder, stopped, ranks)

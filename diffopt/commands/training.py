@@ -13,7 +13,7 @@ import torch
 import diffopt
 from diffopt.commands.estimator_names import estimator
 from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
-from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog
+from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog, NoLog
 from diffopt.experiments.framework.checkpoint_content import cannot_be_put_back, check_params
 from diffopt.experiments.framework.curve import draw_curve
 from diffopt.experiments.framework.few_shot_problem import (
@@ -28,7 +28,8 @@ from diffopt.experiments.framework.few_shot_problem import (
 )
 from diffopt.experiments.framework.interrupt import Interrupt
 from diffopt.experiments.framework.options import to_store
-from diffopt.experiments.framework.progress import Reporter, reporter
+from diffopt.experiments.framework.progress import Reporter, reporter, silence
+from diffopt.experiments.framework.ranks import ALONE, Ranks
 from diffopt.experiments.framework.train_folder import RunFolder, Stopped
 from diffopt.tasks import Conv4
 
@@ -37,8 +38,8 @@ SECONDS_TO_FINISH = 3.0
 """Kept free at the end of ``--minutes`` for the picture and the last save."""
 
 
-def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | None) -> int:
-    """Run until the iterations are done or the time is up.
+def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | None, ranks: Ranks = ALONE) -> int:
+    """Run until the iterations are done or the time is up; of several ranks the first one writes the folder.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
@@ -46,16 +47,16 @@ def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | Non
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     options = replace(options, threads=threads)  # resumed elsewhere, the same number: sums keep their order
-    run = _Run(name, options, folder)
-    log = stopped.log if stopped else folder.start()
+    run = _Run(name, options, folder, ranks)
+    log = stopped.log if stopped else folder.start_on(ranks)
     try:
         with run.interrupt:
             run.begin(log, stopped.checkpoint if stopped else None)
-            with reporter(options.iterations, run.iteration) as report:
+            with reporter(options.iterations, run.iteration) if ranks.writes else silence() as report:
                 run.loop(report)
         return 0
     except KeyboardInterrupt:
-        if run.saved_iteration is None:
+        if run.saved_iteration is None or not ranks.writes:
             raise
         again = f"diffopt train {name} --out {folder.folder} --resume"
         print(
@@ -72,10 +73,10 @@ def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | Non
 class _Run:
     """One run: all that changes while it goes on."""
 
-    log: MetricsLog
+    log: MetricsLog | NoLog
 
-    def __init__(self, name: str, options: Options, folder: RunFolder) -> None:
-        self.name, self.options, self.folder = name, options, folder
+    def __init__(self, name: str, options: Options, folder: RunFolder, ranks: Ranks) -> None:
+        self.name, self.options, self.folder, self.ranks = name, options, folder, ranks
         self.interrupt = Interrupt()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.problem = _problem(options, self.generator)
@@ -88,7 +89,7 @@ class _Run:
         self.saved_iteration: int | None = None
         self.saved_seconds = 0.0
 
-    def begin(self, log: MetricsLog, checkpoint: Checkpoint | None) -> None:
+    def begin(self, log: MetricsLog | NoLog, checkpoint: Checkpoint | None) -> None:
         """Save the start, or go back to where ``checkpoint`` was written."""
         self.log = log
         if checkpoint is None:
@@ -105,15 +106,17 @@ class _Run:
     def loop(self, report: Reporter) -> None:
         """Iterate to the end, then evaluate."""
         options, cost = self.options, self.evaluation_seconds()
-        while self.iteration < options.iterations and not self.time_is_up(cost):
+        while self.iteration < options.iterations and not self.ranks.any(self.time_is_up(cost))[0]:
             loss, metric = self.iterate()
             report.update(self.iteration, f"outer loss {loss:.3f}, {self.problem.metric} {metric:.3f}")
-            due = options.eval_every and self.iteration % options.eval_every == 0
+            due = bool(options.eval_every) and self.iteration % options.eval_every == 0
+            stop = self.ranks.any(self.interrupt.heard)[0]
             if due and self.iteration < options.iterations:
                 cost = self.evaluate(report)
-            if due or self.interrupt.heard or self.seconds - self.saved_seconds > options.save_every:
+            if due or stop or self.seconds - self.saved_seconds > options.save_every:
                 self.save()
-            self.interrupt.check()
+            if stop:
+                raise KeyboardInterrupt
         if not self.is_evaluated():
             self.evaluate(report)
         self.save()
@@ -126,7 +129,7 @@ class _Run:
             factor = (1 + math.cos(math.pi * self.iteration / options.iterations)) / 2
             self.outer.param_groups[0]["lr"] = options.meta_lr * factor
         episodes = self.problem.training(options.tasks, self.generator)
-        loss, metric = meta_gradient(self.problem, self.params, self.training, episodes)
+        loss, metric = meta_gradient(self.problem, self.params, self.training, episodes, self.ranks)
         self.outer.step()
         self.iteration += 1
         if self.iteration % options.log_every == 0:
@@ -144,7 +147,9 @@ class _Run:
     def evaluate(self, report: Reporter) -> float:
         """Evaluate, log and tell the result; returns the seconds that it took."""
         began, options = self.seconds, self.options
-        result = evaluate(self.problem, self.params, self.evaluation, options.eval_episodes, self.interrupt.check)
+        alone = self.ranks.count == 1  # else all ranks stop together, or those that go on would wait
+        between = self.interrupt.check if alone else lambda: None
+        result = evaluate(self.problem, self.params, self.evaluation, options.eval_episodes, between, self.ranks)
         self.log.append(
             {
                 "kind": "evaluation",
@@ -158,7 +163,8 @@ class _Run:
                 "seconds": round(self.seconds, 3),
             }
         )
-        draw_curve(self.log.rows, self.problem.metric, self.problem.title, self.folder.curve_path)
+        if self.ranks.writes:
+            draw_curve(self.log.rows, self.problem.metric, self.problem.title, self.folder.curve_path)
         report.say(f"iteration {self.iteration}, {self.seconds:.0f} s: {_in_words(self.log.rows[-1])}")
         return self.seconds - began
 
@@ -173,7 +179,7 @@ class _Run:
             return 0.0
         began, batch = self.seconds, self.problem.evaluation_batch
         evaluate(self.problem, self.params, self.evaluation, batch)
-        return (self.seconds - began) * math.ceil(self.options.eval_episodes / batch)
+        return (self.seconds - began) * math.ceil(self.options.eval_episodes / batch / self.ranks.count)
 
     def time_is_up(self, evaluation_seconds: float) -> bool:
         """Whether there is just time left for the last evaluation."""
@@ -182,7 +188,10 @@ class _Run:
         return minutes is not None and self.seconds + to_come > 60 * minutes
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, on the first rank."""
+        if not self.ranks.writes:
+            self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
+            return
         generators = {"episodes": self.generator.get_state(), "torch": torch.get_rng_state()}
         if torch.device(self.options.device).type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.options.device)

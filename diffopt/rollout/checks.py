@@ -14,6 +14,7 @@ from diffopt.errors import DiffoptError
 from diffopt.rollout.along import Observer
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.hidden_state import HiddenState
+from diffopt.rollout.ranks import FirstStep
 from diffopt.rollout.record import Keep, Watch
 from diffopt.rollout.refusals import apart_from, refuse_bad_start, refuse_captures, wrapped_error
 from diffopt.tensors import autograd_graph, derivatives, random_state, transforms
@@ -39,6 +40,7 @@ class Checks:
     Attributes:
         hidden_state: the error for whoever computes a step again; ``None``: no state of the loss is known.
         whole: what the last step has read, if it was taken in pieces.
+        ranks: what is looked at where other ranks take the first step, too.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Checks:
         self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
         self._stops = stops
+        self.ranks = FirstStep.here() if watch.values else None
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
@@ -87,6 +90,9 @@ class Checks:
         self._step, self._read, self._versions = step, read, [x._version for x in params]
         if self._watch.state and self._held is None and self._keep is not None:
             self._held = HiddenState(self._dynamics.loss)
+        if step == 1 and self.ranks is not None and not self.ranks.evaluates:
+            with self.ranks.evaluating():
+                return self.losses(params, read, step, aux)
         if self._plainly:
             return self._dynamics.losses(params, read, step, aux)
         function = partial(
@@ -144,12 +150,18 @@ class Checks:
         self, losses: Tensor, params: Sequence[Tensor], step: int, *, differentiable: bool
     ) -> tuple[Tensor | None, ...]:
         """The gradient; a first one tells whether the loss depends on the params and is finite there."""
-        grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        if step > 1 or self.ranks is None:
+            grads = derivatives.gradient(losses, params, differentiable=differentiable)
+        else:
+            with self.ranks.differentiating(losses):
+                grads = derivatives.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()
         watch, read = self._watch, self._read
         if watch.values:
             if step == 1:
+                if self.ranks is not None:
+                    self.ranks.refuse(losses, grads, params)
                 refuse_bad_start(self._dynamics, losses, grads, params, read)
             if watch.captures:
                 wanted = [x for x in read if x.requires_grad]
@@ -163,6 +175,10 @@ class Checks:
 
     def update(self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int) -> Leaves:
         """The update, evaluated apart from the transforms around the solve."""
+        if step == 1 and self.ranks is not None and self.ranks.compares_update():
+            after = self.update(state, grads, hyperparameters, step)
+            self.ranks.refuse_other_updates(after)
+            return after
         if self._own_update and not self._looks_for_breaks:
             return self._dynamics.update(state, grads, hyperparameters, step)
         if not torch.is_grad_enabled():  # without a graph, for which a first one is made to look at

@@ -159,6 +159,7 @@ def roll_out(
         draws=known,
         autocast=autocast,
         hidden_state=steps.hidden_state if isinstance(steps, Checks) else None,
+        copied_to=tuple(steps.ranks.copied_to) if isinstance(steps, Checks) and steps.ranks is not None else (),
     )
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from diffopt.distributed.sharded import BARE, shards
 from diffopt.errors import DiffoptError
 from diffopt.rollout.field import as_written
 from diffopt.rollout.layout import Layout
 from diffopt.tensors import torch_errors, transforms, tree
+from diffopt.tensors.captures import everything_held
 
 
 def named(
@@ -30,9 +32,10 @@ def named(
         return torch_errors.hooks_around_transforms()
     if torch_errors.is_missing_derivative(error):
         return torch_errors.missing_derivative(str(error).partition("\n")[0])
-    mixed = torch_errors.mixed_error(
-        error, what, "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
-    )
+    fix = "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
+    if torch_errors.mixed_error(error, what, fix) is not None and shards(everything_held([function]).modules):
+        fix = f"its hooks put a sharded module's own parameters in the place of the given ones: {BARE}"
+    mixed = torch_errors.mixed_error(error, what, fix)
     if mixed is not None:
         return mixed
     args, _ = tree.unflatten(layout.args_structure, list(layout.args_leaves))

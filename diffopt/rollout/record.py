@@ -158,6 +158,7 @@ class Rollout:
         draws: the generators' states before each step that drew random numbers.
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
+        copied_to: the groups of ranks that share the solve, if they do.
     """
 
     wanted: tuple[Place, ...] = ()
@@ -174,6 +175,7 @@ class Rollout:
     draws: dict[int, random_state.GeneratorStates] = field(default_factory=dict)
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
+    copied_to: tuple[Any, ...] = ()
 
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopt.distributed.sharded import BARE, shards
 from diffopt.errors import (
     CapturedTensorError,
     DisconnectedError,
@@ -17,12 +18,13 @@ from diffopt.errors import (
     NonFiniteLossError,
     PrecisionWarning,
     RandomnessError,
+    RanksError,
 )
 from diffopt.rollout.divergence import not_finite
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField, refuse_constant
 from diffopt.tensors import derivatives, transforms
-from diffopt.tensors.captures import mend_for, names_of
+from diffopt.tensors.captures import everything_held, mend_for, names_of
 from diffopt.tensors.leaves import all_finite
 
 
@@ -91,6 +93,13 @@ def refuse_bad_start(
 ) -> None:
     """Refuse a first loss that does not depend on params or is not finite."""
     if all([grad is None for grad in grads]):
+        if shards(everything_held(dynamics.functions()).modules):
+            raise RanksError(
+                "the inner loss does not depend on params: the hooks of a sharded module that it calls put that "
+                "module's own parameters in their place",
+                "the bare module",
+                BARE,
+            )
         raise DisconnectedError(
             "the inner loss does not depend on params",
             "a gradient",

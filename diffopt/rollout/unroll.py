@@ -18,6 +18,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.problem import Outcome, Problem
+from diffopt.rollout.ranks import refuse_other_cotangents
 from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
@@ -65,6 +66,7 @@ def roll_out_recorded(
     layout, now, rows, largest, enough = dynamics.layout, inputs.state, [], [], None
     nothing: list[Tensor] = []
     checks = Checks(dynamics, watch, passes_tangents=True) if watch else None
+    ranks = None if checks is None or transforms.transforms_active() else checks.ranks
     recorded = torch.is_grad_enabled() or transforms.in_dual_level()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
@@ -79,7 +81,13 @@ def roll_out_recorded(
                 # views, so that a tensor that is also an argument counts here as the params only
                 params = Leaves([p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before])
                 loss = (checks or dynamics).losses(params, read, step, aux)
-                grads = derivatives.gradient(loss, params, differentiable=recorded)
+                if ranks is None or step > 1:
+                    grads = derivatives.gradient(loss, params, differentiable=recorded)
+                else:
+                    with ranks.differentiating(loss):
+                        grads = derivatives.gradient(loss, params, differentiable=recorded)
+                if ranks is not None and step == 1:
+                    ranks.refuse(loss, grads, params)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
@@ -92,6 +100,8 @@ def roll_out_recorded(
                 nothing = [x.detach().unsqueeze(len(layout.levels)).narrow(len(layout.levels), 0, 0) for x in first]
             break
         now = dynamics.update(now, filled, hyperparameters, step)
+        if ranks is not None and step == 1:
+            ranks.refuse_other_updates(now)
         loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()
         rows.append((loss, *_observed(dynamics, layout.params(now), read, levels), *aux))
         if watch.values:
@@ -104,7 +114,18 @@ def roll_out_recorded(
     along = along or nothing or [now[0].new_empty(*layout.tasks_shape, 0)]
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
+    if ranks is not None and ranks.copied_to:
+        now = Leaves([_alike(x, ranks.copied_to) for x in now])
     return now, tuple(along), enough
+
+
+def _alike(tensor: Tensor, copied_to: Sequence[Any]) -> Tensor:
+    """An alias whose gradient is refused if it differs between the ranks that share a solve."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return tensor
+    alias = tensor.view_as(tensor)
+    alias.register_hook(lambda gradient: refuse_other_cotangents(copied_to, [gradient]))  # type: ignore[no-untyped-call]
+    return alias
 
 
 def _observed(dynamics: Dynamics, params: Leaves, read: Leaves, levels: range) -> Sequence[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import gathered
 
 
 @final
@@ -25,7 +26,7 @@ class Tasks:
         """The inner product, one per task."""
         pairs = zip(a.widened(), b.widened(), strict=True)
         parts = [self._sum(x * y) for x, y in pairs]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return gathered(parts[0]) if len(parts) == 1 else gathered(torch.stack(parts).sum(0))
 
     def _sum(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: self.axes], -1).sum(-1) if self.axes else x.sum()
@@ -39,7 +40,7 @@ class Tasks:
 
     def largest(self, a: Leaves) -> Tensor:
         """The largest modulus of an entry, one per task."""
-        return torch.stack([x.abs().reshape(*x.shape[: self.axes], -1).amax(-1) for x in a]).amax(0)
+        return gathered(torch.stack([x.abs().reshape(*x.shape[: self.axes], -1).amax(-1) for x in a]).amax(0))
 
     def unit(self, a: Leaves) -> Leaves:
         """A vector of norm 1 in the same direction, one per task; zero for zero."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -171,6 +171,28 @@ class MetricsLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
+
+
+@final
+class NoLog:
+    """The log of a process that is not the one to write: it keeps the lines, for what is asked of them."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """Begin with the lines that were read of a run that goes on."""
+        self.rows, self.digest = list(rows), ""
+
+    def cut(self) -> None:
+        """There is no file."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a line."""
+        self.rows.append(row)
+
+    def sync(self) -> None:
+        """There is no file."""
+
+    def close(self) -> None:
+        """There is no file."""
 
 
 def left_over(path: Path) -> CheckpointError:

@@ -15,6 +15,7 @@ import diffopt
 from diffopt.estimators import Estimator
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.image_sets import Images
+from diffopt.experiments.framework.ranks import ALONE, Ranks
 from diffopt.tasks import MLP, Episodes, Omniglot, RaggedImages, Sinusoid, functional, sample_episodes
 
 Params: TypeAlias = dict[str, Tensor]
@@ -174,11 +175,15 @@ def sinusoid(*, shot: int, queries: int, generator: torch.Generator, device: str
     )
 
 
-def meta_gradient(problem: FewShot, params: Params, adaptation: Adaptation, episodes: Episodes) -> tuple[float, float]:
+def meta_gradient(
+    problem: FewShot, params: Params, adaptation: Adaptation, episodes: Episodes, ranks: Ranks = ALONE
+) -> tuple[float, float]:
     r"""Put the gradient of the mean outer loss over some episodes into the ``grad`` of ``params`` (MAML).
 
     .. math:: F(\theta) = \frac1B\sum_b L^{query}_b\big(\phi_b(\theta)\big),\qquad
               \phi_b(\theta) = \mathrm{solve}(L^{support}_b, \theta)
+
+    Each of the ``ranks`` takes its share of the episodes, and all have the gradient.
 
     Returns:
         The mean outer loss and the mean metric after adaptation.
@@ -194,9 +199,21 @@ def meta_gradient(problem: FewShot, params: Params, adaptation: Adaptation, epis
 
     for value in params.values():
         value.grad = None
-    losses, metrics = torch.func.vmap(meta_loss)(*episodes)
-    torch.autograd.backward(losses.mean())
-    return float(losses.detach().mean()), float(metrics.mean())
+    if ranks.count == 1:
+        losses, metrics = torch.func.vmap(meta_loss)(*episodes)
+        torch.autograd.backward(losses.mean())
+        return float(losses.detach().mean()), float(metrics.mean())
+    tasks, (loss, metric) = len(episodes[0]), next(iter(params.values())).new_zeros(2)
+    share = ranks.share(tasks)
+    if share.start < share.stop:
+        losses, metrics = torch.func.vmap(meta_loss)(*(x[share] for x in episodes))
+        torch.autograd.backward(losses.sum() / tasks)
+        loss, metric = losses.detach().sum() / tasks, metrics.sum().to(losses) / tasks
+    grads = [torch.zeros_like(value) if value.grad is None else value.grad for value in params.values()]
+    *grads, loss, metric = ranks.total([*grads, loss, metric])
+    for value, grad in zip(params.values(), grads, strict=True):
+        value.grad = grad
+    return float(loss), float(metric)
 
 
 def adapt(
@@ -228,10 +245,11 @@ def evaluate(
     adaptation: Adaptation,
     episodes: int,
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Adapt to, and measure on, ``episodes`` evaluation episodes; the same ones at each call.
 
-    ``between`` is called after each batch of episodes and may raise to stop.
+    ``between`` is called after each batch of episodes and may raise to stop. The ``ranks`` take the batches in turn.
     """
 
     def measure(*episode: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,10 +261,14 @@ def evaluate(
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     measured = []
     with torch.no_grad():
-        for tasks in _batches(episodes, problem.evaluation_batch):
-            measured.append(torch.func.vmap(measure)(*problem.evaluation(tasks, generator)))
+        for number, tasks in enumerate(_batches(episodes, problem.evaluation_batch)):
+            drawn = problem.evaluation(tasks, generator)
+            if number % ranks.count == ranks.rank:
+                measured.append(torch.func.vmap(measure)(*drawn))
+            else:
+                measured.append((next(iter(params.values())).new_zeros(tasks),) * 2)
             between()
-    before, after = (torch.cat(parts) for parts in zip(*measured, strict=True))
+    before, after = ranks.total([torch.cat(parts) for parts in zip(*measured, strict=True)])
     return Evaluation(interval(before), interval(after), episodes)
 
 

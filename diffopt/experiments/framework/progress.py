@@ -39,6 +39,21 @@ def reporter(total: int, done: int, counted: str = "iteration") -> Iterator[Repo
         yield _Bar(progress, total, done)
 
 
+@contextmanager
+def silence() -> Iterator[Reporter]:
+    """A reporter that says nothing: of a process that is not the one to tell how a run goes."""
+    yield _Silent()
+
+
+@final
+class _Silent(Reporter):
+    def update(self, done: float, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 @final
 class _Bar(Reporter):
     def __init__(self, progress: Progress, total: int, done: int) -> None:

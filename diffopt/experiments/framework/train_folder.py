@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
-from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog, left_over
+from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog, NoLog, left_over
 from diffopt.experiments.framework.checkpoint_content import CheckpointError
 from diffopt.experiments.framework.options import expanded
+from diffopt.experiments.framework.ranks import Ranks
 
 
 class Stopped(NamedTuple):
     """A run to go on with: its checkpoint, and its log, which ``train`` closes."""
 
     checkpoint: Checkpoint
-    log: MetricsLog
+    log: MetricsLog | NoLog
 
 
 @final
@@ -56,6 +57,23 @@ class RunFolder:
             log.close()
             raise
         return log
+
+    def start_on(self, ranks: Ranks) -> MetricsLog | NoLog:
+        """:meth:`start` on the first rank, which writes the log; the others keep its lines to themselves."""
+        logs: list[MetricsLog] = []
+        ranks.of_first(lambda: logs.append(self.start()))
+        return logs[0] if logs else NoLog()
+
+    def stopped_on(self, ranks: Ranks, problem: str) -> Stopped:
+        """:meth:`stopped` on the first rank; the others are told what it has read."""
+        found: list[Stopped] = []
+
+        def told() -> tuple[Checkpoint, list[dict[str, Any]]]:
+            found.append(self.stopped(problem))
+            return found[0].checkpoint, found[0].log.rows
+
+        checkpoint, rows = ranks.of_first(told)
+        return found[0] if found else Stopped(checkpoint, NoLog(rows))
 
     def stopped(self, problem: str) -> Stopped:
         """The run to continue; its log is locked, and nothing is changed yet.
