@@ -171,8 +171,6 @@ def largest(size: int, graph: Sequence[Any], device: torch.device) -> int:
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
-    if COLLECTIVES.isdisjoint(map(type, graph)):
-        return size
     for group in {node.group: None for node in graph if type(node) in COLLECTIVES}:
         size = int(groups.largest(size, group, device))
     return size

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.rollout.ranks import largest
+from diffopt.rollout.ranks import COLLECTIVES, largest
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -215,7 +215,7 @@ class Block:
 def graph_bytes(graph: Sequence[Any], inputs: Inputs) -> int:
     """The bytes that a graph, given by its nodes, keeps alive besides the inputs; of ranks that share it, the most."""
     size = autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters))
-    return largest(size, graph, inputs.params[0].device)
+    return size if COLLECTIVES.isdisjoint(map(type, graph)) else largest(size, graph, inputs.params[0].device)
 
 
 @final
