@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from diffopt.distributed.collectives import COLLECTIVES
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.rollout.ranks import COLLECTIVES, largest
+from diffopt.rollout.ranks import largest
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
