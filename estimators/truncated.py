@@ -25,7 +25,6 @@ class Truncated(Adjoint):
                        + \Big(\frac{\partial s_1}{\partial\theta}\Big)^\top\Lambda_{T-L}
 
     with ``L = steps``: as if earlier steps were the identity. ``steps=0`` is :class:`FirstOrder`, ``steps=T`` is exact.
-
     Biased; the bias shrinks like ``(1 - lr * a)**L`` where the inner loss is ``a``-strongly convex. Cost: ``L`` HVPs,
     one after the other. Memory: ``L`` steps, see :class:`Reverse`. Depth ``L``. Not for hyperparameters that act early.
 
@@ -44,6 +43,7 @@ class Truncated(Adjoint):
     memory: int | str | None = None
     offload: bool = False
     if_wrong = "drops terms that matter here"
+    traced = True
 
     def __post_init__(self) -> None:
         """Check all options."""
