@@ -22,6 +22,7 @@ from diffopt.optimizers import EMA, SGD, Adagrad, Adam, AdamW, Clip, Groups, Loo
 from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.optimizers.preconditioned import Preconditioned
 from diffopt.optimizers.proximal import ProximalGD
+from diffopt.outer_program import compiled
 from diffopt.reports import Finding, Report
 from diffopt.solve import Kept, Solution, solve
 from diffopt.state import State, state_of
@@ -90,6 +91,7 @@ __all__ = [
     "check",
     "cite",
     "compare",
+    "compiled",
     "fixed_point",
     "from_torch",
     "from_torchopt",

@@ -104,6 +104,8 @@ NAMES = [
     "batches",
     "micro_batches",
     "attribution",
+    "compiled_programs",
+    "compiled_outer",
 ]
 
 
