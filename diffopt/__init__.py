@@ -23,6 +23,7 @@ from diffopt.optimizers import EMA, SGD, Adagrad, Adam, AdamW, Clip, Groups, Loo
 from diffopt.optimizers.base import Optimizer, Schedule
 from diffopt.optimizers.preconditioned import Preconditioned
 from diffopt.optimizers.proximal import ProximalGD
+from diffopt.outer_program import compiled
 from diffopt.reports import Finding, Report
 from diffopt.retraining.score import DatamodelingScore
 from diffopt.solve import Kept, Solution, solve
@@ -95,6 +96,7 @@ __all__ = [
     "check",
     "cite",
     "compare",
+    "compiled",
     "datamodeling_score",
     "fixed_point",
     "from_torch",

@@ -22,7 +22,7 @@ from diffopt.rollout.problem import Outcome
 from diffopt.rollout.record import Counts
 from diffopt.rollout.record import Kept as Kept
 from diffopt.state import State
-from diffopt.tensors import transforms, tree
+from diffopt.tensors import tracing, transforms, tree
 from diffopt.tensors.arguments import check_flag, check_function, check_integer, check_number
 
 Params = TypeVar("Params")
@@ -205,6 +205,8 @@ def solve(
         problem = replace(problem, dynamics=replace(problem.dynamics, micro_batches=count))
     if tol is not None or on_step is not None:
         problem = replace(problem, stop=_stop(tol, on_step, optimizer))
+    if not rule.traced:
+        tracing.refuse(f"a solve by {rule!r}")
     before = versions(problem)
     outcome = rule.run(problem)
     refuse_changes(problem, before)

@@ -29,6 +29,7 @@ class FirstOrder(Adjoint):
     """
 
     if_wrong = "drops terms that matter here"
+    traced = True
 
     def claims(self, steps: int) -> Claims:
         """Biased, and for the initial state only."""

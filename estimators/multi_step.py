@@ -60,6 +60,11 @@ class MultiStep(Estimator):
         claims = self.adjoint.claims(-(-steps // self.window))
         return replace(claims, own_steps=claims.own_steps or min(self.window, steps) > 1)
 
+    @property
+    def traced(self) -> bool:  # type: ignore[override]
+        """As the rule on the composite steps."""
+        return self.adjoint.traced
+
     def run(self, problem: Problem) -> Outcome:
         """Run the adjoint's rule on the windowed problem."""
         layout = problem.dynamics.layout

@@ -29,6 +29,8 @@ class Reptile(Adjoint):
     Reference: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", algorithm 1. Derivations, section 3.1.
     """
 
+    traced = True
+
     def claims(self, steps: int) -> Claims:
         """No gradient, so not linear either, and for the initial params only."""
         return Claims("never", frozenset({"init"}), second_derivatives=False, linear=False)

@@ -45,6 +45,7 @@ class Truncated(Adjoint):
     memory: int | str | None = None
     offload: Offload = False
     if_wrong = "drops terms that matter here"
+    traced = True
 
     def __post_init__(self) -> None:
         """Check all options."""

@@ -121,6 +121,8 @@ NAMES = [
     "inner_data",
     "training",
     "sharded",
+    "compiled_programs",
+    "compiled_outer",
 ]
 
 

@@ -68,7 +68,9 @@ class _Solve(torch.autograd.Function):
         record.usable, record.kept = bool(call.wanted), record.rollout.kept
         losses = record.rollout.losses
         assert losses is not None
-        if not (call.dynamics.own_update and layout.steps and not layout.buffers_layout):  # else all tensors are new
+        # (else all tensors are new)
+        same = not (call.dynamics.own_update and layout.steps and not layout.buffers_layout)
+        if same and record.rollout.stack is None:
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
         along = (losses.clone(), *record.rollout.handed_out)

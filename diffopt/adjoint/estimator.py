@@ -17,7 +17,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError, InPlaceError
 from diffopt.rollout.problem import Outcome, Problem
 from diffopt.rollout.record import Keep, Record, Watch
-from diffopt.tensors import transforms
+from diffopt.tensors import tracing, transforms
 from diffopt.tensors.arguments import check_instance
 from diffopt.tensors.leaves import Leaves
 
@@ -28,10 +28,13 @@ class Estimator(ABC):
     Almost every estimator is an :class:`Adjoint`; derive from that to write one.
 
     Attributes:
+        traced: whether it can be part of a compiled program (:func:`diffopt.compiled`): it then goes back over the
+            rollout by ``trajectory.sweep`` only, if at all, and looks at no number.
         if_wrong: why it may be far off, said by :func:`diffopt.compare` where it is; empty: no reason is known.
         if_unsolved: what to do about a large ``residual`` in its diagnostics, said likewise.
     """
 
+    traced: ClassVar[bool] = False
     if_wrong: ClassVar[str] = ""
     if_unsolved: ClassVar[str] = ""
 
@@ -110,6 +113,8 @@ class Adjoint(Estimator):
         # (what keeps graphs while they are small looks for state only where they are not)
         state = check and keep.checkpoint not in ("graph", None)
         watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
+        if tracing.current() is not None:  # what else is looked at has been seen by the call before
+            watch = Watch(check)
         record = Record()
         found = prepared(Call(dynamics, self, keep, record, watch, problem.stop), inputs)()
         count = dynamics.layout.state_count

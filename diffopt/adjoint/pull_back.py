@@ -18,7 +18,8 @@ from diffopt.rollout.loop import roll_out
 from diffopt.rollout.ranks import refuse_other_cotangents
 from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import refuse_non_finite, refuse_other_losses
-from diffopt.tensors import derivatives
+from diffopt.rollout.traced import note_finite
+from diffopt.tensors import derivatives, tracing
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.torch_errors import mixed_error
 
@@ -87,7 +88,9 @@ def _terms(call: Call, result: Cotangents, given: Sequence[Tensor], cotangents: 
             "return Cotangents(initial, {place: term for place in trajectory.wanted})",
         )
     terms = [_term(result, i, call.dynamics.layout, given[i]) for i in sorted(call.wanted)]
-    if call.watch.values and terms and not all_finite(terms):
+    if call.watch.values and terms and tracing.current() is not None:
+        note_finite(terms)
+    elif call.watch.values and terms and not all_finite(terms):
         refuse_non_finite(cotangents)
     return tuple(terms)
 

@@ -56,6 +56,7 @@ class Reverse(Adjoint):
     memory: int | str | None = None
     offload: Offload = False
     takes_running_costs: ClassVar[bool] = True
+    traced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check all options."""

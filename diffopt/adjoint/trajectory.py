@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.adjoint.traced_sweep import TracedSweep
 from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
 from diffopt.rollout import compiled
@@ -140,6 +141,8 @@ class Trajectory:
         Raises:
             EstimatorError: the rule keeps the steps from another one on.
         """
+        if self.rollout.stack is not None:
+            return self._traced_sweep(cotangent, first)
         if first != self.rollout.first:
             raise EstimatorError(
                 f"sweep(first={first}): the rule keeps steps from {self.rollout.first} on",
@@ -152,7 +155,16 @@ class Trajectory:
 
     def sweeps(self, cotangents: Sequence[Leaves], first: int = 1) -> list[Cotangents]:
         """:meth:`sweep` for each of many cotangents; what is recorded again is recorded once."""
+        if self.rollout.stack is not None:
+            return [self._traced_sweep(cotangent, first) for cotangent in cotangents]
         return self._sweep_of_blocks(cotangents, first)
+
+    def _traced_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
+        """The same in a graph that is being traced."""
+        initial, direct = TracedSweep(self, first).pull(cotangent)
+        self.record.counts.products += self.steps - first + 1
+        self.record.counts.depth += self.steps - first + 1
+        return Cotangents(initial if self.wants_initial else None, direct)
 
     def _sweep_of_blocks(self, cotangents: Sequence[Leaves], first: int) -> list[Cotangents]:
         adjoints, counts = list(cotangents), self.record.counts

@@ -229,7 +229,8 @@ class _Binder:
             raise StepsError(f"the schedule of {name} is {tree.describe(inner)}", f"{self.steps} values, one a step")
         if scheduled and _is_list_of_numbers(inner):
             self._check_length(name, len(inner))
-            return lambda step, params, now: float(inner[step - 1])
+            numbers: Sequence[float] = inner  # type: ignore[assignment]
+            return lambda step, params, now: _entry_of(numbers, step)
         if not scheduled and (inner is None or isinstance(inner, bool | str | int | float)):
             return None if inner is value else _always(inner)
         if isinstance(inner, Tensor) and inner.ndim == int(scheduled):
@@ -305,6 +306,14 @@ def _fit(value: Tensor, leaf: Tensor) -> Tensor:
     """Append axes of length 1, so that a scalar per task broadcasts against a leaf per task."""
     missing = leaf.ndim - value.ndim
     return value.reshape(value.shape + (1,) * missing) if value.ndim and missing > 0 else value
+
+
+def _entry_of(numbers: Sequence[float], step: Any) -> Any:
+    """The number of a step; as a tensor if the step is one, whose number is not known."""
+    if isinstance(step, Tensor):
+        all_numbers = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=step.device)
+        return all_numbers.index_select(0, (step - 1).long().reshape(1)).reshape(())
+    return float(numbers[step - 1])
 
 
 def _always(value: Any) -> Reader:

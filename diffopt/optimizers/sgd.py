@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
 
 from diffopt.errors import HyperparameterError
 from diffopt.optimizers.base import Buffers, Hyperparameter, Optimizer
@@ -63,7 +66,14 @@ class SGD(Optimizer):
         direction = decayed(grads, params, self.weight_decay, self.maximize)
         if "velocity" not in buffers:
             return params.minus(self.lr, direction), buffers
-        share = direction if is_zero(self.dampening) or step == 1 else (1 - self.dampening) * direction
+        share = direction if is_zero(self.dampening) else self._dampened(direction, step)
         velocity = self.momentum * buffers["velocity"] + share
         move = direction + self.momentum * velocity if self.nesterov else velocity
         return params.minus(self.lr, move), {"velocity": velocity}
+
+    def _dampened(self, direction: Leaves, step: Any) -> Leaves:
+        """What a velocity gets of a direction: of the first one, all."""
+        first, damped = step == 1, (1 - self.dampening) * direction
+        if isinstance(first, Tensor):  # a compiled step, whose number is not known
+            return direction.map(lambda whole, part: torch.where(first, whole, part), damped)
+        return direction if first else damped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 import weakref
 from collections import Counter
@@ -23,7 +22,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import as_written
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.step_graph import Block, Plain
-from diffopt.tensors import derivatives, random_state, tree
+from diffopt.tensors import agreement, derivatives, random_state, tree
 from diffopt.tensors.leaves import Leaves
 
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -111,21 +110,13 @@ class Pullbacks:
 
 def refuse_stale(losses: Tensor, expected: Tensor) -> None:
     """Refuse a compiled loss that is no longer the loss: something that it read by closure has changed."""
-    tolerance = _tolerance(expected)
+    tolerance = agreement.tolerance(expected)
     if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise CapturedTensorError(
             "compile=True: the inner loss has changed since it was compiled",
             "the same loss: what it reads by closure, from a global or an attribute was frozen then",
             "pass it in *args (or batches)",
         )
-
-
-def _tolerance(expected: Tensor) -> float:
-    """How far numbers may be off that were computed in another order: the root of the ``eps`` that they may have."""
-    place, kinds = expected.device.type, [expected.dtype]
-    if torch.is_autocast_enabled(place):
-        kinds.append(torch.get_autocast_dtype(place))
-    return math.sqrt(max(torch.finfo(kind).eps for kind in kinds))
 
 
 _functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]] = weakref.WeakKeyDictionary()
@@ -242,21 +233,12 @@ def _checked(compiled: TensorFunction, function: TensorFunction, arguments: Sequ
 
     The arguments are others than those it was traced with: what it took for equal, or for zero, is so no longer.
     """
-    others = [_moved(x, i) for i, x in enumerate(arguments)]
+    others = [agreement.moved(x, i) for i, x in enumerate(arguments)]
     for got, expected in zip(compiled(*others), function(*others), strict=True):
-        tolerance = _tolerance(expected) * float(expected.abs().max())
-        if not torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True):
-            raise ArithmeticError(f"compiled, it is off by {float((got - expected).abs().max()):.1e}")
+        off = agreement.difference(got, expected)
+        if off:
+            raise ArithmeticError(f"compiled, it is off by {off:.1e}")
     return compiled
-
-
-def _moved(x: Tensor, number: int) -> Tensor:
-    """A tensor with slightly larger numbers, by a pattern that is its own."""
-    if not x.is_floating_point():
-        return x.clone()
-    pattern = (12.9898 * torch.arange(1, x.numel() + 1, device=x.device) + number).sin().square()
-    scale = float(x.abs().double().mean()) if x.numel() else 0.0
-    return x + (1e-2 * (scale or 1.0) * pattern).to(x.dtype).reshape(x.shape)
 
 
 _compilations: Counter[Any] = Counter()

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from diffopt.rollout import compiled
+from diffopt.rollout import compiled, traced
 from diffopt.rollout.along import NEVER, Stop, Tables
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
@@ -21,7 +21,7 @@ from diffopt.rollout.keeper import Keeper
 from diffopt.rollout.pieces import pieced
 from diffopt.rollout.record import Counts, Keep, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
-from diffopt.tensors import derivatives, random_state, saved_hooks
+from diffopt.tensors import derivatives, random_state, saved_hooks, tracing
 from diffopt.tensors.leaves import Leaves, all_finite
 
 _NOTHING = Watch()
@@ -96,6 +96,8 @@ def roll_out(
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
+    if tracing.current() is not None:
+        return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
     layout, inputs = dynamics.layout, inputs.detached()
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     stops, device = stop is not NEVER, inputs.params[0].device

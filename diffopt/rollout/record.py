@@ -148,6 +148,7 @@ class Rollout:
         first: the earliest step that was kept; ``None``: nothing was.
         kept: how much was kept.
         states: stored states ``s_t`` by ``t``.
+        stack: the states ``s_first, ..., s_T`` of a traced rollout, stacked; ``None``: it is another.
         gradients: stored inner gradients ``g_t`` by ``t``.
         graphs: the retained graph of all steps that are kept, if graphs are; one or none.
         steps: how many steps were made.
@@ -168,6 +169,7 @@ class Rollout:
     enough: Tensor | None = None
     kept: Kept = field(default_factory=Kept)
     states: Store = field(default_factory=Store)
+    stack: Leaves | None = None
     gradients: dict[int, Leaves] = field(default_factory=dict)
     graphs: list[Block] = field(default_factory=list)
     losses: Tensor | None = None

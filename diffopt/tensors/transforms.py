@@ -59,13 +59,17 @@ def outside_compile(function: Function) -> Function:
 
     (``torch.compiler.disable`` at once would import the compiler, which takes seconds.)
     """
+    disabled: Any = None
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        disable: Any = torch.compiler.disable
-        return disable(function)(*args, **kwargs)
+        if disabled is None:
+            disable: Any = torch.compiler.disable
+            disabled = disable(function)
+        return disabled(*args, **kwargs)
 
     called._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("Function", called)

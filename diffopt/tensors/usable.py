@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from diffopt.errors import DeviceError, LeafError, VmapError
-from diffopt.tensors import hints, transforms
+from diffopt.tensors import hints, tracing, transforms
 from diffopt.tensors.tree import describe
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -57,7 +57,7 @@ def refuse_unusable(tensor: Tensor, name: Callable[[], str]) -> None:
             "a tensor of code that still runs",
             "return it from the function under vmap, and use what vmap returns",
         )
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) and tracing.current() is None:
         raise DeviceError(
             f"{name()} is a FakeTensor, which holds no numbers", "one that does", "make it outside FakeTensorMode"
         )

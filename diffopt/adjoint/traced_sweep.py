@@ -1,0 +1,101 @@
+"""The exact recursion as part of a graph that is being traced: one ``scan``, from the last step to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.inputs import Place
+from diffopt.rollout.traced import Reading, Stretch, stretches
+from diffopt.tensors import derivatives, tracing
+from diffopt.tensors.leaves import Leaves
+
+if TYPE_CHECKING:
+    from diffopt.adjoint.trajectory import Trajectory
+
+
+class TracedSweep:
+    """Pulls an adjoint back over the states that a traced rollout has stacked, derivations (1.1)-(1.3) and (13.1)."""
+
+    def __init__(self, trajectory: Trajectory, first: int) -> None:
+        """Over the steps from ``first`` on."""
+        self._trajectory, self._first = trajectory, first
+        self._reading, self._running = Reading(trajectory.layout), _running_rows(trajectory)
+        wanted = trajectory.wanted
+        self._shared = [place for place in wanted if not trajectory.layout.runs_over_steps(place)]
+        self._stepped = [place for place in wanted if trajectory.layout.runs_over_steps(place)]
+
+    def pull(self, cotangent: Leaves) -> tuple[Leaves, dict[Place, Tensor]]:
+        """The adjoint of the state before the first of the steps, and the direct terms by place."""
+        trajectory, inputs = self._trajectory, self._trajectory.inputs.detached()
+        count = trajectory.layout.state_count
+        carry = [*cotangent, *[torch.zeros_like(inputs.at(place)) for place in self._shared]]
+        found = {place: torch.zeros_like(inputs.at(place)) for place in self._stepped}
+        shared = [inputs.at(place) for place in self._reading.shared]
+        with trajectory.rollout.replay(None, cotangent[0].device):
+            for stretch in reversed(stretches(trajectory.layout, self._first)):
+                rows = [x.flip(0) for x in self._rows(inputs, stretch)]
+                carry, terms = tracing.scan(self._body(stretch.updates), carry, rows, shared)
+                for place, term in zip(self._stepped, terms, strict=True):
+                    self._reading.stacked(place, found[place], stretch).copy_(term.flip(0))
+        found |= dict(zip(self._shared, carry[count:], strict=True))
+        return Leaves(carry[:count]), found
+
+    def _rows(self, inputs: Any, stretch: Stretch) -> list[Tensor]:
+        """What runs over these steps: numbers and what is read, states, cotangents of what was handed out."""
+        begin, end = stretch.first - self._first, stretch.last - self._first + 1
+        states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
+        running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
+        return [*self._reading.rows(inputs, stretch), *states, *running]
+
+    def _body(self, updates: int) -> tracing.Body:
+        layout, reading = self._trajectory.layout, self._reading
+        count, read = layout.state_count, 1 + len(reading.stepped)
+
+        def body(
+            carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
+        ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            flat = [*row[read : read + count], *reading.joined(row[1:read], shared)]
+            given = iter(row[read + count :])
+            running = [None if x is None else next(given) for x in self._running]
+            outputs, sources = self._recorded(flat, row[0], updates, observes=len(running) > 1)
+            cotangents = [*carry[:count], *running]
+            pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if c is not None]
+            terms = derivatives.pullback([o for o, _ in pairs], sources, [c for _, c in pairs])
+            direct = dict(zip((*self._shared, *self._stepped), terms[count:], strict=True))
+            sums = [x + direct[place] for x, place in zip(carry[count:], self._shared, strict=True)]
+            return [*terms[:count], *sums], [direct[place] for place in self._stepped]
+
+        return body
+
+    def _recorded(
+        self, flat: Sequence[Tensor], first: Any, updates: int, *, observes: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One step with its graph: the state after it and what it hands out, and what these are differentiated by."""
+        dynamics: Dynamics = self._trajectory.dynamics
+        layout, wanted = dynamics.layout, (*self._shared, *self._stepped)
+        now = layout.inputs(flat, of_step=True)
+        with torch.enable_grad():
+            now = now.put({place: now.at(place).detach().requires_grad_() for place in wanted})
+            roots = [x.detach().requires_grad_() for x in now.state]
+            params = [x.view_as(x) for x in layout.params(roots)]
+            losses = dynamics.losses(params, now.read)
+            grads = derivatives.filled(derivatives.gradient(losses.sum(), params, differentiable=True), params)
+            after = dynamics.updates(roots, grads, now.hyperparameters, first, updates)
+            observed = dynamics.observed(list(layout.params(after)), now.read) if observes else ()
+        return [*after, losses, *observed], [*roots, *map(now.at, wanted)]
+
+
+def _running_rows(trajectory: Trajectory) -> list[Tensor | None]:
+    """The cotangents of the losses and of what was observed, steps in front; ``None``: zero, and nothing if all are."""
+    running = trajectory.running
+    if running is None:
+        return []
+    given = (running.losses, *running.observed)
+    if all([x is None for x in running.observed]):
+        given = given[:1]
+    return [None if x is None else x.movedim(running.axis, 0) for x in given]

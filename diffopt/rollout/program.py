@@ -1,0 +1,117 @@
+"""A function of tensors, solves and hypergradients included, as one compiled program."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from diffopt.tensors import agreement, random_state, tracing
+
+
+class UnsafeCodeError(Exception):
+    """The compiler has written code that is known to crash."""
+
+
+@final
+class Program:
+    """A function of tensors of these shapes, traced and lowered by inductor.
+
+    What it captures is an input of the program: it reads the present numbers of the same tensors at every call.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
+        """Trace and compile; seconds.
+
+        Raises:
+            Exception: whatever the compiler, or the trace, stumbles over.
+        """
+        place = tensors[0].device
+        with warnings.catch_warnings(), random_state.preserved(place):
+            warnings.simplefilter("ignore")  # the compiler's own; the function's have been seen
+            graph, self._captured = tracing.trace(function, tensors)
+            self._kinds = list(map(_kind, self._captured))
+            given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            # torch's C++ wrapper, of which a step of a loop costs little, is for the CPU
+            options = {"cpp_wrapper": True} if place.type == "cpu" else {}
+            with torch.no_grad(), _looked_through(place):
+                self._compiled: Any = importlib.import_module("torch._inductor").compile(graph, given, options=options)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the function returns, without a graph."""
+        with torch.no_grad():
+            return list(self._compiled(*map(_ready, (*tensors, *self._captured))))
+
+    @property
+    def fits(self) -> bool:
+        """Whether what it captures is of the kind that it was made for."""
+        return list(map(_kind, self._captured)) == self._kinds
+
+    def check(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
+        """Compare it with the function, at other numbers: what the trace took for equal, or zero, is so no longer.
+
+        Raises:
+            ArithmeticError: they differ by more than round-off.
+        """
+        others = [agreement.moved(x.detach(), i) for i, x in enumerate(tensors)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                expected = function(*others)
+            except Exception:  # a loss that only takes what it was given
+                others = [x.detach().clone() for x in tensors]
+                expected = function(*others)
+        self.compare(self(others), expected)
+
+    def compare(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """Refuse numbers of the program that are not those of the function."""
+        for x, y in zip(got, expected, strict=True):
+            off = agreement.difference(x, y.detach())
+            if off:
+                raise ArithmeticError(f"compiled, it is off by {off:.1e}")
+
+
+def _ready(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() and not tensor.requires_grad else tensor.detach().contiguous()
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+@contextmanager
+def _looked_through(place: torch.device) -> Iterator[None]:
+    """Refuse C++ that frees, at every step of a loop, what it was given once.
+
+    # NOTE [what a loop may be given]
+    torch 2.13 hands a view to a loop as a temporary that its body takes over again and again. ``tracing.scan`` gives it
+    no views; should one come about all the same, the process must not crash.
+    """
+    lowering: Any = importlib.import_module("torch._inductor.graph").GraphLowering
+    written: list[str] = []
+    before, lowering.save_output_code = lowering.save_output_code, written.append
+    try:
+        yield
+    finally:
+        lowering.save_output_code = before
+    if place.type == "cpu" and (not written or any(map(frees_in_a_loop, written))):
+        raise UnsafeCodeError("torch's compiler has written a loop over views")
+
+
+def frees_in_a_loop(code: str) -> bool:
+    """Whether a loop of some C++ takes over a temporary that was made outside of it."""
+    begin = code.find("while (1) {")
+    while begin >= 0:
+        end, depth = code.index("{", begin) + 1, 1
+        while depth and end < len(code):
+            depth += {"{": 1, "}": -1}.get(code[end], 0)
+            end += 1
+        if "(RAIIAtenTensorHandle(tmp_" in code[begin:end]:
+            return True
+        begin = code.find("while (1) {", end)
+    return False

@@ -1,0 +1,260 @@
+"""Tracing a whole computation into one graph, in which many equal steps are one ``scan``.
+
+# NOTE [scan without its autograd]
+torch's own derivative of ``scan`` is never taken: a scan is traced below autograd, on plain tensors, and what goes back
+over its steps is another scan, written out by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+Body: TypeAlias = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]
+]
+"""``(carry, row, shared) -> (carry, row)``: one step of a scan."""
+
+
+class NotTraceableError(Exception):
+    """Something cannot be part of one graph; the message says what."""
+
+
+@final
+class Trace:
+    """What is noted while a computation is traced.
+
+    Attributes:
+        numbers: one for each group of tensors that must be finite: 0 if they are, else NaN.
+        captured: tensors that the computation reads without being given them.
+        inside: whether a step of a scan is being traced.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been noted yet."""
+        self.numbers: list[Tensor] = []
+        self.captured: list[Tensor] = []
+        self.inside = False
+        self._standing_in: dict[int, Tensor] = {}
+
+    def expect_finite(self, tensors: Sequence[Tensor]) -> None:
+        """Note that all of these must be finite."""
+        if self.inside:
+            raise NotTraceableError("a solve within the loss of another")
+        self.numbers += [(x - x).sum().double() for x in tensors if x.is_floating_point() and x.numel()]
+
+    def unsound(self, like: Tensor) -> Tensor:
+        """0 if all that had to be finite is, else NaN."""
+        total = torch.zeros((), dtype=torch.float64, device=like.device)
+        for number in self.numbers:
+            total = total + number.to(like.device)
+        return total
+
+    def given(self, constant: Tensor) -> Tensor:
+        """What stands, in the graph, for a tensor that has been captured."""
+        tools = _Tools()
+        tracer = tools.proxies.get_proxy_mode().tracer
+        if isinstance(constant, FakeTensor):
+            if constant not in tracer.tensor_tracker:
+                raise NotTraceableError("a step reads a tensor of which nothing is known")
+            return constant
+        if id(constant) not in self._standing_in:
+            self._standing_in[id(constant)] = self._placed(constant, tools, tracer)
+        return self._standing_in[id(constant)]
+
+    def _placed(self, constant: Tensor, tools: _Tools, tracer: Any) -> Tensor:
+        mode = tools.fake_mode()
+        with tools.proxies.disable_proxy_modes_tracing():
+            found: Tensor = mode.from_tensor(constant.detach(), static_shapes=True)
+        inputs = [node for node in tracer.graph.nodes if node.op == "placeholder"]
+        with tracer.graph.inserting_after(inputs[-1]):
+            proxy = tracer.create_proxy("placeholder", f"captured_{len(self.captured)}", (), {})
+        tools.proxies.track_tensor_tree(found, proxy, constant=None, tracer=tracer)
+        self.captured.append(constant)
+        return found
+
+    @contextmanager
+    def within_step(self) -> Iterator[None]:
+        """While a step of a scan is traced."""
+        if self.inside:
+            raise NotTraceableError("a solve within the loss of another")
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+
+_now: ContextVar[Trace | None] = ContextVar("trace", default=None)
+
+
+def current() -> Trace | None:
+    """The trace that is being made; ``None``: code runs as usual."""
+    return _now.get()
+
+
+def refuse(what: str) -> None:
+    """Say, if a trace is being made, that something cannot be part of it."""
+    if _now.get() is not None:
+        raise NotTraceableError(what)
+
+
+@final
+class _Tools:
+    """The modules of torch's that trace: they take a second to import."""
+
+    def __init__(self) -> None:
+        self.proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        self.scan: Any = importlib.import_module("torch._higher_order_ops.scan").scan_op
+
+    def new_fake_mode(self) -> Any:
+        """One whose tensors have shapes only, all of them fixed; a loop's counter, of which nothing is known, too."""
+        shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv(allow_scalar_outputs=True)
+        return FakeTensorMode(shape_env=shapes, static_shapes=True, allow_non_fake_inputs=True)
+
+    def fake_mode(self) -> Any:
+        """The one that traces."""
+        return importlib.import_module("torch._guards").detect_fake_mode()
+
+
+def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The graph of ``function(*tensors)``, and the tensors that it takes behind these: what the function captures.
+
+    Raises:
+        NotTraceableError: it draws random numbers, or does what a trace does not do.
+    """
+    tools, noted = _Tools(), Trace()
+    mode = tools.new_fake_mode()
+    token = _now.set(noted)
+    try:
+        # each an object of its own, for tracing tells arguments apart by object
+        arguments = [mode.from_tensor(x.detach().clone(), static_shapes=True) for x in tensors]
+        with mode, _refusing_numbers():
+            graph = tools.proxies.make_fx(_finishing(function, noted), _allow_non_fake_inputs=True)(*arguments)
+    finally:
+        _now.reset(token)
+    _refuse_random(graph)
+    return graph, noted.captured
+
+
+@contextmanager
+def _refusing_numbers() -> Iterator[None]:
+    """Refuse numbers read out of tensors that are captured: they would be frozen."""
+
+    class Refusing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in _READING and not isinstance(args[0], FakeTensor):
+                raise NotTraceableError(f"a number is read out of a captured tensor ({func.__name__})")
+            return func(*args, **(kwargs or {}))
+
+    with Refusing():
+        yield
+
+
+_READING = frozenset(
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__")
+)
+
+
+def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Callable[..., list[Tensor]]:
+    """The function, with the tensors that it has captured at the top level made inputs, too."""
+
+    def finished(*tensors: Tensor) -> list[Tensor]:
+        tracer = _Tools().proxies.get_proxy_mode().tracer
+        found = list(function(*tensors))
+        for node in list(tracer.graph.nodes):
+            constant = _constant(tracer.root, node)
+            if constant is not None:
+                _replace(tracer, node, noted.given(constant))
+        return found
+
+    return finished
+
+
+def _replace(tracer: Any, node: Any, value: Tensor) -> None:
+    other = tracer.tensor_tracker[value].proxy.node
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+def _constant(root: Any, node: Any) -> Tensor | None:
+    """The tensor that a node of a graph has as its own."""
+    found = getattr(root, node.target, None) if node.op == "get_attr" else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _refuse_random(graph: Any) -> None:
+    for module in graph.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise NotTraceableError(f"random numbers are drawn ({node.target})")
+
+
+def scan(
+    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A body applied to one row after the other, as one node of the trace that is being made.
+
+    Args:
+        body: given the carry, a row, and what all steps share, it returns the next carry and a row of its own.
+        carry: what goes from step to step.
+        rows: tensors with a leading axis that runs over steps.
+        shared: what every step reads.
+
+    Returns:
+        The last carry, and the rows of all steps, stacked.
+    """
+    noted = current()
+    assert noted is not None
+    carry = [x.contiguous() for x in carry]
+    if len(rows[0]) == 1:
+        last, row = body(carry, [x[0] for x in rows], shared)
+        return [x.clone() for x in last], [x.unsqueeze(0) for x in row]
+    count, first, width = len(carry), len(carry) + len(rows), 0
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        nonlocal width
+        after, row = body(tensors[:count], tensors[count:first], tensors[first:])
+        width = len(row)
+        if count + width == 1:  # a loop of one result only is more than the compiler can do
+            row = [after[0].new_zeros(())]
+        # (what a step of a scan returns may not be what it was given)
+        return [x.detach().clone(memory_format=torch.contiguous_format) for x in (*after, *row)]
+
+    tools = _Tools()
+    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step():
+        samples = [x.detach().clone() for x in (*carry, *[x[0] for x in rows], *shared)]
+        graph = tools.proxies.make_fx(flat)(*samples)
+    _refuse_random(graph)
+    constants = [noted.given(x) for x in _opened(graph)]
+    with torch.no_grad():
+        # (of a view, however small, torch's C++ would free the handle at every step)
+        read = [torch.where(x == x, x, x).contiguous() for x in (*rows, *shared, *constants)]
+        found = tools.scan(graph, carry, read[: len(rows)], tuple(read[len(rows) :]))
+    return list(found[:count]), list(found[count : count + width])
+
+
+def _opened(graph: Any) -> list[Tensor]:
+    """Turn the tensors that a graph has as its own into inputs behind the others; returns them."""
+    found: dict[int, tuple[Tensor, Any]] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        constant = _constant(graph, node)
+        if constant is None:
+            continue
+        if id(constant) not in found:
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"captured_{len(found)}")
+            found[id(constant)] = constant, last
+        node.replace_all_uses_with(found[id(constant)][1])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [constant for constant, _ in found.values()]
