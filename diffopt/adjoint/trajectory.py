@@ -141,15 +141,16 @@ class Trajectory:
         Raises:
             EstimatorError: the rule keeps the steps from another one on.
         """
-        if self.rollout.stack is not None:
+        rollout = self.record.rollout
+        if rollout.stack is not None:
             return self._traced_sweep(cotangent, first)
-        if first != self.rollout.first:
+        if first != rollout.first:
             raise EstimatorError(
-                f"sweep(first={first}): the rule keeps steps from {self.rollout.first} on",
+                f"sweep(first={first}): the rule keeps steps from {rollout.first} on",
                 "the same number",
                 f"return Keep(first={first}) from keep()",
             )
-        if self.dynamics.compile and not self.rollout.graphs and self.running is None:
+        if self.dynamics.compile and not rollout.graphs and self.running is None:
             return self._compiled_sweep(cotangent, first)
         return self._sweep_of_blocks([cotangent], first)[0]
 
