@@ -164,7 +164,7 @@ def test_the_page_of_the_commands_names_what_they_know(pages):
         assert flag in flags
         assert flag in sections["reproduce"], flag
     lines = re.findall(r'^(?:show\("|diffopt )(.*?)(?:"\)| +#.*|)$', page, re.MULTILINE)
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines[1:]:
         given = parser.parse_args(shlex.split(line))
         if line.startswith("reproduce") and given.name:
