@@ -228,9 +228,8 @@ def _recomputation_error(what: str) -> RecomputationError:
     return RecomputationError(
         f"a checkpoint in the inner loss reads {what} in the backward pass only",
         "what its forward pass read",
-        "functional_call has ended by then. Pass the weights to it, checkpoint(lambda q, x: "
-        "functional_call(block, q, (x,)), q, x, use_reentrant=False), or leave it out: Reverse('sqrt'), or "
-        "diffopt.functional(module, checkpoint=blocks)",
+        "functional_call has ended by then. Pass the weights to it, checkpoint(f, weights, x, use_reentrant=False), or "
+        "leave it out for diffopt.functional(module, checkpoint=blocks) or Reverse('sqrt')",
     )
 
 
