@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from threading import RLock
 from typing import Any, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from diffopt.distributed.sharded import refuse_wrapper
@@ -15,6 +19,9 @@ from diffopt.tensors.recomputed import recomputing
 from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""A call puts other tensors into its module for a while, which two threads must not do at once."""
 
 
 class ModuleFunction(Protocol):
@@ -83,6 +90,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     params = {name: parameter.detach().clone().requires_grad_() for name, parameter in named.items()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
+    lock = _LOCKS.setdefault(module, RLock())
+
     # NOTE [which names a module's function takes]
     # named_parameters gives each tied weight once, under its first name, and functional_call fills in its other names.
     # So the names are compared here: a strict functional_call would also ask for the frozen parameters, which stay the
@@ -93,10 +102,11 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         if any(parameter.requires_grad for parameter in frozen.values()):
             raise _no_longer_frozen(frozen)
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-        if not blocks:
-            return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
-        with recomputing(blocks):
-            return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
+        with nullcontext() if torch.compiler.is_compiling() else lock:
+            if not blocks:
+                return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
+            with recomputing(blocks):
+                return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
 
     return function, params
 

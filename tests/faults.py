@@ -3443,4 +3443,19 @@ FAULTS = [
         "if unsound.isfinite().item():",
         "compiled_outer",
     ),
+    # threads that share a module, and numbers that are given as tensors
+    Fault(
+        "threads may call one module at once",
+        "diffopt/functional.py",
+        "with nullcontext() if torch.compiler.is_compiling() else lock:",
+        "with nullcontext():",
+        "functional",
+    ),
+    Fault(
+        "a scale that is a tensor is taken for a constant",
+        "diffopt/nn/attention.py",
+        "if isinstance(number, Tensor):",
+        "if False:",
+        "attention",
+    ),
 ]

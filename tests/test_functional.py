@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -294,3 +295,16 @@ def test_it_needs_neither_pillow_nor_einops():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "torch.Size([1])"
+
+
+def test_threads_may_call_one_module():
+    """A call puts other tensors into the module for a while: two functions of it wait for each other as well."""
+    net = torch.nn.Sequential(*[torch.nn.Linear(20, 20) for _ in range(4)])
+    functions, x = [diffopt.functional(net)[0] for _ in range(2)], torch.randn(5, 20)
+    given = [{name: torch.randn_like(p) for name, p in net.named_parameters()} for _ in range(8)]
+    expected = [functions[0](params, x) for params in given]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(40):
+            found = list(threads.map(lambda i: functions[i % 2](given[i], x), range(8)))
+            assert all(map(torch.equal, found, expected))
+    assert all(isinstance(p, torch.nn.Parameter) for p in net.parameters())

@@ -55,7 +55,7 @@ def attention(
 
     Raises:
         ShapeError: shapes that do not fit together, or a mask beside ``is_causal``.
-        DtypeError: dtypes that differ, or are not floating; a mask of integers.
+        DtypeError: dtypes that differ, or are not floating; a mask of integers; a tensor as ``scale`` or ``dropout_p``.
         HyperparameterError: ``dropout_p`` is outside 0 to 1.
         MissingDerivativeError: in the backward pass, a fourth derivative.
 
@@ -69,6 +69,9 @@ def attention(
                  [5., 7.],
                  [5., 7.]]])
     """
+    for name, number in (("scale", scale), ("dropout_p", dropout_p)):
+        if isinstance(number, Tensor):  # as torch does: it would be taken for a constant
+            raise DtypeError(f"{name} is a tensor", "a number", "a scale that is learned: multiply the query by it")
     if not 0 <= dropout_p <= 1:
         raise HyperparameterError(f"dropout_p={dropout_p}", "a probability, 0 to 1", "0.0 drops nothing")
     query, key, value = (_as_autocast(x) for x in (query, key, value))
@@ -89,7 +92,9 @@ def attention(
             "one of the two",
             "write the causal part into the mask: attn_mask & torch.ones(L, S, dtype=torch.bool).tril()",
         )
-    options = Options(1 / math.sqrt(query.shape[-1]) if scale is None else float(scale), is_causal, float(dropout_p))
+    options = Options(
+        1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale), is_causal, float(dropout_p)
+    )
     noise = _noise(batch, query.device) if dropout_p > 0 else None
     return differentiable(options, noise, mask, query, key, value)
 
@@ -128,6 +133,10 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
         raise DtypeError(f"query, key and value are {shown}", "one floating dtype", "convert them with .to()")
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise DtypeError(f"attn_mask is {mask.dtype}", "booleans or floating numbers", "write mask.bool() or mask != 0")
+    if mask is not None and mask.dtype == torch.float64 != query.dtype:
+        raise DtypeError(
+            "attn_mask is torch.float64", f"booleans or {query.dtype} as the query", "convert it with .to()"
+        )
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> None:

@@ -118,7 +118,7 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     table = diffopt.compare(problem, rules, repeats=1)
     text = str(table).splitlines()
     message = f"StepsError: Truncated: steps is {STEPS + 1}, expected at most {STEPS}; the inner problem has only "
-    message += f"{STEPS} steps"
+    message += f"{STEPS} steps (each window of MultiStep counts as one): take fewer, or more inner steps"
     assert table.rows[0].failure == message
     assert math.isnan(table.rows[0].relative_error)
     assert text[2] == f"Truncated(steps={STEPS + 1})     failed: StepsError"

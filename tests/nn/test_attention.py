@@ -413,3 +413,22 @@ def test_a_fourth_derivative_is_refused() -> None:
         diffopt.errors.MissingDerivativeError, match=r"four times, expected at most three times; .*MATH"
     ):
         torch.autograd.grad(outer, leaves)
+
+
+@pytest.mark.parametrize("name", ["scale", "dropout_p"])
+def test_a_tensor_where_a_number_belongs_is_refused(name):
+    """As a constant it would lose its gradient in silence."""
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(diffopt.errors.DtypeError, match=rf"{name} is a tensor.*multiply the query"):
+        diffopt.nn.attention(x, x, x, **{name: torch.tensor(0.5, requires_grad=True)})
+
+
+def test_a_mask_in_double_precision_beside_others_is_refused():
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(diffopt.errors.DtypeError, match=r"attn_mask is torch\.float64"):
+        diffopt.nn.attention(x, x, x, torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_queries_and_keys_of_no_numbers_attend_to_all_alike():
+    q, v = torch.randn(2, 3, 0), torch.randn(2, 3, 4)
+    torch.testing.assert_close(diffopt.nn.attention(q, q, v), v.mean(-2, keepdim=True).expand(2, 3, 4))
