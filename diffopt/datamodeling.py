@@ -63,8 +63,8 @@ def datamodeling_score(
         seed: of the subsets and of the interval; a call with more ``subsets`` begins with the same ones.
         confidence: of the interval, between 0 and 1.
         executor: runs the trainings in other processes, such as ``concurrent.futures.ProcessPoolExecutor`` or, for
-            functions that cannot be pickled, that of ``loky``; in threads only if ``train`` draws none of torch's random
-            numbers, of which threads have one sequence. ``None``: one after the other, here.
+            functions that cannot be pickled, that of ``loky``; in threads only if ``train`` draws none of torch's
+            random numbers, of which threads have one sequence. ``None``: one after the other, here.
         path: a file that keeps what each training measured. A call that finds it goes on with it, to the same bits.
         on_retraining: ``on_retraining(done, subsets)`` after each training.
 

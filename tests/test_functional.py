@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -297,14 +298,29 @@ def test_it_needs_neither_pillow_nor_einops():
     assert printed.strip() == "torch.Size([1])"
 
 
-def test_threads_may_call_one_module():
-    """A call puts other tensors into the module for a while: two functions of it wait for each other as well."""
-    net = torch.nn.Sequential(*[torch.nn.Linear(20, 20) for _ in range(4)])
-    functions, x = [diffopt.functional(net)[0] for _ in range(2)], torch.randn(5, 20)
-    given = [{name: torch.randn_like(p) for name, p in net.named_parameters()} for _ in range(8)]
-    expected = [functions[0](params, x) for params in given]
+class Crowd(nn.Module):
+    """Counts how many threads are in its forward at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inside, self.most = nn.Parameter(torch.ones(3)), [], 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside.append(x)
+        self.most = max(self.most, len(self.inside))
+        time.sleep(0.02)
+        result = x * self.weight
+        self.inside.pop()
+        return result
+
+
+def test_threads_wait_for_each_other_in_one_module():
+    """A call puts other tensors into the module for a while; so two functions of it wait as well."""
+    net, x = Crowd(), torch.randn(3)
+    functions = [diffopt.functional(net)[0] for _ in range(2)]
+    given = [{"weight": torch.randn(3)} for _ in range(8)]
     with ThreadPoolExecutor(4) as threads:
-        for _ in range(40):
-            found = list(threads.map(lambda i: functions[i % 2](given[i], x), range(8)))
-            assert all(map(torch.equal, found, expected))
-    assert all(isinstance(p, torch.nn.Parameter) for p in net.parameters())
+        found = list(threads.map(lambda i: functions[i % 2](given[i], x), range(8)))
+    assert net.most == 1
+    assert all(torch.equal(got, x * params["weight"]) for got, params in zip(found, given, strict=True))
+    assert isinstance(net.weight, nn.Parameter)
