@@ -57,6 +57,7 @@ def test_the_programs_of_other_libraries_agree(pages):
     assert names["by_diffopt"][0].norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_optimizer_rule_and_solver_of_ones_own_pass_the_battery(pages):
     names = run(pages["write_your_own"])
     assert names["report"].broken == ()
@@ -97,6 +98,7 @@ def test_the_page_of_the_inner_loop_goes_on_looks_inside_and_stops(pages, capsys
         assert said in printed
 
 
+@pytest.mark.slow
 def test_the_front_page_weighs_examples_and_compares_estimators(pages, capsys):
     page = pages["index"].replace("diffopt.compare(", "comparison = diffopt.compare(")
     names = run(page)

@@ -92,6 +92,7 @@ def test_all_tasks_at_a_time_reach_a_stationary_point_with_constants():
     assert cold[-1] > 1e-2 * cold[0]
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_number_of_tasks_at_a_time():
     """Theorem 1: near a stationary point up to a term like one over the number of tasks."""
     first, second, third = (descend(250, 0.1, count, runs=4)[50:].square().mean() for count in (1, 2, 4))

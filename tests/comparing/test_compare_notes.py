@@ -69,6 +69,7 @@ def test_the_row_of_a_random_rule_says_that_it_is_one_draw(problem):
     assert [note.partition(": ")[0] for note in marked] == [brief(rule) for rule in rules[:2]]
 
 
+@pytest.mark.slow
 def test_a_row_of_krylov_says_what_a_solve_would_say_of_it(problem):
     rows = diffopt.compare(problem, [Krylov(1), Krylov(3), Krylov(STEPS), Implicit(GMRES())], repeats=1).rows
     found = []

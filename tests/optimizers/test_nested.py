@@ -263,6 +263,7 @@ def compiled_end(optimizer, steps=4):
     return [end["a"].detach(), end["b"].detach(), *torch.autograd.grad(end["a"].sum() + end["b"].sum(), [a, b])]
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_what_differs_within_is_compiled_anew_and_what_does_not_is_found_again(monkeypatch):
     made = []

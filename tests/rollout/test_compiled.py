@@ -71,6 +71,7 @@ def solve(loss: Any = quadratic, *args: Any, **options: Any) -> Any:
     return w, diffopt.solve(loss, w, *(args or (torch.ones(2, dtype=torch.float64),)), **given)
 
 
+@pytest.mark.slow
 def test_every_rule_gets_the_gradient_of_the_plain_way() -> None:
     """Of one small loss, so that little is compiled; the test above is of networks, optimizers and tasks.
 

@@ -254,6 +254,7 @@ def test_tasks_that_share_the_players_have_gradients_of_their_own():
             assert relative_error(got, list(alone[player].values())) < ROUND_OFF
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_compiled_games():
     made = leaves()

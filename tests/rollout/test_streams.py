@@ -259,6 +259,7 @@ def test_rules_that_take_steps_together_want_one_shape(rule):
         gradients(ragged, rule)
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_compiled_steps_of_several_shapes():
     assert_same(gradients(ragged, Reverse(1), compile=True), gradients(ragged, Reverse(1)))
