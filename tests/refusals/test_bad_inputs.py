@@ -95,9 +95,10 @@ def test_the_tables_are_as_long_as_they_claim_to_be_and_no_name_stands_twice() -
 
 
 def test_every_error_of_the_library_has_a_row() -> None:
-    """But for those of ``diffopt.check``, the batteries and the adapters, which have tests of their own."""
+    """But for those of ``diffopt.check``, batteries, adapters, ranks and the disk, which have tests of their own."""
     classes = {kind for kind in vars(diffopt).values() if isinstance(kind, type) and issubclass(kind, DiffoptError)}
-    apart = {DiffoptError, diffopt.WrongDerivativeError, diffopt.ConformanceError, diffopt.LiftError}
+    apart = {DiffoptError, diffopt.WrongDerivativeError, diffopt.SmoothnessError, diffopt.PrecisionError}
+    apart |= {diffopt.ConformanceError, diffopt.LiftError, diffopt.RanksError, diffopt.StorageError}
     missing = classes - {row.error for row in ROWS.values()} - apart
     assert not missing
 
