@@ -49,6 +49,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
+    What it returns shares no memory with its inputs.
 
     Args:
         module: any module. A lazy one must have been called once, on data.
@@ -67,6 +68,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
             elsewhere.
         HiddenStateError: from ``function``: a block of ``checkpoint`` is given an object that holds tensors, such as a
             cache, which it may change.
+        InPlaceError: from ``function``: a block of ``checkpoint`` changes in place what it is given.
 
     Example:
         >>> import torch

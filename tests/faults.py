@@ -3443,4 +3443,19 @@ FAULTS = [
         "if unsound.isfinite().item():",
         "compiled_outer",
     ),
+    # what blocks that are computed again leave behind
+    Fault(
+        "an output of a block is the tensor that is kept for it",
+        "diffopt/tensors/recomputation.py",
+        "return _of_their_own(function(*tensors), tensors)",
+        "return function(*tensors)",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a block may change its inputs",
+        "diffopt/tensors/recomputed.py",
+        "if versions != list(map(transforms.version, given)):",
+        "if False:",
+        "checkpointed_blocks",
+    ),
 ]

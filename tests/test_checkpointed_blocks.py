@@ -300,6 +300,64 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(p.grad is not None for p in params.values())
 
 
+class Around(nn.Module):
+    """A block between two layers."""
+
+    def __init__(self, block: Callable[[], nn.Module], change: bool = False) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(4, 4), block(), nn.Linear(4, 4)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.first(x))
+        y = y[0] * y[1].sin() if isinstance(y, tuple) else y
+        return self.last(y.mul_(2) if self.change else y)
+
+
+class Shifts(nn.Module):
+    """The cotangent is the gradient of both inputs; and an input is an output."""
+
+    def __init__(self, hands_on: bool) -> None:
+        super().__init__()
+        self.shift, self.hands_on = nn.Parameter(torch.ones(5, 4)), hands_on
+
+    def forward(self, x: Tensor) -> Any:
+        return (x + self.shift, x) if self.hands_on else x + self.shift
+
+
+AS_THEY_ARE = {
+    "identity": nn.Identity,
+    "dropout": lambda: nn.Dropout(0.5).eval(),
+    "sum": lambda: Shifts(False),
+    "hands on": lambda: Shifts(True),
+    "view": nn.Flatten,
+}
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+@pytest.mark.parametrize("use", ["plain", "change", "vmap"])
+def test_a_block_may_return_what_it_was_given(name: str, use: str) -> None:
+    """And so may its gradient; the output is a tensor of its own, which may be changed in place."""
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Around, block=AS_THEY_ARE[name], change=use == "change"), blocks)
+        x, leaves = drawn(*([3] if use == "vmap" else []), 5, 4), list(params.values())
+        call = vmap(function, (None, 0)) if use == "vmap" else function
+        gradients = torch.autograd.grad(call(params, x).sin().sum(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(g.sin().sum() for g in gradients), leaves)
+        found.append([*gradients, *again])
+    assert_same(*found)
+
+
+def test_gradients_of_a_block_share_no_memory() -> None:
+    """As each is a parameter's own ``grad``, which optimizers change in place."""
+    function, params = diffopt.functional(made(Around, block=AS_THEY_ARE["sum"]), "block")
+    x = drawn(5, 4).requires_grad_()
+    (function({**params, "first.weight": torch.eye(4).double()}, x)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.data_ptr() != params["block.shift"].grad.data_ptr()
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 
@@ -412,6 +470,15 @@ class Caching(nn.Module):
 def test_an_object_that_a_block_writes_to_is_refused() -> None:
     function, params = diffopt.functional(made(Caching), "block")
     with pytest.raises(diffopt.HiddenStateError, match=r"takes or returns .*Cache.*use_cache=False"):
+        function(params, drawn(5, 4))
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_block_that_changes_its_input_is_refused(needs: bool) -> None:
+    """One that requires no grad, too: it would be changed once more when the block is computed again."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))).double()
+    function, params = diffopt.functional(layers if needs else nn.Sequential(layers[1]), "1" if needs else "0")
+    with pytest.raises(diffopt.InPlaceError, match=r"changes an input or a weight in place.*inplace=False"):
         function(params, drawn(5, 4))
 
 

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from diffopt.errors import CapturedTensorError, HiddenStateError
+from diffopt.errors import CapturedTensorError, HiddenStateError, InPlaceError
 from diffopt.tensors import transforms
 from diffopt.tensors.captures import everything_held
 from diffopt.tensors.recomputation import Dims, Repeatable, recomputed
@@ -131,6 +131,7 @@ class _Note:
     def first(self, run: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate it for the first time, and refuse what autograd would not see: tensors that it captures."""
         given = [x.detach() for x in tensors]
+        versions = list(map(transforms.version, given))
         try:
             if self._levels:
                 with self.surroundings.aside():
@@ -143,10 +144,19 @@ class _Note:
             if "escaped from inside" not in str(error):
                 raise
             raise self._captured() from error
+        if versions != list(map(transforms.version, given)):
+            raise self._changed()
         if any(x.requires_grad for x in found) or transforms.has_tangent(found):
             raise self._captured()
         self.is_first = False
         return found
+
+    def _changed(self) -> InPlaceError:
+        return InPlaceError(
+            f"block {self.name!r}, which is to be computed again, changes an input or a weight in place",
+            "inputs that are there for the second time",
+            "pass inplace=False to its layers, write x = x + y for x += y, or leave the block out of checkpoint=",
+        )
 
     def _captured(self) -> CapturedTensorError:
         return CapturedTensorError(
