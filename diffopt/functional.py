@@ -49,7 +49,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
-    What it returns shares no memory with its inputs.
+    What it returns shares no memory with its inputs. What else it leaves behind (an attribute, a buffer, what a hook
+    keeps) is a constant: it raises when it is differentiated.
 
     Args:
         module: any module. A lazy one must have been called once, on data.
@@ -67,7 +68,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         CapturedTensorError: from ``function``: a block of ``checkpoint`` reads a tensor that requires grad from
             elsewhere.
         HiddenStateError: from ``function``: a block of ``checkpoint`` is given an object that holds tensors, such as a
-            cache, which it may change.
+            cache, which it may change; or it leaves behind what is to be differentiated, other than by returning it.
         InPlaceError: from ``function``: a block of ``checkpoint`` changes in place what it is given.
 
     Example:

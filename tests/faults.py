@@ -3135,7 +3135,7 @@ FAULTS = [
     Fault(
         "a block may read a tensor that requires grad from elsewhere",
         "diffopt/tensors/recomputed.py",
-        "if any(x.requires_grad for x in found) or transforms.has_tangent(found):",
+        "if _leads_past(gate, found) or transforms.has_tangent(found):",
         "if transforms.has_tangent(found):",
         "checkpointed_blocks",
     ),
@@ -3456,6 +3456,27 @@ FAULTS = [
         "diffopt/tensors/recomputed.py",
         "if versions != list(map(transforms.version, given)):",
         "if False:",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "what a block leaves behind is a constant",
+        "diffopt/tensors/recomputed.py",
+        "raise _left_behind(ctx.name)",
+        "return None, *cotangents",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "what a block leaves behind is a constant under a transform",
+        "diffopt/tensors/recomputed.py",
+        "raise _left_behind(self.name)",
+        "pass",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a block may keep a state that depends on its inputs in a buffer",
+        "diffopt/tensors/recomputed.py",
+        "raise _left_behind(self.note.name)",
+        "pass",
         "checkpointed_blocks",
     ),
 ]

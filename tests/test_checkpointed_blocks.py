@@ -473,6 +473,93 @@ def test_an_object_that_a_block_writes_to_is_refused() -> None:
         function(params, drawn(5, 4))
 
 
+class Leaves(nn.Module):
+    """A block that leaves something behind, which is read behind it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.block, self.where, self.records, self.reads = nn.Linear(4, 4), where, [], True
+        self.block.register_buffer("state", torch.zeros(5, 4))
+        self.block.forward = self.leave
+        self.block.register_forward_pre_hook(lambda *_: None)
+
+    def leave(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.block.weight).tanh()
+        if self.where == "buffer":
+            self.block.state = y + self.block.state
+        elif self.where == "attribute":
+            self.block.aux = y.square().sum()
+        else:
+            self.records.append(y)
+        return y + self.block.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x).sum()
+        if not self.reads:
+            return y
+        if self.where == "buffer":
+            return y + self.block(x).sum()
+        return y + (self.block.aux if self.where == "attribute" else self.records.pop().sum())
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "buffer"])
+@pytest.mark.parametrize("way", ["autograd", "grad", "vmap of grad", "vmap", "solve"])
+def test_what_a_block_leaves_behind_is_refused(where: str, way: str) -> None:
+    function, params = diffopt.functional(made(Leaves, where=where), "block")
+    x = drawn(5, 4)
+    run = {
+        "autograd": lambda: torch.autograd.grad(function(params, x), list(params.values())),
+        "grad": lambda: grad(function)(params, x),
+        "vmap of grad": lambda: vmap(grad(function), (None, 0))(params, x.expand(2, 5, 4)),
+        "vmap": lambda: vmap(function, (None, 0))(params, x.expand(2, 5, 4)).sum().backward(),
+        "solve": lambda: diffopt.solve(function, params, x, optimizer=diffopt.SGD(0.1), steps=2),
+    }[way]
+    if where == "buffer" and "vmap" in way:
+        pytest.skip("what tasks write to a buffer raises there, with a block or without")
+    with pytest.raises(diffopt.HiddenStateError, match="leaves a tensor in an attribute, a buffer or a list"):
+        run()
+
+
+@pytest.mark.parametrize("where", ["attribute", "list"])
+def test_what_a_block_leaves_behind_may_stay_there(where: str) -> None:
+    """Where nobody differentiates it: a record of activations, say."""
+    module = made(Leaves, where=where)
+    module.reads = False
+    function, params = diffopt.functional(module, "block")
+    torch.autograd.grad(function(params, drawn(5, 4)), list(params.values()))
+
+
+class Inner(nn.Module):
+    """A block that differentiates within, as one of forces does."""
+
+    def __init__(self, inside: str) -> None:
+        super().__init__()
+        self.block, self.inside = nn.Linear(4, 4), inside
+        self.block.forward = self.inner
+
+    def inner(self, x: Tensor) -> Tensor:
+        def energy(x: Tensor) -> Tensor:
+            return F.linear(x, self.block.weight).tanh().sum()
+
+        if self.inside == "func":
+            return grad(energy)(x) + self.block.bias
+        (force,) = torch.autograd.grad(energy(x), x, create_graph=True)
+        return force + self.block.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x * 2).square().sum()
+
+
+@pytest.mark.parametrize("kind", ["func", "autograd"])
+def test_a_block_may_differentiate_within(kind: str) -> None:
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Inner, inside=kind), blocks)
+        x = drawn(5, 4).requires_grad_()
+        found.append(torch.autograd.grad(function(params, x), [x, *params.values()]))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("needs", [True, False])
 def test_a_block_that_changes_its_input_is_refused(needs: bool) -> None:
     """One that requires no grad, too: it would be changed once more when the block is computed again."""

@@ -10,6 +10,8 @@ arguments.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from diffopt.errors import CapturedTensorError, HiddenStateError, InPlaceError
 from diffopt.tensors import transforms
 from diffopt.tensors.captures import everything_held
 from diffopt.tensors.recomputation import Dims, Repeatable, recomputed
+from diffopt.tensors.saved_hooks import kept_out
 from diffopt.tensors.surroundings import Surroundings
 from diffopt.tensors.tree import describe
 
@@ -128,28 +131,52 @@ class _Note:
                     "a cache of keys and values: pass use_cache=False; else leave the block out of checkpoint=",
                 )
 
-    def first(self, run: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate it for the first time, and refuse what autograd would not see: tensors that it captures."""
+    def first(self, run: Callable[..., Any], tensors: Sequence[Tensor], constants: range) -> tuple[Tensor, ...]:
+        """Evaluate it for the first time, and refuse what autograd would not see: captured and hidden tensors."""
         given = [x.detach() for x in tensors]
         versions = list(map(transforms.version, given))
         try:
             if self._levels:
                 with self.surroundings.aside():
                     transforms.apart_from(self._levels, run, *given)
-            with self.surroundings.noted(), transforms.tangents_seen(), torch.enable_grad():
+            with self.surroundings.noted(), transforms.tangents_seen(), kept_out(), torch.enable_grad():
+                gate = self._gated(given, tensors, constants)
                 found = tuple(run(*given))
         except transforms.WrappedTensorError as error:
             raise self._captured() from error
         except RuntimeError as error:
+            if "is a view and is being modified inplace" in str(error):
+                raise self._changed() from error
             if "escaped from inside" not in str(error):
                 raise
             raise self._captured() from error
         if versions != list(map(transforms.version, given)):
             raise self._changed()
-        if any(x.requires_grad for x in found) or transforms.has_tangent(found):
+        if _leads_past(gate, found) or transforms.has_tangent(found):
             raise self._captured()
+        there = None if gate is None else weakref.ref(gate)
+        found, given, gate = tuple([x.detach() for x in found]), [], None
+        if self._levels and there is not None and there() is not None:
+            gc.collect()
+            if there() is not None:
+                raise _left_behind(self.name)
         self.is_first = False
         return found
+
+    def _gated(self, given: list[Tensor], tensors: Sequence[Tensor], constants: range) -> Any:
+        """Put a gate behind what may require grad, and return its node; ``None``: there is nothing.
+
+        A transform that differentiates does not show, here below it, which tensors these are.
+        """
+        real = [i for i, x in enumerate(tensors) if x.is_floating_point() or x.is_complex()]
+        behind = [i for i in real if tensors[i].requires_grad or (self._levels and i not in constants)]
+        if not behind:
+            return None
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (tensors[i] for i in behind)]
+        gated = transforms.apply(_Gate, self.name, *leaves)
+        for i, x in zip(behind, gated, strict=True):
+            given[i] = x
+        return gated[0].grad_fn
 
     def _changed(self) -> InPlaceError:
         return InPlaceError(
@@ -168,6 +195,50 @@ class _Note:
 
 
 _TENSOR = object()
+
+
+# NOTE [what a block leaves behind]
+# Only what a block returns is linked to its inputs. What it leaves elsewhere (an auxiliary loss in an attribute, a
+# record of a hook) would be a constant. So its first evaluation has a graph, which ends in a node that raises when
+# something left behind is differentiated. A transform that differentiates does not come by that graph: there nothing
+# may be left behind.
+class _Gate(torch.autograd.Function):
+    """The inputs of a block as they are, without a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple([x.view_as(x) for x in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise _left_behind(ctx.name)
+
+
+def _left_behind(name: str) -> HiddenStateError:
+    return HiddenStateError(
+        f"block {name!r}, which is to be computed again, leaves a tensor in an attribute, a buffer or a list that "
+        "depends on its inputs",
+        "a block that returns what is differentiated",
+        "return it, or detach() it there, or leave the block out of checkpoint=",
+    )
+
+
+def _leads_past(gate: Any, found: Sequence[Tensor]) -> bool:
+    """Whether any of these depends on something that requires grad and is not behind the gate."""
+    if any(x.requires_grad and x.grad_fn is None for x in found):
+        return True
+    seen = {gate}
+    pending = [x.grad_fn for x in found if x.requires_grad]
+    while pending:
+        node: Any = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            below = [inner for inner, _ in node.next_functions if inner is not None]
+            if not below:
+                return True
+            pending.extend(below)
+    return False
 
 
 @final
@@ -195,7 +266,8 @@ class _Forward(Repeatable):
         dims, sizes, modes = ([level[i] for level in self.levels] for i in range(3))
         run = transforms.vmap(self._run, dims, sizes, modes)  # type: ignore[arg-type]
         if self.note.is_first:
-            return self.note.first(run, tensors)
+            count = len(self.names)
+            return self.note.first(run, tensors, range(count - self.buffers, count))
         with self.note.surroundings.entered():
             return tuple(run(*tensors))
 
@@ -210,5 +282,7 @@ class _Forward(Repeatable):
         inputs, named = transforms.rebuilt(leaves, self.form)
         outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)
         if self.note.is_first:
+            if any(x.requires_grad for x in buffers):
+                raise _left_behind(self.note.name)
             self.note.written = [x.detach() for x in buffers]
         return self.note.taken_apart(outputs)
