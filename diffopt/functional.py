@@ -50,7 +50,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
     What it returns shares no memory with its inputs. What else it leaves behind (an attribute, a buffer, what a hook
-    keeps) is a constant: it raises when it is differentiated.
+    keeps) is a constant: it raises when it is differentiated. So does a block that gives other
+    numbers the second time, as one does with a generator of its own or an attribute that has changed.
 
     Args:
         module: any module. A lazy one must have been called once, on data.
@@ -68,7 +69,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         CapturedTensorError: from ``function``: a block of ``checkpoint`` reads a tensor that requires grad from
             elsewhere.
         HiddenStateError: from ``function``: a block of ``checkpoint`` is given an object that holds tensors, such as a
-            cache, which it may change; or it leaves behind what is to be differentiated, other than by returning it.
+            cache, which it may change; or it leaves behind what is to be differentiated, other than by returning it;
+            or it gives other numbers when it is computed again.
         InPlaceError: from ``function``: a block of ``checkpoint`` changes in place what it is given.
 
     Example:

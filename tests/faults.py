@@ -3479,4 +3479,25 @@ FAULTS = [
         "pass",
         "checkpointed_blocks",
     ),
+    Fault(
+        "a block may give other numbers when it is computed again",
+        "diffopt/tensors/recomputed.py",
+        "if self.marks is not None and not self.marks.are_of(outputs, levels):",
+        "if False:",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "the precision of autocast does not count where numbers are compared",
+        "diffopt/tensors/marks.py",
+        "max(self._eps, torch.finfo(x.dtype).eps) ** _POWER",
+        "torch.finfo(x.dtype).eps ** _POWER",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "numbers that are computed again under one more vmap are others",
+        "diffopt/tensors/marks.py",
+        "found = [_mark(x[(0,) * more]) for x in floating]",
+        "found = [_mark(x) for x in floating]",
+        "checkpointed_blocks",
+    ),
 ]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from diffopt.errors import CapturedTensorError, HiddenStateError, InPlaceError
 from diffopt.tensors import transforms
 from diffopt.tensors.captures import everything_held
+from diffopt.tensors.marks import Marks
 from diffopt.tensors.recomputation import Dims, Repeatable, recomputed
 from diffopt.tensors.saved_hooks import kept_out
 from diffopt.tensors.surroundings import Surroundings
@@ -99,6 +100,7 @@ class _Note:
     Attributes:
         written: the buffers, as the block has left them.
         constants: what it returned besides tensors, in its order.
+        marks: by which its outputs are known again.
     """
 
     def __init__(self, name: str, surroundings: Surroundings) -> None:
@@ -106,6 +108,7 @@ class _Note:
         self._levels = transforms.differentiating_levels()
         self.written: Sequence[Tensor] = ()
         self.constants: list[Any] = []
+        self.marks: Marks | None = None
         self.is_first = True
         self._form: Any = None
 
@@ -130,6 +133,16 @@ class _Note:
                     "tensors, and tuples, lists and dictionaries of them",
                     "a cache of keys and values: pass use_cache=False; else leave the block out of checkpoint=",
                 )
+
+    def refuse_others_than_the_first(self, outputs: Sequence[Tensor], levels: int) -> None:
+        """Refuse outputs that are not those of the first evaluation: something else than tensors has changed."""
+        if self.marks is not None and not self.marks.are_of(outputs, levels):
+            raise HiddenStateError(
+                f"block {self.name!r} gives other numbers when it is computed again",
+                "the same: from its inputs, its own weights and torch's global generators",
+                "leave it out of checkpoint= if it draws by random or a torch.Generator, reads another layer, or an "
+                "attribute that changes",
+            )
 
     def first(self, run: Callable[..., Any], tensors: Sequence[Tensor], constants: range) -> tuple[Tensor, ...]:
         """Evaluate it for the first time, and refuse what autograd would not see: captured and hidden tensors."""
@@ -267,9 +280,13 @@ class _Forward(Repeatable):
         run = transforms.vmap(self._run, dims, sizes, modes)  # type: ignore[arg-type]
         if self.note.is_first:
             count = len(self.names)
-            return self.note.first(run, tensors, range(count - self.buffers, count))
+            found = self.note.first(run, tensors, range(count - self.buffers, count))
+            self.note.marks = Marks(found, len(self.levels), self.note.surroundings.eps)
+            return found
         with self.note.surroundings.entered():
-            return tuple(run(*tensors))
+            found = tuple(run(*tensors))
+        self.note.refuse_others_than_the_first(found, len(self.levels))
+        return found
 
     def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(self.names)
