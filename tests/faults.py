@@ -3500,4 +3500,25 @@ FAULTS = [
         "found = [_mark(x) for x in floating]",
         "checkpointed_blocks",
     ),
+    Fault(
+        "a dictionary of blocks stands for nothing",
+        "diffopt/functional.py",
+        "isinstance(block, nn.ModuleList | nn.ModuleDict)",
+        "isinstance(block, nn.ModuleList)",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a list of blocks that is called itself stands for its entries",
+        "diffopt/functional.py",
+        " or _has_forward(block):",
+        ":",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a class is taken for a function of a name",
+        "diffopt/functional.py",
+        "isinstance(checkpoint, str | nn.Module | type)",
+        "isinstance(checkpoint, str | nn.Module)",
+        "checkpointed_blocks",
+    ),
 ]

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffopt
 from diffopt.estimators import Binomial, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.functional import _blocks
 from diffopt.nn import second_order_attention
 from diffopt.tensors.marks import Marks
 from diffopt.tensors.memory import peak_bytes
@@ -656,6 +657,8 @@ NAMES: dict[str, tuple[Any, str]] = {
     "one of several": (["blocks.0", "blocks.0.atn"], r"names 'blocks\.0\.atn'"),
     "nothing like it": ("zzz", "names are such as 'first', 'blocks'"),
     "another module": (nn.Linear(1, 1), "checkpoint holds Linear.*a module inside it"),
+    "a class": (nn.Linear, "checkpoint holds .*Linear.*a module inside it"),
+    "classes": ([nn.Linear], "checkpoint holds .*Linear.*a module inside it"),
     "a number": (3, "checkpoint is int 3, expected names of blocks"),
     "a function": (lambda name: False, "says no to every name"),
     "the whole": ("", "checkpoint names ''"),
@@ -679,3 +682,35 @@ def test_blocks_may_be_named_in_every_way() -> None:
         lambda name: name.count(".") == 1 and "blocks" in name,
     ):
         assert all(map(torch.equal, hypergradient(module, given, Reverse()), expected))
+
+
+class Nested(nn.Module):
+    """Containers that nobody calls, one of them a list of a class with a ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = nn.ModuleDict(
+            {"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4), CalledList([nn.Tanh()])])}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.named["a"](x)
+        for layer in self.named["b"]:
+            x = layer(x)
+        return x
+
+
+class CalledList(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def test_a_container_stands_for_its_entries() -> None:
+    """To any depth; one that can be called is a block itself."""
+    module = made(Nested)
+    assert list(_blocks(module, "named")) == ["named.a", "named.b.0", "named.b.1"]
+    found = []
+    for blocks in ("named", ()):
+        function, params = diffopt.functional(module, blocks)
+        found.append(torch.autograd.grad(function(params, drawn(5, 4)).sum(), list(params.values())))
+    assert_same(*found)
