@@ -3135,8 +3135,15 @@ FAULTS = [
     Fault(
         "a block may read a tensor that requires grad from elsewhere",
         "diffopt/tensors/recomputed.py",
-        "if _leads_past(gate, found) or transforms.has_tangent(found):",
-        "if transforms.has_tangent(found):",
+        "if rates or _leads_past(gate, found):",
+        "if rates:",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a block may read a tensor with a tangent from elsewhere",
+        "diffopt/tensors/recomputed.py",
+        "rates = transforms.has_tangent(found)",
+        "rates = False",
         "checkpointed_blocks",
     ),
     Fault(

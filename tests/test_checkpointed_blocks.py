@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -420,6 +421,11 @@ class Reads(nn.Module):
         return self.block(x).sum()
 
 
+def dual(run: Callable[[Any], Any]) -> Any:
+    with forward_ad.dual_level():
+        return run(forward_ad.make_dual(TWO, TWO))
+
+
 func, TWO = torch.func, torch.tensor(2.0, dtype=torch.float64)
 ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "requires grad": lambda run: run(TWO.clone().requires_grad_()),
@@ -429,6 +435,7 @@ ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "vmap of grad": lambda run: func.vmap(func.grad(run))(TWO.expand(3)),
     "grad of vmap": lambda run: func.grad(lambda c: func.vmap(lambda _: run(c))(TWO.expand(3)).sum())(TWO),
     "jvp": lambda run: func.jvp(run, (TWO,), (TWO,)),
+    "dual": lambda run: dual(run),
 }
 
 

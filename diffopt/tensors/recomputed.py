@@ -155,6 +155,7 @@ class _Note:
             with self.surroundings.noted(), transforms.tangents_seen(), kept_out(), torch.enable_grad():
                 gate = self._gated(given, tensors, constants)
                 found = tuple(run(*given))
+                rates = transforms.has_tangent(found)
         except transforms.WrappedTensorError as error:
             raise self._captured() from error
         except RuntimeError as error:
@@ -165,7 +166,7 @@ class _Note:
             raise self._captured() from error
         if versions != list(map(transforms.version, given)):
             raise self._changed()
-        if _leads_past(gate, found) or transforms.has_tangent(found):
+        if rates or _leads_past(gate, found):
             raise self._captured()
         there = None if gate is None else weakref.ref(gate)
         found, given, gate = tuple([x.detach() for x in found]), [], None
