@@ -56,11 +56,15 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
+    What it returns shares no memory with its inputs. What else it leaves behind (an attribute, a buffer, what a hook
+    keeps) is a constant: it raises when it is differentiated. So does a block that gives other
+    numbers the second time, as one does with a generator of its own or an attribute that has changed.
 
     Args:
         module: any module. A lazy one must have been called once, on data.
         checkpoint: blocks, each a name as in ``module.named_modules()``, or the module inside ``module`` itself; or a
-            function that says so of a name. A ``ModuleList`` stands for its entries: ``checkpoint="transformer.h"``.
+            function that says so of a name. A ``ModuleList`` or ``ModuleDict`` stands for its entries:
+            ``checkpoint="transformer.h"``.
 
     Returns:
         ``function``, and ``params``: each trainable parameter's name with a detached copy that requires grad.
@@ -73,7 +77,9 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         CapturedTensorError: from ``function``: a block of ``checkpoint`` reads a tensor that requires grad from
             elsewhere.
         HiddenStateError: from ``function``: a block of ``checkpoint`` is given an object that holds tensors, such as a
-            cache, which it may change.
+            cache, which it may change; or it leaves behind what is to be differentiated, other than by returning it;
+            or it gives other numbers when it is computed again.
+        InPlaceError: from ``function``: a block of ``checkpoint`` changes in place what it is given.
 
     Example:
         >>> import torch
@@ -135,7 +141,7 @@ def _parameters(module: Any) -> tuple[Params, Params]:
 def _blocks(module: nn.Module, checkpoint: Any) -> dict[str, nn.Module]:
     """The modules that ``checkpoint`` names, by name."""
     inside = {name: block for name, block in module.named_modules() if name}
-    if isinstance(checkpoint, str | nn.Module):
+    if isinstance(checkpoint, str | nn.Module | type):
         checkpoint = [checkpoint]
     if callable(checkpoint):
         names = [name for name in inside if checkpoint(name)]
@@ -147,10 +153,19 @@ def _blocks(module: nn.Module, checkpoint: Any) -> dict[str, nn.Module]:
         raise StructureError(f"checkpoint is {describe(checkpoint)}", "names of blocks", f"such as {_shown(inside)}")
     found: dict[str, nn.Module] = {}
     for name in names:
-        block = inside[name]
-        lists = isinstance(block, nn.ModuleList)
-        found.update({f"{name}.{key}": entry for key, entry in block.named_children()} if lists else {name: block})
+        found.update(_entries(name, inside[name]))
     return found
+
+
+def _entries(name: str, block: nn.Module) -> dict[str, nn.Module]:
+    """A block by its name; of a list or a dictionary, which nobody calls, the entries, to any depth."""
+    if not isinstance(block, nn.ModuleList | nn.ModuleDict) or _has_forward(block):
+        return {name: block}
+    return {k: b for key, entry in block.named_children() for k, b in _entries(f"{name}.{key}", entry).items()}
+
+
+def _has_forward(block: nn.Module) -> bool:
+    return type(block).forward is not nn.Module.forward
 
 
 def _name(block: Any, inside: Mapping[str, nn.Module]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffopt
 from diffopt.estimators import Binomial, ForwardMode, Reverse, Truncated, Unrolled
+from diffopt.functional import _blocks
 from diffopt.nn import second_order_attention
+from diffopt.tensors.marks import Marks
 from diffopt.tensors.memory import peak_bytes
 
 
@@ -300,6 +305,64 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(p.grad is not None for p in params.values())
 
 
+class Around(nn.Module):
+    """A block between two layers."""
+
+    def __init__(self, block: Callable[[], nn.Module], change: bool = False) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(4, 4), block(), nn.Linear(4, 4)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.first(x))
+        y = y[0] * y[1].sin() if isinstance(y, tuple) else y
+        return self.last(y.mul_(2) if self.change else y)
+
+
+class Shifts(nn.Module):
+    """The cotangent is the gradient of both inputs; and an input is an output."""
+
+    def __init__(self, hands_on: bool) -> None:
+        super().__init__()
+        self.shift, self.hands_on = nn.Parameter(torch.ones(5, 4)), hands_on
+
+    def forward(self, x: Tensor) -> Any:
+        return (x + self.shift, x) if self.hands_on else x + self.shift
+
+
+AS_THEY_ARE = {
+    "identity": nn.Identity,
+    "dropout": lambda: nn.Dropout(0.5).eval(),
+    "sum": lambda: Shifts(False),
+    "hands on": lambda: Shifts(True),
+    "view": nn.Flatten,
+}
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+@pytest.mark.parametrize("use", ["plain", "change", "vmap"])
+def test_a_block_may_return_what_it_was_given(name: str, use: str) -> None:
+    """And so may its gradient; the output is a tensor of its own, which may be changed in place."""
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Around, block=AS_THEY_ARE[name], change=use == "change"), blocks)
+        x, leaves = drawn(*([3] if use == "vmap" else []), 5, 4), list(params.values())
+        call = vmap(function, (None, 0)) if use == "vmap" else function
+        gradients = torch.autograd.grad(call(params, x).sin().sum(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(g.sin().sum() for g in gradients), leaves)
+        found.append([*gradients, *again])
+    assert_same(*found)
+
+
+def test_gradients_of_a_block_share_no_memory() -> None:
+    """As each is a parameter's own ``grad``, which optimizers change in place."""
+    function, params = diffopt.functional(made(Around, block=AS_THEY_ARE["sum"]), "block")
+    x = drawn(5, 4).requires_grad_()
+    (function({**params, "first.weight": torch.eye(4).double()}, x)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.data_ptr() != params["block.shift"].grad.data_ptr()
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 
@@ -358,6 +421,11 @@ class Reads(nn.Module):
         return self.block(x).sum()
 
 
+def dual(run: Callable[[Any], Any]) -> Any:
+    with forward_ad.dual_level():
+        return run(forward_ad.make_dual(TWO, TWO))
+
+
 func, TWO = torch.func, torch.tensor(2.0, dtype=torch.float64)
 ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "requires grad": lambda run: run(TWO.clone().requires_grad_()),
@@ -367,6 +435,7 @@ ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "vmap of grad": lambda run: func.vmap(func.grad(run))(TWO.expand(3)),
     "grad of vmap": lambda run: func.grad(lambda c: func.vmap(lambda _: run(c))(TWO.expand(3)).sum())(TWO),
     "jvp": lambda run: func.jvp(run, (TWO,), (TWO,)),
+    "dual": lambda run: dual(run),
 }
 
 
@@ -415,6 +484,172 @@ def test_an_object_that_a_block_writes_to_is_refused() -> None:
         function(params, drawn(5, 4))
 
 
+class Leaves(nn.Module):
+    """A block that leaves something behind, which is read behind it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.block, self.where, self.records, self.reads = nn.Linear(4, 4), where, [], True
+        self.block.register_buffer("state", torch.zeros(5, 4))
+        self.block.forward = self.leave
+        self.block.register_forward_pre_hook(lambda *_: None)
+
+    def leave(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.block.weight).tanh()
+        if self.where == "buffer":
+            self.block.state = y + self.block.state
+        elif self.where == "attribute":
+            self.block.aux = y.square().sum()
+        else:
+            self.records.append(y)
+        return y + self.block.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x).sum()
+        if not self.reads:
+            return y
+        if self.where == "buffer":
+            return y + self.block(x).sum()
+        return y + (self.block.aux if self.where == "attribute" else self.records.pop().sum())
+
+
+@pytest.mark.parametrize(
+    ("where", "way"),
+    [
+        *itertools.product(["attribute", "list"], ["autograd", "grad", "vmap of grad", "vmap", "solve"]),
+        *itertools.product(["buffer"], ["autograd", "grad", "solve"]),  # vmap refuses it, with a block or without
+    ],
+)
+def test_what_a_block_leaves_behind_is_refused(where: str, way: str) -> None:
+    function, params = diffopt.functional(made(Leaves, where=where), "block")
+    x = drawn(5, 4)
+    run = {
+        "autograd": lambda: torch.autograd.grad(function(params, x), list(params.values())),
+        "grad": lambda: grad(function)(params, x),
+        "vmap of grad": lambda: vmap(grad(function), (None, 0))(params, x.expand(2, 5, 4)),
+        "vmap": lambda: vmap(function, (None, 0))(params, x.expand(2, 5, 4)).sum().backward(),
+        "solve": lambda: diffopt.solve(function, params, x, optimizer=diffopt.SGD(0.1), steps=2),
+    }[way]
+    with pytest.raises(diffopt.HiddenStateError, match="leaves a tensor in an attribute, a buffer or a list"):
+        run()
+
+
+@pytest.mark.parametrize("where", ["attribute", "list"])
+def test_what_a_block_leaves_behind_may_stay_there(where: str) -> None:
+    """Where nobody differentiates it: a record of activations, say."""
+    module = made(Leaves, where=where)
+    module.reads = False
+    function, params = diffopt.functional(module, "block")
+    torch.autograd.grad(function(params, drawn(5, 4)), list(params.values()))
+
+
+class Inner(nn.Module):
+    """A block that differentiates within, as one of forces does."""
+
+    def __init__(self, inside: str) -> None:
+        super().__init__()
+        self.block, self.inside = nn.Linear(4, 4), inside
+        self.block.forward = self.inner
+
+    def inner(self, x: Tensor) -> Tensor:
+        def energy(x: Tensor) -> Tensor:
+            return F.linear(x, self.block.weight).tanh().sum()
+
+        if self.inside == "func":
+            return grad(energy)(x) + self.block.bias
+        (force,) = torch.autograd.grad(energy(x), x, create_graph=True)
+        return force + self.block.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x * 2).square().sum()
+
+
+@pytest.mark.parametrize("kind", ["func", "autograd"])
+def test_a_block_may_differentiate_within(kind: str) -> None:
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Inner, inside=kind), blocks)
+        x = drawn(5, 4).requires_grad_()
+        found.append(torch.autograd.grad(function(params, x), [x, *params.values()]))
+    assert_same(*found)
+
+
+class Differs(nn.Module):
+    """A block of which something changes besides tensors."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.block, self.what = nn.Linear(4, 4), nn.Linear(4, 4), what
+        self.block.forward = self.differ
+        self.generator, self.scale, self.python = torch.Generator(), 1.0, random.Random(0)
+
+    def differ(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.block.weight).tanh()
+        if self.what == "another layer":
+            return y @ self.first.weight
+        if self.what == "generator":
+            return y * (torch.rand(5, 4, generator=self.generator, dtype=y.dtype) > 0.5)
+        if self.what == "shape":
+            self.scale += 1
+            return y[: int(self.scale)]
+        return y * (self.scale if self.what == "attribute" else self.python.random())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.first(x)).sum()
+
+
+@pytest.mark.parametrize("what", ["generator", "random", "shape", "attribute", "another layer"])
+@pytest.mark.parametrize("way", ["autograd", "grad", "vmap", "vmap of the gradient", "second"])
+def test_a_block_that_gives_other_numbers_the_second_time_is_refused(what: str, way: str) -> None:
+    module = made(Differs, what=what)
+    function, params = diffopt.functional(module, "block")
+    constant = {name: 2 * p.detach() for name, p in params.items()}  # not what the module has itself
+    x = drawn(5, 4).requires_grad_()
+
+    def value(x: Tensor) -> Tensor:
+        found = function(constant, x)
+        module.scale += 1.0
+        return found
+
+    many = x.expand(2, 5, 4)
+    run = {
+        "autograd": lambda: torch.autograd.grad(value(x), x),
+        "grad": lambda: grad(value)(x),
+        "vmap": lambda: vmap(value, randomness="same")(many).sum().backward(),
+        "vmap of the gradient": lambda: torch.autograd.grad(value(x), x, torch.ones(2).double(), is_grads_batched=True),
+        "second": lambda: torch.autograd.grad(value(x), x, create_graph=True),
+    }[way]
+    if (what, way) == ("generator", "vmap of the gradient"):  # where torch allows no random numbers
+        with pytest.raises(RuntimeError, match="random operations inside of vmap"):
+            run()
+        return
+    with pytest.raises(diffopt.HiddenStateError, match="gives other numbers when it is computed again"):
+        run()
+
+
+def test_round_off_is_no_other_number() -> None:
+    first = [drawn(100, 100).float(), torch.arange(3), drawn(3).to(torch.complex64), torch.zeros(0), drawn(2) / 0]
+    marks = Marks(first, 0, 0.0)
+    near = [x * (1 + 1e-6) if x.is_floating_point() or x.is_complex() else x for x in first]
+    assert marks.are_of(near, 0)
+    assert marks.are_of([x.expand(2, *x.shape) for x in near], 1)
+    assert not marks.are_of([x * 1.1 if x.dtype is torch.float32 else x for x in near], 0)
+    assert not marks.are_of([*near[:2], near[2] * 1.1, *near[3:]], 0)
+    assert not marks.are_of(near[1:], 0)
+    rough = [x * (1 + 1e-2) if x.is_floating_point() or x.is_complex() else x for x in first]
+    assert Marks(first, 0, torch.finfo(torch.bfloat16).eps).are_of(rough, 0)
+    assert not marks.are_of(rough, 0)
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_block_that_changes_its_input_is_refused(needs: bool) -> None:
+    """One that requires no grad, too: it would be changed once more when the block is computed again."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))).double()
+    function, params = diffopt.functional(layers if needs else nn.Sequential(layers[1]), "1" if needs else "0")
+    with pytest.raises(diffopt.InPlaceError, match=r"changes an input or a weight in place.*inplace=False"):
+        function(params, drawn(5, 4))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_forward_mode_through_a_block_is_refused() -> None:
     function, params = diffopt.functional(made(), "blocks")
@@ -429,6 +664,8 @@ NAMES: dict[str, tuple[Any, str]] = {
     "one of several": (["blocks.0", "blocks.0.atn"], r"names 'blocks\.0\.atn'"),
     "nothing like it": ("zzz", "names are such as 'first', 'blocks'"),
     "another module": (nn.Linear(1, 1), "checkpoint holds Linear.*a module inside it"),
+    "a class": (nn.Linear, "checkpoint holds .*Linear.*a module inside it"),
+    "classes": ([nn.Linear], "checkpoint holds .*Linear.*a module inside it"),
     "a number": (3, "checkpoint is int 3, expected names of blocks"),
     "a function": (lambda name: False, "says no to every name"),
     "the whole": ("", "checkpoint names ''"),
@@ -452,3 +689,35 @@ def test_blocks_may_be_named_in_every_way() -> None:
         lambda name: name.count(".") == 1 and "blocks" in name,
     ):
         assert all(map(torch.equal, hypergradient(module, given, Reverse()), expected))
+
+
+class Nested(nn.Module):
+    """Containers that nobody calls, one of them a list of a class with a ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = nn.ModuleDict(
+            {"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4), CalledList([nn.Tanh()])])}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.named["a"](x)
+        for layer in self.named["b"]:
+            x = layer(x)
+        return x
+
+
+class CalledList(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def test_a_container_stands_for_its_entries() -> None:
+    """To any depth; one that can be called is a block itself."""
+    module = made(Nested)
+    assert list(_blocks(module, "named")) == ["named.a", "named.b.0", "named.b.1"]
+    found = []
+    for blocks in ("named", ()):
+        function, params = diffopt.functional(module, blocks)
+        found.append(torch.autograd.grad(function(params, drawn(5, 4)).sum(), list(params.values())))
+    assert_same(*found)

@@ -87,7 +87,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(function: Repeatable, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return function(*tensors)
+        return _of_their_own(function(*tensors), tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -117,3 +117,10 @@ class _Recomputed(torch.autograd.Function):
         stacked, new = transforms.stacked(tensors, dims[1:], size, function.apart)
         found = recomputed(function.over(new, size, info.randomness), *stacked)
         return found, (0,) * len(found)
+
+
+def _of_their_own(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs that share no memory with an argument: one is kept, and must not change when an output does."""
+    storages = {transforms.storage(x) for x in tensors} - {0}
+    known = set(map(id, tensors))
+    return tuple([x.clone() if id(x) in known or transforms.storage(x) in storages else x for x in outputs])

@@ -32,6 +32,11 @@ class Surroundings:
         self._training = [(part, part.training) for part in module.modules()]
         self._drawn: random_state.GeneratorStates | None = None
 
+    @property
+    def eps(self) -> float:
+        """The precision that autocast lowers a computation to; 0: it does not."""
+        return self._autocast.eps
+
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Evaluate here and now, and take note of where random numbers came from, if any were drawn."""
