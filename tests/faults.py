@@ -2860,14 +2860,14 @@ FAULTS = [
     Fault(
         "round-off counts as roughness",
         "diffopt/adjoint/smoothness.py",
-        "+ noise / CLOSE + 1e-300",
-        "+ 1e-300",
+        "return larger < noise / CLOSE and (larger > 0 or math.isinf(noise))",
+        "return False",
         "smoothness",
     ),
     Fault(
         "a wrong derivative is taken for roughness",
         "diffopt/adjoint/smoothness.py",
-        "False if settled else None",
+        "False if _settled(seen, smallest) else None",
         "None",
         "smoothness",
     ),
@@ -3442,5 +3442,34 @@ FAULTS = [
         "if unsound.isfinite().item() and entry.calls & (entry.calls - 1):",
         "if unsound.isfinite().item():",
         "compiled_outer",
+    ),
+    # what round-off hides, and what else is told of a solve
+    Fault(
+        "the round-off to expect is a hundredth",
+        "diffopt/adjoint/smoothness.py",
+        "noise = 100 * torch.finfo(",
+        "noise = 1 * torch.finfo(",
+        "smoothness",
+    ),
+    Fault(
+        "a move that is rounded to none agrees",
+        "diffopt/adjoint/smoothness.py",
+        "(larger > 0 or math.isinf(noise))",
+        "larger > 0",
+        "smoothness",
+    ),
+    Fault(
+        "two moves above round-off make a wrong derivative",
+        "diffopt/adjoint/smoothness.py",
+        "return enough and all(",
+        "return all(",
+        "check_solve",
+    ),
+    Fault(
+        "what round-off hides is the end's roughness",
+        "diffopt/checking/whole_probes.py",
+        "if worst.cut_short:",
+        "if False:",
+        "check_solve",
     ),
 ]

@@ -36,8 +36,12 @@ class Worth(NamedTuple):
         """In words."""
         by = f"{self.smoothness} of the meta-parameters"
         text = f"the exact hypergradient is off differences of the outer loss by {by}"
-        if self.smoothness.derivative is False:
+        if self.smoothness.hidden:
+            yield "whether the exact hypergradient is right cannot be told: the outer loss changes by its round-off"
+        elif self.smoothness.derivative is False:
             yield f"{text}, which agree with one another: look for a detach(), or for tensors made outside the problem"
+        elif self.smoothness.cut_short and self.smoothness.error > CLOSE:
+            yield f"{text}, smaller ones lost in round-off: whether it is the derivative cannot be told"
         elif self.smoothness.error > WORTHLESS:
             yield f"{text}: it is chaotic or jumps, and no estimator's number says much; {CALMER}"
         else:

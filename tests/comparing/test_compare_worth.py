@@ -152,6 +152,30 @@ def test_what_does_not_follow_its_meta_parameters_is_noted() -> None:
     assert "made outside the problem" in found.notes[-2]
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_large_outer_loss_does_not_make_a_wrong_derivative_right(cut: bool) -> None:
+    lr = learned(0.1, torch.float64)
+
+    def at(offset: float) -> Problem:
+        def problem(estimator: Any) -> Tensor:
+            rate = (lr + lr.detach()) / 2 if cut else lr
+            start, options = torch.ones(4, dtype=torch.float64), {"optimizer": SGD(rate), "steps": 3}
+            solution = diffopt.solve(
+                lambda w: (x.double() @ w - y.double()).square().mean(), start, **options, estimator=estimator
+            )
+            return (x.double() @ solution.params - y.double()).square().mean() + offset
+
+        return problem
+
+    for offset in (0.0, 1e2, 1e5, 1e8):
+        found = diffopt.compare(at(offset), [], repeats=1, directions=2)
+        assert found.worth.smoothness.derivative is not cut
+        assert abs(found.worth.smoothness.error - cut / 2) < 0.02
+    hidden = diffopt.compare(at(1e12), [], repeats=1, directions=2)
+    assert hidden.worth.smoothness.derivative is None
+    assert "cannot be told" in hidden.notes[-2]
+
+
 def test_a_problem_that_asks_for_its_precision_is_compared_in_it() -> None:
     problem, _ = ridge(torch.float32)
     wide = [torch.float64]
