@@ -3472,4 +3472,25 @@ FAULTS = [
         "if False:",
         "check_solve",
     ),
+    Fault(
+        "other random numbers in float64 are lost precision",
+        "diffopt/checking/whole_probes.py",
+        "if own.drawn != reference.drawn:",
+        "if False:",
+        "check_solve",
+    ),
+    Fault(
+        "whatever draws is not set beside float64",
+        "diffopt/checking/whole_probes.py",
+        "if own.drawn != reference.drawn:",
+        "if own.drawn:",
+        "check_solve",
+    ),
+    Fault(
+        "other random numbers in float64 are lost precision to compare",
+        "diffopt/comparing/worth.py",
+        "drawn = torch.float64 in kinds and _drawn(run, rule) != kinds",
+        "drawn = False",
+        "compare_worth",
+    ),
 ]

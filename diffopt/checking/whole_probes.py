@@ -110,6 +110,10 @@ def probe_precision(whole: Whole, reference: Found | None) -> Finding:
     kind = str(whole.inputs.params[0].dtype).removeprefix("torch.")
     if reference is None:
         return Finding("precise", "note", f"{kind}; the loss does not run in float64, to compare it with")
+    if own.drawn != reference.drawn:
+        return Finding(
+            "precise", "skipped", f"from one seed, the loss draws other random numbers in float64 than in {kind}"
+        )
     errors = {name: _error(own, reference, places) for name, places in whole.parts.items()}
     name, worst = max(errors.items(), key=lambda pair: pair[1])
     text = f"{kind}, {worst:.1e} off float64 in {name}"

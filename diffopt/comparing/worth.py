@@ -16,7 +16,7 @@ from diffopt.adjoint.smoothness import CALMER, CLOSE, WORTHLESS, Smoothness, smo
 from diffopt.errors import DiffoptError
 from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.tensors.in_double import InDouble, doubled
+from diffopt.tensors.in_double import InDouble, WatchDraws, doubled
 
 
 class Worth(NamedTuple):
@@ -24,13 +24,16 @@ class Worth(NamedTuple):
 
     Attributes:
         smoothness: its error beside differences of the outer loss.
-        precision: its relative error beside the same in float64; ``None``: the problem does not run in that.
+        precision: its relative error beside the same in float64; ``None``: the problem does not run in that, or draws
+            other random numbers in it.
         kind: the precision of the outer loss.
+        drawn: whether it draws other random numbers in float64.
     """
 
     smoothness: Smoothness
     precision: float | None
     kind: str
+    drawn: bool = False
 
     def notes(self) -> Iterator[str]:
         """In words."""
@@ -46,7 +49,9 @@ class Worth(NamedTuple):
             yield f"{text}: it is chaotic or jumps, and no estimator's number says much; {CALMER}"
         else:
             yield f"{text}{': expect noise' if self.smoothness.error > CLOSE else ''}"
-        if self.precision is None:
+        if self.drawn:
+            yield f"from one seed, the problem draws other random numbers in float64 than in {self.kind}: not compared"
+        elif self.precision is None:
             yield f"the problem does not run in float64, beside which to set its {self.kind}"
         else:
             bad = ": use a higher precision" if self.precision > CLOSE else ""
@@ -73,9 +78,10 @@ def worth(
     """
     kind = str(dtype).removeprefix("torch.")
     here, gradient = [x.detach() for x in leaves], torch.split(own, [x.numel() for x in leaves])
-    double = _in_double(run, rule, leaves)
+    double, kinds = _in_double(run, rule, leaves), set[torch.dtype]()
     if double is not None:
-        here, gradient = double
+        here, gradient, kinds = double
+    drawn = torch.float64 in kinds and _drawn(run, rule) != kinds
 
     def value(moved: Sequence[Tensor]) -> Tensor:
         try:
@@ -86,16 +92,16 @@ def worth(
 
     slopes = [g.reshape(x.shape) for g, x in zip(gradient, here, strict=True)]
     smooth = smoothness(value, here, slopes, directions)
-    if double is None:
-        return Worth(smooth, None, kind)
+    if double is None or drawn:
+        return Worth(smooth, None, kind, drawn)
     exact = torch.cat([g.double().flatten() for g in gradient])
     return Worth(smooth, float((own - exact).norm()) / (float(exact.norm()) + 1e-300), kind)
 
 
 def _in_double(
     run: Callable[[Estimator], Tensor], rule: Estimator, leaves: Sequence[Tensor]
-) -> tuple[list[Tensor], tuple[Tensor, ...]] | None:
-    """The meta-parameters and the hypergradient in double precision, if the problem runs in it.
+) -> tuple[list[Tensor], tuple[Tensor, ...], set[torch.dtype]] | None:
+    """The meta-parameters and the hypergradient in double precision, if the problem runs in it, and what is drawn.
 
     A hyperparameter must have the precision of the params, which the problem may have made outside: the meta-parameters
     are then left in their own, unless that is too coarse to move them.
@@ -107,13 +113,22 @@ def _in_double(
     for here in candidates:
         try:
             with _at(leaves, here, rule, double=True) as used:
-                loss = run(used)
+                with WatchDraws() as watch:
+                    loss = run(used)
                 found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         except Exception:  # a problem may ask for a precision in any way
             continue
         if loss.dtype == torch.float64:
-            return here, found
+            return here, found, watch.kinds
     return None
+
+
+def _drawn(run: Callable[[Estimator], Tensor], rule: Estimator) -> set[torch.dtype]:
+    """The precisions in which a problem draws random numbers."""
+    watch = WatchDraws()
+    with watch:
+        run(rule)
+    return watch.kinds
 
 
 _FINE = 1e-6

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.tensors import tree
 
@@ -38,6 +39,32 @@ class InDouble(TorchFunctionMode):
         if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _needs_itself(func):
             args, kwargs = tree.unflatten(structure, [x.double() if _is_lower(x) else x for x in leaves])
         return func(*args, **(kwargs or {}))
+
+
+@final
+class WatchDraws(TorchDispatchMode):
+    """Takes note of the precisions in which random numbers are drawn.
+
+    # NOTE [other numbers in double precision]
+    From one and the same seed, most of torch's distributions draw other numbers in double precision than in a lower
+    one. A program that draws like what it is given is then another in it, and what the two give says nothing of either.
+
+    Attributes:
+        kinds: the precisions.
+    """
+
+    def __init__(self) -> None:
+        """None yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kinds: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        found = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            leaves, _ = tree.flatten((args, found))
+            self.kinds |= {x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()}
+        return found
 
 
 def run_in_double(function: Callable[..., Any]) -> Callable[..., Any]:

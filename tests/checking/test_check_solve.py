@@ -221,6 +221,34 @@ def test_params_of_which_nothing_is_left_are_no_failure(dtype: torch.dtype) -> N
     assert "of args; moves" in report["smooth"].measured
 
 
+NOISE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "randn_like": (torch.randn_like, "skipped"),
+    "rand_like": (torch.rand_like, "skipped"),
+    "randn": (lambda w: torch.randn(w.shape, dtype=w.dtype), "skipped"),
+    "rsample": (lambda w: torch.distributions.Normal(0 * w, 1 + 0 * w).rsample(), "skipped"),
+    "bernoulli": (lambda w: torch.bernoulli(torch.sigmoid(w.detach())), "skipped"),
+    "normal_": (lambda w: torch.empty_like(w).normal_(), "skipped"),
+    "in float32": (lambda w: torch.randn(w.shape), "ok"),
+    "integers": (lambda w: torch.randperm(len(w)) / len(w), "ok"),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_other_random_numbers_in_float64_are_no_lost_precision(name: str) -> None:
+    """From one seed, torch draws others in another precision."""
+    draw, outcome = NOISE[name]
+
+    def loss(w: Tensor, v: Tensor) -> Tensor:
+        return (v * (w - draw(w)).square()).sum()
+
+    for dtype, expected in ((torch.float32, outcome), (torch.float64, "ok")):
+        start, weights = torch.zeros(40, dtype=dtype), learned(torch.ones(40), dtype)
+        report = check(loss, start, weights, optimizer=SGD(0.05), steps=5, vmap=False)
+        assert report.ok
+        assert (report["smooth"].outcome, report["precise"].outcome) == ("ok", expected), report
+        assert ("other random numbers" in report["precise"].measured) == (expected == "skipped")
+
+
 def test_kinks_are_a_note() -> None:
     """Signs of ``w - a``: the end is on a lattice, and jumps where it is moved; no jump grows."""
     start, target = numbers(5000).double(), learned(numbers(5000).double().cos())

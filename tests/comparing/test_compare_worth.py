@@ -176,6 +176,27 @@ def test_a_large_outer_loss_does_not_make_a_wrong_derivative_right(cut: bool) ->
     assert "cannot be told" in hidden.notes[-2]
 
 
+@pytest.mark.parametrize("like", [True, False])
+def test_other_random_numbers_in_float64_are_no_lost_precision(like: bool) -> None:
+    weights = learned(torch.ones(40), torch.float32)
+
+    def loss(w: Tensor, v: Tensor) -> Tensor:
+        return (v * (w - (torch.randn_like(w) if like else torch.randn(w.shape))).square()).sum()
+
+    def problem(estimator: Any) -> Tensor:
+        torch.manual_seed(0)
+        options = {"optimizer": SGD(0.05), "steps": 5, "estimator": estimator}
+        return diffopt.solve(loss, torch.zeros(40), weights, **options).params.square().sum()
+
+    found = diffopt.compare(problem, [], repeats=1, directions=2)
+    assert found.worth.smoothness.error < 0.1
+    assert found.worth.drawn is like
+    assert ("draws other random numbers in float64 than in float32" in found.notes[-1]) is like
+    assert (found.worth.precision is None) is like
+    if not like:
+        assert found.worth.precision < 1e-5
+
+
 def test_a_problem_that_asks_for_its_precision_is_compared_in_it() -> None:
     problem, _ = ridge(torch.float32)
     wide = [torch.float64]
