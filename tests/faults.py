@@ -2965,8 +2965,8 @@ FAULTS = [
     Fault(
         "a learned rate of double precision meets params of a lower one",
         "diffopt/comparing/worth.py",
-        "candidates.append(own)",
-        "pass",
+        "for raised in (leaves, ()):",
+        "for raised in (leaves,):",
         "compare_worth",
     ),
     Fault(
@@ -3491,6 +3491,13 @@ FAULTS = [
         "diffopt/comparing/worth.py",
         "drawn = torch.float64 in kinds and _drawn(run, rule) != kinds",
         "drawn = False",
+        "compare_worth",
+    ),
+    Fault(
+        "meta-parameters change their precision, and lose the hooks of their accumulators",
+        "diffopt/comparing/worth.py",
+        "            leaf.data = value",
+        "            leaf.data = value if raised is None else value.double()",
         "compare_worth",
     ),
 ]

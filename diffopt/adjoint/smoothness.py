@@ -57,7 +57,7 @@ class Smoothness:
     @property
     def cut_short(self) -> bool:
         """Whether round-off hides the moves at which it would be told whether it is the derivative."""
-        return self.derivative is None and _PROBES[-1] not in self.errors
+        return self.derivative is None and not any(size in self.errors for size in _PROBES)
 
     @property
     def undefined(self) -> bool:

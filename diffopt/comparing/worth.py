@@ -16,7 +16,7 @@ from diffopt.adjoint.smoothness import CALMER, CLOSE, WORTHLESS, Smoothness, smo
 from diffopt.errors import DiffoptError
 from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.problem import Outcome, Problem
-from diffopt.tensors.in_double import InDouble, WatchDraws, doubled
+from diffopt.tensors.in_double import InDouble, WatchDraws
 
 
 class Worth(NamedTuple):
@@ -78,14 +78,14 @@ def worth(
     """
     kind = str(dtype).removeprefix("torch.")
     here, gradient = [x.detach() for x in leaves], torch.split(own, [x.numel() for x in leaves])
-    double, kinds = _in_double(run, rule, leaves), set[torch.dtype]()
+    double, kinds, raised = _in_double(run, rule, leaves), set[torch.dtype](), None
     if double is not None:
-        here, gradient, kinds = double
+        raised, gradient, kinds = double
     drawn = torch.float64 in kinds and _drawn(run, rule) != kinds
 
     def value(moved: Sequence[Tensor]) -> Tensor:
         try:
-            with _at(leaves, moved, rule, double=double is not None) as used:
+            with _at(leaves, moved, rule, raised) as used:
                 return run(used).detach()
         except DiffoptError:  # it has none there
             return torch.tensor(torch.nan, dtype=torch.float64)
@@ -100,26 +100,23 @@ def worth(
 
 def _in_double(
     run: Callable[[Estimator], Tensor], rule: Estimator, leaves: Sequence[Tensor]
-) -> tuple[list[Tensor], tuple[Tensor, ...], set[torch.dtype]] | None:
-    """The meta-parameters and the hypergradient in double precision, if the problem runs in it, and what is drawn.
+) -> tuple[Sequence[Tensor], tuple[Tensor, ...], set[torch.dtype]] | None:
+    """What is raised by itself, the hypergradient in double precision, if the problem runs in it, and what is drawn.
 
     A hyperparameter must have the precision of the params, which the problem may have made outside: the meta-parameters
-    are then left in their own, unless that is too coarse to move them.
+    are then raised only where they meet double precision.
     """
-    own = [x.detach() for x in leaves]
-    candidates = [list(map(doubled, own))]
-    if all(torch.finfo(x.dtype).eps < _FINE for x in own):
-        candidates.append(own)
-    for here in candidates:
+    here = [x.detach() for x in leaves]
+    for raised in (leaves, ()):
         try:
-            with _at(leaves, here, rule, double=True) as used:
+            with _at(leaves, here, rule, raised) as used:
                 with WatchDraws() as watch:
                     loss = run(used)
                 found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         except Exception:  # a problem may ask for a precision in any way
             continue
         if loss.dtype == torch.float64:
-            return here, found, watch.kinds
+            return raised, found, watch.kinds
     return None
 
 
@@ -131,17 +128,18 @@ def _drawn(run: Callable[[Estimator], Tensor], rule: Estimator) -> set[torch.dty
     return watch.kinds
 
 
-_FINE = 1e-6
-"""The relative spacing of numbers below which a small move is one."""
-
-
 @contextmanager
-def _at(leaves: Sequence[Tensor], values: Sequence[Tensor], rule: Estimator, *, double: bool) -> Iterator[Estimator]:
+def _at(
+    leaves: Sequence[Tensor], values: Sequence[Tensor], rule: Estimator, raised: Sequence[Tensor] | None
+) -> Iterator[Estimator]:
     """Let the meta-parameters have other values for a while, and give the rule to run the problem with.
 
     # NOTE [other values, not other tensors]
     A problem has its meta-parameters in its closure, by their objects. Each is given another storage, and then its own
-    again, which has not been written to.
+    again, which has not been written to. The storage has their precision: in another, torch would make a new
+    accumulator of their gradient, without the hooks of the old one (DistributedDataParallel's reduction is one).
+
+    ``raised``: those to raise wherever they are met, in a run in double precision; ``None``: in their own.
     """
     with ExitStack() as stack:
         for leaf, value in zip(leaves, values, strict=True):
@@ -149,9 +147,9 @@ def _at(leaves: Sequence[Tensor], values: Sequence[Tensor], rule: Estimator, *, 
             leaf.data = value
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of the precision, which is looked at here
-        if double:
-            stack.enter_context(InDouble())
-        yield _doubling(rule) if double else rule
+        if raised is not None:
+            stack.enter_context(InDouble(raised))
+        yield rule if raised is None else _doubling(rule)
 
 
 def _doubling(rule: Estimator) -> Estimator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, final
 
@@ -16,6 +16,12 @@ from diffopt.tensors import tree
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16)
 """Operations whose purpose is another precision."""
 
+_ABOUT = tuple(
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "requires_grad", "is_leaf", "grad", "grad_fn", "data", "_version")
+)
+"""What is asked about a tensor itself."""
+
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 """What must be given a tensor itself: a raised copy has no place in the graph."""
 
@@ -26,7 +32,15 @@ class InDouble(TorchFunctionMode):
 
     What is written into keeps its precision: a raised copy of it would take the write instead. Casts to a lower
     precision, which a function makes to save time, are left out.
+
+    Args:
+        always: tensors to raise wherever they are met; they themselves are left as they are.
     """
+
+    def __init__(self, always: Sequence[Tensor] = ()) -> None:
+        """Note which tensors to raise."""
+        super().__init__()
+        self._always = {id(x) for x in always}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -36,9 +50,14 @@ class InDouble(TorchFunctionMode):
             found = func(*args, **(kwargs or {}))
             return args[0].to(found.device, copy=True) if _is_lower(found) else found
         leaves, structure = tree.flatten((args, kwargs or {}))
-        if any(map(_is_double, leaves)) and any(map(_is_lower, leaves)) and not _needs_itself(func):
+        if self._raises(func, leaves) and any(map(_is_lower, leaves)) and not _needs_itself(func):
             args, kwargs = tree.unflatten(structure, [x.double() if _is_lower(x) else x for x in leaves])
         return func(*args, **(kwargs or {}))
+
+    def _raises(self, func: Any, leaves: Sequence[Any]) -> bool:
+        if any(map(_is_double, leaves)):
+            return True
+        return func not in _ABOUT and any(id(x) in self._always for x in leaves)
 
 
 @final

@@ -197,6 +197,19 @@ def test_other_random_numbers_in_float64_are_no_lost_precision(like: bool) -> No
         assert found.worth.precision < 1e-5
 
 
+def test_hooks_of_the_accumulators_stay() -> None:
+    """As DistributedDataParallel has them; those would be lost with another precision."""
+    problem, leaves = ridge(torch.float32)
+    calls: list[int] = []
+    nodes = [leaf.view_as(leaf).grad_fn.next_functions[0][0] for leaf in leaves]
+    for node in nodes:
+        node.register_hook(lambda *_: calls.append(1))
+    diffopt.compare(problem, [], repeats=1, directions=2)
+    calls.clear()
+    problem(Reverse()).backward()
+    assert len(calls) == len(leaves)
+
+
 def test_a_problem_that_asks_for_its_precision_is_compared_in_it() -> None:
     problem, _ = ridge(torch.float32)
     wide = [torch.float64]
