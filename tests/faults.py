@@ -2846,7 +2846,7 @@ FAULTS = [
     Fault(
         "a move has not the size of what is moved",
         "diffopt/adjoint/smoothness.py",
-        "return torch.where(size > 0, size, 1) * torch.randn(",
+        "return size * torch.randn(",
         "return torch.ones_like(size) * torch.randn(",
         "smoothness",
     ),
@@ -3498,6 +3498,20 @@ FAULTS = [
         "diffopt/comparing/worth.py",
         "            leaf.data = value",
         "            leaf.data = value if raised is None else value.double()",
+        "compare_worth",
+    ),
+    Fault(
+        "every entry moves by the mean size of its leaf",
+        "diffopt/adjoint/smoothness.py",
+        "torch.where(mean > 0, mean, 1), x.abs())",
+        "torch.where(mean > 0, mean, 1), torch.where(mean > 0, mean, 1))",
+        "smoothness",
+    ),
+    Fault(
+        "an outer loss that is not defined is called rough",
+        "diffopt/comparing/worth.py",
+        "elif self.smoothness.undefined:",
+        "elif False:",
         "compare_worth",
     ),
 ]

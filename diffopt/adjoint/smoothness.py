@@ -82,7 +82,7 @@ def smoothness(value: Value, leaves: Sequence[Tensor], gradient: Sequence[Tensor
               q_k(h) = \frac{F(\theta + h u_k) - F(\theta - h u_k)}{2h},\quad s_k = \nabla F^\top u_k
 
     for ``h`` of 0.1, 0.01, 1e-3 and 1e-4, until it is below a thousandth; where it is never below a tenth, for 1e-6 and
-    1e-8 as well. A move of ``h = 1`` has the size of ``theta`` itself, leaf by leaf.
+    1e-8 as well. A move of ``h = 1`` has the size of ``theta`` itself, entry by entry.
 
     # NOTE [round-off is no agreement]
     Where round-off could have made a tenth of both numbers, they say nothing, whether they agree or not: that ``h``
@@ -140,12 +140,13 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _random_moves(leaves: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-    """Random directions in which every leaf moves by its own size; a leaf of zeros by one."""
+    """Random directions in which every entry moves by its own size, a zero by the mean of its leaf, or by one."""
     generator = torch.Generator().manual_seed(0)
 
     def one(x: Tensor) -> Tensor:
-        size = x.abs().mean()
-        return torch.where(size > 0, size, 1) * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        mean = x.abs().mean()
+        size = torch.where(x == 0, torch.where(mean > 0, mean, 1), x.abs())
+        return size * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
     return [[one(x) for x in leaves] for _ in range(count)]
 

@@ -90,6 +90,9 @@ def probe_smoothness(whole: Whole, found: Found, directions: int) -> Finding:
     if worst.cut_short:
         text += ", smaller ones lost in round-off: whether it is the derivative cannot be told"
         return Finding("smooth", "note", text, fix=_LESS_ROUND_OFF)
+    if worst.undefined:
+        text += ": the end is not defined there, or not finite"
+        return Finding("smooth", "note", text, fix="move what is at the edge of where the loss is defined")
     fix = "the end jumps; see what the outer loss makes of that, diffopt.compare(problem, [], directions=3)"
     return Finding("smooth", "note", text, fix=fix)
 

@@ -45,6 +45,8 @@ class Worth(NamedTuple):
             yield f"{text}, which agree with one another: look for a detach(), or for tensors made outside the problem"
         elif self.smoothness.cut_short and self.smoothness.error > CLOSE:
             yield f"{text}, smaller ones lost in round-off: whether it is the derivative cannot be told"
+        elif self.smoothness.undefined:
+            yield f"{text}: the outer loss is not defined there, or not finite"
         elif self.smoothness.error > WORTHLESS:
             yield f"{text}: it is chaotic or jumps, and no estimator's number says much; {CALMER}"
         else:

@@ -42,6 +42,17 @@ def test_a_move_has_the_size_of_what_is_moved() -> None:
     assert 1e-3 < float(moved[2]) < 1
 
 
+def test_an_entry_moves_by_its_own_size() -> None:
+    """Numbers of two scales under a root; one at the edge of where it is defined."""
+    x = torch.tensor([1e-4, 100.0, 0.0], dtype=torch.float64)
+    found = smoothness(lambda x: x[0][:2].sqrt().sum(), [x], [torch.tensor([50.0, 0.05, 0.0]).double()], 2)
+    assert found.error < 0.1
+    assert found.derivative is True
+    edge = smoothness(lambda x: (x[0] - 1 + 1e-7).sqrt().sum(), [ONE], [0.5 * 1e-7**-0.5 * ONE], 1)
+    assert edge.undefined
+    assert not found.undefined
+
+
 @pytest.mark.parametrize("directions", [1, 3])
 def test_a_wrong_derivative_is_told_from_a_rough_function(directions: int) -> None:
     wrong = smoothness(lambda x: x[0].pow(2).sum(), [ONE], [3 * ONE], directions)

@@ -95,9 +95,10 @@ def test_smooth_problems_have_nothing_to_beware_of(make: Any, dtype: torch.dtype
 
 
 def test_a_rate_for_every_weight_has_the_precision_of_params_that_are_made_outside() -> None:
-    rates, start = {"w": learned(torch.full((4,), 0.1), torch.float32)}, {"w": torch.ones(4)}
+    logs, start = learned(torch.full((4,), 0.1).log(), torch.float32), {"w": torch.ones(4)}
 
     def problem(estimator: Any) -> Tensor:
+        rates = {"w": logs.exp()}
         return (
             diffopt.solve(
                 lambda p: (x @ p["w"] - y).square().mean(), start, optimizer=SGD(rates), steps=6, estimator=estimator
@@ -111,7 +112,7 @@ def test_a_rate_for_every_weight_has_the_precision_of_params_that_are_made_outsi
     assert found.worth.precision is not None
     assert found.worth.precision < 1e-5
     assert found.worth.smoothness.error < 0.01
-    assert rates["w"].dtype == torch.float32
+    assert logs.dtype == torch.float32
 
 
 @pytest.mark.parametrize("exact", [Reverse(1), Reverse("sqrt"), Reverse("log"), Unrolled()])
@@ -208,6 +209,18 @@ def test_hooks_of_the_accumulators_stay() -> None:
     calls.clear()
     problem(Reverse()).backward()
     assert len(calls) == len(leaves)
+
+
+def test_an_outer_loss_that_is_not_defined_beside_its_place_is_called_that() -> None:
+    edge = learned(1.0, torch.float64)
+
+    def problem(estimator: Any) -> Tensor:
+        start = (edge - 1 + 1e-7).sqrt() * torch.ones(3, dtype=torch.float64)
+        options = {"optimizer": SGD(0.1), "steps": 3, "estimator": estimator}
+        return diffopt.solve(lambda w: w.square().sum(), start, **options).params.sum()
+
+    found = diffopt.compare(problem, [], repeats=1, directions=1)
+    assert "not defined there" in found.notes[-2]
 
 
 def test_a_problem_that_asks_for_its_precision_is_compared_in_it() -> None:
