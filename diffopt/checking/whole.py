@@ -19,6 +19,7 @@ from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.problem import Problem
 from diffopt.tensors import random_state
+from diffopt.tensors.in_double import WatchDraws
 from diffopt.tensors.leaves import Leaves
 
 PIECES = 16
@@ -38,11 +39,13 @@ class Found(NamedTuple):
         hypergradient: by place.
         adjoints: the norm of the adjoint of the params before each piece of the steps and after the last, in order.
         every: how many steps a piece has.
+        drawn: the precisions in which random numbers are drawn.
     """
 
     hypergradient: dict[Place, Tensor]
     adjoints: list[float]
     every: int
+    drawn: set[torch.dtype]
 
     @property
     def ratios(self) -> list[float]:
@@ -107,7 +110,7 @@ class Whole:
         inputs = self.inputs.put(roots)
         every = max(1, -(-layout.inner_steps // pieces))
         between = [inputs.params]
-        with torch.enable_grad(), self._taken():
+        with torch.enable_grad(), self._taken(), WatchDraws() as watch:
             for first in range(0, layout.inner_steps, every):
                 piece = replace(layout, start=layout.start + first, inner_steps=min(every, layout.inner_steps - first))
                 outcome = _EXACT.run(Problem(replace(self.dynamics, layout=piece), inputs, True))
@@ -120,7 +123,7 @@ class Whole:
         own = dict(zip(roots, found, strict=False))
         rows, count = found[len(roots) :], layout.params_count
         norms = [_norm(rows[i : i + count]) for i in range(0, len(rows), count)]
-        return Found({place: own[place] for place in self.wanted}, norms, every)
+        return Found({place: own[place] for place in self.wanted}, norms, every, watch.kinds)
 
     def _differentiated(self) -> list[Place]:
         """What is moved, and the params, whose adjoint is always looked at."""

@@ -19,6 +19,8 @@ CHECKS = ("adjoint", "smooth", "precise")
 _GROWN = 1e3
 """The growth of the adjoint from which on it is worth a note."""
 
+_LESS_ROUND_OFF = "let the loss run in float64, or take fewer steps"
+
 _SHRUNK = 1e-3
 """The share of the adjoint at the end below which what is left of it at the start does not count."""
 
@@ -65,7 +67,11 @@ def probe_smoothness(whole: Whole, found: Found, directions: int) -> Finding:
         return smoothness(lambda moved: whole.value(dict(zip(places, moved, strict=True))), leaves, slopes, directions)
 
     each = {name: of_part(places) for name, places in whole.parts.items()}
-    name, worst = max(each.items(), key=lambda pair: (pair[1].derivative is False, pair[1].error))
+    hidden = [name for name, found in each.items() if found.hidden]
+    if len(hidden) == len(each):
+        return _hidden_finding(hidden)
+    told = [pair for pair in each.items() if not pair[1].hidden]
+    name, worst = max(told, key=lambda pair: (pair[1].derivative is False, pair[1].error))
     text = f"off differences of the end by {worst} of {name}"
     if worst.derivative is False:
         raise WrongDerivativeError(
@@ -80,9 +86,21 @@ def probe_smoothness(whole: Whole, found: Found, directions: int) -> Finding:
             f"the steps are chaotic, and no estimator's number says much: {CALMER}",
         )
     if worst.error <= CLOSE:
-        return Finding("smooth", "ok", text)
+        return _hidden_finding(hidden, f"{text}; ") if hidden else Finding("smooth", "ok", text)
+    if worst.cut_short:
+        text += ", smaller ones lost in round-off: whether it is the derivative cannot be told"
+        return Finding("smooth", "note", text, fix=_LESS_ROUND_OFF)
+    if worst.undefined:
+        text += ": the end is not defined there, or not finite"
+        return Finding("smooth", "note", text, fix="move what is at the edge of where the loss is defined")
     fix = "the end jumps; see what the outer loss makes of that, diffopt.compare(problem, [], directions=3)"
     return Finding("smooth", "note", text, fix=fix)
+
+
+def _hidden_finding(parts: Sequence[str], text: str = "") -> Finding:
+    """What is said of parts whose influence on the end is too small to look at."""
+    text += f"moves of {' and '.join(parts)} change the end by less than its round-off: cannot be told"
+    return Finding("smooth", "note", text, fix=_LESS_ROUND_OFF)
 
 
 def probe_precision(whole: Whole, reference: Found | None) -> Finding:
@@ -95,6 +113,10 @@ def probe_precision(whole: Whole, reference: Found | None) -> Finding:
     kind = str(whole.inputs.params[0].dtype).removeprefix("torch.")
     if reference is None:
         return Finding("precise", "note", f"{kind}; the loss does not run in float64, to compare it with")
+    if own.drawn != reference.drawn:
+        return Finding(
+            "precise", "skipped", f"from one seed, the loss draws other random numbers in float64 than in {kind}"
+        )
     errors = {name: _error(own, reference, places) for name, places in whole.parts.items()}
     name, worst = max(errors.items(), key=lambda pair: pair[1])
     text = f"{kind}, {worst:.1e} off float64 in {name}"

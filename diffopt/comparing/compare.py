@@ -61,8 +61,8 @@ def compare(
         directions: along how many random directions the exact hypergradient is set beside differences of the outer
             loss, and once beside itself in float64; 0: not at all. ``Comparison.worth`` and the notes then say whether
             any estimator's number is worth something here. For these runs the meta-parameters are given other values,
-            and then their own again. Costs two runs of the problem per direction for each of two
-            to six step sizes (three directions, a smooth problem: 12 or 18), and one hypergradient in float64.
+            and then their own again. Costs two runs of the problem per direction for each of one
+            to six step sizes (three directions, a smooth problem: 6 to 18), and one hypergradient in float64.
 
     Returns:
         A :class:`Comparison`. Time is processor time and includes the outer loss; memory is the peak of torch's

@@ -42,6 +42,17 @@ def test_a_move_has_the_size_of_what_is_moved() -> None:
     assert 1e-3 < float(moved[2]) < 1
 
 
+def test_an_entry_moves_by_its_own_size() -> None:
+    """Numbers of two scales under a root; one at the edge of where it is defined."""
+    x = torch.tensor([1e-4, 100.0, 0.0], dtype=torch.float64)
+    found = smoothness(lambda x: x[0][:2].sqrt().sum(), [x], [torch.tensor([50.0, 0.05, 0.0]).double()], 2)
+    assert found.error < 0.1
+    assert found.derivative is True
+    edge = smoothness(lambda x: (x[0] - 1 + 1e-7).sqrt().sum(), [ONE], [0.5 * 1e-7**-0.5 * ONE], 1)
+    assert edge.undefined
+    assert not found.undefined
+
+
 @pytest.mark.parametrize("directions", [1, 3])
 def test_a_wrong_derivative_is_told_from_a_rough_function(directions: int) -> None:
     wrong = smoothness(lambda x: x[0].pow(2).sum(), [ONE], [3 * ONE], directions)
@@ -62,11 +73,40 @@ def test_noise_does_not_settle() -> None:
     assert found.errors[1e-8] > 0.9
 
 
-def test_what_round_off_can_make_is_no_error() -> None:
-    """A derivative that is all but zero beside a large value, and one that is zero."""
-    for slope in (0.0, 1e-18):
-        found = smoothness(lambda x, slope=slope: 1e3 + slope * x[0].sum(), [ONE], [slope * ONE], 3)
-        assert found.error < 0.1
+def test_what_round_off_can_make_is_neither_error_nor_agreement() -> None:
+    """A derivative that is all but zero beside a large value, right or wrong."""
+    for right in (1e-18, -1e-18, 0.0):
+        found = smoothness(lambda x: 1e3 + 1e-18 * x[0].sum(), [ONE], [(right or 1e-17) * ONE], 3)
+        assert (found.hidden, found.derivative, found.errors) == (True, None, {})
+        assert found.error > 0.5
+
+
+def test_no_influence_is_no_round_off() -> None:
+    found = smoothness(lambda x: 0 * x[0].sum() + 1e3, [ONE], [0 * ONE], 3)
+    assert found.error == 0
+    assert found.derivative is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_a_large_value_does_not_make_a_wrong_derivative_right(dtype: torch.dtype, factor: float) -> None:
+    """Half and twice the derivative are off by a half beside values of any size, until nothing can be told of it."""
+    x, verdicts = torch.ones(1, dtype=dtype), []
+    for offset in (0.0, 1e2, 1e5, 1e8, 1e15):
+        found = smoothness(lambda x, offset=offset: offset + x[0].pow(2).sum(), [x], [factor * 2 * x], 2)
+        verdicts.append(None if found.hidden else found.error)
+        assert found.hidden or found.derivative in ((True,) if factor == 1 else (False, None))
+    told = [error for error in verdicts if error is not None]
+    assert len(told) == (4 if dtype == torch.float64 else 2)
+    assert all(abs(error - (0 if factor == 1 else 0.5)) < 0.03 for error in told)
+    assert verdicts[len(told) :] == [None] * (5 - len(told))
+
+
+def test_a_move_that_is_rounded_to_none_says_nothing() -> None:
+    x = torch.ones(1)
+    found = smoothness(lambda x: x[0].pow(2).sum(), [x], [x], 1)
+    assert 1e-8 not in found.errors
+    assert found.derivative is not True
 
 
 def test_a_value_that_is_not_finite_is_no_agreement() -> None:

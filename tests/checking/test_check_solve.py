@@ -192,6 +192,63 @@ def test_an_update_that_is_cut_off_is_a_wrong_derivative() -> None:
     assert "agree with one another" in report["smooth"].measured
 
 
+def only_single(w: Tensor, weights: Tensor) -> Tensor:
+    if w.dtype != torch.float32:
+        raise TypeError("float32, please")
+    return (weights * (x.float() @ w - y.float()).square()).mean() + 0.1 * w.square().sum()
+
+
+def test_what_round_off_hides_is_neither_right_nor_wrong() -> None:
+    """In float32 alone, only large moves show above round-off."""
+    ones = learned(torch.ones(16), torch.float32)
+    right = check(only_single, numbers(4), ones, optimizer=SGD(0.1), steps=9)["smooth"]
+    assert right.outcome == "ok"
+    assert "0.1, 0.01 of the size" in right.measured
+    wrong = check(only_single, numbers(4), ones, optimizer=Cut(), steps=9)["smooth"]
+    assert wrong.outcome == "note"
+    assert "off differences of the end by 0.5, 0.5 for" in wrong.measured
+    assert "cannot be told" in wrong.measured
+    assert "float64" in wrong.fix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_params_of_which_nothing_is_left_are_no_failure(dtype: torch.dtype) -> None:
+    """Two hundred steps take ``0.2**200`` of the start to the end: zero in float32, less than round-off in float64."""
+    start, target = learned(numbers(3), dtype), learned(numbers(3).cos(), dtype)
+    report = check(lambda w, a: (w - a).square().sum(), start, target, optimizer=SGD(0.4), steps=200)
+    assert [report[name].outcome for name in SOLVE] == ["ok", "note", "ok"], report
+    assert "moves of params change the end by less than its round-off: cannot be told" in report["smooth"].measured
+    assert "of args; moves" in report["smooth"].measured
+
+
+NOISE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "randn_like": (torch.randn_like, "skipped"),
+    "rand_like": (torch.rand_like, "skipped"),
+    "randn": (lambda w: torch.randn(w.shape, dtype=w.dtype), "skipped"),
+    "rsample": (lambda w: torch.distributions.Normal(0 * w, 1 + 0 * w).rsample(), "skipped"),
+    "bernoulli": (lambda w: torch.bernoulli(torch.sigmoid(w.detach())), "skipped"),
+    "normal_": (lambda w: torch.empty_like(w).normal_(), "skipped"),
+    "in float32": (lambda w: torch.randn(w.shape), "ok"),
+    "integers": (lambda w: torch.randperm(len(w)) / len(w), "ok"),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_other_random_numbers_in_float64_are_no_lost_precision(name: str) -> None:
+    """From one seed, torch draws others in another precision."""
+    draw, outcome = NOISE[name]
+
+    def loss(w: Tensor, v: Tensor) -> Tensor:
+        return (v * (w - draw(w)).square()).sum()
+
+    for dtype, expected in ((torch.float32, outcome), (torch.float64, "ok")):
+        start, weights = torch.zeros(40, dtype=dtype), learned(torch.ones(40), dtype)
+        report = check(loss, start, weights, optimizer=SGD(0.05), steps=5, vmap=False)
+        assert report.ok
+        assert (report["smooth"].outcome, report["precise"].outcome) == ("ok", expected), report
+        assert ("other random numbers" in report["precise"].measured) == (expected == "skipped")
+
+
 def test_kinks_are_a_note() -> None:
     """Signs of ``w - a``: the end is on a lattice, and jumps where it is moved; no jump grows."""
     start, target = numbers(5000).double(), learned(numbers(5000).double().cos())

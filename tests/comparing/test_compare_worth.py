@@ -95,9 +95,10 @@ def test_smooth_problems_have_nothing_to_beware_of(make: Any, dtype: torch.dtype
 
 
 def test_a_rate_for_every_weight_has_the_precision_of_params_that_are_made_outside() -> None:
-    rates, start = {"w": learned(torch.full((4,), 0.1), torch.float32)}, {"w": torch.ones(4)}
+    logs, start = learned(torch.full((4,), 0.1).log(), torch.float32), {"w": torch.ones(4)}
 
     def problem(estimator: Any) -> Tensor:
+        rates = {"w": logs.exp()}
         return (
             diffopt.solve(
                 lambda p: (x @ p["w"] - y).square().mean(), start, optimizer=SGD(rates), steps=6, estimator=estimator
@@ -111,7 +112,7 @@ def test_a_rate_for_every_weight_has_the_precision_of_params_that_are_made_outsi
     assert found.worth.precision is not None
     assert found.worth.precision < 1e-5
     assert found.worth.smoothness.error < 0.01
-    assert rates["w"].dtype == torch.float32
+    assert logs.dtype == torch.float32
 
 
 @pytest.mark.parametrize("exact", [Reverse(1), Reverse("sqrt"), Reverse("log"), Unrolled()])
@@ -150,6 +151,76 @@ def test_what_does_not_follow_its_meta_parameters_is_noted() -> None:
     found = diffopt.compare(problem, [], repeats=1, directions=2)
     assert found.worth.smoothness.derivative is False
     assert "made outside the problem" in found.notes[-2]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_large_outer_loss_does_not_make_a_wrong_derivative_right(cut: bool) -> None:
+    lr = learned(0.1, torch.float64)
+
+    def at(offset: float) -> Problem:
+        def problem(estimator: Any) -> Tensor:
+            rate = (lr + lr.detach()) / 2 if cut else lr
+            start, options = torch.ones(4, dtype=torch.float64), {"optimizer": SGD(rate), "steps": 3}
+            solution = diffopt.solve(
+                lambda w: (x.double() @ w - y.double()).square().mean(), start, **options, estimator=estimator
+            )
+            return (x.double() @ solution.params - y.double()).square().mean() + offset
+
+        return problem
+
+    for offset in (0.0, 1e2, 1e5, 1e8):
+        found = diffopt.compare(at(offset), [], repeats=1, directions=2)
+        assert found.worth.smoothness.derivative is not cut
+        assert abs(found.worth.smoothness.error - cut / 2) < 0.02
+    hidden = diffopt.compare(at(1e12), [], repeats=1, directions=2)
+    assert hidden.worth.smoothness.derivative is None
+    assert "cannot be told" in hidden.notes[-2]
+
+
+@pytest.mark.parametrize("like", [True, False])
+def test_other_random_numbers_in_float64_are_no_lost_precision(like: bool) -> None:
+    weights = learned(torch.ones(40), torch.float32)
+
+    def loss(w: Tensor, v: Tensor) -> Tensor:
+        return (v * (w - (torch.randn_like(w) if like else torch.randn(w.shape))).square()).sum()
+
+    def problem(estimator: Any) -> Tensor:
+        torch.manual_seed(0)
+        options = {"optimizer": SGD(0.05), "steps": 5, "estimator": estimator}
+        return diffopt.solve(loss, torch.zeros(40), weights, **options).params.square().sum()
+
+    found = diffopt.compare(problem, [], repeats=1, directions=2)
+    assert found.worth.smoothness.error < 0.1
+    assert found.worth.drawn is like
+    assert ("draws other random numbers in float64 than in float32" in found.notes[-1]) is like
+    assert (found.worth.precision is None) is like
+    if not like:
+        assert found.worth.precision < 1e-5
+
+
+def test_hooks_of_the_accumulators_stay() -> None:
+    """As DistributedDataParallel has them; those would be lost with another precision."""
+    problem, leaves = ridge(torch.float32)
+    calls: list[int] = []
+    nodes = [leaf.view_as(leaf).grad_fn.next_functions[0][0] for leaf in leaves]
+    for node in nodes:
+        node.register_hook(lambda *_: calls.append(1))
+    diffopt.compare(problem, [], repeats=1, directions=2)
+    calls.clear()
+    problem(Reverse()).backward()
+    assert len(calls) == len(leaves)
+
+
+def test_an_outer_loss_that_is_not_defined_beside_its_place_is_called_that() -> None:
+    edge = learned(1.0, torch.float64)
+
+    def problem(estimator: Any) -> Tensor:
+        start = (edge - 1 + 1e-7).sqrt() * torch.ones(3, dtype=torch.float64)
+        options = {"optimizer": SGD(0.1), "steps": 3, "estimator": estimator}
+        return diffopt.solve(lambda w: w.square().sum(), start, **options).params.sum()
+
+    found = diffopt.compare(problem, [], repeats=1, directions=1)
+    assert "not defined there" in found.notes[-2]
 
 
 def test_a_problem_that_asks_for_its_precision_is_compared_in_it() -> None:
