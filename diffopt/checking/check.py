@@ -70,7 +70,7 @@ def check(
     its gradient with the defaults, and finds what only a second opinion can: a second derivative that torch gets
     wrong (``weight_norm``), or that a ``detach`` or a function with a backward of its own cuts off. With ``optimizer``
     and ``steps``: two exact hypergradients more, one of them in float64, and for each of the three kinds of what is
-    learned 12 to 18 times the steps alone (36 where that is rough; ``2 * directions`` for each size of the moves).
+    learned 6 to 18 times the steps alone (36 where that is rough; ``2 * directions`` for each size of the moves).
 
     Nothing of the caller's is changed: the loss gets copies, cut off from their history, and torch's generators are
     left as they were. Only what a loss holds by itself it can change (running statistics, a generator of its own), at

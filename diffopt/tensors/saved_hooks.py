@@ -228,8 +228,8 @@ def _recomputation_error(what: str) -> RecomputationError:
     return RecomputationError(
         f"a checkpoint in the inner loss reads {what} in the backward pass only",
         "what its forward pass read",
-        "functional_call has ended by then. Pass the weights to it, checkpoint(f, weights, x, use_reentrant=False), or "
-        "leave it out for diffopt.functional(module, checkpoint=blocks) or Reverse('sqrt')",
+        "functional_call is over by then. Pass the weights to it, checkpoint(f, weights, x, use_reentrant=False), or "
+        "take diffopt.functional(module, checkpoint=blocks) or Reverse('sqrt')",
     )
 
 

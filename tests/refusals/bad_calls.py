@@ -66,7 +66,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "implicit_no_step": (
         lambda: solve(estimator=Implicit(), steps=0),
         diffopt.StepsError,
-        "no step, expected one whose",
+        "no step, expected at least one",
     ),
     "steps_huge": (lambda: solve(steps=10**20), diffopt.StepsError, r"expected an integer >= 0 \(and below 2\*\*31"),
     "steps_numpy": (
