@@ -24,7 +24,7 @@ from diffopt.distributed import agreement, groups
 from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
-from diffopt.tensors import autograd_graph
+from diffopt.tensors import autograd_graph, transforms
 from diffopt.tensors.spread import is_spread
 
 _FIX = (
@@ -166,13 +166,16 @@ def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> No
         )
 
 
-def largest(size: int, graph: Sequence[Any], device: torch.device) -> int:
-    """The size of a step's graph on the rank where it is largest, if ranks share the step.
+def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
+    """A number of bytes on the rank where it is largest, if ranks share a step, given by its graph and its params.
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
-    for group in {node.group: None for node in graph if type(node) in COLLECTIVES}:
-        size = int(groups.largest(size, group, device))
+    sharing = {node.group: None for node in graph if type(node) in COLLECTIVES}
+    for mesh in [x.device_mesh for x in map(transforms.unwrapped, params) if is_spread(x)]:
+        sharing |= dict.fromkeys(mesh.get_all_groups())
+    for group in sharing:
+        size = int(groups.largest(size, group, params[0].device))
     return size
 
 

@@ -14,6 +14,11 @@ def is_spread(tensor: Tensor) -> bool:
     return type(transforms.unwrapped(tensor)).__name__ == "DTensor"
 
 
+def nbytes(tensor: Any) -> int:
+    """The bytes of a tensor on this rank."""
+    return int((tensor.to_local() if is_spread(tensor) else tensor).nbytes)
+
+
 def gathered(tensor: Any) -> Tensor:
     """A tensor as all ranks have it, however it is spread: the same numbers on each."""
     whole: Tensor = tensor.full_tensor() if is_spread(tensor) else tensor

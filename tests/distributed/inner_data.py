@@ -333,6 +333,38 @@ def check_unequal_data_goes_the_same_way_on_all_ranks() -> None:
         same(found[:1], found[1:])
 
 
+def check_own_weights_of_other_sizes_leave_as_many_slots() -> None:
+    """What is wanted beside the states is each rank's own, too; and ranks refuse together."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    counts = [20 + 380 * (r == 1) for r in range(world)]
+    x, weights = numbers(counts[rank], 3, seed=rank), torch.ones(counts[rank], dtype=torch.float64)
+    for memory, fits in ((60_000, True), (20_000, False)):
+
+        def slots(memory: int = memory) -> int | None:
+            own = weights.clone().requires_grad_()
+            solution = diffopt.solve(
+                lambda w, own, x: summed((own * (x @ copied(w) - 1).square()).sum() / sum(counts)),
+                numbers(3, seed=7),
+                own,
+                x,
+                optimizer=diffopt.SGD(0.1),
+                steps=40,
+                estimator=Reverse(memory=memory),
+            )
+            assert torch.autograd.grad(solution.params.pow(3).sum(), own)[0].isfinite().all()
+            return solution.kept.slots
+
+        if fits:
+            found = slots()
+            assert found is not None
+            every: list[Any] = [None] * world
+            distributed.all_gather_object(every, found)
+            assert set(every) == {found}
+        else:
+            with pytest.raises(diffopt.HyperparameterError, match="memory is 20000 bytes"):
+                slots()
+
+
 def check_micro_batches() -> None:
     problem = Problem()
 

@@ -118,6 +118,31 @@ def check_slow_hypergradients_of_every_rule() -> None:
             same(gradients(Layout(params, data), optimizer), expected, (optimizer, place))
 
 
+def check_graphs_are_measured() -> None:
+    """A graph of DTensors takes the memory of what this rank holds."""
+    start = 0.1 * numbers(4, 1000, seed=1)
+
+    def kept(placements: Any) -> tuple[int, int | None]:
+        found = []
+        for rule in (Reverse(), Reverse(memory="800kB")):
+            w = Layout(placements).spread(start, placements).requires_grad_()
+            solution = diffopt.solve(
+                lambda w: w.sin().pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=20, estimator=rule
+            )
+            found.append(solution.kept)
+        return found[0].bytes, found[1].slots
+
+    nbytes, slots = kept(None)
+    whole_bytes, whole_slots = kept(WHOLE)
+    assert 0.9 < whole_bytes / nbytes < 1.2
+    assert whole_slots == slots
+    assert slots is not None
+    assert slots < 19
+    rows_bytes, rows_slots = kept(ROWS)
+    assert 0.4 < rows_bytes / nbytes * distributed.get_world_size() / 2 < 0.6
+    assert rows_slots == 19
+
+
 def check_plain_numbers_beside_sharded_params() -> None:
     """A learning rate and a penalty need not be DTensors."""
     expected = gradients(Layout(), sgd)
