@@ -93,7 +93,7 @@ class FirstStep:
             return
         self._done = True
         used = [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
-        found = [g.detach() for g in grads if g is not None]
+        found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
         if not used or any(map(is_spread, (*params, losses))):
             return
         for group in used:
@@ -200,10 +200,9 @@ def _twice(name: str, group: Any) -> RanksError:
 def _other_gradients(apart: float, group: Any) -> RanksError:
     ranks = torch.distributed.get_world_size(group)
     return RanksError(
-        f"the {ranks} ranks hold the same params and get the same inner loss, but gradients that differ by "
-        f"{apart:.0%}: the loss is summed over ranks, and its gradient is not",
+        f"the {ranks} ranks hold the same params and get the same inner loss, but gradients that differ by {apart:.0%}",
         "the same gradient on all ranks",
-        _FIX,
+        f"{_FIX}; if params are shards, check=False",
     )
 
 
@@ -222,6 +221,9 @@ _OWN = {f"{name}Backward" for name in ("_AllReduce", "_AllGather", "_AllGatherBa
 
 
 def _sums_a_scalar(losses: Tensor) -> bool:
-    """Whether what is summed over ranks is one number (of each task)."""
+    """Whether all that is summed over ranks is one number (of each task).
+
+    (A penalty of params that are shards is, too, beside a sum of predictions, which is not.)
+    """
     nodes = [node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)]
-    return any(size == losses.numel() for node in nodes for size in node.sizes)
+    return bool(nodes) and all(size == losses.numel() for node in nodes for size in node.sizes)

@@ -13,8 +13,8 @@ from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.loop import take_step
-from diffopt.rollout.record import Counts, Rollout, Watch
 from diffopt.rollout.ranks import largest
+from diffopt.rollout.record import Counts, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain, graph_bytes
 from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves

@@ -529,6 +529,61 @@ def check_right_programs_are_not_refused() -> None:
     assert naive.isfinite().all()  # what is not checked is not refused
 
 
+def check_shards_of_other_sizes() -> None:
+    """Features over ranks: params that are shards, of other shapes on each rank, or other numbers of them."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    sizes = [3 if r == 0 else 2 for r in range(world)]
+    first = sum(sizes[:rank])
+    mine, x, start = slice(first, first + sizes[rank]), numbers(6, sum(sizes), seed=61), numbers(sum(sizes), seed=62)
+
+    def shards(w: Tensor, x: Tensor) -> Tensor:
+        return (summed(x @ w) - 1).square().add(1).log().mean()
+
+    found = gradient_of(shards, start[mine], x[:, mine])
+    same([found], [gradient_of(local, start, x)[mine]])
+    parts = start[mine].split(2)  # two leaves on the first rank, one on the others
+    leaves = [p.clone().requires_grad_() for p in parts]
+    solution = diffopt.solve(
+        lambda ps, x: shards(torch.cat(ps), x), leaves, x[:, mine], optimizer=diffopt.SGD(0.1), steps=3
+    )
+    same(torch.autograd.grad(torch.cat(solution.params).pow(3).sum(), leaves), found.split(2))
+    with pytest.raises(diffopt.RanksError, match="copied was given 1 tensor") as refused:
+        gradient_of(lambda w, x: shards(copied(w), x), start[mine], x[:, mine])
+    assert len(str(refused.value)) < 300
+
+
+def check_shards_that_start_equal_may_have_a_penalty() -> None:
+    """The sum of squares of all shards is one number, and their gradients differ all the same."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    x = numbers(6, 2 * world, seed=61)
+    mine = slice(2 * rank, 2 * rank + 2)
+
+    def shards(w: Tensor, x: Tensor) -> Tensor:
+        return (summed(x @ w) - 1).square().mean() + 0.3 * summed(w.square().sum())
+
+    def whole(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w - 1).square().mean() + 0.3 * w.square().sum()
+
+    for number in (0.0, 1.0):
+        start = torch.full((2 * world,), number, dtype=torch.float64)
+        same([gradient_of(shards, start[mine], x[:, mine])], [gradient_of(whole, start, x)[mine]])
+    with pytest.raises(diffopt.RanksError, match=r"if params are shards, check=False") as refused:  # of one example
+        gradient_of(shards, torch.zeros(2, dtype=torch.float64), x[:1, mine])
+    assert len(str(refused.value)) < 300
+
+
+def check_losses_that_do_not_depend_on_params_are_refused() -> None:
+    data = numbers(6, 3, seed=60 + distributed.get_rank())
+    for rule in (Reverse(), Unrolled()):
+        with pytest.raises(diffopt.DisconnectedError):
+            gradient_of(
+                lambda w, x: summed(x.square().sum()) + 0 * x.sum().requires_grad_(),
+                numbers(3, seed=7),
+                data,
+                estimator=rule,
+            )
+
+
 def check_what_the_pair_refuses() -> None:
     with pytest.raises(diffopt.LeafError, match="summed was given float"):
         summed(3.0)
