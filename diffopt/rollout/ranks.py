@@ -24,8 +24,11 @@ from diffopt.distributed import agreement, groups
 from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
+from diffopt.rollout.field import entries_behind
 from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import is_spread
+from diffopt.tensors.tasks import Tasks
 
 _FIX = (
     "write summed(local_loss(copied(params), batch)), both of diffopt.distributed, with copied() around all that the "
@@ -48,6 +51,7 @@ class FirstStep:
         self._before = {group: groups.collectives_so_far(group) for group in known}
         self._done = self._updated = self.evaluates = False
         self.copied_to: list[groups.Group] = []
+        self._pulled: list[Tensor] = []
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -63,13 +67,15 @@ class FirstStep:
             self.evaluates = False
 
     @contextmanager
-    def differentiating(self, losses: Tensor) -> Iterator[None]:
+    def differentiating(self, losses: Tensor, params: Sequence[Tensor]) -> Iterator[None]:
         """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
         if self._done:
             yield
             return
         if is_spread(losses):
             refuse_wrong_means(losses)
+        elif self._used():
+            self._pulled = _pulled_through_field(losses, params)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             yield
@@ -92,7 +98,7 @@ class FirstStep:
         if self._done:
             return
         self._done = True
-        used = [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
+        used = self._used()
         found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
         if not used or any(map(is_spread, (*params, losses))):
             return
@@ -105,8 +111,17 @@ class FirstStep:
             if not agreement.agree(params, group):
                 continue
             apart = max(agreement.deviations(found, group))
-            if apart > agreement.tolerance(found) and _sums_a_scalar(losses):
+            alike = apart <= agreement.tolerance(found)
+            if not alike and _sums_a_scalar(losses):
                 raise _other_gradients(apart, group)
+            if alike and self._pulled:  # (of shards the fields differ)
+                apart = max(agreement.deviations(self._pulled, group))
+                if apart > agreement.tolerance(self._pulled):
+                    raise _other_gradients(apart, group, "vector field, but Jacobians")
+
+    def _used(self) -> list[groups.Group]:
+        """The groups that have communicated since."""
+        return [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
 
     def compares_update(self) -> bool:
         """Whether the next update is the one to be compared, which it is once."""
@@ -197,10 +212,27 @@ def _twice(name: str, group: Any) -> RanksError:
     )
 
 
-def _other_gradients(apart: float, group: Any) -> RanksError:
+def _pulled_through_field(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """What the first field's Jacobian, transposed, makes of a direction that all ranks know; nothing without a field.
+
+    The field itself, which is used where a gradient is, can be the same on all ranks and its derivative each rank's
+    own.
+    """
+    entries = [x for x in entries_behind(losses) if x.requires_grad]
+    if not entries:
+        return []
+    directions = Tasks(0).start(Leaves(entries))
+    try:
+        found = torch.autograd.grad(entries, params, list(directions), retain_graph=True, allow_unused=True)
+    except RuntimeError:  # a field without a derivative, of which whoever needs it says more
+        return []
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, params, strict=True)]
+
+
+def _other_gradients(apart: float, group: Any, what: str = "inner loss, but gradients") -> RanksError:
     ranks = torch.distributed.get_world_size(group)
     return RanksError(
-        f"the {ranks} ranks hold the same params and get the same inner loss, but gradients that differ by {apart:.0%}",
+        f"the {ranks} ranks hold the same params and get the same {what} that differ by {apart:.0%}",
         "the same gradient on all ranks",
         f"{_FIX}; if params are shards, check=False",
     )

@@ -84,7 +84,7 @@ def roll_out_recorded(
                 if ranks is None or step > 1:
                     grads = derivatives.gradient(loss, params, differentiable=recorded)
                 else:
-                    with ranks.differentiating(loss):
+                    with ranks.differentiating(loss, params):
                         grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if ranks is not None and step == 1:
                     ranks.refuse(loss, grads, params)

@@ -447,6 +447,36 @@ def check_naive_collectives_are_refused() -> None:
                 assert "summed(local_loss(copied(params), batch))" in said
 
 
+def check_fields_that_are_not_copied_are_refused() -> None:
+    """Their value is the same on all ranks, as it should be; their derivative is each rank's own."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    data = [numbers(4, 3, seed=60 + r) for r in range(world)]
+
+    def terms(w: Tensor, x: Tensor) -> Tensor:
+        return x.t() @ (x @ w).sin() + w
+
+    def right(w: Tensor, x: Tensor) -> Tensor:
+        return summed(terms(copied(w), x)) + 0.1 * w
+
+    def wrong(w: Tensor, x: Tensor) -> Tensor:
+        return summed(terms(w, x)) + 0.1 * w
+
+    def whole(w: Tensor, x: Tensor) -> Tensor:
+        return sum((terms(w, x) for x in data), 0.1 * w)
+
+    for start in (numbers(3, seed=7), torch.zeros(3, dtype=torch.float64)):
+        for rule in (Reverse(), Reverse(1), Unrolled()):
+            with pytest.raises(diffopt.RanksError, match="get the same vector field, but Jacobians") as refused:
+                gradient_of(diffopt.VectorField(wrong), start, data[rank], estimator=rule)
+            assert len(str(refused.value)) < 300
+            found = [
+                gradient_of(diffopt.VectorField(field), start, data[rank], estimator=rule) for field in (right, whole)
+            ]
+            same(found[:1], found[1:])
+    cut = gradient_of(diffopt.VectorField(lambda w, x: right(w, x).detach() + 0 * w), numbers(3, seed=7), data[rank])
+    assert cut.isfinite().all()
+
+
 def check_replicas_that_differ_are_refused() -> None:
     rank = distributed.get_rank()
     data = numbers(6, 3, seed=60 + rank)
