@@ -115,17 +115,41 @@ def roll_out_recorded(
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
     if ranks is not None and ranks.copied_to:
-        now = Leaves([_alike(x, ranks.copied_to) for x in now])
+        found = _watched([*now, *along], ranks.copied_to)
+        now, along = Leaves(found[: len(now)]), found[len(now) :]
     return now, tuple(along), enough
 
 
-def _alike(tensor: Tensor, copied_to: Sequence[Any]) -> Tensor:
-    """An alias whose gradient is refused if it differs between the ranks that share a solve."""
-    if not (torch.is_grad_enabled() and tensor.requires_grad):
-        return tensor
-    alias = tensor.view_as(tensor)
-    alias.register_hook(lambda gradient: refuse_other_cotangents(copied_to, [gradient]))  # type: ignore[no-untyped-call]
-    return alias
+def _watched(tensors: Sequence[Tensor], copied_to: Sequence[Any]) -> list[Tensor]:
+    """Aliases whose gradients are refused if they differ between the ranks that share a solve."""
+    found = list(tensors)
+    places = [i for i, x in enumerate(tensors) if torch.is_grad_enabled() and x.requires_grad]
+    if places:
+        aliases = transforms.apply(_Watched, copied_to, *(tensors[i] for i in places))
+        for i, x in zip(places, aliases, strict=True):
+            found[i] = x
+    return found
+
+
+class _Watched(torch.autograd.Function):
+    """``(groups, x, ...) -> (x, ...)``: one node for all, so that all ranks compare, whatever their outer losses use."""
+
+    @staticmethod
+    def forward(copied_to: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([x.view_as(x) for x in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.copied_to = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_other_cotangents(ctx.copied_to, cotangents)
+        return None, *cotangents
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tuple([x.view_as(x) for x in tangents[1:]])
 
 
 def _observed(dynamics: Dynamics, params: Leaves, read: Leaves, levels: range) -> Sequence[Tensor]:

@@ -525,6 +525,34 @@ def check_outer_losses_that_differ_are_refused() -> None:
         same([whole], [expected])
 
 
+def check_outer_losses_of_other_results_are_refused() -> None:
+    """Of other leaves, which is to make no rank wait in vain, and of what is handed out along the way."""
+    problem = Problem()
+    rank = problem.rank
+    outers: dict[str, Any] = {
+        "a leaf": lambda s: s.params["w"].sum() + (s.params["b"].sum() if rank == 0 else 0),
+        "other leaves": lambda s: s.params["w"].sum() if rank == 0 else s.params["b"].sum(),
+        "losses": lambda s: s.losses.sum() * (1 + rank),
+        "losses of one rank": lambda s: s.losses.sum() if rank == 0 else s.params["w"].sum(),
+        "observed": lambda s: s.observed.sum() * (1 + rank),
+    }
+    for name, of_all in outers.items():
+        for rule in (Reverse(), Unrolled()):
+            penalty = problem.penalty.clone().requires_grad_()
+            args = problem.weights[problem.own], penalty, problem.x[problem.own], problem.y[problem.own]
+            options: dict[str, Any] = {"observe": lambda p, *_: p["w"].square().sum()}
+            solution = diffopt.solve(
+                problem.spread, problem.start, *args, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule, **options
+            )
+            try:
+                torch.autograd.grad(of_all(solution), penalty)
+            except diffopt.RanksError as error:
+                said = str(error)
+            else:
+                said = f"{name} was not refused, by {rule}"
+            assert "the gradients of their outer losses" in said, said
+
+
 def check_right_programs_are_not_refused() -> None:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     data, start = numbers(6, 3, seed=60 + rank), numbers(3, seed=7)
