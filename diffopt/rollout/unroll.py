@@ -132,7 +132,7 @@ def _watched(tensors: Sequence[Tensor], copied_to: Sequence[Any]) -> list[Tensor
 
 
 class _Watched(torch.autograd.Function):
-    """``(groups, x, ...) -> (x, ...)``: one node for all, so that all ranks compare, whatever their outer losses use."""
+    """``(groups, x, ...) -> (x, ...)``: one node for all, so that all ranks compare, whatever an outer loss uses."""
 
     @staticmethod
     def forward(copied_to: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:

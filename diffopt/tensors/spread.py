@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffopt.tensors import transforms
@@ -23,3 +24,20 @@ def gathered(tensor: Any) -> Tensor:
     """A tensor as all ranks have it, however it is spread: the same numbers on each."""
     whole: Tensor = tensor.full_tensor() if is_spread(tensor) else tensor
     return whole
+
+
+def largest_modulus(tensor: Any) -> Tensor:
+    """The largest modulus of an entry, on all ranks that a tensor is spread over.
+
+    (torch flattens no tensor whose parts are of different sizes, and takes no maximum of a part without entries.)
+    """
+    if not is_spread(tensor):
+        found: Tensor = tensor.abs().amax()
+        return found
+    if any(x.is_partial() for x in tensor.placements):
+        return gathered(tensor).abs().amax()
+    own = tensor.to_local().abs()
+    largest = own.amax() if own.numel() else own.new_zeros(())
+    for group in tensor.device_mesh.get_all_groups():
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    return largest

@@ -192,6 +192,33 @@ def check_slow_implicit() -> None:
             same(found(Layout(params, data), solver), expected, (solver, place))
 
 
+def check_uneven_shards() -> None:
+    """Three rows on any number of ranks: some hold more than others, and some none."""
+    rows, x, y = 0.5 * numbers(3, 2, seed=1), numbers(8, 2, seed=4), numbers(8, 3, seed=5)
+
+    def bowl(w: Tensor, penalty: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return (x @ w.t() - y).square().sum() / 24 + penalty.exp() * (w - 0.3).square().sum()
+
+    def found(at: Layout, rule: Any, tol: float) -> list[Tensor]:
+        w, penalty = at.spread(rows, at.params), at.shared(torch.tensor(0.0, dtype=torch.float64)).requires_grad_()
+        data = at.spread(x, at.data), at.spread(y, at.data)
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.3), "steps": 100, "estimator": rule, "tol": tol}
+        solution = diffopt.solve(bowl, w, penalty, *data, **options)
+        results = [solution.params]
+        if isinstance(rule, Implicit):
+            results.append(diffopt.implicit(bowl, solution.params.detach(), penalty, *data))
+        return [
+            *(full(torch.autograd.grad(p.pow(3).sum(), penalty)[0]) for p in results),
+            solution.steps * x.new_ones(()),
+        ]
+
+    for rule in (Reverse(), Unrolled(), *map(Implicit, (ConjugateGradient(), GMRES(max_iterations=9), Dense()))):
+        tol = 1e-12 if isinstance(rule, Implicit) else 1e-4
+        expected = found(Layout(), rule, tol)
+        assert expected[-1] < 100
+        same(found(Layout(ROWS, WHOLE), rule, tol), expected, rule)
+
+
 def check_what_is_refused() -> None:
     for rule in (Binomial(order=1), Krylov(order=1)):
         with pytest.raises(diffopt.DeviceError, match="a DTensor and an ordinary tensor"):
