@@ -52,6 +52,7 @@ class FirstStep:
         self._done = self._updated = self.evaluates = False
         self.copied_to: list[groups.Group] = []
         self._pulled: list[Tensor] = []
+        self._sums = True
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -99,6 +100,7 @@ class FirstStep:
             return
         self._done = True
         used = self._used()
+        self._sums = any([is_summed(node) for node in autograd_graph.nodes([losses.grad_fn])])
         found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
         if not used or any(map(is_spread, (*params, losses))):
             return
@@ -136,7 +138,9 @@ class FirstStep:
                 raise RanksError(
                     f"the first update leads the ranks to states that differ by {apart:.1e} of their norm",
                     "one state on all ranks",
-                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State",
+                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State"
+                    if self._sums
+                    else "of tasks of each rank, copy what they share outside: solve(loss, params, copied(penalty))",
                 )
 
 

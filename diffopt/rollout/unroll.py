@@ -23,6 +23,7 @@ from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
+from diffopt.tensors.spread import placed_alike
 from diffopt.tensors.torch_errors import changed_in_place
 
 
@@ -110,7 +111,7 @@ def roll_out_recorded(
         if stop.told(layout.first_update(step) + layout.length(step) - 1, transforms.plain(loss)):
             break
     axis = len(layout.levels)
-    along = [torch.stack(table, dim=axis) for table in zip(*rows, strict=True)]
+    along = [torch.stack(placed_alike(table), dim=axis) for table in zip(*rows, strict=True)]
     along = along or nothing or [now[0].new_empty(*layout.tasks_shape, 0)]
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))

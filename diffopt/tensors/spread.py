@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,3 +42,12 @@ def largest_modulus(tensor: Any) -> Tensor:
     for group in tensor.device_mesh.get_all_groups():
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
     return largest
+
+
+def placed_alike(tensors: Sequence[Any]) -> Sequence[Any]:
+    """Tensors that can be stacked: those of one mesh that are spread in different ways are held by all ranks."""
+    if not is_spread(tensors[0]) or all([x.placements == tensors[0].placements for x in tensors]):
+        return tensors
+    from torch.distributed.tensor import Replicate
+
+    return [x.redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim) for x in tensors]

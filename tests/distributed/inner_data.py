@@ -502,6 +502,25 @@ def check_optimizers_that_differ_are_refused() -> None:
                 )
 
 
+def check_what_tasks_share_is_copied_outside_of_the_loss() -> None:
+    problem = Problem()
+
+    def gradient(loss: Any, outside: Any, own: slice) -> Tensor:
+        penalty = problem.penalty.clone().requires_grad_()
+        given = outside(penalty), problem.x[own], problem.y[own]
+        solution = diffopt.solve(loss, problem.start, *given, optimizer=diffopt.SGD(0.05), steps=3)
+        return torch.autograd.grad(outer(solution.params), penalty)[0]
+
+    def of_task(p: Any, penalty: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return penalty.exp() * (x @ p["w"] + p["b"] - y).square().add(1).log().mean()
+
+    every = [gradient(of_task, lambda x: x, slice(PER_RANK * r, PER_RANK * (r + 1))) for r in range(problem.world)]
+    same([gradient(of_task, copied, problem.own)], [sum(every)])
+    with pytest.raises(diffopt.RanksError, match=r"solve\(loss, params, copied\(penalty\)\)") as refused:
+        gradient(lambda p, penalty, x, y: of_task(p, copied(penalty), x, y), lambda x: x, problem.own)
+    assert len(str(refused.value)) < 300
+
+
 def check_outer_losses_that_differ_are_refused() -> None:
     data = numbers(6, 3, seed=60 + distributed.get_rank())
     held_out, world = numbers(6, 3, seed=80 + distributed.get_rank()), distributed.get_world_size()

@@ -219,6 +219,26 @@ def check_uneven_shards() -> None:
         same(found(Layout(ROWS, WHOLE), rule, tol), expected, rule)
 
 
+def check_a_row_that_one_rank_holds() -> None:
+    """Losses come out spread in other ways from step to step."""
+    w, v, x = 0.5 * numbers(1, 4, seed=1), numbers(1, seed=3), numbers(6, 4, seed=2)
+
+    def loss(p: Any, penalty: Tensor, x: Tensor) -> Tensor:
+        return ((x @ p["w"].t()).tanh() @ p["v"]).square().mean() + penalty * sum(q.pow(4).sum() for q in p.values())
+
+    def found(at: Layout, rule: Any) -> list[Tensor]:
+        params = {"w": at.spread(w, at.params).requires_grad_(), "v": at.spread(v, at.params).requires_grad_()}
+        penalty = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        solution = diffopt.solve(loss, params, penalty, at.spread(x, at.data), **options)
+        outer = full(solution.losses).square().sum() + sum(full(p).pow(3).sum() for p in solution.params.values())
+        return [full(g) for g in torch.autograd.grad(outer, [*params.values(), penalty])]
+
+    expected = found(Layout(), Reverse())
+    for rule in (Unrolled(), Reverse(), Reverse(1)):
+        same(found(Layout(ROWS, WHOLE), rule), expected, rule)
+
+
 def check_what_is_refused() -> None:
     for rule in (Binomial(order=1), Krylov(order=1)):
         with pytest.raises(diffopt.DeviceError, match="a DTensor and an ordinary tensor"):
