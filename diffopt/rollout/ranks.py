@@ -7,7 +7,8 @@
     is the same on all of them. (If each has a loss of its own, with statistics of all data in it, that is right.)
 (c) ``summed`` without ``copied``. Ranks that hold the same params and get the same loss need the same gradient. Losses
     that differ are each rank's own (tasks over ranks), params that differ are shards, as may be params that start equal
-    and are summed in the midst of a model: nothing is said of these.
+    and are summed in the midst of a model: nothing is said of these. The value of a vector field is the same on all
+    ranks with or without ``copied``, so that a product with its Jacobian is compared as well.
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
     sharing = {node.group: None for node in graph if type(node) in COLLECTIVES}
-    for mesh in [x.device_mesh for x in map(transforms.unwrapped, params) if is_spread(x)]:
+    spread: list[Any] = [x for x in map(transforms.unwrapped, params) if is_spread(x)]
+    for mesh in [x.device_mesh for x in spread]:
         sharing |= dict.fromkeys(mesh.get_all_groups())
     for group in sharing:
         size = int(groups.largest(size, group, params[0].device))

@@ -38,16 +38,16 @@ def largest_modulus(tensor: Any) -> Tensor:
     if any(x.is_partial() for x in tensor.placements):
         return gathered(tensor).abs().amax()
     own = tensor.to_local().abs()
-    largest = own.amax() if own.numel() else own.new_zeros(())
+    largest: Tensor = own.amax() if own.numel() else own.new_zeros(())
     for group in tensor.device_mesh.get_all_groups():
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
     return largest
 
 
-def placed_alike(tensors: Sequence[Any]) -> Sequence[Any]:
+def placed_alike(tensors: Sequence[Any]) -> list[Tensor]:
     """Tensors that can be stacked: those of one mesh that are spread in different ways are held by all ranks."""
     if not is_spread(tensors[0]) or all([x.placements == tensors[0].placements for x in tensors]):
-        return tensors
+        return list(tensors)
     from torch.distributed.tensor import Replicate
 
     return [x.redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim) for x in tensors]

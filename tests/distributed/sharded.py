@@ -243,6 +243,8 @@ def check_what_is_refused() -> None:
     for rule in (Binomial(order=1), Krylov(order=1)):
         with pytest.raises(diffopt.DeviceError, match="a DTensor and an ordinary tensor"):
             gradients(Layout(ROWS, WHOLE), sgd, estimator=rule)
+    with pytest.raises(diffopt.EstimatorError, match="a leaf of the state that is a DTensor"):
+        gradients(Layout(ROWS, WHOLE), sgd, estimator=Reverse(1, offload="disk"))
     for function in (diffopt.distributed.copied, diffopt.distributed.summed):
         with pytest.raises(diffopt.LeafError, match="a DTensor"):
             function(Layout(ROWS).spread(numbers(4, seed=1), ROWS))
