@@ -79,7 +79,7 @@ class ParallelCurvature:
             self._kept = self._record(every)
             nodes = autograd_graph.nodes(self._kept.nodes())
             size = autograd_graph.saved_bytes(nodes, self._trajectory.inputs.read)
-            self._again = largest(size, nodes, vectors[0].device) <= GRAPH_BUDGET
+            self._again = largest(size, nodes, vectors) <= GRAPH_BUDGET
         before = steps.start - every.start
         padded = vectors.map(lambda leaf: _between_zeros(leaf, before, len(every)))
         product = self._pull(self._kept, every, padded, direct, retain=self._again)

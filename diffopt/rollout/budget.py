@@ -8,9 +8,11 @@ from typing import Any
 
 from diffopt.errors import HyperparameterError
 from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.ranks import largest
 from diffopt.rollout.step_graph import Block, graph_bytes
 from diffopt.tensors import autograd_graph
 from diffopt.tensors.plain_numbers import is_integer, plain
+from diffopt.tensors.spread import nbytes
 from diffopt.tensors.tree import describe
 
 _UNITS = {"B": 1, **{f"{name}B": 1000**i for i, name in enumerate("KMGT", 1)}}
@@ -48,11 +50,13 @@ def slots_within(memory: int, block: Block, inputs: Inputs, wanted: Collection[P
     Raises:
         HyperparameterError: not even ``least`` fit.
     """
-    state = sum([leaf.nbytes for leaf in block.before])
-    params = sum([leaf.nbytes for leaf in inputs.params])
-    direct = sum([inputs.at(place).nbytes for place in wanted])
-    graph = graph_bytes(autograd_graph.nodes(block.last_nodes), inputs)
-    besides = 5 * state + 2 * graph + 2 * params + 2 * direct
+    nodes = autograd_graph.nodes(block.last_nodes)
+    state = largest(sum(map(nbytes, block.before)), nodes, inputs.params)
+    direct = sum([nbytes(inputs.at(place)) for place in wanted])
+    graph = graph_bytes(nodes, inputs)
+    # (what a rank holds for itself may be larger on another, and all must store as many)
+    given = largest(sum(map(nbytes, inputs.params)) + direct, nodes, inputs.params)
+    besides = 5 * state + 2 * graph + 2 * given
     found = (memory - besides) // max(state, 1)
     if found < least:
         raise HyperparameterError(

@@ -153,7 +153,7 @@ class Checks:
         if step > 1 or self.ranks is None:
             grads = derivatives.gradient(losses, params, differentiable=differentiable)
         else:
-            with self.ranks.differentiating(losses):
+            with self.ranks.differentiating(losses, params):
                 grads = derivatives.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()

@@ -9,6 +9,7 @@ Mapped into memory instead, its pages would count as the process's own.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import weakref
@@ -25,6 +26,7 @@ from torch import Tensor
 from diffopt.errors import EstimatorError, StorageError
 from diffopt.tensors import transfers
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import is_spread
 from diffopt.tensors.tree import describe
 
 IN_FLIGHT = 2
@@ -157,7 +159,9 @@ def _is_dense(leaf: Tensor) -> bool:
     """
     if type(leaf) is not Tensor:
         raise EstimatorError(
-            f"offload='disk' with a leaf of the state that is {describe(leaf)}", "plain tensors", "use offload='cpu'"
+            f"offload='disk' with a leaf of the state that is {'a DTensor' if is_spread(leaf) else describe(leaf)}",
+            "plain tensors",
+            "use offload='cpu'",
         )
     expected = 1
     for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
@@ -234,5 +238,11 @@ def _errors_named(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise StorageError(
+                f"offload='disk': {what}: {error}",
+                "one more open file",
+                "each rollout that is kept holds one: let go of solutions that are not needed, or raise ulimit -n",
+            ) from error
         where = f"the folder of temporary files, {tempfile.gettempdir()!r}"
         raise StorageError(f"offload='disk': {what} in {where}: {error}", "room for it", _MORE_ROOM) from error

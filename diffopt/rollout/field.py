@@ -208,6 +208,12 @@ def refuse_constant(
         )
 
 
+def entries_behind(losses: Tensor) -> list[Tensor]:
+    """The entries, with their graph, of the field whose norm was taken last; none if there is no field."""
+    node = next(_field_nodes(losses), None)
+    return [] if node is None else list(node.saved_tensors)
+
+
 def stands_behind(losses: Tensor) -> bool:
     """Whether the gradient of these losses is, in part, a vector field, whose Jacobian need not be symmetric."""
     return next(_field_nodes(losses), None) is not None

@@ -7,7 +7,8 @@
     is the same on all of them. (If each has a loss of its own, with statistics of all data in it, that is right.)
 (c) ``summed`` without ``copied``. Ranks that hold the same params and get the same loss need the same gradient. Losses
     that differ are each rank's own (tasks over ranks), params that differ are shards, as may be params that start equal
-    and are summed in the midst of a model: nothing is said of these.
+    and are summed in the midst of a model: nothing is said of these. The value of a vector field is the same on all
+    ranks with or without ``copied``, so that a product with its Jacobian is compared as well.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from diffopt.distributed import agreement, groups
 from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
-from diffopt.tensors import autograd_graph
+from diffopt.rollout.field import entries_behind
+from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import is_spread
+from diffopt.tensors.tasks import Tasks
 
 _FIX = (
     "write summed(local_loss(copied(params), batch)), both of diffopt.distributed, with copied() around all that the "
@@ -48,6 +52,8 @@ class FirstStep:
         self._before = {group: groups.collectives_so_far(group) for group in known}
         self._done = self._updated = self.evaluates = False
         self.copied_to: list[groups.Group] = []
+        self._pulled: list[Tensor] = []
+        self._sums = True
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -63,13 +69,15 @@ class FirstStep:
             self.evaluates = False
 
     @contextmanager
-    def differentiating(self, losses: Tensor) -> Iterator[None]:
+    def differentiating(self, losses: Tensor, params: Sequence[Tensor]) -> Iterator[None]:
         """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
         if self._done:
             yield
             return
         if is_spread(losses):
             refuse_wrong_means(losses)
+        elif self._used():
+            self._pulled = _pulled_through_field(losses, params)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             yield
@@ -92,8 +100,9 @@ class FirstStep:
         if self._done:
             return
         self._done = True
-        used = [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
-        found = [g.detach() for g in grads if g is not None]
+        used = self._used()
+        self._sums = any([is_summed(node) for node in autograd_graph.nodes([losses.grad_fn])])
+        found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
         if not used or any(map(is_spread, (*params, losses))):
             return
         for group in used:
@@ -105,8 +114,17 @@ class FirstStep:
             if not agreement.agree(params, group):
                 continue
             apart = max(agreement.deviations(found, group))
-            if apart > agreement.tolerance(found) and _sums_a_scalar(losses):
+            alike = apart <= agreement.tolerance(found)
+            if not alike and _sums_a_scalar(losses):
                 raise _other_gradients(apart, group)
+            if alike and self._pulled:  # (of shards the fields differ)
+                apart = max(agreement.deviations(self._pulled, group))
+                if apart > agreement.tolerance(self._pulled):
+                    raise _other_gradients(apart, group, "vector field, but Jacobians")
+
+    def _used(self) -> list[groups.Group]:
+        """The groups that have communicated since."""
+        return [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
 
     def compares_update(self) -> bool:
         """Whether the next update is the one to be compared, which it is once."""
@@ -121,7 +139,9 @@ class FirstStep:
                 raise RanksError(
                     f"the first update leads the ranks to states that differ by {apart:.1e} of their norm",
                     "one state on all ranks",
-                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State",
+                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State"
+                    if self._sums
+                    else "of tasks of each rank, copy what they share outside: solve(loss, params, copied(penalty))",
                 )
 
 
@@ -166,13 +186,17 @@ def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> No
         )
 
 
-def largest(size: int, graph: Sequence[Any], device: torch.device) -> int:
-    """The size of a step's graph on the rank where it is largest, if ranks share the step.
+def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
+    """A number of bytes on the rank where it is largest, if ranks share a step, given by its graph and its params.
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
-    for group in {node.group: None for node in graph if type(node) in COLLECTIVES}:
-        size = int(groups.largest(size, group, device))
+    sharing = {node.group: None for node in graph if type(node) in COLLECTIVES}
+    spread: list[Any] = [x for x in map(transforms.unwrapped, params) if is_spread(x)]
+    for mesh in [x.device_mesh for x in spread]:
+        sharing |= dict.fromkeys(mesh.get_all_groups())
+    for group in sharing:
+        size = int(groups.largest(size, group, params[0].device))
     return size
 
 
@@ -194,13 +218,29 @@ def _twice(name: str, group: Any) -> RanksError:
     )
 
 
-def _other_gradients(apart: float, group: Any) -> RanksError:
+def _pulled_through_field(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """What the first field's Jacobian, transposed, makes of a direction that all ranks know; nothing without a field.
+
+    The field itself, which is used where a gradient is, can be the same on all ranks and its derivative each rank's
+    own.
+    """
+    entries = [x for x in entries_behind(losses) if x.requires_grad]
+    if not entries:
+        return []
+    directions = Tasks(0).start(Leaves(entries))
+    try:
+        found = torch.autograd.grad(entries, params, list(directions), retain_graph=True, allow_unused=True)
+    except RuntimeError:  # a field without a derivative, of which whoever needs it says more
+        return []
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, params, strict=True)]
+
+
+def _other_gradients(apart: float, group: Any, what: str = "inner loss, but gradients") -> RanksError:
     ranks = torch.distributed.get_world_size(group)
     return RanksError(
-        f"the {ranks} ranks hold the same params and get the same inner loss, but gradients that differ by "
-        f"{apart:.0%}: the loss is summed over ranks, and its gradient is not",
+        f"the {ranks} ranks hold the same params and get the same {what} that differ by {apart:.0%}",
         "the same gradient on all ranks",
-        _FIX,
+        f"{_FIX}; if params are shards, check=False",
     )
 
 
@@ -219,6 +259,9 @@ _OWN = {f"{name}Backward" for name in ("_AllReduce", "_AllGather", "_AllGatherBa
 
 
 def _sums_a_scalar(losses: Tensor) -> bool:
-    """Whether what is summed over ranks is one number (of each task)."""
+    """Whether all that is summed over ranks is one number (of each task).
+
+    (A penalty of params that are shards is, too, beside a sum of predictions, which is not.)
+    """
     nodes = [node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)]
-    return any(size == losses.numel() for node in nodes for size in node.sizes)
+    return bool(nodes) and all(size == losses.numel() for node in nodes for size in node.sizes)

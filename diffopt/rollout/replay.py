@@ -13,10 +13,12 @@ from diffopt.rollout.checks import Checks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.loop import take_step
+from diffopt.rollout.ranks import largest
 from diffopt.rollout.record import Counts, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain, graph_bytes
 from diffopt.tensors import autograd_graph
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.spread import nbytes
 
 
 @final
@@ -52,7 +54,8 @@ class Replay:
         """:meth:`block`, unless its first graph is larger than a state: then ``None`` and the state after that step."""
         block = Block(self._dynamics, self._inputs, self._rollout.wanted, state)
         self._take(block, first, losses, observes)
-        if graph_bytes(autograd_graph.nodes(block.last_nodes), self._inputs) > sum([leaf.nbytes for leaf in state]):
+        graph = autograd_graph.nodes(block.last_nodes)
+        if graph_bytes(graph, self._inputs) > largest(sum(map(nbytes, state)), graph, self._inputs.params):
             return None, block.state
         for step in range(first + 1, last + 1):
             self._take(block, step, losses, observes)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from diffopt.distributed.collectives import COLLECTIVES
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
@@ -215,8 +214,7 @@ class Block:
 
 def graph_bytes(graph: Sequence[Any], inputs: Inputs) -> int:
     """The bytes that a graph, given by its nodes, keeps alive besides the inputs; of ranks that share it, the most."""
-    size = autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters))
-    return size if COLLECTIVES.isdisjoint(map(type, graph)) else largest(size, graph, inputs.params[0].device)
+    return largest(autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters)), graph, inputs.params)
 
 
 @final

@@ -23,6 +23,7 @@ from diffopt.rollout.record import Record, Rollout, Watch
 from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start, refuse_non_finite, warn_of_precision
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
+from diffopt.tensors.spread import placed_alike
 from diffopt.tensors.torch_errors import changed_in_place
 
 
@@ -84,7 +85,7 @@ def roll_out_recorded(
                 if ranks is None or step > 1:
                     grads = derivatives.gradient(loss, params, differentiable=recorded)
                 else:
-                    with ranks.differentiating(loss):
+                    with ranks.differentiating(loss, params):
                         grads = derivatives.gradient(loss, params, differentiable=recorded)
                 if ranks is not None and step == 1:
                     ranks.refuse(loss, grads, params)
@@ -110,22 +111,46 @@ def roll_out_recorded(
         if stop.told(layout.first_update(step) + layout.length(step) - 1, transforms.plain(loss)):
             break
     axis = len(layout.levels)
-    along = [torch.stack(table, dim=axis) for table in zip(*rows, strict=True)]
+    along = [torch.stack(placed_alike(table), dim=axis) for table in zip(*rows, strict=True)]
     along = along or nothing or [now[0].new_empty(*layout.tasks_shape, 0)]
     if watch.values:
         refuse_divergence(dynamics, inputs, along[0].detach(), now, (all_finite([x]) for x in largest))
     if ranks is not None and ranks.copied_to:
-        now = Leaves([_alike(x, ranks.copied_to) for x in now])
+        found = _watched([*now, *along], ranks.copied_to)
+        now, along = Leaves(found[: len(now)]), found[len(now) :]
     return now, tuple(along), enough
 
 
-def _alike(tensor: Tensor, copied_to: Sequence[Any]) -> Tensor:
-    """An alias whose gradient is refused if it differs between the ranks that share a solve."""
-    if not (torch.is_grad_enabled() and tensor.requires_grad):
-        return tensor
-    alias = tensor.view_as(tensor)
-    alias.register_hook(lambda gradient: refuse_other_cotangents(copied_to, [gradient]))  # type: ignore[no-untyped-call]
-    return alias
+def _watched(tensors: Sequence[Tensor], copied_to: Sequence[Any]) -> list[Tensor]:
+    """Aliases whose gradients are refused if they differ between the ranks that share a solve."""
+    found = list(tensors)
+    places = [i for i, x in enumerate(tensors) if torch.is_grad_enabled() and x.requires_grad]
+    if places:
+        aliases = transforms.apply(_Watched, copied_to, *(tensors[i] for i in places))
+        for i, x in zip(places, aliases, strict=True):
+            found[i] = x
+    return found
+
+
+class _Watched(torch.autograd.Function):
+    """``(groups, x, ...) -> (x, ...)``: one node for all, so that all ranks compare, whatever an outer loss uses."""
+
+    @staticmethod
+    def forward(copied_to: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([x.view_as(x) for x in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.copied_to = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_other_cotangents(ctx.copied_to, cotangents)
+        return None, *cotangents
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tuple([x.view_as(x) for x in tangents[1:]])
 
 
 def _observed(dynamics: Dynamics, params: Leaves, read: Leaves, levels: range) -> Sequence[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffopt.tensors.leaves import Leaves
-from diffopt.tensors.spread import gathered
+from diffopt.tensors.spread import gathered, largest_modulus
 
 
 @final
@@ -40,7 +40,9 @@ class Tasks:
 
     def largest(self, a: Leaves) -> Tensor:
         """The largest modulus of an entry, one per task."""
-        return gathered(torch.stack([x.abs().reshape(*x.shape[: self.axes], -1).amax(-1) for x in a]).amax(0))
+        if self.axes:
+            return torch.stack([x.abs().reshape(*x.shape[: self.axes], -1).amax(-1) for x in a]).amax(0)
+        return torch.stack([largest_modulus(x) for x in a]).amax(0)
 
     def unit(self, a: Leaves) -> Leaves:
         """A vector of norm 1 in the same direction, one per task; zero for zero."""
@@ -76,7 +78,7 @@ class Tasks:
 
     def flatten(self, a: Leaves) -> Tensor:
         """One vector per task, ``[..., n]``."""
-        return torch.cat([x.reshape(*x.shape[: self.axes], -1) for x in a], dim=-1)
+        return torch.cat([gathered(x).reshape(*x.shape[: self.axes], -1) for x in a], dim=-1)
 
     def unflatten(self, vector: Tensor, like: Leaves) -> Leaves:
         """The inverse of :meth:`flatten`."""

@@ -333,6 +333,38 @@ def check_unequal_data_goes_the_same_way_on_all_ranks() -> None:
         same(found[:1], found[1:])
 
 
+def check_own_weights_of_other_sizes_leave_as_many_slots() -> None:
+    """What is wanted beside the states is each rank's own, too; and ranks refuse together."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    counts = [20 + 380 * (r == 1) for r in range(world)]
+    x, weights = numbers(counts[rank], 3, seed=rank), torch.ones(counts[rank], dtype=torch.float64)
+    for memory, fits in ((60_000, True), (20_000, False)):
+
+        def slots(memory: int = memory) -> int | None:
+            own = weights.clone().requires_grad_()
+            solution = diffopt.solve(
+                lambda w, own, x: summed((own * (x @ copied(w) - 1).square()).sum() / sum(counts)),
+                numbers(3, seed=7),
+                own,
+                x,
+                optimizer=diffopt.SGD(0.1),
+                steps=40,
+                estimator=Reverse(memory=memory),
+            )
+            assert torch.autograd.grad(solution.params.pow(3).sum(), own)[0].isfinite().all()
+            return solution.kept.slots
+
+        if fits:
+            found = slots()
+            assert found is not None
+            every: list[Any] = [None] * world
+            distributed.all_gather_object(every, found)
+            assert set(every) == {found}
+        else:
+            with pytest.raises(diffopt.HyperparameterError, match="memory is 20000 bytes"):
+                slots()
+
+
 def check_micro_batches() -> None:
     problem = Problem()
 
@@ -415,6 +447,36 @@ def check_naive_collectives_are_refused() -> None:
                 assert "summed(local_loss(copied(params), batch))" in said
 
 
+def check_fields_that_are_not_copied_are_refused() -> None:
+    """Their value is the same on all ranks, as it should be; their derivative is each rank's own."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    data = [numbers(4, 3, seed=60 + r) for r in range(world)]
+
+    def terms(w: Tensor, x: Tensor) -> Tensor:
+        return x.t() @ (x @ w).sin() + w
+
+    def right(w: Tensor, x: Tensor) -> Tensor:
+        return summed(terms(copied(w), x)) + 0.1 * w
+
+    def wrong(w: Tensor, x: Tensor) -> Tensor:
+        return summed(terms(w, x)) + 0.1 * w
+
+    def whole(w: Tensor, x: Tensor) -> Tensor:
+        return sum((terms(w, x) for x in data), 0.1 * w)
+
+    for start in (numbers(3, seed=7), torch.zeros(3, dtype=torch.float64)):
+        for rule in (Reverse(), Reverse(1), Unrolled()):
+            with pytest.raises(diffopt.RanksError, match="get the same vector field, but Jacobians") as refused:
+                gradient_of(diffopt.VectorField(wrong), start, data[rank], estimator=rule)
+            assert len(str(refused.value)) < 300
+            found = [
+                gradient_of(diffopt.VectorField(field), start, data[rank], estimator=rule) for field in (right, whole)
+            ]
+            same(found[:1], found[1:])
+    cut = gradient_of(diffopt.VectorField(lambda w, x: right(w, x).detach() + 0 * w), numbers(3, seed=7), data[rank])
+    assert cut.isfinite().all()
+
+
 def check_replicas_that_differ_are_refused() -> None:
     rank = distributed.get_rank()
     data = numbers(6, 3, seed=60 + rank)
@@ -440,6 +502,25 @@ def check_optimizers_that_differ_are_refused() -> None:
                 )
 
 
+def check_what_tasks_share_is_copied_outside_of_the_loss() -> None:
+    problem = Problem()
+
+    def gradient(loss: Any, outside: Any, own: slice) -> Tensor:
+        penalty = problem.penalty.clone().requires_grad_()
+        given = outside(penalty), problem.x[own], problem.y[own]
+        solution = diffopt.solve(loss, problem.start, *given, optimizer=diffopt.SGD(0.05), steps=3)
+        return torch.autograd.grad(outer(solution.params), penalty)[0]
+
+    def of_task(p: Any, penalty: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return penalty.exp() * (x @ p["w"] + p["b"] - y).square().add(1).log().mean()
+
+    every = [gradient(of_task, lambda x: x, slice(PER_RANK * r, PER_RANK * (r + 1))) for r in range(problem.world)]
+    same([gradient(of_task, copied, problem.own)], [sum(every)])
+    with pytest.raises(diffopt.RanksError, match=r"solve\(loss, params, copied\(penalty\)\)") as refused:
+        gradient(lambda p, penalty, x, y: of_task(p, copied(penalty), x, y), lambda x: x, problem.own)
+    assert len(str(refused.value)) < 300
+
+
 def check_outer_losses_that_differ_are_refused() -> None:
     data = numbers(6, 3, seed=60 + distributed.get_rank())
     held_out, world = numbers(6, 3, seed=80 + distributed.get_rank()), distributed.get_world_size()
@@ -461,6 +542,34 @@ def check_outer_losses_that_differ_are_refused() -> None:
             estimator=rule,
         )
         same([whole], [expected])
+
+
+def check_outer_losses_of_other_results_are_refused() -> None:
+    """Of other leaves, which is to make no rank wait in vain, and of what is handed out along the way."""
+    problem = Problem()
+    rank = problem.rank
+    outers: dict[str, Any] = {
+        "a leaf": lambda s: s.params["w"].sum() + (s.params["b"].sum() if rank == 0 else 0),
+        "other leaves": lambda s: s.params["w"].sum() if rank == 0 else s.params["b"].sum(),
+        "losses": lambda s: s.losses.sum() * (1 + rank),
+        "losses of one rank": lambda s: s.losses.sum() if rank == 0 else s.params["w"].sum(),
+        "observed": lambda s: s.observed.sum() * (1 + rank),
+    }
+    for name, of_all in outers.items():
+        for rule in (Reverse(), Unrolled()):
+            penalty = problem.penalty.clone().requires_grad_()
+            args = problem.weights[problem.own], penalty, problem.x[problem.own], problem.y[problem.own]
+            options: dict[str, Any] = {"observe": lambda p, *_: p["w"].square().sum()}
+            solution = diffopt.solve(
+                problem.spread, problem.start, *args, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule, **options
+            )
+            try:
+                torch.autograd.grad(of_all(solution), penalty)
+            except diffopt.RanksError as error:
+                said = str(error)
+            else:
+                said = f"{name} was not refused, by {rule}"
+            assert "the gradients of their outer losses" in said, said
 
 
 def check_right_programs_are_not_refused() -> None:
@@ -495,6 +604,61 @@ def check_right_programs_are_not_refused() -> None:
         same([found], [gradient_of(local, shards, x)[mine]])
     naive = gradient_of(lambda w, x: summed(local(w, x)), start, data, check=False)
     assert naive.isfinite().all()  # what is not checked is not refused
+
+
+def check_shards_of_other_sizes() -> None:
+    """Features over ranks: params that are shards, of other shapes on each rank, or other numbers of them."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    sizes = [3 if r == 0 else 2 for r in range(world)]
+    first = sum(sizes[:rank])
+    mine, x, start = slice(first, first + sizes[rank]), numbers(6, sum(sizes), seed=61), numbers(sum(sizes), seed=62)
+
+    def shards(w: Tensor, x: Tensor) -> Tensor:
+        return (summed(x @ w) - 1).square().add(1).log().mean()
+
+    found = gradient_of(shards, start[mine], x[:, mine])
+    same([found], [gradient_of(local, start, x)[mine]])
+    parts = start[mine].split(2)  # two leaves on the first rank, one on the others
+    leaves = [p.clone().requires_grad_() for p in parts]
+    solution = diffopt.solve(
+        lambda ps, x: shards(torch.cat(ps), x), leaves, x[:, mine], optimizer=diffopt.SGD(0.1), steps=3
+    )
+    same(torch.autograd.grad(torch.cat(solution.params).pow(3).sum(), leaves), found.split(2))
+    with pytest.raises(diffopt.RanksError, match="copied was given 1 tensor") as refused:
+        gradient_of(lambda w, x: shards(copied(w), x), start[mine], x[:, mine])
+    assert len(str(refused.value)) < 300
+
+
+def check_shards_that_start_equal_may_have_a_penalty() -> None:
+    """The sum of squares of all shards is one number, and their gradients differ all the same."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    x = numbers(6, 2 * world, seed=61)
+    mine = slice(2 * rank, 2 * rank + 2)
+
+    def shards(w: Tensor, x: Tensor) -> Tensor:
+        return (summed(x @ w) - 1).square().mean() + 0.3 * summed(w.square().sum())
+
+    def whole(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w - 1).square().mean() + 0.3 * w.square().sum()
+
+    for number in (0.0, 1.0):
+        start = torch.full((2 * world,), number, dtype=torch.float64)
+        same([gradient_of(shards, start[mine], x[:, mine])], [gradient_of(whole, start, x)[mine]])
+    with pytest.raises(diffopt.RanksError, match=r"if params are shards, check=False") as refused:  # of one example
+        gradient_of(shards, torch.zeros(2, dtype=torch.float64), x[:1, mine])
+    assert len(str(refused.value)) < 300
+
+
+def check_losses_that_do_not_depend_on_params_are_refused() -> None:
+    data = numbers(6, 3, seed=60 + distributed.get_rank())
+    for rule in (Reverse(), Unrolled()):
+        with pytest.raises(diffopt.DisconnectedError):
+            gradient_of(
+                lambda w, x: summed(x.square().sum()) + 0 * x.sum().requires_grad_(),
+                numbers(3, seed=7),
+                data,
+                estimator=rule,
+            )
 
 
 def check_what_the_pair_refuses() -> None:

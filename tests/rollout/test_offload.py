@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -450,6 +451,15 @@ def test_a_file_that_was_cut_is_no_state_of_zeros() -> None:
 def test_a_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/no such folder")
     with pytest.raises(diffopt.errors.StorageError, match=r"no temporary file can be made in .*no such folder"):
+        solved(Reverse(1, offload="disk"), 9, *inputs())
+
+
+def test_too_many_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(diffopt.errors.StorageError, match=r"Too many open files.*raise ulimit -n"):
         solved(Reverse(1, offload="disk"), 9, *inputs())
 
 
