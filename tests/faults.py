@@ -3660,7 +3660,7 @@ FAULTS = [
     Fault(
         "a graph of DTensors weighs nothing",
         "diffopt/tensors/autograd_graph.py",
-        "storage = _on_this_rank(tensor).untyped_storage()",
+        "storage = (tensor if type(tensor) is Tensor else _on_this_rank(tensor)).untyped_storage()",
         "storage = tensor.untyped_storage()",
         "sharded",
     ),

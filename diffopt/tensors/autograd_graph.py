@@ -175,7 +175,9 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     ``torch.func.grad`` itself refuses to run under them.
     """
     storages: dict[int, int] = {}
-    others = {transforms.storage(_on_this_rank(tensor)) for tensor in ignored if tensor.layout == torch.strided}
+    others = {
+        transforms.storage(x if type(x) is Tensor else _on_this_rank(x)) for x in ignored if x.layout == torch.strided
+    }
     for node in graph:
         kind: Any = type(node)
         for name in _saved_names(kind):
@@ -201,13 +203,13 @@ def _add_storage(storages: dict[int, int], tensor: Tensor | None) -> None:
     if tensor is None:
         return
     with suppress(RuntimeError, NotImplementedError):
-        storage = _on_this_rank(tensor).untyped_storage()
+        storage = (tensor if type(tensor) is Tensor else _on_this_rank(tensor)).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
 
 
 def _on_this_rank(tensor: Any) -> Tensor:
     """The part of a ``DTensor`` that this rank holds; any other tensor as it is."""
-    return tensor.to_local() if type(tensor) is not Tensor and is_spread(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[no-any-return]
 
 
 _saved: dict[Any, list[str]] = {}
