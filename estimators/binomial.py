@@ -91,7 +91,7 @@ class Binomial(Adjoint):
         first, last = steps - curved + 1, min(self.order, curved)  # the first step with curvature, and the last order
         curvature = ParallelCurvature(trajectory, first, self.chunk_size, again=last > 1)
         direct, updates, adjoints = DirectTerms(trajectory), trajectory.updates.blocks(), repeated(cotangent, steps + 1)
-        of_gradients = trajectory.layout.params(adjoints).zeros()  # row t: E_t' Lambda_t, of row t of ``adjoints``
+        of_gradients, before = trajectory.layout.params(adjoints).zeros(), cotangent  # row t: E_t' Lambda_t
         scan(updates, adjoints, first + last, steps)  # order 0: Lambda_{t-1} = C_t' Lambda_t
         for order in range(1, last + 1):
             # Steps above ``high`` are saturated (theorem 3.A): final as they are. No later order reads those below.

@@ -22,9 +22,11 @@ class Waiting(Protocol):
     @property
     def nbytes(self) -> int:
         """Its size."""
+        ...
 
     def fetch(self) -> Callable[[], Leaves]:
         """Begin to bring it back; what is returned hands it out, on the device that it came from."""
+        ...
 
     def let_go(self) -> None:
         """Nobody will ask for it any more."""

@@ -98,7 +98,8 @@ def roll_out(
             carry, made = tracing.scan(body(stretch.updates), list(state), rows, shared)
             state = Leaves(carry)
             parts.append(made)
-        stacks = [torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=True)]
+        columns = map(list, zip(*parts, strict=True))
+        stacks = [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
         kept = layout.state_count if first <= layout.steps else 0
         along = [x.movedim(0, len(layout.levels)) for x in stacks[: len(stacks) - kept]]
         stack = Leaves([x[first - 1 :] for x in stacks[len(stacks) - kept :]])
