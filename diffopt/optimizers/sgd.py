@@ -73,7 +73,8 @@ class SGD(Optimizer):
 
     def _dampened(self, direction: Leaves, step: Any) -> Leaves:
         """What a velocity gets of a direction: of the first one, all."""
-        first, damped = step == 1, (1 - self.dampening) * direction
+        first = step == 1
         if isinstance(first, Tensor):  # a compiled step, whose number is not known
+            damped = (1 - self.dampening) * direction
             return direction.map(lambda whole, part: torch.where(first, whole, part), damped)
-        return direction if first else damped
+        return direction if first else (1 - self.dampening) * direction

@@ -33,7 +33,7 @@ def named(
     if torch_errors.is_missing_derivative(error):
         return torch_errors.missing_derivative(str(error).partition("\n")[0])
     fix = "make params and what the loss reads DTensors of one mesh (distribute_tensor)"
-    if torch_errors.mixed_error(error, what, fix) is not None and shards(everything_held([function]).modules):
+    if shards(everything_held([function]).modules):
         fix = f"its hooks put a sharded module's own parameters in the place of the given ones: {BARE}"
     mixed = torch_errors.mixed_error(error, what, fix)
     if mixed is not None:
