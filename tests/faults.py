@@ -73,8 +73,8 @@ FAULTS = [
     Fault(
         "the first momentum step is dampened",
         "diffopt/optimizers/sgd.py",
-        "return direction if first else damped",
-        "return damped",
+        "return direction if first else (1 - self.dampening) * direction",
+        "return (1 - self.dampening) * direction",
     ),
     Fault(
         "Adam's bias correction is one step behind",
