@@ -3269,7 +3269,7 @@ FAULTS = [
     ),
     Fault(
         "tensors that differ are copied",
-        "diffopt/distributed/agreement.py",
+        "diffopt/distributed/replicas.py",
         "if worst <= tolerance(tensors):",
         "if worst <= 10 * worst:",
         "inner_data",
@@ -3305,14 +3305,14 @@ FAULTS = [
     Fault(
         "updates that differ between ranks are not noticed",
         "diffopt/rollout/ranks.py",
-        "if apart > agreement.tolerance(state):",
+        "if apart > replicas.tolerance(state):",
         "if apart < 0:",
         "inner_data",
     ),
     Fault(
         "outer losses that differ between ranks are not noticed",
         "diffopt/rollout/ranks.py",
-        "if apart > agreement.tolerance(cotangents):",
+        "if apart > replicas.tolerance(cotangents):",
         "if apart < 0:",
         "inner_data",
     ),
@@ -3624,7 +3624,7 @@ FAULTS = [
     ),
     Fault(
         "tensors of other shapes are compared over ranks",
-        "diffopt/distributed/agreement.py",
+        "diffopt/distributed/replicas.py",
         "if not _alike(plain, group):",
         "if not _alike(plain[:0] or plain, group) and False:",
         "inner_data",

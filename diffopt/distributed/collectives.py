@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffopt.distributed.agreement import refuse_other_copies
 from diffopt.distributed.groups import Group, several
+from diffopt.distributed.replicas import refuse_other_copies
 from diffopt.errors import LeafError
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.spread import is_spread

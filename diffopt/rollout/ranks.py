@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.distributed import agreement, groups
+from diffopt.distributed import groups, replicas
 from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
@@ -63,7 +63,7 @@ class FirstStep:
             if self._done:
                 yield
                 return
-            with agreement.watching(self.copied_to):
+            with replicas.watching(self.copied_to):
                 yield
         finally:
             self.evaluates = False
@@ -106,20 +106,20 @@ class FirstStep:
         if not used or any(map(is_spread, (*params, losses))):
             return
         for group in used:
-            if not agreement.agree([losses], group):
+            if not replicas.agree([losses], group):
                 continue
             naive = _sums_twice(losses)
             if naive:
                 raise _twice(naive, group)
-            if not agreement.agree(params, group):
+            if not replicas.agree(params, group):
                 continue
-            apart = max(agreement.deviations(found, group))
-            alike = apart <= agreement.tolerance(found)
+            apart = max(replicas.deviations(found, group))
+            alike = apart <= replicas.tolerance(found)
             if not alike and _sums_a_scalar(losses):
                 raise _other_gradients(apart, group)
             if alike and self._pulled:  # (of shards the fields differ)
-                apart = max(agreement.deviations(self._pulled, group))
-                if apart > agreement.tolerance(self._pulled):
+                apart = max(replicas.deviations(self._pulled, group))
+                if apart > replicas.tolerance(self._pulled):
                     raise _other_gradients(apart, group, "vector field, but Jacobians")
 
     def _used(self) -> list[groups.Group]:
@@ -134,8 +134,8 @@ class FirstStep:
     def refuse_other_updates(self, state: Sequence[Tensor]) -> None:
         """Refuse updates that lead from one state, by one gradient, to different ones."""
         for group in self.copied_to:
-            apart = max(agreement.deviations(state, group))
-            if apart > agreement.tolerance(state):
+            apart = max(replicas.deviations(state, group))
+            if apart > replicas.tolerance(state):
                 raise RanksError(
                     f"the first update leads the ranks to states that differ by {apart:.1e} of their norm",
                     "one state on all ranks",
@@ -148,8 +148,8 @@ class FirstStep:
 def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Sequence[Tensor]) -> None:
     """Refuse to pull back cotangents that differ between the ranks that share a solve."""
     for group in copied_to if cotangents else ():
-        apart = max(agreement.deviations(cotangents, group))
-        if apart > agreement.tolerance(cotangents):
+        apart = max(replicas.deviations(cotangents, group))
+        if apart > replicas.tolerance(cotangents):
             raise RanksError(
                 f"the ranks share a solve, and the gradients of their outer losses at its solution differ by "
                 f"{apart:.1e} of their norm",
@@ -161,7 +161,7 @@ def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Seque
 def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tensor) -> None:
     """Refuse random directions that differ between the ranks that share a solve."""
     for group in copied_to:
-        if not agreement.agree([directions], group):
+        if not replicas.agree([directions], group):
             raise RanksError(
                 "the ranks share a solve, and ESJacobian draws other directions on each",
                 "the same on all ranks",
