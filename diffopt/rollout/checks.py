@@ -13,8 +13,8 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.rollout.along import Observer
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.first_step import FirstStep
 from diffopt.rollout.hidden_state import HiddenState
-from diffopt.rollout.ranks import FirstStep
 from diffopt.rollout.record import Keep, Watch
 from diffopt.rollout.refusals import apart_from, refuse_bad_start, refuse_captures, wrapped_error
 from diffopt.tensors import autograd_graph, derivatives, random_state, transforms
