@@ -3319,8 +3319,8 @@ FAULTS = [
     Fault(
         "what each rank holds is moved on all ranks at once",
         "diffopt/rollout/ranks.py",
-        "    if any([node is given.grad_fn or",
-        "    if not any([node is given.grad_fn or",
+        "if groups.is_running() and reaches_a_sum(",
+        "if groups.is_running() and not reaches_a_sum(",
         "inner_data",
     ),
     Fault(

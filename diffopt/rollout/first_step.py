@@ -26,7 +26,7 @@ from diffopt.distributed.collectives import is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import RanksError
 from diffopt.rollout.field import entries_behind
-from diffopt.tensors import autograd_graph
+from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import is_spread
 from diffopt.tensors.tasks import Tasks
@@ -68,38 +68,31 @@ class FirstStep:
         finally:
             self.evaluates = False
 
-    @contextmanager
-    def differentiating(self, losses: Tensor, params: Sequence[Tensor]) -> Iterator[None]:
-        """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
+    def gradient(self, losses: Tensor, params: Sequence[Tensor], *, differentiable: bool) -> tuple[Tensor | None, ...]:
+        """A gradient; the first one is refused if it passes by a collective in place, or is not that of one problem."""
         if self._done:
-            yield
-            return
+            return derivatives.gradient(losses, params, differentiable=differentiable)
+        self._done = True
         if is_spread(losses):
             refuse_wrong_means(losses)
         elif self._used():
             self._pulled = _pulled_through_field(losses, params)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            yield
+            grads = derivatives.gradient(losses, params, differentiable=differentiable)
         for warning in heard:
             said = str(warning.message)
             if "c10d::" in said and "autograd kernel was not registered" in said:
                 raise _in_place(said.partition("c10d::")[2].partition(":")[0].rstrip("_"))
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        self._refuse(losses, grads, params)
+        return grads
 
-    def refuse(
-        self,
-        losses: Tensor,
-        grads: Sequence[Tensor | None],
-        params: Sequence[Tensor],
-    ) -> None:
+    def _refuse(self, losses: Tensor, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Refuse a loss and gradients that cannot be those of one problem.
 
         (All decisions are made from what all ranks know, for they must go the same way.)
         """
-        if self._done:
-            return
-        self._done = True
         used = self._used()
         self._sums = any([is_summed(node) for node in autograd_graph.nodes([losses.grad_fn])])
         found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]

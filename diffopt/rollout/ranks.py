@@ -43,10 +43,7 @@ def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> No
 
     It is one that reaches what is summed over ranks, and has not been copied to them. (Their directions would add up.)
     """
-    copied = {node for node in autograd_graph.nodes([losses.grad_fn]) if is_copied(node)}
-    summed = [node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)]
-    behind = autograd_graph.nodes(summed, set(copied))
-    if any([node is given.grad_fn or getattr(node, "variable", None) is given for node in behind]):
+    if groups.is_running() and reaches_a_sum(losses, [given]):
         raise EstimatorError(
             f"{rule} with {name}, which each rank holds for itself: it enters what is summed over ranks, and is not "
             "copied to them",
@@ -55,11 +52,21 @@ def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> No
         )
 
 
+def reaches_a_sum(losses: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether one of these reaches what is summed over ranks, and has not been copied to them."""
+    graph = autograd_graph.nodes([losses.grad_fn])
+    behind = autograd_graph.nodes(filter(is_summed, graph), set(filter(is_copied, graph)))
+    starts, leaves = {x.grad_fn for x in given} - {None}, {id(x) for x in given}
+    return any([node in starts or id(getattr(node, "variable", None)) in leaves for node in behind])
+
+
 def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
     """A number of bytes on the rank where it is largest, if ranks share a step, given by its graph and its params.
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
+    if not groups.is_running():
+        return size
     sharing = {node.group: None for node in graph if type(node) in COLLECTIVES}
     spread: list[Any] = [x for x in map(transforms.unwrapped, params) if is_spread(x)]
     for mesh in [x.device_mesh for x in spread]:
