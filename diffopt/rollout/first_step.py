@@ -26,6 +26,7 @@ from diffopt.distributed.collectives import is_summed
 from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import RanksError
 from diffopt.rollout.field import entries_behind
+from diffopt.rollout.ranks import reaches_a_sum
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import is_spread
@@ -39,7 +40,13 @@ _FIX = (
 
 @final
 class FirstStep:
-    """What is looked at while the ranks of this process's groups take a first step."""
+    """What is looked at while the ranks of this process's groups take a first step.
+
+    Attributes:
+        copied_to: the groups that share the solve: something is copied to them, and their params are the same.
+        shards: whether each rank holds its own part of the params: they are summed over ranks without being copied.
+        evaluates: whether a loss is being evaluated.
+    """
 
     @staticmethod
     def here() -> FirstStep | None:
@@ -52,6 +59,7 @@ class FirstStep:
         self._before = {group: groups.collectives_so_far(group) for group in known}
         self._done = self._updated = self.evaluates = False
         self.copied_to: list[groups.Group] = []
+        self.shards = False
         self._pulled: list[Tensor] = []
         self._sums = True
 
@@ -98,13 +106,17 @@ class FirstStep:
         found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
         if not used or any(map(is_spread, (*params, losses))):
             return
+        self.shards = reaches_a_sum(losses, params)
         for group in used:
+            same = replicas.agree(params, group)
+            if self._sums and not same:  # shards: what they share can be copied to them, and their states differ
+                self.copied_to = [x for x in self.copied_to if x is not group]
             if not replicas.agree([losses], group):
                 continue
             naive = _sums_twice(losses)
             if naive:
                 raise _twice(naive, group)
-            if not replicas.agree(params, group):
+            if not same:
                 continue
             apart = max(replicas.deviations(found, group))
             alike = apart <= replicas.tolerance(found)
@@ -132,10 +144,15 @@ class FirstStep:
                 raise RanksError(
                     f"the first update leads the ranks to states that differ by {apart:.1e} of their norm",
                     "one state on all ranks",
-                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State"
-                    if self._sums
-                    else "of tasks of each rank, copy what they share outside: solve(loss, params, copied(penalty))",
+                    self._fix_of_updates(),
                 )
+
+    def _fix_of_updates(self) -> str:
+        if not self._sums:
+            return "of tasks of each rank, copy what they share outside: solve(loss, params, copied(penalty))"
+        if self.shards:
+            return f"{_FIX}; if params are shards that start equal, check=False"
+        return "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State"
 
 
 def _in_place(name: str) -> RanksError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,12 @@ def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Seque
     """Refuse to pull back cotangents that differ between the ranks that share a solve."""
     for group in copied_to if cotangents else ():
         apart = max(replicas.deviations(cotangents, group))
+        if math.isinf(apart):
+            raise RanksError(
+                "the ranks share a solve, and what they observe of it has other shapes or dtypes on each",
+                "what is the same on all ranks",
+                "of each rank's own data, observe a sum: summed(f(copied(params), data)), of diffopt.distributed",
+            )
         if apart > replicas.tolerance(cotangents):
             raise RanksError(
                 f"the ranks share a solve, and the gradients of their outer losses at its solution differ by "
@@ -36,6 +43,17 @@ def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tenso
                 "the same on all ranks",
                 "give it generator=torch.Generator().manual_seed(0), a new one for every solve, on all ranks",
             )
+
+
+def refuse_shards(shards: bool, rule: str) -> None:
+    """Refuse params of which each rank holds its own part, for a rule that takes inner products of them."""
+    if shards:
+        raise EstimatorError(
+            f"{rule} with params that each rank holds for itself: they enter what is summed over ranks, and are not "
+            "copied to them, and the rule takes inner products of them",
+            "params that all ranks share, or DTensors",
+            "use Reverse(); if they share them, put copied() of diffopt.distributed around them in the loss",
+        )
 
 
 def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> None:

@@ -171,3 +171,33 @@ def check_losses_that_do_not_depend_on_params_are_refused() -> None:
                 data,
                 estimator=rule,
             )
+
+
+def check_what_is_observed_is_the_same_on_all_ranks() -> None:
+    """Predictions for a rank's own examples are not; a sum over all is, and has the derivative of one process."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    data = [numbers(4 + r, 3, seed=60 + r) for r in range(world)]
+    every, start = torch.cat(data), numbers(3, seed=7)
+
+    def shared(w: Tensor, x: Tensor) -> Tensor:
+        return summed((copied(w) * x).sin().sum() / len(every))
+
+    def whole(w: Tensor, x: Tensor) -> Tensor:
+        return (w * x).sin().sum() / len(every)
+
+    def gradient(loss: Any, x: Tensor, observe: Any, rule: Any) -> Tensor:
+        w = start.clone().requires_grad_()
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.1), "steps": 3, "observe": observe, "estimator": rule}
+        return torch.autograd.grad(diffopt.solve(loss, w, x, **options).observed.pow(3).sum(), w)[0]
+
+    def squares(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w).square().sum()
+
+    for rule in (Reverse(), Unrolled()):
+        with pytest.raises(
+            diffopt.RanksError, match=r"observe a sum: summed\(f\(copied\(params\), data\)\)"
+        ) as refused:
+            gradient(shared, data[rank], lambda w, x: x @ copied(w), rule)
+        assert len(str(refused.value)) < 300
+        found = gradient(shared, data[rank], lambda w, x: summed(squares(copied(w), x)), rule)
+        same([found], [gradient(whole, every, squares, rule)])
