@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from beside import numbers
-from sharded.layouts import COLUMNS, PARAMS, PLACES, ROWS, TWO, Layout, full, gradients, same, sgd
+from sharded.layouts import COLUMNS, PARAMS, PLACES, ROWS, TWO, WHOLE, Layout, full, gradients, same, sgd
 from torch import Tensor
 
 import diffopt
@@ -69,6 +69,17 @@ def check_slow_forward_mode() -> None:
         return [full(g) for g in found]
 
     same(of_all(Layout(COLUMNS, ROWS), ForwardMode()), of_all(Layout(), Reverse()), "of tensors")
+
+    def of_complex(at: Layout, rule: Any) -> list[Tensor]:
+        c = at.spread(torch.complex(numbers(4, seed=1), numbers(4, seed=2)), at.data).requires_grad_()
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        start = at.spread(numbers(4, seed=3), at.params)
+        solution = diffopt.solve(
+            lambda w, c: (w * c).abs().square().sum() + (w.pow(3) * c.imag).sum(), start, c, **options
+        )
+        return [full(g) for g in torch.autograd.grad(solution.params.pow(3).sum(), c)]
+
+    same(of_complex(Layout(ROWS, WHOLE), ForwardMode()), of_complex(Layout(), Reverse()), "of complex tensors")
 
 
 def check_slow_implicit() -> None:
