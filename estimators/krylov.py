@@ -11,6 +11,7 @@ from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.time_stack import row
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.linear_solve import minimal_residual, with_wide_vectors
+from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
@@ -86,6 +87,7 @@ class Krylov(Adjoint):
             pushes = system.curvature.product(of_gradients, 1, direct if self.order == 1 else None)
             residual = system.scan(pushes, cotangent.zeros())  # r - (I - S K) Lambda^(0), the residual there
             if self.order > 1:  # order - 1 iterations of GMRES
+                refuse_shards(trajectory.rollout.shards, "Krylov")
                 start, bound = system.tasks_first(residual), self.rtol * size if self.rtol else None
                 matvec = with_wide_vectors(system.matvec, start)  # x - S K x
                 update, left, _ = minimal_residual(matvec, start.widened(), tasks, self.order - 1, bound)

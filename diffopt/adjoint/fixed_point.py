@@ -19,6 +19,7 @@ from diffopt.rollout.along import NEVER
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.problem import Problem
+from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block
@@ -75,6 +76,7 @@ class LastStep:
         losses_there: Tensor | None = None,
     ) -> None:
         """Check what is given and record the step."""
+        refuse_shards(trajectory.rollout.shards, "an implicit gradient")
         self._trajectory, self._root = trajectory, root
         self._solver = chosen_solver(solver, trajectory.dynamics.loss)
         if not (whole_state or root):

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.loop import roll_out
-from diffopt.rollout.ranks import refuse_held_apart, refuse_other_directions
+from diffopt.rollout.ranks import refuse_held_apart, refuse_other_directions, refuse_shards
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -103,6 +103,7 @@ class Group:
 def refuse_other_ranks(trajectory: Trajectory, moves: Tensor) -> None:
     """Refuse, if ranks share the solve, that they move inputs by different amounts, or inputs that each has its own."""
     rollout, layout = trajectory.rollout, trajectory.layout
+    refuse_shards(rollout.shards, "ESJacobian")
     if not rollout.copied_to or not trajectory.check:
         return
     refuse_other_directions(rollout.copied_to, moves)

@@ -129,7 +129,7 @@ def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Ro
     old = call.record.rollout
     call.record.counts.extra_steps += old.steps
     with old.replay(None, inputs.params[0].device):
-        return roll_out(
+        again = roll_out(
             call.dynamics,
             inputs,
             counts=call.record.counts,
@@ -138,6 +138,7 @@ def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Ro
             watch=Watch(state=call.watch.values),
             draws=old.draws,
         )[1]
+    return replace(again, copied_to=old.copied_to, shards=old.shards)
 
 
 def _term(result: Cotangents, number: int, layout: Layout, like: Tensor) -> Tensor:

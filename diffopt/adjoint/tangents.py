@@ -14,7 +14,7 @@ from diffopt.adjoint.trajectory import Trajectory
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import stands_behind
 from diffopt.rollout.inputs import STATE_PARTS, Inputs, Place
-from diffopt.rollout.ranks import refuse_held_apart
+from diffopt.rollout.ranks import refuse_held_apart, refuse_shards
 from diffopt.tensors import autograd_graph, derivatives
 from diffopt.tensors.leaves import Leaves
 
@@ -56,6 +56,7 @@ class MovingProblem:
     @staticmethod
     def of(trajectory: Trajectory, place: Place, tangent: Tensor, *, alone: bool = False) -> MovingProblem:
         """The problem of a trajectory."""
+        refuse_shards(trajectory.rollout.shards, "ForwardMode")
         inputs, own = trajectory.inputs, trajectory.layout.own_axes(place)
         if alone:
             return MovingProblem(trajectory.dynamics, inputs, place, tangent, own, alone)

@@ -189,9 +189,12 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint, on the first rank."""
-        if not self.ranks.writes:
-            self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
-            return
+        if self.ranks.writes:
+            self.write()
+        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
+
+    def write(self) -> None:
+        """Write the checkpoint."""
         generators = {"episodes": self.generator.get_state(), "torch": torch.get_rng_state()}
         if torch.device(self.options.device).type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.options.device)
@@ -207,7 +210,6 @@ class _Run:
             generators=generators,
             log=self.log.digest,
         ).save(self.folder.checkpoint_path)
-        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put everything back to where the checkpoint was written."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from diffopt.distributed.agreement import refuse_other_copies
 from diffopt.distributed.groups import Group, several
+from diffopt.distributed.replicas import refuse_other_copies
 from diffopt.errors import LeafError
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.spread import is_spread
@@ -182,13 +182,9 @@ class _Summed(Function):
 
 def _where_needed(function: type[Function], ctx: Any, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
     """The cotangents that somebody asks for, taken through ``function`` together."""
-    places = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-    results: list[Tensor | None] = [None] * len(cotangents)
-    if places:
-        found = transforms.apply(function, ctx.group, *(cotangents[i] for i in places))
-        for i, x in zip(places, found, strict=True):
-            results[i] = x
-    return results
+    needed = ctx.needs_input_grad[1:]
+    found = _replaced(function, ctx.group, cotangents, [i for i, asked in enumerate(needed) if asked])
+    return [x if asked else None for x, asked in zip(found, needed, strict=True)]
 
 
 def _total(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from diffopt.errors import DiffoptError
 from diffopt.rollout.along import Observer
 from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.first_step import FirstStep
 from diffopt.rollout.hidden_state import HiddenState
-from diffopt.rollout.ranks import FirstStep
 from diffopt.rollout.record import Keep, Watch
 from diffopt.rollout.refusals import apart_from, refuse_bad_start, refuse_captures, wrapped_error
 from diffopt.tensors import autograd_graph, derivatives, random_state, transforms
@@ -153,15 +153,12 @@ class Checks:
         if step > 1 or self.ranks is None:
             grads = derivatives.gradient(losses, params, differentiable=differentiable)
         else:
-            with self.ranks.differentiating(losses, params):
-                grads = derivatives.gradient(losses, params, differentiable=differentiable)
+            grads = self.ranks.gradient(losses, params, differentiable=differentiable)
         if self._versions != [x._version for x in params]:
             raise changed_in_place()
         watch, read = self._watch, self._read
         if watch.values:
             if step == 1:
-                if self.ranks is not None:
-                    self.ranks.refuse(losses, grads, params)
                 refuse_bad_start(self._dynamics, losses, grads, params, read)
             if watch.captures:
                 wanted = [x for x in read if x.requires_grad]

@@ -162,6 +162,7 @@ def roll_out(
         autocast=autocast,
         hidden_state=steps.hidden_state if isinstance(steps, Checks) else None,
         copied_to=tuple(steps.ranks.copied_to) if isinstance(steps, Checks) and steps.ranks is not None else (),
+        shards=isinstance(steps, Checks) and steps.ranks is not None and steps.ranks.shards,
     )
 
 

@@ -1,155 +1,31 @@
-"""A solve whose loss communicates: whether all ranks solve one problem, solve it rightly, and go the same way.
-
-# NOTE [which naive collectives are recognised]
-(a) One in place, such as torch.distributed.all_reduce(loss), of which torch has no derivative. It says so in a warning
-    when a gradient passes by, and in no other case: a copy that is averaged for a log does no harm.
-(b) One of torch's own that is differentiable, whose backward pass sums over the ranks once more, if the loss behind it
-    is the same on all of them. (If each has a loss of its own, with statistics of all data in it, that is right.)
-(c) ``summed`` without ``copied``. Ranks that hold the same params and get the same loss need the same gradient. Losses
-    that differ are each rank's own (tasks over ranks), params that differ are shards, as may be params that start equal
-    and are summed in the midst of a model: nothing is said of these. The value of a vector field is the same on all
-    ranks with or without ``copied``, so that a product with its Jacobian is compared as well.
-"""
+"""A solve that ranks share: what must be alike on all of them in its backward pass, and how much they keep."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, final
+import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffopt.distributed import agreement, groups
+from diffopt.distributed import groups, replicas
 from diffopt.distributed.collectives import COLLECTIVES, is_copied, is_summed
-from diffopt.distributed.sharded import refuse_wrong_means
 from diffopt.errors import EstimatorError, RanksError
-from diffopt.rollout.field import entries_behind
 from diffopt.tensors import autograd_graph, transforms
-from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import is_spread
-from diffopt.tensors.tasks import Tasks
-
-_FIX = (
-    "write summed(local_loss(copied(params), batch)), both of diffopt.distributed, with copied() around all that the "
-    "ranks share"
-)
-
-
-@final
-class FirstStep:
-    """What is looked at while the ranks of this process's groups take a first step."""
-
-    @staticmethod
-    def here() -> FirstStep | None:
-        """For this process; ``None`` if it is alone."""
-        known = groups.groups_of_this_rank() if groups.is_running() else ()
-        return FirstStep(known) if known else None
-
-    def __init__(self, known: Sequence[groups.Group]) -> None:
-        """Take note of how many collectives each of the groups that are known has been asked for."""
-        self._before = {group: groups.collectives_so_far(group) for group in known}
-        self._done = self._updated = self.evaluates = False
-        self.copied_to: list[groups.Group] = []
-        self._pulled: list[Tensor] = []
-        self._sums = True
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluate a loss: what is copied in it is compared, the first time."""
-        self.evaluates = True
-        try:
-            if self._done:
-                yield
-                return
-            with agreement.watching(self.copied_to):
-                yield
-        finally:
-            self.evaluates = False
-
-    @contextmanager
-    def differentiating(self, losses: Tensor, params: Sequence[Tensor]) -> Iterator[None]:
-        """Take a first gradient, and refuse it if it passes by a collective in place, or is known to be wrong."""
-        if self._done:
-            yield
-            return
-        if is_spread(losses):
-            refuse_wrong_means(losses)
-        elif self._used():
-            self._pulled = _pulled_through_field(losses, params)
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            yield
-        for warning in heard:
-            said = str(warning.message)
-            if "c10d::" in said and "autograd kernel was not registered" in said:
-                raise _in_place(said.partition("c10d::")[2].partition(":")[0].rstrip("_"))
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-    def refuse(
-        self,
-        losses: Tensor,
-        grads: Sequence[Tensor | None],
-        params: Sequence[Tensor],
-    ) -> None:
-        """Refuse a loss and gradients that cannot be those of one problem.
-
-        (All decisions are made from what all ranks know, for they must go the same way.)
-        """
-        if self._done:
-            return
-        self._done = True
-        used = self._used()
-        self._sums = any([is_summed(node) for node in autograd_graph.nodes([losses.grad_fn])])
-        found = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
-        if not used or any(map(is_spread, (*params, losses))):
-            return
-        for group in used:
-            if not agreement.agree([losses], group):
-                continue
-            naive = _sums_twice(losses)
-            if naive:
-                raise _twice(naive, group)
-            if not agreement.agree(params, group):
-                continue
-            apart = max(agreement.deviations(found, group))
-            alike = apart <= agreement.tolerance(found)
-            if not alike and _sums_a_scalar(losses):
-                raise _other_gradients(apart, group)
-            if alike and self._pulled:  # (of shards the fields differ)
-                apart = max(agreement.deviations(self._pulled, group))
-                if apart > agreement.tolerance(self._pulled):
-                    raise _other_gradients(apart, group, "vector field, but Jacobians")
-
-    def _used(self) -> list[groups.Group]:
-        """The groups that have communicated since."""
-        return [group for group, count in self._before.items() if groups.collectives_so_far(group) != count]
-
-    def compares_update(self) -> bool:
-        """Whether the next update is the one to be compared, which it is once."""
-        first, self._updated = not self._updated and bool(self.copied_to), True
-        return first
-
-    def refuse_other_updates(self, state: Sequence[Tensor]) -> None:
-        """Refuse updates that lead from one state, by one gradient, to different ones."""
-        for group in self.copied_to:
-            apart = max(agreement.deviations(state, group))
-            if apart > agreement.tolerance(state):
-                raise RanksError(
-                    f"the first update leads the ranks to states that differ by {apart:.1e} of their norm",
-                    "one state on all ranks",
-                    "give all ranks the same optimizer: its numbers, a learned rate, the buffers of a State"
-                    if self._sums
-                    else "of tasks of each rank, copy what they share outside: solve(loss, params, copied(penalty))",
-                )
 
 
 def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Sequence[Tensor]) -> None:
     """Refuse to pull back cotangents that differ between the ranks that share a solve."""
     for group in copied_to if cotangents else ():
-        apart = max(agreement.deviations(cotangents, group))
-        if apart > agreement.tolerance(cotangents):
+        apart = max(replicas.deviations(cotangents, group))
+        if math.isinf(apart):
+            raise RanksError(
+                "the ranks share a solve, and what they observe of it has other shapes or dtypes on each",
+                "what is the same on all ranks",
+                "of each rank's own data, observe a sum: summed(f(copied(params), data)), of diffopt.distributed",
+            )
+        if apart > replicas.tolerance(cotangents):
             raise RanksError(
                 f"the ranks share a solve, and the gradients of their outer losses at its solution differ by "
                 f"{apart:.1e} of their norm",
@@ -161,7 +37,7 @@ def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Seque
 def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tensor) -> None:
     """Refuse random directions that differ between the ranks that share a solve."""
     for group in copied_to:
-        if not agreement.agree([directions], group):
+        if not replicas.agree([directions], group):
             raise RanksError(
                 "the ranks share a solve, and ESJacobian draws other directions on each",
                 "the same on all ranks",
@@ -169,15 +45,23 @@ def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tenso
             )
 
 
+def refuse_shards(shards: bool, rule: str) -> None:
+    """Refuse params of which each rank holds its own part, for a rule that takes inner products of them."""
+    if shards:
+        raise EstimatorError(
+            f"{rule} with params that each rank holds for itself: they enter what is summed over ranks, and are not "
+            "copied to them, and the rule takes inner products of them",
+            "params that all ranks share, or DTensors",
+            "use Reverse(); if they share them, put copied() of diffopt.distributed around them in the loss",
+        )
+
+
 def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> None:
     """Refuse an argument that each rank holds for itself, for a rule that moves it on all ranks at once.
 
     It is one that reaches what is summed over ranks, and has not been copied to them. (Their directions would add up.)
     """
-    copied = {node for node in autograd_graph.nodes([losses.grad_fn]) if is_copied(node)}
-    summed = [node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)]
-    behind = autograd_graph.nodes(summed, set(copied))
-    if any([node is given.grad_fn or getattr(node, "variable", None) is given for node in behind]):
+    if groups.is_running() and reaches_a_sum(losses, [given]):
         raise EstimatorError(
             f"{rule} with {name}, which each rank holds for itself: it enters what is summed over ranks, and is not "
             "copied to them",
@@ -186,11 +70,21 @@ def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> No
         )
 
 
+def reaches_a_sum(losses: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether one of these reaches what is summed over ranks, and has not been copied to them."""
+    graph = autograd_graph.nodes([losses.grad_fn])
+    behind = autograd_graph.nodes(filter(is_summed, graph), set(filter(is_copied, graph)))
+    starts, leaves = {x.grad_fn for x in given} - {None}, {id(x) for x in given}
+    return any([node in starts or id(getattr(node, "variable", None)) in leaves for node in behind])
+
+
 def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
     """A number of bytes on the rank where it is largest, if ranks share a step, given by its graph and its params.
 
     What is stored, and how many steps are taken again, is decided by it, and all ranks must decide the same.
     """
+    if not groups.is_running():
+        return size
     sharing = {node.group: None for node in graph if type(node) in COLLECTIVES}
     spread: list[Any] = [x for x in map(transforms.unwrapped, params) if is_spread(x)]
     for mesh in [x.device_mesh for x in spread]:
@@ -198,70 +92,3 @@ def largest(size: int, graph: Sequence[Any], params: Sequence[Tensor]) -> int:
     for group in sharing:
         size = int(groups.largest(size, group, params[0].device))
     return size
-
-
-def _in_place(name: str) -> RanksError:
-    return RanksError(
-        f"the inner loss goes through {name}, a collective in place, of which torch has no derivative",
-        "collectives that can be differentiated twice",
-        f"{_FIX} (for a log, communicate a detached copy)",
-    )
-
-
-def _twice(name: str, group: Any) -> RanksError:
-    ranks = torch.distributed.get_world_size(group)
-    return RanksError(
-        f"the inner loss, which is the same on all {ranks} ranks, goes through torch's {name}, whose backward pass "
-        f"sums over ranks once more: its gradient is not that of the loss, but up to {ranks} times that",
-        "collectives whose derivative is that of the loss",
-        _FIX,
-    )
-
-
-def _pulled_through_field(losses: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """What the first field's Jacobian, transposed, makes of a direction that all ranks know; nothing without a field.
-
-    The field itself, which is used where a gradient is, can be the same on all ranks and its derivative each rank's
-    own.
-    """
-    entries = [x for x in entries_behind(losses) if x.requires_grad]
-    if not entries:
-        return []
-    directions = Tasks(0).start(Leaves(entries))
-    try:
-        found = torch.autograd.grad(entries, params, list(directions), retain_graph=True, allow_unused=True)
-    except RuntimeError:  # a field without a derivative, of which whoever needs it says more
-        return []
-    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, params, strict=True)]
-
-
-def _other_gradients(apart: float, group: Any, what: str = "inner loss, but gradients") -> RanksError:
-    ranks = torch.distributed.get_world_size(group)
-    return RanksError(
-        f"the {ranks} ranks hold the same params and get the same {what} that differ by {apart:.0%}",
-        "the same gradient on all ranks",
-        f"{_FIX}; if params are shards, check=False",
-    )
-
-
-def _sums_twice(losses: Tensor) -> str:
-    """The name of a collective of torch's own behind a loss, not looking behind what ``summed`` has summed."""
-    summed = {node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)}
-    for node in autograd_graph.nodes([losses.grad_fn], set(summed)):
-        name = type(node).__name__
-        if name in _OWN or "c10d_functional" in name:
-            return name.removeprefix("_").partition("Backward")[0]
-    return ""
-
-
-_OWN = {f"{name}Backward" for name in ("_AllReduce", "_AllGather", "_AllGatherBase", "_Reduce_Scatter", "_Reduce")}
-"""Nodes of ``torch.distributed.nn.functional``."""
-
-
-def _sums_a_scalar(losses: Tensor) -> bool:
-    """Whether all that is summed over ranks is one number (of each task).
-
-    (A penalty of params that are shards is, too, beside a sum of predictions, which is not.)
-    """
-    nodes = [node for node in autograd_graph.nodes([losses.grad_fn]) if is_summed(node)]
-    return bool(nodes) and all(size == losses.numel() for node in nodes for size in node.sizes)

@@ -160,6 +160,7 @@ class Rollout:
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
         copied_to: the groups of ranks that share the solve, if they do.
+        shards: whether each rank holds its own part of the params, in tensors that do not know of it.
     """
 
     wanted: tuple[Place, ...] = ()
@@ -178,6 +179,7 @@ class Rollout:
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
     copied_to: tuple[Any, ...] = ()
+    shards: bool = False
 
     @contextmanager
     def replay(self, step: int | None, device: torch.device) -> Iterator[None]:

@@ -214,10 +214,7 @@ class Block:
 
 def graph_bytes(graph: Sequence[Any], inputs: Inputs) -> int:
     """The bytes that a graph, given by its nodes, keeps alive besides the inputs; of ranks that share it, the most."""
-    size = autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return largest(size, graph, inputs.params)
-    return size
+    return largest(autograd_graph.saved_bytes(graph, (*inputs.read, *inputs.hyperparameters)), graph, inputs.params)
 
 
 @final

@@ -85,10 +85,7 @@ def roll_out_recorded(
                 if ranks is None or step > 1:
                     grads = derivatives.gradient(loss, params, differentiable=recorded)
                 else:
-                    with ranks.differentiating(loss, params):
-                        grads = derivatives.gradient(loss, params, differentiable=recorded)
-                if ranks is not None and step == 1:
-                    ranks.refuse(loss, grads, params)
+                    grads = ranks.gradient(loss, params, differentiable=recorded)
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:

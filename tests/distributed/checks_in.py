@@ -1,4 +1,4 @@
-"""The names of the checks in a file, which cannot be imported where torch has no process groups."""
+"""Where the checks are, and their names; the files cannot be imported where torch has no process groups."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import pytest
 START = "def check_"
 
 
+def files_of(module: str) -> list[Path]:
+    """The files of a module: itself, or, of a folder, all in it."""
+    here = Path(__file__).parent
+    return sorted((here / module).glob("*.py")) or [here / f"{module}.py"]
+
+
 def names_of(module: str) -> list[str]:
     """The names of all checks."""
-    text = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    return [line[len(START) :].partition("(")[0] for line in text.splitlines() if line.startswith(START)]
+    lines = [line for file in files_of(module) for line in file.read_text(encoding="utf-8").splitlines()]
+    names = [line[len(START) :].partition("(")[0] for line in lines if line.startswith(START)]
+    assert len(names) == len(set(names)), names
+    return names
 
 
 def cases(module: str) -> list[Any]:

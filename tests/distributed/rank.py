@@ -1,10 +1,10 @@
-"""One rank of several: run the checks of some modules and write down what came of each.
+"""One rank of several: run the checks of a module and write down what came of each.
 
     python rank.py RANK WORLD FOLDER MODULE [slow]
 
-``FOLDER`` is where the ranks meet and where ``RANK.json`` goes: for each check ``""``, or what went wrong. A start
-costs seconds, a check less; so all checks of a world run in one start (tests/distributed/conftest.py makes it); those
-called ``check_slow_...`` with ``slow`` only.
+``FOLDER`` is where the ranks meet and where ``RANK.json`` goes: for each check ``""``, or what went wrong. ``MODULE``
+is a file of checks, or a folder of such files. A start costs seconds, a check less; so all checks of a world run in one
+start (tests/distributed/conftest.py makes it); those called ``check_slow_...`` with ``slow`` only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from checks_in import files_of
 from torch import distributed
 
 SECONDS = 120
@@ -28,7 +29,9 @@ SECONDS = 120
 
 def checks_of(module: str) -> dict[str, Callable[[], None]]:
     """The checks of a module: its functions called ``check_...``, in the order in which they are written."""
-    found = vars(importlib.import_module(module))
+    here, found = Path(__file__).resolve().parent, {}
+    for file in files_of(module):
+        found |= vars(importlib.import_module(".".join(file.relative_to(here).with_suffix("").parts)))
     return {name.removeprefix("check_"): found[name] for name in found if name.startswith("check_")}
 
 

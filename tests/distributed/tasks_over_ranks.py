@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from beside import numbers, same
 from torch import Tensor, distributed, nn
 
 import diffopt
 
 TASKS = 8
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inner(params: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -53,11 +50,6 @@ def learned(model: nn.Module, batches: Any, between: Any = lambda: None) -> list
         between()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def check_hypergradients_are_averaged_by_all_reduce() -> None:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, distributed
 
+from diffopt.distributed import summed
+
 Found = TypeVar("Found")
 
 
@@ -45,13 +47,9 @@ class Ranks:
         return slice(ends[self.rank], ends[self.rank + 1])
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over ranks of tensors of one kind, the same on all ranks."""
-        if self.count == 1:
-            return list(tensors)
-        flat = torch.cat([x.detach().reshape(-1) for x in tensors])
-        distributed.all_reduce(flat)
-        parts = torch.split(flat, [x.numel() for x in tensors])
-        return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+        """The sums over ranks of tensors, without a derivative, the same on all ranks."""
+        found: list[Tensor] = list(tensors) if self.count == 1 else summed([x.detach() for x in tensors])
+        return found
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set on some rank."""

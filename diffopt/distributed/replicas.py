@@ -34,8 +34,9 @@ def refuse_other_copies(tensors: Sequence[Tensor], group: Group) -> None:
     copied_to = _watched.get()
     if copied_to is None:
         return
-    if group not in copied_to:
-        copied_to.append(group)
+    known = distributed.group.WORLD if group is None else group
+    if known not in copied_to:
+        copied_to.append(known)
     apart = deviations(tensors, group)
     worst = max(apart)
     if worst <= tolerance(tensors):
