@@ -1153,6 +1153,20 @@ FAULTS = [
         "self.known[step] = self._now",
         "random_threads",
     ),
+    Fault(
+        "in a replay beside a thread it is the global generator that is looked at",
+        "diffopt/tensors/random_state.py",
+        '[own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]',
+        "[torch.get_rng_state()]",
+        "random_threads",
+    ),
+    Fault(
+        "what is preserved within a replay is the global generator",
+        "diffopt/tensors/random_state.py",
+        "        if place in own:\n            own[place].set_state(state)\n        elif",
+        "        if",
+        "random_threads",
+    ),
     # reports, tables, and advice that belongs to the solver or the estimator
     Fault(
         "a finding forgets what an error expected",
