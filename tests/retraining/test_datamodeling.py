@@ -408,6 +408,7 @@ BAD = {
     "a class": ({"train": Ridge}, LossError, "that is a class"),
     "no metric": ({"metric": None}, LossError, "metric"),
     "a matrix": ({"metric": lambda p: p[:, None] * p}, LossError, "flatten it"),
+    "a list of numbers": ({"metric": lambda p: list(p)}, LossError, "with torch.stack"),
     "a number": ({"metric": lambda p: p.sum().item()}, LossError, "keep it a tensor"),
     "weights of integers": ({"weights": torch.ones(SAMPLES, dtype=torch.int64)}, LeafError, r"torch\.ones\(n\)"),
     "no weight": ({"weights": torch.ones(0)}, LeafError, "weights is"),
