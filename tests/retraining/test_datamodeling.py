@@ -126,6 +126,10 @@ def test_scores_of_the_wrong_sign_score_minus_one_and_a_scalar_is_one_metric():
     assert found.per_metric.shape == (1,)
     assert found.of(scores).score == pytest.approx(1)
     assert found.of(scores[None]).score == pytest.approx(1)
+    with pytest.raises(LeafError, match="scores is list"):
+        found.of([1.0] * SAMPLES)
+    with pytest.raises(ShapeError, match=r"\(1,\) \+ \(12,\)"):
+        found.of(torch.stack([scores, scores]))
 
 
 def test_other_scores_beside_the_same_trainings():
