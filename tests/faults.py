@@ -2734,8 +2734,8 @@ FAULTS = [
     Fault(
         "what is known is trained again",
         "diffopt/retraining/trainings.py",
-        "enumerate(left_out) if number not in known}",
-        "enumerate(left_out)}",
+        "enumerate(left_out) if number not in known]",
+        "enumerate(left_out)]",
         "datamodeling",
     ),
     Fault(

@@ -51,12 +51,12 @@ def retrain(
     Raises:
         NonFiniteLossError: what is measured is NaN or infinite.
     """
-    wanted = {number: without(weights, chosen) for number, chosen in enumerate(left_out) if number not in known}
+    wanted = [(number, chosen) for number, chosen in enumerate(left_out) if number not in known]
     if executor is None:
-        for number, fewer in wanted.items():
-            yield number, finite(measure(train, metric, fewer), f"without subset {number}")
+        for number, chosen in wanted:
+            yield number, finite(measure(train, metric, without(weights, chosen)), f"without subset {number}")
         return
-    futures = {executor.submit(measure, train, metric, fewer): number for number, fewer in wanted.items()}
+    futures = {executor.submit(measure, train, metric, without(weights, chosen)): number for number, chosen in wanted}
     try:
         for future in as_completed(futures):
             yield futures[future], finite(future.result(), f"without subset {futures[future]}")
