@@ -2964,14 +2964,14 @@ FAULTS = [
     ),
     Fault(
         "a solve in double precision starts in a lower one",
-        "diffopt/rollout/in_double.py",
+        "diffopt/rollout/problem_in_double.py",
         "Leaves(map(doubled, part)) for part in problem.inputs",
         "Leaves(part) for part in problem.inputs",
         "compare_worth",
     ),
     Fault(
         "a loss that is evaluated again in the backward pass is in its own precision",
-        "diffopt/rollout/in_double.py",
+        "diffopt/rollout/problem_in_double.py",
         "else run_in_double(loss)",
         "else loss",
         "check_solve",

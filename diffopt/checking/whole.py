@@ -15,9 +15,9 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.inner_problem import checked_problem
 from diffopt.optimizers.base import Optimizer
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.problem import Problem
+from diffopt.rollout.problem_in_double import problem_in_double
 from diffopt.tensors import random_state
 from diffopt.tensors.in_double import WatchDraws
 from diffopt.tensors.leaves import Leaves
