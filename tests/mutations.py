@@ -112,6 +112,7 @@ NAMES = [
     "attribution_experiment",
     "smoothness",
     "check_solve",
+    "check_solve_precision",
     "compare_worth",
     "attention",
     "attention_in_modules",
