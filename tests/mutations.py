@@ -108,6 +108,7 @@ NAMES = [
     "pickle_bombs",
     "mutated_pickles",
     "datamodeling",
+    "datamodeling_file",
     "rank_correlation",
     "attribution_experiment",
     "smoothness",
