@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffopt.errors import DisconnectedError, GradModeError, LeafError, LossError
 from diffopt.rollout.refusals import refuse_non_finite
-from diffopt.tensors import hints, transforms
-from diffopt.tensors.arguments import check_function
+from diffopt.tensors import transforms
+from diffopt.tensors.arguments import check_function, check_measured
 from diffopt.tensors.leaves import all_finite
 from diffopt.tensors.tree import describe
 
@@ -62,8 +62,9 @@ def attribute(train: Callable[[Tensor], Any], metric: Callable[[Any], Tensor], w
         raise LeafError(f"attribute: weights is {describe(weights)}", "a floating tensor", "write torch.ones(n)")
     root = weights.detach().clone().requires_grad_()
     with torch.enable_grad():
-        measured = metric(train(root))
-    _refuse_other(measured)
+        measured = check_measured("attribute: metric", metric(train(root)))
+    if not measured.requires_grad:
+        raise _disconnected()
     result = _rows(measured, root)
     if not all_finite([result]):
         refuse_non_finite(())
@@ -77,20 +78,6 @@ def _refuse_mode() -> None:
             "plain code",
             "it differentiates by itself; call it outside",
         )
-
-
-def _refuse_other(measured: Any) -> None:
-    """Refuse what is not one number, or one number for each metric, that depends on something."""
-    if (
-        not isinstance(measured, Tensor)
-        or not measured.is_floating_point()
-        or measured.ndim > 1
-        or not measured.numel()
-    ):
-        fix = "flatten it" if isinstance(measured, Tensor) and measured.ndim > 1 else hints.for_loss(measured)
-        raise LossError(f"attribute: metric returned {describe(measured)}", "a floating scalar or a vector [m]", fix)
-    if not measured.requires_grad:
-        raise _disconnected()
 
 
 def _rows(measured: Tensor, root: Tensor) -> Tensor:

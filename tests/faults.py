@@ -1153,6 +1153,20 @@ FAULTS = [
         "self.known[step] = self._now",
         "random_threads",
     ),
+    Fault(
+        "in a replay beside a thread it is the global generator that is looked at",
+        "diffopt/tensors/random_state.py",
+        '[own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]',
+        "[torch.get_rng_state()]",
+        "random_threads",
+    ),
+    Fault(
+        "what is preserved within a replay is the global generator",
+        "diffopt/tensors/random_state.py",
+        "        if place in own:\n            own[place].set_state(state)\n        elif",
+        "        if",
+        "random_threads",
+    ),
     # reports, tables, and advice that belongs to the solver or the estimator
     Fault(
         "a finding forgets what an error expected",
@@ -2720,8 +2734,8 @@ FAULTS = [
     Fault(
         "what is known is trained again",
         "diffopt/retraining/trainings.py",
-        "enumerate(left_out) if number not in known}",
-        "enumerate(left_out)}",
+        "enumerate(left_out) if number not in known]",
+        "enumerate(left_out)]",
         "datamodeling",
     ),
     Fault(
@@ -2950,14 +2964,14 @@ FAULTS = [
     ),
     Fault(
         "a solve in double precision starts in a lower one",
-        "diffopt/rollout/in_double.py",
+        "diffopt/rollout/problem_in_double.py",
         "Leaves(map(doubled, part)) for part in problem.inputs",
         "Leaves(part) for part in problem.inputs",
         "compare_worth",
     ),
     Fault(
         "a loss that is evaluated again in the backward pass is in its own precision",
-        "diffopt/rollout/in_double.py",
+        "diffopt/rollout/problem_in_double.py",
         "else run_in_double(loss)",
         "else loss",
         "check_solve",

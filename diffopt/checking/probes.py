@@ -25,7 +25,7 @@ from diffopt.rollout.field import VectorField, refuse_constant
 from diffopt.rollout.hidden_state import HiddenState
 from diffopt.tensors import autograd_graph, derivatives, random_state
 from diffopt.tensors.captures import mend_for, named_tensors, names_of
-from diffopt.tensors.leaves import all_finite
+from diffopt.tensors.leaves import all_finite, norm
 
 
 def short(names: Sequence[str]) -> str:
@@ -70,12 +70,12 @@ def probe_dependence(subject: Subject) -> Finding:
             "finite numbers",
             "check for roots, norms or logarithms at zero",
         )
-    size = torch.stack([grad.double().norm() for grad in own.values() if grad is not None]).norm()
+    size = norm([grad for grad in own.values() if grad is not None])
     if missing:
         return Finding(check, "note", f"all but {short(missing)}", fix="leave these out, or use them in the loss")
-    if float(size) == 0:
+    if size == 0:
         return Finding(check, "note", "the gradient is exactly zero", fix="start where it is not")
-    return Finding(check, "ok", f"gradient of norm {float(size):.2g} in {len(own)} leaves")
+    return Finding(check, "ok", f"gradient of norm {size:.2g} in {len(own)} leaves")
 
 
 def probe_captures(subject: Subject) -> Finding:
@@ -129,8 +129,7 @@ def probe_repetition(subject: Subject) -> Finding:
     with torch.enable_grad(), subject.replayed():
         roots, args = subject.roots()
         again = subject.dynamics.losses(roots[: len(subject.params)], args).detach()
-        own = random_state.standing()  # beside other threads, in place of torch's
-        draws = random_state.changed(subject.generators, random_state.snapshot(device) if own is None else own[0])
+        draws = random_state.changed(subject.generators, random_state.snapshot(device))
     tolerance = max(1e-3, 4 * torch.finfo(first.dtype).eps)  # looser than round-off, which may differ on a GPU
     if not torch.isclose(again, first, rtol=tolerance, atol=1e-6):
         raise RandomnessError(

@@ -15,7 +15,7 @@ from diffopt.errors import DiffoptError, NonFiniteGradientError, WrongDerivative
 from diffopt.reports import Finding
 from diffopt.rollout.field import stands_behind
 from diffopt.tensors import autograd_graph, derivatives
-from diffopt.tensors.leaves import all_finite
+from diffopt.tensors.leaves import all_finite, norm
 
 CHECK = "second derivative"
 
@@ -168,10 +168,6 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).double().sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([x.double().norm() for x in tensors]).norm())
-
-
 def _compare(
     subject: Subject,
     products: Sequence[Tensor],
@@ -185,12 +181,12 @@ def _compare(
     for radius in setting.radii:
         slope, noise = _difference(subject, direction, radius)
         slope = slope if weights is None else [_dot(slope, weights)]
-        noise = noise if weights is None else noise * _norm(weights)
-        scale = max(_norm(products), _norm(slope)) + noise / setting.rtol + 1e-300
+        noise = noise if weights is None else noise * norm(weights)
+        scale = max(norm(products), norm(slope)) + noise / setting.rtol + 1e-300
         errors = [float((p - s).double().norm()) / scale for p, s in zip(products, slope, strict=True)]
         smooth = best.smooth or (
             before is not None
-            and _norm([s - b for s, b in zip(slope, before, strict=True)]) <= 10 * setting.rtol * scale
+            and norm([s - b for s, b in zip(slope, before, strict=True)]) <= 10 * setting.rtol * scale
         )
         if math.hypot(*errors) < best.error:
             best = best._replace(error=math.hypot(*errors), worst=names[errors.index(max(errors))])
@@ -211,4 +207,4 @@ def _difference(subject: Subject, direction: _Direction, radius: float) -> tuple
         ends.append(derivatives.or_zeros(grads[: len(subject.params)], subject.params))
     slope = [(up - down) / (2 * radius) for up, down in zip(*ends, strict=True)]
     coarsest = max(torch.finfo(x.dtype).eps for x in slope)
-    return slope, 100 * coarsest * _norm([x for end in ends for x in end]) / radius
+    return slope, 100 * coarsest * norm([x for end in ends for x in end]) / radius

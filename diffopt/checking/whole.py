@@ -15,12 +15,12 @@ from diffopt.adjoint.reverse import Reverse
 from diffopt.inner_problem import checked_problem
 from diffopt.optimizers.base import Optimizer
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.problem import Problem
+from diffopt.rollout.problem_in_double import problem_in_double
 from diffopt.tensors import random_state
 from diffopt.tensors.in_double import WatchDraws
-from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.leaves import Leaves, norm
 
 PIECES = 16
 """In how many pieces of equal length, at most, the steps are taken where the adjoint is wanted between them."""
@@ -122,7 +122,7 @@ class Whole:
             )
         own = dict(zip(roots, found, strict=False))
         rows, count = found[len(roots) :], layout.params_count
-        norms = [_norm(rows[i : i + count]) for i in range(0, len(rows), count)]
+        norms = [norm(rows[i : i + count]) for i in range(0, len(rows), count)]
         return Found({place: own[place] for place in self.wanted}, norms, every, watch.kinds)
 
     def _differentiated(self) -> list[Place]:
@@ -148,7 +148,3 @@ class Whole:
         with random_state.replayed(self.generators, device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([x.double().norm() for x in tensors]).norm())

@@ -14,8 +14,8 @@ from torch import Tensor
 from diffopt.adjoint.estimator import Estimator
 from diffopt.adjoint.smoothness import CALMER, CLOSE, WORTHLESS, Smoothness, smoothness
 from diffopt.errors import DiffoptError
-from diffopt.rollout.in_double import problem_in_double
 from diffopt.rollout.problem import Outcome, Problem
+from diffopt.rollout.problem_in_double import problem_in_double
 from diffopt.tensors.in_double import InDouble, WatchDraws
 
 

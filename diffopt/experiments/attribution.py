@@ -26,7 +26,7 @@ from diffopt.experiments.attribution_problem import (
     mnist,
     network,
 )
-from diffopt.experiments.attribution_report import draw, summarise
+from diffopt.experiments.attribution_report import WORST, draw, summarise
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.unit_context import Work
@@ -195,7 +195,7 @@ def find(settings: Settings, work: Work) -> Row:
         return accuracy(noisy.train(weights), problem.tests)
 
     orders = {name: values.argsort(descending=True, stable=True) for name, values in worst.items()}
-    last = round(0.15 * len(right))
+    last = round(WORST * len(right) / 100)
     return {
         "changed": int(wrong.sum()),
         "found": {name: shares_found(wrong[order]) for name, order in orders.items()},

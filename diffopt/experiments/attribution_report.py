@@ -211,7 +211,8 @@ def _draw_curves(settings: Any, axes: Axes, images: str, row: Row) -> None:
 
 def _draw_labels(row: Row, folder: Path) -> Path:
     figure, ((axes,),) = panels(1, 1, 6.5, 4.5)
-    influence = max((name for name in row["found"] if name.startswith("influence")), key=lambda n: row["found"][n][14])
+    found = row["found"]
+    influence = max((name for name in found if name.startswith("influence")), key=lambda name: found[name][WORST - 1])
     for name in ("exact", influence, "gradient product", "own loss"):
         look = {**_look(name), "marker": None}
         axes.plot(range(101), [0, *(100 * share for share in row["found"][name])], **look)

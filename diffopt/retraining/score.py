@@ -54,8 +54,10 @@ class DatamodelingScore:
             ShapeError: ``scores`` has another shape than the metric and the weights.
             HyperparameterError: a metric is predicted to change alike for all subsets.
         """
+        check_scores(scores, self.weights, None)
         metrics = self.measured.shape[1]
-        check_scores(scores, self.weights, (() if metrics == 1 and scores.ndim == self.weights.ndim else (metrics,)))
+        if scores.ndim > self.weights.ndim or metrics > 1:
+            check_scores(scores, self.weights, (metrics,))
         return scored(scores, self.measured, self.left_out, self.noise, self.weights, self.confidence, self.seed)
 
     def __str__(self) -> str:

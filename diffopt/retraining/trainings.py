@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import LossError, NonFiniteLossError
-from diffopt.tensors import hints
+from diffopt.errors import NonFiniteLossError
+from diffopt.tensors.arguments import check_measured
 from diffopt.tensors.leaves import all_finite
-from diffopt.tensors.tree import describe
 
 Train = Callable[[Tensor], Any]
 Metric = Callable[[Any], Tensor]
@@ -35,11 +34,7 @@ def measure(train: Train, metric: Metric, weights: Tensor) -> Tensor:
     Raises:
         LossError: it is neither.
     """
-    found = metric(train(weights.detach().clone()))
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim > 1 or not found.numel():
-        fix = "flatten it" if isinstance(found, Tensor) and found.ndim > 1 else hints.for_loss(found)
-        got = f"datamodeling_score: metric returned {describe(found)}"
-        raise LossError(got, "a floating scalar or a vector [m]", fix)
+    found = check_measured("datamodeling_score: metric", metric(train(weights.detach().clone())))
     return found.detach().to("cpu", torch.float64)
 
 
@@ -56,12 +51,12 @@ def retrain(
     Raises:
         NonFiniteLossError: what is measured is NaN or infinite.
     """
-    wanted = {number: without(weights, chosen) for number, chosen in enumerate(left_out) if number not in known}
+    wanted = [(number, chosen) for number, chosen in enumerate(left_out) if number not in known]
     if executor is None:
-        for number, fewer in wanted.items():
-            yield number, finite(measure(train, metric, fewer), f"without subset {number}")
+        for number, chosen in wanted:
+            yield number, finite(measure(train, metric, without(weights, chosen)), f"without subset {number}")
         return
-    futures = {executor.submit(measure, train, metric, fewer): number for number, fewer in wanted.items()}
+    futures = {executor.submit(measure, train, metric, without(weights, chosen)): number for number, chosen in wanted}
     try:
         for future in as_completed(futures):
             yield futures[future], finite(future.result(), f"without subset {futures[future]}")

@@ -13,7 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffopt.errors import DiffoptError, HyperparameterError, StepsError
+from diffopt.errors import DiffoptError, HyperparameterError, LossError, StepsError
+from diffopt.tensors import hints
 from diffopt.tensors.plain_numbers import as_float, is_integer, make_plain, plain
 from diffopt.tensors.tree import brief, describe
 from diffopt.tensors.usable import is_calculable, refuse_unusable
@@ -121,6 +122,14 @@ def check_function(where: str, value: Any, expected: str, error: type[DiffoptErr
     if not callable(value) or isinstance(value, type):
         make = "that is a class: pass an object of it" if isinstance(value, type) else fix
         raise error(f"{where} is {describe(value)}", expected, make)
+
+
+def check_measured(where: str, value: Any) -> Tensor:
+    """Refuse what is not one number, or one number for each metric."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim > 1 or not value.numel():
+        fix = "flatten it" if isinstance(value, Tensor) and value.ndim > 1 else hints.for_measured(value)
+        raise LossError(f"{where} returned {describe(value)}", "a floating scalar or a vector [m]", fix)
+    return value
 
 
 def check_generator(where: str, value: Any, kind: type[DiffoptError] = HyperparameterError) -> None:

@@ -171,6 +171,13 @@ def for_loss(value: Any) -> str:
     return "reduce it with .mean() or .sum()"
 
 
+def for_measured(value: Any) -> str:
+    """What to do about something that a metric returned and that is neither a floating scalar nor a vector."""
+    if isinstance(value, tuple | list | Mapping):
+        return "put the numbers into one tensor with torch.stack"
+    return "measure something" if isinstance(value, Tensor) and not value.numel() else for_loss(value)
+
+
 def in_inference_mode() -> str:
     """Who may have entered ``torch.inference_mode``, if that is known."""
     lightning = any(name in sys.modules for name in ("lightning", "pytorch_lightning"))

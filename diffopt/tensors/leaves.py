@@ -150,6 +150,11 @@ _FEW = 32
 """Tensors that are faster looked at one by one than all in one call."""
 
 
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all of them together, in double precision."""
+    return float(torch.stack([x.double().norm() for x in tensors]).norm())
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is NaN or infinite; the tensors live on one device."""
     numbers = list(tensors)

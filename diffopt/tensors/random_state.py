@@ -8,6 +8,7 @@ The simple way to draw numbers again is to set the global generators back for a 
 meanwhile (one that prepares data) would get numbers that were drawn before. So, while the process has other threads, a
 replay leaves the global generators alone: a mode gives every operation that draws a generator of its own. A checkpoint
 in the loss does not know of these: what it recomputes, whenever that is, is told where they stood (``saved_hooks.py``).
+All that is said here of "the generators" is of those that operations draw from: in such a replay, its own.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ GeneratorStates: TypeAlias = tuple[Tensor, ...]
 
 def snapshot(device: torch.device) -> GeneratorStates:
     """The state of the CPU's generator and, on a GPU, of that device's."""
-    states = [torch.get_rng_state()]
+    own = _own_generators()
+    states = [own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+        states.append(own["cuda"].get_state() if "cuda" in own else torch.cuda.get_rng_state(device))
     return tuple(states)
 
 
 def restore(states: GeneratorStates, device: torch.device) -> None:
     """Let the generators stand where they stood."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    own = _own_generators()
+    for place, state in zip(("cpu", device.type), states, strict=False):
+        if place in own:
+            own[place].set_state(state)
+        elif place == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
 
 
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
@@ -101,10 +108,10 @@ class _OwnGenerators(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._outer: _OwnGenerators | None = None
-        self._generators = {}
+        self.generators = {}
         for place, state in zip(("cpu", device.type), states, strict=False):
-            self._generators[place] = torch.Generator("cpu" if place == "cpu" else device)
-            self._generators[place].set_state(state)
+            self.generators[place] = torch.Generator("cpu" if place == "cpu" else device)
+            self.generators[place].set_state(state)
 
     def __enter__(self) -> _OwnGenerators:
         self._outer, _here.drawing = _here.drawing, self
@@ -117,13 +124,13 @@ class _OwnGenerators(TorchDispatchMode):
 
     def standing(self) -> tuple[GeneratorStates, torch.device]:
         """Where the generators stand now."""
-        return tuple([generator.get_state() for generator in self._generators.values()]), self._device
+        return tuple([generator.get_state() for generator in self.generators.values()]), self._device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or given.get("generator") is not None:
             return func(*args, **given)
-        generator = self._generators.get(_place(args, given))
+        generator = self.generators.get(_place(args, given))
         if generator is None:
             return func(*args, **given)
         like = _LIKE.get(func.overloadpacket.__name__)
@@ -142,6 +149,21 @@ class _Here(threading.local):
 _here = _Here()
 
 
+def _own_generators() -> Mapping[str, torch.Generator]:
+    """Those that operations draw from in place of the global ones, by the kind of device."""
+    return {} if _here.drawing is None else _here.drawing.generators
+
+
+@contextmanager
+def _globally() -> Iterator[None]:
+    """Let "the generators" be the global ones here."""
+    outer, _here.drawing = _here.drawing, None
+    try:
+        yield
+    finally:
+        _here.drawing = outer
+
+
 def standing() -> tuple[GeneratorStates, torch.device] | None:
     """Where the generators of a replay beside other threads stand now; ``None``: no such replay is running."""
     return None if _here.drawing is None else _here.drawing.standing()
@@ -150,13 +172,14 @@ def standing() -> tuple[GeneratorStates, torch.device] | None:
 @contextmanager
 def as_it_is(device: torch.device) -> Iterator[None]:
     """Draw from the global generators in a replay beside other threads too, and put them back if that was done."""
-    before = snapshot(device)
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        if changed(before, snapshot(device)):
-            restore(before, device)
+    with _globally():
+        before = snapshot(device)
+        try:
+            with _disable_current_modes():
+                yield
+        finally:
+            if changed(before, snapshot(device)):
+                restore(before, device)
 
 
 def drawn_from(place: tuple[GeneratorStates, torch.device] | None) -> AbstractContextManager[Any]:
@@ -193,7 +216,7 @@ def _with_generator(func: Any) -> Any:
 def _drawing_globally(func: Any, args: Any, kwargs: Any, generator: torch.Generator) -> Any:
     """Let one operation that takes no generator (dropout on a GPU) draw from the global one, set for its length."""
     device = generator.device
-    with preserved(device):
+    with _globally(), preserved(device):
         restore((torch.get_rng_state(), generator.get_state())[-1 if device.type == "cpu" else 0 :], device)
         result = func(*args, **kwargs)
         generator.set_state(snapshot(device)[-1])

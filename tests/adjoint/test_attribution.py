@@ -178,7 +178,8 @@ BAD = {
     "no metric": (lambda t, m: diffopt.attribute(t, 3.0, ONES), LossError, "attribute: metric"),
     "a matrix": (lambda t, m: diffopt.attribute(t, lambda p: p[:, None] * p, ONES), LossError, "flatten it"),
     "a number": (lambda t, m: diffopt.attribute(t, lambda p: p.sum().item(), ONES), LossError, "keep it a tensor"),
-    "no number": (lambda t, m: diffopt.attribute(t, lambda p: p[:0], ONES), LossError, "a vector"),
+    "no number": (lambda t, m: diffopt.attribute(t, lambda p: p[:0], ONES), LossError, "a vector.*measure something"),
+    "two numbers": (lambda t, m: diffopt.attribute(t, lambda p: (p[0], p[1]), ONES), LossError, "with torch.stack"),
     "a constant": (lambda t, m: diffopt.attribute(t, lambda p: p.detach(), ONES), DisconnectedError, "solution.params"),
     "other weights": (
         lambda t, m: diffopt.attribute(lambda w: t(ONES.clone().requires_grad_()), m, ONES),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from check_cases import learned
 from torch import Tensor, nn
 
 import diffopt
@@ -16,10 +17,6 @@ from diffopt.estimators import FirstOrder, Reverse, Truncated, Unrolled
 Problem = Callable[[Any], Tensor]
 torch_generator = torch.Generator().manual_seed(0)
 x, y = torch.randn(16, 4, generator=torch_generator), torch.randn(16, generator=torch_generator)
-
-
-def learned(value: Any, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(value, dtype=dtype).clone().requires_grad_()
 
 
 def ridge(dtype: torch.dtype, steps: int = 10) -> tuple[Problem, list[Tensor]]:

@@ -21,6 +21,11 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+def learned(value: float | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A tensor of its own that requires grad."""
+    return torch.as_tensor(value, dtype=dtype).clone().requires_grad_()
+
+
 def w() -> Tensor:
     return numbers(4).double()
 

@@ -1,4 +1,4 @@
-"""``diffopt.datamodeling_score``: beside closed forms; resumed to the same bits; in other processes; refusals."""
+"""``diffopt.datamodeling_score``: beside closed forms; in other threads and processes; refusals."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from weighted_ridge import FEATURES, ONES, SAMPLES, Killed, Ridge, drifting, same
 
 import diffopt
-from diffopt import DatamodelingScore, datamodeling_score
+from diffopt import datamodeling_score
 from diffopt.errors import (
     DisconnectedError,
     EstimateWarning,
@@ -23,57 +22,11 @@ from diffopt.errors import (
     LeafError,
     LossError,
     NonFiniteLossError,
-    RandomnessError,
     ShapeError,
 )
 from diffopt.retraining.trainings import random_subsets
 
-SAMPLES, FEATURES = 12, 3
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Ridge:
-    """Ridge regression with a weight for each sample: trained at once, or by gradient descent."""
-
-    def __init__(self, penalty: float = 10.0):
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(SAMPLES, FEATURES, generator=generator)
-        self.y = torch.randn(SAMPLES, generator=generator)
-        self.queries = torch.randn(4, FEATURES, generator=generator)
-        self.penalty, self.calls = penalty, 0
-
-    def minimiser(self, weights: Tensor) -> Tensor:
-        self.calls += 1
-        curvature = self.x.T @ (weights[:, None] * self.x) + self.penalty * torch.eye(FEATURES)
-        return torch.linalg.solve(curvature, self.x.T @ (weights * self.y))
-
-    def trained(self, weights: Tensor) -> Tensor:
-        def loss(p, weights):
-            return (weights * (self.x @ p - self.y).square()).sum() / 2 + self.penalty * p.square().sum() / 2
-
-        return diffopt.solve(loss, torch.zeros(FEATURES), weights, optimizer=diffopt.SGD(0.05), steps=60).params
-
-    def predicted(self, p: Tensor) -> Tensor:
-        return self.queries @ p
-
-    def scores(self, weights: Tensor | None = None) -> Tensor:
-        return diffopt.attribute(self.minimiser, self.predicted, ONES if weights is None else weights)
-
-
-ONES = torch.ones(SAMPLES, dtype=torch.float64)
-EQUAL = {"rtol": 0.0, "atol": 0.0}
-
-
-def same(first: DatamodelingScore, second: DatamodelingScore) -> bool:
-    names = ("per_metric", "predicted", "measured", "left_out")
-    equal = all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
-    return equal and (first.score, first.interval) == (second.score, second.interval)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
@@ -126,6 +79,10 @@ def test_scores_of_the_wrong_sign_score_minus_one_and_a_scalar_is_one_metric():
     assert found.per_metric.shape == (1,)
     assert found.of(scores).score == pytest.approx(1)
     assert found.of(scores[None]).score == pytest.approx(1)
+    with pytest.raises(LeafError, match="scores is list"):
+        found.of([1.0] * SAMPLES)
+    with pytest.raises(ShapeError, match=r"\(1,\) \+ \(12,\)"):
+        found.of(torch.stack([scores, scores]))
 
 
 def test_other_scores_beside_the_same_trainings():
@@ -177,108 +134,6 @@ def test_it_says_what_it_found():
     said = str(found)
     assert "score 1.000 (95 % interval 1.000 to 1.000)" in said
     assert "5 trainings without 2 of 12, 4 metrics" in said
-
-
-class Killed(Exception):  # noqa: N818
-    pass
-
-
-@pytest.mark.parametrize("after", [1, 4, 7])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, after):
-    ridge, path = Ridge(), tmp_path / "trainings.jsonl"
-    call = {"fraction": 0.2, "subsets": 8, "seed": 4}
-    whole = datamodeling_score(ridge.minimiser, ridge.predicted, ONES, ridge.scores(), **call)
-    told = []
-
-    def stop(done, total):
-        told.append((done, total))
-        if done == after:
-            raise Killed
-
-    with pytest.raises(Killed):
-        datamodeling_score(
-            ridge.minimiser, ridge.predicted, ONES, ridge.scores(), path=path, on_retraining=stop, **call
-        )
-    with path.open("ab") as file:
-        file.write(b'{"subset": 7, "measu')  # as a kill leaves it
-    scores, ridge.calls = ridge.scores(), 0
-    rest = []
-    again = datamodeling_score(
-        ridge.minimiser,
-        ridge.predicted,
-        ONES,
-        scores,
-        path=str(path),
-        on_retraining=lambda *x: rest.append(x),
-        **call,
-    )
-    assert same(whole, again)
-    assert ridge.calls == 2 + 8 - after
-    assert told + rest == [(done, 8) for done in range(1, 9)]
-    ridge.calls = 0
-    assert same(whole, datamodeling_score(ridge.minimiser, ridge.predicted, ONES, scores, path=path, **call))
-    assert ridge.calls == 2
-
-
-def test_a_file_serves_more_subsets_and_fewer(tmp_path):
-    ridge, path = Ridge(), tmp_path / "trainings.jsonl"
-    for subsets, calls in ((6, 8), (9, 5), (4, 2)):
-        scores, ridge.calls = ridge.scores(), 0
-        found = datamodeling_score(ridge.minimiser, ridge.predicted, ONES, scores, subsets=subsets, path=path)
-        assert ridge.calls == calls
-        assert same(found, datamodeling_score(ridge.minimiser, ridge.predicted, ONES, scores, subsets=subsets))
-
-
-CHANGES = {
-    "seed": ({"seed": 1}, HyperparameterError, "another seed"),
-    "fraction": ({"fraction": 0.3}, HyperparameterError, "another size of the subsets"),
-    "weights": ({"weights": 2 * ONES}, HyperparameterError, "another weights"),
-    "metric": ({"metric": lambda p: p, "scores": torch.rand(FEATURES, SAMPLES)}, HyperparameterError, "another metric"),
-    "training": ({"train": lambda w: Ridge(10 + 1e-8).minimiser(w)}, RandomnessError, "has moved by"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_file_of_another_call_is_refused_and_left_as_it_is(tmp_path, name):
-    changed, kind, message = CHANGES[name]
-    ridge, path = Ridge(), tmp_path / "trainings.jsonl"
-    call = {"train": ridge.minimiser, "metric": ridge.predicted, "weights": ONES, "scores": ridge.scores()}
-    datamodeling_score(**call, subsets=4, path=path)
-    before = path.read_bytes()
-    with pytest.raises(kind, match=message):
-        datamodeling_score(**{**call, **changed}, subsets=4, path=path)
-    assert path.read_bytes() == before
-
-
-FOREIGN = {
-    "notes": b"remember the milk",
-    "lines": b"remember\nthe milk\n",
-    "other JSON": b'{"iteration": 3}\n',
-    "a list": b"[1, 2]\n",
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path, name):
-    ridge, path = Ridge(), tmp_path / "notes"
-    path.write_bytes(FOREIGN[name])
-    with pytest.raises(HyperparameterError, match="nothing is overwritten"):
-        datamodeling_score(ridge.minimiser, ridge.predicted, ONES, ridge.scores(), subsets=4, path=path)
-    assert path.read_bytes() == FOREIGN[name]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [b"{}", b"7", b'{"subset": 1, "measured": [1, 2, 3, NaN]}', b'{"subset": 1, "measured": [1, 2]}', b"\xff"],
-    ids=str,
-)
-def test_a_line_that_was_changed_is_refused(tmp_path, line):
-    ridge, path = Ridge(), tmp_path / "trainings.jsonl"
-    datamodeling_score(ridge.minimiser, ridge.predicted, ONES, ridge.scores(), subsets=4, path=path)
-    first, *rest = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([first, line, *rest[1:], b""]))
-    with pytest.raises(HyperparameterError, match="has the line"):
-        datamodeling_score(ridge.minimiser, ridge.predicted, ONES, ridge.scores(), subsets=4, path=path)
 
 
 def test_threads_find_the_same_bits(tmp_path):
@@ -345,11 +200,6 @@ def test_processes_find_the_same_bits(tmp_path, checkout):
     assert "4 trainings without 1 of 20, 2 metrics" in done.stdout
 
 
-def drifting(ridge, size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda w: ridge.minimiser(w) + size * torch.randn(FEATURES, generator=generator)
-
-
 def test_a_training_that_is_not_repeatable_is_warned_of():
     ridge = Ridge()
     with pytest.warns(EstimateWarning, match="make the training the same each time"):
@@ -393,21 +243,12 @@ def test_it_is_refused_under_a_transform():
         torch.func.grad(lambda w: datamodeling_score(ridge.minimiser, ridge.predicted, w, scores).score)(ONES)
 
 
-def test_a_little_noise_is_only_told_and_a_file_allows_for_it(tmp_path, recwarn):
-    ridge, path = Ridge(), tmp_path / "trainings.jsonl"
-    assert datamodeling_score(ridge.minimiser, ridge.predicted, ONES, ridge.scores(), subsets=5).noise == 0
-    for seed in range(3):
-        train = drifting(ridge, 1e-7, seed)
-        found = datamodeling_score(train, ridge.predicted, ONES, ridge.scores(), subsets=5, path=path)
-        assert 0 < found.noise < 1e-4
-    assert not recwarn.list
-
-
 BAD = {
     "no training": ({"train": 3}, LossError, "train"),
     "a class": ({"train": Ridge}, LossError, "that is a class"),
     "no metric": ({"metric": None}, LossError, "metric"),
     "a matrix": ({"metric": lambda p: p[:, None] * p}, LossError, "flatten it"),
+    "a list of numbers": ({"metric": lambda p: list(p)}, LossError, "with torch.stack"),
     "a number": ({"metric": lambda p: p.sum().item()}, LossError, "keep it a tensor"),
     "weights of integers": ({"weights": torch.ones(SAMPLES, dtype=torch.int64)}, LeafError, r"torch\.ones\(n\)"),
     "no weight": ({"weights": torch.ones(0)}, LeafError, "weights is"),
@@ -464,12 +305,3 @@ def test_nothing_is_trained_where_the_arguments_alone_are_wrong():
         with pytest.raises(diffopt.DiffoptError):
             datamodeling_score(ridge.minimiser, ridge.predicted, ONES, **call)
         assert ridge.calls == 0
-
-
-def test_no_file_is_left_of_a_call_that_is_refused(tmp_path):
-    ridge = Ridge()
-    with pytest.raises(ShapeError):
-        datamodeling_score(
-            ridge.minimiser, ridge.predicted, ONES, torch.ones(3, SAMPLES), path=tmp_path / "trainings.jsonl"
-        )
-    assert list(Path(tmp_path).iterdir()) == []

@@ -152,7 +152,7 @@ def test_what_is_drawn_again_is_the_same_bit_for_bit(draw: Callable[[], Tensor],
 def test_beside_a_thread_the_global_generator_is_not_touched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But by the one operation that takes no generator and that nothing else can stand in for."""
     touched: list[Any] = []
-    monkeypatch.setattr(random_state, "restore", lambda *given: touched.append(given))
+    monkeypatch.setattr(torch, "set_rng_state", touched.append)
     with waiting_thread(), random_state.replayed(random_state.snapshot(CPU), CPU):
         DRAWS[name]()
     assert bool(touched) == (name == "native_dropout")
@@ -311,3 +311,76 @@ def test_a_solve_beside_a_drawing_thread_is_right_or_refused() -> None:
     assert drawer.repeats == 0
     assert right > 0
     assert reasons == {True}
+
+
+# ------------------------------------------------------------------------------------- solves within a replay
+
+
+def in_pieces(w: Tensor, x: Tensor) -> Tensor:
+    sgd, batches = diffopt.SGD(0.1), torch.stack([x[:4], x[1:]])
+    return diffopt.solve(drawing, w, optimizer=sgd, steps=2, batches=batches, micro_batches=2).params
+
+
+def in_chunks(w: Tensor, x: Tensor) -> Tensor:
+    tasks = torch.stack([x, 2 * x, 3 * x])
+    return diffopt.mean_over_tasks(drawing, w, tasks, in_dims=(None, 0), task_chunk=1, randomness="same")
+
+
+WITHIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: lambda w, x, rule=rule: solution(w, x, rule) for name, rule in RECOMPUTING.items()},
+    "in pieces": in_pieces,
+    "in chunks": in_chunks,
+}
+
+
+@pytest.mark.parametrize("run", WITHIN.values(), ids=WITHIN)
+def test_a_solve_within_a_replay_beside_a_thread_is_that_without(run: Any) -> None:
+    """Its rollout draws from the replay's own generators, and is to know where they stood."""
+    w, x = given()
+    torch.manual_seed(5)
+    states = random_state.snapshot(CPU)
+    first = run(w, x)
+    expected = [first.detach(), *torch.autograd.grad(first.pow(3).sum(), [w, x]), torch.rand(3)]
+    stand = torch.get_rng_state()
+    with waiting_thread(), random_state.replayed(states, CPU):
+        found = run(w, x)
+        grads = torch.autograd.grad(found.pow(3).sum(), [w, x])
+        got = [found.detach(), *grads, torch.rand(3)]
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    assert torch.equal(torch.get_rng_state(), stand)
+
+
+def test_a_replay_that_outlives_the_other_thread_still_draws_the_same() -> None:
+    w, x = given()
+    torch.manual_seed(5)
+    states = random_state.snapshot(CPU)
+    expected = solution(w, x, Reverse(1)).sum().item(), torch.rand(3)
+    with waiting_thread():
+        replay = random_state.replayed(states, CPU)
+        replay.__enter__()
+    value = solution(w, x, Reverse(1)).sum()
+    value.backward()
+    got = value.item(), torch.rand(3)
+    replay.__exit__(None, None, None)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+def test_what_is_preserved_within_a_replay_is_drawn_again(beside: Any) -> None:
+    stand = torch.get_rng_state()
+    with beside(), random_state.replayed(random_state.snapshot(CPU), CPU):
+        with random_state.preserved(CPU):
+            first = torch.rand(3)
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), stand)
+
+
+def test_check_of_a_loss_with_noise_beside_a_thread_finds_what_it_finds_without() -> None:
+    w, x = given()
+    alone = diffopt.check(drawing, w, x, directions=1, vmap=False, optimizer=diffopt.SGD(0.1), steps=3)
+    assert alone.ok, alone
+    assert "draws" in alone["deterministic"].measured
+    torch.rand(7)
+    with waiting_thread():
+        found = diffopt.check(drawing, w, x, directions=1, vmap=False, optimizer=diffopt.SGD(0.1), steps=3)
+    assert [(f.check, f.outcome) for f in found.findings] == [(f.check, f.outcome) for f in alone.findings], found
