@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffopt.distributed.sharded import refuse_wrapper
 from diffopt.errors import LeafError, StructureError
 from diffopt.tensors import hints, transforms
-from diffopt.tensors.recomputed import recomputing
+from diffopt.tensors.checkpointed_blocks import recomputing
 from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
