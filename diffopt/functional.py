@@ -56,8 +56,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
-    What it returns shares no memory with its inputs. What else it leaves behind (an attribute, a buffer, what a hook
-    keeps) is a constant: it raises when it is differentiated. So does a block that gives other
+    What it returns shares no memory with its inputs. What else depends on them and is left behind (an attribute, a
+    buffer, what a hook keeps) raises when it is differentiated. So does a block that gives other
     numbers the second time, as one does with a generator of its own or an attribute that has changed.
 
     Args:

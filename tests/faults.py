@@ -3488,6 +3488,13 @@ FAULTS = [
         "checkpointed_blocks",
     ),
     Fault(
+        "what a block leaves behind when it is computed again is a constant",
+        "diffopt/tensors/repeatable.py",
+        "(given[i],) = gated(self.left_behind, given[i])",
+        "given[i] = given[i].detach().requires_grad_()",
+        "checkpointed_blocks",
+    ),
+    Fault(
         "what a block leaves behind is a constant under a transform",
         "diffopt/tensors/block_note.py",
         "raise self.left_behind()",

@@ -485,9 +485,9 @@ def test_an_object_that_a_block_writes_to_is_refused() -> None:
 
 
 class Leaves(nn.Module):
-    """A block that leaves something behind, which is read behind it."""
+    """A block that leaves something behind, which is read behind it; ``where`` may say what is in the attribute."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: Any) -> None:
         super().__init__()
         self.block, self.where, self.records, self.reads = nn.Linear(4, 4), where, [], True
         self.block.register_buffer("state", torch.zeros(5, 4))
@@ -496,7 +496,9 @@ class Leaves(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.block.weight).tanh()
-        if self.where == "buffer":
+        if callable(self.where):
+            self.block.aux = self.where(x, self.block.weight, y)
+        elif self.where == "buffer":
             self.block.state = y + self.block.state
         elif self.where == "attribute":
             self.block.aux = y.square().sum()
@@ -532,6 +534,33 @@ def test_what_a_block_leaves_behind_is_refused(where: str, way: str) -> None:
     }[way]
     with pytest.raises(diffopt.HiddenStateError, match="leaves a tensor in an attribute, a buffer or a list"):
         run()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("of", ["x", "weight"])
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        (lambda x, w, y: x.sum() + w.sum(), "leaves a tensor in an attribute, a buffer or a list"),
+        (lambda x, w, y: y.square().sum(), "leaves a tensor in|backward through the graph a second time"),
+    ],
+    ids=["of the inputs", "of what the gradient has used up"],
+)
+def test_what_a_block_leaves_behind_when_it_is_computed_again_is_refused(
+    left: Any, says: str, wanted: str, of: str, order: int
+) -> None:
+    """What is in the attribute after a gradient is of the last evaluation; whatever that gradient was in."""
+    module = made(Leaves, where=left)
+    module.reads = False
+    function, params = diffopt.functional(module, "block")
+    leaves = {"x": drawn(5, 4).requires_grad_(), "weight": params["block.weight"]}
+    value = function(params, leaves["x"])
+    gradient = value
+    for _ in range(order):
+        (gradient,) = torch.autograd.grad(gradient.sum(), leaves[wanted], create_graph=True)
+    with pytest.raises(RuntimeError, match=says):
+        torch.autograd.grad(value + module.block.aux, leaves[of])
 
 
 @pytest.mark.parametrize("where", ["attribute", "list"])

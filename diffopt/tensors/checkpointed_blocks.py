@@ -109,6 +109,9 @@ class _Forward(Repeatable):
     def over(self, dims: Dims, size: int, mode: str) -> Repeatable:
         return replace(self, levels=(*self.levels, (dims, size, mode)))
 
+    def left_behind(self) -> Exception:
+        return self.note.left_behind()
+
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         dims, sizes, modes = ([level[i] for level in self.levels] for i in range(3))
         run = transforms.vmap(self._run, dims, sizes, modes)  # type: ignore[arg-type]

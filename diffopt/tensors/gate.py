@@ -2,9 +2,9 @@
 
 # NOTE [what a block leaves behind]
 Only what a block returns is linked to its inputs. What it leaves elsewhere (an auxiliary loss in an attribute, a
-record of a hook) would be a constant. So its first evaluation has a graph, which ends in a node that raises when
-something left behind is differentiated. A transform that differentiates does not come by that graph: there nothing
-may be left behind.
+record of a hook) would be a constant. So the graph of each evaluation ends in a node that raises when something left
+behind is differentiated. (A gradient uses a graph up: what is left of that one may raise torch's error for it before.)
+A transform that differentiates does not come by that graph: there the first evaluation may leave nothing behind.
 """
 
 from __future__ import annotations
