@@ -21,7 +21,7 @@ from diffopt.tensors.tree import describe
 Params: TypeAlias = dict[str, Tensor]
 
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""A call puts other tensors into its module for a while, which two threads must not do at once."""
+"""A call puts other tensors into its module for a while, which two threads must not do at once; so does a block."""
 
 
 class ModuleFunction(Protocol):
@@ -111,7 +111,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         with nullcontext() if torch.compiler.is_compiling() else lock:
             if not blocks:
                 return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
-            with recomputing(blocks):
+            with recomputing(blocks, lock):
                 return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
 
     return function, params

@@ -3488,6 +3488,20 @@ FAULTS = [
         "checkpointed_blocks",
     ),
     Fault(
+        "a block is computed again while another thread calls the module",
+        "diffopt/tensors/checkpointed_blocks.py",
+        "return self._lock if self.has_ended else nullcontext()",
+        "return nullcontext()",
+        "checkpointed_blocks",
+    ),
+    Fault(
+        "a block that a call differentiates waits for the end of the call",
+        "diffopt/tensors/checkpointed_blocks.py",
+        "return self._lock if self.has_ended else nullcontext()",
+        "return self._lock",
+        "checkpointed_blocks",
+    ),
+    Fault(
         "what a block leaves behind when it is computed again is a constant",
         "diffopt/tensors/repeatable.py",
         "(given[i],) = gated(self.left_behind, given[i])",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -361,6 +363,56 @@ def test_gradients_of_a_block_share_no_memory() -> None:
     (function({**params, "first.weight": torch.eye(4).double()}, x)).sum().backward()
     assert x.grad is not None
     assert x.grad.data_ptr() != params["block.shift"].grad.data_ptr()
+
+
+class Slow(nn.Module):
+    """A block that reads its weight twice, with time between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        time.sleep(0.005)
+        return (y @ self.weight).tanh()
+
+
+def test_threads_that_differentiate_wait_for_each_other() -> None:
+    """What is computed again has weights of its own in the module, as a call has."""
+    module = made(lambda: nn.Sequential(Slow(), Slow()))
+    function, params = diffopt.functional(module, ["0", "1"])
+    many = [{k: drawn(*p.shape, seed=seed).requires_grad_() for k, p in params.items()} for seed in range(8)]
+
+    def gradients(params: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(params, drawn(5, 4)).sum(), list(params.values()))
+
+    expected = list(map(gradients, many))
+    with ThreadPoolExecutor(4) as threads:
+        assert_same(list(threads.map(gradients, many)), expected)
+    assert all(isinstance(block.weight, nn.Parameter) for block in module)
+
+
+class Penalized(nn.Module):
+    """It differentiates through its block before it returns, in a thread of its own, as on a GPU torch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.threads = nn.Linear(4, 4), ThreadPoolExecutor(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.block(x).sin().sum()
+        work = self.threads.submit(torch.autograd.grad, value, x, create_graph=True)
+        return value + work.result(timeout=20)[0].square().sum()
+
+
+def test_a_module_may_differentiate_through_its_blocks() -> None:
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Penalized), blocks)
+        x = drawn(5, 4).requires_grad_()
+        found.append(torch.autograd.grad(function(params, x), [x, *params.values()]))
+    assert_same(*found)
 
 
 # --------------------------------------------------------------------------------------------------------- memory

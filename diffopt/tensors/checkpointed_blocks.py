@@ -11,7 +11,7 @@ arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -26,12 +26,35 @@ from diffopt.tensors.surroundings import Surroundings
 
 
 @contextmanager
-def recomputing(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Calls of these modules, of which each has a name for errors, compute again in the backward pass."""
+def recomputing(blocks: Mapping[str, nn.Module], lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """Calls of these modules, of which each has a name for errors, compute again in the backward pass.
+
+    The caller holds ``lock``, without which no other thread puts tensors into these modules.
+    """
+    turn = _Turn(lock)
     with ExitStack() as stack:
         for name, block in blocks.items():
-            stack.enter_context(_replaced(block, _Block(name, block, block.forward)))
-        yield
+            stack.enter_context(_replaced(block, _Block(name, block, block.forward, turn)))
+        try:
+            yield
+        finally:
+            turn.has_ended = True
+
+
+@final
+class _Turn:
+    """When a block of one call may be computed again.
+
+    After the call, with the lock. During it, when the call differentiates something of its own, the call holds the lock
+    and waits: the backward pass may run in a thread of torch's, which would wait for ever.
+    """
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self._lock, self.has_ended = lock, False
+
+    def taken(self) -> AbstractContextManager[Any]:
+        """The time of one evaluation."""
+        return self._lock if self.has_ended else nullcontext()
 
 
 @contextmanager
@@ -52,8 +75,8 @@ def _replaced(block: nn.Module, forward: Any) -> Iterator[None]:
 class _Block:
     """A block's ``forward``, that keeps its arguments only."""
 
-    def __init__(self, name: str, block: nn.Module, forward: Any) -> None:
-        self._name, self._block = name, block
+    def __init__(self, name: str, block: nn.Module, forward: Any, turn: _Turn) -> None:
+        self._name, self._block, self._turn = name, block, turn
         self._inside = _Inside(block, forward)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -67,7 +90,7 @@ class _Block:
         given = [*state.values(), *(leaves[i] for i in places)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         note = Note(self._name, Surroundings(self._block, given))
-        run = _Forward(self._inside, tuple(state), len(buffers), tuple(places), tuple(rest), form, note)
+        run = _Forward(self._inside, tuple(state), len(buffers), tuple(places), tuple(rest), form, note, self._turn)
         found = recomputed(run, *given)
         note.refuse_objects_with_tensors([*rest, *note.constants])
         for buffer, written in zip(self._block.buffers(), note.written, strict=True):
@@ -100,6 +123,7 @@ class _Forward(Repeatable):
     rest: tuple[Any, ...]
     form: Any
     note: Note
+    turn: _Turn
     levels: tuple[tuple[Dims, int, str], ...] = ()
 
     @property
@@ -120,7 +144,7 @@ class _Forward(Repeatable):
             found = self.note.first(run, tensors, range(count - self.buffers, count))
             self.note.marks = Marks(found, len(self.levels), self.note.surroundings.eps)
             return found
-        with self.note.surroundings.entered():
+        with self.turn.taken(), self.note.surroundings.entered():
             found = tuple(run(*tensors))
         self.note.refuse_others_than_the_first(found, len(self.levels))
         return found
