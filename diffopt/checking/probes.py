@@ -129,8 +129,7 @@ def probe_repetition(subject: Subject) -> Finding:
     with torch.enable_grad(), subject.replayed():
         roots, args = subject.roots()
         again = subject.dynamics.losses(roots[: len(subject.params)], args).detach()
-        own = random_state.standing()  # beside other threads, in place of torch's
-        draws = random_state.changed(subject.generators, random_state.snapshot(device) if own is None else own[0])
+        draws = random_state.changed(subject.generators, random_state.present(device))
     tolerance = max(1e-3, 4 * torch.finfo(first.dtype).eps)  # looser than round-off, which may differ on a GPU
     if not torch.isclose(again, first, rtol=tolerance, atol=1e-6):
         raise RandomnessError(

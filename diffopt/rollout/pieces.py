@@ -46,10 +46,10 @@ def pieced(
     """The losses of a step and their gradient, joined to params and to what was read by one node if ``linked``."""
     dynamics = steps.dynamics if isinstance(steps, Checks) else steps
     device = params[0].device
-    before = _standing(device)
+    before = random_state.present(device)
     roots, seen = [x.detach().requires_grad_() for x in params], [x.detach() for x in read]
     losses, found, size = _mean(steps, roots, seen, step)
-    drawn = random_state.changed(before, _standing(device))
+    drawn = random_state.changed(before, random_state.present(device))
     if isinstance(steps, Checks):
         steps.whole = seen
         if steps.compares_values and not drawn and (step & (step - 1) == 0 or step == dynamics.layout.steps):
@@ -126,12 +126,6 @@ class _Pieced(torch.autograd.Function):
                     _add(sums, every, weight)
                 del losses, found, pairs
         return None, None, *sums
-
-
-def _standing(device: torch.device) -> random_state.GeneratorStates:
-    """Where the generators stand that the loss draws from."""
-    beside = random_state.standing()
-    return random_state.snapshot(device) if beside is None else beside[0]
 
 
 def _refuse_no_mean(

@@ -40,14 +40,14 @@ class Surroundings:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Evaluate here and now, and take note of where random numbers came from, if any were drawn."""
-        before = self._standing()
+        before = random_state.present(self._device)
         yield
-        if random_state.changed(before, self._standing()):
+        if random_state.changed(before, random_state.present(self._device)):
             self._drawn = before
 
     def aside(self) -> AbstractContextManager[None]:
         """Evaluate here and now, without drawing the numbers that others are to draw."""
-        return random_state.replayed(self._standing(), self._device)
+        return random_state.replayed(random_state.present(self._device), self._device)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -60,10 +60,6 @@ class Surroundings:
                 stack.enter_context(sdpa_kernel(self._kernels))
             stack.enter_context(_training(self._training))
             yield
-
-    def _standing(self) -> random_state.GeneratorStates:
-        own = random_state.standing()
-        return random_state.snapshot(self._device) if own is None else own[0]
 
 
 def _kernels() -> list[SDPBackend]:
