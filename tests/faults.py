@@ -3706,4 +3706,18 @@ FAULTS = [
         "in (errno.ENFILE,):",
         "offload",
     ),
+    Fault(
+        "a first step under a transform keeps the numbers that an empty vmap draws",
+        "diffopt/rollout/checks.py",
+        "if not levels or not random_state.changed(before, random_state.present(device)):",
+        "if True:",
+        "randomness",
+    ),
+    Fault(
+        "what is evaluated a second time returns both",
+        "diffopt/rollout/checks.py",
+        "aux.clear()  # of what",
+        "pass  # of what",
+        "randomness",
+    ),
 ]
