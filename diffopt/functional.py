@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from diffopt.distributed.sharded import refuse_wrapper
 from diffopt.errors import LeafError, StructureError
 from diffopt.tensors import hints, transforms
-from diffopt.tensors.recomputed import recomputing
+from diffopt.tensors.checkpointed_blocks import recomputing
 from diffopt.tensors.tree import describe
 
 Params: TypeAlias = dict[str, Tensor]
 
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""A call puts other tensors into its module for a while, which two threads must not do at once."""
+"""A call puts other tensors into its module for a while, which two threads must not do at once; so does a block."""
 
 
 class ModuleFunction(Protocol):
@@ -56,8 +56,8 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
     forward pass of the blocks, a second derivative two and a gradient. Results are the same, to round-off,
     also under ``torch.func.vmap``. It is right where ``torch.utils.checkpoint`` within the module is not: that computes
     again with the module's own weights. A block reads its inputs, its weights and nothing else that requires grad.
-    What it returns shares no memory with its inputs. What else it leaves behind (an attribute, a buffer, what a hook
-    keeps) is a constant: it raises when it is differentiated. So does a block that gives other
+    What it returns shares no memory with its inputs. What else depends on them and is left behind (an attribute, a
+    buffer, what a hook keeps) raises when it is differentiated. So does a block that gives other
     numbers the second time, as one does with a generator of its own or an attribute that has changed.
 
     Args:
@@ -111,7 +111,7 @@ def functional(module: nn.Module, checkpoint: Blocks = ()) -> tuple[ModuleFuncti
         with nullcontext() if torch.compiler.is_compiling() else lock:
             if not blocks:
                 return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
-            with recomputing(blocks):
+            with recomputing(blocks, lock):
                 return transforms.functional_call(module, {**params, **fresh}, inputs, named_inputs)
 
     return function, params

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -363,6 +365,56 @@ def test_gradients_of_a_block_share_no_memory() -> None:
     assert x.grad.data_ptr() != params["block.shift"].grad.data_ptr()
 
 
+class Slow(nn.Module):
+    """A block that reads its weight twice, with time between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        time.sleep(0.005)
+        return (y @ self.weight).tanh()
+
+
+def test_threads_that_differentiate_wait_for_each_other() -> None:
+    """What is computed again has weights of its own in the module, as a call has."""
+    module = made(lambda: nn.Sequential(Slow(), Slow()))
+    function, params = diffopt.functional(module, ["0", "1"])
+    many = [{k: drawn(*p.shape, seed=seed).requires_grad_() for k, p in params.items()} for seed in range(8)]
+
+    def gradients(params: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(params, drawn(5, 4)).sum(), list(params.values()))
+
+    expected = list(map(gradients, many))
+    with ThreadPoolExecutor(4) as threads:
+        assert_same(list(threads.map(gradients, many)), expected)
+    assert all(isinstance(block.weight, nn.Parameter) for block in module)
+
+
+class Penalized(nn.Module):
+    """It differentiates through its block before it returns, in a thread of its own, as on a GPU torch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.threads = nn.Linear(4, 4), ThreadPoolExecutor(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.block(x).sin().sum()
+        work = self.threads.submit(torch.autograd.grad, value, x, create_graph=True)
+        return value + work.result(timeout=20)[0].square().sum()
+
+
+def test_a_module_may_differentiate_through_its_blocks() -> None:
+    found = []
+    for blocks in ("block", ()):
+        function, params = diffopt.functional(made(Penalized), blocks)
+        x = drawn(5, 4).requires_grad_()
+        found.append(torch.autograd.grad(function(params, x), [x, *params.values()]))
+    assert_same(*found)
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 
@@ -485,9 +537,9 @@ def test_an_object_that_a_block_writes_to_is_refused() -> None:
 
 
 class Leaves(nn.Module):
-    """A block that leaves something behind, which is read behind it."""
+    """A block that leaves something behind, which is read behind it; ``where`` may say what is in the attribute."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: Any) -> None:
         super().__init__()
         self.block, self.where, self.records, self.reads = nn.Linear(4, 4), where, [], True
         self.block.register_buffer("state", torch.zeros(5, 4))
@@ -496,7 +548,9 @@ class Leaves(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.block.weight).tanh()
-        if self.where == "buffer":
+        if callable(self.where):
+            self.block.aux = self.where(x, self.block.weight, y)
+        elif self.where == "buffer":
             self.block.state = y + self.block.state
         elif self.where == "attribute":
             self.block.aux = y.square().sum()
@@ -532,6 +586,33 @@ def test_what_a_block_leaves_behind_is_refused(where: str, way: str) -> None:
     }[way]
     with pytest.raises(diffopt.HiddenStateError, match="leaves a tensor in an attribute, a buffer or a list"):
         run()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("of", ["x", "weight"])
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        (lambda x, w, y: x.sum() + w.sum(), "leaves a tensor in an attribute, a buffer or a list"),
+        (lambda x, w, y: y.square().sum(), "leaves a tensor in|backward through the graph a second time"),
+    ],
+    ids=["of the inputs", "of what the gradient has used up"],
+)
+def test_what_a_block_leaves_behind_when_it_is_computed_again_is_refused(
+    left: Any, says: str, wanted: str, of: str, order: int
+) -> None:
+    """What is in the attribute after a gradient is of the last evaluation; whatever that gradient was in."""
+    module = made(Leaves, where=left)
+    module.reads = False
+    function, params = diffopt.functional(module, "block")
+    leaves = {"x": drawn(5, 4).requires_grad_(), "weight": params["block.weight"]}
+    value = function(params, leaves["x"])
+    gradient = value
+    for _ in range(order):
+        (gradient,) = torch.autograd.grad(gradient.sum(), leaves[wanted], create_graph=True)
+    with pytest.raises(RuntimeError, match=says):
+        torch.autograd.grad(value + module.block.aux, leaves[of])
 
 
 @pytest.mark.parametrize("where", ["attribute", "list"])

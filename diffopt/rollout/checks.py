@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -95,11 +94,15 @@ class Checks:
                 return self.losses(params, read, step, aux)
         if self._plainly:
             return self._dynamics.losses(params, read, step, aux)
-        function = partial(
-            self._without_tangents if self._drops_tangents else self._dynamics.losses, step=step, aux=aux
-        )
+        evaluate = self._without_tangents if self._drops_tangents else self._dynamics.losses
+
+        def function(params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
+            if aux is not None:
+                aux.clear()  # of what an evaluation before has returned besides
+            return evaluate(params, read, step, aux)
+
         marking = not self._dynamics.layout.levels
-        losses: Tensor = apart_from(self.levels_at(step), function, params, read, marking=marking)
+        losses: Tensor = self._apart(step, function, params, read, marking=marking)
         if self._watch.levels and any(transforms.is_wrapped(x) for x in [losses, *(aux or ())]):
             raise wrapped_error()
         return losses
@@ -132,7 +135,7 @@ class Checks:
             observed = self._dynamics.observed(params, read)
         else:
             function = self._observed_without_tangents if self._drops_tangents else self._dynamics.observed
-            observed = apart_from(self.levels_at(step), function, params, read)
+            observed = self._apart(step, function, params, read)
             if any(transforms.is_wrapped(x) for x in observed):
                 raise wrapped_error()
         if versions != [x._version for x in params]:
@@ -208,6 +211,28 @@ class Checks:
                 transforms.is_wrapped(x) for x in everything_held(self._dynamics.functions()).tensors
             )
         return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
+
+    def _apart(
+        self,
+        step: int,
+        function: Callable[..., Any],
+        params: Sequence[Tensor],
+        read: Sequence[Tensor],
+        *,
+        marking: bool = False,
+    ) -> Any:
+        """``function(params, read)``, evaluated apart from the levels that are watched.
+
+        Where that draws random numbers, it is evaluated plainly after that, as it will be when it is computed again:
+        under an empty vmap torch draws in another order if a tensor does not lie in memory in the order of its axes.
+        """
+        levels, device = self.levels_at(step), params[0].device
+        before = random_state.snapshot(device) if levels else ()
+        found = apart_from(levels, function, params, read, marking=marking)
+        if not levels or not random_state.changed(before, random_state.snapshot(device)):
+            return found
+        with random_state.replayed(before, device):
+            return function(params, read)
 
     def _apart_update(
         self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int

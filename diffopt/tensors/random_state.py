@@ -169,6 +169,12 @@ def standing() -> tuple[GeneratorStates, torch.device] | None:
     return None if _here.drawing is None else _here.drawing.standing()
 
 
+def present(device: torch.device) -> GeneratorStates:
+    """Where the generators stand from which an operation would draw now: those of a replay, or the global ones."""
+    own = standing()
+    return snapshot(device) if own is None else own[0]
+
+
 @contextmanager
 def as_it_is(device: torch.device) -> Iterator[None]:
     """Draw from the global generators in a replay beside other threads too, and put them back if that was done."""

@@ -226,6 +226,66 @@ def test_under_vmap_the_masks_are_those_of_vmapped_draws(estimator: Any, randomn
     assert torch.equal(torch.get_rng_state(), stand)
 
 
+AT_ONCE = ["forward", "forward_in_chunks"]
+"""They compute steps again under a vmap, where torch draws in another order for a tensor that is turned."""
+
+OTHERS = {"unrolled", "truncated_at_all", *AT_ONCE}  # (truncation refuses an outer loss of what was observed)
+STEP_BY_STEP = [pytest.param(rule, id=name) for name, rule in EXACT.items() if name not in OTHERS]
+
+
+@pytest.mark.parametrize("estimator", STEP_BY_STEP)
+def test_under_grad_a_tensor_that_is_turned_is_dropped_as_in_a_plain_loop(estimator: Any) -> None:
+    """Under a vmap torch draws in another order for it; the first step is looked at under an empty one."""
+
+    def turned(w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        mask = functional.dropout(torch.ones_like(x).t(), 0.4).t()
+        return given_mask(w, x, mask), mask
+
+    def observe(w: Tensor, x: Tensor) -> Tensor:
+        return (functional.dropout(torch.ones_like(x).t(), 0.4).t() @ w).sum()
+
+    def outer(w: Tensor, x: Tensor, lr: Tensor) -> tuple[Tensor, Any]:
+        optimizer = diffopt.SGD(lr, momentum=MOMENTUM)
+        found = diffopt.solve(
+            turned, w, x, optimizer=optimizer, steps=STEPS, estimator=estimator, has_aux=True, observe=observe
+        )
+        return found.params.pow(3).sum() + found.observed.sum(), found.aux
+
+    def by_hand(w: Tensor, x: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+        velocity, masks, total = torch.zeros_like(w), [], torch.zeros(())
+        for _ in range(STEPS):
+            value, mask = turned(w, x)
+            masks.append(mask)
+            velocity = MOMENTUM * velocity + torch.autograd.grad(value, w, create_graph=True)[0]
+            w = w - lr * velocity
+            total = total + observe(w, x)
+        return w.pow(3).sum() + total, torch.stack(masks)
+
+    inputs = leaves()
+    torch.manual_seed(SEED)
+    expected, masks = by_hand(*inputs)
+    wanted = torch.autograd.grad(expected, inputs)
+    torch.manual_seed(SEED)
+    found, drawn = grad(outer, (0, 1, 2), has_aux=True)(*[x.detach() for x in inputs])
+    assert torch.equal(drawn, masks)
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("under", [grad, lambda f: f], ids=["grad", "plain"])
+def test_a_tensor_that_is_turned_is_refused_where_steps_are_computed_again_at_once(name: str, under: Any) -> None:
+    w, x, lr = leaves()
+
+    def turned(w: Tensor, x: Tensor) -> Tensor:
+        return given_mask(w, x, functional.dropout(torch.ones_like(x).t(), 0.4).t())
+
+    def outer(w: Tensor) -> Tensor:
+        return diffopt.solve(turned, w, x, optimizer=diffopt.SGD(lr), steps=STEPS, estimator=EXACT[name]).params.sum()
+
+    with pytest.raises(diffopt.RandomnessError, match="came out differently"):
+        torch.autograd.grad(under(outer)(w).sum(), w)
+
+
 @pytest.mark.parametrize("style", [by_vmap, by_vmap_of_grad])
 def test_under_vmap_that_forbids_random_numbers_the_error_says_what_to_do(estimator: Any, style: Any) -> None:
     with pytest.raises(diffopt.RandomnessError, match="randomness='different'"):

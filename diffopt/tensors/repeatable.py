@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffopt.errors import MissingDerivativeError
 from diffopt.tensors import transforms
+from diffopt.tensors.gate import gated
 
 Dims: TypeAlias = "Sequence[int | None]"
 
@@ -33,6 +34,10 @@ class Repeatable(ABC):
     @abstractmethod
     def over(self, dims: Dims, size: int, mode: str) -> Repeatable:
         """The same for stacked tasks; ``dims`` are 0 or ``None``."""
+
+    @abstractmethod
+    def left_behind(self) -> Exception:
+        """What to raise when something is differentiated that depends on its arguments and is not an output."""
 
     @abstractmethod
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,14 +67,17 @@ class _Pulled(Repeatable):
     def over(self, dims: Dims, size: int, mode: str) -> Repeatable:
         return replace(self, of=self.of.over(dims[: self.count], size, mode))
 
+    def left_behind(self) -> Exception:
+        return self.of.left_behind()
+
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given, weights = list(tensors[: self.count]), tensors[self.count :]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             for i in range(self.count):
-                if not again:
-                    given[i] = given[i].detach()
-                if i in self.wanted and not given[i].requires_grad:
+                if given[i].requires_grad and not again:  # each by itself: what nobody wants is not pulled back
+                    (given[i],) = gated(self.left_behind, given[i])
+                elif i in self.wanted and not given[i].requires_grad:
                     given[i] = given[i].detach().requires_grad_()
             leaves = [given[i] for i in self.wanted]
             outputs = self.of(*given)
