@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fault_places import Places
 from faults import FAULTS, Fault
 
 NAMES = [
@@ -140,19 +141,21 @@ def tested(copy: Path, names: list[str], *options: str) -> subprocess.CompletedP
 
 def survives(fault: Fault, copy: Path) -> bool:
     """Whether the tests pass in ``copy`` with the fault in place; the file is put right again."""
-    file = copy / fault.file
-    text = file.read_text()
-    if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.what}: its line stands {text.count(fault.old)} times in {fault.file}, expected once")
-    file.write_text(text.replace(fault.old, fault.new))
-    nearest = fault.tests or Path(fault.file).stem  # the likeliest to notice go first, the slow ones among them too
+    places = Places(copy)
+    found = places.found(fault)
+    if len(found) != 1:
+        raise SystemExit(f"{fault.what}: its text stands {len(found)} times in {fault.where}, expected once")
+    file = found[0].file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(places.planted(found[0], fault), encoding="utf-8")
+    nearest = fault.tests  # the likeliest to notice go first, the slow ones among them too
     first = [name for name in NAMES if name.startswith(nearest)]
     rest = [name for name in NAMES if name not in first]
     done = tested(copy, first)
     if done is None or done.returncode == 0:
         done = tested(copy, rest, "-m", "not slow") or done
     assert done is not None
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode and not failed:  # no test has failed: none has been run
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_places import Places
 from faults import FAULTS
+from mutations import NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -200,8 +202,12 @@ def test_every_rule_has_a_length(files):
 
 def test_every_deliberate_fault_has_one_line_to_stand_in(checkout):
     """``tests/mutations.py``, which is run by hand, stops at the first that has not."""
-    texts = {fault.file: (checkout / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
-    assert [fault.what for fault in FAULTS if texts[fault.file].count(fault.old) != 1] == []
+    places = Places(checkout)
+    assert [fault.what for fault in FAULTS if len(places.found(fault)) != 1] == []
+
+
+def test_every_deliberate_fault_has_tests_that_go_first():
+    assert {fault.tests for fault in FAULTS if not any(name.startswith(fault.tests) for name in NAMES)} == set()
 
 
 @pytest.mark.parametrize(("link", "target"), LINKS.items())
