@@ -1,4 +1,4 @@
-"""The pictures of the page "The idea": one step taken apart, and the terms that every rule keeps, as measured."""
+"""The pictures of the page "The idea": one step taken apart, and the terms that every estimator keeps, as measured."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def subsets(steps: int) -> Iterator[tuple[int, ...]]:
 
 
 def terms(estimator: Estimator, steps: int = STEPS) -> dict[tuple[int, ...], float]:
-    r"""How much of every term a rule's hypergradient holds: 1 is all of it, 0 nothing.
+    r"""How much of every term an estimator's hypergradient holds: 1 is all of it, 0 nothing.
 
     On ``h_t w**2 / 2`` with step size 1 the exact derivative of the last state in the first is
     ``prod_t (1 - h_t) = sum_S prod_{t in S} (-h_t)``, one term for every set ``S`` of steps at which the path goes
-    through the curvature. The rule runs for every ``h`` in ``{0, 1}**T``; inclusion and exclusion give its terms.
+    through the curvature. The estimator runs for every ``h`` in ``{0, 1}**T``; inclusion and exclusion give its terms.
     """
     curvatures = torch.tensor([[float(t in s) for t in range(1, steps + 1)] for s in subsets(steps)]).double()
     values: dict[tuple[int, ...], float] = {}
@@ -87,8 +87,8 @@ def draw_terms(axes: Axes, found: dict[tuple[int, ...], float], title: str, text
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def rules() -> Figure:
-    """All rules, by what they do to a problem of one parameter."""
+def estimators() -> Figure:
+    """All estimators, by what they do to a problem of one parameter."""
     figure, grid = plt.subplots(2, 4, figsize=(11, 6.4), layout="constrained")
     for axes, (title, (estimator, text)) in zip(grid.flat, RULES.items(), strict=True):
         draw_terms(axes, terms(estimator), title, text)
@@ -146,7 +146,7 @@ def step() -> Figure:
 def main() -> None:
     """Save the pictures that the README shows."""
     folder = Path(__file__).parent / "_static"
-    for name, figure in (("step", step()), ("rules", rules())):
+    for name, figure in (("step", step()), ("rules", estimators())):
         figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
 
 

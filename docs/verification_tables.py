@@ -75,14 +75,14 @@ def _cell(findings: Sequence[Finding], claim: str) -> str:
     return f"{found[0].measured} ({limit})" if found else "not claimed"
 
 
-def rules() -> str:
-    """Every rule through the public battery; raises where a claim is broken."""
+def estimators() -> str:
+    """Every estimator through the public battery; raises where a claim is broken."""
     rows = []
     for name, rule in RULES.items():
         findings = check_estimator(rule).findings
         held = f"{sum(f.held for f in findings)} of {len(findings)}"
         rows.append((f"`{name}`", held, *(_cell(findings, claim) for claim in ("exact", "vmap of grad", "linear"))))
-    header = ("rule", "claims that hold", "exact", "`vmap` beside a loop", "linear in the outer gradient")
+    header = ("estimator", "claims that hold", "exact", "`vmap` beside a loop", "linear in the outer gradient")
     return table(header, rows, "markdown")
 
 

@@ -11,7 +11,7 @@ from in_parts import error_classes
 import diffopt
 from diffopt import DiffoptError
 
-ENTRY = re.compile(r"### `(\w+)`\n\nAlso an? `(\w+)`[.,] ?(.+?)\n\n\*Mend:\* (.+?)\n(?=\n#|\Z)", re.DOTALL)
+ENTRY = re.compile(r"### `(\w+)`\n\nAlso an? `(\w+)`[.,] ?(.+?)\n\n\*Fix:\* (.+?)\n(?=\n#|\Z)", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def page(checkout: Path) -> str:
     return (checkout / "docs" / "errors.md").read_text(encoding="utf-8")
 
 
-def test_every_class_has_one_entry_with_cause_and_mend(classes: dict[str, type[DiffoptError]], page: str) -> None:
+def test_every_class_has_one_entry_with_cause_and_fix(classes: dict[str, type[DiffoptError]], page: str) -> None:
     headings = re.findall(r"^### `(\w+)`$", page, re.MULTILINE)
     assert sorted(headings) == sorted(classes)
-    assert [entry[0] for entry in ENTRY.findall(page)] == headings, "an entry lacks its cause or its mend"
+    assert [entry[0] for entry in ENTRY.findall(page)] == headings, "an entry lacks its cause or its fix"
 
 
 def test_the_page_names_the_built_in_exception(classes: dict[str, type[DiffoptError]], page: str) -> None:
