@@ -1,4 +1,4 @@
-"""What every rule costs, by formula and by the counters of a real solve: ``python -m benchmarks.costs``.
+"""What every estimator costs, by formula and by the counters of a real solve: ``python -m benchmarks.costs``.
 
 Writes ``docs/costs.md``. The inner problem is a logistic regression with one learned penalty per weight; a count that
 is not its formula's stops the run.
@@ -31,8 +31,8 @@ class Setting(NamedTuple):
     Attributes:
         T: inner steps.
         L: order, or steps kept.
-        W: steps whose curvature counts in the hybrid rule.
-        n: updates per gradient in the multi-step rule.
+        W: steps whose curvature counts in the hybrid estimator.
+        n: updates per gradient in the multi-step estimator.
         k: iterations of a solver; a state is stored every so many steps.
         Q: random directions.
         b: products in one batch at most.
@@ -60,8 +60,8 @@ class Setting(NamedTuple):
         assert isinstance(result, int), text
         return result
 
-    def rule(self, text: str) -> estimators.Estimator:
-        """The rule that a call in these letters makes."""
+    def estimator(self, text: str) -> estimators.Estimator:
+        """The estimator that a call in these letters makes."""
         result = eval(text, {**vars(estimators), **vars(linear_solve)}, self._asdict())
         assert isinstance(result, estimators.Estimator), text
         return result
@@ -75,7 +75,7 @@ SETTINGS = (
 
 
 class Costs(NamedTuple):
-    """What a rule uses, as formulas or as numbers; the last three between the rollout and the backward pass."""
+    """What an estimator uses, as formulas or as numbers; the last three between the rollout and the backward pass."""
 
     gradients: str | int
     products: str | int
@@ -87,9 +87,9 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A rule, its formulas, and whether the start and the penalties want their hypergradient."""
+    """An estimator, its formulas, and whether the start and the penalties want their hypergradient."""
 
-    rule: str
+    estimator: str
     formulas: Costs
     start: bool = True
     penalties: bool = True
@@ -175,7 +175,7 @@ def measure(row: Row, setting: Setting) -> Costs:
         penalties.requires_grad_(row.penalties),
         optimizer=diffopt.SGD(0.3, momentum=0.5),
         steps=setting.T,
-        estimator=setting.rule(row.rule),
+        estimator=setting.estimator(row.estimator),
     )
     outer_loss = solution.params.square().sum()
     gradients = len(solves_behind(outer_loss)[0].call.record.rollout.gradients)
@@ -196,8 +196,8 @@ def page() -> str:
     for (row, setting), found in measured.items():
         expected = Costs(*(setting.value(str(formula)) for formula in row.formulas))
         if found != expected:
-            raise ArithmeticError(f"{row.rule} at {setting}: counted {found}, expected {expected}")
-    columns = ["rule", "learned", "gradients", "HVPs", "depth", "stored", *map(str, SETTINGS)]
+            raise ArithmeticError(f"{row.estimator} at {setting}: counted {found}, expected {expected}")
+    columns = ["estimator", "learned", "gradients", "HVPs", "depth", "stored", *map(str, SETTINGS)]
     lines = []
     for row in ROWS:
         formulas = [f"`{formula}`" for formula in row.formulas[:3]]
@@ -205,7 +205,7 @@ def page() -> str:
             ", ".join(map(str, measured[row, setting][:3])) + f"; {stored(measured[row, setting])}"
             for setting in SETTINGS
         ]
-        lines.append([f"`{row.rule}`", row.learned, *formulas, stored(row.formulas), *cells])
+        lines.append([f"`{row.estimator}`", row.learned, *formulas, stored(row.formulas), *cells])
     return f"{TEXT}{table(columns, lines, 'markdown', 'llllllr')}\n"
 
 
@@ -218,8 +218,8 @@ def stored(costs: Costs) -> str:
 TEXT = f"""\
 # Costs
 
-What each rule computes and stores for one hypergradient: by formula, and by the counters of a real solve. Written by
-`python -m benchmarks.costs`, which stops where the two differ; a test holds this page to it.
+What each estimator computes and stores for one hypergradient: by formula, and by the counters of a real solve.
+Written by `python -m benchmarks.costs`, which stops where the two differ; a test holds this page to it.
 
 `T` inner steps, `L` orders (or steps kept), curvature of `W` steps, `n` updates per gradient, `k` iterations of a
 solver (or a state every `k` steps), `Q` directions, at most `b` products in a batch, `p` learned numbers. *Gradients*
@@ -239,11 +239,11 @@ What the numbers do not show:
 - `Binomial` and `Krylov` evaluate the gradients of the steps of a batch once more to differentiate them; that is part
   of an HVP here. While they do, `G` of one batch is alive. `Krylov` also holds `L` stacks of `T` adjoints.
 - What is counted for `Binomial` and `Krylov` is the products that they need. Without `chunk_size`, and from the second
-  level on, they are pulled through one graph of all `T` steps, zeros where a level needs none: `L * T` in work.
-- The last level of `Binomial` also takes the mixed products that the levels before it owe for the latest steps. As
+  order on, they are pulled through one graph of all `T` steps, zeros where an order needs none: `L * T` in work.
+- The last order of `Binomial` also takes the mixed products that the orders before it owe for the latest steps. As
   many orders as steps cost what `Reverse(1)` costs.
 - `Krylov` takes one more batch of HVPs where arguments of the loss are learned, for the mixed terms of the adjoints
-  that it has put together from its levels.
+  that it has put together from its orders.
 - `ForwardMode` runs the inner problem again with `p` tangents beside it, and once more for every further learned
   tensor, one after the other; it holds `p` states then. So twelve tensors of one number have a depth of `12 * T`, one
   tensor of twelve has `T`: put them in one tensor, and let the loss take it apart.

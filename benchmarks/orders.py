@@ -1,7 +1,7 @@
-"""Binomial beside Krylov at equal numbers of levels: ``python -m benchmarks.orders``.
+"""Binomial beside Krylov at equal numbers of orders: ``python -m benchmarks.orders``.
 
 Sine regression by an MLP 1-40-40-1 with ReLU, 10 points, float64; the relative error of the initial parameters'
-hypergradient, median over four tasks, for levels 0 to 9.
+hypergradient, median over four tasks, for orders 0 to 9.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SETTINGS: list[tuple[str, diffopt.Optimizer, int]] = [
     ("momentum .9, lr .005, T=20", diffopt.SGD(0.005, momentum=0.9), 20),
     ("Adam lr .01, eps .01, T=20", diffopt.Adam(0.01, eps=0.01), 20),
 ]
-LEVELS, TASKS = 10, 4
+ORDERS, TASKS = 10, 4
 
 
-def errors(optimizer: diffopt.Optimizer, steps: int, rules: list[Estimator]) -> list[float]:
-    """The median relative error of each rule."""
+def errors(optimizer: diffopt.Optimizer, steps: int, estimators: list[Estimator]) -> list[float]:
+    """The median relative error of each estimator."""
     generator = torch.Generator().manual_seed(0)
     apply, params = functional(MLP((1, 40, 40, 1), generator=generator).double())
     waves = Sinusoid().sample(TASKS, generator, dtype=torch.float64)
@@ -33,30 +33,30 @@ def errors(optimizer: diffopt.Optimizer, steps: int, rules: list[Estimator]) -> 
     def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return (apply(params, inputs) - targets).square().mean()
 
-    def hypergradient(rule: Estimator, task: int) -> Tensor:
+    def hypergradient(estimator: Estimator, task: int) -> Tensor:
         x, y, query_x, query_y = (part[task] for part in waves)
-        found = diffopt.solve(loss, params, x, y, optimizer=optimizer, steps=steps, estimator=rule).params
+        found = diffopt.solve(loss, params, x, y, optimizer=optimizer, steps=steps, estimator=estimator).params
         gradients = torch.autograd.grad(loss(found, query_x, query_y), list(params.values()))
         return torch.cat([g.flatten() for g in gradients])
 
     exact = [hypergradient(Reverse(), task) for task in range(TASKS)]
     return [
         statistics.median(
-            float((hypergradient(rule, task) - exact[task]).norm() / exact[task].norm()) for task in range(TASKS)
+            float((hypergradient(estimator, task) - exact[task]).norm() / exact[task].norm()) for task in range(TASKS)
         )
-        for rule in rules
+        for estimator in estimators
     ]
 
 
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print(f"{'dynamics':28s}{'rule':9s}" + "".join(f"{f'L={level}':>9s}" for level in range(LEVELS)))
+    print(f"{'dynamics':28s}{'estimator':11s}" + "".join(f"{f'L={order}':>9s}" for order in range(ORDERS)))
     for name, optimizer, steps in SETTINGS:
-        levels = range(min(LEVELS, steps + 1))
-        for rule, make in (("Binomial", Binomial), ("Krylov", Krylov)):
-            row = errors(optimizer, steps, [make(level) for level in levels])
-            print(f"{name:28s}{rule:9s}" + "".join(f"{error:9.1e}" for error in row), flush=True)
+        orders = range(min(ORDERS, steps + 1))
+        for kind, make in (("Binomial", Binomial), ("Krylov", Krylov)):
+            row = errors(optimizer, steps, [make(order) for order in orders])
+            print(f"{name:28s}{kind:11s}" + "".join(f"{error:9.1e}" for error in row), flush=True)
 
 
 if __name__ == "__main__":
