@@ -23,10 +23,10 @@ from diffopt.tensors import tree
 def cite(*subjects: Any) -> str:
     """The BibTeX entries to cite for what is given; ``print`` them.
 
-    An estimator brings its own paper, those of the rules and solvers within it, and this library; so do an optimizer,
-    a solver and the functions :func:`diffopt.implicit` and :func:`diffopt.implicit_gradients`. A
+    An estimator brings its own paper, those of the estimators and solvers within it, and this library; so do an
+    optimizer, a solver and the functions :func:`diffopt.implicit` and :func:`diffopt.implicit_gradients`. A
     :class:`diffopt.Solution` brings what it was made with, which its tensors remember while they require grad. What is
-    not of this library (a rule of your own) brings no entry of its own.
+    not of this library (an estimator of your own) brings no entry of its own.
 
     Args:
         subjects: estimators, optimizers, solvers, functions, their classes, or solutions; none: the library alone.
@@ -83,7 +83,7 @@ def _behind(solution: Solution[Any]) -> set[str]:
             "give cite the estimator itself",
         )
     calls = [node.call for node in nodes]
-    # windows are a property of the steps: what went down into autograd is the rule within MultiStep
+    # windows are a property of the steps: what went down into autograd is the estimator within MultiStep
     names = {"MultiStep"} if any(call.dynamics.layout.window > 1 for call in calls) else set()
     return names.union(*(_names(call.rule) | _names(call.dynamics.optimizer.template) for call in calls))
 

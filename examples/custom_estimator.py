@@ -1,10 +1,10 @@
-"""A rule of one's own, in thirty lines: curvature at randomly chosen steps only, and still unbiased.
+"""An estimator of one's own, in thirty lines: curvature at randomly chosen steps only, and still unbiased.
 
     exact:   Lambda_{t-1} = C_t' Lambda_t +         P' H_t E_t' Lambda_t
     here:    Lambda_{t-1} = C_t' Lambda_t + (b/p) * P' H_t E_t' Lambda_t,   b = 1 with probability p, else 0
 
 Each step's coin is independent of the steps after it, so the mean of the product is the product of the means: the
-exact hypergradient, for p times its Hessian-vector products. (Truncation spends as many and is biased.) The rule is
+exact hypergradient, for p times its Hessian-vector products. (Truncation spends as many and is biased.) It is
 written once, from the blocks C, E, D, H, M of a step; it then holds for every optimizer, meta-parameter and vmap, and
 ``check_estimator`` holds it to that. (Under vmap a product is left out where no task wants it.)
 
@@ -52,7 +52,7 @@ class CoinToss(Adjoint):
     generator: torch.Generator
 
     def claims(self, steps: int) -> Claims:
-        return Claims(exact="always", random=True)  # of a random rule: its mean
+        return Claims(exact="always", random=True)  # of a random estimator: its mean
 
     def keep(self, steps: int) -> Keep:
         return Keep(first=1, checkpoint=1, gradients=True)  # all states, and the gradient at each
@@ -101,13 +101,13 @@ def main(quick: bool = False) -> dict[str, float]:
         error = (means - exact).norm(dim=1).square().mean().sqrt() / exact.norm()
         results[f"CoinToss(0.5), mean of {count}"] = (float(error), count * sum(counts) // len(counts))
         count *= 4
-    print(f"{'rule':30} relative error         HVPs")
+    print(f"{'estimator':30} relative error         HVPs")
     for name, (error, products) in results.items():
         print(f"{name:30} {error:14.4f} {products:12}")
     return {name: error for name, (error, _) in results.items()}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A rule of one's own.")
+    parser = argparse.ArgumentParser(description="An estimator of one's own.")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     main(**vars(parser.parse_args()))

@@ -90,7 +90,7 @@ def learn_digits(steps: int, out: Path) -> dict[str, float]:
 
 
 def measure(features: int) -> float:
-    """Time and memory of one hypergradient of as many penalties; how well the two rules agree."""
+    """Time and memory of one hypergradient of as many penalties; how well the two estimators agree."""
     x = 10 / features**0.5 * torch.randn(40, features, generator=torch.Generator().manual_seed(0))
     data = list(zip(x.split(20), (x[:, :20].sum(1) > 0).long().split(20), strict=True))
     found: list[Tensor] = []

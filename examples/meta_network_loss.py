@@ -6,7 +6,7 @@
 
 Meta-transfer in small. Two teachers know half of the digits each, and name one of their five whatever they are shown.
 A student learns from them on unlabelled images, and has 100 labelled ones. The meta-network ``theta`` sees the
-image and says which to trust. It acts through the inner gradients only, so first-order rules learn
+image and says which to trust. It acts through the inner gradients only, so first-order estimators learn
 nothing here. ``MultiStep(n)`` lets n updates share a gradient: one in n Hessian-vector products is left.
 
 What to see: the network finds out who knows what, and its student beats both the one that believes both teachers alike
@@ -68,9 +68,9 @@ def teach(students: Params, theta: Params, labelled: Data, batch: Data, shares: 
     """Train a stack of students, step ``t`` with weight ``shares[t]`` on the labels and the rest on the teachers."""
 
     def teach_one(w: Params) -> Params:
-        given, rule = (theta, labelled, batch), MultiStep(window)
+        given, estimator = (theta, labelled, batch), MultiStep(window)
         return diffopt.solve(
-            step_loss, w, *given, optimizer=SGD, steps=len(shares), batches=shares, estimator=rule
+            step_loss, w, *given, optimizer=SGD, steps=len(shares), batches=shares, estimator=estimator
         ).params
 
     return torch.func.vmap(teach_one)(students)

@@ -40,7 +40,7 @@ class MetaTransfer:
     .. math:: \text{where:}\ \lambda^{mn} = \min(\mathrm{relu}(a^\top s^m + b), 6),\qquad
               \text{what:}\ w^{mn} = \mathrm{softmax}(A s^m + b)
 
-    :math:`\theta` acts on the classification loss through the steps on :math:`L_{tfr}` alone: no first-order rule
+    :math:`\theta` acts on the classification loss through the steps on :math:`L_{tfr}` alone: no first-order estimator
     reaches it. Everything here is a pure function; the inner problem is made of them with :func:`diffopt.solve`::
 
         steps on the transfer loss, then one on the task's loss without theta, then the outer loss, the task's

@@ -3785,7 +3785,7 @@ FAULTS = [
     Fault(
         "other random numbers in float64 are lost precision to compare",
         "worth",
-        "drawn = torch.float64 in kinds and _drawn(run, rule) != kinds",
+        "drawn = torch.float64 in kinds and _drawn(run, estimator) != kinds",
         "drawn = False",
         "compare_worth",
     ),

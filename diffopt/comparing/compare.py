@@ -135,7 +135,7 @@ def compare(
 def _checked(
     problem: Any, estimators: Any, exact: Any, repeats: Any
 ) -> tuple[Callable[[Estimator], Tensor], Estimator]:
-    """The problem as a function and the rule to compare with, once all arguments are found right."""
+    """The problem as a function and the estimator to compare with, once all arguments are found right."""
     if not isinstance(estimators, list | tuple):
         raise EstimatorError(f"estimators is {describe(estimators)}", "a list of them", "put it in [ ]")
     for i, estimator in enumerate(estimators):
@@ -163,11 +163,11 @@ def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
 
 
 def _watched(rule: Estimator) -> tuple[Estimator, list[int]]:
-    """A copy of a rule, and the list in which it notes how many steps each solve has that is run with it.
+    """A copy of an estimator, and the list in which it notes how many steps each solve has that is run with it.
 
     # NOTE [a copy, not a wrapper]
     A problem may look at what it is given: at its class, at its fields. So this is an object of the same class, whose
-    own ``run`` stands before that of the class; the solve is then run with the rule itself.
+    own ``run`` stands before that of the class; the solve is then run with the estimator itself.
     """
     watched, steps = copy.copy(rule), list[int]()
 
@@ -180,7 +180,7 @@ def _watched(rule: Estimator) -> tuple[Estimator, list[int]]:
 
 
 def _refuse_change(before: Tensor, after: Tensor) -> None:
-    """Refuse a problem whose outer loss, by one and the same rule, differs from call to call by more than round-off."""
+    """Refuse a problem whose outer loss, by one estimator, differs from call to call by more than round-off."""
     first, second = before.item(), after.item()
     both_nan = math.isnan(first) and math.isnan(second)  # which the backward pass tells better
     if not both_nan and not math.isclose(first, second, rel_tol=torch.finfo(before.dtype).eps ** (1 / 3)):
@@ -208,7 +208,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _tried(
     run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: list[Tensor], reference: Tensor, repeats: int
 ) -> Row:
-    """A rule's row, whatever becomes of it: those of the others have taken their time."""
+    """An estimator's row, whatever becomes of it: those of the others have taken their time."""
     try:
         return _row(run, estimator, leaves, reference, repeats)
     except (DiffoptError, RuntimeError) as error:

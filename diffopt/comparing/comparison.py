@@ -32,9 +32,9 @@ class Row:
         states: states stored in the rollout.
         seconds: processor time of forward and backward, median.
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
-        stationarity: how near the inner problem is to its fixed point, where the rule is one that relies on it.
-        residual: what a Krylov rule reports of its own system, worst task (``None``: it is another rule).
-        random: whether the rule draws random numbers of its own, so that another call has another error.
+        stationarity: how near the inner problem is to its fixed point, where the estimator is one that relies on it.
+        residual: what a Krylov estimator reports of its own system, worst task (``None``: it is another estimator).
+        random: whether the estimator draws random numbers of its own, so that another call has another error.
         used: whether the problem ran a solve with this estimator.
         failure: the error that stopped it, such as ``"VmapError: ..."``; ``None``: none did.
         rule: the estimator itself, whose ``if_wrong`` and the like the notes quote.

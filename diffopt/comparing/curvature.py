@@ -56,14 +56,14 @@ class Stationarity(NamedTuple):
 
 
 def stationarity(records: Sequence[Record]) -> Stationarity | None:
-    """The worst of these solves whose rule has looked; ``None`` if none has."""
+    """The worst of these solves whose estimator has looked; ``None`` if none has."""
     found = [record.diagnostics for record in records if "stationarity" in record.diagnostics]
     both = (Stationarity(float(d["stationarity"].max()), float(d["relative_stationarity"].max())) for d in found)
     return max(both, key=lambda x: x.share, default=None)
 
 
 def krylov_residual(records: Sequence[Record]) -> float | None:
-    """The worst relative residual of these solves, of the worst task; ``None`` if none is of a Krylov rule's system."""
-    # an implicit rule's residual, which stands beside its stationarity, has the scale of the outer gradient
+    """The worst relative residual of these solves, of the worst task; ``None`` if none is of Krylov's system."""
+    # an implicit estimator's residual, which stands beside its stationarity, has the scale of the outer gradient
     own = [record.diagnostics for record in records if "stationarity" not in record.diagnostics]
     return max((float(found["residual"].max()) for found in own if "residual" in found), default=None)

@@ -27,7 +27,7 @@ def _row_notes(row: Row) -> Iterator[str]:
         yield f"failed with {row.failure}"
         return
     if not row.used:
-        yield "the problem ran no solve with it, so these are numbers of another rule"
+        yield "the problem ran no solve with it, so these are numbers of another estimator"
     if row.random:
         yield "one random draw, of which another has another error"
     if row.stationarity is not None:
@@ -52,7 +52,7 @@ def _percent(error: float) -> str:
 
 
 def _fixed_point_note(row: Row, at: Stationarity) -> str:
-    """Whether an implicit rule's condition holds: judged by the inner problem, not by the error."""
+    """Whether an implicit estimator's condition holds: judged by the inner problem, not by the error."""
     left = f"one more step would move the params by {at.distance:.1e}, {at.share:.1%} of the average step"
     if at.share > 0.1:
         return f"the inner problem is far from its fixed point: {left}{_size(row, '; ')}"

@@ -62,7 +62,7 @@ class Worth(NamedTuple):
 
 def worth(
     run: Callable[[Estimator], Tensor],
-    rule: Estimator,
+    estimator: Estimator,
     leaves: Sequence[Tensor],
     own: Tensor,
     directions: int,
@@ -72,7 +72,7 @@ def worth(
 
     Args:
         run: the problem.
-        rule: the exact estimator.
+        estimator: the exact estimator.
         leaves: the meta-parameters.
         own: its hypergradient, in one vector.
         directions: along how many random directions to look.
@@ -80,14 +80,14 @@ def worth(
     """
     kind = str(dtype).removeprefix("torch.")
     here, gradient = [x.detach() for x in leaves], torch.split(own, [x.numel() for x in leaves])
-    double, kinds, raised = _in_double(run, rule, leaves), set[torch.dtype](), None
+    double, kinds, raised = _in_double(run, estimator, leaves), set[torch.dtype](), None
     if double is not None:
         raised, gradient, kinds = double
-    drawn = torch.float64 in kinds and _drawn(run, rule) != kinds
+    drawn = torch.float64 in kinds and _drawn(run, estimator) != kinds
 
     def value(moved: Sequence[Tensor]) -> Tensor:
         try:
-            with _at(leaves, moved, rule, raised) as used:
+            with _at(leaves, moved, estimator, raised) as used:
                 return run(used).detach()
         except DiffoptError:  # it has none there
             return torch.tensor(torch.nan, dtype=torch.float64)
@@ -101,7 +101,7 @@ def worth(
 
 
 def _in_double(
-    run: Callable[[Estimator], Tensor], rule: Estimator, leaves: Sequence[Tensor]
+    run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], tuple[Tensor, ...], set[torch.dtype]] | None:
     """What is raised by itself, the hypergradient in double precision, if the problem runs in it, and what is drawn.
 
@@ -111,7 +111,7 @@ def _in_double(
     here = [x.detach() for x in leaves]
     for raised in (leaves, ()):
         try:
-            with _at(leaves, here, rule, raised) as used:
+            with _at(leaves, here, estimator, raised) as used:
                 with WatchDraws() as watch:
                     loss = run(used)
                 found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -122,19 +122,19 @@ def _in_double(
     return None
 
 
-def _drawn(run: Callable[[Estimator], Tensor], rule: Estimator) -> set[torch.dtype]:
+def _drawn(run: Callable[[Estimator], Tensor], estimator: Estimator) -> set[torch.dtype]:
     """The precisions in which a problem draws random numbers."""
     watch = WatchDraws()
     with watch:
-        run(rule)
+        run(estimator)
     return watch.kinds
 
 
 @contextmanager
 def _at(
-    leaves: Sequence[Tensor], values: Sequence[Tensor], rule: Estimator, raised: Sequence[Tensor] | None
+    leaves: Sequence[Tensor], values: Sequence[Tensor], estimator: Estimator, raised: Sequence[Tensor] | None
 ) -> Iterator[Estimator]:
-    """Let the meta-parameters have other values for a while, and give the rule to run the problem with.
+    """Let the meta-parameters have other values for a while, and give the estimator to run the problem with.
 
     # NOTE [other values, not other tensors]
     A problem has its meta-parameters in its closure, by their objects. Each is given another storage, and then its own
@@ -151,15 +151,15 @@ def _at(
         warnings.simplefilter("ignore")  # of the precision, which is looked at here
         if raised is not None:
             stack.enter_context(InDouble(raised))
-        yield rule if raised is None else _doubling(rule)
+        yield estimator if raised is None else _doubling(estimator)
 
 
-def _doubling(rule: Estimator) -> Estimator:
-    """A copy of a rule that takes a problem to double precision (``compare.py``, NOTE [a copy, not a wrapper])."""
-    copied = copy.copy(rule)
+def _doubling(estimator: Estimator) -> Estimator:
+    """A copy of an estimator that takes problems to double precision (``compare.py``, NOTE [a copy, not a wrapper])."""
+    copied = copy.copy(estimator)
 
     def run(problem: Problem) -> Outcome:
-        return rule.run(problem_in_double(problem))
+        return estimator.run(problem_in_double(problem))
 
     object.__setattr__(copied, "run", run)
     return copied

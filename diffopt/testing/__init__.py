@@ -1,4 +1,4 @@
-"""Tests for a rule or an optimizer of your own, the same that the library's pass.
+"""Tests for an estimator or an optimizer of your own, the same that the library's pass.
 
 ``check_estimator(MyRule())`` and ``check_optimizer(MyOptimizer(lr=0.1))`` need no test framework: they return a
 :class:`Report` or raise one :class:`diffopt.ConformanceError` that names every broken claim. In pytest::
@@ -6,7 +6,7 @@
     def test_my_rule():
         check_estimator(MyRule())
 
-What a rule claims is its :class:`diffopt.estimators.Claims`; the default claims everything.
+What an estimator claims is its :class:`diffopt.estimators.Claims`; the default claims everything.
 """
 
 from diffopt.reports import Finding, Report

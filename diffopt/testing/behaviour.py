@@ -16,106 +16,106 @@ from diffopt.errors import MissingDerivativeError, RandomnessError, SecondDeriva
 from diffopt.reports import Finding
 from diffopt.rollout.record import Counts
 from diffopt.testing.counting_losses import Tally, noisy, once_differentiable, spied
-from diffopt.testing.estimator_case import Rule
+from diffopt.testing.estimator_case import EstimatorCase
 from diffopt.testing.findings import above, at_most, decided, equal, holds, raises
 from diffopt.testing.problem import Point, distance, flat, gradient, leaves, outer_loss
 
 _STATE = "check what a call leaves behind for the next one: caches, warm starts, counters"
 
 
-def repeatability(rule: Rule) -> Iterator[Finding]:
-    """A rule that is not random repeats itself to the bit, whatever ran between; a random one by its seed only."""
-    if rule.claims.random:
-        one, other = rule.gradient(), rule.gradient()
+def repeatability(case: EstimatorCase) -> Iterator[Finding]:
+    """An estimator that is not random repeats itself to the bit, whatever ran between; a random one by its seed."""
+    if case.claims.random:
+        one, other = case.gradient(), case.gradient()
         yield at_most("the same seed: the same numbers", distance(one, other), 0.0, _STATE)
-        estimator = rule.seeded()
-        value = partial(rule.setting.value, estimator)
-        one, other = (gradient(value, rule.point, rule.claims.inputs) for _ in range(2))
+        estimator = case.seeded()
+        value = partial(case.setting.value, estimator)
+        one, other = (gradient(value, case.point, case.claims.inputs) for _ in range(2))
         yield above("other draws: other numbers", distance(one, other), 0.0, "declare random=False: it repeats itself")
         return
     torch.manual_seed(1)
-    value = partial(rule.setting.value, rule.estimator)
-    gradient(value, rule.setting.point(7), rule.claims.inputs)
-    error = distance(gradient(value, rule.point, rule.claims.inputs), rule.found)
+    value = partial(case.setting.value, case.estimator)
+    gradient(value, case.setting.point(7), case.claims.inputs)
+    error = distance(gradient(value, case.point, case.claims.inputs), case.found)
     yield at_most("repeats itself to the bit", error, 0.0, f"declare random=True if it draws numbers; {_STATE}")
-    made = leaves(rule.point, rule.claims.inputs)
+    made = leaves(case.point, case.claims.inputs)
     wanted = [x for x in flat(made) if x.requires_grad]
     loss = value(made)
     first = torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True)
     second = torch.autograd.grad(loss, wanted, materialize_grads=True)
     error = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
-    yield at_most("a second backward pass agrees", error, rule.claims.tolerance, _STATE)
+    yield at_most("a second backward pass agrees", error, case.claims.tolerance, _STATE)
 
 
-def side_effects(rule: Rule) -> Iterator[Finding]:
+def side_effects(case: EstimatorCase) -> Iterator[Finding]:
     """Inputs, ``.grad``, the modes of autograd and torch's generator are as they were."""
-    made = leaves(rule.point, rule.claims.inputs)
+    made = leaves(case.point, case.claims.inputs)
     before = [x.detach().clone() for x in flat(made)]
-    estimator, state = rule.seeded(), torch.get_rng_state()
-    value = rule.setting.value(estimator, made)
+    estimator, state = case.seeded(), torch.get_rng_state()
+    value = case.setting.value(estimator, made)
     torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
     same = all(torch.equal(a, b) and b._version == 0 for a, b in zip(before, flat(made), strict=True))
     yield holds("leaves its inputs alone", same, "avoid operations in place")
     yield holds("writes no .grad", all(x.grad is None for x in flat(made)), "leave out calls of .backward()")
-    if not rule.claims.random:
+    if not case.claims.random:
         drawn = not torch.equal(state, torch.get_rng_state())
         yield holds("draws nothing from torch's generator", not drawn, "declare random=True, or draw nothing")
 
 
-def random_losses(rule: Rule) -> Iterator[Finding]:
-    """An exact rule draws a loss's random numbers again as they were, or refuses such a loss."""
-    if rule.claims.exact != "always" or rule.claims.random or rule.claims.own_steps:
+def random_losses(case: EstimatorCase) -> Iterator[Finding]:
+    """An exact estimator draws a loss's random numbers again as they were, or refuses such a loss."""
+    if case.claims.exact != "always" or case.claims.random or case.claims.own_steps:
         return
-    setting = replace(rule.setting, loss=noisy)
+    setting = replace(case.setting, loss=noisy)
     torch.manual_seed(0)
-    expected = gradient(lambda point: outer_loss(setting.by_hand(point)), rule.point)
+    expected = gradient(lambda point: outer_loss(setting.by_hand(point)), case.point)
     stream = torch.get_rng_state()
     claim, fix = "a loss with dropout: exact or refused", "check the numbers drawn in the backward pass (record.replay)"
     try:
-        found = rule.gradient(setting)
+        found = case.gradient(setting)
     except RandomnessError as error:
         yield decided(claim, True, type(error).__name__, "exact or RandomnessError", fix)
         return
-    yield at_most(claim, distance(found, expected, rule.claims.inputs), rule.claims.tolerance, fix)
+    yield at_most(claim, distance(found, expected, case.claims.inputs), case.claims.tolerance, fix)
     same = torch.equal(stream, torch.get_rng_state())
     yield holds("a loss with dropout: the generator moves on as in a loop", same, fix)
 
 
-def second_derivatives(rule: Rule) -> Iterator[Finding]:
+def second_derivatives(case: EstimatorCase) -> Iterator[Finding]:
     """A loss without second derivatives is differentiated, or refused."""
-    setting = replace(rule.setting, loss=once_differentiable)
-    if rule.claims.second_derivatives:
+    setting = replace(case.setting, loss=once_differentiable)
+    if case.claims.second_derivatives:
         fix = "check that a missing second derivative is noticed, or declare second_derivatives=False"
         claim = "refuses a loss without second derivatives"
-        yield raises(claim, MissingDerivativeError, lambda: rule.gradient(setting), fix)
+        yield raises(claim, MissingDerivativeError, lambda: case.gradient(setting), fix)
     else:
-        error = distance(rule.gradient(setting), rule.found, rule.claims.inputs)
+        error = distance(case.gradient(setting), case.found, case.claims.inputs)
         fix = "take no second derivatives of the loss, or declare second_derivatives=True"
-        yield at_most("needs no second derivatives", error, rule.claims.tolerance, fix)
+        yield at_most("needs no second derivatives", error, case.claims.tolerance, fix)
 
 
-def second_order(rule: Rule) -> Iterator[Finding]:
+def second_order(case: EstimatorCase) -> Iterator[Finding]:
     """The hypergradient is differentiated again, or that is refused."""
-    if not rule.claims.twice:
+    if not case.claims.twice:
         fix = "check for operations that autograd records in the backward pass; or declare twice=True"
-        yield raises("refuses to be differentiated twice", SecondDerivativeError, lambda: _twice(rule), fix)
+        yield raises("refuses to be differentiated twice", SecondDerivativeError, lambda: _twice(case), fix)
         return
-    slope = _total(_twice(rule))
-    high, low = (_total(rule.gradient(point=_moved(rule.point, rule.claims.inputs, step))) for step in (1e-5, -1e-5))
+    slope = _total(_twice(case))
+    high, low = (_total(case.gradient(point=_moved(case.point, case.claims.inputs, step))) for step in (1e-5, -1e-5))
     error = abs(slope - (high - low) / 2e-5) / abs(slope)
     yield at_most("its derivative is that of central differences", error, 1e-6, "check what of run() autograd records")
 
 
-def _twice(rule: Rule) -> Point:
+def _twice(case: EstimatorCase) -> Point:
     """The derivative of the sum of the hypergradient's entries."""
 
     def total(point: Point) -> Tensor:
         wanted = [x for x in flat(point) if x.requires_grad]
-        value = rule.setting.value(rule.seeded(), point)
+        value = case.setting.value(case.seeded(), point)
         found = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
         return torch.stack([g.sum() for g in found]).sum()
 
-    return gradient(total, rule.point, rule.claims.inputs)
+    return gradient(total, case.point, case.claims.inputs)
 
 
 def _total(point: Point) -> float:
@@ -126,11 +126,11 @@ def _moved(point: Point, kinds: frozenset[Kind], step: float) -> Point:
     return {kind: tuple(x + step if kind in kinds else x for x in point[kind]) for kind in KINDS}
 
 
-def reports(rule: Rule) -> Iterator[Finding]:
+def reports(case: EstimatorCase) -> Iterator[Finding]:
     """Counts are those that the loss saw; what is stored is no less than what stays alive."""
     tally = Tally()
-    setting, made = replace(rule.setting, loss=tally.loss), leaves(rule.point, rule.claims.inputs)
-    solution = setting.solve(rule.seeded(), made)
+    setting, made = replace(case.setting, loss=tally.loss), leaves(case.point, case.claims.inputs)
+    solution = setting.solve(case.seeded(), made)
     value = outer_loss([solution.params[name] for name in setting.names])
     tally.forget(made["init"])
     alive, kept = tally.bytes_alive(), solution.kept
@@ -138,7 +138,7 @@ def reports(rule: Rule) -> Iterator[Finding]:
     torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
     tally.forget(made["init"])  # the first step, taken again
     counts = solution.counts
-    if not rule.claims.reports:
+    if not case.claims.reports:
         told = (counts.gradients, counts.products, counts.depth, kept.states, kept.bytes)
         yield equal("reports nothing", told, (0,) * 5, "declare reports=True, or leave counts and kept at zero")
         return
@@ -166,25 +166,25 @@ def _between(claim: str, measured: int, low: int, high: int, fix: str) -> Findin
     return decided(claim, low <= measured <= high, measured, f"{low} to {high}", fix)
 
 
-def work(rule: Rule) -> Iterator[Finding]:
+def work(case: EstimatorCase) -> Iterator[Finding]:
     """What nobody wants is not computed."""
-    tally, _ = _work(rule, frozenset())
+    tally, _ = _work(case, frozenset())
     fix = "check what is computed where nothing requires grad"
-    yield at_most("no input wanted: gradients", tally.gradients, rule.setting.steps, fix)
+    yield at_most("no input wanted: gradients", tally.gradients, case.setting.steps, fix)
     yield at_most("no input wanted: products", tally.products, 0, fix)
-    for kind in sorted(rule.claims.inputs):
-        tally, idle = _work(rule, frozenset({kind}))
+    for kind in sorted(case.claims.inputs):
+        tally, idle = _work(case, frozenset({kind}))
         fix = f"leave out terms that are computed although only {kind} wants a hypergradient (trajectory.wanted)"
         yield at_most(f"only {kind} wanted: terms for others", idle, 0, fix)
         if kind in ("init", "hyperparameters"):
             yield at_most(f"only {kind} wanted: derivatives in what the loss reads", tally.read, 0, fix)
 
 
-def _work(rule: Rule, kinds: frozenset[Kind]) -> tuple[Tally, int]:
+def _work(case: EstimatorCase, kinds: frozenset[Kind]) -> tuple[Tally, int]:
     """What the loss saw while a hypergradient for these kinds was computed, and how many terms nobody had asked for."""
     tally, seen = Tally(), list[tuple[Trajectory, Cotangents]]()
-    setting, made = replace(rule.setting, loss=tally.loss), leaves(rule.point, kinds)
-    value = setting.value(spied(rule.seeded(), seen), made)
+    setting, made = replace(case.setting, loss=tally.loss), leaves(case.point, kinds)
+    value = setting.value(spied(case.seeded(), seen), made)
     if kinds:
         torch.autograd.grad(value, [x for x in flat(made) if x.requires_grad], materialize_grads=True)
     return tally, sum(len(set(result.direct) - set(trajectory.wanted)) for trajectory, result in seen)

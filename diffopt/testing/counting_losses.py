@@ -1,4 +1,4 @@
-"""Losses that watch how they are differentiated or resist it, and a rule that watches another."""
+"""Losses that watch how they are differentiated or resist it, and an estimator that watches another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffopt.testing.problem import errors, regression, weighted
 @final
 @dataclass
 class Tally:
-    """What a loss saw of the rule that used it.
+    """What a loss saw of the estimator that used it.
 
     Attributes:
         gradients: backward passes through the loss.
@@ -88,24 +88,24 @@ def _watch(
 @final
 @dataclass(frozen=True)
 class Spy(Adjoint):
-    """Another rule, whose results are looked at."""
+    """Another estimator, whose results are looked at."""
 
-    rule: Adjoint
+    case: Adjoint
     seen: list[tuple[Trajectory, Cotangents]]
 
     def keep(self, steps: int) -> Keep:
-        """What the rule keeps."""
-        return self.rule.keep(steps)
+        """What the estimator keeps."""
+        return self.case.keep(steps)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
-        """What the rule returns."""
-        result = self.rule.pullback(trajectory, cotangent)
+        """What the estimator returns."""
+        result = self.case.pullback(trajectory, cotangent)
         self.seen.append((trajectory, result))
         return result
 
 
 def spied(estimator: Estimator, seen: list[tuple[Trajectory, Cotangents]]) -> Estimator:
-    """The estimator, if it is an adjoint rule in a form that notes what it returns."""
+    """The estimator, if it is an adjoint one in a form that notes what it returns."""
     return Spy(estimator, seen) if isinstance(estimator, Adjoint) else estimator
 
 

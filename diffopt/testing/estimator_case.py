@@ -16,11 +16,11 @@ from diffopt.adjoint.estimator import Estimator
 from diffopt.testing.problem import Point, Setting, differences, distance, flat, gradient, like, outer_loss
 
 DRAWS = 64
-"""How many draws of a random rule make a mean."""
+"""How many draws of a random estimator make a mean."""
 
 
 class Sample(NamedTuple):
-    """The mean of some hypergradients and the norm of its standard error, zero for a rule that is not random."""
+    """The mean of some hypergradients and the norm of its standard error, zero for an estimator that is not random."""
 
     mean: Point
     noise: float
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class Rule:
+class EstimatorCase:
     """What is tested: an estimator, what is claimed of it, and a problem."""
 
     estimator: Estimator
@@ -43,7 +43,7 @@ class Rule:
 
     @cached_property
     def sampled(self) -> Sample:
-        """The same; of a random rule, the mean over draws."""
+        """The same; of a random estimator, the mean over draws."""
         return self.sample(self.setting, self.point) if self.claims.random else Sample(self.found, 0.0)
 
     def seeded(self) -> Estimator:
@@ -59,13 +59,13 @@ class Rule:
         return gradient(value, point or self.point, kinds or self.claims.inputs)
 
     def sample(self, setting: Setting, point: Point) -> Sample:
-        """The hypergradient; of a random rule, the mean over draws."""
+        """The hypergradient; of a random estimator, the mean over draws."""
         value = partial(setting.value, self.seeded())
         count = DRAWS if self.claims.random else 1
         return mean(point, [flat(gradient(value, point, self.claims.inputs)) for _ in range(count)])
 
     def expected(self, setting: Setting, point: Point) -> Point:
-        """The exact one: by hand, or for a rule that takes steps of its own by differences of its own outer loss."""
+        """The exact one: by hand, or for an estimator with steps of its own by differences of its own outer loss."""
         if self.claims.own_steps:
             return differences(partial(setting.value, self.estimator), point)
         return gradient(lambda point: outer_loss(setting.by_hand(point)), point)

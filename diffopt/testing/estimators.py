@@ -12,7 +12,7 @@ from diffopt.errors import ConformanceError, EstimateWarning, EstimatorError, St
 from diffopt.reports import Report
 from diffopt.tensors.arguments import check_instance, check_integer
 from diffopt.testing import behaviour, fields, gradients, tasks
-from diffopt.testing.estimator_case import Rule
+from diffopt.testing.estimator_case import EstimatorCase
 from diffopt.testing.findings import run, title
 from diffopt.testing.problem import Setting
 
@@ -42,7 +42,7 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
 
     The problem is a small convex one whose curvature changes with the step: three params, arguments with and without
     derivatives, one batch per step, momentum and Adam with learned hyperparameters, in float64 on the CPU. The answer
-    is plain autograd through a plain loop that shares no code with the library; for a rule with steps of its own,
+    is plain autograd through a plain loop that shares no code with the library; for an estimator with steps of its own,
     central differences of its own outer loss. Tested are
 
     * ``exact``: equal to that answer, for schedules and an outer loss of the final buffers too; or (``"never"``)
@@ -59,9 +59,9 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
       ran between, a second backward pass, inputs and ``.grad`` and torch's generator untouched, random losses drawn
       again or refused, nothing computed that nobody wants.
 
-    What it cannot test: that the numbers of a biased rule are those that are meant. They need an oracle of your own.
+    What it cannot test: that the numbers of a biased estimator are those meant. They need an oracle of your own.
 
-    Costs about a second for a rule of the cost of :class:`diffopt.estimators.Reverse`.
+    Costs about a second for an estimator of the cost of :class:`diffopt.estimators.Reverse`.
 
     Args:
         estimator: what to test; a fresh copy draws each time if it is ``random``.
@@ -101,11 +101,11 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
     if claims is None:
         claims = estimator.claims(steps)
     name, setting = title(estimator), Setting(steps)
-    rule = Rule(estimator, claims, setting, setting.point(0))
+    case = EstimatorCase(estimator, claims, setting, setting.point(0))
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", EstimateWarning)  # a rule is also tried where it is no good estimate
+        warnings.simplefilter("ignore", EstimateWarning)  # an estimator is also tried where it is no good estimate
         try:
-            rule.found  # noqa: B018
+            case.found  # noqa: B018
         except Exception as error:
             raise ConformanceError(
                 f"{name} does not run on {steps} steps ({type(error).__name__})",
@@ -113,4 +113,4 @@ def check_estimator(estimator: Estimator, *, claims: Claims | None = None, steps
                 str(error),
                 table=f"{type(error).__name__}: {error}",
             ) from error
-        return run(name, rule, _CHECKS)
+        return run(name, case, _CHECKS)

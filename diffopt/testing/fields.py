@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError
 from diffopt.reports import Finding
-from diffopt.testing.estimator_case import Rule
+from diffopt.testing.estimator_case import EstimatorCase
 from diffopt.testing.findings import at_most, decided
 from diffopt.testing.gradients import CONVERGED
 from diffopt.testing.problem import errors
@@ -28,20 +28,20 @@ def whirl(params: Sequence[Tensor], weights: Tensor, idle: Tensor, fixed: Any, i
     )
 
 
-def vector_fields(rule: Rule) -> Iterator[Finding]:
-    """A rule that is exact for a loss is so for a vector field, or refuses it."""
-    if rule.claims.exact == "never" or rule.claims.random:
+def vector_fields(case: EstimatorCase) -> Iterator[Finding]:
+    """An estimator that is exact for a loss is so for a vector field, or refuses it."""
+    if case.claims.exact == "never" or case.claims.random:
         return
-    setting = replace(rule.setting, loss=whirl, field=True)
-    if rule.claims.exact == "at the fixed point":
+    setting = replace(case.setting, loss=whirl, field=True)
+    if case.claims.exact == "at the fixed point":
         setting = replace(setting, steps=CONVERGED, stepped=False)
     point = setting.point(4)
     claim = "exact for a vector field"
     fix = "check where V and its transpose are taken for one: they are for the second derivatives of a loss only"
     try:
-        found = rule.sample(setting, point)
+        found = case.sample(setting, point)
     except DiffoptError as error:
         yield decided(claim, True, type(error).__name__, "that, or a DiffoptError", fix)
         return
-    expected = rule.expected(setting, point)
-    yield at_most(claim, rule.error(found, expected), rule.limit(found, expected), fix)
+    expected = case.expected(setting, point)
+    yield at_most(claim, case.error(found, expected), case.limit(found, expected), fix)
