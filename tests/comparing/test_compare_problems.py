@@ -84,7 +84,7 @@ def test_a_rule_that_the_problem_leaves_out_alone_is_marked(problem):
         repeats=1,
     )
     assert [row.used for row in table.rows] == [False, True]
-    assert "FirstOrder(): the problem ran no solve with it, so these are numbers of another rule" in table.notes
+    assert "FirstOrder(): the problem ran no solve with it, so these are numbers of another estimator" in table.notes
     assert str(table).count("ran no solve") == 1
 
 
