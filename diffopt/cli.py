@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; by default those of this process.
 
     Returns:
-        The exit code: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C.
+        The exit code: 0; 2 after an error, printed in one line on stderr; 130 after Ctrl-C.
     """
     parser = build_parser()
     try:
@@ -52,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         code: int = options.run(options)
-        print(end="", flush=True)  # a full disk, or a reader that has ended, is told now and not by Python at its end
+        print(
+            end="", flush=True
+        )  # a full disk, or a reader that has ended, shows now and not at the end
         return code
-    except SystemExit as stop:  # argparse: --help, --version, or an error that it has told; rich: nobody reads
+    except SystemExit as stop:  # argparse: --help, --version, or an error that it has printed; rich: nobody reads
         return FAILED if stop.code else 0
     except KeyboardInterrupt:
         print("diffopt: interrupted", file=sys.stderr)
@@ -117,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells an error in one line; ``error`` is the method that argparse means to be replaced."""
+    """Prints an error in one line; ``error`` is the method that argparse means to be replaced."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{self.prog}: error: {_one_line(message)}; see {self.prog} --help\n")

@@ -126,7 +126,7 @@ class LastStep:
         known = [i for i in range(self._layout.state_count) if i not in {*self._still, *self._moving}]
         _warn_of_held_buffers(self._trajectory, [cotangent[i] for i in known])
         found = _solved(self._solver, system, Leaves(cotangent[i] for i in self._moving), self._trajectory.tasks, start)
-        if not self._root:  # whose step goes nowhere, and of whose record nobody hears
+        if not self._root:  # its step goes nowhere, and its record is not kept
             self._report(found)
         if self._solver.throw:
             refuse_unsolved(self._solver, found)

@@ -42,7 +42,7 @@ def any_space() -> bool:
 
 
 def explanation(error: BaseException) -> str | None:
-    """One sentence that names the path at which the compiler's command line came apart, and the mend.
+    """One sentence that names the path at which the compiler's command line came apart, and the fix.
 
     ``None`` if that is not what stopped it: another version of torch may quote its paths, and stumble over something
     else where there is a space.

@@ -1,4 +1,4 @@
-"""What torch refuses inside a loss, said in this library's words: which operation it is, and the mend for it."""
+"""What torch refuses inside a loss, said in this library's words: which operation it is, and the fix for it."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def is_missing_derivative(error: Exception) -> bool:
 
 def missing_derivative(what: str) -> MissingDerivativeError:
     """The error for an operation of which torch has no second derivative; ``what`` holds its name."""
-    mend = next((mend for part, mend in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
-    which, room = "derivative" if _FIRST in what else "second derivative", min(110, 160 - len(mend))
+    fix = next((fix for part, fix in _SECOND_DERIVATIVES.items() if part in what), _OTHERWISE)
+    which, room = "derivative" if _FIRST in what else "second derivative", min(110, 160 - len(fix))
     return MissingDerivativeError(
         f"an operation in the inner loss has no {which} ({what[:room]})",
         "operations that can be differentiated twice",
-        mend,
+        fix,
     )
 
 
@@ -232,8 +232,8 @@ def vmap_error(error: Exception, what: str = "the inner loss") -> DiffoptError |
             "none",
             "say randomness='different' (to vmap, or to mean_over_tasks) for numbers of each task's own, or 'same'",
         )
-    for part, mend in _VMAP.items():
+    for part, fix in _VMAP.items():
         if part in said:
             first = " ".join(said.removeprefix("vmap: ").split())[:110].rsplit(" ", 1)[0]
-            return VmapError(f"{what} cannot run under vmap ({first} ...)", "code that can", mend)
+            return VmapError(f"{what} cannot run under vmap ({first} ...)", "code that can", fix)
     return None
