@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from diffopt.estimators import FirstOrder, Reverse
-from diffopt.experiments import anil, bounds, cost, esj, sinusoid
+from diffopt.experiments import anil, anil_report, bounds, cost, esj, sinusoid
 from diffopt.experiments.bounds_report import summarise as summarise_bounds
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.outer_loop import first_below, smoothed
@@ -185,6 +185,41 @@ class TestAnil:
                 anil.run(settings, 1, 0.5, 2, 0, stopped)
         assert anil.run(settings, 1, 0.5, 2, 0, stopped)["losses"] == whole["losses"]
 
+    STEPS = (1, 3, 5, 10)
+
+    def said(self, head, several, starts=3):
+        """The answers where every start has these losses by N, one rate, both numbers of layers; 9 iterations each."""
+        settings = replace(catalogue.experiment("anil").quick, steps=self.STEPS, seeds=starts, rates=(1.0,), target=0.5)
+        results = {}
+        for unit in anil.units(settings):
+            losses = head if unit.keys["layers"] == 1 else several
+            loss = losses[self.STEPS.index(unit.keys["N"])]
+            run = {"losses": [2.0] * 8 + [loss], "seconds": [float(i) for i in range(9)], "curvature": 0.5}
+            results[unit.name] = {"diverged": "DivergenceError"} if math.isinf(loss) else run
+        return answers(catalogue.experiment("anil").summarise(settings, results))
+
+    def test_answers_follow_the_numbers(self):
+        first, second = "strongly convex: more inner steps converge faster per iteration", "and then it saturates"
+        slower = "non-convex: more inner steps converge more slowly per iteration"
+        opposite = "so the two geometries have opposite trends, at one inner step size"
+        said = self.said((1.0, 0.8, 0.75, 0.7), (0.7, 0.8, 0.9, 1.0))
+        assert [said[text] for text in (first, second, slower, opposite)] == ["yes"] * 4
+        said = self.said((1.0, 1.1, 1.2, 1.3), (1.0, 0.9, 0.8, 0.7))
+        assert [said[text] for text in (first, second, slower, opposite)] == ["no"] * 4
+        said = self.said((1.0, 0.8, 0.75, 0.7), (0.7, 0.8, 0.9, 1.0), starts=1)
+        assert [said[text] for text in (first, second, slower)] == ["not decided"] * 3
+
+    @pytest.mark.parametrize("last", [10.0, 1e6, math.inf])
+    def test_a_loss_that_diverges_does_not_saturate(self, last):
+        said = self.said((1.0, 0.8, 0.75, last), (0.7, 0.8, 0.9, last))
+        assert said["and then it saturates"] == "no"
+
+    def test_saturation(self):
+        assert anil_report.saturation((1, 3, 5), (3.0, 1.0, 0.5)) == 0.25
+        assert anil_report.saturation((1, 3, 5), (3.0, 1.0, 1.5)) == 0.25
+        assert anil_report.saturation((1, 3, 5), (1.0, 3.0, 2.9)) == math.inf
+        assert anil_report.saturation((1, 3), (3.0, 1.0)) is None
+
 
 class TestESJ:
     @pytest.fixture
@@ -226,6 +261,41 @@ class TestESJ:
         episodes, (rule, _) = problem.sample(), esj.rules(problem.settings, Work(0))["ESJ, Q=1"]
         first, second = (self.gradient(problem, rule, False, episodes) for _ in range(2))
         assert not torch.allclose(first, second)
+
+    def test_answers_follow_the_numbers(self):
+        settings = replace(catalogue.experiment("esj").quick, seeds=3, target=1.0)
+        finals = {
+            "ITD": 0.5,
+            "direct part only": 0.8,
+            "ESJ, Q=1, divided by p": 0.81,
+            "ESJ, Q=1": 0.9,
+            "AID, 10 CG": 0.9,
+        }
+        faster = "ESJ is faster than back-propagation (ITD) and implicit differentiation (AID) to a given loss"
+        cheaper = "without second-order information an iteration is cheaper"
+        like, worth = (
+            "with the authors' scale, ESJ trains like the direct part alone (final loss within 5 %)",
+            "the response is worth having: ITD ends below the direct part alone",
+        )
+        follows = "the error is sqrt((p + 1) / Q) times the response (within a factor of 2)"
+
+        def said(times, error):
+            results = {}
+            for unit in esj.units(settings):
+                rule = unit.keys.get("rule")
+                if rule is None:
+                    of = {f"ESJ, Q={q}": {"error": error * (100 / q) ** 0.5, "cosine": 0.1} for q in (1, 4)}
+                    results[unit.name] = {"parameters": 99, "response": 0.5, "rules": of}
+                    continue
+                scale = times[rule.startswith("ESJ")] * (1 + 0.01 * unit.keys["seed"])
+                losses = [2.0] * 20 + [finals[rule]] * 20
+                results[unit.name] = {"losses": losses, "seconds": [scale * i for i in range(40)]}
+            claims = answers(catalogue.experiment("esj").summarise(settings, results))
+            return [claims[text] for text in (faster, cheaper, like, worth, follows)]
+
+        assert said((2.0, 1.0), 0.5) == ["yes", "yes", "yes", "yes", "yes"]
+        finals["direct part only"] = 0.4
+        assert said((1.0, 2.0), 2.0) == ["no", "no", "no", "no", "no"]
 
 
 def test_smoothing_and_first_below():

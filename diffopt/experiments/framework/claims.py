@@ -7,10 +7,10 @@ the other columns what was measured and where. A claim says in a formula what is
         "error: truncated / binomial >= 1e3 by lr", "K == 5 and L == 4")
 
 A formula is ``COLUMN: RULE / RULE >= NUMBER by COLUMNS; COLUMNS``. The rows of a rule are those whose column ``rule``
-says so, or all for ``*``; ``RULE [QUERY]`` takes some of these. ``~`` in the place of ``>=`` claims that the numbers are
-as near as that, or within such a factor. Between rules stands ``/`` or ``-``, which compare
-numbers of the same start and draw; one rule alone is judged by itself. The claim is about each setting that the columns
-make; those after ``;`` are of the first rule only.
+says so, or all for ``*``; ``RULE [QUERY]`` takes some of these. Between rules stands ``/`` or ``-``, which compare
+numbers of the same start and draw; one rule alone is judged by itself. ``~`` in the place of ``>=`` claims that a
+difference is as small as that, or a ratio or a number within such a factor of 1. The claim is about each setting that
+the columns make; those after ``;`` are of the first rule only.
 """
 
 from __future__ import annotations

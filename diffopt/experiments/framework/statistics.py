@@ -55,6 +55,8 @@ class Effect:
 
     def __str__(self) -> str:
         """The mean and the ends."""
+        if not math.isfinite(self.mean):
+            return "not finite: a target not reached, or a run that diverged"
         if self.half_width is None:
             return f"{self.mean:.3g} (no interval)"
         return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
