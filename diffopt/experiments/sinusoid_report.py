@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from diffopt.experiments.framework.claims import Compare, Every, Frame, answers, ask, long_table
+from diffopt.experiments.framework.claims import Compare, Every, Frame, answers, ask, long_table, side_by_side
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
 from diffopt.experiments.framework.tables import listed
@@ -51,7 +51,7 @@ def table_of(units: Sequence[Unit], results: Results) -> Frame:
 
 def ratios(data: Frame) -> Frame:
     """One row per level and batch: the errors of all estimators side by side, and ``L`` over the curvature number."""
-    wide = data[data["rule"] != "first-order"].pivot_table(index=BATCH, columns="rule", values="error").reset_index()
+    wide = side_by_side(data[data["rule"] != "first-order"], "error", BATCH)
     return wide.assign(binomial_gain=wide["truncated"] / wide["binomial"], place=wide["L"] / wide["curvature"])
 
 

@@ -150,7 +150,10 @@ class TestClaims:
         assert self.answer("error: b / a < 1 by lr", data).answer == "partly"
         assert self.answer("error: b / a < 1 by lr", data, where="lr == 0.1").answer == "yes"
         both = self.answer(("error: b / a < 1 by lr", "error: a / b > 1 by lr"), data)
-        assert "(b / a, lr=0.2)" in both.evidence
+        assert "(error: b / a, lr=0.2)" in both.evidence
+        assert "of 4 settings" in both.evidence
+        more = ("error: b / a < 1", "L: b / a < 2")  # of two columns between the same rules
+        assert "in 2 of 2 settings" in self.answer(more, table(b=0.5)).evidence
 
     def test_settings_of_the_first_side_only(self):
         data = table(b=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch.nn.functional import cross_entropy
 
 from diffopt.estimators import FirstOrder, Reverse
 from diffopt.experiments import anil, anil_report, bounds, cost, esj, sinusoid
-from diffopt.experiments.bounds_report import summarise as summarise_bounds
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.outer_loop import first_below, smoothed
 from diffopt.experiments.framework.run_folder import json_row
@@ -86,14 +86,21 @@ class TestBounds:
     def test_answers_follow_the_numbers(self):
         settings = catalogue.experiment("bounds").quick
         found = rows("bounds", settings)
-        said = answers(summarise_bounds(settings, found))
-        assert said["bounded curvature: (11a), (11b), (11c) hold"] == "yes"
-        assert said["convex losses: (12a) bounds first order"] == "no"
-        assert said["proposition 4.1 holds in their place"] == "yes"
-        for level in found["bounded K=3 x=1"]["levels"]:
+
+        def said():
+            claims = catalogue.experiment("bounds").summarise(settings, found).claims
+            return {claim.text.replace(", as reconstructed,", ""): claim.answer for claim in claims}
+
+        assert said()["bounded curvature: (11a), (11b), (11c) hold"] == "yes"
+        assert said()["they are attained at H_k = -H I"] == "yes"
+        assert said()["convex losses: (12a) bounds first order"] == "no"
+        assert said()["proposition 4.1 holds in their place"] == "yes"
+        assert said()["binomial's bound <= truncated's <= first order's"] == "yes"
+        for level in found["seed=0 bounded K=3 x=1"]["levels"]:
             level["random"]["binomial"] *= 2
-        said = answers(summarise_bounds(settings, found))
-        assert said["bounded curvature: (11a), (11b), (11c) hold"] == "partly"
+        assert said()["bounded curvature: (11a), (11b), (11c) hold"] == "partly"
+        found["seed=1 bounded K=3 x=0.3"]["levels"][1]["bound"]["(11c)"] *= 9
+        assert said()["binomial's bound <= truncated's <= first order's"] == "partly"
 
 
 class TestSinusoid:
@@ -135,7 +142,7 @@ class TestSinusoid:
 class TestCost:
     @pytest.mark.slow
     def test_counts_are_the_papers(self):
-        settings = replace(catalogue.experiment("cost").quick, levels_steps=4, steps=(), filters=1)
+        settings = replace(catalogue.experiment("cost").quick, levels_steps=4, steps=(), filters=1, seeds=1)
         (row,) = rows("cost", settings).values()
         measured = row["rules"]
         for level in range(5):
@@ -144,6 +151,41 @@ class TestCost:
             assert (binomial["products"], binomial["depth"]) == (level * (4 - level + 1) if level < 4 else 4, level)
         assert measured["MAML"]["products"] == measured["MAML"]["depth"] == 4
         assert measured["binomial, one by one 2"]["depth"] == 6
+
+    def test_answers_follow_the_numbers(self):
+        settings = replace(catalogue.experiment("cost").quick, seeds=3)
+        texts = (
+            "binomial's time is only slightly above truncated's at equal L (up to 1.25)",
+            "binomial takes markedly less memory than MAML (below 0.8)",
+            "multi-step(4) is twice as fast as 8-step MAML (up to 0.55)",
+            "time and memory fall as the window grows (K=8)",
+            "iMAML takes more time than MAML at fewer than eight inner steps (5 conjugate-gradient products)",
+            "memory by implicit differentiation does not grow with K (up to 5 %)",
+        )
+
+        def said(**seconds):
+            results = {}
+            for unit in cost.units(settings):
+                noise, over = 1 + 0.01 * unit.keys["seed"], unit.keys["over"] == "levels"
+                rules = cost.level_rules(2) if over else cost.step_rules(unit.keys["K"])
+                of = {name: seconds.get(re.sub(r"\W", "_", name), 1.0) * noise for name in rules}
+                size = {name: 1.0 if name in ("MAML", "first-order") else 0.5 * value for name, value in of.items()}
+                counts = {"gradients": 1, "products": 1, "depth": 1}
+                both = {name: {**counts, "seconds": of[name], "megabytes": size[name] / noise} for name in rules}
+                results[unit.name] = {"rules": both}
+            found = answers(catalogue.experiment("cost").summarise(settings, results))
+            return [found[text] for text in texts]
+
+        falls = {"multi_step_2": 0.9, "multi_step_4": 0.5, "multi_step_8": 0.3}
+        assert said(binomial_1=1.2, implicit__5_CG=1.5, **falls) == ["yes"] * 6
+        slow = {"multi_step_2": 1.1, "multi_step_4": 1.7, "multi_step_8": 2.3}
+        assert said(binomial_1=2.0, binomial_2=2.0, implicit__5_CG=0.5, **slow)[:5] == [
+            "no",
+            "no",
+            "no",
+            "partly",
+            "no",
+        ]
 
     def test_windows_are_counted(self):
         assert [rule for rule in cost.step_rules(4) if rule.startswith("multi")] == ["multi-step 2", "multi-step 4"]

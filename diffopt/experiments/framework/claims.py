@@ -108,9 +108,9 @@ class Formula:
         return found
 
     @property
-    def sides(self) -> str:
-        """What is compared, in words."""
-        return re.split(" [<>~]", self.text.partition(": ")[2])[0]
+    def words(self) -> str:
+        """What is compared."""
+        return re.split(" [<>~]", self.text)[0]
 
 
 @final
@@ -148,7 +148,7 @@ class Compare:
         data = data.assign(draw=0) if "draw" not in data else data
         found = {}
         for formula in self.formulas:
-            label = formula.sides if len(self.formulas) > 1 else ""
+            label = formula.words if len(self.formulas) > 1 else ""
             for name, pair in formula.effects(data, crossed=self.crossed).items():
                 found[", ".join(filter(None, (label, name)))] = pair
         return found
@@ -192,6 +192,7 @@ class Every:
         test: the statement, as an expression of pandas.
         where: which rows, as a query; all if empty.
         shown: a column whose range is shown.
+        theorem: one counterexample refutes it, so that it never holds ``partly``.
         note: what else is to be known about the evidence.
         headline: see :class:`Claim`.
     """
@@ -201,6 +202,7 @@ class Every:
     test: str
     where: str = ""
     shown: str = ""
+    theorem: bool = False
     note: str = ""
     headline: bool = False
 
@@ -214,10 +216,17 @@ class Every:
         if self.shown:
             low, high = rows[self.shown].min(), rows[self.shown].max()
             parts.append(f"{self.shown}: {low:.3g}" + (f" to {high:.3g}" if high != low else ""))
-        answer: Answer = "yes" if all(flags) else "partly" if any(flags) else "no"
+        answer: Answer = "yes" if all(flags) else "partly" if any(flags) and not self.theorem else "no"
         starts = rows["seed"].nunique() if "seed" in rows else 1
         told = "; ".join([*parts, *[self.note] * bool(self.note)])
         return Claim(self.text, self.source, answer, told, parts[0], starts, self.headline)
+
+
+def side_by_side(data: Frame, value: str, index: Sequence[str]) -> Frame:
+    """One row per setting, with a column for the value of each rule."""
+    if not len(data):
+        return data
+    return data.pivot_table(index=list(index), columns="rule", values=value).reset_index()
 
 
 def _rows(data: Frame, side: str) -> Frame:

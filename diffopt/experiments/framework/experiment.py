@@ -116,13 +116,15 @@ def starts(seeds: int, units: Callable[[], Sequence[Unit]]) -> list[Unit]:
     The names are ``seed=1 ...``, and ``seed`` is one of the keys.
     """
     return [
-        replace(unit, name=f"seed={seed} {unit.name}", run=_of_start(unit.run, seed), keys={"seed": seed, **unit.keys})
+        replace(unit, name=f"seed={seed} {unit.name}", run=of_start(unit.run, seed), keys={"seed": seed, **unit.keys})
         for seed in range(seeds)
         for unit in units()
     ]
 
 
-def _of_start(run: Callable[[Work], Row], number: int) -> Callable[[Work], Row]:
+def of_start(run: Callable[[Work], Row], number: int) -> Callable[[Work], Row]:
+    """The same work with random numbers of its own: those of another seed; start 0 has the run's seed."""
+
     def begun(work: Work) -> Row:
         work.seed += STRIDE * number
         try:
