@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diffopt.experiments.framework import catalogue
-from diffopt.experiments.framework.report import shown
+from diffopt.experiments.framework.listing import differing
+from diffopt.experiments.framework.report import shown, started
 from diffopt.reports import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,13 @@ What the papers claim, and what `diffopt reproduce` measures. Each section is on
 `results/NAME.json`; this page is written from those files by `python docs/make_results.py`, and a test holds it to
 them. `diffopt reproduce --list` says what each experiment needs. Every command also draws pictures, beside its
 `results.json` in the folder it names.
+"""
+HEADLINES = 2
+"""Claims of an experiment on the first screen, where its results do not say which."""
+ANSWERS = """\
+An answer is drawn from the interval over starts and test episodes together: **not decided** says that it reaches to
+both sides of what is claimed, or that there is one start only. Results that were run before intervals were taken show
+none; their answers come from the mean alone.
 """
 SOURCES = """\
 ## The papers
@@ -41,10 +49,31 @@ def page(folder: Path) -> str:
         raise SystemExit(f"{folder} holds results of unknown experiments: {', '.join(unknown)}")
     known = {name: found[name] for name in catalogue.NAMES if name in found}
     missing = [name for name in catalogue.NAMES if name not in found]
-    sections = [HEAD, _claims_in_short(known), *(section(results) for results in known.values())]
+    sections = [HEAD, _answers(known), _claims_in_short(known), *(section(results) for results in known.values())]
     if missing:
         sections.append(f"## Not run yet\n\n{', '.join(f'`{name}`' for name in missing)}.\n")
     return "\n".join([*sections, SOURCES])
+
+
+def _answers(found: dict[str, dict[str, Any]]) -> str:
+    """One screen: the claims that say most of each experiment."""
+    rows = [
+        (results["experiment"], claim["text"], f"**{claim['answer']}**", *_effect(results, claim))
+        for results in found.values()
+        for claim in _headlines(results["claims"])
+    ]
+    columns = ("experiment", "claim", "measured", "effect (95 % interval)", "starts")
+    return "\n".join(["## The answers\n", _table(columns, rows), "", ANSWERS])
+
+
+def _headlines(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that the experiment marks; the first ones of results that were written before there were marks."""
+    return [claim for claim in claims if claim.get("headline")] or claims[:HEADLINES]
+
+
+def _effect(results: dict[str, Any], claim: dict[str, Any]) -> tuple[str, str]:
+    count = started(results, claim)
+    return claim.get("effect") or "-", f"{count} start{'s' if count > 1 else ''}"
 
 
 def _claims_in_short(found: dict[str, dict[str, Any]]) -> str:
@@ -67,9 +96,19 @@ def section(results: dict[str, Any]) -> str:
     for found in results["tables"]:
         lines += [f"**{found['title']}**\n", _table(found["columns"], found["rows"]), ""]
     claims = [
-        (claim["text"], claim["source"], f"**{claim['answer']}**", claim["evidence"]) for claim in results["claims"]
+        (
+            claim["text"],
+            claim["source"],
+            f"**{claim['answer']}**",
+            _effect(results, claim)[1],
+            claim["evidence"],
+        )
+        for claim in results["claims"]
     ]
-    lines += ["**Claims**\n", _table(("claim", "source", "measured", "evidence"), claims), ""]
+    lines += ["**Claims**\n", _table(("claim", "source", "measured", "starts", "evidence"), claims), ""]
+    settings = differing(catalogue.experiment(results["experiment"]), results["settings"])
+    if settings:
+        lines += ["**Settings: ours and the paper's**\n", _table(("setting", "ours", "the paper"), settings), ""]
     if results["notes"]:
         lines += ["**Where we differ, and why**\n", *(f"- {note}" for note in results["notes"]), ""]
     return "\n".join(lines)

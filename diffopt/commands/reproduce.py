@@ -50,6 +50,15 @@ def add_command(commands: Commands) -> None:
         dest="changes",
         help="short for --set dataset=NAME, where the experiment has that setting",
     )
+    parser.add_argument(
+        "--scale",
+        action="append",
+        default=[],
+        type=lambda name: f"scale={name}",
+        metavar="NAME",
+        dest="changes",
+        help="short for --set scale=NAME, where the experiment has that setting: paper is L/K in the binomial rule",
+    )
     parser.set_defaults(run=run)
 
 

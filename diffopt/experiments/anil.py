@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import diffopt
 from diffopt.estimators import Estimator, Reverse
-from diffopt.experiments.anil_report import draw, summarise
+from diffopt.experiments.anil_report import adapted, pictures, summary
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
@@ -33,9 +33,9 @@ class Settings:
 
     problem: str = option("omniglot", "omniglot, or clusters (no data)", one_of(*small_images.PROBLEMS))
     layers: tuple[int, ...] = option((1, 3), "how many of the three layers are adapted", listed(whole(1)))
-    rates: tuple[float, ...] = option((1.0, 2.0, 4.0), "inner step sizes", listed(real(0)))
+    rates: tuple[float, ...] = option((0.1, 0.3, 1.0, 4.0), "inner step sizes", listed(real(0)))
     steps: tuple[int, ...] = option((1, 3, 5, 10), "numbers of inner steps N", listed(whole(1)))
-    seeds: int = option(2, "runs of each, from different starts on different tasks", whole(1))
+    seeds: int = option(3, "runs of each, from different starts on different tasks", whole(1))
     iterations: int = option(200, "outer iterations", whole(2))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
     decay: float = option(0.01, "weight of the L2 term of the inner loss", real(0, above=False))
@@ -53,8 +53,9 @@ def units(settings: Settings) -> list[Unit]:
         Unit(
             f"layers={layers} lr={rate:g} N={steps} seed={seed}",
             partial(run, settings, layers, rate, steps, seed),
-            cost=3 + steps,
+            3 + steps,
             resumable=True,
+            keys={"seed": seed, "layers": layers, "lr": rate, "N": steps, "adapted": adapted(layers)},
         )
         for seed in range(settings.seeds)
         for layers in settings.layers
@@ -74,7 +75,7 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
     sizes = (small_images.PIXELS, settings.width, settings.width, settings.way)
     apply, params = functional(MLP(sizes, torch.tanh, generator=work.generator(f"start {seed}")))
     params = {name: value.detach().to(work.device).requires_grad_() for name, value in params.items()}
-    adapted = [name for name in params if int(name.split(".")[1]) >= 3 - layers]  # layers.0.weight ... layers.2.bias
+    moved = [name for name in params if int(name.split(".")[1]) >= 3 - layers]  # layers.0.weight ... layers.2.bias
     tasks = work.generator(f"tasks {seed}")
     outer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
 
@@ -83,7 +84,7 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
         return cross_entropy(apply({**body, **head}, inputs.flatten(1)), labels) + settings.decay / 2 * penalty
 
     def outer_loss(rule: Estimator, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
-        head = {name: params[name] for name in adapted}
+        head = {name: params[name] for name in moved}
         body = {name: value for name, value in params.items() if name not in head}
         optimizer = diffopt.SGD(rate)
         found = diffopt.solve(loss, head, body, inputs, labels, optimizer=optimizer, steps=steps, estimator=rule)
@@ -115,11 +116,18 @@ EXPERIMENT = Experiment(
     name="anil",
     title="Convergence of ANIL against the number of inner steps, one adapted layer or several",
     paper="slides: strongly convex and non-convex ANIL",
-    needs=Needs("omniglot_28.npz or images_background.zip", 6, None),
-    quick=Settings("clusters", (1, 3), (1.0,), (1, 3), 1, iterations=10, tasks=2, width=8),
+    needs=Needs("omniglot_28.npz or images_background.zip", 13, None),
+    quick=Settings("clusters", (1, 3), (1.0,), (1, 3), 2, iterations=10, tasks=2, width=8),
     standard=Settings(),
-    full=Settings(layers=(1, 2, 3), rates=(0.2, 1.0, 2.0, 4.0), steps=(1, 3, 5, 7, 10), seeds=5, iterations=2000),
+    full=Settings(layers=(1, 2, 3), rates=(0.1, 0.3, 1.0, 2.0, 4.0), steps=(1, 3, 5, 7, 10), seeds=5, iterations=2000),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    papers={
+        "problem": "FC100 and miniImageNet",
+        "layers": "the last layer of a four-block convolutional network, or several",
+        "rates": "not named",
+        "steps": "1, 3, 5, 7, 10",
+        "seeds": "not named",
+    },
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, TypeAlias, final
+from typing import Any
 
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.framework.outer_loop import first_below, smoothed
-from diffopt.experiments.framework.pictures import SEQUENCE, legend_below, panels, save
+import pandas as pd  # type: ignore[import-untyped]
+
+from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
+from diffopt.experiments.framework.experiment import Results, Summary, Unit
+from diffopt.experiments.framework.outer_loop import AXES, curve, outcome
+from diffopt.experiments.framework.pictures import curves
+from diffopt.experiments.framework.tables import listed
 
 SLIDES = "slides, ANIL"
 WINDOW = 15
@@ -24,224 +26,138 @@ NOTES = (
     "inner step size decides whether it shows, and the slides do not name theirs. The theory of the strongly convex "
     "case wants lr * curvature below 1; training lets the features grow, and with them this number.",
     "The outer loss is compared after the same number of iterations and after the same processor time; the trend is "
-    f"the rank correlation with N, counted from {TREND} on.",
+    f"the rank correlation with N in each start, counted from {TREND} on. It saturates where the loss falls at first "
+    "with N, and between the two largest N changes less per step than that, in either direction: a loss that rises "
+    "because the inner loop diverges does not count.",
+)
+CLAIMS = (
+    ask(
+        "strongly convex: more inner steps converge faster per iteration",
+        SLIDES,
+        f"final: * <= -{TREND} by lr",
+        "layers == 1",
+        note="rank correlation of N and the final loss",
+        headline=True,
+    ),
+    ask(
+        "and then it saturates",
+        SLIDES,
+        "left: * < 1 by lr",
+        "layers == 1 and left == left",
+        note="change of the loss per step at the largest N over that at the smallest",
+        headline=True,
+    ),
+    ask(
+        "non-convex: more inner steps converge more slowly per iteration",
+        SLIDES,
+        f"final: * >= {TREND} by layers, lr",
+        "layers > 1",
+        headline=True,
+    ),
+    ask(
+        "non-convex: more inner steps converge more slowly by running time",
+        SLIDES,
+        f"seconds: * >= {TREND} by layers, lr",
+        "layers > 1",
+    ),
+)
+MODERATE = Every(
+    "strongly convex: by running time a moderate N is best",
+    SLIDES,
+    "smallest < best < largest",
+    "layers == 1 and best == best",
+    "best",
+)
+OPPOSITE = Every(
+    "so the two geometries have opposite trends, at one inner step size",
+    SLIDES,
+    f"head <= -{TREND} and final >= {TREND}",
+    "layers > 1 and head == head",
+    note="starts, numbers of layers and step sizes",
 )
 
 
-@final
-@dataclass(frozen=True)
-class Convergence:
-    """How the runs of one setting went, over the seeds.
-
-    Attributes:
-        final: mean outer loss of the last tenth of the iterations, infinite if a run diverged.
-        iterations: to reach the target, median; infinite if most runs do not.
-        seconds: processor seconds to reach it, likewise.
-        per_iteration: processor seconds of one iteration.
-        curvature: the inner step size times the largest curvature, at the end.
-    """
-
-    final: float
-    iterations: float
-    seconds: float
-    per_iteration: float
-    curvature: float
+def adapted(layers: int) -> str:
+    """What is adapted, in words."""
+    return "head (strongly convex)" if layers == 1 else f"{layers} layers (non-convex)"
 
 
-Group: TypeAlias = Mapping[int, Convergence]
-"""By the number of inner steps."""
+def trends(data: Frame) -> Frame:
+    """One row per start, layers and step size: how its figures change with N."""
+    rows: list[dict[str, Any]] = []
+    for (seed, layers, rate), group in data.groupby(["seed", "layers", "lr"], sort=False) if len(data) else ():
+        group = group.sort_values("N")
+        if len(group) < 2:
+            continue
+        row = {"seed": seed, "layers": layers, "lr": rate, "adapted": adapted(layers), "smallest": group["N"].iloc[0]}
+        ranks = group[["N", "final", "iterations", "seconds"]].rank()
+        reached = math.isfinite(group["seconds"].min())
+        row |= {"final": _correlation(ranks["N"], ranks["final"])}
+        row |= {key: _correlation(ranks["N"], ranks[key]) if reached else math.nan for key in ("iterations", "seconds")}
+        row |= {"best": group.loc[group["seconds"].idxmin(), "N"] if reached else None, "largest": group["N"].iloc[-1]}
+        rows.append({**row, "left": saturation(list(group["N"]), list(group["final"]))})
+    found = pd.DataFrame(rows)
+    if not rows:
+        return found
+    head = found[found["layers"] == 1][["seed", "lr", "final"]].rename(columns={"final": "head"})
+    return found.merge(head, on=["seed", "lr"], how="left")
 
 
-def summarise(settings: Any, results: Results) -> Summary:
+def _correlation(first: Frame, second: Frame) -> float:
+    """Of ranks; 0 where all are equal."""
+    return float(first.corr(second)) if second.nunique() > 1 else 0.0
+
+
+def saturation(steps: Sequence[int], losses: Sequence[float]) -> float | None:
+    """The change per step between the two largest N over the fall between the two smallest; ``None`` of two N."""
+    if len(steps) < 3:
+        return None
+    first, last = ((losses[i] - losses[i + 1]) / (steps[i + 1] - steps[i]) for i in (0, len(steps) - 2))
+    return abs(last) / first if first > 0 and math.isfinite(last) else math.inf
+
+
+def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     """Tables and claims."""
-    groups = dict(_groups(settings, results))
-    rows: list[tuple[Cell, ...]] = [
-        (
-            _layers(layers),
-            f"{rate:g}",
-            steps,
-            *map(_finite, (c.final, c.iterations, c.seconds, 1e3 * c.per_iteration, c.curvature)),
-        )
-        for (layers, rate), group in groups.items()
-        for steps, c in group.items()
-    ]
+    data = long_table(
+        units, results, lambda row: [{**outcome(row, settings.target, WINDOW), "curvature": row.get("curvature")}]
+    )
     to_target = f"to loss {settings.target:g}"
-    columns = ("adapted", "inner lr", "N", "final outer loss", f"iterations {to_target}", f"seconds {to_target}")
-    trends: list[tuple[Cell, ...]] = [
-        (
-            _layers(layers),
-            f"{rate:g}",
-            *(_trend(group, key) for key in ("final", "iterations", "seconds")),
-            _said(layers),
-        )
-        for (layers, rate), group in groups.items()
-        if len(group) > 1
-    ]
-    tables = [
-        Table(
-            "Outer training loss against the number of inner steps",
-            (*columns, "ms per iteration", "lr * curvature"),
-            tuple(rows),
-        ),
-        Table(
-            "Rank correlation with N (-1: more inner steps are better, +1: worse)",
-            ("adapted", "inner lr", "final outer loss", "iterations to target", "seconds to target", "the slides"),
-            tuple(trends),
-        ),
-    ]
-    return Summary(tuple(table for table in tables if table.rows), tuple(_claims(groups)), NOTES)
-
-
-def _claims(groups: Mapping[tuple[int, float], Group]) -> Iterator[Claim]:
-    whole = {key: group for key, group in groups.items() if len(group) > 1}
-    head = {rate: group for (layers, rate), group in whole.items() if layers == 1}
-    several = {key: group for key, group in whole.items() if key[0] > 1}
-
-    def told(found: Mapping[Any, float]) -> str:
-        return "rank correlation with N: " + ", ".join(f"{value:+.2g} at {_where(key)}" for key, value in found.items())
-
-    by_iterations = {rate: _trend(group, "final") for rate, group in head.items()}
-    yield Claim(
-        "strongly convex: more inner steps converge faster per iteration",
-        SLIDES,
-        *verdict([trend <= -TREND for trend in by_iterations.values()], told(by_iterations)),
+    found = listed(
+        "Outer training loss against the number of inner steps",
+        data,
+        {"adapted": "adapted", "inner lr": "lr", "N": "N"},
+        {
+            "final outer loss": "final",
+            "+- (95 %)": ("final", "+-"),
+            f"iterations {to_target}": ("iterations", "median"),
+            f"seconds {to_target}": ("seconds", "median"),
+            "ms per iteration": "ms",
+            "lr * curvature": ("curvature", "max"),
+        },
     )
-    gains = {rate: _gains(group) for rate, group in head.items() if len(group) > 2}
-    yield Claim(
-        "and then it saturates",
-        SLIDES,
-        *verdict(
-            [last < first for first, last in gains.values()],
-            "; ".join(
-                f"lr {r:g}: the loss falls by {a:.2g} per step at first, {b:.2g} at last" for r, (a, b) in gains.items()
-            ),
-        ),
+    trend = trends(data)
+    found += listed(
+        "Rank correlation with N (-1: more inner steps are better, +1: worse)",
+        trend,
+        {"adapted": "adapted", "inner lr": "lr"},
+        {"final outer loss": "final", "+- (95 %)": ("final", "+-")}
+        | {f"{key} to target": key for key in ("iterations", "seconds")},
+        paper=lambda at: "negative" if at["adapted"].startswith("head") else "positive",
+        said="the slides",
     )
-    reached = {rate: group for rate, group in head.items() if any(math.isfinite(c.seconds) for c in group.values())}
-    best = {rate: min(group, key=lambda n: group[n].seconds) for rate, group in reached.items()}
-    inside = [min(head[rate]) < n < max(head[rate]) for rate, n in best.items()]
-    yield Claim(
-        "strongly convex: by running time a moderate N is best",
-        SLIDES,
-        *verdict(inside, ", ".join(f"N={n} at lr {rate:g}" for rate, n in best.items()) + " is the fastest"),
-    )
-    for key, words in (("final", "per iteration"), ("seconds", "by running time")):
-        trends = {where: _trend(group, key) for where, group in several.items()}
-        yield Claim(
-            f"non-convex: more inner steps converge more slowly {words}",
-            SLIDES,
-            *verdict([trend >= TREND for trend in trends.values()], told(trends)),
-        )
-    opposite = {
-        (layers, rate): by_iterations[rate] <= -TREND and _trend(group, "final") >= TREND
-        for (layers, rate), group in several.items()
-        if rate in by_iterations
-    }
-    shown = [_where(where) for where, yes in opposite.items() if yes]
-    yield Claim(
-        "so the two geometries have opposite trends, at one inner step size",
-        SLIDES,
-        *verdict(list(opposite.values()), f"opposite for: {', '.join(shown) or 'none'}; of {len(opposite)} settings"),
-    )
+    return Summary(found, (*answers(trend, CLAIMS), MODERATE.answer(trend), OPPOSITE.answer(trend)), NOTES)
 
 
-def _groups(settings: Any, results: Results) -> Iterator[tuple[tuple[int, float], Group]]:
-    for layers in settings.layers:
-        for rate in settings.rates:
-            found = {}
-            for steps in settings.steps:
-                names = (f"layers={layers} lr={rate:g} N={steps} seed={seed}" for seed in range(settings.seeds))
-                rows = [results[name] for name in names if name in results]
-                if rows:
-                    found[steps] = _convergence(rows, settings.target)
-            if found:
-                yield (layers, rate), found
-
-
-def _convergence(rows: Sequence[Row], target: float) -> Convergence:
-    runs = [row for row in rows if "losses" in row]
-    if len(runs) < len(rows):
-        return Convergence(math.inf, math.inf, math.inf, math.inf, math.inf)
-    curves = [(smoothed(row["losses"], WINDOW), row["seconds"]) for row in runs]
-    iterations = [first_below(curve, target, list(map(float, range(1, len(curve) + 1)))) for curve, _ in curves]
-    seconds = [first_below(curve, target, times) for curve, times in curves]
-    return Convergence(
-        fmean(fmean(row["losses"][-max(1, len(row["losses"]) // 10) :]) for row in runs),
-        median(math.inf if at is None else at for at in iterations),
-        median(math.inf if at is None else at for at in seconds),
-        fmean(row["seconds"][-1] / len(row["seconds"]) for row in runs),
-        max((row["curvature"] for row in runs if row["curvature"] is not None), default=math.inf),
-    )
-
-
-def _trend(group: Group, key: str) -> float:
-    """Spearman's rank correlation of N with a figure; equal figures share their rank."""
-    values = [getattr(convergence, key) for convergence in group.values()]
-    steps, ranks = _ranks(list(group)), _ranks(values)
-    mean = (len(values) - 1) / 2
-    above = sum((a - mean) * (b - mean) for a, b in zip(steps, ranks, strict=True))
-    below = math.sqrt(sum((a - mean) ** 2 for a in steps) * sum((b - mean) ** 2 for b in ranks))
-    return above / below if below else 0.0
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(values)
-    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
-
-
-def _gains(group: Group) -> tuple[float, float]:
-    """How much the final loss falls per inner step between the two smallest, and the two largest, N."""
-    steps = sorted(group)
-    slopes = [(group[a].final - group[b].final) / (b - a) for a, b in (steps[:2], steps[-2:])]
-    return slopes[0], slopes[1]
-
-
-def _layers(number: int) -> str:
-    return "head (strongly convex)" if number == 1 else f"{number} layers (non-convex)"
-
-
-def _said(layers: int) -> str:
-    return "negative" if layers == 1 else "positive"
-
-
-def _where(key: Any) -> str:
-    return f"{key[0]} layers, lr {key[1]:g}" if isinstance(key, tuple) else f"lr {key:g}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``convergence.png``: the outer loss over iterations and over processor time."""
-    if not results:
-        return []
-    groups = [(layers, rate) for layers in settings.layers for rate in settings.rates]
-    figure, grid = panels(2, len(groups), 3.2, 2.9)
-    for column, (layers, rate) in enumerate(groups):
-        for i, steps in enumerate(settings.steps):
-            names = (f"layers={layers} lr={rate:g} N={steps} seed={seed}" for seed in range(settings.seeds))
-            runs = [results[name] for name in names if "losses" in results.get(name, {})]
-            if runs:  # the means over the seeds
-                curve, seconds = (
-                    [fmean(values) for values in zip(*(run[key] for run in runs), strict=True)]
-                    for key in ("losses", "seconds")
-                )
-                style: dict[str, Any] = {"color": SEQUENCE[i % len(SEQUENCE)], "label": f"N={steps}"}
-                grid[0][column].plot(range(1, len(curve) + 1), smoothed(curve, WINDOW), **style)
-                grid[1][column].plot(seconds, smoothed(curve, WINDOW), **style)
-        top, bottom = grid[0][column], grid[1][column]
-        top.set(title=f"{_layers(layers)}\nlr {rate:g}", xlabel="outer iteration")
-        top.title.set_fontsize("medium")
-        bottom.set(xlabel="processor time [s]")
-        for axes in (top, bottom):
-            axes.set(yscale="log")
-            axes.axhline(settings.target, color="0.6", linewidth=0.8, linestyle=":")
-            axes.grid(alpha=0.3)
-    for row in grid:
-        low, high = min(axes.get_ylim()[0] for axes in row), min(10.0, max(axes.get_ylim()[1] for axes in row))
-        for axes in row:
-            axes.set_ylim(low, high)
-        row[0].set_ylabel("outer training loss")
-    legend_below(figure, grid[0][0], len(settings.steps))
-    return [save(figure, folder / "convergence.png")]
+    data = long_table(units, results, lambda row: curve(row, WINDOW))
+    if len(data):
+        data["setting"] = [f"{name}\nlr {rate:g}" for name, rate in zip(data["adapted"], data["lr"], strict=True)]
+        data = data[data["loss"] < 10].sort_values(["layers", "lr"])  # what lies above diverged
+
+    def target(axes: Any, where: Any) -> None:
+        axes.axhline(settings.target, color="0.6", linewidth=0.8, linestyle=":")
+
+    look: dict[str, Any] = {"labels": AXES, "scales": {"loss": "log"}, "size": (3.2, 2.9), "finish": target}
+    path = folder / "convergence.png"
+    return curves(data, path, x=("iteration", "time"), y="loss", hue="N", panel="setting", over="at", **look)

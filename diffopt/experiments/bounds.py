@@ -17,8 +17,8 @@ from torch import Tensor
 
 import diffopt
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Reverse, Truncated
-from diffopt.experiments.bounds_report import draw, summarise
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.bounds_report import pictures, summary
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
 from diffopt.experiments.framework.unit_context import Work
 
@@ -39,18 +39,28 @@ class Settings:
     draws: int = option(300, "random sequences of Hessians", whole(1))
     turning_steps: tuple[int, ...] = option((2, 3, 5, 10, 20), "K of the counterexamples", listed(whole(2)))
     turning_curvatures: int = option(40, "values of x between 0 and 1 for the counterexamples", whole(2))
+    seeds: int = option(3, "starts: other random Hessians", whole(1))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One per theorem, number of steps and curvature; one of counterexamples per number of steps."""
-    theorems = [
-        Unit(f"{name} K={steps} x={x:g}", partial(measure, settings, name, steps, x), cost=steps**2)
-        for name in ("bounded", "convex", "ending convex")
-        for steps in settings.steps
-        for x in settings.curvatures
-    ]
-    return theorems + [
-        Unit(f"turning K={steps}", partial(turn, settings, steps), cost=steps) for steps in settings.turning_steps
+    """One per start, theorem, number of steps and curvature; one of counterexamples per number of steps."""
+
+    def of_one_start() -> list[Unit]:
+        return [
+            Unit(
+                f"{name} K={steps} x={x:g}",
+                partial(measure, settings, name, steps, x),
+                steps**2,
+                keys={"theorem": name, "K": steps, "x": x},
+            )
+            for name in ("bounded", "convex", "ending convex")
+            for steps in settings.steps
+            for x in settings.curvatures
+        ]
+
+    return starts(settings.seeds, of_one_start) + [
+        Unit(f"turning K={steps}", partial(turn, settings, steps), steps, keys={"theorem": "turning", "K": steps})
+        for steps in settings.turning_steps
     ]
 
 
@@ -197,11 +207,12 @@ EXPERIMENT = Experiment(
     name="bounds",
     title="Error bounds beside measured errors of first order, truncation and the binomial expansion",
     paper="binomial: Fig. 2, theorems 3.6, 3.8, 3.10",
-    needs=Needs("none", 1, None),
-    quick=Settings((3,), (0.3, 1.0), draws=10, turning_steps=(2, 4), turning_curvatures=5),
+    needs=Needs("none", 3, None),
+    quick=Settings((3,), (0.3, 1.0), draws=10, turning_steps=(2, 4), turning_curvatures=5, seeds=2),
     standard=Settings(),
-    full=Settings((5, 10, 20), (0.05, 0.1, 0.3, 0.7, 1.0), draws=1000),
+    full=Settings((5, 10, 20), (0.05, 0.1, 0.3, 0.7, 1.0), draws=1000, seeds=5),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    papers={"steps": "5, by the text", "curvatures": "not in the text", "seeds": "none: bounds without measurements"},
 )

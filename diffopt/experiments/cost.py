@@ -2,8 +2,8 @@ r"""What one meta-gradient costs: time, peak memory, products (HVPs) and depth o
 
 One task of few-shot classification with the four-block convolutional network; the images are noise, for their content
 costs nothing. Times are processor times of forward and backward pass together, each beside exact backpropagation
-through the stored graphs of all steps (MAML as it is usually written), measured in the same breath; the median over
-the rounds counts.
+through the stored graphs of all steps (MAML as it is usually written), measured in the same breath; intervals are
+over the starts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from diffopt.estimators import (
     Reverse,
     Truncated,
 )
-from diffopt.experiments.cost_report import draw, summarise
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.cost_report import pictures, summary
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient
@@ -47,8 +47,8 @@ class Settings:
 
     levels_steps: int = option(5, "inner steps K of the comparison over levels", whole(2))
     steps: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "numbers of inner steps of the other one", listed(whole(1)))
-    rounds: int = option(3, "times that everything is measured", whole(1))
-    repeats: int = option(3, "runs of each rule in a round, of which the median time counts", whole(1))
+    seeds: int = option(3, "starts: rounds in which everything is measured, on other images", whole(1))
+    repeats: int = option(3, "runs of each rule in a start, of which the median time counts", whole(1))
     way: int = option(5, "classes", whole(2))
     shot: int = option(1, "support images per class", whole(1))
     queries: int = option(5, "query images per class", whole(1))
@@ -58,17 +58,18 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """The rounds one after the other, so that slow minutes of the machine hit every setting alike."""
-    found = []
-    for number in range(settings.rounds):
-        over_levels = partial(measure, settings, 0.0, settings.levels_steps, level_rules(settings.levels_steps))
-        found.append(
-            Unit(f"levels K={settings.levels_steps} round {number}", over_levels, cost=4 * settings.levels_steps)
-        )
+    """The starts one after the other, so that slow minutes of the machine hit every setting alike."""
+
+    def of_one_start() -> list[Unit]:
+        most = settings.levels_steps
+        run = partial(measure, settings, 0.0, most, level_rules(most))
+        found = [Unit(f"levels K={most}", run, 4 * most, keys={"over": "levels", "K": most})]
         for steps in settings.steps:
-            over_steps = partial(measure, settings, 0.9, steps, step_rules(steps))
-            found.append(Unit(f"steps K={steps} round {number}", over_steps, cost=4 + steps))
-    return found
+            run = partial(measure, settings, 0.9, steps, step_rules(steps))
+            found.append(Unit(f"steps K={steps}", run, 4 + steps, keys={"over": "steps", "K": steps}))
+        return found
+
+    return starts(settings.seeds, of_one_start)
 
 
 def level_rules(steps: int) -> dict[str, Estimator]:
@@ -133,10 +134,19 @@ EXPERIMENT = Experiment(
     title="Time, memory, products and depth of a meta-gradient over levels and inner steps",
     paper="binomial: Fig. 4; multi-step: Fig. 2 and 5; memory-reduced: Fig. 2",
     needs=Needs("none", 6, None),
-    quick=Settings(2, (2, 8), 1, 1, way=2, queries=1, filters=4, image_size=16),
+    quick=Settings(2, (2, 8), 2, 1, way=2, queries=1, filters=4, image_size=16),
     standard=Settings(),
-    full=Settings(rounds=5, queries=15, image_size=84),
+    full=Settings(seeds=5, queries=15, image_size=84),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    papers={
+        "levels_steps": "binomial: 5",
+        "steps": "multi-step: up to 8; memory-reduced: not in the text",
+        "way": "5",
+        "queries": "binomial, its code: 15",
+        "filters": "binomial, its code: 32",
+        "image_size": "84 (miniImageNet)",
+        "lr": "binomial: 0.01",
+    },
 )

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import diffopt
 from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Implicit, Reverse
-from diffopt.experiments.esj_report import draw, summarise
+from diffopt.experiments.esj_report import pictures, summary
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
@@ -42,7 +42,7 @@ class Settings:
     measured: tuple[int, ...] = option((1, 10, 100), "directions Q whose error is measured", listed(whole(1)))
     radius: float = option(0.01, "length of a perturbation's entries", real(0))
     draws: int = option(5, "sets of directions whose errors are averaged", whole(1))
-    seeds: int = option(2, "runs of each rule, from different starts on different tasks", whole(1))
+    seeds: int = option(3, "runs of each rule, from different starts on different tasks", whole(1))
     iterations: int = option(200, "outer iterations", whole(2))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
     steps: int = option(20, "inner steps", whole(1))
@@ -58,13 +58,16 @@ class Settings:
 def units(settings: Settings) -> list[Unit]:
     """One for the errors at the start, and one per run, for each size of embedding."""
     found = []
-    for size in SIZES:
-        found.append(Unit(f"errors, {size}", partial(measure, settings, size), cost=20 * settings.draws))
-        for seed in range(settings.seeds):
+    for seed in range(settings.seeds):
+        for size in SIZES:
+            keys = {"seed": seed, "embedding": size}
+            run = partial(measure, settings, size, seed)
+            found.append(Unit(f"errors, {size}, seed {seed}", run, 20.0 * settings.draws, keys=keys))
             for name in rules(settings, Work(0)):
                 run = partial(learn, settings, size, name, seed)
                 cost = settings.iterations * (3.0 if name.startswith("ESJ") else 1.0)
-                found.append(Unit(f"{size}, {name}, seed {seed}", run, cost=cost, resumable=True))
+                unit = f"{size}, {name}, seed {seed}"
+                found.append(Unit(unit, run, cost, resumable=True, keys={**keys, "rule": name}))
     return found
 
 
@@ -133,9 +136,9 @@ class Embedding:
         return cross_entropy(predict(head, params, queries), wanted)
 
 
-def measure(settings: Settings, size: str, work: Work) -> Row:
+def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
     """Relative error and cosine of every rule's hypergradient at the start, beside the exact one (ITD)."""
-    problem = Embedding(settings, size, 0, work)
+    problem = Embedding(settings, size, seed, work)
     episodes = problem.sample()
 
     def hypergradient(rule: Estimator, divided: bool = False) -> Tensor:
@@ -182,11 +185,22 @@ EXPERIMENT = Experiment(
     name="esj",
     title="The evolution-strategies Jacobian against AID and ITD on a shared embedding",
     paper="slides: ES for bilevel optimisation",
-    needs=Needs("omniglot_28.npz or images_background.zip", 7, None),
-    quick=Settings("clusters", (1,), (1, 4), draws=2, seeds=1, iterations=4, steps=3, tasks=2),
+    needs=Needs("omniglot_28.npz or images_background.zip", 10, None),
+    quick=Settings("clusters", (1,), (1, 4), draws=2, seeds=2, iterations=4, steps=3, tasks=2),
     standard=Settings(),
     full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    papers={
+        "problem": "miniImageNet, FC100, Omniglot",
+        "directions": "its code: 1",
+        "radius": "its code: 0.1 (few shots), 0.01 (MNIST)",
+        "steps": "its code: 30 on miniImageNet and FC100, 50 on Omniglot, 10 on MNIST",
+        "lr": "its code: 0.01, momentum 0.9",
+        "decay": "its code: 0.5 or 0.2",
+        "tasks": "its code: 16",
+        "meta_lr": "its code: Adam, 0.01, later 0.001 and 0.0001",
+        "seeds": "not named",
+    },
 )

@@ -27,11 +27,11 @@ from diffopt.estimators import (
     Reverse,
     Truncated,
 )
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.hyper_cleaning_report import draw, summarise
+from diffopt.experiments.hyper_cleaning_report import pictures, summary
 from diffopt.linear_solve import ConjugateGradient
 from diffopt.tasks import HyperCleaning
 from diffopt.tasks.hyper_cleaning import redrawn
@@ -61,22 +61,31 @@ class Settings:
     windows: tuple[int, ...] = option((2, 5), "windows of multi-step estimation", listed(whole(1)))
     products: int = option(10, "products of conjugate gradients", whole(1))
     directions: int = option(2, "directions of the ES Jacobian", whole(1))
+    seeds: int = option(3, "starts: other images and other wrong labels", whole(1))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """The plain fits, the errors at the start, and one per rule."""
-    fits = Unit("baselines", partial(baselines, settings), cost=2 * settings.fit_steps)
-    errors = Unit("errors", partial(measure, settings), cost=20 * settings.steps)
+    """The plain fits, the errors at the first step, and one per rule; all that for every start."""
     work = settings.iterations * settings.steps
-    return [
-        fits,
-        errors,
-        *(
-            Unit(f"learn, {name}", partial(learn, settings, name), cost=4.0 * work, resumable=True)
-            for name, rule in rules(settings, Work(0)).items()
-            if not isinstance(rule, FirstOrder)
-        ),
-    ]
+
+    def of_one_start() -> list[Unit]:
+        return [
+            Unit("baselines", partial(baselines, settings), 2.0 * settings.fit_steps, keys={"part": "baselines"}),
+            Unit("errors", partial(measure, settings), 20.0 * settings.steps, keys={"part": "errors"}),
+            *(
+                Unit(
+                    f"learn, {name}",
+                    partial(learn, settings, name),
+                    4.0 * work,
+                    resumable=True,
+                    keys={"part": "learn", "method": name},
+                )
+                for name, rule in rules(settings, Work(0)).items()
+                if not isinstance(rule, FirstOrder)
+            ),
+        ]
+
+    return starts(settings.seeds, of_one_start)
 
 
 def rules(settings: Settings, work: Work) -> dict[str, Estimator]:
@@ -209,11 +218,13 @@ EXPERIMENT = Experiment(
     name="hyper-cleaning",
     title="Which labels are wrong: a weight per training example, learned by every rule that applies",
     paper="none of the four; the problem is that of Franceschi et al. (2017), section 5.1",
-    needs=Needs("mnist.npz, or MNIST's four idx files", 10, None),
-    quick=Settings("clusters", 60, 60, 6, 0.2, 0.5, iterations=4, fit_steps=20, truncated=2, krylov=2, products=3),
+    needs=Needs("mnist.npz, or MNIST's four idx files", 30, None),
+    quick=Settings(
+        "clusters", 60, 60, 6, 0.2, 0.5, iterations=4, fit_steps=20, truncated=2, krylov=2, products=3, seeds=2
+    ),
     standard=Settings(),
     full=Settings(steps=200, iterations=100, outer_lr=0.2, truncated=40, products=40, directions=100),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
 )

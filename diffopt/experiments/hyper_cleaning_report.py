@@ -3,187 +3,202 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, legend_below, panels, save
+import pandas as pd  # type: ignore[import-untyped]
+
+from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
+from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
+from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
+from diffopt.experiments.framework.tables import Value, listed
 
 HERE = "this library"
-GOAL = 6 / 7.8
-"""The share of what the wrong labels cost that is to be won back: 6 of 7.8 points of accuracy."""
-CLOSE = 1.0
-"""Accuracies within so many points count as equal."""
+GOAL = 100 * 6 / 7.8
+"""The share, in per cent, of what the wrong labels cost that is to be won back: 6 of 7.8 points of accuracy."""
+FITS = {
+    "noisy": "all labels as they are",
+    "oracle": "right labels only (oracle)",
+    "validation images only": "validation images only",
+}
 NOTES = (
     "A rule applies if it reaches what the inner loss reads. First order and Reptile do not: their hypergradient is "
     "zero, and the weights stay where they are. Forward mode would, with one tangent per training example: 5,000 "
     "times the work of one rollout.",
     "Accuracies of the table are those of a model fitted anew, for longer, under the learned weights; the curves show "
-    "the model that the inner steps leave, which is fitted for a shorter time.",
+    "the model that the inner steps leave, which is fitted for a shorter time. A run that diverged counts as 0 %.",
     "The validation images are as many as the training images and all their labels are right: training on them alone "
     "is the yardstick for the use of the whole procedure.",
     "F1 is of the wrong labels found: weight below one half.",
 )
+LITTLE = (
+    ("truncated", "truncated back-propagation", "Shaban et al. (2019)", True),
+    ("implicit", "implicit differentiation", "Pedregosa (2016)", True),
+    ("multi-step", "multi-step estimation", "multi-step paper, claim on time", True),
+    ("binomial", "the binomial rule", "binomial paper, in spirit", False),
+    ("krylov", "the Krylov rule", HERE, False),
+    ("ES Jacobian", "the ES Jacobian", "slides, in spirit", False),
+)
+"""Rules that are claimed to lose little, and of some that they take less time."""
 
 
-def summarise(settings: Any, results: Results) -> Summary:
-    """Tables and claims."""
-    base, errors, runs = results.get("baselines"), results.get("errors"), _runs(results)
-    tables = []
-    if base:
-        fits = (("all labels as they are", "noisy"), ("right labels only (oracle)", "oracle"))
-        only = (("validation images only", "validation images only"),)
-        tables.append(
-            Table(
-                f"Plain fits; {100 * base['wrong']:.1f} % of the labels are wrong",
-                ("fitted to", "test accuracy [%]"),
-                tuple((words, round(base[key], 2)) for words, key in (*fits, *only)),
-            )
-        )
-    if runs:
-        columns = ("rule", "test accuracy [%]", "won back [%]", "F1", "labels told [%]", "outer loss", "seconds")
-        rows = tuple(_learned(name, row, base) for name, row in runs.items())
-        tables.append(Table(f"Weights learned in {settings.iterations} outer steps", columns, rows))
-    if errors:
-        number = errors["curvature"]
-        shown = "" if number is None else f"; T * lr * curvature is {number:.3g}"
-        keys = ("relative_error", "cosine", "gradients", "products", "depth", "megabytes")
-        tables.append(
-            Table(
-                f"The first hypergradient beside the exact one{shown}",
-                ("rule", "relative error", "cosine", "gradients", "products", "depth", "peak [MB]"),
-                tuple((name, *(row[key] for key in keys)) for name, row in errors["rules"].items()),
-            )
-        )
-    return Summary(tuple(tables), tuple(_claims(settings, base, errors, runs)), NOTES)
+def _little(rule: str, words: str, source: str, faster: bool) -> Compare:
+    formulas = (f"accuracy: {rule} - exact >= -1 by ; method", f"seconds: {rule} / exact < 1 by ; method")
+    text = f"{words} loses little (up to 1 point)" + (" and takes less time" if faster else "")
+    return ask(text, source, formulas[: 1 + faster])
 
 
-def _runs(results: Results) -> dict[str, Row]:
-    return {name.removeprefix("learn, "): row for name, row in results.items() if name.startswith("learn, ")}
-
-
-def _learned(name: str, row: Row, base: Row | None) -> tuple[Cell, ...]:
-    if "diverged" in row:
-        return (name, row["diverged"], None, None, None, None, None)
-    final, share = row["final"], won_back(row, base)
-    back = None if share is None else round(100 * share, 1)
-    told = round(100 * final["told"], 1)
-    return (name, round(final["accuracy"], 2), back, final["f1"], told, row["losses"][-1], row["seconds"][-1])
-
-
-def won_back(row: Row, base: Row | None) -> float | None:
-    """The share of the accuracy lost to wrong labels that a rule wins back; ``None``: not known."""
-    if base is None or "final" not in row or base["oracle"] == base["noisy"]:
-        return None
-    return float((row["final"]["accuracy"] - base["noisy"]) / (base["oracle"] - base["noisy"]))
-
-
-def _claims(settings: Any, base: Row | None, errors: Row | None, runs: Mapping[str, Row]) -> Iterator[Claim]:
-    exact = runs.get("exact", {})
-    share = won_back(exact, base)
-    told = "" if share is None or base is None else _points(share, base)
-    flags = [] if share is None else [share >= GOAL]
-    yield Claim("the exact rule wins back at least 6 of 7.8 points (77 %)", HERE, *verdict(flags, told))
-    final = exact.get("final")
-    flags, told = ([], "") if final is None else ([final["f1"] >= 0.9], f"F1 {final['f1']:.3f}")
-    yield Claim("it finds the wrong labels: F1 of at least 0.9", HERE, *verdict(flags, told))
-    for kind, words, source in (
-        ("truncated", "truncated back-propagation loses little and takes less time", "Shaban et al. (2019)"),
-        ("implicit", "implicit differentiation loses little and takes less time", "Pedregosa (2016)"),
-        ("multi-step", "multi-step estimation loses little and takes less time", "multi-step paper, claim on time"),
-        ("binomial", "the binomial rule loses little", "binomial paper, in spirit"),
-        ("krylov", "the Krylov rule loses little", HERE),
-        ("ES Jacobian", "the ES Jacobian loses little", "slides, in spirit"),
-    ):
-        yield Claim(words, source, *_beside_exact(kind, exact, runs, faster="less time" in words))
-    yield from _error_claims(settings, errors)
-    gains = {
-        name: row["final"]["accuracy"] - base["validation images only"]
-        for name, row in runs.items()
-        if base is not None and "final" in row
-    }
-    best = max(gains, key=lambda name: gains[name], default="")
-    yield Claim(
+CLAIMS = (
+    ask(
+        "the exact rule wins back at least 6 of 7.8 points (77 %)",
+        HERE,
+        f"won: exact >= {GOAL:.4f}",
+        unit=" % of the points lost",
+        headline=True,
+    ),
+    ask("it finds the wrong labels: F1 of at least 0.9", HERE, "f1: exact >= 0.9", headline=True),
+    *(_little(*line) for line in LITTLE),
+    ask(
         "cleaning is worth it: the best rule is above training on the validation images alone",
         HERE,
-        *verdict([gains[best] > 0] if gains else [], f"{best}: {gains.get(best, 0):+.2f} points"),
-    )
+        "gain: * > 0",
+        "best",
+        unit=" points",
+        headline=True,
+    ),
+)
 
 
-def _points(share: float, base: Row) -> str:
-    lost = base["oracle"] - base["noisy"]
-    return f"{share * lost:.2f} of {lost:.2f} points, {100 * share:.0f} %"
+def runs_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per run: the fit under the learned weights, beside the plain fits of the same start."""
 
-
-def _beside_exact(kind: str, exact: Row, runs: Mapping[str, Row], *, faster: bool) -> tuple[Any, str]:
-    """Whether every rule of a kind ends within ``CLOSE`` points of the exact one (and sooner)."""
-    flags, told = [], []
-    for name, row in runs.items():
-        if not name.startswith(kind) or "final" not in exact:
-            continue
+    def records(row: Row) -> Iterator[Row]:
         if "diverged" in row:
-            flags.append(False)
-            told.append(f"{name}: {row['diverged']}")
-            continue
-        points = row["final"]["accuracy"] - exact["final"]["accuracy"]
-        ratio = row["seconds"][-1] / exact["seconds"][-1]
-        flags.append(points >= -CLOSE and (ratio < 1 or not faster))
-        told.append(f"{name}: {points:+.2f} points, F1 {row['final']['f1']:.3f}, {ratio:.2g} of the time")
-    return verdict(flags, f"beside exact: {'; '.join(told)}; counted down to -{CLOSE:g}")
+            yield {"accuracy": 0.0, "seconds": math.inf, "f1": 0.0, "told": None, "loss": None, "diverged": 1}
+            return
+        final = row["final"]
+        found = {"accuracy": final["accuracy"], "f1": final["f1"], "told": 100 * final["told"]}
+        yield {**found, "loss": row["losses"][-1], "seconds": row["seconds"][-1], "diverged": 0}
+
+    data = long_table(units, results, records, part="learn")
+    base = long_table(units, results, lambda row: [row], part="baselines")
+    if not len(data):
+        return data
+    columns = ["noisy", "oracle", "validation images only"]
+    base = base if len(base) else pd.DataFrame(columns=["seed", *columns], dtype=float)
+    data = data.merge(base[["seed", *columns]], on="seed", how="left")
+    lost = (data["oracle"] - data["noisy"]).replace(0, math.nan)
+    gain = data["accuracy"] - data["validation images only"]
+    won = 100 * (data["accuracy"] - data["noisy"]) / lost
+    best = data["accuracy"] == data.groupby("seed")["accuracy"].transform("max")
+    return data.assign(won=won, gain=gain, best=best, rule=data["method"].map(rule_of))
 
 
-def _error_claims(settings: Any, errors: Row | None) -> Iterator[Claim]:
-    found: Mapping[str, Row] = {} if errors is None else errors["rules"]
-    series = {name: row["relative_error"] for name, row in found.items() if name.startswith("binomial")}
-    number = None if errors is None else errors["curvature"]
-    told = ", ".join(f"{value:.3g} ({name})" for name, value in series.items())
-    where = "" if number is None else f" at T * lr * curvature = {number:.3g}"
-    large = number is not None and number > 2 * max(settings.orders)
-    yield Claim(
-        "where T * lr * curvature is well above the order, binomial's error is above that of no correction (1)",
-        "derivations (11c)",
-        *verdict([value > 1 for value in series.values()] if large else [], f"{told}{where}"),
+def rule_of(method: str) -> str:
+    """A method without its number."""
+    name = method.partition(",")[0]
+    return name.rpartition(" ")[0] if name.rpartition(" ")[2].isdecimal() else name
+
+
+def errors_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per rule: its first hypergradient beside the exact one."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for method, found in row["rules"].items():
+            predicted = None
+            if method.startswith("ES Jacobian"):
+                predicted = math.sqrt((row["hyperparameters"] + 1) / int(method.rpartition("=")[2]))
+            factor = (found["relative_error"] or 0.0) / (predicted or math.nan)
+            known = {"method": method, "rule": rule_of(method), "curvature": row["curvature"]}
+            yield {**known, **found, "of_predicted": factor}
+
+    return long_table(units, results, records, part="errors")
+
+
+def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+    """Tables and claims."""
+    data, errors = runs_of(units, results), errors_of(units, results)
+    base = long_table(
+        units,
+        results,
+        lambda row: [{"fit": words, "accuracy": row[key], "wrong": row["wrong"]} for key, words in FITS.items()],
+        part="baselines",
     )
-    name = f"ES Jacobian, Q={settings.directions}"
-    flags, told = [], ""
-    if errors is not None and name in found:
-        expected = math.sqrt((errors["hyperparameters"] + 1) / settings.directions)
-        error = found[name]["relative_error"]
-        flags, told = [0.5 < error / expected < 2], f"{error:.3g}, predicted {expected:.3g}; counted within 2"
-    yield Claim("the ES Jacobian's error is sqrt((p + 1) / Q)", "derivations, section 7", *verdict(flags, told))
+    wrong = f"{100 * base['wrong'].mean():.1f}" if len(base) else ""
+    values: dict[str, Value] = {"test accuracy [%]": "accuracy", "+- (95 %)": ("accuracy", "+-")}
+    found = listed(f"Plain fits; {wrong} % of the labels are wrong", base, {"fitted to": "fit"}, values)
+    values |= {"won back [%]": "won", "F1": "f1", "labels told [%]": "told", "outer loss": "loss", "seconds": "seconds"}
+    values |= {"diverged": "diverged"} if len(data) and data["diverged"].any() else {}
+    found += listed(f"Weights learned in {settings.iterations} outer steps", data, {"rule": "method"}, values)
+    number = errors["curvature"].mean() if len(errors) else math.nan
+    shown = f"; T * lr * curvature is {number:.3g}" if math.isfinite(number) else ""
+    keys = {"relative error": "relative_error", "cosine": "cosine", "gradients": "gradients", "products": "products"}
+    found += listed(
+        f"The first hypergradient beside the exact one{shown}",
+        errors,
+        {"rule": "method"},
+        {**keys, "depth": "depth", "peak [MB]": "megabytes"},
+    )
+    of_errors = (
+        ask(
+            "where T * lr * curvature is well above the order, binomial's error is above that of no correction (1)",
+            "derivations (11c)",
+            "relative_error: binomial > 1 by ; method",
+            f"curvature > {2 * max(settings.orders)}",
+        ),
+        ask(
+            "the ES Jacobian's error is sqrt((p + 1) / Q) (within a factor of 2)",
+            "derivations, section 7",
+            "of_predicted: ES Jacobian ~ 2",
+        ),
+    )
+    return Summary(found, (*answers(data, CLAIMS), *answers(errors, of_errors)), NOTES)
 
 
-def _style(name: str, place: int) -> dict[str, Any]:
-    kind = name.partition(",")[0].rpartition(" ")[0] or name
-    found = dict(STYLES.get(name.partition(",")[0], STYLES.get(kind, {"color": SEQUENCE[1], "linestyle": "-."})))
-    found["linestyle"] = "-" if place == 0 else "--"
-    return {**found, "marker": None, "label": name}
-
-
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
+def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``learning.png``: outer loss, accuracy and F1 over processor time."""
-    runs = {name: row for name, row in _runs(results).items() if "losses" in row}
-    if not runs:
-        return []
-    figure, (grid,) = panels(1, 3, 4, 3.4)
-    kinds: list[str] = []
-    for name, row in runs.items():
-        kind = name.split(" ")[0]
-        style = _style(name, kinds.count(kind))
-        kinds.append(kind)
-        for axes, key in zip(grid, ("losses", "accuracy", "f1"), strict=True):
-            axes.plot(row["seconds"], row[key], **style)
-    base = results.get("baselines")
-    for axes, label in zip(grid, ("outer loss", "test accuracy [%]", "F1 of the wrong labels"), strict=True):
-        axes.set(xlabel="processor time [s]", ylabel=label, xscale="log")
-        axes.grid(alpha=0.3)
-    grid[0].set_yscale("log")
-    if base:
-        for value, word in ((base["oracle"], "oracle, fitted for longer"), (base["noisy"], "noisy, fitted for longer")):
-            grid[1].axhline(value, color="0.6", linewidth=0.8, linestyle=":")
-            grid[1].annotate(word, (0.02, value), xycoords=("axes fraction", "data"), va="bottom", fontsize="small")
-        lost = base["oracle"] - base["noisy"]
-        grid[1].set_ylim(base["noisy"] - lost, base["oracle"] + lost / 4)  # what failed is below
-    legend_below(figure, grid[0], 5)
-    return [save(figure, folder / "learning.png")]
+
+    def records(row: Row) -> Iterator[Row]:
+        keys = ("seconds", "losses", "accuracy", "f1")
+        for at, values in enumerate(zip(*(row.get(key, ()) for key in keys), strict=True)):
+            yield {"at": at, **dict(zip(keys, values, strict=True))}
+
+    data = long_table(units, results, records, part="learn")
+    base = long_table(units, results, lambda row: [row], part="baselines")
+    seen: dict[str, list[str]] = {}
+    for method in dict.fromkeys(data["method"]) if len(data) else ():
+        seen.setdefault(rule_of(method), []).append(method)
+
+    def style(method: str) -> dict[str, Any]:
+        rule = rule_of(method)
+        found = STYLES.get(rule, {"color": SEQUENCE[1]})
+        return {"color": found["color"], "linestyle": "-" if seen[rule][0] == method else "--"}
+
+    def fits(axes: Any, where: Any) -> None:
+        if axes.get_ylabel().startswith("test accuracy") and len(base):
+            noisy, oracle = base["noisy"].mean(), base["oracle"].mean()
+            for value, word in ((oracle, "oracle, fitted for longer"), (noisy, "noisy, fitted for longer")):
+                axes.axhline(value, color="0.6", linewidth=0.8, linestyle=":")
+                place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": "small"}
+                axes.annotate(word, (0.02, value), **place)
+            axes.set_ylim(2 * noisy - oracle, oracle + (oracle - noisy) / 4)  # what failed is below
+
+    return curves(
+        data,
+        folder / "learning.png",
+        x="seconds",
+        y=("losses", "accuracy", "f1"),
+        hue="method",
+        over="at",
+        style=style,
+        labels={
+            "seconds": "processor time [s]",
+            "losses": "outer loss",
+            "accuracy": "test accuracy [%]",
+            "f1": "F1 of the wrong labels",
+        },
+        scales={"seconds": "log", "losses": "log"},
+        finish=fits,
+        legend=5,
+    )

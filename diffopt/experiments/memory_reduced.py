@@ -16,14 +16,14 @@ from typing import final
 import torch
 
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, of_start
 from diffopt.experiments.framework.few_shot_problem import interval
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.memory_reduced_deterministic import descend
 from diffopt.experiments.memory_reduced_problem import FORMS, METHODS, Shared, Warm
-from diffopt.experiments.memory_reduced_report import draw, summarise
+from diffopt.experiments.memory_reduced_report import pictures, summary
 from diffopt.tensors.memory import peak_bytes
 
 
@@ -46,7 +46,7 @@ class Settings:
     batch: int = option(4, "tasks per outer iteration", whole(1))
     iterations: int = option(240, "outer iterations", whole(1))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
-    seeds: int = option(2, "runs of each method", whole(1))
+    seeds: int = option(3, "starts: runs of each method", whole(1))
     evaluations: int = option(3, "how often the accuracy is measured", whole(1))
     test_tasks: int = option(100, "tasks of unseen classes it is measured on", whole(2))
     test_steps: int = option(20, "inner steps there", whole(1))
@@ -58,19 +58,28 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """Memory for each K, the deterministic case, and one per run."""
+    """Memory for each K, once; for each start the deterministic case, and one per run."""
     found = [
-        Unit(f"memory K={steps}", partial(measure, settings, steps), cost=2 * (3 + steps) * settings.repeats)
+        Unit(
+            f"memory K={steps}",
+            partial(measure, settings, steps),
+            2.0 * (3 + steps) * settings.repeats,
+            keys={"part": "memory", "K": steps},
+        )
         for steps in settings.memory_steps
     ]
-    for start in ("warm", "cold"):
-        run = partial(descend, settings.descents, settings.dataset != "clusters", start == "warm")
-        found.append(Unit(f"deterministic, {start}", run, cost=settings.descents / 2, resumable=True))
+    real = settings.dataset != "clusters"
     for seed in range(settings.seeds):
+        for start in ("warm", "cold"):
+            descent = of_start(partial(descend, settings.descents, real, start == "warm"), seed)
+            keys = {"part": "deterministic", "seed": seed, "rule": start}
+            cost = settings.descents / 2
+            found.append(Unit(f"deterministic, {start}, seed {seed}", descent, cost, resumable=True, keys=keys))
         for method in METHODS:
             cost = settings.iterations * settings.batch * (2.0 if method == "MAML" else 0.5)
             run = partial(learn, settings, method, seed)
-            found.append(Unit(f"{method}, seed {seed}", run, cost=cost, resumable=True))
+            keys = {"part": "learn", "seed": seed, "rule": method}
+            found.append(Unit(f"{method}, seed {seed}", run, cost, resumable=True, keys=keys))
     return found
 
 
@@ -119,7 +128,8 @@ def learn(settings: Settings, method: str, seed: int, work: Work) -> Row:
 
     Returns:
         The outer losses and processor seconds over the iterations, evaluations left out; the accuracy on unseen
-        classes in per cent with half the width of its 95 % interval, and the iterations after which it was measured.
+        classes in per cent with half the width of its 95 % interval, and the iterations after which it was measured;
+        the accuracies on each task in the end.
     """
     problem = Shared(settings, work, seed)
     test = problem.draw("test", settings.test_tasks, work.generator("test tasks"), work)
@@ -128,12 +138,14 @@ def learn(settings: Settings, method: str, seed: int, work: Work) -> Row:
     kept = _warm(problem, settings.tasks)
     stacked = {"head": kept.head, "multiplier": kept.multiplier}
     tensors = {f"{kind} {name}": x for kind, held in stacked.items() for name, x in held.items()}
-    curves: dict[str, list[float]] = {"accuracy": [], "half_width": [], "after": [], "evaluating": []}
+    curves: dict[str, list[float]] = {"accuracy": [], "half_width": [], "after": [], "evaluating": [], "each": []}
     every = max(1, settings.iterations // settings.evaluations)
 
     def evaluate(after: int) -> None:
         began = time.process_time()
-        found = interval(problem.accuracy(method, settings.test_steps, test))
+        accuracies = problem.accuracy(method, settings.test_steps, test)
+        found = interval(accuracies)
+        curves["each"][:] = accuracies.tolist()
         curves["accuracy"].append(found.mean)
         curves["half_width"].append(found.half_width)
         curves["after"].append(after)
@@ -159,7 +171,7 @@ def learn(settings: Settings, method: str, seed: int, work: Work) -> Row:
     return {"losses": losses, "seconds": seconds, **curves}
 
 
-QUICK = Settings("clusters", 3, 1, 1, 2, 2, 2, tasks=3, batch=2, iterations=3, seeds=1, evaluations=1, test_tasks=4)
+QUICK = Settings("clusters", 3, 1, 1, 2, 2, 2, tasks=3, batch=2, iterations=3, seeds=2, evaluations=1, test_tasks=4)
 QUICK = replace(QUICK, test_steps=2, memory_steps=(1, 4), repeats=1, descents=2)
 FULL = Settings("caltech101", queries=15, filters=32, steps=10, tasks=500, iterations=5000, seeds=3, evaluations=20)
 FULL = replace(FULL, test_tasks=600, descents=2000)
@@ -170,11 +182,21 @@ EXPERIMENT = Experiment(
     name="memory-reduced",
     title="Meta-learning by implicit gradients with warm starts, beside MAML, ANIL and ITD-BiO",
     paper="memory-reduced: algorithm 1, Fig. 1 and 2, theorems 1 and 2",
-    needs=Needs(FILES, 10, 10),  # on a GPU not measured: no slower
+    needs=Needs(FILES, 16, 16),  # on a GPU not measured: no slower
     quick=QUICK,
     standard=Settings(),
     full=FULL,
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
+    papers={
+        "dataset": "CIFAR-FS, FC100, miniImageNet, tieredImageNet",
+        "way": "5",
+        "shot": "5",
+        "filters": "not in the text",
+        "steps": "not in the text",
+        "products": "not in the text",
+        "lr": "not in the text",
+        "seeds": "not in the text",
+    },
 )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped]
+
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.framework.outer_loop import smoothed
-from diffopt.experiments.framework.pictures import STYLES, legend_below, panels, save
-from diffopt.experiments.memory_reduced_problem import FORMS, METHODS
+from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
+from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.outer_loop import AXES, curve, outcome
+from diffopt.experiments.framework.pictures import STYLES, curves
+from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.memory_reduced_problem import FORMS
 
 PAPER = "memory-reduced paper"
 RIVALS = ("MAML", "ANIL", "ITD-BiO")
 OURS = "ours, warm"
-STATIONARY = 1e-4
-"""The true gradient's norm beside that of the start, below which a point counts as stationary."""
+WINDOW = 15
 COLOURS = {
     OURS: STYLES["binomial"],
     "ours, cold": STYLES["binomial, scale L/K"],
@@ -33,218 +36,184 @@ NOTES = (
     "Memory is the peak of torch's allocator above the start of one task's hypergradient. Where the embedding is part "
     "of the inner loss, each inner step that is kept keeps a graph of it; where its features are computed once, which "
     "every head-only method may do, an inner step keeps the head's graph alone. MAML adapts the embedding: one form.",
-    "Training uses features computed once. Each task takes its turn: times are of work, not of batching.",
+    "Training uses features computed once. Each task takes its turn: times are of work, not of batching. The test "
+    "tasks are the same for every start and method, and differences are taken task by task.",
     "The inner step size matters more to implicit gradients than to back-propagation, for they take the head to be at "
     "its minimum: with `--set lr=0.4 --set iterations=80` both of ours diverge (outer loss 1.3 to 20), not ITD-BiO.",
     "The deterministic case is a small problem in float64 (4 tasks of 3 classes), two inner steps and one iteration of "
     "conjugate gradients per outer step, and gradient descent outside.",
 )
-
-
-def summarise(settings: Any, results: Results) -> Summary:
-    """Tables and claims."""
-    memory = {steps: results[f"memory K={steps}"] for steps in settings.memory_steps if f"memory K={steps}" in results}
-    runs = trained(settings, results)
-    tables = []
-    if runs:
-        columns = (
-            "method",
-            "accuracy [%]",
-            "+- (95 %)",
-            "final outer loss",
-            "seconds",
-            "ms per iteration",
-            "the paper",
-        )
-        tables.append(
-            Table(
-                f"{_title(settings)}: after {settings.iterations} outer iterations, K={settings.steps}",
-                columns,
-                tuple(_trained(name, rows) for name, rows in runs.items()),
-            )
-        )
-    for key, words in (("megabytes", "Peak memory [MB]"), ("seconds", "Seconds")):
-        tables += [
-            Table(
-                f"{words} of one task's hypergradient over inner steps; {form}",
-                ("method", *(f"K={steps}" for steps in memory)),
-                tuple((method, *(row[form][method][key] for row in memory.values())) for method in (OURS, *RIVALS)),
-            )
-            for form in FORMS
-            if memory
-        ]
-    starts = {
-        start: results[f"deterministic, {start}"] for start in ("warm", "cold") if f"deterministic, {start}" in results
-    }
-    if starts:
-        tables.append(
-            Table(
-                "Norm of the true gradient in the deterministic case",
-                ("start", "at first", "halfway", "in the end", "outer loss in the end"),
-                tuple((f"{start} starts", *_shrunk(row), row["losses"][-1]) for start, row in starts.items()),
-            )
-        )
-    claims = [*_memory_claims(memory), *_training_claims(runs), *_deterministic_claims(starts)]
-    return Summary(tuple(tables), tuple(claims), NOTES)
-
-
-def _title(settings: Any) -> str:
-    return f"{image_sets.SETS[settings.dataset].title}, {settings.way}-way {settings.shot}-shot"
-
-
-def trained(settings: Any, results: Results) -> dict[str, list[Row]]:
-    """The methods of which every seed is finished."""
-    found = {
-        method: [results[name] for seed in range(settings.seeds) if (name := f"{method}, seed {seed}") in results]
-        for method in METHODS
-    }
-    return {method: rows for method, rows in found.items() if len(rows) == settings.seeds}
-
-
-def _trained(name: str, rows: list[Row]) -> tuple[Cell, ...]:
-    losses = fmean(fmean(row["losses"][-max(1, len(row["losses"]) // 10) :]) for row in rows)
-    seconds = fmean(row["seconds"][-1] for row in rows)
-    each = 1e3 * fmean(row["seconds"][-1] / len(row["seconds"]) for row in rows)
-    said = "at least the others'" if name == OURS else None
-    return (name, *(round(value, 2) for value in _accuracy(rows)), losses, seconds, each, said)
-
-
-def _accuracy(rows: list[Row]) -> tuple[float, float]:
-    """In the end, mean over seeds, and half the width of the interval over tasks."""
-    return fmean(row["accuracy"][-1] for row in rows), fmean(row["half_width"][-1] for row in rows)
-
-
-def _shrunk(row: Row) -> tuple[float, float, float]:
-    norms = row["gradient"]
-    return norms[0], norms[len(norms) // 2], norms[-1]
-
-
-def _memory_claims(memory: Mapping[int, Row]) -> Iterator[Claim]:
-    cases = {form: [row[form][OURS]["megabytes"] for row in memory.values()] for form in FORMS if len(memory) > 1}
-    known = {form: sizes for form, sizes in cases.items() if None not in sizes}
-    told = "; ".join(f"{form}: {min(sizes):.3g} to {max(sizes):.3g} MB" for form, sizes in known.items())
-    yield Claim(
-        "memory does not grow with the number of inner steps K",
-        f"{PAPER}, Fig. 2",
-        *verdict([max(sizes) <= 1.05 * min(sizes) for sizes in known.values()], f"{told}; counted up to 5 %"),
-    )
-    for form in FORMS:
-        savings = {
-            (rival, steps): round(100 * (1 - row[form][OURS]["megabytes"] / row[form][rival]["megabytes"]))
-            for rival in RIVALS
-            for steps, row in memory.items()
-            if row[form][rival]["megabytes"]
-        }
-        told = "; ".join(
-            f"{rival}: " + ", ".join(f"{saved} % at K={k}" for (r, k), saved in savings.items() if r == rival)
-            for rival in RIVALS
-        )
-        yield Claim(
-            f"it saves more than half of the memory of MAML, ANIL and ITD-BiO ({form})",
-            f"{PAPER}, abstract and Fig. 2",
-            *verdict([saved > 50 for saved in savings.values()], f"against {told}"),
-        )
-
-
-def _training_claims(runs: Mapping[str, list[Row]]) -> Iterator[Claim]:
-    ours = runs.get(OURS)
-    others = {name: rows for name, rows in runs.items() if name in RIVALS and ours}
-    mean, half = _accuracy(ours) if ours else (0.0, 0.0)
-    pairs = {name: _accuracy(rows) for name, rows in others.items()}
-    told = f"{mean:.1f} +- {half:.1f} % against " + ", ".join(
-        f"{a:.1f} +- {b:.1f} ({name})" for name, (a, b) in pairs.items()
-    )
-    yield Claim(
+TRAINED = (
+    ask(
         "its accuracy is at least that of MAML, ANIL and ITD-BiO after as many iterations",
         f"{PAPER}, Fig. 1",
-        *verdict([mean >= a - max(half, b) for a, b in pairs.values()], f"{told}; within the interval counts as equal"),
-    )
-    times = {name: fmean(row["seconds"][-1] for row in rows) for name, rows in runs.items()}
-    ratios = {name: times[OURS] / times[name] for name in others}
-    told = ", ".join(f"{ratio:.2g} of {name}'s" for name, ratio in ratios.items())
-    yield Claim(
-        "it takes less time for as many iterations", "this library", *verdict([r < 1 for r in ratios.values()], told)
-    )
-    cold = runs.get("ours, cold")
-    flags, told = [], ""
-    if ours and cold:
-        (warm_mean, warm_half), (cold_mean, cold_half) = _accuracy(ours), _accuracy(cold)
-        flags = [warm_mean >= cold_mean - max(warm_half, cold_half)]
-        told = f"{warm_mean:.1f} +- {warm_half:.1f} % warm, {cold_mean:.1f} +- {cold_half:.1f} % cold"
-    yield Claim(
-        "with sampled tasks, warm starts train no worse than cold ones", "derivations, 6.3", *verdict(flags, told)
-    )
-
-
-def _deterministic_claims(starts: Mapping[str, Row]) -> Iterator[Claim]:
-    shrunk = {start: row["gradient"][-1] / row["gradient"][0] for start, row in starts.items()}
-    told = ", ".join(f"{start}: {ratio:.1e} of the first" for start, ratio in shrunk.items())
-    yield Claim(
-        "with K and N constant, the deterministic case converges to a stationary point",
-        f"{PAPER}, theorem 2",
-        *verdict([shrunk["warm"] < STATIONARY] if "warm" in shrunk else [], f"true gradient, {told}"),
-    )
-    yield Claim(
-        "that takes warm starts: from cold ones the gradient stalls",
+        tuple(f"accuracy: {OURS} - {rival} >= 0" for rival in RIVALS),
+        crossed=True,
+        order=True,
+        headline=True,
+    ),
+    ask(
+        "it takes less time for as many iterations",
+        "this library",
+        tuple(f"seconds: {OURS} / {rival} < 1" for rival in RIVALS),
+    ),
+    ask(
+        "with sampled tasks, warm starts train no worse than cold ones (up to one point)",
         "derivations, 6.3",
-        *verdict([shrunk["cold"] > 100 * shrunk["warm"]] if len(shrunk) == 2 else [], f"true gradient, {told}"),
+        f"accuracy: {OURS} - ours, cold >= -1",
+        crossed=True,
+        unit=" points",
+    ),
+)
+DETERMINISTIC = (
+    ask(
+        "with K and N constant, the deterministic case converges to a stationary point",
+        f"{PAPER}, theorem 2; true gradient below 1e-4 of the first",
+        "shrunk: warm < 1e-4",
+        headline=True,
+    ),
+    ask(
+        "that takes warm starts: from cold ones the gradient stalls (it ends 100 times larger)",
+        "derivations, 6.3",
+        "shrunk: cold / warm > 100",
+    ),
+)
+
+
+def memory_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per number of steps, form of the inner loss and method; what ours saves of its memory, in per cent."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for form, methods in row.items():
+            ours = methods[OURS]["megabytes"]
+            for method, cost in methods.items():
+                size = cost["megabytes"]
+                yield {
+                    "form": form,
+                    "rule": method,
+                    **cost,
+                    "saved": 100 * (1 - ours / size) if size and ours else math.nan,
+                }
+
+    return long_table(units, results, records, part="memory")
+
+
+def runs_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
+    """One row per run and test task."""
+
+    def records(row: Row) -> Iterator[Row]:
+        found = outcome(row, 0.0, WINDOW)
+        for draw, accuracy in enumerate(row["each"]):
+            yield {"draw": draw, "accuracy": accuracy, **found, "seconds": row["seconds"][-1]}
+
+    return long_table(units, results, records, part="learn")
+
+
+def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+    """Tables and claims."""
+    memory, runs = memory_of(units, results), runs_of(settings, units, results)
+    starts = long_table(units, results, lambda row: [_shrunk(row)], part="deterministic")
+    title = f"{image_sets.SETS[settings.dataset].title}, {settings.way}-way {settings.shot}-shot"
+    found = listed(
+        f"{title}: after {settings.iterations} outer iterations, K={settings.steps}",
+        runs,
+        {"method": "rule"},
+        {
+            "accuracy [%]": "accuracy",
+            "+- (95 %)": ("accuracy", "+-"),
+            "final outer loss": "final",
+            "seconds": "seconds",
+            "ms per iteration": "ms",
+        },
+        paper=lambda at: "at least the others'" if at["rule"] == OURS else None,
     )
-
-
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
-    """``training.png``: accuracy over iterations and time; ``memory.png``; ``deterministic.png``."""
-    found = [_draw_training(settings, results, folder), _draw_memory(settings, results, folder)]
-    starts = {start: results[name] for start in ("warm", "cold") if (name := f"deterministic, {start}") in results}
-    if starts:
-        figure, ((axes,),) = panels(1, 1, 4.5, 3)
-        for start, row in starts.items():
-            axes.semilogy(row["after"], row["gradient"], **_line(f"ours, {start}"))
-        axes.set(xlabel="outer iteration", ylabel="norm of the true gradient")
-        axes.grid(alpha=0.3)
-        legend_below(figure, axes)
-        found.append(save(figure, folder / "deterministic.png"))
-    return [path for path in found if path]
-
-
-def _line(method: str) -> dict[str, Any]:
-    return {"color": COLOURS[method]["color"], "label": method, "linestyle": "--" if method == "ours, cold" else "-"}
-
-
-def _draw_training(settings: Any, results: Results, folder: Path) -> Path | None:
-    runs = trained(settings, results)
-    if not runs:
-        return None
-    figure, (grid,) = panels(1, 3, 4, 3)
-    for method, rows in runs.items():
-        after, accuracy, half, seconds, losses = (
-            [fmean(values) for values in zip(*(row[key] for row in rows), strict=True)]
-            for key in ("after", "accuracy", "half_width", "seconds", "losses")
+    for key, words in (("megabytes", "Peak memory [MB]"), ("seconds", "Seconds")):
+        found += listed(
+            f"{words} of one task's hypergradient over inner steps",
+            memory,
+            {"inner loss": "form", "method": "rule"},
+            {},
+            across="K",
+            cell=key,
+            label=lambda k: f"K={k}",
         )
-        style = _line(method)
-        grid[0].errorbar(after, accuracy, yerr=half, capsize=2, **style)
-        grid[1].errorbar([[0.0, *seconds][int(i)] for i in after], accuracy, yerr=half, capsize=2, **style)
-        grid[2].plot(range(1, len(losses) + 1), smoothed(losses, 15), **style)
-    grid[0].set(xlabel="outer iteration", ylabel="test accuracy [%]")
-    grid[1].set(xlabel="processor time [s]", ylabel="test accuracy [%]", xscale="symlog")
-    grid[2].set(xlabel="outer iteration", ylabel="outer training loss")
-    for axes in grid:
-        axes.grid(alpha=0.3)
-    legend_below(figure, grid[2], len(runs))
-    return save(figure, folder / "training.png")
+    found += listed(
+        "Norm of the true gradient in the deterministic case",
+        starts,
+        {"starts": "rule"},
+        {
+            "at first": "first",
+            "halfway": "middle",
+            "in the end": "last",
+            "outer loss in the end": "loss",
+        },
+    )
+    claims = (*_of_memory(memory), *answers(runs, TRAINED), *answers(starts, DETERMINISTIC))
+    return Summary(found, claims, NOTES)
 
 
-def _draw_memory(settings: Any, results: Results, folder: Path) -> Path | None:
-    memory = {steps: results[f"memory K={steps}"] for steps in settings.memory_steps if f"memory K={steps}" in results}
-    if not memory:
-        return None
-    figure, (grid,) = panels(1, len(FORMS), 4, 3)
-    for axes, form in zip(grid, FORMS, strict=True):
-        for method in (OURS, *RIVALS):
-            sizes = [row[form][method]["megabytes"] for row in memory.values()]
-            if None not in sizes:
-                axes.plot(list(memory), sizes, **{**_line(method), "marker": COLOURS[method]["marker"]})
-        axes.set(title=form, xlabel="inner steps K", ylabel="peak memory [MB]", xscale="log", yscale="log")
-        axes.set_xticks(list(memory), [str(steps) for steps in memory])
-        axes.grid(alpha=0.3)
-    legend_below(figure, grid[0])
-    return save(figure, folder / "memory.png")
+def _shrunk(row: Row) -> Row:
+    norms = row["gradient"]
+    last = {"last": norms[-1], "shrunk": norms[-1] / norms[0], "loss": row["losses"][-1]}
+    return {"first": norms[0], "middle": norms[len(norms) // 2], **last}
+
+
+def _of_memory(memory: Frame) -> Iterator[Claim]:
+    """Claims about exact sizes."""
+    ours = memory[memory["rule"] == OURS].dropna(subset=["megabytes"]) if len(memory) else memory
+    flat = Every(
+        "memory does not grow with the number of inner steps K (up to 5 %)",
+        f"{PAPER}, Fig. 2",
+        "most <= 1.05 * least",
+        shown="most",
+        note="megabytes, in each form of the inner loss",
+        headline=True,
+    )
+    sizes = ours.groupby("form")["megabytes"].agg(most="max", least="min") if len(ours) > len(FORMS) else pd.DataFrame()
+    yield flat.answer(sizes)
+    for form in FORMS:
+        told = ""
+        if len(memory):
+            each = memory[memory["form"] == form].groupby("rule")["saved"].agg(["min", "max"]).dropna()
+            told = "; ".join(f"{r}: {each['min'][r]:.0f} to {each['max'][r]:.0f} %" for r in RIVALS if r in each.index)
+        yield Every(
+            f"it saves more than half of the memory of MAML, ANIL and ITD-BiO ({form})",
+            f"{PAPER}, abstract and Fig. 2",
+            "saved > 50",
+            f"form == {form!r} and rule in {RIVALS} and saved == saved",
+            note=told,
+            headline=form == FORMS[0],
+        ).answer(memory)
+
+
+def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+    """``training.png``: accuracy over iterations and time; ``memory.png``; ``deterministic.png``."""
+
+    def records(row: Row) -> Iterator[Row]:
+        yield from ({**point, "loss at": point["iteration"]} for point in curve(row, WINDOW))
+        seconds = [0.0, *row["seconds"]]
+        for after, accuracy in zip(row["after"], row["accuracy"], strict=True):
+            yield {"at": after, "iteration": after, "time": seconds[int(after)], "accuracy": accuracy}
+
+    def descents(row: Row) -> Iterator[Row]:
+        for after, norm in zip(row["after"], row["gradient"], strict=True):
+            yield {"iteration": after, "gradient": norm}
+
+    def style(method: str) -> dict[str, Any]:
+        return {"color": COLOURS[method]["color"], "linestyle": "--" if method == "ours, cold" else "-"}
+
+    labels = {**AXES, "accuracy": "test accuracy [%]", "megabytes": "peak memory [MB]", "K": "inner steps K"}
+    labels |= {"loss at": "outer iteration", "gradient": "norm of the true gradient"}
+    look: dict[str, Any] = {"labels": labels, "hue": "rule"}
+    runs = long_table(units, results, records, part="learn")
+    sides: dict[str, Any] = {"x": ("iteration", "time", "loss at"), "y": ("accuracy", "accuracy", "loss"), "over": "at"}
+    scales = {"time": "symlog"}
+    found = curves(runs, folder / "training.png", **sides, style=style, scales=scales, legend=5, **look)
+    memory = memory_of(units, results)
+    marked: dict[str, Any] = {"style": COLOURS.get, "scales": {"K": "log", "megabytes": "log"}}
+    found += curves(memory, folder / "memory.png", x="K", y="megabytes", panel="form", **marked, **look)
+    path, starts = folder / "deterministic.png", long_table(units, results, descents, part="deterministic")
+    scales = {"gradient": "log"}
+    return found + curves(
+        starts, path, x="iteration", y="gradient", style=lambda r: style(f"ours, {r}"), scales=scales, **look
+    )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, NamedTuple, final
+from statistics import fmean
+from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, legend_below, panels, save
+from diffopt.experiments.framework.claims import Compare, Every, Frame, answers, ask, long_table, side_by_side
+from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
+from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
+from diffopt.experiments.framework.tables import listed
 
 PAPER = "binomial paper"
 ORDER = ("truncated", "binomial", "binomial, scale L/K", "hybrid", "krylov")
 ROUND_OFF = 1e-14
-"""Of a meta-gradient beside its norm."""
+"""Of a meta-gradient beside its norm; smaller errors count as that."""
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)
+EACH = ("K", "lr", "L")
+LAST = "K == 5 and L == 4"
+BATCH = ["seed", *EACH, "draw", "curvature"]
 
 NOTES = (
     "The paper's inner step size is missing from the text available to us, and with it the curvature number "
@@ -26,238 +31,151 @@ NOTES = (
     "which its tables use. For 0 < L < K it keeps an error of first order in the step size; the theorems do not cover "
     "it.",
     "Krylov (minimal residuals in time) is this library's; it costs about K instead of K - L + 1 products a level.",
+    "Ratios of errors are geometric means over starts and batches; the intervals are over both.",
 )
 
 
-@final
-class Pair(NamedTuple):
-    """Two estimators at one level of one setting."""
+def table_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per estimator, level and batch: its error, and what share of the gradient's mean norm that is."""
 
-    steps: int
-    rate: float
-    level: int
-    curvature: float
-    truncated: list[float]
-    binomial: list[float]
-    scaled: list[float]
-    krylov: list[float]
-    norm: float
+    def records(row: Row) -> Iterator[Row]:
+        norm = fmean(row["norm"])
+        for rule, levels in row["errors"].items():
+            for level, errors in levels.items():
+                for draw, error in enumerate(errors):
+                    known = {"rule": rule, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
+                    yield {**known, "error": max(error, ROUND_OFF * norm), "share": error / norm}
 
-    def ratio(self, rule: str = "binomial") -> float:
-        """Truncated's error over another rule's, median over the batches; errors below round-off count as that."""
-        least, other = ROUND_OFF * self.norm, {"binomial": self.binomial, "krylov": self.krylov}[rule]
-        return median(max(a, least) / max(b, least) for a, b in zip(self.truncated, other, strict=True))
-
-    def is_exact(self) -> bool:
-        """Whether binomial's error is round-off."""
-        return fmean(self.binomial) <= ROUND_OFF * self.norm
+    return long_table(units, results, records)
 
 
-def summarise(settings: Any, results: Results) -> Summary:
+def ratios(data: Frame) -> Frame:
+    """One row per level and batch: the errors of all estimators side by side, and ``L`` over the curvature number."""
+    wide = side_by_side(data[data["rule"] != "first-order"], "error", BATCH)
+    return wide.assign(binomial_gain=wide["truncated"] / wide["binomial"], place=wide["L"] / wide["curvature"])
+
+
+def summary(units: Sequence[Unit], results: Results) -> Summary:
     """Tables and claims."""
-    pairs = list(_pairs(results))
-    tables = [_ratio_table(results, pairs), *_error_tables(settings, results)]
-    return Summary(tuple(table for table in tables if table.rows), tuple(_claims(pairs, results)), NOTES)
-
-
-def _ratio_table(results: Results, pairs: Sequence[Pair]) -> Table:
-    rows = []
-    for name, row in results.items():
-        ratios = {pair.level: pair.ratio() for pair in pairs if (pair.steps, pair.rate) == _key(name)}
-        claimed = "10^3 to 10^4 at L=4" if name.startswith("K=5 ") else None
-        rows.append((name, median(row["curvature"]), *(ratios.get(level) for level in SHOWN), claimed))
-    return Table(
+    data = table_of(units, results)
+    wide = ratios(data) if len(data) else data
+    gained = listed(
         "Truncated's error over binomial's at equal L, median over the batches (below 1: binomial is worse)",
-        ("setting", "K lr lambda_max", *(f"L={level}" for level in SHOWN), "the paper"),
-        tuple(rows),
+        wide[wide["L"].isin(SHOWN)] if len(wide) else wide,
+        {"K": "K", "lr": "lr"},
+        {"K lr lambda_max": ("curvature", "median")},
+        across="L",
+        cell=("binomial_gain", "median"),
+        label=lambda level: f"L={level}",
+        paper=lambda at: "10^3 to 10^4 at L=4" if at["K"] == 5 else None,
     )
+    few = data[data["K"] == data["K"].min()] if len(data) else data
+    errors = listed(
+        f"Mean error over the mean norm of the exact meta-gradient, K={few['K'].min() if len(few) else 0}",
+        few,
+        {"lr": "lr", "estimator": "rule"},
+        {},
+        across="L",
+        cell="share",
+        label=lambda level: f"L={level}",
+    )
+    every = Every("it is smaller on every batch", f"{PAPER}, Fig. 3a (K=5, L=4)", "binomial_gain > 1", LAST)
+    claims = (*answers(data, CLAIMS), every.answer(wide), *answers(data, _all_settings(wide)))
+    return Summary((*gained, *errors), claims, NOTES)
 
 
-def _error_tables(settings: Any, results: Results) -> Iterator[Table]:
-    """The errors over L for the fewest steps, at each step size."""
-    steps = min(settings.steps)
-    for name, row in results.items():
-        if _key(name)[0] == steps:
-            found, norm = row["errors"], fmean(row["norm"])
-            rows: list[tuple[Cell, ...]] = [("first-order", fmean(found["first-order"]["0"]) / norm)]
-            rows[0] += (None,) * (steps - 2)
-            for rule in ORDER:
-                errors = (found[rule].get(str(level)) for level in range(1, steps))
-                rows.append((rule, *(None if e is None else fmean(e) / norm for e in errors)))
-            columns = ("estimator", *(f"L={level}" for level in range(1, steps)))
-            yield Table(f"Mean error over the mean norm of the exact meta-gradient, {name}", columns, tuple(rows))
-
-
-def _claims(pairs: Sequence[Pair], results: Results) -> Iterator[Claim]:
-    last = [pair for pair in pairs if pair.steps == 5 and pair.level == 4]
-    ratios = ", ".join(f"{pair.ratio():.2g} at lr {pair.rate:g}" for pair in last)
-    yield Claim(
+CLAIMS = (
+    ask(
         "at equal L, binomial's error is 10^3 to 10^4 times smaller than truncated's",
         f"{PAPER}, Fig. 3a (K=5, L=4)",
-        *verdict([pair.ratio() >= 1e3 for pair in last], f"truncated / binomial: {ratios}"),
-    )
-    batches = [a / b for pair in last for a, b in zip(pair.truncated, pair.binomial, strict=True)]
-    yield Claim(
-        "it is smaller on every batch",
-        f"{PAPER}, Fig. 3a (K=5, L=4)",
-        *verdict([r > 1 for r in batches], f"on {sum(r > 1 for r in batches)} of {len(batches)} batches"),
-    )
-    yield Claim(
-        "binomial beats truncated by orders of magnitude at equal L",
-        f"{PAPER}, section 4.1, here for all K, L and step sizes",
-        *verdict([pair.ratio() >= 10 for pair in pairs], _where(pairs)),
-    )
-    first = [pair for pair in pairs if pair.steps == 5 and pair.level in (1, 2)]
-    low = {(pair.rate, pair.level): fmean(pair.binomial) for pair in first}
-    comparable = {pair.rate: low[pair.rate, 1] / fmean(pair.truncated) for pair in last}
-    told = ", ".join(f"{ratio:.2g} at lr {rate:g}" for rate, ratio in comparable.items())
-    yield Claim(
+        "error: truncated / binomial >= 1e3 by lr",
+        LAST,
+        headline=True,
+    ),
+    ask(
         "binomial at L=1 is comparable to truncated at L=4 (K=5)",
+        f"{PAPER}, Fig. 3b; counted up to 2",
+        "error: binomial [L == 1] / truncated [L == 4] <= 2 by lr",
+        "K == 5",
+    ),
+    ask(
+        "binomial's error is negligible from L=2 on (K=5; below 1 % of the gradient's norm)",
         f"{PAPER}, Fig. 3b",
-        *verdict([ratio <= 2 for ratio in comparable.values()], f"binomial(1) / truncated(4): {told}; counted up to 2"),
-    )
-    shares = {pair.rate: fmean(pair.binomial) / pair.norm for pair in first if pair.level == 2}
-    told = ", ".join(f"{100 * share:.2g} % at lr {rate:g}" for rate, share in shares.items())
-    yield Claim(
-        "binomial's error is negligible from L=2 on (K=5)",
-        f"{PAPER}, Fig. 3b",
-        *verdict([share < 0.01 for share in shares.values()], f"of the gradient's norm: {told}; counted below 1 %"),
-    )
-    scaled = [fmean(pair.scaled) < fmean(pair.binomial) for pair in pairs]
-    better = [pair.curvature for pair, yes in zip(pairs, scaled, strict=True) if yes]
-    worse = [pair.curvature for pair, yes in zip(pairs, scaled, strict=True) if not yes]
-    told = f"smaller error in {len(better)} of {len(pairs)} settings" + (
-        f", at curvature numbers {min(better):.2g} to {max(better):.2g}; larger at {min(worse):.2g} to {max(worse):.2g}"
-        if better and worse
-        else ""
-    )
-    yield Claim("scaling by L/K makes binomial more accurate", f"{PAPER}, appendix C.2", *verdict(scaled, told))
-    compared = [pair for pair in pairs if pair.level > 1 and not pair.is_exact()]
-    krylov = [fmean(pair.krylov) <= fmean(pair.binomial) for pair in compared]
-    yield Claim(
-        "Krylov's error is no larger than binomial's at equal L > 1",
-        "this library",
-        *verdict(krylov, f"in {sum(krylov)} of {len(krylov)} settings in which binomial's is more than round-off"),
-    )
-    hybrid = [fmean(h) >= fmean(b) for h, b in _hybrids(results)]
-    yield Claim(
+        "share: binomial [L == 2] < 0.01 by lr",
+        "K == 5",
+    ),
+    ask(
         "the hybrid rule is less accurate than binomial at equal L",
         f"{PAPER}, appendix D.1 (there by accuracy)",
-        *verdict(hybrid, f"in {sum(hybrid)} of {len(hybrid)} settings of K, L < C and step size"),
+        "error: hybrid [L < 0.8 * K] / binomial >= 1 by K, lr, L",
+    ),
+    ask(
+        "Krylov's error is no larger than binomial's at equal L > 1, where that is more than round-off",
+        "this library",
+        f"error: krylov / binomial [share > {ROUND_OFF}] <= 1 by K, lr, L",
+        "L > 1",
+        headline=True,
+    ),
+)
+
+
+def _all_settings(wide: Frame) -> Iterator[Compare]:
+    """Claims about all K, L and step sizes, with what decides them: the curvature number."""
+    worse = wide[wide["binomial_gain"] < 1] if len(wide) else wide
+    told = ""
+    if len(worse):
+        told = f"where binomial is worse, the curvature number is {worse['curvature'].min():.2g} or more"
+        told += f" and L up to {worse['place'].max():.2g} times that"
+    where = f"{PAPER}, section 4.1, here for all K, L and step sizes"
+    formula = "error: truncated / binomial >= 10 by K, lr, L"
+    yield ask("binomial beats truncated by orders of magnitude at equal L", where, formula, note=told)
+    told = ""
+    if len(wide):
+        better = wide["binomial, scale L/K"] < wide["binomial"]
+        groups = (wide[chosen]["curvature"] for chosen in (better, ~better))
+        told = "; ".join(
+            f"{word} at curvature numbers {at.min():.2g} to {at.max():.2g}"
+            for word, at in zip(("smaller", "larger"), groups, strict=True)
+            if len(at)
+        )
+    formula = "error: binomial, scale L/K / binomial < 1 by K, lr, L"
+    yield ask("scaling by L/K makes binomial more accurate", f"{PAPER}, appendix C.2", formula, note=told)
+
+
+def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+    """``levels.png``: errors over L; ``batches.png``: over batches; ``curvature.png``: who wins, by curvature."""
+    data = table_of(units, results)
+    if not len(data):
+        return []
+    data["setting"] = [f"K={k} lr={lr:g}" for k, lr in zip(data["K"], data["lr"], strict=True)]
+    data["batch"] = data["seed"] * (data["draw"].max() + 1) + data["draw"] + 1
+    rates, few = data["lr"].nunique(), data[data["K"] == data["K"].min()]
+    looks: dict[str, Any] = {"hue": "rule", "style": lambda rule: STYLES[rule], "legend": len(ORDER) + 1}
+    shown = data[data["share"] > 10 * ROUND_OFF]
+    found = curves(shown, folder / "levels.png", x="L", y="share", panel="setting", wrap=rates, finish=_levels, **looks)
+    at = few[(few["L"] == few["K"] - 1) & (few["rule"] != "hybrid")]
+    found += curves(at, folder / "batches.png", x="batch", y="error", panel="setting", finish=_levels, **looks)
+    wide = ratios(data).groupby(list(EACH)).median(numeric_only=True).reset_index()
+    pairs = wide.melt([*EACH, "truncated", "place"], ["binomial", "krylov"], "rival", "of the rival")
+    pairs = pairs.assign(ratio=pairs["truncated"] / pairs["of the rival"])
+    order = list(dict.fromkeys(pairs["K"]))
+    return found + curves(
+        pairs,
+        folder / "curvature.png",
+        x="place",
+        y="ratio",
+        hue="K",
+        panel="rival",
+        style=lambda k: {"color": SEQUENCE[order.index(k) % 5], "marker": "os^D"[order.index(k) % 4], "linestyle": ""},
+        labels={
+            "place": "level L / curvature number",
+            "ratio": "truncated's error / the rival's (above 1: it is better)",
+        },
+        scales={"place": "log", "ratio": "log"},
+        finish=lambda axes, rival: axes.axhline(1, color="black", linewidth=0.8, linestyle="--"),
     )
 
 
-def _where(pairs: Sequence[Pair]) -> str:
-    """In how many settings binomial wins by tens, and the curvature numbers on both sides."""
-    tens = [pair for pair in pairs if pair.ratio() >= 10]
-    worse = [pair for pair in pairs if pair.ratio() < 1]
-    text = f"ten times smaller in {len(tens)} of {len(pairs)} settings; larger than truncated's in {len(worse)}"
-    if worse:
-        text += f", all with a curvature number of {min(pair.curvature for pair in worse):.2g} or more"
-        most = max(pair.level / pair.curvature for pair in worse)
-        text += f" and L up to {most:.2g} times that number"
-    return text
-
-
-def _pairs(results: Results) -> Iterator[Pair]:
-    for name, row in results.items():
-        found = row["errors"]
-        for level, truncated in found["truncated"].items():
-            yield Pair(
-                *_key(name),
-                level=int(level),
-                curvature=median(row["curvature"]),
-                truncated=truncated,
-                binomial=found["binomial"][level],
-                scaled=found["binomial, scale L/K"][level],
-                krylov=found["krylov"][level],
-                norm=fmean(row["norm"]),
-            )
-
-
-def _hybrids(results: Results) -> Iterator[tuple[list[float], list[float]]]:
-    for row in results.values():
-        window = max(map(int, row["errors"]["hybrid"]))
-        for level, errors in row["errors"]["hybrid"].items():
-            if int(level) < window:
-                yield errors, row["errors"]["binomial"][level]
-
-
-def _key(name: str) -> tuple[int, float]:
-    steps, rate = (word.partition("=")[2] for word in name.split())
-    return int(steps), float(rate)
-
-
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
-    """``levels.png``: errors over L; ``batches.png``: over batches; ``curvature.png``: who wins, by curvature."""
-    if not results:
-        return []
-    paths = [_draw_levels(settings, results, folder / "levels.png")]
-    paths.append(_draw_batches(results, folder / "batches.png"))
-    return [*paths, _draw_curvature(settings, results, folder / "curvature.png")]
-
-
-def _draw_levels(settings: Any, results: Results, path: Path) -> Path:
-    figure, grid = panels(len(settings.steps), len(settings.rates), 3.1, 2.9)
-    for i, steps in enumerate(settings.steps):
-        for axes, rate in zip(grid[i], settings.rates, strict=True):
-            row = results.get(f"K={steps} lr={rate:g}")
-            axes.set(yscale="log", xlabel="level L", title=f"K={steps}, lr={rate:g}: not run")
-            if row is None:
-                continue
-            axes.set_title(f"K={steps}, lr={rate:g}, curvature {median(row['curvature']):.2g}", fontsize="medium")
-            for rule in ORDER:
-                _curve(axes, row, rule)
-            axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-        grid[i][0].set_ylabel("error / norm of the meta-gradient")
-    legend_below(figure, grid[0][0], len(ORDER))
-    return save(figure, path)
-
-
-def _curve(axes: Any, row: Row, rule: str) -> None:
-    """Mean over the batches, and the range of them; at L=0 every rule is first order."""
-    norm = fmean(row["norm"])
-    found = {0: row["errors"]["first-order"]["0"], **{int(k): v for k, v in row["errors"][rule].items()}}
-    shown = {level: errors for level, errors in found.items() if max(errors) > 1e-13 * norm}
-    low, middle, high = ([f(errors) / norm for errors in shown.values()] for f in (min, fmean, max))
-    axes.plot(list(shown), middle, **STYLES[rule], markersize=4, label=rule)
-    axes.fill_between(list(shown), low, high, color=STYLES[rule]["color"], alpha=0.12, linewidth=0)
-
-
-def _draw_batches(results: Results, path: Path) -> Path:
-    """The paper's Fig. 3a: the fewest steps, the last level below exactness, at every step size."""
-    steps = min(_key(name)[0] for name in results)
-    rows = {name: row for name, row in results.items() if _key(name)[0] == steps}
-    figure, grid = panels(1, len(rows), 3.1, 3.2)
-    for axes, (name, row) in zip(grid[0], rows.items(), strict=True):
-        for rule in ("truncated", "binomial", "binomial, scale L/K", "krylov"):
-            errors = row["errors"][rule][str(steps - 1)]
-            axes.plot(range(1, len(errors) + 1), errors, **STYLES[rule], markersize=4, label=rule)
-        axes.set(yscale="log", xlabel="batch of tasks", title=f"{name}, L={steps - 1}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("mean error of the batch")
-    legend_below(figure, grid[0][0], len(ORDER))
-    return save(figure, path)
-
-
-def _draw_curvature(settings: Any, results: Results, path: Path) -> Path:
-    figure, grid = panels(1, 2, 5, 4)
-    for axes, rule in zip(grid[0], ("binomial", "krylov"), strict=True):
-        for i, steps in enumerate(settings.steps):
-            pairs = [pair for pair in _pairs(results) if pair.steps == steps]
-            ratios = [pair.ratio(rule) for pair in pairs]
-            at = [pair.level / pair.curvature for pair in pairs]
-            style: dict[str, Any] = {"color": SEQUENCE[i % len(SEQUENCE)], "marker": "os^D"[i % 4], "linestyle": ""}
-            axes.plot(at, ratios, **style, markersize=5, alpha=0.8, label=f"K={steps}")
-        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.set(xscale="log", yscale="log", xlabel="level L / curvature number K lr lambda_max")
-        axes.set(ylabel=f"truncated's error / {rule}'s", title=f"above the line {rule} is better at equal L")
-        axes.grid(alpha=0.3)
-    low, high = min(axes.get_ylim()[0] for axes in grid[0]), max(axes.get_ylim()[1] for axes in grid[0])
-    for axes in grid[0]:
-        axes.set_ylim(low, high)
-    legend_below(figure, grid[0][0], len(settings.steps))
-    return save(figure, path)
+def _levels(axes: Any, setting: Any) -> None:
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -28,8 +28,9 @@ def test_quickly(name, tmp_path, capsys):
     for table in results["tables"]:
         assert table["rows"]
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not measured"}
-    assert all(claim["evidence"] for claim in results["claims"])
+    assert {claim["answer"] for claim in results["claims"]} <= {"yes", "no", "partly", "not decided", "not measured"}
+    assert all(claim["evidence"] and claim["starts"] >= 1 for claim in results["claims"])
+    assert 1 <= sum(claim["headline"] for claim in results["claims"]) <= 4
     assert str(Path.home()) not in json.dumps(results)
 
 
@@ -48,6 +49,7 @@ class TestEveryExperiment:
         assert experiment.name == name
         for item in fields(experiment.standard):
             assert item.name in told
+        assert {item.name for item in fields(experiment.standard)} >= {"seeds", *experiment.papers}
         for scale in (experiment.quick, experiment.standard, experiment.full):
             units = experiment.units(scale)
             assert len({unit.name for unit in units}) == len(units) > 0

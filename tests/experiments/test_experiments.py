@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from diffopt.estimators import FirstOrder, Reverse
-from diffopt.experiments import anil, bounds, cost, esj, sinusoid
-from diffopt.experiments.bounds_report import summarise as summarise_bounds
+from diffopt.experiments import anil, anil_report, bounds, cost, esj, sinusoid
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.outer_loop import first_below, smoothed
 from diffopt.experiments.framework.run_folder import json_row
@@ -86,14 +86,21 @@ class TestBounds:
     def test_answers_follow_the_numbers(self):
         settings = catalogue.experiment("bounds").quick
         found = rows("bounds", settings)
-        said = answers(summarise_bounds(settings, found))
-        assert said["bounded curvature: (11a), (11b), (11c) hold"] == "yes"
-        assert said["convex losses: (12a) bounds first order"] == "no"
-        assert said["proposition 4.1 holds in their place"] == "yes"
-        for level in found["bounded K=3 x=1"]["levels"]:
+
+        def said():
+            claims = catalogue.experiment("bounds").summarise(settings, found).claims
+            return {claim.text.replace(", as reconstructed,", ""): claim.answer for claim in claims}
+
+        assert said()["bounded curvature: (11a), (11b), (11c) hold"] == "yes"
+        assert said()["they are attained at H_k = -H I"] == "yes"
+        assert said()["convex losses: (12a) bounds first order"] == "no"
+        assert said()["proposition 4.1 holds in their place"] == "yes"
+        assert said()["binomial's bound <= truncated's <= first order's"] == "yes"
+        for level in found["seed=0 bounded K=3 x=1"]["levels"]:
             level["random"]["binomial"] *= 2
-        said = answers(summarise_bounds(settings, found))
-        assert said["bounded curvature: (11a), (11b), (11c) hold"] == "partly"
+        assert said()["bounded curvature: (11a), (11b), (11c) hold"] == "partly"
+        found["seed=1 bounded K=3 x=0.3"]["levels"][1]["bound"]["(11c)"] *= 9
+        assert said()["binomial's bound <= truncated's <= first order's"] == "partly"
 
 
 class TestSinusoid:
@@ -135,7 +142,7 @@ class TestSinusoid:
 class TestCost:
     @pytest.mark.slow
     def test_counts_are_the_papers(self):
-        settings = replace(catalogue.experiment("cost").quick, levels_steps=4, steps=(), filters=1)
+        settings = replace(catalogue.experiment("cost").quick, levels_steps=4, steps=(), filters=1, seeds=1)
         (row,) = rows("cost", settings).values()
         measured = row["rules"]
         for level in range(5):
@@ -144,6 +151,41 @@ class TestCost:
             assert (binomial["products"], binomial["depth"]) == (level * (4 - level + 1) if level < 4 else 4, level)
         assert measured["MAML"]["products"] == measured["MAML"]["depth"] == 4
         assert measured["binomial, one by one 2"]["depth"] == 6
+
+    def test_answers_follow_the_numbers(self):
+        settings = replace(catalogue.experiment("cost").quick, seeds=3)
+        texts = (
+            "binomial's time is only slightly above truncated's at equal L (up to 1.25)",
+            "binomial takes markedly less memory than MAML (below 0.8)",
+            "multi-step(4) is twice as fast as 8-step MAML (up to 0.55)",
+            "time and memory fall as the window grows (K=8)",
+            "iMAML takes more time than MAML at fewer than eight inner steps (5 conjugate-gradient products)",
+            "memory by implicit differentiation does not grow with K (up to 5 %)",
+        )
+
+        def said(**seconds):
+            results = {}
+            for unit in cost.units(settings):
+                noise, over = 1 + 0.01 * unit.keys["seed"], unit.keys["over"] == "levels"
+                rules = cost.level_rules(2) if over else cost.step_rules(unit.keys["K"])
+                of = {name: seconds.get(re.sub(r"\W", "_", name), 1.0) * noise for name in rules}
+                size = {name: 1.0 if name in ("MAML", "first-order") else 0.5 * value for name, value in of.items()}
+                counts = {"gradients": 1, "products": 1, "depth": 1}
+                both = {name: {**counts, "seconds": of[name], "megabytes": size[name] / noise} for name in rules}
+                results[unit.name] = {"rules": both}
+            found = answers(catalogue.experiment("cost").summarise(settings, results))
+            return [found[text] for text in texts]
+
+        falls = {"multi_step_2": 0.9, "multi_step_4": 0.5, "multi_step_8": 0.3}
+        assert said(binomial_1=1.2, implicit__5_CG=1.5, **falls) == ["yes"] * 6
+        slow = {"multi_step_2": 1.1, "multi_step_4": 1.7, "multi_step_8": 2.3}
+        assert said(binomial_1=2.0, binomial_2=2.0, implicit__5_CG=0.5, **slow)[:5] == [
+            "no",
+            "no",
+            "no",
+            "partly",
+            "no",
+        ]
 
     def test_windows_are_counted(self):
         assert [rule for rule in cost.step_rules(4) if rule.startswith("multi")] == ["multi-step 2", "multi-step 4"]
@@ -184,6 +226,41 @@ class TestAnil:
             with pytest.raises(OutOfTime):
                 anil.run(settings, 1, 0.5, 2, 0, stopped)
         assert anil.run(settings, 1, 0.5, 2, 0, stopped)["losses"] == whole["losses"]
+
+    STEPS = (1, 3, 5, 10)
+
+    def said(self, head, several, starts=3):
+        """The answers where every start has these losses by N, one rate, both numbers of layers; 9 iterations each."""
+        settings = replace(catalogue.experiment("anil").quick, steps=self.STEPS, seeds=starts, rates=(1.0,), target=0.5)
+        results = {}
+        for unit in anil.units(settings):
+            losses = head if unit.keys["layers"] == 1 else several
+            loss = losses[self.STEPS.index(unit.keys["N"])]
+            run = {"losses": [2.0] * 8 + [loss], "seconds": [float(i) for i in range(9)], "curvature": 0.5}
+            results[unit.name] = {"diverged": "DivergenceError"} if math.isinf(loss) else run
+        return answers(catalogue.experiment("anil").summarise(settings, results))
+
+    def test_answers_follow_the_numbers(self):
+        first, second = "strongly convex: more inner steps converge faster per iteration", "and then it saturates"
+        slower = "non-convex: more inner steps converge more slowly per iteration"
+        opposite = "so the two geometries have opposite trends, at one inner step size"
+        said = self.said((1.0, 0.8, 0.75, 0.7), (0.7, 0.8, 0.9, 1.0))
+        assert [said[text] for text in (first, second, slower, opposite)] == ["yes"] * 4
+        said = self.said((1.0, 1.1, 1.2, 1.3), (1.0, 0.9, 0.8, 0.7))
+        assert [said[text] for text in (first, second, slower, opposite)] == ["no"] * 4
+        said = self.said((1.0, 0.8, 0.75, 0.7), (0.7, 0.8, 0.9, 1.0), starts=1)
+        assert [said[text] for text in (first, second, slower)] == ["not decided"] * 3
+
+    @pytest.mark.parametrize("last", [10.0, 1e6, math.inf])
+    def test_a_loss_that_diverges_does_not_saturate(self, last):
+        said = self.said((1.0, 0.8, 0.75, last), (0.7, 0.8, 0.9, last))
+        assert said["and then it saturates"] == "no"
+
+    def test_saturation(self):
+        assert anil_report.saturation((1, 3, 5), (3.0, 1.0, 0.5)) == 0.25
+        assert anil_report.saturation((1, 3, 5), (3.0, 1.0, 1.5)) == 0.25
+        assert anil_report.saturation((1, 3, 5), (1.0, 3.0, 2.9)) == math.inf
+        assert anil_report.saturation((1, 3), (3.0, 1.0)) is None
 
 
 class TestESJ:
@@ -226,6 +303,41 @@ class TestESJ:
         episodes, (rule, _) = problem.sample(), esj.rules(problem.settings, Work(0))["ESJ, Q=1"]
         first, second = (self.gradient(problem, rule, False, episodes) for _ in range(2))
         assert not torch.allclose(first, second)
+
+    def test_answers_follow_the_numbers(self):
+        settings = replace(catalogue.experiment("esj").quick, seeds=3, target=1.0)
+        finals = {
+            "ITD": 0.5,
+            "direct part only": 0.8,
+            "ESJ, Q=1, divided by p": 0.81,
+            "ESJ, Q=1": 0.9,
+            "AID, 10 CG": 0.9,
+        }
+        faster = "ESJ is faster than back-propagation (ITD) and implicit differentiation (AID) to a given loss"
+        cheaper = "without second-order information an iteration is cheaper"
+        like, worth = (
+            "with the authors' scale, ESJ trains like the direct part alone (final loss within 5 %)",
+            "the response is worth having: ITD ends below the direct part alone",
+        )
+        follows = "the error is sqrt((p + 1) / Q) times the response (within a factor of 2)"
+
+        def said(times, error):
+            results = {}
+            for unit in esj.units(settings):
+                rule = unit.keys.get("rule")
+                if rule is None:
+                    of = {f"ESJ, Q={q}": {"error": error * (100 / q) ** 0.5, "cosine": 0.1} for q in (1, 4)}
+                    results[unit.name] = {"parameters": 99, "response": 0.5, "rules": of}
+                    continue
+                scale = times[rule.startswith("ESJ")] * (1 + 0.01 * unit.keys["seed"])
+                losses = [2.0] * 20 + [finals[rule]] * 20
+                results[unit.name] = {"losses": losses, "seconds": [scale * i for i in range(40)]}
+            claims = answers(catalogue.experiment("esj").summarise(settings, results))
+            return [claims[text] for text in (faster, cheaper, like, worth, follows)]
+
+        assert said((2.0, 1.0), 0.5) == ["yes", "yes", "yes", "yes", "yes"]
+        finals["direct part only"] = 0.4
+        assert said((1.0, 2.0), 2.0) == ["no", "no", "no", "no", "no"]
 
 
 def test_smoothing_and_first_below():

@@ -25,12 +25,31 @@ def test_the_page_is_what_the_script_writes(checkout, script):
 
 
 def test_a_changed_result_changes_the_page(checkout, script, tmp_path):
-    paths = sorted((checkout / "results").glob("*.json"))
+    paths, first_screen = sorted((checkout / "results").glob("*.json")), 0
     for path in paths:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["claims"][0]["answer"] = "perhaps"
+        claims = results["claims"]
+        claims[0]["answer"] = "perhaps"
+        first_screen += claims[0].get("headline", not any(claim.get("headline") for claim in claims))
         (tmp_path / path.name).write_text(json.dumps(results))
-    assert script.page(tmp_path).count("**perhaps**") == 2 * len(paths) > 0
+    page = script.page(tmp_path)
+    assert page.count("**perhaps**") == 2 * len(paths) + first_screen > 0
+    assert page.partition("## Every claim")[0].count("**perhaps**") == first_screen
+
+
+def test_the_first_screen_has_what_is_marked_with_its_interval_and_starts(checkout, script, tmp_path):
+    results = json.loads((checkout / "results" / "sinusoid.json").read_text(encoding="utf-8"))
+    new = {"text": "marked", "effect": "2 (1 to 3)", "starts": 3, "headline": True}
+    results["claims"][1:] = [{**results["claims"][0], **new}]
+    (tmp_path / "sinusoid.json").write_text(json.dumps(results))
+    page = script.page(tmp_path)
+    screen = page.partition("## The answers")[2].partition("## Every claim")[0]
+    (line,) = (line for line in screen.splitlines() if line.startswith("| sinusoid"))
+    assert "| marked |" in line
+    assert line.endswith("| 2 (1 to 3) | 3 starts |")
+    assert "| 1 start |" in page.partition("**Claims**")[2]  # the claim of an earlier version, which does not say
+    assert "| seeds |" not in page  # a setting that the run did not have
+    assert "| hidden | 40 |" in page.partition("**Settings: ours and the paper's**")[2]
 
 
 def test_unknown_results_are_refused_and_missing_ones_named(script, tmp_path):

@@ -52,7 +52,7 @@ A minimal experiment::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, final
 
@@ -65,7 +65,9 @@ Row: TypeAlias = dict[str, Any]
 Results: TypeAlias = Mapping[str, Row]
 """The rows of the finished units by the units' names, in the order of the units."""
 Cell: TypeAlias = str | float | int | None
-Answer: TypeAlias = Literal["yes", "no", "partly", "not measured"]
+Answer: TypeAlias = Literal["yes", "no", "partly", "not decided", "not measured"]
+STRIDE = 1000
+"""From the seed of one start to that of the next, so that the starts of neighbouring seeds are not the same."""
 
 
 class ExperimentError(DiffoptError, ValueError):
@@ -98,12 +100,39 @@ class Unit:
         run: returns the row, see the module's description.
         cost: time beside the other units'.
         resumable: it calls ``work.step`` often, so that it may be begun with less time left than it needs.
+        keys: what it is of, such as ``{"seed": 0, "K": 5}``: columns of the long table that claims are answered from.
     """
 
     name: str
     run: Callable[[Work], Row]
     cost: float = 1.0
     resumable: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+def starts(seeds: int, units: Callable[[], Sequence[Unit]]) -> list[Unit]:
+    """The units once for every start, each start with random numbers of its own; start 0 has those of the run's seed.
+
+    The names are ``seed=1 ...``, and ``seed`` is one of the keys.
+    """
+    return [
+        replace(unit, name=f"seed={seed} {unit.name}", run=of_start(unit.run, seed), keys={"seed": seed, **unit.keys})
+        for seed in range(seeds)
+        for unit in units()
+    ]
+
+
+def of_start(run: Callable[[Work], Row], number: int) -> Callable[[Work], Row]:
+    """The same work with random numbers of its own: those of another seed; start 0 has the run's seed."""
+
+    def begun(work: Work) -> Row:
+        work.seed += STRIDE * number
+        try:
+            return run(work)
+        finally:
+            work.seed -= STRIDE * number
+
+    return begun
 
 
 @final
@@ -126,12 +155,18 @@ class Claim:
         source: where, such as ``binomial paper, Fig. 3a``.
         answer: by measurement.
         evidence: the figures behind the answer.
+        effect: how large it is, with its interval; empty where nothing is estimated.
+        starts: how many the answer rests on.
+        headline: it is among the answers that the results page begins with.
     """
 
     text: str
     source: str
     answer: Answer
     evidence: str
+    effect: str = ""
+    starts: int = 1
+    headline: bool = False
 
 
 @final
@@ -166,6 +201,7 @@ class Experiment(Generic[Settings]):
         units: the work, in order.
         summarise: what the finished units say.
         draw: writes pictures of the finished units into a folder and returns their paths.
+        papers: what the paper's settings are, by the name of ours; those it does not name are left out.
     """
 
     name: str
@@ -178,6 +214,7 @@ class Experiment(Generic[Settings]):
     units: Callable[[Settings], Sequence[Unit]]
     summarise: Callable[[Settings, Results], Summary]
     draw: Callable[[Settings, Results, Path], Sequence[Path]]
+    papers: Mapping[str, str] = field(default_factory=dict)
 
 
 def verdict(flags: Sequence[bool], evidence: str) -> tuple[Answer, str]:

@@ -80,6 +80,8 @@ class Evaluation(NamedTuple):
     before: Interval
     after: Interval
     episodes: int
+    each: tuple[float, ...] = ()
+    """The metric after adaptation, by episode."""
 
 
 @final
@@ -269,7 +271,7 @@ def evaluate(
                 measured.append((next(iter(params.values())).new_zeros(tasks),) * 2)
             between()
     before, after = ranks.total([torch.cat(parts) for parts in zip(*measured, strict=True)])
-    return Evaluation(interval(before), interval(after), episodes)
+    return Evaluation(interval(before), interval(after), episodes, tuple(after.tolist()))
 
 
 def interval(values: Tensor) -> Interval:

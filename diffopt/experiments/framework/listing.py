@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,15 +23,18 @@ def list_all() -> int:
 
 
 def list_one(experiment: Experiment[Any]) -> int:
-    """Print the settings of an experiment at each scale, and its units."""
+    """Print the settings of an experiment at each scale beside the paper's, and its units."""
     scales, rows = (experiment.quick, experiment.standard, experiment.full), []
     for item in fields(experiment.standard):
-        values = [_plain(getattr(scale, item.name)) for scale in scales]
-        rows.append((item.name, *values, item.metadata["help"]))
-    columns, title = ("setting", "--quick", "standard", "--full", "what it is"), experiment.title
+        values = [plain(getattr(scale, item.name)) for scale in scales]
+        rows.append((item.name, *values, experiment.papers.get(item.name, "-"), item.metadata["help"]))
+    columns, title = ("setting", "--quick", "standard", "--full", "the paper", "what it is"), experiment.title
     console = plain_console()
     console.print(grid(columns, rows, f"diffopt reproduce {experiment.name}: {title}", whole=1))
-    console.print("Units: " + ", ".join(unit.name for unit in experiment.units(experiment.standard)))
+    units = experiment.units(experiment.standard)
+    first = [unit.name for unit in units if not unit.keys.get("seed", 0)]
+    again = f", and so for {len(units) - len(first)} of other starts" if len(first) < len(units) else ""
+    console.print(f"Units: {', '.join(first)}{again}")
     return 0
 
 
@@ -38,5 +42,12 @@ def _minutes(number: float) -> str:
     return f"{number:g} min" if number < 120 else f"{number / 60:g} h"
 
 
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def differing(experiment: Experiment[Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The settings of a run for which the paper's are known: name, ours, the paper's."""
+    known = experiment.papers.items()
+    return [(name, plain(settings[name]), said) for name, said in known if name in settings]
+
+
+def plain(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

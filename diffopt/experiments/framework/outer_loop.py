@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from diffopt.experiments.framework.experiment import Row
 from diffopt.experiments.framework.unit_context import Work
 
 
@@ -79,6 +82,38 @@ def smoothed(values: list[float], window: int) -> list[float]:
     """The mean of up to ``window`` values around each one."""
     half = window // 2
     return [sum(part) / len(part) for part in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))]
+
+
+def outcome(row: Row, target: float, window: int) -> Row:
+    """How a run that trained went, as columns of a long table; all infinite if it diverged.
+
+    ``final`` is the mean outer loss of the last tenth, ``iterations`` and ``seconds`` are those to the target (infinite
+    if it is not reached), ``ms`` is the processor time of an iteration.
+    """
+    if "losses" not in row:
+        return dict.fromkeys(("final", "iterations", "seconds", "ms"), math.inf)
+    losses, times = row["losses"], row["seconds"]
+    curve = smoothed(losses, window)
+    reached = first_below(curve, target, [float(i) for i in range(1, len(curve) + 1)])
+    at = first_below(curve, target, times)
+    return {
+        "final": fmean(losses[-max(1, len(losses) // 10) :]),
+        "iterations": math.inf if reached is None else reached,
+        "seconds": math.inf if at is None else at,
+        "ms": 1e3 * times[-1] / len(times),
+    }
+
+
+def curve(row: Row, window: int) -> Iterator[Row]:
+    """The smoothed outer loss of a run over iterations and over processor time, as rows of a long table."""
+    if "losses" in row:
+        pairs = zip(smoothed(row["losses"], window), row["seconds"], strict=True)
+        for at, (loss, seconds) in enumerate(pairs, start=1):
+            yield {"at": at, "iteration": at, "time": seconds, "loss": loss}
+
+
+AXES = {"iteration": "outer iteration", "time": "processor time [s]", "loss": "outer training loss"}
+"""The axes of :func:`curve`, for :func:`pictures.curves`."""
 
 
 def first_below(values: list[float], threshold: float, times: list[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffopt.experiments.framework.claims import Frame
 from diffopt.experiments.framework.files import replacing
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -47,3 +49,80 @@ def save(figure: Figure, path: Path) -> Path:
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
     return path
+
+
+def curves(
+    data: Frame,
+    path: Path,
+    *,
+    x: str | Sequence[str],
+    y: str | Sequence[str],
+    hue: str,
+    panel: str = "",
+    wrap: int = 0,
+    style: Callable[[Any], Mapping[str, Any]] | None = None,
+    over: str = "",
+    labels: Mapping[str, str] | None = None,
+    scales: Mapping[str, str] | None = None,
+    size: tuple[float, float] = (3.6, 3.2),
+    legend: int = 4,
+    finish: Callable[[Axes, Any], object] = lambda axes, where: None,
+) -> list[Path]:
+    """Lines over ``x``, one for each value of ``hue``, and the range of the starts around each; none without rows.
+
+    Args:
+        data: the long table.
+        path: of the picture.
+        x: the columns along the axis; several make several rows of panels, or columns where there is no ``panel``.
+        y: as many columns, or one.
+        hue: the column that tells lines apart.
+        panel: the column that tells panels apart.
+        wrap: panels in a row, where there is one pair of ``x`` and ``y``; 0: all.
+        style: of a line, given its value of ``hue``; else colours in order.
+        over: the column that says which points of different starts belong together, if it is not ``x``.
+        labels: of the axes, by column.
+        scales: ``log`` or others, by column.
+        size: of a panel in inches.
+        legend: columns of the legend.
+        finish: does what else is to be done to a panel, given its value of ``panel``.
+    """
+    if not len(data):
+        return []
+    sides, labels, scales = _sides(x, y), labels or {}, scales or {}
+    places = list(dict.fromkeys(data[panel])) if panel else [None]
+    count = len(sides) * len(places)
+    columns = wrap or (len(places) if panel else len(sides))
+    figure, grid = panels(-(-count // columns), columns, *size)
+    hues, spare = list(dict.fromkeys(data[hue])), [axes for row in grid for axes in row]
+    for across, up in sides:
+        for place in places:
+            axes, rows = spare.pop(0), data if place is None else data[data[panel] == place]
+            for k, value in enumerate(hues):
+                line = rows[rows[hue] == value].dropna(subset=[across, up])
+                look = style(value) if style else {"color": SEQUENCE[k % len(SEQUENCE)], "marker": ""}
+                draw_line(axes, line, across, up, over or across, {"label": str(value), **look})
+            axes.set(xlabel=labels.get(across, across), ylabel=labels.get(up, up))
+            axes.set(xscale=scales.get(across, "linear"), yscale=scales.get(up, "linear"))
+            axes.set_title("" if place is None else str(place), fontsize="medium")
+            axes.grid(alpha=0.3)
+            finish(axes, place)
+    for axes in spare:
+        axes.set_axis_off()
+    fullest = max((axes for row in grid for axes in row), key=lambda axes: len(axes.get_legend_handles_labels()[0]))
+    legend_below(figure, fullest, legend)
+    return [save(figure, path)]
+
+
+def draw_line(axes: Axes, rows: Frame, x: str, y: str, over: str, look: Mapping[str, Any]) -> None:
+    """The mean over starts and draws at each place, and their range where there are several."""
+    if not len(rows):
+        return
+    found = rows.groupby(over, sort=True).agg(x=(x, "mean"), mean=(y, "mean"), low=(y, "min"), high=(y, "max"))
+    axes.plot(found["x"], found["mean"], **{"markersize": 4, **look})
+    axes.fill_between(found["x"], found["low"], found["high"], color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _sides(x: str | Sequence[str], y: str | Sequence[str]) -> list[tuple[str, str]]:
+    xs, ys = ([side] if isinstance(side, str) else list(side) for side in (x, y))
+    count = max(len(xs), len(ys))
+    return list(zip(xs * (count // len(xs)), ys * (count // len(ys)), strict=True))

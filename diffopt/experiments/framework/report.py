@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,11 @@ def shown(cell: Cell) -> str:
     return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 
 
+def started(results: Mapping[str, Any], claim: Mapping[str, Any]) -> int:
+    """How many starts a claim's answer rests on; results of diffopt 0.1 say so by the setting, if at all."""
+    return int(claim.get("starts") or results["settings"].get("seeds", 1))
+
+
 def show(results: dict[str, Any], folder: Path) -> None:
     """Print tables, claims, what was left out, and where the files are."""
     console = plain_console()
@@ -60,9 +65,12 @@ def show(results: dict[str, Any], folder: Path) -> None:
         numbers = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
         align = "".join("r" if each else "l" for each in numbers)
         console.print(grid(columns, [tuple(map(shown, row)) for row in rows], table["title"], align))
-    claims = [(claim["text"], claim["source"], claim["answer"], claim["evidence"]) for claim in results["claims"]]
+    claims = [
+        (claim["text"], claim["source"], claim["answer"], str(started(results, claim)), claim["evidence"])
+        for claim in results["claims"]
+    ]
     title = "What the paper claims, and what was measured"
-    console.print(grid(("claim", "source", "measured", "evidence"), claims, title))
+    console.print(grid(("claim", "source", "measured", "starts", "evidence"), claims, title))
     for note in results["notes"]:
         console.print(f"- {note}")
     if results["left_out"]:
