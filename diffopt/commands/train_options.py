@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from diffopt.commands.estimator_names import KNOWN_NAMES, estimator_name
+from diffopt.experiments.framework.flags import RunOptions
 from diffopt.experiments.framework.image_sets import SETS
-from diffopt.experiments.framework.options import MOST, MOST_THREADS, device, one_of, option, real, whole
-
-FREE = ("out", "data_dir", "minutes", "save_every")
-"""Options that a resumed run may change: they say where, until when and how safely it runs, not what it computes."""
+from diffopt.experiments.framework.options import MOST, one_of, option, real, whole
 
 IMAGE_SETS = tuple(name for name in SETS if name != "omniglot")
 """Those that have no command of their own."""
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(RunOptions):
     """What every problem shares."""
 
     estimator: str = option("reverse", f"rule of the hypergradient: {KNOWN_NAMES}", estimator_name)
@@ -29,54 +27,47 @@ class TrainOptions:
     meta_lr_decay: Literal["cosine", "none"] = option(
         "cosine", "how it falls to 0 over the iterations", choices=("cosine", "none")
     )
-    iterations: int = option(1000, "outer iterations", whole(1))
-    minutes: float | None = option(None, "stop in time to be done after so many minutes in all", real(0))
-    eval_every: int = option(500, "iterations between evaluations; 0: only at the end", whole(0))
+    iterations: int = option(2500, "outer iterations", whole(1))
+    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
     eval_episodes: int = option(600, "episodes of an evaluation", whole(2))
     log_every: int = option(1, "iterations between two lines of metrics.jsonl", whole(1))
-    save_every: float = option(10.0, "seconds between two checkpoints", real(0, above=False))
     seed: int = option(0, "of the initial parameters and the training episodes", whole(0))
-    threads: int | None = option(None, "CPU threads; default: torch's choice", whole(1, MOST_THREADS))
-    device: str = option("cpu", "where to compute, such as cpu or cuda", device)
 
 
-@final
 @dataclass(frozen=True)
-class OmniglotOptions(TrainOptions):
-    """Omniglot; the defaults are for 5-way 1-shot."""
+class PicturesOptions(TrainOptions):
+    """What the sets of images share."""
 
     way: int = option(5, "classes per task", whole(2, MOST))
     shot: int = option(1, "support images per class", whole(1, MOST))
     queries: int = option(5, "query images per class in training", whole(1, MOST))
     tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
     filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
-    rotations: bool = option(True, "also train on classes turned by 90, 180 and 270 degrees")
-    split: Literal["official", "vinyals"] = option(
-        "official", "what is trained and evaluated on", choices=("official", "vinyals")
-    )
     data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
-    out: str = option("runs/omniglot", "folder for metrics.jsonl, curve.png and checkpoint.pt")
-    inner_lr: float = option(0.4, "step size of the inner SGD", real(0))
-    meta_lr: float = option(0.005, "step size of the outer Adam", real(0))
-    iterations: int = option(2500, "outer iterations", whole(1))
-    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
 
 
 @final
 @dataclass(frozen=True)
-class ImagesOptions(TrainOptions):
+class OmniglotOptions(PicturesOptions):
+    """Omniglot; the defaults are for 5-way 1-shot."""
+
+    rotations: bool = option(True, "also train on classes turned by 90, 180 and 270 degrees")
+    split: Literal["official", "vinyals"] = option(
+        "official", "what is trained and evaluated on", choices=("official", "vinyals")
+    )
+    out: str = option("runs/omniglot", "folder for metrics.jsonl, curve.png and checkpoint.pt")
+    inner_lr: float = option(0.4, "step size of the inner SGD", real(0))
+    meta_lr: float = option(0.005, "step size of the outer Adam", real(0))
+
+
+@final
+@dataclass(frozen=True)
+class ImagesOptions(PicturesOptions):
     """Few-shot image classification on other sets; the defaults are for 5-way 1-shot."""
 
     dataset: str = option("caltech101", f"one of {', '.join(IMAGE_SETS)}", one_of(*IMAGE_SETS))
-    way: int = option(5, "classes per task", whole(2, MOST))
-    shot: int = option(1, "support images per class", whole(1, MOST))
     queries: int = option(15, "query images per class in training", whole(1, MOST))
-    tasks: int = option(4, "tasks per iteration (meta-batch)", whole(1, MOST))
-    filters: int = option(32, "channels of the four convolutions", whole(1, 1024))
-    data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
     out: str = option("runs/images", "folder for metrics.jsonl, curve.png and checkpoint.pt")
-    iterations: int = option(2500, "outer iterations", whole(1))
-    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
 
 
 @final
@@ -90,5 +81,4 @@ class SinusoidOptions(TrainOptions):
     out: str = option("runs/sinusoid", "folder for metrics.jsonl, curve.png and checkpoint.pt")
     inner_lr: float = option(0.01, "step size of the inner SGD", real(0))
     iterations: int = option(5000, "outer iterations", whole(1))
-    eval_every: int = option(1000, "iterations between evaluations; 0: only at the end", whole(0))
     log_every: int = option(10, "iterations between two lines of metrics.jsonl", whole(1))
