@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
-from diffopt.experiments.framework.flags import ReproduceOptions, add_flags, read
+from diffopt.experiments.framework.flags import add_flags, read, to_store
 from diffopt.experiments.framework.options import OptionError
+from diffopt.experiments.framework.run_folder import Header, ReproduceOptions, RunFolder
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -46,7 +47,6 @@ def run(given: argparse.Namespace) -> int:
     from diffopt.experiments.framework.files import check_alone
     from diffopt.experiments.framework.listing import list_all, list_one
     from diffopt.experiments.framework.reproduction import Reproduction
-    from diffopt.experiments.framework.run_folder import Header, RunFolder
 
     name = given.experiment
     if name is None:
@@ -60,15 +60,15 @@ def run(given: argparse.Namespace) -> int:
         return list_one(experiment)
     check_alone()
     folder = RunFolder(read(ReproduceOptions, given).out or f"runs/reproduce/{name}")
-    stored, digest = folder.header() if given.resume else (None, None)
-    options = read(ReproduceOptions, given, stored and asdict(stored))
+    stored = folder.header()[0] if given.resume else None
+    options = read(ReproduceOptions, given, stored and to_store(stored))
     if options.device != "cpu" and experiment.needs.minutes_gpu is None:
         raise OptionError(f"--device is {options.device}", f"cpu: {name} runs on it only", "leave --device out")
     settings = changed(getattr(experiment, options.scale), options.changed)
     header = Header.now(options, settings)
     if stored is not None:
         header.check_same(stored)
-    return Reproduction(experiment, settings, header, digest, options, folder).run(given.resume)
+    return Reproduction(experiment, settings, header, folder).run(given.resume)
 
 
 def changed(settings: Any, changes: tuple[str, ...]) -> Any:

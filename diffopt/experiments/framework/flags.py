@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar
 
 from diffopt.experiments.framework.options import MOST_THREADS, OptionError, device, option, real, whole
 
@@ -25,20 +25,6 @@ class RunOptions:
     seed: int = option(0, "of all random numbers", whole(0))
     threads: int | None = option(None, "CPU threads; default: torch's choice", whole(1, MOST_THREADS))
     device: str = option("cpu", "where to compute, such as cpu or cuda", device)
-
-
-@final
-@dataclass(frozen=True)
-class ReproduceOptions(RunOptions):
-    """The options of ``diffopt reproduce``."""
-
-    experiment: str = option("", "the experiment", None)
-    scale: str = option("standard", "the scale", None, ("quick", "standard", "full"))
-    changed: tuple[str, ...] = option((), "--set", None)
-    out: str = option("", "folder of the run (default: runs/reproduce/NAME)")
-    minutes: float | None = option(None, "stop in time to be done after so many minutes of this call", real(0))
-    threads: int = option(1, "CPU threads", whole(1, MOST_THREADS))
-    data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[RunOptions]) -> None:
@@ -117,7 +103,7 @@ def _check_value(item: Field[Any], value: Any) -> None:
     """Refuse what is not just what the command line makes of the same words."""
     parse, choices = item.metadata["parse"], item.metadata["choices"]
     if choices is not None or parse is None or isinstance(item.default, bool):
-        right = type(value) is type(item.default) and (choices is None or value in choices)
+        right = item.default is None or (type(value) is type(item.default) and (choices is None or value in choices))
     else:
         right = value is item.default is None or parse(str(value)) == value
     if not right:

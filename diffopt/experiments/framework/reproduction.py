@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
 from diffopt.experiments.framework.checkpoint import MetricsLog
 from diffopt.experiments.framework.experiment import Experiment, ExperimentError, Row, Unit
 from diffopt.experiments.framework.files import CheckpointError, checksum, write_json
-from diffopt.experiments.framework.flags import ReproduceOptions
+from diffopt.experiments.framework.flags import to_store
 from diffopt.experiments.framework.report import results_file, show
 from diffopt.experiments.framework.run_folder import AGAIN, FORMAT, Header, RunFolder, json_row
 from diffopt.experiments.framework.runner import Run
@@ -22,24 +21,16 @@ from diffopt.experiments.framework.unit_context import store_name
 class Reproduction(Run):
     """A run of an experiment."""
 
-    def __init__(
-        self,
-        experiment: Experiment[Any],
-        settings: Any,
-        header: Header,
-        digest: str | None,
-        options: ReproduceOptions,
-        folder: RunFolder,
-    ) -> None:
-        """Say what is run, under which header; ``digest`` is the checksum of it that the folder has.
+    def __init__(self, experiment: Experiment[Any], settings: Any, header: Header, folder: RunFolder) -> None:
+        """Say what is run, under which header.
 
         Raises:
             ExperimentError: two units have one name.
         """
         self.units = tuple(experiment.units(settings))
         size = len(self.units), "unit", 1
-        super().__init__(f"reproduce {experiment.name}", options, folder, size=size, run=header.fingerprint())
-        self.experiment, self.settings, self.header, self.digest = experiment, settings, header, digest
+        super().__init__(f"reproduce {experiment.name}", header, folder, size=size, run=header.fingerprint())
+        self.experiment, self.settings, self.header = experiment, settings, header
         if not self.units or len({unit.name for unit in self.units}) < len(self.units):
             got = f"the experiment {experiment.name} has no units, or two of one name"
             raise ExperimentError(got, "one or more, of different names")
@@ -48,13 +39,14 @@ class Reproduction(Run):
         """Write the header, or look at it and at the lines of finished units, without one that was cut short."""
         path = self.folder.head_path
         if not resume:
-            write_json({"format": FORMAT, **asdict(self.header), "checksum": self.fingerprint}, path)
+            write_json({"format": FORMAT, **to_store(self.header), "checksum": self.fingerprint}, path)
             return
-        if self.digest not in (None, self.fingerprint):
+        _, digest = self.folder.header()
+        if digest not in (None, self.fingerprint):
             got = f"{path} has been changed since the run was started"
             raise CheckpointError(got, "one that fits its checksum", AGAIN)
         self.log.read()
-        check_rows(self.log, {unit.name for unit in self.units}, self.fingerprint, sealed=self.digest is not None)
+        check_rows(self.log, {unit.name for unit in self.units}, self.fingerprint, sealed=digest is not None)
         self.log.cut()
         self.finished = len(self.log.rows)
         for name in self.rows():

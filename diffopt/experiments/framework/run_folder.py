@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -23,66 +23,55 @@ import diffopt
 from diffopt.experiments.framework.checkpoint import MetricsLog, left_over
 from diffopt.experiments.framework.experiment import ExperimentError, Row
 from diffopt.experiments.framework.files import CheckpointError, checksum
-from diffopt.experiments.framework.flags import ReproduceOptions, check_stored
-from diffopt.experiments.framework.options import OptionError, expanded
+from diffopt.experiments.framework.flags import RunOptions, check_stored, to_store
+from diffopt.experiments.framework.options import MOST_THREADS, OptionError, expanded, option, real, whole
 
 FORMAT = 1
 AGAIN = "restore it from a copy, or start again in another --out"
 
 
+@dataclass(frozen=True)
+class ReproduceOptions(RunOptions):
+    """The options of ``diffopt reproduce``."""
+
+    experiment: str = option("", "the experiment", None)
+    scale: str = option("standard", "the scale", None, ("quick", "standard", "full"))
+    changed: tuple[str, ...] = option((), "--set", None)
+    out: str = option("", "folder of the run (default: runs/reproduce/NAME)")
+    minutes: float | None = option(None, "stop in time to be done after so many minutes of this call", real(0))
+    threads: int = option(1, "CPU threads", whole(1, MOST_THREADS))
+    data_dir: str | None = option(None, "where the data is; default: $DIFFOPT_DATA, else the user's cache")
+
+
 @final
 @dataclass(frozen=True)
-class Header:
-    """All that decides the numbers of a run.
+class Header(ReproduceOptions):
+    """The options of a run, and what else decides its numbers: all settings, the machine and the versions."""
 
-    Attributes:
-        experiment: its name.
-        scale: ``quick``, ``standard`` or ``full``: where the settings come from.
-        changed: the settings given by ``--set``, as they were given.
-        settings: all settings.
-        seed: of all generators.
-        device: as torch names it.
-        device_name: as people name it.
-        threads: CPU threads.
-        torch: its version.
-        diffopt: its version.
-    """
-
-    experiment: str
-    scale: str
-    changed: tuple[str, ...]
-    settings: dict[str, Any]
-    seed: int
-    device: str
-    device_name: str
-    threads: int
-    torch: str
-    diffopt: str
+    settings: Mapping[str, Any] = option(None, "settings", None)
+    device_name: str = option("", "device_name", None)
+    torch: str = option("", "torch", None)
+    diffopt: str = option("", "diffopt", None)
 
     @classmethod
     def now(cls, options: ReproduceOptions, settings: Any) -> Header:
         """The header of a run on this machine, with these versions."""
-        return cls(
-            **_asked(asdict(options)),
-            settings=json.loads(json.dumps(asdict(settings))),
-            device_name=device_name(options.device),
-            torch=torch.__version__,
-            diffopt=diffopt.__version__,
-        )
+        plain, name = json.loads(json.dumps(asdict(settings))), device_name(options.device)
+        found = {"settings": plain, "device_name": name, "torch": torch.__version__, "diffopt": diffopt.__version__}
+        return cls(**{**vars(options), **found})
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Header:
         """The header that a file holds.
 
         Raises:
-            ValueError: what was asked for is nothing that can be asked for.
-            TypeError: a field is missing or unknown.
+            ValueError: a field is missing, unknown, or not what the command line can make it.
         """
-        header = cls(**{**content, "changed": tuple(content["changed"])})
-        check_stored(ReproduceOptions, _asked(asdict(header)))
-        if not all(isinstance(change, str) for change in header.changed):
+        stored = {**content, "changed": tuple(content["changed"])}
+        check_stored(cls, stored)
+        if not all(isinstance(change, str) for change in stored["changed"]):
             raise ValueError("changed is no list of texts")
-        return header
+        return cls(**stored)
 
     def check_same(self, stored: Header) -> None:
         """Refuse to go on with a run of other settings, versions or devices: its numbers would be of two kinds.
@@ -90,14 +79,14 @@ class Header:
         Raises:
             OptionError: names the first difference.
         """
-        for name, here in vars(self).items():
-            if here != (there := getattr(stored, name)):
+        for name, there in to_store(stored).items():
+            if (here := getattr(self, name)) != there:
                 fix = "start a new run in another --out"
                 raise OptionError(f"{name} is {here} here", f"{there} as in the run to resume", fix)
 
     def fingerprint(self) -> str:
-        """A checksum of all this; it goes into what is computed under this header."""
-        return checksum(asdict(self))
+        """A checksum of all that is stored; it goes into what is computed under this header."""
+        return checksum(to_store(self))
 
     def command(self) -> str:
         """What to type to run this again."""
@@ -106,12 +95,6 @@ class Header:
         words += [word for change in self.changed for word in ("--set", change)]
         words += ["--seed", str(self.seed), "--threads", str(self.threads)]
         return " ".join(words + ([] if self.device == "cpu" else ["--device", self.device]))
-
-
-def _asked(content: dict[str, Any]) -> dict[str, Any]:
-    """Of options or a header, what both have: what was asked for, and decides the numbers."""
-    names = {item.name for item in fields(ReproduceOptions)} & {item.name for item in fields(Header)}
-    return {name: value for name, value in content.items() if name in names}
 
 
 @final
