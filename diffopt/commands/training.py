@@ -11,7 +11,7 @@ import torch
 
 import diffopt
 from diffopt.commands.estimator_names import estimator
-from diffopt.commands.train_options import ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.commands.train import ImagesOptions, OmniglotOptions, SinusoidOptions
 from diffopt.experiments.framework.checkpoint import Checkpoint, check_params, wrong
 from diffopt.experiments.framework.curve import draw_curve
 from diffopt.experiments.framework.experiment import Row, Unit

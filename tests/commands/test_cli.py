@@ -21,7 +21,7 @@ import diffopt.estimators
 from diffopt.cli import main
 from diffopt.commands import demo, training
 from diffopt.commands.estimator_names import KNOWN_NAMES, EstimatorNameError, estimator
-from diffopt.commands.train_options import IMAGE_SETS
+from diffopt.commands.train import IMAGE_SETS
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 from diffopt.experiments.framework import checkpoint, image_sets, runner, unit_context
 from diffopt.experiments.framework.few_shot_problem import Adaptation, evaluate, interval, meta_gradient, sinusoid

@@ -32,20 +32,11 @@ def reporter(total: int, counted: str = "iteration", *, silent: bool = False) ->
     """A reporter on standard output for a run of so many iterations (or ``counted``); or one that says nothing."""
     console = plain_console()
     if silent or not console.is_terminal:
-        yield _Silent() if silent else _Lines(total, counted)
+        yield _Lines(total, counted, silent)
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console) as progress:
         yield _Bar(progress, total)
-
-
-@final
-class _Silent(Reporter):
-    def update(self, done: float, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 @final
@@ -62,8 +53,8 @@ class _Bar(Reporter):
 
 @final
 class _Lines(Reporter):
-    def __init__(self, total: int, counted: str) -> None:
-        self._total, self._counted, self._told = total, counted, time.monotonic()
+    def __init__(self, total: int, counted: str, silent: bool) -> None:
+        self._total, self._counted, self._silent, self._told = total, counted, silent, time.monotonic()
 
     def update(self, done: float, text: str) -> None:
         if time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
@@ -71,4 +62,5 @@ class _Lines(Reporter):
             self.say(f"{self._counted} {int(done + 1e-6)} of {self._total}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        if not self._silent:
+            print(text, flush=True)
