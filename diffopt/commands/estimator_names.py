@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
 
 from diffopt.errors import DiffoptError
 from diffopt.estimators import (
@@ -28,39 +26,24 @@ class EstimatorNameError(DiffoptError, ValueError):
     """A text is not the name of an estimator."""
 
 
-@final
-@dataclass(frozen=True)
-class _Rule:
-    """What a name stands for: alone, and followed by a colon and an argument; ``None`` where it may not stand so."""
-
-    alone: Callable[[], Estimator] | None = None
-    form: str = ""
-    """How the argument is written."""
-    given: Callable[[str], Estimator] | None = None
-
-
-def _reverse(text: str) -> Reverse:
-    return Reverse(text) if text in ("graph", "sqrt", "log") else Reverse(int(text))  # type: ignore[arg-type]
-
-
-_RULES: dict[str, _Rule] = {
-    "reverse": _Rule(Reverse, "graph|sqrt|log|K", _reverse),
-    "unrolled": _Rule(Unrolled),
-    "forward-mode": _Rule(lambda: ForwardMode(chunk_size=64)),
-    "first-order": _Rule(FirstOrder),
-    "reptile": _Rule(Reptile),
-    "implicit": _Rule(Implicit),
-    "truncated": _Rule(None, "K", lambda steps: Truncated(int(steps))),
-    "binomial": _Rule(None, "K", lambda order: Binomial(int(order))),
-    "krylov": _Rule(None, "K", lambda order: Krylov(int(order))),
-    "multi-step": _Rule(None, "K", lambda window: MultiStep(int(window))),
-    "es": _Rule(None, "K", lambda directions: ESJacobian(int(directions), 1e-3)),
+_ALONE: dict[str, Callable[[], Estimator]] = {
+    "reverse": Reverse,
+    "unrolled": Unrolled,
+    "forward-mode": lambda: ForwardMode(chunk_size=64),
+    "first-order": FirstOrder,
+    "reptile": Reptile,
+    "implicit": Implicit,
 }
-KNOWN_NAMES = ", ".join(
-    shown
-    for name, rule in _RULES.items()
-    for shown in ([name] if rule.alone else []) + ([f"{name}:{rule.form}"] if rule.given else [])
-)
+_WITH_ARGUMENT: dict[str, Callable[[str], Estimator]] = {
+    "reverse": lambda text: Reverse(text if text in ("graph", "sqrt", "log") else int(text)),  # type: ignore[arg-type]
+    "truncated": lambda steps: Truncated(int(steps)),
+    "binomial": lambda order: Binomial(int(order)),
+    "krylov": lambda order: Krylov(int(order)),
+    "multi-step": lambda window: MultiStep(int(window)),
+    "es": lambda directions: ESJacobian(int(directions), 1e-3),
+}
+_FORMS = {name: f"{name}:{'graph|sqrt|log|K' if name == 'reverse' else 'K'}" for name in _WITH_ARGUMENT}
+KNOWN_NAMES = ", ".join([*_ALONE, *_FORMS.values()])
 
 
 def estimator(name: str) -> Estimator:
@@ -75,18 +58,17 @@ def estimator(name: str) -> Estimator:
         Truncated(steps=2, checkpoint=None, memory=None, offload=False)
     """
     kind, colon, argument = name.partition(":")
-    rule = _RULES.get(kind)
-    if rule is None:
+    if kind not in _ALONE and kind not in _FORMS:
         raise EstimatorNameError(f"there is no estimator {name[:30]!r}", f"one of {KNOWN_NAMES}")
-    if not colon and rule.alone is not None:
-        return rule.alone()
-    if rule.given is None:
+    if not colon and kind in _ALONE:
+        return _ALONE[kind]()
+    if kind not in _FORMS:
         raise EstimatorNameError(f"the estimator {name!r} has an argument", "none", f"write {kind}")
-    form = f"{kind}:{rule.form}, where K is an integer"
+    form = f"{_FORMS[kind]}, where K is an integer"
     if not argument:
         raise EstimatorNameError(f"the estimator {name!r} lacks its argument", form)
     try:
-        return rule.given(argument)
+        return _WITH_ARGUMENT[kind](argument)
     except DiffoptError as error:  # the rule's own check of its range
         raise EstimatorNameError(f"the estimator {name!r} cannot be: {error.got}", error.expected, error.fix) from error
     except ValueError as error:

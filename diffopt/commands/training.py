@@ -1,10 +1,9 @@
-"""The meta-training loop behind ``diffopt train``: iterate, log, evaluate, save, and stop in time."""
+"""The meta-training behind ``diffopt train``: one unit that iterates, logs, evaluates, saves, and ends in time."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeAlias, final
 
@@ -12,10 +11,10 @@ import torch
 
 import diffopt
 from diffopt.commands.estimator_names import estimator
-from diffopt.commands.train_options import FREE, ImagesOptions, OmniglotOptions, SinusoidOptions
-from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog, NoLog
-from diffopt.experiments.framework.checkpoint_content import cannot_be_put_back, check_params
+from diffopt.commands.train import ImagesOptions, OmniglotOptions, SinusoidOptions
+from diffopt.experiments.framework.checkpoint import Checkpoint, check_params, wrong
 from diffopt.experiments.framework.curve import draw_curve
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.few_shot_problem import (
     Adaptation,
     FewShot,
@@ -26,58 +25,27 @@ from diffopt.experiments.framework.few_shot_problem import (
     omniglot,
     sinusoid,
 )
-from diffopt.experiments.framework.interrupt import Interrupt
-from diffopt.experiments.framework.options import to_store
-from diffopt.experiments.framework.progress import Reporter, reporter, silence
-from diffopt.experiments.framework.ranks import ALONE, Ranks
-from diffopt.experiments.framework.train_folder import RunFolder, Stopped
+from diffopt.experiments.framework.flags import to_store
+from diffopt.experiments.framework.ranks import Ranks
+from diffopt.experiments.framework.run_folder import RunFolder
+from diffopt.experiments.framework.runner import Run
+from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import Conv4
 
 Options: TypeAlias = OmniglotOptions | ImagesOptions | SinusoidOptions
-SECONDS_TO_FINISH = 3.0
-"""Kept free at the end of ``--minutes`` for the picture and the last save."""
-
-
-def train(name: str, options: Options, folder: RunFolder, stopped: Stopped | None, ranks: Ranks = ALONE) -> int:
-    """Run until the iterations are done or the time is up; of several ranks the first one writes the folder.
-
-    Returns:
-        The exit code: 0, or 130 after Ctrl-C.
-    """
-    threads = options.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    options = replace(options, threads=threads)  # resumed elsewhere, the same number: sums keep their order
-    run = _Run(name, options, folder, ranks)
-    log = stopped.log if stopped else folder.start_on(ranks)
-    try:
-        with run.interrupt:
-            run.begin(log, stopped.checkpoint if stopped else None)
-            with reporter(options.iterations, run.iteration) if ranks.writes else silence() as report:
-                run.loop(report)
-        return 0
-    except KeyboardInterrupt:
-        if run.saved_iteration is None or not ranks.writes:
-            raise
-        again = f"diffopt train {name} --out {folder.folder} --resume"
-        print(
-            f"diffopt: interrupted; the checkpoint of iteration {run.saved_iteration} is "
-            f"{folder.checkpoint_path}; continue with: {again}",
-            file=sys.stderr,
-        )
-        return 130
-    finally:
-        log.close()
 
 
 @final
-class _Run:
-    """One run: all that changes while it goes on."""
+class Training(Run):
+    """A run of one unit, which writes the log and the checkpoint; its results are the parameters in the latter."""
 
-    log: MetricsLog | NoLog
+    options: Options
 
     def __init__(self, name: str, options: Options, folder: RunFolder, ranks: Ranks) -> None:
-        self.name, self.options, self.folder, self.ranks = name, options, folder, ranks
-        self.interrupt = Interrupt()
+        """Load the data and make the problem."""
+        options = replace(options, threads=options.threads or torch.get_num_threads())  # so, resumed elsewhere as well
+        self.name, self.iteration, self.curve_path = name, 0, folder.folder / "curve.png"
+        self.checkpoint: Checkpoint | None = None
         self.generator = torch.Generator().manual_seed(options.seed)
         self.problem = _problem(options, self.generator)
         self.params = self.problem.params
@@ -85,45 +53,43 @@ class _Run:
         inner = diffopt.SGD(lr=options.inner_lr, momentum=options.inner_momentum)
         self.training = Adaptation(inner, options.steps, estimator(options.estimator))
         self.evaluation = Adaptation(inner, options.eval_steps)
-        self.iteration, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
-        self.saved_iteration: int | None = None
-        self.saved_seconds = 0.0
+        size = options.iterations, "iteration", options.iterations
+        super().__init__(f"train {name}", options, folder, ranks, size=size)
 
-    def begin(self, log: MetricsLog | NoLog, checkpoint: Checkpoint | None) -> None:
-        """Save the start, or go back to where ``checkpoint`` was written."""
-        self.log = log
-        if checkpoint is None:
-            self.save()
+    def begin(self, resume: bool) -> None:
+        """All that a run is, its checkpoint says."""
+        if self.ranks.writes:
+            self.checkpoint = Checkpoint(self.folder.head_path, self.name, to_store(self.options), self.log)
+
+    def left(self) -> Iterator[tuple[Unit, Checkpoint | None]]:
+        """The unit, which ends in time by itself."""
+        yield Unit(self.name, self.train, resumable=True), self.checkpoint
+
+    def train(self, work: Work) -> Row:
+        """Iterate to the end, or as long as there is time; then evaluate."""
+        options = self.options
+        if saved := work.saved():
+            self.restore(saved)
+            self.log.cut()  # not before: what cannot be gone on with stays as it is
         else:
-            self.restore(checkpoint)  # before the log is cut back: what cannot be continued stays as it is
-            log.cut()
+            work.save(self.state())
+        before, cost, lasted = work.seconds[0], self.evaluation_seconds(work), 0.0
+        while self.iteration < options.iterations and not work.is_late(before + lasted + cost):
+            began = work.seconds[0]
+            told = self.iterate(work)
+            lasted = work.seconds[0] - began
+            if options.eval_every and self.iteration % options.eval_every == 0 and self.iteration < options.iterations:
+                cost = self.evaluate(work)
+                work.save(self.state())
+            work.step(self.iteration, options.iterations, told, self.state, in_time=False)
+        if not self.ranks.any(self.is_evaluated())[0]:
+            self.evaluate(work)
+        work.save(self.state())
+        self.seconds = work.seconds[0]
+        return {}
 
-    @property
-    def seconds(self) -> float:
-        """How long this run has taken, the time before it was resumed included."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def loop(self, report: Reporter) -> None:
-        """Iterate to the end, then evaluate."""
-        options, cost = self.options, self.evaluation_seconds()
-        while self.iteration < options.iterations and not self.ranks.any(self.time_is_up(cost))[0]:
-            loss, metric = self.iterate()
-            report.update(self.iteration, f"outer loss {loss:.3f}, {self.problem.metric} {metric:.3f}")
-            due = bool(options.eval_every) and self.iteration % options.eval_every == 0
-            stop = self.ranks.any(self.interrupt.heard)[0]
-            if due and self.iteration < options.iterations:
-                cost = self.evaluate(report)
-            if due or stop or self.seconds - self.saved_seconds > options.save_every:
-                self.save()
-            if stop:
-                raise KeyboardInterrupt
-        if not self.is_evaluated():
-            self.evaluate(report)
-        self.save()
-        self.finish(report)
-
-    def iterate(self) -> tuple[float, float]:
-        """One outer step; returns the outer loss and the metric."""
+    def iterate(self, work: Work) -> str:
+        """One outer step; returns how it went, in words."""
         options = self.options
         if options.meta_lr_decay == "cosine":
             factor = (1 + math.cos(math.pi * self.iteration / options.iterations)) / 2
@@ -133,113 +99,94 @@ class _Run:
         self.outer.step()
         self.iteration += 1
         if self.iteration % options.log_every == 0:
-            self.log.append(
-                {
-                    "kind": "training",
-                    "iteration": self.iteration,
-                    "outer_loss": loss,
-                    self.problem.metric: metric,
-                    "seconds": round(self.seconds, 3),
-                }
-            )
-        return loss, metric
+            self.write("training", work, {"outer_loss": loss, self.problem.metric: metric})
+        return f"outer loss {loss:.3f}, {self.problem.metric} {metric:.3f}"
 
-    def evaluate(self, report: Reporter) -> float:
+    def evaluate(self, work: Work) -> float:
         """Evaluate, log and tell the result; returns the seconds that it took."""
-        began, options = self.seconds, self.options
+        began, options = work.seconds[0], self.options
         alone = self.ranks.count == 1  # else all ranks stop together, or those that go on would wait
         between = self.interrupt.check if alone else lambda: None
         result = evaluate(self.problem, self.params, self.evaluation, options.eval_episodes, between, self.ranks)
-        self.log.append(
-            {
-                "kind": "evaluation",
-                "iteration": self.iteration,
-                self.problem.metric: result.after.mean,
-                "half_width": result.after.half_width,
-                "before": result.before.mean,
-                "before_half_width": result.before.half_width,
-                "episodes": result.episodes,
-                "inner_steps": options.eval_steps,
-                "seconds": round(self.seconds, 3),
-            }
-        )
+        found = {
+            self.problem.metric: result.after.mean,
+            "half_width": result.after.half_width,
+            "before": result.before.mean,
+            "before_half_width": result.before.half_width,
+            "episodes": result.episodes,
+            "inner_steps": options.eval_steps,
+        }
+        self.write("evaluation", work, found)
         if self.ranks.writes:
-            draw_curve(self.log.rows, self.problem.metric, self.problem.title, self.folder.curve_path)
-        report.say(f"iteration {self.iteration}, {self.seconds:.0f} s: {_in_words(self.log.rows[-1])}")
-        return self.seconds - began
+            draw_curve(self.log.rows, self.problem.metric, self.problem.title, self.curve_path)
+        self.report.say(f"iteration {self.iteration}, {work.seconds[0]:.0f} s: {_in_words(self.log.rows[-1])}")
+        return work.seconds[0] - began
+
+    def evaluation_seconds(self, work: Work) -> float:
+        """What an evaluation will take, judged by one batch of episodes; 0 if no time is set."""
+        if self.options.minutes is None:
+            return 0.0
+        began, batch = work.seconds[0], self.problem.evaluation_batch
+        evaluate(self.problem, self.params, self.evaluation, batch)
+        return (work.seconds[0] - began) * math.ceil(self.options.eval_episodes / batch / self.ranks.count)
+
+    def write(self, kind: str, work: Work, found: dict[str, Any]) -> None:
+        """Add a line to the log."""
+        seconds = round(work.seconds[0], 3)
+        self.log.append({"kind": kind, "iteration": self.iteration, **found, "seconds": seconds})
 
     def is_evaluated(self) -> bool:
         """Whether the last line of the log is the evaluation of these parameters."""
         last = self.log.rows[-1] if self.log.rows else {"kind": "nothing"}
         return last["kind"] == "evaluation" and last["iteration"] == self.iteration
 
-    def evaluation_seconds(self) -> float:
-        """What an evaluation will take, judged by one batch of episodes; 0 if no time is set."""
-        if self.options.minutes is None:
-            return 0.0
-        began, batch = self.seconds, self.problem.evaluation_batch
-        evaluate(self.problem, self.params, self.evaluation, batch)
-        return (self.seconds - began) * math.ceil(self.options.eval_episodes / batch / self.ranks.count)
-
-    def time_is_up(self, evaluation_seconds: float) -> bool:
-        """Whether there is just time left for the last evaluation."""
-        minutes = self.options.minutes
-        to_come = evaluation_seconds + SECONDS_TO_FINISH
-        return minutes is not None and self.seconds + to_come > 60 * minutes
-
-    def save(self) -> None:
-        """Write the checkpoint, on the first rank."""
-        if self.ranks.writes:
-            self.write()
-        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
-
-    def write(self) -> None:
-        """Write the checkpoint."""
+    def state(self) -> dict[str, Any]:
+        """All that decides how the run goes on."""
         generators = {"episodes": self.generator.get_state(), "torch": torch.get_rng_state()}
         if torch.device(self.options.device).type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.options.device)
-        self.log.sync()
-        Checkpoint(
-            problem=self.name,
-            options=to_store(self.options, FREE),
-            iteration=self.iteration,
-            seconds=self.seconds,
-            lines=len(self.log.rows),
-            params={name: value.detach() for name, value in self.params.items()},
-            optimizer=self.outer.state_dict(),
-            generators=generators,
-            log=self.log.digest,
-        ).save(self.folder.checkpoint_path)
+        params = {name: value.detach() for name, value in self.params.items()}
+        optimizer = self.outer.state_dict()
+        return {"iteration": self.iteration, "params": params, "optimizer": optimizer, "generators": generators}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put everything back to where the checkpoint was written."""
-        path = self.folder.checkpoint_path
-        check_params(path, checkpoint.params, self.params)
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Put everything back to where the checkpoint was written.
+
+        Raises:
+            CheckpointError: a part of it is not of this problem.
+        """
+        path, part = self.folder.head_path, "optimizer"
+        check_params(path, saved["params"], self.params)
         try:
-            self.outer.load_state_dict(checkpoint.optimizer)
-        except (ValueError, KeyError, TypeError) as error:
-            raise cannot_be_put_back(path, "optimizer", error) from error
-        try:
-            self.generator.set_state(checkpoint.generators["episodes"])
-            torch.set_rng_state(checkpoint.generators["torch"])
-            if "cuda" in checkpoint.generators:
-                torch.cuda.set_rng_state(checkpoint.generators["cuda"], self.options.device)
-        except (RuntimeError, TypeError) as error:
-            raise cannot_be_put_back(path, "generators", error) from error
+            self.outer.load_state_dict(saved["optimizer"])
+            part = "generators"
+            self.generator.set_state(saved["generators"]["episodes"])
+            torch.set_rng_state(saved["generators"]["torch"])
+            if "cuda" in saved["generators"]:
+                torch.cuda.set_rng_state(saved["generators"]["cuda"], self.options.device)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            refused = f"refused ({' '.join(str(error).split())[:60]})"
+            raise wrong(path, part, refused, "that of this problem and torch") from error
         with torch.no_grad():
             for name, value in self.params.items():
-                value.copy_(checkpoint.params[name])
-        self.iteration, self.seconds_before = checkpoint.iteration, checkpoint.seconds
-        self.saved_iteration, self.saved_seconds = self.iteration, self.seconds
+                value.copy_(saved["params"][name])
+        self.iteration = saved["iteration"]
 
-    def finish(self, report: Reporter) -> None:
+    def keep(self, unit: Unit, row: Row, seconds: tuple[float, float]) -> None:
+        """All is kept."""
+
+    def finish(self) -> None:
         """Tell the result and where the files are."""
-        report.say(f"{self.problem.title}: {_in_words(self.log.rows[-1])}")
-        folder = self.folder
-        report.say(
-            f"{self.iteration} iterations in {self.seconds / 60:.1f} minutes; see {folder.curve_path}, "
-            f"{folder.metrics_path}, {folder.checkpoint_path}"
-        )
+        if self.ranks.writes:
+            print(f"{self.problem.title}: {_in_words(self.log.rows[-1])}")
+            files = f"{self.curve_path}, {self.folder.metrics_path}, {self.folder.head_path}"
+            print(f"{self.iteration} iterations in {self.seconds / 60:.1f} minutes; see {files}", flush=True)
+
+    def safe(self) -> str | None:
+        """The checkpoint."""
+        if self.checkpoint is None or self.checkpoint.iteration is None:
+            return None
+        return f"the checkpoint of iteration {self.checkpoint.iteration} is {self.checkpoint.path}"
 
 
 def _problem(options: Options, generator: torch.Generator) -> FewShot:

@@ -21,9 +21,9 @@ import diffopt.estimators
 from diffopt.cli import main
 from diffopt.commands import demo, training
 from diffopt.commands.estimator_names import KNOWN_NAMES, EstimatorNameError, estimator
-from diffopt.commands.train_options import IMAGE_SETS
+from diffopt.commands.train import IMAGE_SETS
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
-from diffopt.experiments.framework import checkpoint, image_sets
+from diffopt.experiments.framework import checkpoint, image_sets, runner, unit_context
 from diffopt.experiments.framework.few_shot_problem import Adaptation, evaluate, interval, meta_gradient, sinusoid
 from diffopt.experiments.framework.files import save_tensors
 from diffopt.experiments.framework.interrupt import Interrupt
@@ -94,12 +94,14 @@ def test_minutes_stop_in_time_and_still_evaluate(tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = SimpleNamespace(monotonic=lambda: now, process_time=time.process_time)
+    for module in (runner, unit_context):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(training, "meta_gradient", taking(0.1, meta_gradient))
     monkeypatch.setattr(training, "evaluate", taking(0.25, evaluate))
     assert main(sine(tmp_path, "--iterations", "1000000", "--minutes", "0.08", "--eval-every", "0")) == 0
-    # evaluated at the start, to see how long it takes, and at the end, with three seconds left for the picture
-    left = 0.08 * 60 - training.SECONDS_TO_FINISH - (now - 1000)
+    # evaluated at the start, to see how long it takes, and at the end, with a fifth of the time left for the picture
+    left = 0.8 * 0.08 * 60 - (now - 1000)
     assert -1e-9 < left < 0.1
     assert [row["kind"] for row in rows(tmp_path)].count("evaluation") == 1
     assert rows(tmp_path)[-1]["kind"] == "evaluation"

@@ -72,7 +72,7 @@ def test_the_settings_of_an_experiment_print_brackets(capsys):
 
 def test_a_bar_prints_brackets(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
-    with reporter(2, 0) as report:
+    with reporter(2) as report:
         report.update(1, "loss [nats]")
         report.say("saved [here]")
     told = capsys.readouterr().out

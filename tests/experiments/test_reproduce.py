@@ -17,7 +17,7 @@ from limits import PATIENCE
 from toy_experiment import TOY
 
 from diffopt.cli import main
-from diffopt.experiments.framework import catalogue, runner
+from diffopt.experiments.framework import catalogue, reproduction, runner
 from diffopt.experiments.framework import unit_context as work_module
 from diffopt.experiments.framework.experiment import Unit
 from diffopt.experiments.framework.unit_context import Work
@@ -157,7 +157,7 @@ class Clock:
 def clock(monkeypatch):
     """Replaces the clock of the frame and of the toy."""
     clock = Clock()
-    for module in (runner, work_module, toy_experiment):
+    for module in (runner, reproduction, work_module, toy_experiment):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -19,8 +19,7 @@ from toy_experiment import TOY
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.checkpoint import MetricsLog
-from diffopt.experiments.framework.checkpoint_content import CheckpointError
-from diffopt.experiments.framework.files import load_tensors, replacing, save_tensors
+from diffopt.experiments.framework.files import CheckpointError, load_tensors, replacing, save_tensors
 from diffopt.experiments.framework.unit_context import Work
 
 TRAIN = [

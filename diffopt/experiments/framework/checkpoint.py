@@ -9,88 +9,141 @@ to iterations that are done again, and are cut off. So nothing is lost and nothi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
+import torch
 from torch import Tensor
 
-from diffopt.experiments.framework.checkpoint_content import CheckpointError, check_content
-from diffopt.experiments.framework.files import load_tensors, lock, save_tensors
+from diffopt.experiments.framework.files import MEND, CheckpointError, load_tensors, lock, save_tensors
+from diffopt.tensors.plain_numbers import is_integer
+from diffopt.tensors.tree import describe
 
 FORMAT = 1
+KINDS: dict[str, type[Any] | tuple[type[Any], ...]] = {
+    "problem": str,
+    "options": dict,
+    "seconds": (int, float),
+    "params": dict,
+    "optimizer": dict,
+    "generators": dict,
+    "log": str,
+    "iteration": int,
+    "lines": int,
+}
+"""What a checkpoint holds; ``log`` is the checksum of the log's lines, which that of diffopt 0.1 has not."""
 
 
 @final
-@dataclass(frozen=True)
 class Checkpoint:
-    """All that decides how a run goes on.
+    """The state of a training between two iterations, in a file beside its log; ``iteration`` is that of the file."""
 
-    Attributes:
-        problem: the name of the problem.
-        options: the options that the run was started with.
-        iteration: how many iterations are done.
-        seconds: how long they took.
-        lines: how many lines the log of metrics had.
-        params: the parameters.
-        optimizer: the state of the outer optimizer.
-        generators: the state of every generator, by name.
-        log: the checksum of these lines; empty if an earlier version of diffopt wrote the checkpoint.
-    """
+    def __init__(self, path: Path, problem: str, options: dict[str, Any], log: MetricsLog) -> None:
+        """Name the file and what it says of the run: the problem, and the options that a resumed run has to share."""
+        self.path, self.problem, self.options, self.log = path, problem, options, log
+        self.iteration: int | None = None
 
-    problem: str
-    options: dict[str, Any]
-    iteration: int
-    seconds: float
-    lines: int
-    params: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    generators: dict[str, Tensor]
-    log: str = ""
+    def write(self, state: dict[str, Any], seconds: tuple[float, float]) -> None:
+        """Replace the file in one step by ``state``: ``iteration``, ``params``, ``optimizer``, ``generators``."""
+        self.log.sync()
+        head = {"format": FORMAT, "problem": self.problem, "options": self.options, "seconds": seconds[0]}
+        save_tensors({**head, "lines": len(self.log.rows), "log": self.log.digest, **state}, self.path)
+        self.iteration = state["iteration"]
 
-    def save(self, path: Path) -> None:
-        """Replace the file at ``path`` in one step."""
-        save_tensors({"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Checkpoint:
-        """Read a file that :meth:`save` wrote; its content is data only, no code is run.
+    def read(self) -> tuple[dict[str, Any], tuple[float, float]] | None:
+        """The state and the seconds that it took, the log being read so far as it belongs to it; ``None`` at a start.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or another version or program wrote it.
+            CheckpointError: the file or the log is damaged, or one is not of the other.
         """
-        if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint {path}", "one", "check --out, or start without --resume")
-        content = load_tensors(path)
-        names = {item.name for item in fields(cls)}
-        if not isinstance(content, dict) or "format" not in content:
-            raise CheckpointError(f"{path} was not written by diffopt train", "one that was", "check --out")
-        if content.pop("format") != FORMAT or {*content, "log"} != names:
-            raise CheckpointError(
-                f"{path} was written by another version of diffopt",
-                f"format {FORMAT}",
-                "resume with that version, or start without --resume in another --out",
-            )
-        check_content(path, content)
-        return cls(**content)
+        if not self.path.is_file():
+            return None
+        content = load_checkpoint(self.path, self.problem)
+        self.log.read(content["lines"], content.get("log", ""))
+        self.iteration = content["iteration"]
+        return content, (content["seconds"], 0.0)
+
+
+def load_checkpoint(path: Path, problem: str) -> dict[str, Any]:
+    """Read a file that :class:`Checkpoint` wrote; its content is data only, no code is run.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or another problem's, version's or program's.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}", "one", "check --out, or start without --resume")
+    content = load_tensors(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path} was not written by diffopt train", "one that was", "check --out")
+    if content.pop("format") != FORMAT or {*content, "log"} != set(KINDS):
+        fix = "resume with that version, or start without --resume in another --out"
+        raise CheckpointError(f"{path} was written by another version of diffopt", f"format {FORMAT}", fix)
+    for name, value in content.items():
+        _check_part(path, name, value)
+    if content["problem"] != problem:
+        raise CheckpointError(f"{path} is of diffopt train {content['problem'][:20]}", problem, "check --out")
+    return content
+
+
+def _check_part(path: Path, name: str, value: Any) -> None:
+    """Refuse a part of a checkpoint that is not of its kind."""
+    kind = KINDS[name]
+    if kind is int and not (is_integer(value) and value >= 0):
+        raise wrong(path, name, describe(value), "an integer, 0 or more")
+    if not isinstance(value, kind):
+        raise wrong(path, name, describe(value), f"a {getattr(kind, '__name__', 'number')}")
+    if name == "optimizer" and set(value) != {"state", "param_groups"}:
+        raise wrong(path, name, describe(value), "the state_dict of an optimizer")
+    for part in ("episodes", "torch") if name == "generators" else ():
+        state = value.get(part)
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise wrong(path, f"generators[{part!r}]", describe(state), "the state of a generator")
+
+
+def check_params(path: Path, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are not those of this run.
+
+    Raises:
+        CheckpointError: names the first parameter that is missing, unknown, of another shape or dtype, or not finite.
+    """
+    for name in [*expected, *found]:
+        own, other = expected.get(name), found.get(name)
+        here = f"params[{name!r}]"
+        if own is None or other is None:
+            raise wrong(path, here, "missing" if other is None else "unknown", f"those of {len(expected)} parameters")
+        if not isinstance(other, Tensor) or (other.shape, other.dtype) != (own.shape, own.dtype):
+            raise wrong(path, here, describe(other), f"{own.dtype} of shape {tuple(own.shape)}")
+        if not bool(other.isfinite().all()):
+            raise wrong(path, here, "NaN or infinite", "finite numbers")
+
+
+def wrong(path: Path, part: str, got: str, expected: str) -> CheckpointError:
+    """The error for a part of a checkpoint."""
+    return CheckpointError(f"{path}: its {part} is {got}", expected, MEND)
 
 
 @final
 class MetricsLog:
     """A file of JSON lines that grows, its lines, and their checksum; one process at a time has it open."""
 
-    def __init__(self, path: Path, *, new: bool) -> None:
+    def __init__(self, path: Path | None, *, new: bool) -> None:
         """Open the log and lock it; nothing in it is changed, and a ``new`` one has to be empty.
+
+        Without a path there is no file, as on a rank that is not the one to write.
 
         Raises:
             CheckpointError: another process has it open, it is no plain file, or it is to be new and has lines.
         """
         self.path, self.rows = path, list[dict[str, Any]]()
         self._digest, self._end = hashlib.sha256(), 0
+        self._file: BinaryIO = io.BytesIO()
+        if path is None:
+            return
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
             raise CheckpointError(f"{path} is not a plain file", "the log of a run", "choose another --out")
         self._file = path.open("a+b" if new else "r+b")
@@ -171,28 +224,6 @@ class MetricsLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
-
-
-@final
-class NoLog:
-    """The log of a process that is not the one to write: it keeps the lines, for what is asked of them."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
-        """Begin with the lines that were read of a run that goes on."""
-        self.rows, self.digest = list(rows), ""
-
-    def cut(self) -> None:
-        """There is no file."""
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Keep a line."""
-        self.rows.append(row)
-
-    def sync(self) -> None:
-        """There is no file."""
-
-    def close(self) -> None:
-        """There is no file."""
 
 
 def left_over(path: Path) -> CheckpointError:

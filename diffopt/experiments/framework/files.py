@@ -21,13 +21,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-from diffopt.experiments.framework.checkpoint_content import MEND, CheckpointError
+from diffopt.errors import DiffoptError
 
 if sys.platform != "win32":
     import fcntl
 
 SEAL = b"diffopt sha256 "
 _DIGITS = 64
+MEND = "restore it from a copy, or start without --resume in another --out"
+
+
+class CheckpointError(DiffoptError, ValueError):
+    """A checkpoint or the log beside it is missing, damaged, or of another kind."""
 
 
 @contextmanager

@@ -28,37 +28,21 @@ class Reporter(ABC):
 
 
 @contextmanager
-def reporter(total: int, done: int, counted: str = "iteration") -> Iterator[Reporter]:
-    """A reporter on standard output for a run of ``total`` iterations (or ``counted``), of which ``done`` are done."""
+def reporter(total: int, counted: str = "iteration", *, silent: bool = False) -> Iterator[Reporter]:
+    """A reporter on standard output for a run of so many iterations (or ``counted``); or one that says nothing."""
     console = plain_console()
-    if not console.is_terminal:
-        yield _Lines(total, counted)
+    if silent or not console.is_terminal:
+        yield _Lines(total, counted, silent)
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console) as progress:
-        yield _Bar(progress, total, done)
-
-
-@contextmanager
-def silence() -> Iterator[Reporter]:
-    """A reporter that says nothing: of a process that is not the one to tell how a run goes."""
-    yield _Silent()
-
-
-@final
-class _Silent(Reporter):
-    def update(self, done: float, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
+        yield _Bar(progress, total)
 
 
 @final
 class _Bar(Reporter):
-    def __init__(self, progress: Progress, total: int, done: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=total, completed=done)
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._task = progress, progress.add_task("", total=total)
 
     def update(self, done: float, text: str) -> None:
         self._progress.update(self._task, completed=done, description=text)
@@ -69,13 +53,14 @@ class _Bar(Reporter):
 
 @final
 class _Lines(Reporter):
-    def __init__(self, total: int, counted: str) -> None:
-        self._total, self._counted, self._told = total, counted, time.monotonic()
+    def __init__(self, total: int, counted: str, silent: bool) -> None:
+        self._total, self._counted, self._silent, self._told = total, counted, silent, time.monotonic()
 
     def update(self, done: float, text: str) -> None:
         if time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
-            self.say(f"{self._counted} {int(done)} of {self._total}: {text}")
+            self.say(f"{self._counted} {int(done + 1e-6)} of {self._total}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        if not self._silent:
+            print(text, flush=True)

@@ -78,6 +78,12 @@ class Ranks:
         found: Found = told[0]
         return found
 
+    def on_first(self, function: Callable[[], Found]) -> Found | None:
+        """What a function returns on the first rank, where it stays; ``None`` on the others."""
+        found: list[Found] = []
+        self.of_first(lambda: found.append(function()))
+        return found[0] if found else None
+
 
 ALONE = Ranks()
 

@@ -1,144 +1,146 @@
-"""The frame of ``diffopt reproduce``: run an experiment's units within a budget, resume them, and tell the results."""
+"""The frame of ``diffopt train`` and ``diffopt reproduce``: units of work, a budget, Ctrl-C, and how to go on."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, final
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from diffopt.experiments.framework.checkpoint import MetricsLog
-from diffopt.experiments.framework.experiment import Experiment, ExperimentError, Row, Unit
-from diffopt.experiments.framework.files import write_json
+from diffopt.experiments.framework.checkpoint import Checkpoint, MetricsLog
+from diffopt.experiments.framework.experiment import Row, Unit
+from diffopt.experiments.framework.flags import RunOptions
 from diffopt.experiments.framework.interrupt import Interrupt
 from diffopt.experiments.framework.progress import Reporter, reporter
-from diffopt.experiments.framework.report import results_file, show
-from diffopt.experiments.framework.run_folder import Header, RunFolder, json_row, log_row
+from diffopt.experiments.framework.ranks import ALONE, Ranks
+from diffopt.experiments.framework.run_folder import RunFolder
 from diffopt.experiments.framework.unit_context import OutOfTime, Work
 
 INTERRUPTED = 130
 
 
-@final
-class Runner:
-    """One run of an experiment: all that changes while it goes on."""
+class Run(ABC):
+    """One call of a command that computes units and can be resumed: all that changes while it goes on.
+
+    Attributes:
+        log: the log of the folder; on ranks that do not write it, one in memory.
+        report: where to tell how it goes.
+        finished: how many units are.
+    """
+
+    log: MetricsLog
+    report: Reporter
 
     def __init__(
         self,
-        experiment: Experiment[Any],
-        settings: Any,
-        header: Header,
+        command: str,
+        options: RunOptions,
         folder: RunFolder,
+        ranks: Ranks = ALONE,
         *,
-        resume: bool,
-        data_dir: str | None,
-        minutes: float | None,
-        save_every: float,
+        size: tuple[int, str, int],
+        run: str = "",
     ) -> None:
-        """Begin a run in ``folder`` or open the one that is there.
+        """Say what is run; nothing is touched.
 
-        Raises:
-            ExperimentError: two units have one name.
-            CheckpointError: see :class:`RunFolder`.
+        Args:
+            command: what to type, without its options.
+            options: of the command line.
+            folder: of the run.
+            ranks: the processes that do it together; the first one writes the folder.
+            size: how much there is to do, what is counted, and how much of it a unit is.
+            run: the fingerprint of the run, which the states of its units carry.
         """
-        self.experiment, self.settings, self.header, self.folder = experiment, settings, header, folder
-        self.data_dir, self.minutes, self.save_every = data_dir, minutes, save_every
-        self.units: Sequence[Unit] = tuple(experiment.units(settings))
-        names = {unit.name for unit in self.units}
-        if not self.units or len(names) < len(self.units):
-            raise ExperimentError(
-                f"the experiment {experiment.name} has no units, or two of one name", "one or more, of different names"
-            )
-        self.interrupt, self.started = Interrupt(), time.monotonic()
-        self.log: MetricsLog = folder.log(header, names) if resume else folder.start(header)
+        self.command, self.options, self.folder, self.ranks = command, options, folder, ranks
+        self.size, self.fingerprint = size, run
+        self.interrupt, self.started, self.finished = Interrupt(), time.monotonic(), 0
 
-    def run(self) -> int:
-        """Run what is not finished, as far as the budget goes; then tell the results.
+    @abstractmethod
+    def begin(self, resume: bool) -> None:
+        """Write what a new run is, or look at what the folder holds of it, now that no other process can write."""
+
+    @abstractmethod
+    def left(self) -> Iterator[tuple[Unit, Path | Checkpoint | None]]:
+        """The units to run now, as far as the budget goes, each with the file for its state."""
+
+    @abstractmethod
+    def keep(self, unit: Unit, row: Row, seconds: tuple[float, float]) -> None:
+        """Write what a finished unit has returned, and how long it took."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Tell the results."""
+
+    @abstractmethod
+    def safe(self) -> str | None:
+        """What of the run is safe, in words, for who has pressed Ctrl-C; ``None``: nothing."""
+
+    def run(self, resume: bool) -> int:
+        """Begin the run or go on with the one in the folder, as far as the budget goes; then tell the results.
 
         Returns:
             The exit code: 0, or 130 after Ctrl-C.
+
+        Raises:
+            CheckpointError: the folder holds another run, a damaged one, or none.
         """
+        self.log = self.ranks.on_first(lambda: self.folder.opened(resume)) or MetricsLog(None, new=True)
         try:
-            torch.set_num_threads(self.header.threads)
-            for name in self.finished():
-                self.folder.store(name).unlink(missing_ok=True)  # of a unit that was killed after its line was written
-            with self.interrupt, reporter(len(self.units), len(self.log.rows), "unit") as report:
-                for unit in self.units:
-                    if unit.name not in self.finished() and self.fits(unit):
-                        self.run_unit(unit, report)
+            self.begin(resume)
+            torch.set_num_threads(self.options.threads or torch.get_num_threads())
+            total, counted, _ = self.size
+            with self.interrupt, reporter(total, counted, silent=not self.ranks.writes) as self.report:
+                for unit, store in self.left():
+                    self.run_unit(unit, store)
                     self.interrupt.check()
             self.finish()
             return 0
         except KeyboardInterrupt:
-            data = "" if self.data_dir is None else f" --data-dir {self.data_dir}"
-            again = f"diffopt reproduce {self.experiment.name} --out {self.folder.folder} --resume{data}"
-            done = f"{len(self.log.rows)} of {len(self.units)} units are finished"
-            print(f"diffopt: interrupted; {done}; continue with: {again}", file=sys.stderr)
+            safe, given = self.safe(), asdict(self.options).get("data_dir")
+            if safe is None:
+                raise
+            again = f"diffopt {self.command} --out {self.folder.folder} --resume"
+            data = "" if given is None else f" --data-dir {given}"
+            print(f"diffopt: interrupted; {safe}; continue with: {again}{data}", file=sys.stderr)
             return INTERRUPTED
         finally:
             self.log.close()
 
-    def finished(self) -> dict[str, Row]:
-        """The rows of the finished units, in the order of the units."""
-        found = {row["unit"]: row["values"] for row in self.log.rows}
-        return {unit.name: found[unit.name] for unit in self.units if unit.name in found}
+    def run_unit(self, unit: Unit, store: Path | Checkpoint | None) -> None:
+        """Run one unit and keep its row; if it runs out of time, it has saved its state."""
+        options, parts = self.options, self.size[2]
 
-    def run_unit(self, unit: Unit, report: Reporter) -> None:
-        """Run one unit and write its line; if it runs out of time, it has saved its state."""
-        done, store = len(self.log.rows), self.folder.store(unit.name)
-        report.update(done, unit.name)
+        def tell(share: float, text: str) -> None:
+            self.report.update((self.finished + share) * parts, f"{unit.name}: {text}")
+
+        tell(0, "begins")
         work = Work(
-            self.header.seed,
-            self.header.device,
-            self.data_dir,
+            options.seed,
+            options.device,
+            asdict(options).get("data_dir"),
             unit=unit.name,
             store=store,
             deadline=self.deadline(),
-            save_every=self.save_every,
-            tell=lambda share, text: report.update(done + share, f"{unit.name}: {text}"),
+            save_every=options.save_every,
+            tell=tell,
             interrupt=self.interrupt,
-            run=self.header.fingerprint(),
+            run=self.fingerprint,
+            ranks=self.ranks,
         )
         try:
-            values = json_row(unit.name, unit.run(work))
+            row = unit.run(work)
         except OutOfTime:
             return
-        seconds, processor_seconds = (round(number, 3) for number in work.seconds)
-        times = {"seconds": seconds, "processor_seconds": processor_seconds}
-        self.log.append(log_row(unit.name, times, values, self.header))
-        self.log.sync()
-        store.unlink(missing_ok=True)  # after the line: see the note of run_folder
-        report.update(done + 1, unit.name)
+        self.keep(unit, row, work.seconds)
+        self.finished += 1
 
     def deadline(self) -> float | None:
         """When the last unit must have stopped; some time is kept for the pictures."""
-        if self.minutes is None:
+        if self.options.minutes is None:
             return None
-        seconds = 60 * self.minutes
+        seconds = 60 * self.options.minutes
         return self.started + seconds - min(5.0, 0.2 * seconds)
-
-    def fits(self, unit: Unit) -> bool:
-        """Whether the time left is enough for a unit, judged by the slowest that is finished."""
-        deadline = self.deadline()
-        if deadline is None:
-            return True
-        left = deadline - time.monotonic()
-        costs = {each.name: each.cost for each in self.units}
-        slowest = max((row["seconds"] / costs[row["unit"]] for row in self.log.rows), default=0.0)
-        return left > (0.0 if unit.resumable else slowest * unit.cost)
-
-    def finish(self) -> None:
-        """Write ``results.json`` and the pictures; show the tables, what was left out, and where the files are."""
-        rows = self.finished()
-        summary = self.experiment.summarise(self.settings, rows)
-        pictures = [path.name for path in self.experiment.draw(self.settings, rows, self.folder.folder)]
-        left_out = [unit.name for unit in self.units if unit.name not in rows]
-        minutes = {
-            f"{name}minutes": round(sum(row[f"{name}seconds"] for row in self.log.rows) / 60, 2)
-            for name in ("", "processor_")
-        }
-        results = results_file(self.experiment, self.header, summary, minutes, left_out, pictures)
-        write_json(results, self.folder.results_path)
-        show(results, self.folder.folder)
