@@ -38,6 +38,10 @@ SOURCES = """\
 - **slides**: Liang, "Model-Agnostic Meta-Learning from Optimization Perspective"; on ANIL: Ji, Lee, Liang and Poor
   (2020), "Convergence of Meta-Learning with Task-Specific Adaptation over Partial Parameters"; on ESJ: Sow, Ji and
   Liang (2022), "On the Convergence Theory for Hessian-Free Bilevel Algorithms"
+- **yardsticks**: Vicol, Metz and Sohl-Dickstein (2021), "Unbiased Gradient Estimation in Unrolled Computation Graphs
+  with Persistent Evolution Strategies"; Shen and Chen (2023), "On Penalty-based Bilevel Gradient Descent Method";
+  Dagréou, Ablin, Vaiter and Moreau (2022), "A Framework for Bilevel Optimization that Enables Stochastic and Global
+  Variance Reduction Algorithms"
 """
 
 

@@ -18,6 +18,7 @@ NAMES = (
     "few-shot",
     "meta-transfer",
     "attribution",
+    "yardsticks",
 )
 
 
