@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, final, get_args
@@ -48,14 +49,14 @@ def expanded(path: str | Path) -> Path:
         raise DataError(f"{path} cannot be read ({error})", "a path", "write it without ~") from error
 
 
-def check_split(split: str) -> None:
-    """Refuse what is not one of the three splits.
+def check_split(split: str, splits: Sequence[str] = get_args(Split)) -> None:
+    """Refuse what is not one of the splits.
 
     Raises:
         DataError: it is not.
     """
-    if split not in get_args(Split):
-        raise DataError(f"split is {split!r}", f"one of {', '.join(get_args(Split))}")
+    if split not in splits:
+        raise DataError(f"split is {split!r}", f"one of {', '.join(splits)}")
 
 
 def check_size(size: int) -> None:
@@ -215,6 +216,18 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+
+
+@contextmanager
+def whole(got: str, expected: str, broken: tuple[type[Exception], ...], fix: str = "") -> Iterator[None]:
+    """Within it, what the standard library raises on a damaged file is a :class:`DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except broken as error:
+        usual = "the download was cut short or damaged: download it again"
+        raise DataError(f"{got} ({str(error)[:100]})", expected, fix or usual) from error
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, ClassVar, final
 
 import numpy as np
 
-from diffopt.tasks.data import open_file
+from diffopt.tasks.data import open_file, whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.pickled_arrays import Array, PickledArray, PickledNumber, shown
 
@@ -59,16 +59,8 @@ def read_pickle(stream: BinaryIO, size: int, name: str) -> Any:
         DataError: the pickle names anything but numpy's arrays, is cut short or broken.
     """
     reader = _Reader(stream, size, name)
-    try:
+    with whole(f"{name} cannot be read", "a whole pickle", _BROKEN):
         value = reader.load()
-    except DataError:
-        raise
-    except _BROKEN as error:
-        raise DataError(
-            f"{name} cannot be read ({str(error)[:100]})",
-            "a whole pickle",
-            "the download was cut short or damaged: download it again",
-        ) from error
     if reader.stack or reader.metastack:
         count = 1 + sum(map(len, (reader.stack, *reader.metastack)))
         raise DataError(f"{name} leaves {count} values and {len(reader.metastack)} marks", "one value")

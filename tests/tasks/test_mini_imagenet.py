@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from python2 import python2_pickle
 
-from diffopt.tasks import DataError, MiniImageNet, ProblemError, mini_imagenet, mini_imagenet_files, sample_episodes
+from diffopt.tasks import DataError, MiniImageNet, ProblemError, mini_imagenet, sample_episodes
 from diffopt.tasks.class_lists import class_list
 from diffopt.tasks.data import KnownFile
 
@@ -24,7 +24,7 @@ SIZES = {"train": 64, "validation": 16, "test": 20}
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(mini_imagenet_files, "IMAGES_PER_CLASS", COUNT)
+    monkeypatch.setattr(mini_imagenet, "IMAGES_PER_CLASS", COUNT)
 
 
 def made(split, seed=0):
@@ -254,7 +254,7 @@ def test_lists_without_a_header_or_too_large_are_refused(tmp_path, monkeypatch):
     write_pictures(tmp_path, lines[1:], pictures, "images", "validation")
     with pytest.raises(DataError, match="begins with another line, expected 'filename,label'"):
         MiniImageNet.load(tmp_path, split="validation")
-    monkeypatch.setattr(mini_imagenet_files, "LARGEST_LIST", 100)
+    monkeypatch.setattr(mini_imagenet, "LARGEST_LIST", 100)
     with pytest.raises(DataError, match="expected 100 at most; this is no list"):
         MiniImageNet.load(tmp_path, split="validation")
 
@@ -277,7 +277,7 @@ def test_pictures_missing_damaged_or_too_large_are_refused(tmp_path, monkeypatch
     path.unlink()
     with pytest.raises(DataError, match=r"00000002\.jpg cannot be read: No such file"):
         MiniImageNet.load(tmp_path, split="validation")
-    monkeypatch.setattr(mini_imagenet_files, "LARGEST_PICTURE", 10)
+    monkeypatch.setattr(mini_imagenet, "LARGEST_PICTURE", 10)
     with pytest.raises(DataError, match="expected 10 at most"):
         MiniImageNet.load(tmp_path, split="validation")
 

@@ -141,9 +141,9 @@ def test_missing_data_says_what_to_do(tmp_path, known_archive):
         Omniglot.load(tmp_path / "absent", split="background")
     for part in (str(tmp_path / "absent"), "omniglot_28.npz", "images_background_small1.zip", "--data-dir"):
         assert part in str(error.value)
-    with pytest.raises(DataError, match=r"none of the accepted files.* or images_evaluation\.zip; see"):
+    with pytest.raises(DataError, match=r"none of the accepted files.* or images_evaluation\.zip; put"):
         Omniglot.load(tmp_path, split="evaluation")
-    with pytest.raises(DataError, match=r"expected omniglot_28\.npz .the official zips do not know the Vin"):
+    with pytest.raises(DataError, match=r"expected omniglot_28\.npz; .*they do not know the Vinyals splits"):
         Omniglot.load(known_archive.path.parent, split="vinyals-train")
     with pytest.raises(DataError, match="split is 'train', expected one of background, evaluation, vinyals-"):
         Omniglot.load(tmp_path, split="train")
