@@ -75,11 +75,8 @@ def tar_members(path: Path, wanted: Mapping[str, int], limit: int) -> Iterator[M
                 yield from _member(archive, entry, left, wanted, path)
                 if not left:
                     return
-    raise DataError(
-        f"{path} has no file {' or '.join(sorted(left))}",
-        "an archive with it",
-        "this is another archive, or it was cut short",
-    )
+    fix = "this is another archive, or it was cut short"
+    raise DataError(f"{path} has no file {' or '.join(sorted(left))}", "an archive with it", fix)
 
 
 def _member(
@@ -111,11 +108,8 @@ class _Bounded(io.RawIOBase):
         content = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(content)
         if self._left < 0:
-            raise DataError(
-                f"{self._name} unpacks to more bytes than there may be",
-                f"{self._limit:,} at most",
-                "this is no archive of this data",
-            )
+            got = f"{self._name} unpacks to more bytes than there may be"
+            raise DataError(got, f"{self._limit:,} at most", "this is no archive of this data")
         return content
 
 

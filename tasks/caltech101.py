@@ -37,10 +37,8 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
             raise DataError(f"{SINGLE_FILE.name} holds {shapes}", "[images, 32, 32, 3] and what belongs to it")
         counts = np.bincount(labels, minlength=classes) if len(labels) and labels.min() >= 0 else np.zeros(0)
         if len(counts) != classes or (np.diff(labels) < 0).any():
-            raise DataError(
-                f"{SINGLE_FILE.name} has labels that are not sorted, or miss a class",
-                f"all of 0 to {classes - 1}, sorted",
-            )
+            got = f"{SINGLE_FILE.name} has labels that are not sorted, or miss a class"
+            raise DataError(got, f"all of 0 to {classes - 1}, sorted")
         chosen = codes == CODES.index(split)
         pictures = images[chosen[labels]]
         flat = channels_first(pictures, len(pictures), size)

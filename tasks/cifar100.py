@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -11,14 +10,13 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from diffopt.tasks.archives import Member, tar_members
 from diffopt.tasks.class_lists import Named, class_list, superclasses
 from diffopt.tasks.classification import Classes, ClassificationSet, Form, KnownSet
 from diffopt.tasks.data import KnownFile, Split, check_size, check_split, expanded
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first
 from diffopt.tasks.pickled_arrays import Array, text
-from diffopt.tasks.pickles import array, entry, read_pickle
+from diffopt.tasks.pickles import archived_pickles, array, entry, read_pickle
 
 ARCHIVE = KnownFile(
     "cifar-100-python.tar.gz",
@@ -41,9 +39,10 @@ def _forms(data_set: Named, split: Split, size: int) -> list[Form[Classes[Tensor
         return _archived(ARCHIVE.check(place), data_set, split, size)
 
     def extracted(place: Path) -> Classes[Tensor]:
-        contents = [(one.name, one.read(place, LARGEST_MEMBER)) for one in EXTRACTED]
-        members = (Member(name, io.BytesIO(content), len(content)) for name, content in contents)
-        return _chosen(members, class_list(data_set, split), size, place)
+        contents = [one.read(place, LARGEST_MEMBER) for one in EXTRACTED]
+        names = [f"{place}: {one.name}" for one in EXTRACTED]
+        tables = [read_pickle(io.BytesIO(x), len(x), name) for x, name in zip(contents, names, strict=True)]
+        return _chosen(tables, class_list(data_set, split), size, place)
 
     return [Form((ARCHIVE.name,), archived), Form(tuple(one.name for one in EXTRACTED), extracted)]
 
@@ -126,14 +125,13 @@ def _archived(path: Path, data_set: Named, split: Split, size: int) -> Classes[T
     """The classes of a split in an archive of the official layout, with any checksum."""
     check_split(split)
     check_size(size)
-    wanted = {one.name: LARGEST_MEMBER for one in EXTRACTED}
-    return _chosen(tar_members(path, wanted, LARGEST_ARCHIVE), class_list(data_set, split), size, path)
+    tables = archived_pickles(path, {one.name: LARGEST_MEMBER for one in EXTRACTED}, LARGEST_ARCHIVE)
+    return _chosen([tables[one.name] for one in EXTRACTED], class_list(data_set, split), size, path)
 
 
-def _chosen(members: Iterator[Member], names: tuple[str, ...], size: int, path: Path) -> Classes[Tensor]:
+def _chosen(tables: list[Any], names: tuple[str, ...], size: int, path: Path) -> Classes[Tensor]:
     """The images of the classes, those of the file ``train`` before those of ``test``."""
-    tables = {member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}") for member in members}
-    meta, train, test = (tables[one.name] for one in EXTRACTED)
+    meta, train, test = tables
     listed = entry(meta, "fine_label_names", f"{path}: meta")
     if not isinstance(listed, list):
         raise DataError(f"{path}: meta has fine_label_names as {type(listed).__name__}", "a list of names")

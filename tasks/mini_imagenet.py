@@ -11,14 +11,13 @@ from typing import Any, final, get_args
 import numpy as np
 from torch import Tensor
 
-from diffopt.tasks.archives import tar_members
 from diffopt.tasks.class_lists import class_list
 from diffopt.tasks.classification import Classes, ClassificationSet, Form, KnownSet
 from diffopt.tasks.data import KnownFile, Split, open_file
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first, decoded
 from diffopt.tasks.pickled_arrays import Array, text
-from diffopt.tasks.pickles import array, entry, load_pickle, read_pickle
+from diffopt.tasks.pickles import archived_pickles, array, entry, load_pickle
 
 ARCHIVE = KnownFile("mini-imagenet.tar.gz", None, md5="b38f1eb4251fb9459ecc8e7febf9b2eb")
 SHORT = {"train": "train", "validation": "val", "test": "test"}
@@ -46,10 +45,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[Tensor]]]:
 
     def of_archive(place: Path) -> Classes[Tensor]:
         path = ARCHIVE.check(place)
-        (table,) = (
-            read_pickle(member.stream, member.size, f"{path}: {member.name}")
-            for member in tar_members(path, {pickles[0]: LARGEST_PICKLE}, LARGEST_ARCHIVE)
-        )
+        (table,) = archived_pickles(path, {pickles[0]: LARGEST_PICKLE}, LARGEST_ARCHIVE).values()
         return pickled_images(table, f"{path}: {pickles[0]}", split, size), names
 
     def of_list(place: Path) -> Classes[Tensor]:
@@ -113,10 +109,8 @@ def pickled_images(table: Any, name: str, split: Split, size: int) -> Tensor:
         rows[label] = places = array(listed[label], f"{name}: class_dict")
         _check_count(len(places) if places.ndim == 1 else 0, label, name)
         if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= len(pixels):
-            raise DataError(
-                f"{name} places images of class {label} beyond the last",
-                f"places among the {len(pixels)} images there are",
-            )
+            got = f"{name} places images of class {label} beyond the last"
+            raise DataError(got, f"places among the {len(pixels)} images there are")
     order = np.concatenate([rows[label] for label in sorted(rows)])
     if len(np.unique(order)) != len(order):
         raise DataError(f"{name} counts one image twice", "each once", "its class_dict is damaged: obtain it again")
@@ -149,10 +143,7 @@ def listed_images(path: Path, split: Split, size: int) -> Tensor:
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """File name and label of each line."""
-    file, size = open_file(path)
-    with file:
-        if size > LARGEST_LIST:
-            raise DataError(f"{path} has {size:,} bytes", f"{LARGEST_LIST:,} at most", "this is no list")
+    with open_file(path, LARGEST_LIST, "this is no list")[0] as file:
         content = file.read(LARGEST_LIST).decode("utf-8", errors="replace")
     rows = csv.reader(io.StringIO(content, newline=""))
     try:
@@ -179,10 +170,7 @@ def _parent(folder: Path, label: str, name: str, short: str) -> Path:
 
 
 def _picture(path: Path, size: int) -> Array:
-    file, length = open_file(path)
-    with file:
-        if length > LARGEST_PICTURE:
-            raise DataError(f"{path} has {length:,} bytes", f"{LARGEST_PICTURE:,} at most")
+    with open_file(path, LARGEST_PICTURE, "")[0] as file:
         return decoded(file.read(LARGEST_PICTURE), str(path), size=size, formats=("JPEG", "PNG"))
 
 
@@ -191,11 +179,8 @@ def _check_classes(found: set[str], split: Split, name: str) -> None:
         return
     for other in get_args(Split):
         if found == set(class_list("mini-imagenet", other)):
-            raise DataError(
-                f"{name} holds the classes of split {other!r}",
-                f"those of {split!r}",
-                "the file has the wrong name: rename it",
-            )
+            fix = "the file has the wrong name: rename it"
+            raise DataError(f"{name} holds the classes of split {other!r}", f"those of {split!r}", fix)
     expected = len(class_list("mini-imagenet", split))
     strangers = sorted(found - set(class_list("mini-imagenet", split)))
     foreign = f", {len(strangers)} of them foreign, such as {strangers[0][:20]!r}" if strangers else ""

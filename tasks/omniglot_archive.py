@@ -93,11 +93,8 @@ def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[np
 def _content(name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """One member, whose size is looked at before anything is unpacked; no more than it claims comes out of it."""
     if member.file_size > LARGEST_DRAWING:
-        raise DataError(
-            f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes",
-            f"a drawing of {LARGEST_DRAWING:,} at most",
-            "this is another file",
-        )
+        got = f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes"
+        raise DataError(got, f"a drawing of {LARGEST_DRAWING:,} at most", "this is another file")
     return archive.read(member)
 
 

@@ -9,13 +9,12 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from diffopt.tasks.archives import tar_members
 from diffopt.tasks.classification import Classes, ClassificationSet, Form, KnownSet
 from diffopt.tasks.data import KnownFile, Split
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first, decoded
 from diffopt.tasks.pickled_arrays import Array, PickledArray, text
-from diffopt.tasks.pickles import array, entry, load_pickle, read_pickle
+from diffopt.tasks.pickles import archived_pickles, array, entry, load_pickle
 from diffopt.tasks.ragged import RaggedImages
 
 ARCHIVE = KnownFile("tiered-imagenet.tar", None, md5="e07e811b9f29362d159a9edd0d838c62")
@@ -45,10 +44,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
     def of_archive(place: Path) -> Classes[RaggedImages]:
         path = ARCHIVE.check(place)
         wanted = dict(zip(pair, (LARGEST_IMAGES, LARGEST_LABELS), strict=True))
-        tables = {
-            member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}")
-            for member in tar_members(path, wanted, LARGEST_ARCHIVE)
-        }
+        tables = archived_pickles(path, wanted, LARGEST_ARCHIVE)
         marked = _labels(tables[pair[1]], f"{path}: {pair[1]}", split)
         return _decoded(tables.pop(pair[0]), *marked, f"{path}: {pair[0]}", size)
 
