@@ -1,0 +1,85 @@
+"""Files of data that tests make: pictures, archives, pickles, and the checksums that pass them off as official ones."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from python2 import python2_pickle
+
+from diffopt.tasks import DataError
+from diffopt.tasks.data import KnownFile
+
+PICKLES = {
+    "python 2": python2_pickle,
+    "protocol 2": partial(pickle.dumps, protocol=2),
+    "protocol 5": partial(pickle.dumps, protocol=5),
+}
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+CALL = b"\x80\x02cposix\nsystem\nU\x04true\x85R."
+"""A pickle that runs a command."""
+
+
+def refused(message: str, kind: type[Exception] = DataError) -> Any:
+    """Within it, an error must say so."""
+    return pytest.raises(kind, match=message)
+
+
+@contextmanager
+def little_memory(limit: int) -> Iterator[None]:
+    """Within it, no more than so many bytes may be taken."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def known(path: Path, folder: Path | None = None) -> KnownFile:
+    """The file as one that is known by its size and SHA-256."""
+    content = path.read_bytes()
+    name = str(path.relative_to(folder or path.parent))
+    return KnownFile(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def encoded(image: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
+    """A picture as a file holds it."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format=form, **options)
+    return content.getvalue()
+
+
+def brought(image: np.ndarray, size: int) -> np.ndarray:
+    """The picture at another size, by Pillow's antialiased bilinear filter."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w:gz") -> Path:
+    """An archive of plain files."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
+    """A zip of files."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
