@@ -1,4 +1,4 @@
-"""Episodes of classes of one size or of several, against a search for where each image came from; and the sine waves."""
+"""Episodes of classes of one size or of several, searched for where each image came from; and the sine waves."""
 
 from __future__ import annotations
 
