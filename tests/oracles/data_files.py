@@ -67,13 +67,22 @@ def brought(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w:gz") -> Path:
-    """An archive of plain files."""
+def triangle(size: int, target: int) -> np.ndarray:
+    """The weights of an antialiased triangle filter along one axis, written out."""
+    scale = size / target
+    centres = (np.arange(target) + 0.5) * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | dict[str, Any]], mode: str = "w:gz") -> Path:
+    """An archive: of each member its content, or the fields of one that is no plain file."""
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
+            entry, fields = tarfile.TarInfo(name), content if isinstance(content, dict) else {"size": len(content)}
+            for field, value in fields.items():
+                setattr(entry, field, value)
+            archive.addfile(entry, io.BytesIO(b"" if isinstance(content, dict) else content))
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import little_memory, refused, write_zip
+from data_files import little_memory, refused, write_tar, write_zip
 
 from diffopt.tasks import DataError
 from diffopt.tasks.archives import npz_arrays, tar_members
@@ -18,51 +18,27 @@ from diffopt.tasks.archives import npz_arrays, tar_members
 WANTED = {"set/train": 100, "set/meta": 100}
 
 
-def member(name, content=b"", **fields):
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    for field, value in fields.items():
-        setattr(entry, field, value)
-    return entry, content
-
-
-def write_tar(path, members, mode="w:gz"):
-    with tarfile.open(path, mode) as archive:
-        for entry, content in members:
-            archive.addfile(entry, io.BytesIO(content))
-    return path
-
-
 def contents(path, limit=10_000_000):
     return {one.name: one.stream.read() for one in tar_members(path, WANTED, limit)}
 
 
-USUAL = [
-    member("set", type=tarfile.DIRTYPE),
-    member("set/readme", b"x" * 3000),
-    member("./set/train", b"a" * 100),
-    member("set/meta", b"b"),
-]
+START = {"set": {"type": tarfile.DIRTYPE}, "set/readme": b"x" * 3000}
+USUAL = START | {"./set/train": b"a" * 100, "set/meta": b"b"}
 FOUND = {"set/train": b"a" * 100, "set/meta": b"b"}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_wanted_members_are_read_in_order(mode, tmp_path):
-    path = write_tar(tmp_path / "a.tar", [*USUAL, member("set/later", b"c" * 5_000_000)], mode)
+    path = write_tar(tmp_path / "a.tar", USUAL | {"set/later": b"c" * 5_000_000}, mode)
     assert contents(path) == FOUND
     assert contents(path, limit=20_000) == FOUND, "what lies behind the last wanted file is not unpacked"
 
 
 def test_nothing_is_written_wherever_members_claim_to_lie(tmp_path):
     (tmp_path / "inside").mkdir()
-    members = [
-        member("../elsewhere", b"evil"),
-        member(str(tmp_path / "elsewhere"), b"evil"),
-        member("set/link", type=tarfile.SYMTYPE, linkname=str(tmp_path)),
-        member("set/link/elsewhere", b"evil"),
-        *USUAL,
-    ]
-    assert contents(write_tar(tmp_path / "inside" / "a.tar", members)) == FOUND
+    evil = dict.fromkeys(["../elsewhere", str(tmp_path / "elsewhere"), "set/link/elsewhere"], b"evil")
+    link = {"set/link": {"type": tarfile.SYMTYPE, "linkname": str(tmp_path)}}
+    assert contents(write_tar(tmp_path / "inside" / "a.tar", link | evil | USUAL)) == FOUND
     assert {one.name for one in tmp_path.rglob("*")} == {"inside", "a.tar"}
 
 
@@ -77,26 +53,25 @@ def test_nothing_is_written_wherever_members_claim_to_lie(tmp_path):
     ],
 )
 def test_what_is_no_plain_file_is_not_a_wanted_file(fields, tmp_path):
-    path = write_tar(tmp_path / "a.tar", [*USUAL[:2], member("set/meta", b"b"), member("set/train", **fields)])
+    path = write_tar(tmp_path / "a.tar", START | {"set/meta": b"b", "set/train": fields})
     with refused("has no file set/train"):
         contents(path)
-
-
-ONE_LARGE = [member("set/zeros", bytes(50_000_000))]
-MANY = [member(f"set/{number}", bytes(900_000)) for number in range(50)]
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([member("set/train", b"a" * 101)], "holds set/train with 101 bytes, expected 100 at most"),
-        (ONE_LARGE, "claims a file of 50,000,000 bytes"),
-        (MANY, "unpacks to more bytes than .*, expected 1,000,000 at most"),
+        ({"set/train": b"a" * 101}, "holds set/train with 101 bytes, expected 100 at most"),
+        ({"set/zeros": bytes(50_000_000)}, "claims a file of 50,000,000 bytes"),
+        (
+            {f"set/{number}": bytes(900_000) for number in range(50)},
+            "unpacks to more bytes than .*, expected 1,000,000 at most",
+        ),
     ],
     ids=["wanted", "one large", "many"],
 )
 def test_sizes_above_their_limits_are_refused(members, message, tmp_path):
-    bomb = write_tar(tmp_path / "bomb.tar", [*members, *USUAL])
+    bomb = write_tar(tmp_path / "bomb.tar", members | USUAL)
     assert bomb.stat().st_size < 100_000
     with little_memory(3_000_000), refused(message):
         contents(bomb, limit=1_000_000)
@@ -104,8 +79,7 @@ def test_sizes_above_their_limits_are_refused(members, message, tmp_path):
 
 def header_with_size(size):
     """A tar header of the GNU form, which can say negative sizes; tarfile itself refuses to write them."""
-    entry, _ = member("set/readme", b"")
-    block = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    block = bytearray(tarfile.TarInfo("set/readme").tobuf(tarfile.GNU_FORMAT))
     block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size & (2**88 - 1)).to_bytes(11, "big")
     block[148:156] = b" " * 8
     block[148:156] = f"{sum(block):06o}\0 ".encode()
@@ -122,9 +96,9 @@ def test_a_size_that_is_negative_or_huge_takes_neither_memory_nor_time(size, tmp
 
 def test_members_lacking_twice_or_missing(tmp_path):
     with refused(r"has no file set/meta or set/train, expected .*; this is another archive"):
-        contents(write_tar(tmp_path / "a.tar", [member("other", b"")]))
+        contents(write_tar(tmp_path / "a.tar", {"other": b""}))
     with refused("holds set/train twice"):
-        contents(write_tar(tmp_path / "b.tar", [USUAL[2], USUAL[2], USUAL[3]]))
+        contents(write_tar(tmp_path / "b.tar", {"set/train": b"a"} | USUAL))
     with refused(r"absent\.tar cannot be read: No such file"):
         contents(tmp_path / "absent.tar")
     with refused("cannot be read"):
@@ -134,7 +108,7 @@ def test_members_lacking_twice_or_missing(tmp_path):
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_wherever_an_archive_is_cut_it_is_refused(mode, tmp_path):
     noise = np.random.default_rng(0).bytes(3000)
-    whole = write_tar(tmp_path / "whole.tar", [member("set/readme", noise), *USUAL], mode).read_bytes()
+    whole = write_tar(tmp_path / "whole.tar", {"set/noise": noise} | USUAL, mode).read_bytes()
     needed = len(whole) if mode == "w:gz" else whole.index(b"b" + bytes(511)) + 40
     path = tmp_path / "cut.tar"
     for end in range(0, needed - 40, 97):

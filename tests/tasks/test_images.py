@@ -9,21 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from data_files import encoded, little_memory, refused
+from data_files import encoded, little_memory, refused, triangle
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffopt.tasks import DataError
 from diffopt.tasks.images import channels_first, decoded, resized
-
-
-def triangle(size, target):
-    """The weights of an antialiased triangle filter along one axis, written out."""
-    scale = size / target
-    reach = max(scale, 1.0)
-    centres = (np.arange(target) + 0.5) * scale
-    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres[:, None]) / reach)
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("size", [5, 12, 30])

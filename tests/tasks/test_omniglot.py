@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import encoded, known, refused, write_zip
+from data_files import encoded, known, refused, triangle, write_zip
 
 from diffopt.tasks import Omniglot, omniglot, sample_episodes
 from diffopt.tasks import data_folder as find_data_folder
@@ -38,21 +38,12 @@ def folder(drawn, monkeypatch):
     return drawn.parent
 
 
-def shrunk(ink):
-    """The recipe of the 28x28 images on one drawing: an antialiased triangle filter, written out in numpy."""
-    scale = 105 / 28
-    centres = (np.arange(28) + 0.5) * scale
-    weights = np.maximum(0, 1 - np.abs(np.arange(105) + 0.5 - centres[:, None]) / scale)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights @ (255.0 * ink) @ weights.T
-
-
 BLANK = encoded(np.ones((105, 105), dtype=bool))
 
 
 def test_drawings_are_inverted_and_shrunk(drawn):
     loaded = Omniglot.from_archives([drawn])
-    expected = np.stack([[shrunk(one) for one in row] for row in INK])
+    expected = triangle(105, 28) @ (255.0 * INK) @ triangle(105, 28).T
     assert loaded.images.dtype == torch.uint8
     assert loaded.images.shape == (3, 4, 28, 28)
     # Pillow rounds to whole grey levels after each of its two passes.
