@@ -1,11 +1,18 @@
-"""What holds for every data set: what is said where its files are not there, or are other ones."""
+"""What holds for every data set: which files are known, what is said where they are not there, the lists of classes."""
 
 from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from importlib.resources import files
 
 import pytest
 from data_files import refused
 
 from diffopt.tasks import CIFARFS, FC100, MNIST, Caltech101, MiniImageNet, Omniglot, ProblemError, TieredImageNet
+from diffopt.tasks.class_lists import class_list, superclasses
+from diffopt.tasks.data import CHUNK, KnownFile, read_one_of
 
 CIFAR = ("expected cifar-100-python.tar.gz, or cifar-100-python/meta", "www.cs.toronto.edu")
 MINI = ("mini-imagenet-cache-val.pkl", "-validation.pkl", "val.csv", "mini-imagenet.tar.gz", "image-net.org")
@@ -75,3 +82,96 @@ def test_a_file_of_the_right_size_is_not_yet_the_right_one(tmp_path):
         file.truncate(169_001_437)  # a hole: takes no room
     with refused(r"has SHA-256 \w+, expected 85cd44d02ba6"):
         FC100.load(tmp_path, split="train")
+
+
+CONTENT = b"some bytes" * (CHUNK // 4)  # more than two chunks
+SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("known", [KnownFile("a", len(CONTENT), SHA256), KnownFile("a", None, md5=MD5)])
+def test_the_file_that_is_known_is_taken(known, tmp_path):
+    (tmp_path / "a").write_bytes(CONTENT)
+    assert known.read(tmp_path) == CONTENT
+    assert known.check(tmp_path) == tmp_path / "a"
+
+
+@pytest.mark.parametrize("way", ["read", "check"])
+def test_every_other_file_is_refused(way, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(CONTENT[:-1] + b"?")
+    for known, message in [
+        (KnownFile("a", len(CONTENT), SHA256), f"has SHA-256 .*, expected {SHA256}"),
+        (KnownFile("a", None, md5=MD5), f"has MD5 .*, expected {MD5}"),
+        (KnownFile("a", len(CONTENT), SHA256, MD5), "has SHA-256"),
+        (KnownFile("a", 3, SHA256), f"has {len(CONTENT):,} bytes, expected 3"),
+        (KnownFile("b", 3, SHA256), "b cannot be read: No such file"),
+    ]:
+        with refused(message):
+            getattr(known, way)(tmp_path)
+    (tmp_path / "c").mkdir()
+    with refused("c cannot be read: Is a directory"):
+        getattr(KnownFile("c", None, SHA256), way)(tmp_path)
+
+
+def test_one_of_several_forms_is_chosen_by_its_size(tmp_path):
+    other = KnownFile("a", 5, hashlib.sha256(b"hello").hexdigest())
+    known = KnownFile("a", len(CONTENT), SHA256)
+    path = tmp_path / "a"
+    for content in (CONTENT, b"hello"):
+        path.write_bytes(content)
+        assert read_one_of((known, other), tmp_path) == content
+    path.write_bytes(b"hellp")
+    with refused("has SHA-256"):
+        read_one_of((known, other), tmp_path)
+    path.write_bytes(b"hell")
+    with refused(f"has 4 bytes, expected {len(CONTENT):,} or 5"):
+        read_one_of((known, other), tmp_path)
+    with refused("cannot be read"):
+        read_one_of((known, other), tmp_path / "absent")
+
+
+LISTS = {"cifar-fs": (64, 16, 20), "fc100": (60, 20, 20), "mini-imagenet": (64, 16, 20)}
+SPLITS = ("train", "validation", "test")
+
+
+def test_the_file_is_sorted_throughout():
+    content = json.loads((files("diffopt.tasks") / "classes.json").read_text(encoding="utf-8"))
+    assert list(content) == sorted(content) == ["cifar-100", *LISTS]
+    for lists in content.values():
+        assert list(lists) == sorted(lists)
+        for names in lists.values():
+            assert names == sorted(set(names))
+
+
+@pytest.mark.parametrize("data_set", LISTS)
+def test_splits_have_the_published_sizes_and_no_class_in_common(data_set):
+    lists = [class_list(data_set, split) for split in SPLITS]
+    assert tuple(map(len, lists)) == LISTS[data_set]
+    assert all(list(names) == sorted(names) for names in lists)
+    assert len(set(itertools.chain(*lists))) == 100
+    if data_set != "mini-imagenet":
+        assert set(itertools.chain(*lists)) == set(itertools.chain(*superclasses().values()))
+    else:
+        assert all(name[0] == "n" and name[1:].isdigit() and len(name) == 9 for names in lists for name in names)
+
+
+def test_superclasses_are_twenty_times_five():
+    assert len(superclasses()) == 20
+    assert all(len(names) == 5 for names in superclasses().values())
+
+
+@pytest.mark.data
+def test_lists_are_the_collected_facts(data_folder):
+    path = data_folder / "splits.json"
+    if not path.is_file():
+        pytest.skip("the collected class lists are not here")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    old = dict(zip(SPLITS, ("train", "val", "test"), strict=True))
+    for split in SPLITS:
+        assert list(class_list("cifar-fs", split)) == sorted(facts["cifar_fs"][old[split]])
+        assert list(class_list("fc100", split)) == sorted(facts["fc100"][old[split]]["classes"])
+        assert list(class_list("mini-imagenet", split)) == sorted(facts["mini_imagenet_ravi"][old[split]])
+    cifar = facts["cifar100"]
+    coarse = cifar["coarse_label_names_in_official_order"]
+    for name, place in zip(cifar["fine_label_names_in_official_order"], cifar["fine_to_coarse"], strict=True):
+        assert name in superclasses()[coarse[place]]

@@ -73,27 +73,19 @@ def test_resnet12_is_its_definition(generator):
     torch.testing.assert_close(found, headed(params, hidden.mean(dim=(2, 3))), rtol=1e-10, atol=1e-10)
 
 
-def test_the_plain_network_is_its_definition(generator):
-    found, params, hidden = taken(PlainStages(2, 3, (3, 4), 2), (5, 2, 8, 8), generator)
+@pytest.mark.parametrize(("network", "how"), [(PlainStages, torch.amax), (ResidualStages, torch.mean)])
+def test_networks_in_stages_are_their_definition(network, how, generator):
+    found, params, hidden = taken(network(2, 3, (3, 4, 4), 2), (5, 2, 8, 8), generator)
     features = []
-    for stage in (0, 1):
-        hidden = pooled(hidden, torch.amax) if stage else hidden
-        for layer in (0, 3):
-            hidden = normalised(params, hidden, f"stages.{stage}", layer).clamp(min=0)
+    for stage in range(3):
+        hidden = pooled(hidden, how) if stage else hidden
+        for part in range(2):
+            if network is PlainStages:
+                hidden = normalised(params, hidden, f"stages.{stage}", 3 * part).clamp(min=0)
+            else:
+                hidden = residual(params, hidden, f"stages.{stage}.{part}", 2, torch.relu)
+                assert (f"stages.{stage}.{part}.shortcut.0.weight" in params) == ((stage, part) in ((0, 0), (1, 0)))
         features.append(hidden)
-    expected = (tuple(features), headed(params, hidden.mean(dim=(2, 3))))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_the_residual_network_is_its_definition(generator):
-    found, params, hidden = taken(ResidualStages(2, 3, (2, 4), 2), (5, 2, 8, 8), generator)
-    features = []
-    for stage in (0, 1):
-        hidden = pooled(hidden, torch.mean) if stage else hidden
-        for block in (0, 1):
-            hidden = residual(params, hidden, f"stages.{stage}.{block}", 2, torch.relu)
-        features.append(hidden)
-    assert [name for name in params if name.endswith("shortcut.0.weight")] == ["stages.1.0.shortcut.0.weight"]
     expected = (tuple(features), headed(params, hidden.mean(dim=(2, 3))))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
