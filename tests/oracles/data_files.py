@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from python2 import python2_pickle
 
-from diffopt.tasks import DataError
+from diffopt.tasks import DataError, sample_episodes
 from diffopt.tasks.data import KnownFile
 
 PICKLES = {
@@ -46,6 +47,26 @@ def little_memory(limit: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
+
+
+def assert_holds(loaded: Any, expected: Mapping[str, np.ndarray], *sources: str) -> None:
+    """It holds these classes and images ``[examples, 3, ...]``, from these files; and episodes are drawn from it."""
+    assert loaded.class_names == tuple(expected)
+    assert loaded.sources == sources
+    for images, wanted in zip(loaded.images, expected.values(), strict=True):
+        assert images.dtype == torch.uint8
+        assert np.array_equal(images.numpy(), wanted)
+    drawn = sample_episodes(loaded.images, way=1, shot=1, query=1, tasks=3, generator=torch.Generator())
+    assert drawn.query_inputs.shape == (3, 1, *loaded.images[0].shape[1:])
+
+
+def cut_short(path: Path) -> Iterator[None]:
+    """The file again and again, cut at several places; whole at the end."""
+    whole = path.read_bytes()
+    for end in (0, 1, 10, len(whole) // 10, len(whole) // 2, len(whole) - len(whole) // 20):
+        path.write_bytes(whole[:end])
+        yield
+    path.write_bytes(whole)
 
 
 def known(path: Path, folder: Path | None = None) -> KnownFile:

@@ -6,10 +6,9 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
-from data_files import PICKLES, SHORT, brought, encoded, known, refused, write_tar
+from data_files import PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refused, write_tar
 
-from diffopt.tasks import MiniImageNet, mini_imagenet, sample_episodes
+from diffopt.tasks import MiniImageNet, mini_imagenet
 from diffopt.tasks.class_lists import class_list
 
 COUNT = 3  # of each class; officially 600
@@ -48,12 +47,9 @@ def test_pickles_give_every_image_to_its_class(split, dump, tmp_path):
     folder.mkdir(exist_ok=True)
     (folder / f"mini-imagenet-cache-{SHORT[split]}.pkl").write_bytes(PICKLES[dump](table))
     loaded = MiniImageNet.load(tmp_path, split=split)
-    assert loaded.images.dtype == torch.uint8
     assert loaded.images.shape == (SIZES[split], COUNT, 3, 84, 84)
-    assert loaded.class_names == class_list("mini-imagenet", split)
-    assert loaded.sources == (f"mini-imagenet-cache-{SHORT[split]}.pkl",)
-    for name, images in zip(loaded.class_names, loaded.images, strict=True):
-        assert np.array_equal(images.numpy(), of_class(table, name))
+    expected = {name: of_class(table, name) for name in class_list("mini-imagenet", split)}
+    assert_holds(loaded, expected, f"mini-imagenet-cache-{SHORT[split]}.pkl")
 
 
 def test_the_other_name_of_the_validation_pickle_and_places_as_arrays(tmp_path):
@@ -100,15 +96,13 @@ def test_pictures_are_found_by_the_list(form, tmp_path):
     folder = tmp_path / "with {braces} and %s"
     folder.mkdir()
     write_pictures(folder, form=form, ending="\r\n" if form == "images" else "\n")
-    loaded = load(folder)
-    assert loaded.images.shape == (16, COUNT, 3, 84, 84)
-    assert loaded.sources == ("val.csv",)
-    for label, images in zip(loaded.class_names, loaded.images, strict=True):
-        pictures = [brought(image, 84) for (of, _), image in PICTURES.items() if of == label]
-        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(pictures))
+    pictures = {label: [] for label in VALIDATION}
+    for (label, _), image in PICTURES.items():
+        pictures[label].append(np.moveaxis(brought(image, 84), 2, 0))
+    assert_holds(load(folder), {label: np.stack(images) for label, images in pictures.items()}, "val.csv")
 
 
-def test_pictures_of_other_kinds_become_rgb(tmp_path, generator):
+def test_pictures_of_other_kinds_become_rgb(tmp_path):
     write_pictures(tmp_path)
     grey = np.arange(84 * 84, dtype=np.uint8).reshape(84, 84)
     (tmp_path / "images" / f"{VALIDATION[0]}00000002.jpg").write_bytes(encoded(grey))
@@ -117,10 +111,6 @@ def test_pictures_of_other_kinds_become_rgb(tmp_path, generator):
     images = load(tmp_path).images
     assert np.array_equal(images[0, 1].numpy(), np.broadcast_to(grey, (3, 84, 84)))
     assert np.abs(images[0, 2].permute(1, 2, 0).numpy().astype(int) - smooth).max() < 12, "JPEG loses a little"
-    episodes = sample_episodes(images, way=5, shot=1, query=2, tasks=2, generator=generator)
-    assert episodes.query_inputs.shape == (2, 10, 3, 84, 84)
-    with refused("expected at most 3; a class has only 3 images"):
-        sample_episodes(images, way=5, shot=1, query=15, tasks=2, generator=generator)
 
 
 TABLE = made()
@@ -153,12 +143,10 @@ def test_pickles_of_another_content_are_refused(table, message, tmp_path):
 
 def test_pickles_cut_short_too_large_or_with_a_call_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "mini-imagenet-cache-val.pkl"
-    content = PICKLES["python 2"](TABLE)
-    for end in (0, 10, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:end])
+    path.write_bytes(PICKLES["python 2"](TABLE))
+    for _ in cut_short(path):
         with refused(r"cannot be read .*, expected a whole pickle; .* cut short or damaged"):
             load(tmp_path)
-    path.write_bytes(content)
     with monkeypatch.context() as patch:
         patch.setattr(mini_imagenet, "LARGEST_PICKLE", 1000)
         with refused("bytes, expected 1,000 at most"):

@@ -35,8 +35,9 @@ def form(value):
     """What there is to compare of a value: types are told apart, arrays are what they hold."""
     if isinstance(value, PickledArray):
         value = array(value, "it")
-    if isinstance(value, np.ndarray):
+    elif isinstance(value, np.ndarray):
         value = value.astype(value.dtype.newbyteorder("="))  # numpy keeps a foreign byte order in some protocols
+    if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):
         return dict, [(form(key), form(one)) for key, one in value.items()]

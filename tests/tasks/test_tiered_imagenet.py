@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
-import torch
-from data_files import CALL, PICKLES, SHORT, brought, encoded, known, refused, write_tar
+from data_files import CALL, PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refused, write_tar
 
-from diffopt.tasks import TieredImageNet, sample_episodes, tiered_imagenet
+from diffopt.tasks import TieredImageNet, tiered_imagenet
 
 CLASSES = {"train": 351, "validation": 97, "test": 160}
 OFFICIAL = dict(tiered_imagenet.SIZES)
@@ -66,28 +63,17 @@ def test_every_image_goes_to_its_class(split, dump, tmp_path):
     made = Made(split)
     prefix = "tiered-imagenet-" if split == "validation" else ""
     made.write(tmp_path / "tiered-imagenet" if split == "test" else tmp_path, PICKLES[dump], prefix)
-    loaded = load(tmp_path, split)
-    assert loaded.images.flat.dtype == torch.uint8
-    assert len(loaded.images) == CLASSES[split]
-    assert loaded.class_names == tuple(made.labels["label_specific_str"])
-    assert loaded.sources == tuple(prefix + name for name in made.files())
-    assert set(loaded.images.counts.tolist()) == {2, 3}
-    for label in range(CLASSES[split]):
-        assert np.array_equal(loaded.images[label].numpy(), made.of_class(label))
+    expected = {f"kind {label}, sort": made.of_class(label) for label in range(CLASSES[split])}
+    assert_holds(load(tmp_path, split), expected, *(prefix + name for name in made.files()))
+    assert {len(images) for images in expected.values()} == {2, 3}
 
 
-def test_a_size_and_episodes(made, tmp_path, generator):
+def test_a_size_of_pictures_in_bytes(made, tmp_path):
     made.encoded = [one.tobytes() for one in made.encoded]  # as some wrote them again
     made.write(tmp_path)
     images = load(tmp_path, size=5).images
     expected = brought(made.of_class(7)[0].transpose(1, 2, 0), 5)
     assert np.array_equal(images[7][0].permute(1, 2, 0).numpy(), expected)
-    draw = partial(sample_episodes, images, shot=1, tasks=2, generator=generator)
-    assert draw(way=5, query=1).support_inputs.shape == (2, 5, 3, 5, 5)
-    with refused(r"shot \+ query is 1 \+ 2, expected at most 2; a class has only 2 images"):
-        draw(way=5, query=2)
-    with refused("way is 98, expected at most 97; there are only 97 classes"):
-        draw(way=98, query=1)
     assert load(tmp_path, size=None).images.flat.shape[1:] == (3, 84, 84)
 
 
@@ -157,16 +143,15 @@ def test_files_without_labels_cut_short_too_large_or_with_a_call_are_refused(mad
     made.write(tmp_path)
     for name in reversed(made.files()):
         path = tmp_path / name
-        whole = path.read_bytes()
-        path.unlink()
-        with refused("no tieredImageNet data for split 'validation' in .* it has none"):
-            load(tmp_path)
-        for end in (0, 10, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:end])
+        for _ in cut_short(path):
             with refused(rf"{name} cannot be read .*, expected a whole pickle"):
                 load(tmp_path)
+        whole = path.read_bytes()
         path.write_bytes(CALL)
         with refused(rf"{name} names 'posix\.system'"):
+            load(tmp_path)
+        path.unlink()
+        with refused("no tieredImageNet data for split 'validation' in .* it has none"):
             load(tmp_path)
         path.write_bytes(whole)
     monkeypatch.setattr(tiered_imagenet, "LARGEST_IMAGES", 1000)
