@@ -8,7 +8,7 @@ import pickle
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,14 @@ CALL = b"\x80\x02cposix\nsystem\nU\x04true\x85R."
 def refused(message: str, kind: type[Exception] = DataError) -> Any:
     """Within it, an error must say so."""
     return pytest.raises(kind, match=message)
+
+
+def refuses(
+    message: str, call: Callable[..., Any], *given: Any, kind: type[Exception] = DataError, **options: Any
+) -> None:
+    """The call must end in an error that says so."""
+    with refused(message, kind):
+        call(*given, **options)
 
 
 @contextmanager

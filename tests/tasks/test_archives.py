@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import little_memory, refused, write_tar, write_zip
+from data_files import little_memory, refused, refuses, write_tar, write_zip
 
 from diffopt.tasks import DataError
 from diffopt.tasks.archives import npz_arrays, tar_members
@@ -54,8 +54,7 @@ def test_nothing_is_written_wherever_members_claim_to_lie(tmp_path):
 )
 def test_what_is_no_plain_file_is_not_a_wanted_file(fields, tmp_path):
     path = write_tar(tmp_path / "a.tar", START | {"set/meta": b"b", "set/train": fields})
-    with refused("has no file set/train"):
-        contents(path)
+    refuses("has no file set/train", contents, path)
 
 
 @pytest.mark.parametrize(
@@ -90,19 +89,15 @@ def header_with_size(size):
 def test_a_size_that_is_negative_or_huge_takes_neither_memory_nor_time(size, tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(header_with_size(0) + header_with_size(size) + bytes(10240))
-    with refused(rf"claims a file of {size:,} bytes, expected 0 to 10,000,000; the archive is damaged"):
-        contents(path)
+    refuses(rf"claims a file of {size:,} bytes, expected 0 to 10,000,000; the archive is damaged", contents, path)
 
 
 def test_members_lacking_twice_or_missing(tmp_path):
     with refused(r"has no file set/meta or set/train, expected .*; this is another archive"):
         contents(write_tar(tmp_path / "a.tar", {"other": b""}))
-    with refused("holds set/train twice"):
-        contents(write_tar(tmp_path / "b.tar", {"set/train": b"a"} | USUAL))
-    with refused(r"absent\.tar cannot be read: No such file"):
-        contents(tmp_path / "absent.tar")
-    with refused("cannot be read"):
-        contents(tmp_path)
+    refuses("holds set/train twice", contents, write_tar(tmp_path / "b.tar", {"set/train": b"a"} | USUAL))
+    refuses(r"absent\.tar cannot be read: No such file", contents, tmp_path / "absent.tar")
+    refuses("cannot be read", contents, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -118,8 +113,7 @@ def test_wherever_an_archive_is_cut_it_is_refused(mode, tmp_path):
         # A cut within a wanted member shows while its reader reads it, and is that reader's to name.
         assert isinstance(error.value, DataError) or end > 1500
     path.write_bytes(gzip.compress(b"not a tar" * 100))
-    with refused("cannot be read as a tar"):
-        contents(path)
+    refuses("cannot be read as a tar", contents, path)
 
 
 IMAGES, NAMES = np.arange(6, dtype=np.uint8).reshape(2, 3), np.array(["a", "bc"])
@@ -155,8 +149,7 @@ def test_arrays_of_a_numpy_archive():
     ids=["lacking", "dtype", "axes", "size", "cut", "empty"],
 )
 def test_numpy_archives_that_are_not_as_expected(content, message):
-    with refused(message):
-        read(content)
+    refuses(message, read, content)
 
 
 class Marks:
@@ -170,8 +163,7 @@ class Marks:
 def test_objects_in_a_numpy_archive_are_not_unpickled(tmp_path):
     mark = tmp_path / "mark"
     content = npz(images=np.array([Marks(mark), None], dtype=object), names=NAMES)
-    with refused(r"cannot be read as \.npz .*allow_pickle=False"):
-        read(content)
+    refuses(r"cannot be read as \.npz .*allow_pickle=False", read, content)
     assert not mark.exists()
     np.load(io.BytesIO(content), allow_pickle=True)["images"]
     assert mark.exists(), "which would have run it"
@@ -182,5 +174,4 @@ def test_a_header_that_claims_more_than_there_is(tmp_path):
     padded = header + b" " * (117 - len(header)) + b"\n"
     lying = b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + b"x"
     path = write_zip(tmp_path / "a.npz", {"images.npy": lying, "names.npy": lying})
-    with refused(r"cannot be read as \.npz"):
-        read(path.read_bytes())
+    refuses(r"cannot be read as \.npz", read, path.read_bytes())

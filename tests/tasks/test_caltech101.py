@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_files import assert_holds, brought, known, refused
+from data_files import assert_holds, brought, known, refuses
 
 from diffopt.tasks import Caltech101, caltech101
 
@@ -55,8 +55,7 @@ def test_a_size(load):
     ],
 )
 def test_files_of_another_content_are_refused(change, message, load):
-    with refused(message):
-        load(MADE | change)
+    refuses(message, load, MADE | change)
 
 
 @pytest.mark.data

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import PICKLES, assert_holds, brought, cut_short, known, refused, write_tar
+from data_files import PICKLES, assert_holds, brought, cut_short, known, refused, refuses, write_tar
 
 from diffopt.tasks import CIFARFS, FC100, cifar100
 from diffopt.tasks.class_lists import superclasses
@@ -103,8 +103,7 @@ def test_load_takes_the_archive_or_what_was_extracted(archive, monkeypatch, tmp_
     assert torch.equal(extracted.images, expected.images)
     assert extracted.sources == tuple(f"cifar-100-python/{name}" for name in ("meta", "train", "test"))
     pieces[2].write_bytes(pieces[2].read_bytes()[:-1] + b"?")
-    with refused(r"test has SHA-256 \w+, expected \w+; .*download it again"):
-        CIFARFS.load(tmp_path, split="test")
+    refuses(r"test has SHA-256 \w+, expected \w+; .*download it again", CIFARFS.load, tmp_path, split="test")
 
 
 LACKING = object()
@@ -133,17 +132,14 @@ def test_archives_of_another_content_are_refused(member, key, value, message, tm
     changed[key] = value
     if value is LACKING:
         del changed[key]
-    with refused(message):
-        FC100.from_archive(write(tmp_path / "broken.tar.gz", tables), split="train")
+    refuses(message, FC100.from_archive, write(tmp_path / "broken.tar.gz", tables), split="train")
 
 
 def test_archives_cut_short_or_absent_are_refused(archive, tmp_path):
     for _ in cut_short(Path(shutil.copy(archive, tmp_path))):
-        with refused("cut short"):
-            CIFARFS.from_archive(tmp_path / archive.name, split="train")
+        refuses("cut short", CIFARFS.from_archive, tmp_path / archive.name, split="train")
     for data_set in SIZES:
-        with refused(r"absent\.tar\.gz cannot be read"):
-            data_set.from_archive(tmp_path / "absent.tar.gz", split="test")
+        refuses(r"absent\.tar\.gz cannot be read", data_set.from_archive, tmp_path / "absent.tar.gz", split="test")
 
 
 def test_a_pickle_within_the_archive_that_calls_is_refused(tmp_path):

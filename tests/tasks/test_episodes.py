@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from data_files import refused
+from data_files import refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,8 +142,7 @@ FLAT = torch.zeros(5, 2, 2, dtype=torch.uint8)
 )
 def test_ragged_images_that_cannot_be_drawn_from_are_refused(images, sizes, message, generator):
     way, shot, query = sizes
-    with refused(message):
-        sample_episodes(images, way=way, shot=shot, query=query, tasks=1, generator=generator)
+    refuses(message, sample_episodes, images, way=way, shot=shot, query=query, tasks=1, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +156,7 @@ def test_ragged_images_that_cannot_be_drawn_from_are_refused(images, sizes, mess
     ],
 )
 def test_counts_that_do_not_belong_to_the_images_are_refused(counts, message):
-    with refused(message):
-        RaggedImages(FLAT, counts)
+    refuses(message, RaggedImages, FLAT, counts)
 
 
 def test_sinusoid_targets_lie_on_one_wave_per_task(generator):

@@ -8,7 +8,7 @@ import json
 from importlib.resources import files
 
 import pytest
-from data_files import refused
+from data_files import refused, refuses
 
 from diffopt.tasks import CIFARFS, FC100, MNIST, Caltech101, MiniImageNet, Omniglot, ProblemError, TieredImageNet
 from diffopt.tasks.class_lists import class_list, superclasses
@@ -50,8 +50,7 @@ SETS = [CIFARFS, FC100, MiniImageNet, TieredImageNet, Caltech101, MNIST]
 def test_splits_and_sizes_that_no_set_has_are_refused_first(data_set, tmp_path):
     loads = [data_set.load, data_set.from_archive] if data_set in (CIFARFS, FC100) else [data_set.load]
     for load in loads:
-        with refused("split is 'val', expected one of train, validation, test"):
-            load(tmp_path, split="val")
+        refuses("split is 'val', expected one of train, validation, test", load, tmp_path, split="val")
         for size in (0, -1):
             with refused(f"size is {size}, expected the height and width of the images, 1 or more", ProblemError):
                 load(tmp_path, split="test", size=size)
@@ -73,15 +72,13 @@ OTHERS = [
 @pytest.mark.parametrize(("data_set", "split", "name", "message"), OTHERS)
 def test_official_files_are_known_by_size_and_checksum(data_set, split, name, message, tmp_path):
     (tmp_path / name).write_bytes(b"short")
-    with refused(f"{name} has {message}"):
-        data_set.load(tmp_path, split=split)
+    refuses(f"{name} has {message}", data_set.load, tmp_path, split=split)
 
 
 def test_a_file_of_the_right_size_is_not_yet_the_right_one(tmp_path):
     with (tmp_path / "cifar-100-python.tar.gz").open("wb") as file:
         file.truncate(169_001_437)  # a hole: takes no room
-    with refused(r"has SHA-256 \w+, expected 85cd44d02ba6"):
-        FC100.load(tmp_path, split="train")
+    refuses(r"has SHA-256 \w+, expected 85cd44d02ba6", FC100.load, tmp_path, split="train")
 
 
 CONTENT = b"some bytes" * (CHUNK // 4)  # more than two chunks
@@ -121,13 +118,10 @@ def test_one_of_several_forms_is_chosen_by_its_size(tmp_path):
         path.write_bytes(content)
         assert read_one_of((known, other), tmp_path) == content
     path.write_bytes(b"hellp")
-    with refused("has SHA-256"):
-        read_one_of((known, other), tmp_path)
+    refuses("has SHA-256", read_one_of, (known, other), tmp_path)
     path.write_bytes(b"hell")
-    with refused(f"has 4 bytes, expected {len(CONTENT):,} or 5"):
-        read_one_of((known, other), tmp_path)
-    with refused("cannot be read"):
-        read_one_of((known, other), tmp_path / "absent")
+    refuses(f"has 4 bytes, expected {len(CONTENT):,} or 5", read_one_of, (known, other), tmp_path)
+    refuses("cannot be read", read_one_of, (known, other), tmp_path / "absent")
 
 
 LISTS = {"cifar-fs": (64, 16, 20), "fc100": (60, 20, 20), "mini-imagenet": (64, 16, 20)}

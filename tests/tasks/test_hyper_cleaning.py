@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from data_files import refused
+from data_files import refused, refuses
 from oracles import relative_error
 from sklearn.metrics import f1_score
 
@@ -127,8 +127,7 @@ def test_labels_are_drawn_again_uniformly(generator):
     first, same = (redrawn(labels, 10, 0.3, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, same)
     for fraction in (-0.1, 1.1, math.nan):
-        with refused("expected a probability", ProblemError):
-            redrawn(labels, 10, fraction, generator)
+        refuses("expected a probability", redrawn, labels, 10, fraction, generator, kind=ProblemError)
 
 
 def test_sides_that_do_not_fit_together_are_refused(problem):
@@ -150,12 +149,10 @@ def test_sides_that_do_not_fit_together_are_refused(problem):
         ),
         ({"logits": problem.logits[:, None]}, r"logits has shape \(120, 1\), expected one per .* example, \(120,\)"),
     ):
-        with refused(message, ProblemError):
-            dataclasses.replace(problem, **changes)
+        refuses(message, dataclasses.replace, problem, **changes, kind=ProblemError)
     with refused(r"weights has shape \(119,\), expected one per training example, \(120,\)", ProblemError):
         problem.loss(problem.start(), problem.logits[1:])
-    with refused(r"logits has shape \(\), expected", ProblemError):
-        problem.f1(torch.tensor(0.0))
+    refuses(r"logits has shape \(\), expected", problem.f1, torch.tensor(0.0), kind=ProblemError)
 
 
 @pytest.mark.data
@@ -177,11 +174,9 @@ def test_the_real_problem(data_folder):
     assert small.inputs.shape == (20, 49)
     assert small.inputs.dtype == torch.float64
     assert small.clean().sum() == 20
-    with refused("size is 0", ProblemError):
-        load(0, size=0)
+    refuses("size is 0", load, 0, size=0, kind=ProblemError)
     for options in ({"samples": 0}, {"validation_samples": 10_001}):
-        with refused("examples are asked for, expected 1 to", ProblemError):
-            load(0, **options)
+        refuses("examples are asked for, expected 1 to", load, 0, **options, kind=ProblemError)
 
 
 @pytest.mark.data

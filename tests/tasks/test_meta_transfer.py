@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from data_files import refused
+from data_files import refuses
 from oracles import relative_error
 from plain_networks import shaken
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -126,12 +126,8 @@ def test_the_hypergradient_reaches_the_meta_networks(problem):
 def test_bad_values_are_refused(problem, generator):
     task, _, meta, _, _, source = problem
     for pairs in (((0, 3),), ((2, 0),), ((-1, 0),), ((0, 0), (0, 0))):
-        with refused("expected pairs", ProblemError):
-            replace(task, pairs=pairs)
-    with refused("of 0 and 3 stages", ProblemError):
-        MetaTransfer(task.target, (), TARGET)
+        refuses("expected pairs", replace, task, pairs=pairs, kind=ProblemError)
+    refuses("of 0 and 3 stages", MetaTransfer, task.target, (), TARGET, kind=ProblemError)
     for beta in (-1.0, math.inf, math.nan):
-        with refused("beta is", ProblemError):
-            replace(task, beta=beta)
-    with refused(r"\(3, 2\) channels, expected \(2, 3\)", ProblemError):
-        task.weights(meta, source[::-1])
+        refuses("beta is", replace, task, beta=beta, kind=ProblemError)
+    refuses(r"\(3, 2\) channels, expected \(2, 3\)", task.weights, meta, source[::-1], kind=ProblemError)

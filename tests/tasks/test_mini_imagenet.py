@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from data_files import PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refused, write_tar
+from data_files import PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refuses, write_tar
 
 from diffopt.tasks import MiniImageNet, mini_imagenet
 from diffopt.tasks.class_lists import class_list
@@ -69,8 +69,7 @@ def test_the_archive_is_read_once_its_checksum_is_right(tmp_path, monkeypatch):
     table = tables["mini-imagenet-cache-val.pkl"]
     expected = brought(table["image_data"][table["class_dict"][FIRST][1]], 21)
     assert np.array_equal(loaded.images[0, 1].permute(1, 2, 0).numpy(), expected)
-    with refused(r"has no file mini-imagenet-cache-train\.pkl"):
-        MiniImageNet.load(tmp_path, split="train")
+    refuses(r"has no file mini-imagenet-cache-train\.pkl", MiniImageNet.load, tmp_path, split="train")
 
 
 GENERATOR = np.random.default_rng(0)
@@ -137,24 +136,20 @@ BROKEN = [
 @pytest.mark.parametrize(("table", "message"), BROKEN, ids=[message for _, message in BROKEN])
 def test_pickles_of_another_content_are_refused(table, message, tmp_path):
     (tmp_path / "mini-imagenet-cache-val.pkl").write_bytes(pickle.dumps(table))
-    with refused(message):
-        load(tmp_path)
+    refuses(message, load, tmp_path)
 
 
 def test_pickles_cut_short_too_large_or_with_a_call_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "mini-imagenet-cache-val.pkl"
     path.write_bytes(PICKLES["python 2"](TABLE))
     for _ in cut_short(path):
-        with refused(r"cannot be read .*, expected a whole pickle; .* cut short or damaged"):
-            load(tmp_path)
+        refuses(r"cannot be read .*, expected a whole pickle; .* cut short or damaged", load, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(mini_imagenet, "LARGEST_PICKLE", 1000)
-        with refused("bytes, expected 1,000 at most"):
-            load(tmp_path)
+        refuses("bytes, expected 1,000 at most", load, tmp_path)
     mark = tmp_path / "mark"
     path.write_bytes(b"\x80\x02cposix\nsystem\n" + f"U{chr(len(str(mark)) + 6)}touch {mark}".encode() + b"\x85R.")
-    with refused(r"names 'posix\.system'"):
-        load(tmp_path)
+    refuses(r"names 'posix\.system'", load, tmp_path)
     assert not mark.exists()
 
 
@@ -175,33 +170,26 @@ def test_pickles_cut_short_too_large_or_with_a_call_are_refused(tmp_path, monkey
 )
 def test_lists_of_another_content_are_refused(line, message, tmp_path):
     write_pictures(tmp_path, [HEADER, line, *LINES])
-    with refused(message):
-        load(tmp_path)
+    refuses(message, load, tmp_path)
 
 
 def test_lists_without_a_header_or_too_large_are_refused(tmp_path, monkeypatch):
     write_pictures(tmp_path, LINES)
-    with refused("begins with another line, expected 'filename,label'"):
-        load(tmp_path)
+    refuses("begins with another line, expected 'filename,label'", load, tmp_path)
     monkeypatch.setattr(mini_imagenet, "LARGEST_LIST", 100)
-    with refused("expected 100 at most; this is no list"):
-        load(tmp_path)
+    refuses("expected 100 at most; this is no list", load, tmp_path)
 
 
 def test_pictures_missing_damaged_or_too_large_are_refused(tmp_path, monkeypatch):
     (tmp_path / "val.csv").write_text("\n".join([HEADER, *LINES]))
-    with refused(rf"not beside the list in .*, expected one of images/{FIRST}\d+\.jpg, {FIRST}/n01"):
-        load(tmp_path)
+    refuses(rf"not beside the list in .*, expected one of images/{FIRST}\d+\.jpg, {FIRST}/n01", load, tmp_path)
     write_pictures(tmp_path)
     path = tmp_path / "images" / f"{VALIDATION[-1]}00000002.jpg"
     whole = path.read_bytes()
     for content in (b"", b"GIF89a", whole[: len(whole) // 2], whole[:40], encoded(np.zeros((9, 9), np.uint8), "GIF")):
         path.write_bytes(content)
-        with refused(r"00000002\.jpg cannot be read .*, expected a whole JPEG or PNG"):
-            load(tmp_path)
+        refuses(r"00000002\.jpg cannot be read .*, expected a whole JPEG or PNG", load, tmp_path)
     path.unlink()
-    with refused(r"00000002\.jpg cannot be read: No such file"):
-        load(tmp_path)
+    refuses(r"00000002\.jpg cannot be read: No such file", load, tmp_path)
     monkeypatch.setattr(mini_imagenet, "LARGEST_PICTURE", 10)
-    with refused("expected 10 at most"):
-        load(tmp_path)
+    refuses("expected 10 at most", load, tmp_path)

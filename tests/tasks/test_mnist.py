@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from data_files import brought, known, refused
+from data_files import brought, known, refused, refuses
 
 from diffopt.tasks import MNIST, mnist, sample_episodes
 
@@ -85,8 +85,7 @@ def test_a_size_and_episodes(write, tmp_path, generator):
 )
 def test_files_of_another_content_are_refused(change, message, write, tmp_path):
     write(MADE | change)
-    with refused(message):
-        MNIST.load(tmp_path, split="test")
+    refuses(message, MNIST.load, tmp_path, split="test")
 
 
 @pytest.mark.parametrize("write", ["npz"], indirect=True)
@@ -99,22 +98,18 @@ def test_files_of_another_content_are_refused(change, message, write, tmp_path):
 )
 def test_numpy_archives_without_an_array_or_of_another_dtype_are_refused(arrays, message, write, tmp_path):
     write(arrays)
-    with refused(message):
-        MNIST.load(tmp_path, split="test")
+    refuses(message, MNIST.load, tmp_path, split="test")
 
 
 def test_official_files_that_are_not_of_the_form_are_refused(monkeypatch):
     whole = idx(np.arange(6, dtype=np.uint8).reshape(2, 3))
     assert mnist.idx_array(whole, "a", 2).tolist() == [[0, 1, 2], [3, 4, 5]]
-    with refused("a begins with 00000802, expected 00000803"):
-        mnist.idx_array(whole, "a", 3)
-    with refused("a begins with , expected"):
-        mnist.idx_array(gzip.compress(b""), "a", 2)
+    refuses("a begins with 00000802, expected 00000803", mnist.idx_array, whole, "a", 3)
+    refuses("a begins with , expected", mnist.idx_array, gzip.compress(b""), "a", 2)
     with refused(r"a has 5 values, expected as many as its shape \(2, 3\) has"):
         mnist.idx_array(gzip.compress(gzip.decompress(whole)[:-1]), "a", 2)
     for end in (0, 5, len(whole) - 3):
-        with refused(r"cannot be unpacked .* damaged|a begins with ,"):
-            mnist.idx_array(whole[:end], "a", 2)
+        refuses(r"cannot be unpacked .* damaged|a begins with ,", mnist.idx_array, whole[:end], "a", 2)
     monkeypatch.setattr(mnist, "LARGEST", 1000)
     with refused(r"a has 993 values, expected as many as its shape \(5000000,\) has"):
         mnist.idx_array(idx(np.zeros(5_000_000, np.uint8)), "a", 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from data_files import refused
+from data_files import refused, refuses
 from plain_networks import assert_same, headed, looped, normalised, pooled, products, residual, shaken
 from torch import nn
 from torch.func import grad, vmap
@@ -167,14 +167,12 @@ def test_networks_that_cannot_be_are_refused(generator):
         ((3, 5, (4, 4, 4)), r"filters \(4, 4, 4\), .* four numbers of filters"),
         ((3, 5, (4, 4, 0, 4)), "filters .*0.*, expected 1 or more"),
     ):
-        with refused(message, ProblemError):
-            ResNet12(*sizes)
+        refuses(message, ResNet12, *sizes, kind=ProblemError)
     with refused("images are 16x15, expected 16 pixels or more each way", ProblemError):
         ResNet12(3, 5, (2, 3, 3, 4), generator=generator)(torch.zeros(2, 3, 16, 15))
     for network in (PlainStages, ResidualStages):
         for sizes in ((0, 3, (2,), 1), (1, 0, (2,), 1), (1, 3, (), 1), (1, 3, (2, 0), 1), (1, 3, (2,), 0)):
-            with refused("one stage or more", ProblemError):
-                network(*sizes)
+            refuses("one stage or more", network, *sizes, kind=ProblemError)
 
 
 # --------------------------------------------------------------------------------------------------- second derivatives

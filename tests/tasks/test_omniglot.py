@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import encoded, known, refused, triangle, write_zip
+from data_files import encoded, known, refused, refuses, triangle, write_zip
 
 from diffopt.tasks import Omniglot, omniglot, sample_episodes
 from diffopt.tasks import data_folder as find_data_folder
@@ -75,8 +75,7 @@ def test_archives_that_agree_are_joined_and_others_refused(drawn, tmp_path):
     once = Omniglot.from_archives([drawn])
     assert torch.equal(Omniglot.from_archives([drawn, drawn]).images, once.images)
     other = write_zip(tmp_path / "other.zip", {f"x/Greek/character01/0001_{i:02}.png": BLANK for i in range(4)})
-    with refused("Greek/character01 with other drawings than an earlier zip"):
-        Omniglot.from_archives([drawn, other])
+    refuses("Greek/character01 with other drawings than an earlier zip", Omniglot.from_archives, [drawn, other])
     added = write_zip(tmp_path / "added.zip", {f"x/Arcadian/character07/0001_{i:02}.png": BLANK for i in range(4)})
     joined = Omniglot.from_archives([drawn, added])
     assert joined.alphabets == ("Arcadian", "Greek", "Greek", "N_Ko")
@@ -96,16 +95,13 @@ def test_archives_that_agree_are_joined_and_others_refused(drawn, tmp_path):
     ],
 )
 def test_archives_of_another_layout_are_refused(members, message, tmp_path):
-    with refused(message):
-        Omniglot.from_archives([write_zip(tmp_path / "some.zip", members)])
+    refuses(message, Omniglot.from_archives, [write_zip(tmp_path / "some.zip", members)])
 
 
 def test_files_that_are_no_archives_are_refused(tmp_path):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut short")
-    with refused(r"cut\.zip cannot be read .*, expected a zip"):
-        Omniglot.from_archives([tmp_path / "cut.zip"])
-    with refused(r"absent\.zip cannot be read .*No such file"):
-        Omniglot.from_archives([tmp_path / "absent.zip"])
+    refuses(r"cut\.zip cannot be read .*, expected a zip", Omniglot.from_archives, [tmp_path / "cut.zip"])
+    refuses(r"absent\.zip cannot be read .*No such file", Omniglot.from_archives, [tmp_path / "absent.zip"])
 
 
 def test_a_wrong_size_and_a_wrong_checksum_are_refused(folder, drawn, tmp_path):
@@ -114,10 +110,8 @@ def test_a_wrong_size_and_a_wrong_checksum_are_refused(folder, drawn, tmp_path):
     with refused(rf"has {len(content) - 1:,} bytes, expected {len(content):,}.*again"):
         Omniglot.load(tmp_path, split="background")
     (tmp_path / "images_background.zip").write_bytes(content[:-1] + b"?")
-    with refused(r"has SHA-256 .* expected .*download it again"):
-        Omniglot.load(tmp_path, split="background")
-    with refused("no Omniglot data for split 'vinyals-train'"):
-        Omniglot.load(folder, split="vinyals-train")
+    refuses(r"has SHA-256 .* expected .*download it again", Omniglot.load, tmp_path, split="background")
+    refuses("no Omniglot data for split 'vinyals-train'", Omniglot.load, folder, split="vinyals-train")
 
 
 def test_the_data_folder_is_argument_then_variable_then_cache(monkeypatch, tmp_path):

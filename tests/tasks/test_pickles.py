@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 import pytest
-from data_files import little_memory, refused
+from data_files import little_memory, refused, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
@@ -199,8 +199,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("content", "message"), REFUSED)
 def test_the_message_names_what_was_refused(content, message):
-    with refused(message):
-        read(content)
+    refuses(message, read, content)
 
 
 ARGUMENTS = {"INST": b"os\nsystem\n", "PERSID": b"1\n", "EXT1": b"1", "EXT2": b"12", "EXT4": b"1234"}
@@ -209,15 +208,13 @@ ARGUMENTS = {"INST": b"os\nsystem\n", "PERSID": b"1\n", "EXT1": b"1", "EXT2": b"
 @pytest.mark.parametrize("name", [*ARGUMENTS, "OBJ", "NEWOBJ", "NEWOBJ_EX", "BINPERSID", "NEXT_BUFFER"])
 def test_opcodes_that_data_has_no_need_of_are_refused(name):
     code = next(one for one in pickletools.opcodes if one.name == name).code.encode("latin-1")
-    with refused(f"uses the opcode {name}"):
-        read(b"\x80\x02((K\x01" + code + ARGUMENTS.get(name, b"") + b".")
+    refuses(f"uses the opcode {name}", read, b"\x80\x02((K\x01" + code + ARGUMENTS.get(name, b"") + b".")
 
 
 def test_an_extension_of_the_process_is_no_way_in():
     copyreg.add_extension("os", "system", 0x71)
     try:
-        with refused("EXT1"):
-            read(b"\x80\x02\x82\x71U\x04true\x85R.")
+        refuses("EXT1", read, b"\x80\x02\x82\x71U\x04true\x85R.")
     finally:
         copyreg.remove_extension("os", "system", 0x71)
 
@@ -258,8 +255,7 @@ def test_deep_and_circular_values_are_no_trap():
         array(read(content), "it")
     circular = read(b"\x80\x02]q\x00h\x00a.")
     assert circular[0] is circular
-    with refused("expected a dictionary"):
-        entry(circular, "data", "it")
+    refuses("expected a dictionary", entry, circular, "data", "it")
 
 
 def test_cut_short_wherever_is_refused():
@@ -277,8 +273,7 @@ def test_what_lies_behind_a_pickle_is_not_read():
         assert stream.read() == b"behind"
         for size in (len(content) - 1, len(content) // 2, 1, 0):
             stream = io.BytesIO(content + b"behind")
-            with refused("a whole pickle"):
-                read_pickle(stream, size, "it")
+            refuses("a whole pickle", read_pickle, stream, size, "it")
             assert stream.tell() <= size, "what is behind belongs to others"
 
 
@@ -288,18 +283,13 @@ def test_a_name_is_no_value_of_its_own(name):
 
 
 def test_files_and_keys_that_are_not_there(tmp_path):
-    with refused(r"absent\.pkl cannot be read: No such file"):
-        load_pickle(tmp_path / "absent.pkl", 10)
-    with refused("cannot be read"):
-        load_pickle(tmp_path, 10)
+    refuses(r"absent\.pkl cannot be read: No such file", load_pickle, tmp_path / "absent.pkl", 10)
+    refuses("cannot be read", load_pickle, tmp_path, 10)
     path = tmp_path / "large.pkl"
     path.write_bytes(pickle.dumps([0] * 50))
-    with refused("expected 10 at most"):
-        load_pickle(path, 10)
+    refuses("expected 10 at most", load_pickle, path, 10)
     assert load_pickle(path, 1000) == [0] * 50
     with refused(r"it has the keys 'a', 'b', 'int', expected 'data' among them"):
         entry({b"a": 1, "b": 2, 3: 3}, "data", "it")
-    with refused("it is a str, expected a numpy array"):
-        array("x", "it")
-    with refused("it is a list"):
-        array([1, 2.0], "it")
+    refuses("it is a str, expected a numpy array", array, "x", "it")
+    refuses("it is a list", array, [1, 2.0], "it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_files import CALL, PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refused, write_tar
+from data_files import CALL, PICKLES, SHORT, assert_holds, brought, cut_short, encoded, known, refuses, write_tar
 
 from diffopt.tasks import TieredImageNet, tiered_imagenet
 
@@ -84,8 +84,7 @@ def test_the_archive_is_read_once_its_checksum_is_right(made, tmp_path, monkeypa
     loaded = load(tmp_path)
     assert loaded.sources == ("tiered-imagenet.tar",)
     assert np.array_equal(loaded.images[50].numpy(), made.of_class(50))
-    with refused(r"has no file test_images_png\.pkl or test_labels\.pkl"):
-        load(tmp_path, "test")
+    refuses(r"has no file test_images_png\.pkl or test_labels\.pkl", load, tmp_path, "test")
 
 
 LABELS, NAMES = (Made("validation").labels[key] for key in ("label_specific", "label_specific_str"))
@@ -103,8 +102,7 @@ BROKEN = [
 def test_labels_of_another_kind_are_refused(change, message, made, tmp_path):
     made.labels |= change
     made.write(tmp_path)
-    with refused(message):
-        load(tmp_path)
+    refuses(message, load, tmp_path)
 
 
 PICTURES = Made("validation").encoded
@@ -120,8 +118,7 @@ OTHERS = [
 def test_pictures_of_another_kind_are_refused(pictures, message, made, tmp_path):
     made.encoded = pictures
     made.write(tmp_path)
-    with refused(message):
-        load(tmp_path)
+    refuses(message, load, tmp_path)
 
 
 def test_the_official_numbers_are_expected(made, tmp_path, monkeypatch):
@@ -130,13 +127,11 @@ def test_the_official_numbers_are_expected(made, tmp_path, monkeypatch):
     assert {split: classes for split, (classes, _) in OFFICIAL.items()} == CLASSES
     made.write(tmp_path)
     monkeypatch.setitem(tiered_imagenet.SIZES, "validation", OFFICIAL["validation"])
-    with refused(r"of shape \(242,\), expected 124,261 integers"):
-        load(tmp_path)
+    refuses(r"of shape \(242,\), expected 124,261 integers", load, tmp_path)
     # A file under the name of another split is told by its number of classes.
     for name in made.files():
         (tmp_path / name).rename(tmp_path / name.replace("val", "test"))
-    with refused("of 97, expected the names of 160 classes of 'test'"):
-        load(tmp_path, "test")
+    refuses("of 97, expected the names of 160 classes of 'test'", load, tmp_path, "test")
 
 
 def test_files_without_labels_cut_short_too_large_or_with_a_call_are_refused(made, tmp_path, monkeypatch):
@@ -144,20 +139,15 @@ def test_files_without_labels_cut_short_too_large_or_with_a_call_are_refused(mad
     for name in reversed(made.files()):
         path = tmp_path / name
         for _ in cut_short(path):
-            with refused(rf"{name} cannot be read .*, expected a whole pickle"):
-                load(tmp_path)
+            refuses(rf"{name} cannot be read .*, expected a whole pickle", load, tmp_path)
         whole = path.read_bytes()
         path.write_bytes(CALL)
-        with refused(rf"{name} names 'posix\.system'"):
-            load(tmp_path)
+        refuses(rf"{name} names 'posix\.system'", load, tmp_path)
         path.unlink()
-        with refused("no tieredImageNet data for split 'validation' in .* it has none"):
-            load(tmp_path)
+        refuses("no tieredImageNet data for split 'validation' in .* it has none", load, tmp_path)
         path.write_bytes(whole)
     monkeypatch.setattr(tiered_imagenet, "LARGEST_IMAGES", 1000)
-    with refused("expected 1,000 at most"):
-        load(tmp_path)
+    refuses("expected 1,000 at most", load, tmp_path)
     del made.labels["label_specific"]
     made.write(tmp_path)
-    with refused("expected 'label_specific' among them"):
-        load(tmp_path)
+    refuses("expected 'label_specific' among them", load, tmp_path)
