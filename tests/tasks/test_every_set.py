@@ -103,11 +103,9 @@ def test_every_other_file_is_refused(way, tmp_path):
         (KnownFile("a", 3, SHA256), f"has {len(CONTENT):,} bytes, expected 3"),
         (KnownFile("b", 3, SHA256), "b cannot be read: No such file"),
     ]:
-        with refused(message):
-            getattr(known, way)(tmp_path)
+        refuses(message, getattr(known, way), tmp_path)
     (tmp_path / "c").mkdir()
-    with refused("c cannot be read: Is a directory"):
-        getattr(KnownFile("c", None, SHA256), way)(tmp_path)
+    refuses("c cannot be read: Is a directory", getattr(KnownFile("c", None, SHA256), way), tmp_path)
 
 
 def test_one_of_several_forms_is_chosen_by_its_size(tmp_path):
@@ -128,13 +126,13 @@ LISTS = {"cifar-fs": (64, 16, 20), "fc100": (60, 20, 20), "mini-imagenet": (64, 
 SPLITS = ("train", "validation", "test")
 
 
-def test_the_file_is_sorted_throughout():
+def test_the_file_is_sorted_throughout_and_has_twenty_superclasses_of_five():
     content = json.loads((files("diffopt.tasks") / "classes.json").read_text(encoding="utf-8"))
     assert list(content) == sorted(content) == ["cifar-100", *LISTS]
     for lists in content.values():
         assert list(lists) == sorted(lists)
-        for names in lists.values():
-            assert names == sorted(set(names))
+        assert all(names == sorted(set(names)) for names in lists.values())
+    assert [len(names) for names in superclasses().values()] == [5] * 20
 
 
 @pytest.mark.parametrize("data_set", LISTS)
@@ -149,11 +147,6 @@ def test_splits_have_the_published_sizes_and_no_class_in_common(data_set):
         assert all(name[0] == "n" and name[1:].isdigit() and len(name) == 9 for names in lists for name in names)
 
 
-def test_superclasses_are_twenty_times_five():
-    assert len(superclasses()) == 20
-    assert all(len(names) == 5 for names in superclasses().values())
-
-
 @pytest.mark.data
 def test_lists_are_the_collected_facts(data_folder):
     path = data_folder / "splits.json"
@@ -162,9 +155,9 @@ def test_lists_are_the_collected_facts(data_folder):
     facts = json.loads(path.read_text(encoding="utf-8"))
     old = dict(zip(SPLITS, ("train", "val", "test"), strict=True))
     for split in SPLITS:
-        assert list(class_list("cifar-fs", split)) == sorted(facts["cifar_fs"][old[split]])
-        assert list(class_list("fc100", split)) == sorted(facts["fc100"][old[split]]["classes"])
-        assert list(class_list("mini-imagenet", split)) == sorted(facts["mini_imagenet_ravi"][old[split]])
+        fc100 = facts["fc100"][old[split]]["classes"]
+        published = (facts["cifar_fs"][old[split]], fc100, facts["mini_imagenet_ravi"][old[split]])
+        assert [list(class_list(name, split)) for name in LISTS] == list(map(sorted, published))
     cifar = facts["cifar100"]
     coarse = cifar["coarse_label_names_in_official_order"]
     for name, place in zip(cifar["fine_label_names_in_official_order"], cifar["fine_to_coarse"], strict=True):

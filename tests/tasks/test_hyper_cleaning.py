@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from data_files import refused, refuses
+from data_files import refuses
 from oracles import relative_error
 from sklearn.metrics import f1_score
 
@@ -131,27 +131,19 @@ def test_labels_are_drawn_again_uniformly(generator):
 
 
 def test_sides_that_do_not_fit_together_are_refused(problem):
-    for changes, message in (
-        ({"labels": problem.labels[1:]}, r"training inputs and labels have shapes \(120, 10\) and \(119,\)"),
-        ({"true_labels": problem.labels[1:]}, r"training inputs and labels have shapes \(120, 10\) and \(119,\)"),
-        (
-            {"validation_inputs": problem.validation_inputs[:, 1:]},
-            r"validation inputs .* \(200, 9\) and \(200,\), .* as many features",
-        ),
-        (
-            {"test_labels": problem.test_labels.int()},
-            r"test labels are 500 of torch.int32, .* expected .* of torch.int64 in 0 .. 2",
-        ),
-        ({"classes": 2}, r"training labels are .* or one is out of range, expected .* in 0 .. 1"),
-        (
-            {"test_inputs": problem.test_inputs[:0], "test_labels": problem.test_labels[:0]},
-            "test labels are 0 of .*, expected one or more",
-        ),
-        ({"logits": problem.logits[:, None]}, r"logits has shape \(120, 1\), expected one per .* example, \(120,\)"),
-    ):
+    def refuse(message, **changes):
         refuses(message, dataclasses.replace, problem, **changes, kind=ProblemError)
-    with refused(r"weights has shape \(119,\), expected one per training example, \(120,\)", ProblemError):
-        problem.loss(problem.start(), problem.logits[1:])
+
+    for kind in ("labels", "true_labels"):
+        refuse(r"training inputs and labels have shapes \(120, 10\) and \(119,\)", **{kind: problem.labels[1:]})
+    narrow, empty = problem.validation_inputs[:, 1:], {"test_inputs": problem.test_inputs[:0]}
+    refuse(r"validation inputs .* \(200, 9\) and \(200,\), .* as many features", validation_inputs=narrow)
+    refuse(r"test labels are 500 of torch.int32, .* of torch.int64 in 0 .. 2", test_labels=problem.test_labels.int())
+    refuse(r"training labels are .* or one is out of range, expected .* in 0 .. 1", classes=2)
+    refuse("test labels are 0 of .*, expected one or more", test_labels=problem.test_labels[:0], **empty)
+    refuse(r"logits has shape \(120, 1\), expected one per training ex.*, \(120,\)", logits=problem.logits[:, None])
+    message, start = r"weights has shape \(119,\), expected one per training example, \(120,\)", problem.start()
+    refuses(message, problem.loss, start, problem.logits[1:], kind=ProblemError)
     refuses(r"logits has shape \(\), expected", problem.f1, torch.tensor(0.0), kind=ProblemError)
 
 
