@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from diffopt.functional import functional
 from diffopt.tasks.caltech101 import Caltech101
-from diffopt.tasks.cifar_fs import CIFARFS
+from diffopt.tasks.cifar100 import CIFARFS, FC100
+from diffopt.tasks.classification import ClassificationSet
 from diffopt.tasks.data import data_folder
 from diffopt.tasks.episodes import Episodes, sample_episodes
 from diffopt.tasks.errors import DataError, ProblemError
-from diffopt.tasks.fc100 import FC100
 from diffopt.tasks.hyper_cleaning import HyperCleaning
 from diffopt.tasks.layers import BatchStatisticsNorm2d
 from diffopt.tasks.meta_transfer import MetaTransfer
@@ -26,10 +26,9 @@ from diffopt.tasks.models import MLP, Conv4
 from diffopt.tasks.omniglot import Omniglot
 from diffopt.tasks.quadratic import Quadratic, QuadraticHypergradient
 from diffopt.tasks.ragged import RaggedImages
-from diffopt.tasks.resnet import ResNet12
+from diffopt.tasks.residual import PlainStages, ResidualStages, ResNet12, Staged
 from diffopt.tasks.ridge import Ridge
 from diffopt.tasks.sinusoid import Sinusoid
-from diffopt.tasks.staged import PlainStages, ResidualStages, Staged
 from diffopt.tasks.tiered_imagenet import TieredImageNet
 
 __all__ = [
@@ -39,6 +38,7 @@ __all__ = [
     "MNIST",
     "BatchStatisticsNorm2d",
     "Caltech101",
+    "ClassificationSet",
     "Conv4",
     "DataError",
     "Episodes",

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, final
 
 import numpy as np
 
-from diffopt.tasks.data import open_file
+from diffopt.tasks.data import open_file, whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.pickled_arrays import Array
 
@@ -61,34 +61,22 @@ def tar_members(path: Path, wanted: Mapping[str, int], limit: int) -> Iterator[M
         file.seek(0)
         unpacked = gzip.GzipFile(fileobj=file) if zipped else file
         bounded = _Bounded(unpacked, limit, str(path))  # type: ignore[arg-type]
-        try:
-            with tarfile.open(fileobj=bounded, mode="r|") as archive:
-                for entry in archive:
-                    # NOTE [why sizes are looked at before the next header]
-                    # A negative size would send the reader back to where it was, for ever; a huge one would have it
-                    # skip beyond the end, block by block.
-                    if not 0 <= entry.size <= limit:
-                        raise DataError(
-                            f"{path} claims a file of {entry.size:,} bytes",
-                            f"0 to {limit:,}",
-                            "the archive is damaged: download it again",
-                        )
-                    yield from _member(archive, entry, left, wanted, path)
-                    if not left:
-                        return
-        except DataError:
-            raise
-        except _BROKEN as error:
-            raise DataError(
-                f"{path} cannot be read as a tar ({error})",
-                "a whole archive",
-                "the download was cut short or damaged: download it again",
-            ) from error
-    raise DataError(
-        f"{path} has no file {' or '.join(sorted(left))}",
-        "an archive with it",
-        "this is another archive, or it was cut short",
-    )
+        with (
+            whole(f"{path} cannot be read as a tar", "a whole archive", _BROKEN),
+            tarfile.open(fileobj=bounded, mode="r|") as archive,
+        ):
+            for entry in archive:
+                # NOTE [why sizes are looked at before the next header]
+                # A negative size would send the reader back to where it was, for ever; a huge one would have it
+                # skip beyond the end, block by block.
+                if not 0 <= entry.size <= limit:
+                    got = f"{path} claims a file of {entry.size:,} bytes"
+                    raise DataError(got, f"0 to {limit:,}", "the archive is damaged: download it again")
+                yield from _member(archive, entry, left, wanted, path)
+                if not left:
+                    return
+    fix = "this is another archive, or it was cut short"
+    raise DataError(f"{path} has no file {' or '.join(sorted(left))}", "an archive with it", fix)
 
 
 def _member(
@@ -120,11 +108,8 @@ class _Bounded(io.RawIOBase):
         content = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(content)
         if self._left < 0:
-            raise DataError(
-                f"{self._name} unpacks to more bytes than there may be",
-                f"{self._limit:,} at most",
-                "this is no archive of this data",
-            )
+            got = f"{self._name} unpacks to more bytes than there may be"
+            raise DataError(got, f"{self._limit:,} at most", "this is no archive of this data")
         return content
 
 
@@ -141,29 +126,18 @@ def npz_arrays(content: bytes, name: str, expected: Mapping[str, tuple[str, int]
     Raises:
         DataError: the file is no ``.npz`` or is damaged, lacks an array, or one is larger or other than expected.
     """
-    try:
+    with whole(f"{name} cannot be read as .npz", "a whole file", BROKEN_ZIP):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             total = sum(entry.file_size for entry in archive.infolist())
         if total > limit:
             raise DataError(f"{name} unpacks to {total:,} bytes", f"{limit:,} at most")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             if lacking := sorted(expected.keys() - set(file.files)):
-                raise DataError(
-                    f"{name} holds {', '.join(map(repr, file.files[:8])) or 'nothing'}",
-                    f"{', '.join(lacking)} too",
-                    "this is another file",
-                )
+                found = ", ".join(map(repr, file.files[:8])) or "nothing"
+                raise DataError(f"{name} holds {found}", f"{', '.join(lacking)} too", "this is another file")
             arrays = {key: file[key] for key in expected}
-    except DataError:
-        raise
-    except BROKEN_ZIP as error:
-        raise DataError(
-            f"{name} cannot be read as .npz ({error})",
-            "a whole file",
-            "the download was cut short or damaged: download it again",
-        ) from error
     for key, (kind, axes) in expected.items():
-        found = arrays[key]
-        if not found.dtype.str[1:].startswith(kind) or found.ndim != axes:
-            raise DataError(f"{name} holds {key} as {found.dtype} of shape {found.shape}", f"{axes} axes of {kind}")
+        one = arrays[key]
+        if not one.dtype.str[1:].startswith(kind) or one.ndim != axes:
+            raise DataError(f"{name} holds {key} as {one.dtype} of shape {one.shape}", f"{axes} axes of {kind}")
     return arrays

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 
 from diffopt.tasks.archives import npz_arrays
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing
+from diffopt.tasks.classification import Classes, ClassificationSet, Form, KnownSet
+from diffopt.tasks.data import KnownFile, Split
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first
 from diffopt.tasks.ragged import RaggedImages
@@ -27,15 +27,37 @@ LARGEST = 30_000_000
 CODES = ("train", "validation", "test")
 
 
+def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
+    def read(place: Path) -> Classes[RaggedImages]:
+        arrays = npz_arrays(SINGLE_FILE.read(place), SINGLE_FILE.name, EXPECTED, LARGEST)
+        images, labels, codes = arrays["images"], arrays["labels"], arrays["class_split"]
+        classes = len(arrays["class_names"])
+        if images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1] or codes.shape != (classes,):
+            shapes = f"images {images.shape}, labels {labels.shape}, class_split {codes.shape}, {classes} names"
+            raise DataError(f"{SINGLE_FILE.name} holds {shapes}", "[images, 32, 32, 3] and what belongs to it")
+        counts = np.bincount(labels, minlength=classes) if len(labels) and labels.min() >= 0 else np.zeros(0)
+        if len(counts) != classes or (np.diff(labels) < 0).any():
+            got = f"{SINGLE_FILE.name} has labels that are not sorted, or miss a class"
+            raise DataError(got, f"all of 0 to {classes - 1}, sorted")
+        chosen = codes == CODES.index(split)
+        pictures = images[chosen[labels]]
+        flat = channels_first(pictures, len(pictures), size)
+        names = tuple(arrays["class_names"][chosen].tolist())
+        return RaggedImages(flat, torch.from_numpy(counts[chosen])), names
+
+    return [Form((SINGLE_FILE.name,), read)]
+
+
 @final
-@dataclass(frozen=True, eq=False)
-class Caltech101:
+class Caltech101(ClassificationSet[RaggedImages]):
     """The images of one split, 32x32 in colour, classes of unequal size.
 
     A stand-in for small colour images, and no more: these are not CIFAR-FS's images, the split is our own, and no
     figure on them may be compared with one on CIFAR-FS. 99 of the 101 categories (both faces are left out, as is
     the clutter), at most 200 images of each, at least 31: 64 classes for training (4,421 images), 16 for validation
     (1,016), 19 for testing (1,133).
+
+    Read is ``caltech101_32.npz``, checked by size and SHA-256.
 
     Memory: 14 MB for the training split at 32x32 (a byte a value), 50 MB while it is loaded. Licence: CC BY
     4.0 by a secondary source; the images were collected from the web.
@@ -49,42 +71,4 @@ class Caltech101:
         sources: the names of the files that were read.
     """
 
-    images: RaggedImages
-    class_names: tuple[str, ...]
-    sources: tuple[str, ...]
-
-    @classmethod
-    def load(cls, folder: str | Path | None = None, *, split: Split, size: int = 32) -> Caltech101:
-        """Read one split from ``caltech101_32.npz``, checked by size and SHA-256.
-
-        Args:
-            folder: where to look; see :func:`diffopt.tasks.data_folder`.
-            split: ``train`` (64 classes), ``validation`` (16) or ``test`` (19).
-            size: height and width to bring the images to, with Pillow's antialiased bilinear filter.
-
-        Raises:
-            DataError: the split is unknown, the file is not there, or it is not what its name says.
-            ProblemError: ``size`` is below 1.
-        """
-        check_split(split)
-        check_size(size)
-        place = data_folder(folder)
-        if not is_there(place / SINGLE_FILE.name):
-            raise missing(f"Caltech-101 data for split {split!r}", [place], SINGLE_FILE.name, ORIGIN)
-        arrays = npz_arrays(SINGLE_FILE.read(place), SINGLE_FILE.name, EXPECTED, LARGEST)
-        images, labels, codes = arrays["images"], arrays["labels"], arrays["class_split"]
-        classes = len(arrays["class_names"])
-        if images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1] or codes.shape != (classes,):
-            shapes = f"images {images.shape}, labels {labels.shape}, class_split {codes.shape}, {classes} names"
-            raise DataError(f"{SINGLE_FILE.name} holds {shapes}", "[images, 32, 32, 3] and what belongs to it")
-        counts = np.bincount(labels, minlength=classes) if len(labels) and labels.min() >= 0 else np.zeros(0)
-        if len(counts) != classes or (np.diff(labels) < 0).any():
-            raise DataError(
-                f"{SINGLE_FILE.name} has labels that are not sorted, or miss a class",
-                f"all of 0 to {classes - 1}, sorted",
-            )
-        chosen = codes == CODES.index(split)
-        pictures = images[chosen[labels]]
-        flat = channels_first(pictures, len(pictures), size)
-        names = tuple(arrays["class_names"][chosen].tolist())
-        return cls(RaggedImages(flat, torch.from_numpy(counts[chosen])), names, (SINGLE_FILE.name,))
+    _known = KnownSet("Caltech-101", 32, _forms, ORIGIN)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, final, get_args
 
@@ -48,14 +50,14 @@ def expanded(path: str | Path) -> Path:
         raise DataError(f"{path} cannot be read ({error})", "a path", "write it without ~") from error
 
 
-def check_split(split: str) -> None:
-    """Refuse what is not one of the three splits.
+def check_split(split: str, splits: Sequence[str] = get_args(Split)) -> None:
+    """Refuse what is not one of the splits.
 
     Raises:
         DataError: it is not.
     """
-    if split not in get_args(Split):
-        raise DataError(f"split is {split!r}", f"one of {', '.join(get_args(Split))}")
+    if split not in splits:
+        raise DataError(f"split is {split!r}", f"one of {', '.join(splits)}")
 
 
 def check_size(size: int) -> None:
@@ -112,14 +114,9 @@ class KnownFile:
             DataError: the file is not there or cannot be read, or its size or checksum is wrong.
         """
         path, file = self._opened(folder, limit)
-        try:
-            with file:
-                content = file.read()
-        except OSError as error:
-            raise unreadable(path, error) from error
-        digest = self._hash()
-        digest.update(content)
-        self._compare(path, digest.hexdigest())
+        with reading(path), file:
+            content = file.read()
+        self._compare(path, [content])
         return content
 
     def check(self, folder: Path) -> Path:
@@ -129,34 +126,25 @@ class KnownFile:
             DataError: as :meth:`read`.
         """
         path, file = self._opened(folder, None)
-        digest = self._hash()
-        try:
-            with file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        self._compare(path, digest.hexdigest())
+        with reading(path), file:
+            self._compare(path, iter(partial(file.read, CHUNK), b""))
         return path
 
     def _opened(self, folder: Path, limit: int | None) -> tuple[Path, BinaryIO]:
         path = folder / self.name
-        file, size = open_file(path)
-        if self.size is not None and size != self.size:
+        file, size = open_file(path, limit, _DAMAGED)
+        if self.size not in (None, size):
             file.close()
             raise DataError(f"{path} has {size:,} bytes", f"{self.size:,}", _DAMAGED)
-        if limit is not None and size > limit:
-            file.close()
-            raise DataError(f"{path} has {size:,} bytes", f"{limit:,} at most", _DAMAGED)
         return path, file
 
-    def _hash(self) -> hashlib._Hash:
-        return hashlib.sha256() if self.sha256 else hashlib.md5(usedforsecurity=False)
-
-    def _compare(self, path: Path, digest: str) -> None:
+    def _compare(self, path: Path, content: Iterable[bytes]) -> None:
+        digest = hashlib.sha256() if self.sha256 else hashlib.md5(usedforsecurity=False)
+        for part in content:
+            digest.update(part)
         name, expected = ("SHA-256", self.sha256) if self.sha256 else ("MD5", self.md5)
-        if digest != expected:
-            raise DataError(f"{path} has {name} {digest}", expected, _DAMAGED)
+        if digest.hexdigest() != expected:
+            raise DataError(f"{path} has {name} {digest.hexdigest()}", expected, _DAMAGED)
 
 
 def read_one_of(alternatives: Sequence[KnownFile], folder: Path) -> bytes:
@@ -175,21 +163,21 @@ def read_one_of(alternatives: Sequence[KnownFile], folder: Path) -> bytes:
     raise DataError(f"{path} has {size:,} bytes", expected, _DAMAGED)
 
 
-def open_file(path: Path) -> tuple[BinaryIO, int]:
+def open_file(path: Path, limit: int | None = None, fix: str = "this is another file") -> tuple[BinaryIO, int]:
     """A file opened for reading, and its size in bytes.
 
     Raises:
-        DataError: it is not there, cannot be read, or is no plain file: to open a pipe would wait for ever, and a
-            device may have no end.
+        DataError: it is not there, cannot be read, is larger than ``limit`` bytes, or is no plain file: to open a pipe
+            would wait for ever, and a device may have no end.
     """
-    try:
+    with reading(path):
         plain_size(path)
         file = path.open("rb")
-        return file, os.fstat(file.fileno()).st_size
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+        size = os.fstat(file.fileno()).st_size
+    if limit is not None and size > limit:
+        file.close()
+        raise DataError(f"{path} has {size:,} bytes", f"{limit:,} at most", fix)
+    return file, size
 
 
 def plain_size(path: Path) -> int:
@@ -211,16 +199,32 @@ def is_there(path: Path) -> bool:
     Raises:
         DataError: the system will not say, such as of a name that is too long or a folder that is closed.
     """
-    try:
+    with reading(path):
         return path.exists()
+
+
+@contextmanager
+def whole(got: str, expected: str, broken: tuple[type[Exception], ...], fix: str = "") -> Iterator[None]:
+    """Within it, what the standard library raises on a damaged file is a :class:`DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except broken as error:
+        usual = "the download was cut short or damaged: download it again"
+        raise DataError(f"{got} ({str(error)[:100]})", expected, fix or usual) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within it, what the system says where it will not let a file be read is a :class:`DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError | ValueError) -> DataError:
-    """The error to raise where the system will not let a file be read."""
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return DataError(f"{str(path)[:200]} cannot be read: {reason}", "a file", HOW_TO_SET)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DataError(f"{str(path)[:200]} cannot be read: {reason}", "a file", HOW_TO_SET) from error
 
 
 _DAMAGED = "the download was cut short or this is another file: delete it and download it again"

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffopt.tasks.data import whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.pickled_arrays import Array
 
@@ -20,14 +21,8 @@ _MOST_PIXELS = 64_000_000
 """More than the largest photograph of ImageNet; a small file that claims more is refused before it is decoded."""
 
 BROKEN_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    MemoryError,
+    *(OSError, SyntaxError, ValueError, EOFError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
@@ -43,23 +38,17 @@ def decoded(content: bytes | memoryview, name: str, *, size: int, formats: tuple
     Raises:
         DataError: it is no such picture, is damaged, or has too many pixels.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=formats) as image:
-                if image.width * image.height > _MOST_PIXELS:
-                    raise DataError(
-                        f"{name} claims {image.width}x{image.height} pixels",
-                        f"{_MOST_PIXELS:,} at most",
-                        "it was not decoded",
-                    )
-                return np.asarray(_brought(image.convert("RGB"), size))
-    except DataError:
-        raise
-    except (*BROKEN_IMAGE, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name} cannot be read ({error})", f"a whole {' or '.join(formats)}", "obtain it again"
-        ) from error
+    broken = (*BROKEN_IMAGE, Image.DecompressionBombWarning)
+    with (
+        whole(f"{name} cannot be read", f"a whole {' or '.join(formats)}", broken, "obtain it again"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                got = f"{name} claims {image.width}x{image.height} pixels"
+                raise DataError(got, f"{_MOST_PIXELS:,} at most", "it was not decoded")
+            return np.asarray(_brought(image.convert("RGB"), size))
 
 
 def resized(image: Array, size: int) -> Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, TypeAlias, final
 
 import torch
@@ -70,6 +72,19 @@ def convolution(
     else:
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     return layer
+
+
+def convolutions(
+    channels: Sequence[int],
+    activation: Callable[[], nn.Module],
+    generator: torch.Generator | None,
+    draw: Draw = "he",
+) -> list[nn.Module]:
+    """From each number of channels to the next: a 3x3 convolution, its normalisation, an activation."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(channels):
+        layers += [convolution(inputs, outputs, 3, generator, draw), BatchStatisticsNorm2d(outputs), activation()]
+    return layers
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:

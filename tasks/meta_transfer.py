@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, linear
 
 from diffopt.tasks.errors import ProblemError
-from diffopt.tasks.staged import Staged
+from diffopt.tasks.residual import Staged
 
 Network: TypeAlias = dict[str, Tensor]
 Params: TypeAlias = dict[str, Network]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffopt.tasks.archives import npz_arrays
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing, read_one_of
+from diffopt.tasks.classification import Form, KnownSet
+from diffopt.tasks.data import KnownFile, Split, read_one_of, whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import resized
 from diffopt.tasks.pickled_arrays import Array
@@ -42,6 +44,33 @@ LARGEST = 60_000_000
 """Bytes, unpacked; the official files have 55 million in all."""
 TRAINING = 50_000
 """How many of the official training images are for training; those behind them are for validation."""
+
+
+def _forms(split: Split, size: int) -> list[Form[tuple[Tensor, Tensor]]]:
+    half, official = ("test", OFFICIAL_TEST) if split == "test" else ("train", OFFICIAL_TRAIN)
+    kept = {"train": slice(0, TRAINING), "validation": slice(TRAINING, None), "test": slice(0, None)}[split]
+
+    def chosen(arrays: Iterable[Array], name: str) -> tuple[Tensor, Tensor]:
+        images, labels = arrays
+        if labels.shape != images.shape[:1] or images.shape[1:] != (28, 28) or (len(labels) and labels.max() > 9):
+            got = f"{name} holds images {images.shape} with labels {labels.shape}"
+            raise DataError(got, "[images, 28, 28] and as many labels, 0 to 9")
+        images, labels = images[kept], labels[kept]
+        brought = images.copy() if size == 28 else np.stack([resized(image, size) for image in images])
+        return torch.from_numpy(brought), torch.from_numpy(labels.astype(np.int64))
+
+    def single(place: Path) -> tuple[Tensor, Tensor]:
+        name, expected = SINGLE_FILES[0].name, {f"x_{half}": ("u1", 3), f"y_{half}": ("u1", 1)}
+        return chosen(npz_arrays(read_one_of(SINGLE_FILES, place), name, expected, LARGEST).values(), name)
+
+    def pair(place: Path) -> tuple[Tensor, Tensor]:
+        arrays = (idx_array(one.read(place), one.name, axes) for one, axes in zip(official, (3, 1), strict=True))
+        return chosen(arrays, official[0].name)
+
+    return [Form((SINGLE_FILES[0].name,), single), Form(tuple(one.name for one in official), pair)]
+
+
+_KNOWN = KnownSet("MNIST", 28, _forms, ORIGIN)
 
 
 @final
@@ -80,39 +109,13 @@ class MNIST:
             DataError: the split is unknown, no usable file is there, or a file is not what its name says.
             ProblemError: ``size`` is below 1.
         """
-        check_split(split)
-        check_size(size)
-        place = data_folder(folder)
-        official = OFFICIAL_TEST if split == "test" else OFFICIAL_TRAIN
-        if is_there(place / SINGLE_FILES[0].name):
-            half = "test" if split == "test" else "train"
-            names = [f"x_{half}", f"y_{half}"]
-            expected = {names[0]: ("u1", 3), names[1]: ("u1", 1)}
-            name = SINGLE_FILES[0].name
-            arrays = npz_arrays(read_one_of(SINGLE_FILES, place), name, expected, LARGEST)
-            return cls._chosen(arrays[names[0]], arrays[names[1]], split, size, (name,))
-        if all(is_there(place / one.name) for one in official):
-            images, labels = (
-                idx_array(one.read(place), one.name, axes) for one, axes in zip(official, (3, 1), strict=True)
-            )
-            return cls._chosen(images, labels, split, size, tuple(one.name for one in official))
-        accepted = f"mnist.npz, or {' and '.join(one.name for one in official)}"
-        raise missing(f"MNIST data for split {split!r}", [place], accepted, ORIGIN)
+        (images, labels), sources = _KNOWN.find(folder, split, size)
+        return cls(images, labels, sources)
 
     def by_class(self) -> RaggedImages:
         """The images sorted by digit, to draw few-shot episodes from."""
         order = torch.sort(self.labels, stable=True).indices
         return RaggedImages(self.images[order], torch.bincount(self.labels))
-
-    @classmethod
-    def _chosen(cls, images: Array, labels: Array, split: Split, size: int, sources: tuple[str, ...]) -> MNIST:
-        if labels.shape != images.shape[:1] or images.shape[1:] != (28, 28) or (len(labels) and labels.max() > 9):
-            shapes = f"{images.shape} with labels {labels.shape}"
-            raise DataError(f"{sources[0]} holds images {shapes}", "[images, 28, 28] and as many labels, 0 to 9")
-        kept = {"train": slice(0, TRAINING), "validation": slice(TRAINING, None), "test": slice(0, None)}[split]
-        images, labels = images[kept], labels[kept]
-        brought = images.copy() if size == 28 else np.stack([resized(image, size) for image in images])
-        return cls(torch.from_numpy(brought), torch.from_numpy(labels.astype(np.int64)), sources)
 
 
 def idx_array(content: bytes, name: str, axes: int) -> Array:
@@ -121,15 +124,11 @@ def idx_array(content: bytes, name: str, axes: int) -> Array:
     Raises:
         DataError: it is not of that form, or its length is not what its shape says.
     """
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-            unpacked = file.read(LARGEST + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{name} cannot be unpacked ({error})",
-            "a whole file",
-            "the download was cut short or damaged: download it again",
-        ) from error
+    with (
+        whole(f"{name} cannot be unpacked", "a whole file", (OSError, EOFError, zlib.error)),
+        gzip.GzipFile(fileobj=io.BytesIO(content)) as file,
+    ):
+        unpacked = file.read(LARGEST + 1)
     start = 4 + 4 * axes
     if len(unpacked) < start or unpacked[:4] != bytes([0, 0, 8, axes]):
         raise DataError(f"{name} begins with {unpacked[:4].hex()}", f"000008{axes:02} (uint8, {axes} axes)")

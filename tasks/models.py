@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffopt.tasks.errors import ProblemError
-from diffopt.tasks.layers import BatchStatisticsNorm2d, convolution, linear
+from diffopt.tasks.layers import convolutions, linear
 from diffopt.tensors.arguments import check_generator, check_integer
 from diffopt.tensors.tree import describe
 
@@ -61,11 +61,9 @@ class MLP(nn.Module):
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, normalisation, ReLU and 2x2 max-pooling; then a linear layer.
 
-    The normalisation is :class:`BatchStatisticsNorm2d`.
-
-    The convolutions have no bias: the normalisation that follows would subtract it again, leaving directions
-    in which the loss is flat. Through the statistics the examples of one batch influence each other's logits
-    (transductive prediction).
+    The normalisation is :class:`BatchStatisticsNorm2d`, through which the examples of one batch influence each
+    other's logits (transductive prediction). The convolutions have no bias: the normalisation would subtract it
+    again, leaving directions in which the loss is flat.
 
     Reference: Vinyals et al. (2016), "Matching Networks for One Shot Learning", section 4.1.
 
@@ -95,8 +93,10 @@ class Conv4(nn.Module):
         image_size = check_integer("image_size (halved four times)", image_size, 16, kind=ProblemError)
         if generator is not None:
             check_generator("generator", generator, ProblemError)
-        inputs = (in_channels, filters, filters, filters)
-        blocks = [_block(channels, filters, generator) for channels in inputs]
+        blocks = [
+            nn.Sequential(*convolutions((inputs, filters), nn.ReLU, generator, "torch"), nn.MaxPool2d(2))
+            for inputs in (in_channels, filters, filters, filters)
+        ]
         self.features = nn.Sequential(*blocks, nn.Flatten())
         self.head = linear(filters * (image_size // 16) ** 2, way, generator)
 
@@ -104,9 +104,3 @@ class Conv4(nn.Module):
         """Map images ``[examples, in_channels, image_size, image_size]`` to logits ``[examples, way]``."""
         logits: Tensor = self.head(self.features(inputs))
         return logits
-
-
-def _block(in_channels: int, filters: int, generator: torch.Generator | None) -> nn.Sequential:
-    """Convolution, normalisation, ReLU, pooling: half the height and width, rounded down."""
-    layer = convolution(in_channels, filters, 3, generator)
-    return nn.Sequential(layer, BatchStatisticsNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2))

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffopt.tasks.data import HOW_TO_SET, KnownFile, data_folder, expanded, is_there
+from diffopt.tasks.classification import Form, KnownSet
+from diffopt.tasks.data import KnownFile, expanded
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.omniglot_archive import Drawings, read_archives
 
@@ -39,7 +40,38 @@ SMALL_BACKGROUND = (
         "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
     ),
 )
-ORIGIN = "github.com/brendenlake/omniglot"
+ORIGIN = (
+    "the zips are at https://github.com/brendenlake/omniglot/tree/master/python; they do not know the Vinyals splits"
+)
+CODES = ("vinyals-train", "vinyals-validation", "vinyals-test")
+
+
+def _forms(split: Split, size: int) -> list[Form[Drawings]]:
+    def single(place: Path) -> Drawings:
+        with np.load(io.BytesIO(SINGLE_FILE.read(place)), allow_pickle=False) as file:
+            if split in CODES:
+                chosen = file["vinyals_split"] == CODES.index(split)
+            else:
+                chosen = file["is_background"] == (split == "background")
+            alphabets = file["alphabet_names"][file["alphabet"][chosen]].tolist()
+            characters = file["character_names"][chosen].tolist()
+            return Drawings(file["images"][chosen], tuple(alphabets), tuple(characters))
+
+    def zips(*known: KnownFile) -> Form[Drawings]:
+        def read(place: Path) -> Drawings:
+            return read_archives([(one.name, io.BytesIO(one.read(place))) for one in known])
+
+        return Form(tuple(one.name for one in known), read)
+
+    first, second = SMALL_BACKGROUND
+    archives = {
+        "background": [zips(BACKGROUND), zips(first, second), zips(first), zips(second)],
+        "evaluation": [zips(EVALUATION)],
+    }
+    return [Form((SINGLE_FILE.name,), single), *archives.get(split, [])]
+
+
+_KNOWN = KnownSet("Omniglot", 28, _forms, ORIGIN, splits=get_args(Split))
 
 
 @final
@@ -88,17 +120,8 @@ class Omniglot:
         Raises:
             DataError: the split is unknown, no usable file is there, or a file is not what its name says.
         """
-        if split not in get_args(Split):
-            raise DataError(f"split is {split!r}", f"one of {', '.join(get_args(Split))}")
-        place = data_folder(folder)
-        if is_there(place / SINGLE_FILE.name):
-            loaded = cls._from_single_file(place, split)
-        else:
-            known = _archives(place, split)
-            loaded = cls._from_drawings(
-                read_archives([(one.name, io.BytesIO(one.read(place))) for one in known]),
-                [one.name for one in known],
-            )
+        drawings, sources = _KNOWN.find(folder, split)
+        loaded = cls(torch.from_numpy(drawings.images), drawings.alphabets, drawings.characters, sources)
         return loaded.rotated() if rotations else loaded
 
     @classmethod
@@ -111,43 +134,11 @@ class Omniglot:
         if isinstance(paths, str | Path):
             raise DataError(f"paths is {str(paths)!r}", "a list of paths", "put it in [ ]")
         named = [(str(path), expanded(path)) for path in paths]
-        return cls._from_drawings(read_archives(named), [path.name for _, path in named])
+        drawings, sources = read_archives(named), tuple(path.name for _, path in named)
+        return cls(torch.from_numpy(drawings.images), drawings.alphabets, drawings.characters, sources)
 
     def rotated(self) -> Omniglot:
         """These classes, then all of them turned by 90 degrees counterclockwise, by 180, by 270."""
         turned = [torch.rot90(self.images, quarter, dims=(2, 3)) for quarter in range(4)]
         names = [f"{name} rotated {90 * quarter}" for quarter in (1, 2, 3) for name in self.characters]
         return Omniglot(torch.cat(turned), self.alphabets * 4, (*self.characters, *names), self.sources)
-
-    @classmethod
-    def _from_drawings(cls, drawings: Drawings, sources: Sequence[str]) -> Omniglot:
-        images = torch.from_numpy(drawings.images)
-        return cls(images, drawings.alphabets, drawings.characters, tuple(sources))
-
-    @classmethod
-    def _from_single_file(cls, folder: Path, split: Split) -> Omniglot:
-        with np.load(io.BytesIO(SINGLE_FILE.read(folder)), allow_pickle=False) as file:
-            if split in ("background", "evaluation"):
-                chosen = file["is_background"] == (split == "background")
-            else:
-                codes = ("vinyals-train", "vinyals-validation", "vinyals-test")
-                chosen = file["vinyals_split"] == codes.index(split)
-            alphabets = file["alphabet_names"][file["alphabet"][chosen]].tolist()
-            characters = file["character_names"][chosen].tolist()
-            images = torch.from_numpy(file["images"][chosen])
-            return cls(images, tuple(alphabets), tuple(characters), (SINGLE_FILE.name,))
-
-
-def _archives(folder: Path, split: Split) -> list[KnownFile]:
-    """The official zips in ``folder`` that make up ``split``."""
-    groups = {"background": [[BACKGROUND], list(SMALL_BACKGROUND)], "evaluation": [[EVALUATION]]}
-    accepted = groups.get(split, [])
-    for group in accepted:
-        if there := [one for one in group if is_there(folder / one.name)]:
-            return there
-    names = " or ".join([SINGLE_FILE.name, *(group[0].name for group in accepted)])
-    limit = "" if accepted else " (the official zips do not know the Vinyals splits)"
-    state = "it has none of the accepted files" if folder.is_dir() else "there is no such folder"
-    raise DataError(
-        f"no Omniglot data for {split!r} in {folder}: {state}", f"{names}{limit}", f"see {ORIGIN}, or {HOW_TO_SET}"
-    )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffopt.tasks.archives import BROKEN_ZIP
-from diffopt.tasks.data import plain_size
+from diffopt.tasks.data import plain_size, whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import BROKEN_IMAGE
 
@@ -79,7 +79,7 @@ def read_archives(archives: Sequence[tuple[str, Path | BinaryIO]]) -> Drawings:
 def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[npt.NDArray[np.uint8]]]:
     """The drawings of each (alphabet, character) of one zip, in the order of their names."""
     drawn: defaultdict[tuple[str, str], list[npt.NDArray[np.uint8]]] = defaultdict(list)
-    try:
+    with whole(f"{name} cannot be read", "a zip", BROKEN_ZIP, "download it again"):
         if isinstance(file, Path) and (size := plain_size(file)) > LARGEST_ZIP:
             raise DataError(f"{name} has {size:,} bytes", f"{LARGEST_ZIP:,} at most", "this is another file")
         with zipfile.ZipFile(file) as archive:
@@ -87,21 +87,14 @@ def _read_one(name: str, file: Path | BinaryIO) -> dict[tuple[str, str], list[np
                 if match := _MEMBER.fullmatch(member.filename):
                     drawing = _decode(f"{name}: {member.filename}", _content(name, archive, member))
                     drawn[match["alphabet"], match["character"]].append(drawing)
-    except DataError:
-        raise
-    except BROKEN_ZIP as error:
-        raise DataError(f"{name} cannot be read ({str(error)[:80]})", "a zip", "download it again") from error
     return dict(drawn)
 
 
 def _content(name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """One member, whose size is looked at before anything is unpacked; no more than it claims comes out of it."""
     if member.file_size > LARGEST_DRAWING:
-        raise DataError(
-            f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes",
-            f"a drawing of {LARGEST_DRAWING:,} at most",
-            "this is another file",
-        )
+        got = f"{name} holds {member.filename[:80]} with {member.file_size:,} bytes"
+        raise DataError(got, f"a drawing of {LARGEST_DRAWING:,} at most", "this is another file")
     return archive.read(member)
 
 
@@ -111,15 +104,11 @@ def _decode(name: str, content: bytes) -> npt.NDArray[np.uint8]:
     # NOTE [grey, then invert, then resize]
     The filter rounds, so inverting after it instead of before differs by one grey level in some pixels.
     """
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            if image.size != OFFICIAL_SIZE:
-                raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels", "105x105")
-            ink = 255 - np.asarray(image.convert("L"))
-    except DataError:
-        raise
-    except BROKEN_IMAGE as error:
-        raise DataError(
-            f"{name} is not a readable image ({str(error)[:80]})", "a PNG", "download the zip again"
-        ) from error
+    with (
+        whole(f"{name} is not a readable image", "a PNG", BROKEN_IMAGE, "download the zip again"),
+        Image.open(io.BytesIO(content), formats=("PNG",)) as image,
+    ):
+        if image.size != OFFICIAL_SIZE:
+            raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels", "105x105")
+        ink = 255 - np.asarray(image.convert("L"))
     return np.asarray(Image.fromarray(ink).resize(SIZE, Image.Resampling.BILINEAR))

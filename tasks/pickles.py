@@ -17,7 +17,7 @@ import pickletools
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from typing import Any, BinaryIO, ClassVar, final
 
 import numpy as np
 
-from diffopt.tasks.data import open_file
+from diffopt.tasks.archives import tar_members
+from diffopt.tasks.data import open_file, whole
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.pickled_arrays import Array, PickledArray, PickledNumber, shown
 
@@ -42,11 +43,19 @@ def load_pickle(path: Path, limit: int) -> Any:
     Raises:
         DataError: the file is missing or larger than ``limit`` bytes, or as for :func:`read_pickle`.
     """
-    file, size = open_file(path)
+    file, size = open_file(path, limit)
     with file:
-        if size > limit:
-            raise DataError(f"{path} has {size:,} bytes", f"{limit:,} at most", "this is another file")
         return read_pickle(file, size, str(path))
+
+
+def archived_pickles(path: Path, wanted: Mapping[str, int], limit: int) -> dict[str, Any]:
+    """What is pickled in members of a tar; see :func:`read_pickle` and, for the arguments, :func:`tar_members`.
+
+    Raises:
+        DataError: as both.
+    """
+    members = tar_members(path, wanted, limit)
+    return {member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}") for member in members}
 
 
 def read_pickle(stream: BinaryIO, size: int, name: str) -> Any:
@@ -59,16 +68,8 @@ def read_pickle(stream: BinaryIO, size: int, name: str) -> Any:
         DataError: the pickle names anything but numpy's arrays, is cut short or broken.
     """
     reader = _Reader(stream, size, name)
-    try:
+    with whole(f"{name} cannot be read", "a whole pickle", _BROKEN):
         value = reader.load()
-    except DataError:
-        raise
-    except _BROKEN as error:
-        raise DataError(
-            f"{name} cannot be read ({str(error)[:100]})",
-            "a whole pickle",
-            "the download was cut short or damaged: download it again",
-        ) from error
     if reader.stack or reader.metastack:
         count = 1 + sum(map(len, (reader.stack, *reader.metastack)))
         raise DataError(f"{name} leaves {count} values and {len(reader.metastack)} marks", "one value")

@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
 
-from diffopt.tasks.archives import tar_members
-from diffopt.tasks.data import KnownFile, Split, check_size, check_split, data_folder, is_there, missing
+from diffopt.tasks.classification import Classes, ClassificationSet, Form, KnownSet
+from diffopt.tasks.data import KnownFile, Split
 from diffopt.tasks.errors import DataError
 from diffopt.tasks.images import channels_first, decoded
 from diffopt.tasks.pickled_arrays import Array, PickledArray, text
-from diffopt.tasks.pickles import array, entry, load_pickle, read_pickle
+from diffopt.tasks.pickles import archived_pickles, array, entry, load_pickle
 from diffopt.tasks.ragged import RaggedImages
 
 ARCHIVE = KnownFile("tiered-imagenet.tar", None, md5="e07e811b9f29362d159a9edd0d838c62")
 LARGEST_IMAGES, LARGEST_LABELS, LARGEST_ARCHIVE = 12_000_000_000, 50_000_000, 16_000_000_000
 SHORT = {"train": "train", "validation": "val", "test": "test"}
 SIZES = {"train": (351, 448_695), "validation": (97, 124_261), "test": (160, 206_209)}
-"""Classes and images of each split."""
+"""Classes[RaggedImages] and images of each split."""
 ORIGIN = (
     "ImageNet's terms forbid passing the images on: ask at https://image-net.org. Prepared files (12.9 GB): "
     "https://github.com/renmengye/few-shot-ssl-public"
 )
 
 
+def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
+    pair = (f"{SHORT[split]}_images_png.pkl", f"{SHORT[split]}_labels.pkl")
+
+    def of_pickles(prefix: str) -> Form[Classes[RaggedImages]]:
+        images, labels = (prefix + name for name in pair)
+
+        def read(place: Path) -> Classes[RaggedImages]:
+            # The labels first: they are small, and tell a wrong file at once.
+            marked = _labels(load_pickle(place / labels, LARGEST_LABELS), str(place / labels), split)
+            return _decoded(load_pickle(place / images, LARGEST_IMAGES), *marked, str(place / images), size)
+
+        return Form((images, labels), read)
+
+    def of_archive(place: Path) -> Classes[RaggedImages]:
+        path = ARCHIVE.check(place)
+        wanted = dict(zip(pair, (LARGEST_IMAGES, LARGEST_LABELS), strict=True))
+        tables = archived_pickles(path, wanted, LARGEST_ARCHIVE)
+        marked = _labels(tables[pair[1]], f"{path}: {pair[1]}", split)
+        return _decoded(tables.pop(pair[0]), *marked, f"{path}: {pair[0]}", size)
+
+    return [of_pickles(""), of_pickles("tiered-imagenet-"), Form((ARCHIVE.name,), of_archive)]
+
+
 @final
-@dataclass(frozen=True, eq=False)
-class TieredImageNet:
+class TieredImageNet(ClassificationSet[RaggedImages]):
     """The images of one split, 84x84 in colour, classes of unequal size.
 
     The split is by category, each of 10 to 30 classes, so that training and test classes differ more than those of
     miniImageNet: 20 categories (351 classes, 448,695 images) for training, 6 (97; 124,261) for validation, 8 (160;
     206,209) for testing, none in two of them.
+
+    Read are the files of Ren et al., in the data folder or in its ``tiered-imagenet``: ``train_images_png.pkl`` (a
+    list of encoded pictures) and ``train_labels.pkl`` (``val``, ``test``), each also with ``tiered-imagenet-`` before
+    its name; or else the archive of them, ``tiered-imagenet.tar``, checked by MD5. Pickles have no checksum of their
+    own: numbers and shapes are checked instead. Decoding takes minutes for the training split.
 
     Memory: 9.5 GB for the training split at 84x84 (a byte a value; floats are made of what is drawn only), 1.4 GB
     at 32x32; while it is loaded, the encoded pictures besides, some 7 GB. Licence: ImageNet's terms of access;
@@ -52,52 +78,7 @@ class TieredImageNet:
         sources: the names of the files that were read.
     """
 
-    images: RaggedImages
-    class_names: tuple[str, ...]
-    sources: tuple[str, ...]
-
-    @classmethod
-    def load(cls, folder: str | Path | None = None, *, split: Split, size: int = 84) -> TieredImageNet:
-        """Read one split from the files of Ren et al., in ``folder`` or in its ``tiered-imagenet``.
-
-        Read are ``train_images_png.pkl`` (a list of encoded pictures) and ``train_labels.pkl`` (``val``, ``test``),
-        each also with ``tiered-imagenet-`` before its name; or else the archive of them, ``tiered-imagenet.tar``,
-        checked by MD5. Pickles have no checksum of their own: numbers and shapes are checked instead. Nothing in
-        them can run. Decoding takes minutes for the training split.
-
-        Args:
-            folder: where to look; see :func:`diffopt.tasks.data_folder`.
-            split: ``train`` (351 classes), ``validation`` (97) or ``test`` (160).
-            size: height and width to bring the images to, with Pillow's antialiased bilinear filter.
-
-        Raises:
-            DataError: the split is unknown, no usable file is there, or a file is not what its name says.
-            ProblemError: ``size`` is below 1.
-        """
-        check_split(split)
-        check_size(size)
-        places = [data_folder(folder) / "tiered-imagenet", data_folder(folder)]
-        pair = (f"{SHORT[split]}_images_png.pkl", f"{SHORT[split]}_labels.pkl")
-        for place in places:
-            for prefix in ("", "tiered-imagenet-"):
-                images, labels = (prefix + name for name in pair)
-                if is_there(place / images) and is_there(place / labels):
-                    # The labels first: they are small, and tell a wrong file at once.
-                    table = load_pickle(place / labels, LARGEST_LABELS)
-                    marked = _labels(table, str(place / labels), split)
-                    encoded = load_pickle(place / images, LARGEST_IMAGES)
-                    return cls(*_decoded(encoded, *marked, str(place / images), size), (images, labels))
-            if is_there(place / ARCHIVE.name):
-                path = ARCHIVE.check(place)
-                wanted = dict(zip(pair, (LARGEST_IMAGES, LARGEST_LABELS), strict=True))
-                tables = {
-                    member.name: read_pickle(member.stream, member.size, f"{path}: {member.name}")
-                    for member in tar_members(path, wanted, LARGEST_ARCHIVE)
-                }
-                marked = _labels(tables[pair[1]], f"{path}: {pair[1]}", split)
-                return cls(*_decoded(tables.pop(pair[0]), *marked, f"{path}: {pair[0]}", size), (ARCHIVE.name,))
-        accepted = f"{pair[0]} and {pair[1]}, or {ARCHIVE.name}"
-        raise missing(f"tieredImageNet data for split {split!r}", places, accepted, ORIGIN)
+    _known = KnownSet("tieredImageNet", 84, _forms, ORIGIN, folder="tiered-imagenet")
 
 
 def _labels(table: Any, name: str, split: Split) -> tuple[Array, tuple[str, ...]]:
@@ -115,9 +96,7 @@ def _labels(table: Any, name: str, split: Split) -> tuple[Array, tuple[str, ...]
     return labels.astype(np.int64), tuple(text(one) for one in names)
 
 
-def _decoded(
-    encoded: Any, labels: Array, names: tuple[str, ...], name: str, size: int
-) -> tuple[RaggedImages, tuple[str, ...]]:
+def _decoded(encoded: Any, labels: Array, names: tuple[str, ...], name: str, size: int) -> Classes[RaggedImages]:
     """The pictures, sorted by class, and the classes' names."""
     if not isinstance(encoded, list) or len(encoded) != len(labels):
         count = f"a list of {len(encoded):,}" if isinstance(encoded, list) else f"a {type(encoded).__name__}"

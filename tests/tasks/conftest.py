@@ -1,24 +1,14 @@
-"""Where the tests of the tasks find data: the real files if they are there, and a small archive drawn here."""
+"""What tests of the tasks share: a generator, and a measure of data that has been measured elsewhere."""
 
 from __future__ import annotations
 
-import io
-import zipfile
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import Tensor
 
-
-class DrawnArchive(NamedTuple):
-    """A zip in the official Omniglot layout, and the ink that was drawn, bool [characters, drawers, 105, 105]."""
-
-    path: Path
-    names: tuple[tuple[str, str], ...]
-    ink: np.ndarray
+from diffopt.tasks import RaggedImages, sample_episodes
 
 
 @pytest.fixture
@@ -26,20 +16,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
 
 
-@pytest.fixture(scope="session")
-def drawn_archive(tmp_path_factory: pytest.TempPathFactory) -> DrawnArchive:
-    """Two alphabets, three characters, four drawers; members in no useful order, with the clutter that zips have."""
-    names = (("Greek", "character01"), ("Greek", "character02"), ("N_Ko", "character01"))
-    ink = np.random.default_rng(3).random((3, 4, 105, 105)) < 0.2
-    path = tmp_path_factory.mktemp("omniglot") / "images_background.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("images_background/", "")
-        archive.writestr("__MACOSX/images_background/._Greek", "clutter")
-        archive.writestr("images_background/Greek/.DS_Store", "clutter")
-        for row, (alphabet, character) in reversed(list(enumerate(names))):
-            for drawer in (2, 0, 3, 1):
-                content = io.BytesIO()
-                Image.fromarray(~ink[row, drawer]).save(content, format="PNG")  # one bit per pixel, 0 is ink
-                member = f"images_background/{alphabet}/{character}/{row + 1:04}_{drawer + 1:02}.png"
-                archive.writestr(member, content.getvalue())
-    return DrawnArchive(path, names, ink)
+@pytest.fixture
+def nearest_neighbours() -> Callable[[Tensor | RaggedImages, int], float]:
+    """The accuracy of the nearest neighbour in pixels, on 600 episodes of five classes."""
+
+    def accuracy(images: Tensor | RaggedImages, shot: int) -> float:
+        drawn = torch.Generator().manual_seed(0)
+        episodes = sample_episodes(images, way=5, shot=shot, query=15, tasks=600, generator=drawn)
+        distance = torch.cdist(episodes.query_inputs.flatten(2), episodes.support_inputs.flatten(2))
+        nearest = episodes.support_targets.gather(1, distance.argmin(dim=2))
+        return float((nearest == episodes.query_targets).float().mean())
+
+    return accuracy

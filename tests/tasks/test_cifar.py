@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import pickle
-import tarfile
+import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from python2 import python2_pickle
+from data_files import PICKLES, assert_holds, brought, cut_short, known, refused, refuses, write_tar
 
-from diffopt.tasks import CIFARFS, FC100, DataError, ProblemError, cifar100, sample_episodes
+from diffopt.tasks import CIFARFS, FC100, cifar100
 from diffopt.tasks.class_lists import superclasses
-from diffopt.tasks.data import KnownFile
 
 SUPERCLASS = {name: superclass for superclass, names in superclasses().items() for name in names}
 NAMES = sorted(SUPERCLASS)
@@ -27,8 +24,8 @@ TRAIN, TEST = 3, 1  # of each class; officially 500 and 100
 class Made:
     """The tables of a small CIFAR-100, its pixels random; ``images[name]`` are those of a class in their order."""
 
-    def __init__(self, seed: int = 0):
-        generator = np.random.default_rng(seed)
+    def __init__(self):
+        generator = np.random.default_rng(0)
         self.images: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
         self.tables = {"meta": {"fine_label_names": NAMES, "coarse_label_names": COARSE}}
         for half, count in (("train", TRAIN), ("test", TEST)):
@@ -44,53 +41,34 @@ class Made:
                 "data": data,
             }
 
-    def write(self, path: Path, dump=python2_pickle) -> Path:
-        """The archive, with the clutter that the official one has."""
-        with tarfile.open(path, "w:gz") as archive:
-            folder = tarfile.TarInfo("cifar-100-python")
-            folder.type = tarfile.DIRTYPE
-            archive.addfile(folder)
-            for name, content in [("file.txt~", b""), *((name, dump(self.tables[name])) for name in self.tables)]:
-                entry = tarfile.TarInfo(f"cifar-100-python/{name}")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-        return path
+
+MADE = Made()
+
+
+def write(path, tables=MADE.tables, dump=PICKLES["python 2"]):
+    """The archive, with the clutter that the official one has."""
+    members = {"file.txt~": b"", **{name: dump(table) for name, table in tables.items()}}
+    return write_tar(path, {f"cifar-100-python/{name}": content for name, content in members.items()})
 
 
 @pytest.fixture(scope="module")
-def made():
-    return Made()
+def archive(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("cifar") / "cifar-100-python.tar.gz")
 
 
-@pytest.fixture(scope="module")
-def archive(made, tmp_path_factory):
-    return made.write(tmp_path_factory.mktemp("cifar") / "cifar-100-python.tar.gz")
+SIZES = {CIFARFS: {"train": 64, "validation": 16, "test": 20}, FC100: {"train": 60, "validation": 20, "test": 20}}
 
 
-SPLITS = [
-    (CIFARFS, "train", 64),
-    (CIFARFS, "validation", 16),
-    (CIFARFS, "test", 20),
-    (FC100, "train", 60),
-    (FC100, "validation", 20),
-    (FC100, "test", 20),
-]
-
-
-@pytest.mark.parametrize(("data_set", "split", "classes"), SPLITS)
-def test_every_image_is_where_it_belongs(data_set, split, classes, archive, made):
+@pytest.mark.parametrize(("data_set", "split"), [(data_set, split) for data_set in SIZES for split in SIZES[data_set]])
+def test_every_image_is_where_it_belongs(data_set, split, archive):
     loaded = data_set.from_archive(archive, split=split)
-    assert loaded.images.dtype == torch.uint8
-    assert loaded.images.shape == (classes, TRAIN + TEST, 3, 32, 32)
-    assert loaded.class_names == tuple(sorted(loaded.class_names))
-    assert loaded.sources == ("cifar-100-python.tar.gz",)
-    for name, images in zip(loaded.class_names, loaded.images, strict=True):
-        assert np.array_equal(images.numpy(), np.stack(made.images[name]))
+    assert loaded.images.shape == (SIZES[data_set][split], TRAIN + TEST, 3, 32, 32)
+    assert_holds(loaded, {name: np.stack(MADE.images[name]) for name in sorted(loaded.class_names)}, archive.name)
 
 
-@pytest.mark.parametrize("data_set", [CIFARFS, FC100])
+@pytest.mark.parametrize("data_set", SIZES)
 def test_the_splits_share_no_class_and_fc100_no_superclass(data_set, archive):
-    names = [set(data_set.from_archive(archive, split=split).class_names) for split in ("train", "validation", "test")]
+    names = [set(data_set.from_archive(archive, split=split).class_names) for split in SIZES[data_set]]
     assert len(set.union(*names)) == sum(map(len, names)) == 100
     if data_set is FC100:
         above = [{SUPERCLASS[name] for name in one} for one in names]
@@ -98,145 +76,80 @@ def test_the_splits_share_no_class_and_fc100_no_superclass(data_set, archive):
         assert len(set.union(*above)) == 20
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_pickles_of_python_3_are_read_alike(protocol, archive, made, tmp_path):
-    path = made.write(tmp_path / "again.tar.gz", lambda table: pickle.dumps(table, protocol))
+@pytest.mark.parametrize("form", ["protocol 2", "protocol 5"])
+def test_pickles_of_python_3_are_read_alike(form, archive, tmp_path):
+    path = write(tmp_path / "again.tar.gz", dump=PICKLES[form])
     expected = CIFARFS.from_archive(archive, split="test")
     assert torch.equal(CIFARFS.from_archive(path, split="test").images, expected.images)
 
 
-def test_images_are_brought_to_a_size(archive, made):
+def test_images_are_brought_to_a_size(archive):
     loaded = FC100.from_archive(archive, split="test", size=16)
-    assert loaded.images.shape[2:] == (3, 16, 16)
-    picture = Image.fromarray(np.moveaxis(made.images[loaded.class_names[3]][2], 0, 2))
-    expected = np.asarray(picture.resize((16, 16), Image.Resampling.BILINEAR))
+    expected = brought(np.moveaxis(MADE.images[loaded.class_names[3]][2], 0, 2), 16)
     assert np.array_equal(loaded.images[3, 2].permute(1, 2, 0).numpy(), expected)
 
 
-def test_episodes(archive, generator):
-    images = CIFARFS.from_archive(archive, split="validation").images
-    episodes = sample_episodes(images, way=5, shot=1, query=3, tasks=2, generator=generator)
-    assert episodes.support_inputs.shape == (2, 5, 3, 32, 32)
-    with pytest.raises(DataError, match=r"shot . query is 2 . 3, expected at most 4; a class has only 4 images"):
-        sample_episodes(images, way=5, shot=2, query=3, tasks=2, generator=generator)
-    with pytest.raises(DataError, match="way is 17, expected at most 16; there are only 16 classes"):
-        sample_episodes(images, way=17, shot=1, query=3, tasks=2, generator=generator)
-
-
-def test_load_takes_the_archive_or_what_was_extracted(archive, made, monkeypatch, tmp_path):
-    content = archive.read_bytes()
-    known = KnownFile(archive.name, len(content), hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(cifar100, "ARCHIVE", known)
+def test_load_takes_the_archive_or_what_was_extracted(archive, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar100, "ARCHIVE", known(archive))
     expected = CIFARFS.from_archive(archive, split="test")
     assert torch.equal(CIFARFS.load(archive.parent, split="test").images, expected.images)
 
-    pieces = []
-    for name, table in made.tables.items():
-        piece = tmp_path / "cifar-100-python" / name
-        piece.parent.mkdir(exist_ok=True)
-        piece.write_bytes(python2_pickle(table))
-        pieces.append(KnownFile(f"cifar-100-python/{name}", None, md5=hashlib.md5(piece.read_bytes()).hexdigest()))
-    monkeypatch.setattr(cifar100, "EXTRACTED", tuple(pieces))
+    pieces = [tmp_path / "cifar-100-python" / name for name in MADE.tables]
+    pieces[0].parent.mkdir()
+    for piece in pieces:
+        piece.write_bytes(PICKLES["python 2"](MADE.tables[piece.name]))
+    monkeypatch.setattr(cifar100, "EXTRACTED", tuple(known(piece, tmp_path) for piece in pieces))
     extracted = CIFARFS.load(tmp_path, split="test")
     assert torch.equal(extracted.images, expected.images)
     assert extracted.sources == tuple(f"cifar-100-python/{name}" for name in ("meta", "train", "test"))
-    (tmp_path / "cifar-100-python" / "test").write_bytes(b"other")
-    with pytest.raises(DataError, match=r"test has MD5 \w+, expected \w+; .*download it again"):
-        CIFARFS.load(tmp_path, split="test")
+    pieces[2].write_bytes(pieces[2].read_bytes()[:-1] + b"?")
+    refuses(r"test has SHA-256 \w+, expected \w+; .*download it again", CIFARFS.load, tmp_path, split="test")
 
 
-def test_the_official_archive_is_known_by_size_and_checksum(tmp_path):
-    path = tmp_path / "cifar-100-python.tar.gz"
-    path.write_bytes(b"cut short")
-    with pytest.raises(DataError, match=r"has 9 bytes, expected 169,001,437; the download was cut short"):
-        CIFARFS.load(tmp_path, split="train")
-    with path.open("wb") as file:
-        file.truncate(169_001_437)  # a hole: takes no room
-    with pytest.raises(DataError, match=r"has SHA-256 \w+, expected 85cd44d02ba6"):
-        FC100.load(tmp_path, split="train")
+LACKING = object()
+DATA = MADE.tables["train"]["data"]
+BROKEN = [
+    ("train", "data", DATA[:, :3071], r"train has data uint8 of shape \(300, 3071\), expected uint8"),
+    ("test", "data", DATA[:100].astype(np.int32), "test has data int32"),
+    ("train", "data", LACKING, "train has the keys 'filenames', .* expected 'data' among them"),
+    ("train", "fine_labels", LACKING, "expected 'fine_labels' among them"),  # as in CIFAR-10
+    ("train", "fine_labels", [0] * 299, r"300 images and labels of shape \(299,\)"),
+    ("train", "fine_labels", [100] * 300, "labels from 100 to 100, expected 0 to 99"),
+    ("train", "fine_labels", "apple", "fine_labels is a bytes, expected a numpy"),
+    ("train", "fine_labels", [0] * 300, "have .* images, expected as many .600."),
+    ("meta", "fine_label_names", ["cat"] * 10, "names 10 classes, expected the hundred"),
+    ("meta", "fine_label_names", [*NAMES, "cat"], "names 101 classes, expected the hundred"),
+    ("meta", "fine_label_names", 3, "fine_label_names as int, expected a list"),
+    ("meta", None, [1, 2], "holds a list, expected a dictionary with the key 'fine_label_names'"),
+    (None, "meta", LACKING, "has no file cifar-100-python/meta"),
+]
 
 
-def test_missing_data_says_what_to_do(tmp_path):
-    for data_set, name in ((CIFARFS, "CIFAR-FS"), (FC100, "FC100")):
-        with pytest.raises(DataError, match=f"no {name} data for split 'test' in .*: it has none of the") as error:
-            data_set.load(tmp_path, split="test")
-        for part in (str(tmp_path), "expected cifar-100-python.tar.gz", "www.cs.toronto.edu", "--data-dir"):
-            assert part in str(error.value)
-        with pytest.raises(DataError, match="there is no such folder"):
-            data_set.load(tmp_path / "absent", split="test")
-        with pytest.raises(DataError, match="split is 'val', expected one of train, validation, test"):
-            data_set.load(tmp_path, split="val")
-        with pytest.raises(DataError, match="split is 'val'"):
-            data_set.from_archive(tmp_path / "absent", split="val")
-        with pytest.raises(ProblemError, match="size is 0"):
-            data_set.load(tmp_path, split="test", size=0)
-        with pytest.raises(DataError, match=r"absent\.tar\.gz cannot be read"):
-            data_set.from_archive(tmp_path / "absent.tar.gz", split="test")
+@pytest.mark.parametrize(("member", "key", "value", "message"), BROKEN)
+def test_archives_of_another_content_are_refused(member, key, value, message, tmp_path):
+    tables = deepcopy(MADE.tables)
+    changed, key = (tables[member], key) if member and key else (tables, key or member)
+    changed[key] = value
+    if value is LACKING:
+        del changed[key]
+    refuses(message, FC100.from_archive, write(tmp_path / "broken.tar.gz", tables), split="train")
 
 
-def without(table, key):
-    return {name: value for name, value in table.items() if name != key}
+def test_archives_cut_short_or_absent_are_refused(archive, tmp_path):
+    for _ in cut_short(Path(shutil.copy(archive, tmp_path))):
+        refuses("cut short", CIFARFS.from_archive, tmp_path / archive.name, split="train")
+    for data_set in SIZES:
+        refuses(r"absent\.tar\.gz cannot be read", data_set.from_archive, tmp_path / "absent.tar.gz", split="test")
 
 
-BROKEN = {
-    "wrong shape": (
-        "train",
-        lambda t: t | {"data": t["data"][:, :3071]},
-        r"uint8 of shape \(300, 3071\), expected uint8",
-    ),
-    "wrong dtype": ("test", lambda t: t | {"data": t["data"].astype(np.int32)}, "test has data int32"),
-    "no data": ("train", lambda t: without(t, "data"), "train has the keys 'filenames', .* expected 'data' among them"),
-    "cifar-10": ("train", lambda t: without(t, "fine_labels") | {"labels": []}, "expected 'fine_labels' among them"),
-    "too few labels": ("train", lambda t: t | {"fine_labels": [0] * 299}, r"300 images and labels of shape \(299,\)"),
-    "a label beyond": ("train", lambda t: t | {"fine_labels": [100] * 300}, "labels from 100 to 100, expected 0 to 99"),
-    "labels in words": ("train", lambda t: t | {"fine_labels": "apple"}, "fine_labels is a bytes, expected a numpy"),
-    "one class too many": ("train", lambda t: t | {"fine_labels": [0] * 300}, "have .* images, expected as many .600."),
-    "other classes": (
-        "meta",
-        lambda t: t | {"fine_label_names": ["cat"] * 10},
-        "names 10 classes, expected the hundred",
-    ),
-    "a class too many": (
-        "meta",
-        lambda t: t | {"fine_label_names": [*t["fine_label_names"], "cat"]},
-        "names 101 classes, expected the hundred",
-    ),
-    "no list": ("meta", lambda t: t | {"fine_label_names": 3}, "fine_label_names as int, expected a list"),
-    "a list": ("meta", lambda t: [1, 2], "holds a list, expected a dictionary with the key 'fine_label_names'"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_archives_of_another_content_are_refused(name, tmp_path):
-    member, change, message = BROKEN[name]
-    made = Made()
-    made.tables[member] = change(made.tables[member])
-    path = made.write(tmp_path / "broken.tar.gz")
-    with pytest.raises(DataError, match=message):
-        FC100.from_archive(path, split="train")
-
-
-def test_archives_cut_short_or_without_a_file_are_refused(archive, made, tmp_path):
-    content = archive.read_bytes()
-    path = tmp_path / "cut.tar.gz"
-    for end in (0, 1, 10, len(content) // 10, len(content) // 2, len(content) - len(content) // 20):
-        path.write_bytes(content[:end])
-        with pytest.raises(DataError, match="cut short"):
-            CIFARFS.from_archive(path, split="train")
-    less = Made()
-    del less.tables["meta"]
-    with pytest.raises(DataError, match="has no file cifar-100-python/meta"):
-        CIFARFS.from_archive(less.write(tmp_path / "less.tar.gz"), split="train")
-
-
-def test_a_pickle_within_the_archive_that_calls_is_refused(made, tmp_path):
+def test_a_pickle_within_the_archive_that_calls_is_refused(tmp_path):
     mark = tmp_path / "mark"
 
     class Touches:
         def __reduce__(self):
             return Path.touch, (mark,)
 
-    path = made.write(tmp_path / "evil.tar.gz", lambda table: pickle.dumps({"fine_label_names": Touches()}))
-    with pytest.raises(DataError, match=r"evil\.tar\.gz: cifar-100-python/meta names '(pathlib|builtins|os)"):
+    path = write(tmp_path / "evil.tar.gz", {"meta": {"fine_label_names": Touches()}}, pickle.dumps)
+    with refused(r"evil\.tar\.gz: cifar-100-python/meta names '(pathlib|builtins|os)"):
         CIFARFS.from_archive(path, split="train")
     assert not mark.exists()
