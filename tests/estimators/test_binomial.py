@@ -142,37 +142,8 @@ def test_the_number_of_products_and_their_depth_are_the_formulas(order, learned)
     assert solution.counts.products == order * (steps - order + 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"order": -1}, "order is int -1"),
-        ({"order": 1.5}, "order is float 1.5"),
-        ({"order": 1, "window": -2}, "window is int -2"),
-        ({"order": 1, "chunk_size": 0}, "chunk_size is int 0"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(diffopt.HyperparameterError, match=message):
-        Binomial(**options)
-
-
-def test_a_window_longer_than_the_problem():
-    with pytest.raises(diffopt.StepsError, match="only 2 steps"):
-        diffopt.solve(
-            lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=2, estimator=Binomial(1, window=3)
-        )
-
-
 @pytest.mark.parametrize("rule", [Binomial(0), Binomial(1, scale=0.5), Binomial(2, window=0, scale=0.5)], ids=str)
 def test_without_a_step_the_outer_gradient_is_the_hypergradient(rule):
     w = torch.tensor(3.0, requires_grad=True)
     diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=rule).params.square().backward()
     assert float(w.grad) == 6.0
-
-
-@pytest.mark.parametrize(
-    "scale", [10**400, -(10**400), 2**1024, float("inf"), float("nan")], ids=["huge", "low", "over", "inf", "nan"]
-)
-def test_a_scale_that_no_float_holds_is_refused(scale):
-    with pytest.raises(diffopt.HyperparameterError, match=r"scale is .*expected a finite number"):
-        Binomial(1, scale=scale)

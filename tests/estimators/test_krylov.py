@@ -263,29 +263,3 @@ def test_float32_stays_float32():
     assert relative_error([g.double() for g in got], answer) < 1e-3, (
         "some hundred operations at 6e-8, and least squares"
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"order": -1}, "order is int -1, expected an integer >= 0"),
-        ({"order": None}, "order is None"),
-        ({"order": True}, "order is bool True"),
-        ({"order": 2.0}, "order is float 2.0"),
-        ({"order": 1, "chunk_size": 0}, "chunk_size is int 0, expected None or an integer >= 1"),
-        ({"order": 1, "rtol": 1.0}, "rtol is float 1.0, expected a finite number >= 0 and < 1"),
-        ({"order": 1, "rtol": -0.1}, "rtol is float -0.1"),
-        ({"order": 1, "rtol": float("nan")}, "rtol is float nan"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(diffopt.HyperparameterError, match=message):
-        Krylov(**options)
-
-
-def test_losses_that_draw_random_numbers_are_refused():
-    w = torch.ones(3, requires_grad=True)
-    loss = lambda w: torch.nn.functional.dropout(w, 0.5).square().sum() + w.sum()  # noqa: E731
-    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=3, estimator=Krylov(2))
-    with pytest.raises(diffopt.RandomnessError, match="Reverse"):
-        solution.params.sum().backward()

@@ -238,22 +238,6 @@ class TestPropositionOne:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window": 0}, "window is int 0, expected an integer >= 1"),
-        ({"window": -2}, "window is int -2"),
-        ({"window": 1.5}, "window is float 1.5"),
-        ({"window": True}, "window is bool True"),
-        ({"window": 2, "adjoint": "reverse"}, "adjoint is str 'reverse', expected an estimator"),
-        ({"window": 2, "adjoint": Reverse}, "expected an estimator"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(diffopt.HyperparameterError, match=message):
-        MultiStep(**options)
-
-
-@pytest.mark.parametrize(
     ("rule", "steps", "windows"),
     [
         (MultiStep(2, Truncated(3)), 4, 2),
