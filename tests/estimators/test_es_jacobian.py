@@ -186,7 +186,5 @@ def test_the_number_of_gradients():
         loss = lambda w: w.square().sum()  # noqa: E731
         solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
         solution.params.sum().backward()
-        assert (solution.counts.gradients, solution.counts.products) == (
-            STEPS * (2 + runs),
-            0,
-        )  # and one to check the loss
+        assert solution.counts.gradients == STEPS * (2 + runs)  # and one to check the loss
+        assert solution.counts.products == 0
