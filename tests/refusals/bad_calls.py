@@ -29,7 +29,7 @@ COUNT = "steps is .*, expected an integer >= 0"
 @refused(StepsError, r"expected an integer >= 0 \(and below 2\*\*31", steps=10**20)
 @refused(StepsError, r"is float 3.0, expected an integer >= 0.*write int\(steps\)", steps=np.float64(3))
 @refused(StepsError, "int64 tensor .*expected an integer", steps=torch.tensor(3))
-@refused(StepsError, "no step, expected at least one", estimator=Implicit(), steps=0)
+@refused(StepsError, "no step, expected at least one; take enough steps to reach the f", estimator=Implicit(), steps=0)
 @refused(StepsError, "expected at most 3; the inner problem", estimator=Truncated(4))
 @refused(StepsError, "is 9, expected at most 3.* only 3 steps", estimator=Binomial(1, window=9))
 @refused(EstimatorError, rf"{ESTIMATOR}; call it: estimator=Reverse\(\.\.\.\)", estimator=Reverse)
@@ -67,6 +67,18 @@ def badly_scaled(w: Tensor, a: Tensor) -> Tensor:
     return (tensor(1, 1e3) * w * (w - 2 * a)).sum()
 
 
+def without_params(w: Tensor, a: Tensor) -> Tensor:
+    return a.sum()
+
+
+def of_a_vector(w: Tensor, a: Tensor) -> Tensor:
+    return w * a
+
+
+def capturing(w: Tensor, a: Tensor) -> Tensor:
+    return quadratic(w, W)
+
+
 SADDLE = "broke down .*expected a symmetric positive definite matrix; .*is the inner problem at a minimum"
 UNCONVERGED = "did not converge: .*expected one within its tolerance; allow a larger max_iterations"
 ONE_ITERATION = ConjugateGradient(max_iterations=1)
@@ -78,6 +90,10 @@ ONE_ITERATION = ConjugateGradient(max_iterations=1)
 @refused(HyperparameterError, "check is int 3, expected True or False", check=3)
 @refused(EstimatorError, "str 'cg', expected None or a diffopt.linear_solve", solver="cg")
 @refused(diffopt.RandomnessError, "a step with a fixed point .*use Reverse", with_noise, moves=True, stationarity=None)
+@refused(EstimatorError, "expected None or a diffopt.linear_solve", solver=ConjugateGradient)
+@refused(DisconnectedError, "does not depend on params", without_params)
+@refused(LossError, r"shape \(2,\).*expected one floating scalar", of_a_vector)
+@refused(diffopt.CapturedTensorError, "captured it, .*pass it in", capturing, params=tensor(0.5, 1))
 @refused(LinearSolveError, SADDLE, saddle, params=tensor(0, 0))
 @refused(LinearSolveError, UNCONVERGED, badly_scaled, params=tensor(2, 4), solver=ONE_ITERATION)
 @refused(LinearSolveError, r"expected step_size \* A between 0 and 2", solver=Neumann(step_size=10.0))
@@ -158,8 +174,3 @@ def compare(first: Any = problem, rules: Any = EXACT, **options: Any) -> None:
 @refused(HyperparameterError, "vmap is int 1, expected True or F", vmap=1)
 def check(**options: Any) -> None:
     diffopt.check(square, W, **options)
-
-
-@refused(HyperparameterError, "task_chunk is int 0, expected None or an integer >= 1")
-def task_chunk() -> None:
-    diffopt.mean_over_tasks(square, torch.ones(2, 2), task_chunk=0)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import diffopt
-from diffopt import SGD
+from diffopt import SGD, DiffoptError
 
 STEPS = 3
+MOST = 300
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Row:
     says: str
     path: str = ""
     moves: bool = False
+
+    def check(self) -> DiffoptError:
+        """It is refused as it says, by a message that can be read."""
+        with pytest.raises(self.error) as caught:
+            self.call()
+        message = str(caught.value)
+        assert type(caught.value) is self.error
+        assert re.search(self.says, message, re.DOTALL), message
+        assert self.path in message
+        assert len(message) < MOST
+        assert isinstance(caught.value, DiffoptError)
+        return caught.value
 
 
 class Refused:
