@@ -2,10 +2,12 @@
 
 Counted: files, lines, folders and import arrows of the library, and the arrows that run back. The map is a Mermaid
 diagram of the folders, from the ground up. Of its arrows it has those that no longer way says as well.
+``--counts`` prints what :mod:`benchmarks.counts` counts, and draws nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 from pathlib import Path
 
@@ -109,4 +111,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="benchmarks.house")
+    parser.add_argument("--counts", action="store_true", help="print what there is, and draw nothing")
+    parser.add_argument("--of", metavar="REVISION", help="also count the test files that stood there, in git")
+    options = parser.parse_args()
+    if options.counts:
+        from benchmarks import counts
+
+        counts.main(options.of)
+    else:
+        main()

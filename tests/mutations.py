@@ -113,6 +113,7 @@ NAMES = [
     "rank_correlation",
     "attribution_experiment",
     "smoothness",
+    "bad_inputs",
     "check_solve",
     "check_solve_precision",
     "compare_worth",

@@ -48,3 +48,12 @@ def test_the_map_leaves_out_what_a_longer_way_says() -> None:
 def test_folders_that_import_each_other_are_found() -> None:
     folders = {"diffopt.a": {"diffopt.b"}, "diffopt.b": {"diffopt.c"}, "diffopt.c": {"diffopt.a"}, "diffopt.d": set()}
     assert house.running_back(folders) == ["diffopt.a", "diffopt.b", "diffopt.c"]
+
+
+def test_the_counts_count_what_they_say(tmp_path: Path) -> None:
+    """A lambda in a text is none; a fault is a call."""
+    counts = pytest.importorskip("benchmarks.counts")
+    assert counts.lambdas("a = lambda x: 'lambda'  # lambda\nb = [lambda: 1]\n") == 2
+    (tmp_path / "faults.py").write_text("class Fault: ...\nFAULTS = [Fault('a'), Fault('b')]\n")
+    assert counts.planted(tmp_path / "faults.py") == 2
+    assert counts.lines(tmp_path / "faults.py") == 2

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, MetaParameters, expected_hypergradient, hypergradient, small_network
+from cases import OPTIMIZERS, MetaParameters, expected_hypergradient, hypergradient, small_network, solved
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import relative_error
@@ -62,16 +62,8 @@ def test_a_window_of_a_solve_that_its_caller_stops(order, window, made):
     """The last ``window`` of the steps that were made have curvature, or all of them if there are fewer."""
     problem, case = small_network(seed=22, steps=STEPS), OPTIMIZERS[1]
     meta = MetaParameters.of(problem, case)
-    solution = diffopt.solve(
-        problem.loss,
-        meta.params,
-        meta.weights,
-        optimizer=case.optimizer(meta.hyperparameters),
-        steps=STEPS,
-        batches=(meta.inputs, meta.targets),
-        estimator=Binomial(order, window),
-        on_step=lambda step, loss: step >= made,
-    )
+    stop = {"on_step": lambda step, loss: step >= made}
+    solution = solved(problem, case, STEPS, Binomial(order, window), **meta.given(), **stop)
     assert solution.steps == made
     got = torch.autograd.grad(problem.outer_loss(solution.params), meta.leaves())
     assert relative_error(got, graded(problem, case, order, window, steps=made)) < TAYLOR
@@ -101,14 +93,8 @@ def test_for_gradient_descent_it_enumerates_subsets_of_hessians(order):
     hessians = hessians + hessians.mT
     target = torch.randn(3, generator=generator, dtype=torch.float64)
     w = torch.randn(3, generator=generator, dtype=torch.float64).requires_grad_()
-    solution = diffopt.solve(
-        lambda w, h: w @ h @ w / 2,
-        w,
-        optimizer=diffopt.SGD(lr),
-        steps=steps,
-        batches=hessians,
-        estimator=Binomial(order),
-    )
+    options = {"optimizer": diffopt.SGD(lr), "steps": steps, "batches": hessians, "estimator": Binomial(order)}
+    solution = diffopt.solve(lambda w, h: w @ h @ w / 2, w, **options)
     (got,) = torch.autograd.grad(solution.params @ target, w)
     expected = torch.zeros(3, dtype=torch.float64)
     for size in range(order + 1):
@@ -120,59 +106,8 @@ def test_for_gradient_descent_it_enumerates_subsets_of_hessians(order):
     assert relative_error([got], [expected]) < 1e-12
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 5])
-@pytest.mark.parametrize("learned", ["init", "all"])
-def test_the_number_of_products_and_their_depth_are_the_formulas(order, learned):
-    steps, case = 7, OPTIMIZERS[1]
-    problem = small_network(seed=3, steps=steps)
-    params = [p.clone().requires_grad_() for p in problem.params]
-    weights = problem.weights.clone().requires_grad_(learned == "all")
-    solution = diffopt.solve(
-        problem.loss,
-        params,
-        weights,
-        optimizer=case.optimizer(case.learned),
-        steps=steps,
-        batches=problem.batches,
-        estimator=Binomial(order),
-    )
-    assert (solution.counts.gradients, solution.counts.products) == (steps, 0)
-    problem.outer_loss(solution.params).backward()
-    assert solution.counts.gradients == steps
-    assert solution.counts.products == order * (steps - order + 1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"order": -1}, "order is int -1"),
-        ({"order": 1.5}, "order is float 1.5"),
-        ({"order": 1, "window": -2}, "window is int -2"),
-        ({"order": 1, "chunk_size": 0}, "chunk_size is int 0"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(diffopt.HyperparameterError, match=message):
-        Binomial(**options)
-
-
-def test_a_window_longer_than_the_problem():
-    with pytest.raises(diffopt.StepsError, match="only 2 steps"):
-        diffopt.solve(
-            lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=2, estimator=Binomial(1, window=3)
-        )
-
-
 @pytest.mark.parametrize("rule", [Binomial(0), Binomial(1, scale=0.5), Binomial(2, window=0, scale=0.5)], ids=str)
 def test_without_a_step_the_outer_gradient_is_the_hypergradient(rule):
     w = torch.tensor(3.0, requires_grad=True)
     diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=rule).params.square().backward()
     assert float(w.grad) == 6.0
-
-
-@pytest.mark.parametrize(
-    "scale", [10**400, -(10**400), 2**1024, float("inf"), float("nan")], ids=["huge", "low", "over", "inf", "nan"]
-)
-def test_a_scale_that_no_float_holds_is_refused(scale):
-    with pytest.raises(diffopt.HyperparameterError, match=r"scale is .*expected a finite number"):
-        Binomial(1, scale=scale)

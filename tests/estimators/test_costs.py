@@ -53,31 +53,19 @@ class Probe(torch.autograd.Function):
     def backward(ctx, cotangent):
         return ProbePullback.apply(cotangent)
 
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return Probe.apply(x), in_dims[0]
+    @classmethod
+    def vmap(cls, info, in_dims, x):
+        return cls.apply(x), in_dims[0]
 
 
-class ProbePullback(torch.autograd.Function):
+class ProbePullback(Probe):
     """Its derivative is taken once per curvature product, for as many steps and tasks as there are vectors in it."""
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, cotangent):
         Seen.products += cotangent.numel() // SIZE
         Seen.batches += 1
         return cotangent
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return ProbePullback.apply(x), in_dims[0]
 
 
 def loss(w: Tensor, penalty: Tensor, inputs: Tensor) -> Tensor:
@@ -100,6 +88,7 @@ def run(rule: Any, steps: int, learned: str, tasks: int = 0) -> diffopt.Solution
         return kept[-1].params.square().sum()
 
     value = vmap(outer)(inputs).sum() if tasks else outer(inputs[0])
+    assert kept[-1].counts.products == 0
     Seen.products = Seen.batches = 0
     value.backward()
     return kept[-1]
@@ -109,35 +98,33 @@ def counted(solution: diffopt.Solution[Tensor]) -> tuple[int, int, int]:
     return solution.counts.gradients, solution.counts.products, solution.counts.depth
 
 
-# rule, what is learned, and gradients, products, depth and stored states by hand
-EXPECTED: list[tuple[Any, str, Any]] = [
-    (lambda L: Reverse("graph"), "all", lambda T, L: (T, T, T, 0)),
-    (lambda L: Reverse(1), "all", lambda T, L: (2 * T, T, T, T)),
-    (lambda L: Reverse(3), "all", lambda T, L: (3 * T - (T + 2) // 3, T, T, (T + 2) // 3)),
-    (lambda L: ForwardMode(), "penalty", lambda T, L: (2 * T, T * SIZE, T, 0)),
-    (lambda L: ForwardMode(chunk_size=4), "penalty", lambda T, L: (T + T * SIZE // 4, T * SIZE, T * SIZE // 4, 0)),
-    (lambda L: FirstOrder(), "all", lambda T, L: (T, 0, 0, 0)),
-    (lambda L: Reptile(), "all", lambda T, L: (T, 0, 0, 0)),
-    (lambda L: Truncated(L), "all", lambda T, L: (T, L, L, 0)),
-    (lambda L: Truncated(L, 1), "all", lambda T, L: (T + L, L, L, L)),
-    (lambda L: ESJacobian(3, 1e-3), "penalty", lambda T, L: (T * (1 + 1 + 2 * 3), 0, 0, 0)),
-    (lambda L: Implicit(ConjugateGradient(L, 0.0, False)), "penalty", lambda T, L: (T + 1, L + 1, L + 1, 0)),
-    (lambda L: Implicit(Neumann(L, 1.0, 0.0, False)), "penalty", lambda T, L: (T + 1, L + 1, L + 1, 0)),
-    (lambda L: Implicit(Neumann(L, None, 0.0, False, 7)), "penalty", lambda T, L: (T + 1, L + 8, L + 8, 0)),
-    (lambda L: Implicit(GMRES(L, 0.0, False)), "penalty", lambda T, L: (T + 1, L + 2, L + 2, 0)),
-    (lambda L: Implicit(Nystrom(L, 0.1, throw=False)), "penalty", lambda T, L: (T + 1, L + 2, L + 2, 0)),
-    (lambda L: Implicit(Dense()), "penalty", lambda T, L: (T + 1, SIZE + 1, SIZE + 1, 0)),
-]
+def by_hand(T: int, L: int) -> list[tuple[Any, str, tuple[int, int, int, int]]]:
+    """Rules of order L, what is learned, and the gradients, products, depth and stored states of T steps."""
+    return [
+        (Reverse("graph"), "all", (T, T, T, 0)),
+        (Reverse(1), "all", (2 * T, T, T, T)),
+        (Reverse(3), "all", (3 * T - (T + 2) // 3, T, T, (T + 2) // 3)),
+        (ForwardMode(), "penalty", (2 * T, T * SIZE, T, 0)),
+        (ForwardMode(chunk_size=4), "penalty", (T + T * SIZE // 4, T * SIZE, T * SIZE // 4, 0)),
+        (FirstOrder(), "all", (T, 0, 0, 0)),
+        (Reptile(), "all", (T, 0, 0, 0)),
+        (Truncated(L), "all", (T, L, L, 0)),
+        (Truncated(L, 1), "all", (T + L, L, L, L)),
+        (ESJacobian(3, 1e-3), "penalty", (T * (1 + 1 + 2 * 3), 0, 0, 0)),
+        (Implicit(ConjugateGradient(L, 0.0, False)), "penalty", (T + 1, L + 1, L + 1, 0)),
+        (Implicit(Neumann(L, 1.0, 0.0, False)), "penalty", (T + 1, L + 1, L + 1, 0)),
+        (Implicit(Neumann(L, None, 0.0, False, 7)), "penalty", (T + 1, L + 8, L + 8, 0)),
+        (Implicit(GMRES(L, 0.0, False)), "penalty", (T + 1, L + 2, L + 2, 0)),
+        (Implicit(Nystrom(L, 0.1, throw=False)), "penalty", (T + 1, L + 2, L + 2, 0)),
+        (Implicit(Dense()), "penalty", (T + 1, SIZE + 1, SIZE + 1, 0)),
+    ]
 
 
-@pytest.mark.parametrize(("steps", "order"), SIZES)
-@pytest.mark.parametrize(("make", "learned", "formula"), EXPECTED, ids=lambda x: x if isinstance(x, str) else "")
-def test_the_counters_are_the_formulas(make, learned, formula, steps, order):
-    solution = run(make(order), steps, learned)
-    gradients, products, depth, states = formula(steps, order)
-    assert counted(solution) == (gradients, products, depth)
-    assert solution.kept.states == states
-    assert (Seen.products, Seen.batches) == (products, depth)
+@pytest.mark.parametrize(("steps", "rule", "learned", "counts"), [(T, *row) for T, L in SIZES for row in by_hand(T, L)])
+def test_the_counters_are_the_formulas(steps, rule, learned, counts):
+    solution = run(rule, steps, learned)
+    assert (*counted(solution), solution.kept.states) == counts
+    assert (Seen.products, Seen.batches) == counts[1:3]
 
 
 @pytest.mark.parametrize("learned", ["start", "all"])
@@ -228,8 +215,8 @@ def test_what_does_not_store_the_rollout_needs_the_same_for_any_number_of_steps(
 
 
 def test_a_column_of_nystrom_and_a_direction_of_gmres_are_one_tree():
-    for make in (lambda k: Nystrom(k, 0.1), lambda k: GMRES(k, 0.0, False)):
-        fewer, more = (peak_trees(Implicit(make(k)), 3) for k in (8, 16))
+    for solvers in ((Nystrom(8, 0.1), Nystrom(16, 0.1)), (GMRES(8, 0.0, False), GMRES(16, 0.0, False))):
+        fewer, more = (peak_trees(Implicit(solver), 3) for solver in solvers)
         assert (more - fewer) / 8 <= 2 + ROUGHLY  # and its copy where they are put together
         assert fewer < 50
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPTIMIZERS, OptimizerCase, expected_hypergradient, hypergradient, small_network
+from cases import OPTIMIZERS, OptimizerCase, expected_hypergradient, hypergradient, small_network, solved
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import relative_error, unrolled
@@ -13,16 +13,7 @@ import diffopt
 from diffopt.estimators import FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 from diffopt.tasks import Quadratic
 
-EXACT = [
-    Reverse(),
-    Reverse("graph"),
-    Reverse(1),
-    Reverse(2),
-    Reverse("sqrt"),
-    Unrolled(),
-    ForwardMode(),
-    ForwardMode(chunk_size=2),
-]
+EXACT = [*map(Reverse, [None, "graph", 1, 2, "sqrt"]), Unrolled(), ForwardMode(), ForwardMode(chunk_size=2)]
 # Round-off (1e-15) of terms of order 1, over the floor 1e-6 of relative_error: some derivatives are zero in exact
 # arithmetic, such as those for Adam's betas after one step.
 ROUND_OFF = 1e-9
@@ -94,15 +85,7 @@ def test_truncation_equals_a_straight_through_plain_loop(case, last, checkpoint)
 def test_first_order_hands_the_outer_gradient_to_the_initial_parameters(case):
     problem = small_network(seed=5, steps=4)
     got = hypergradient(problem, case, 4, FirstOrder())
-    final = diffopt.solve(
-        problem.loss,
-        problem.params,
-        problem.weights,
-        optimizer=case.optimizer(case.learned),
-        steps=4,
-        batches=problem.batches,
-    ).params
-    leaves = [p.requires_grad_() for p in final]
+    leaves = [p.requires_grad_() for p in solved(problem, case, 4, None).params]
     expected = torch.autograd.grad(problem.outer_loss(leaves), leaves)
     assert relative_error(got[:3], expected) < ROUND_OFF
     assert all(not g.any() for g in got[3:]), "nothing but the initial parameters gets a first-order hypergradient"
@@ -118,15 +101,7 @@ def test_reptile_is_the_sum_of_the_steps_gradients_for_gradient_descent():
         total = [s + lr * g for s, g in zip(total, grads, strict=True)]
         now = [p.detach() - lr * g for p, g in zip(leaves, grads, strict=True)]
     params = [p.clone().requires_grad_() for p in problem.params]
-    solution = diffopt.solve(
-        problem.loss,
-        params,
-        problem.weights,
-        optimizer=diffopt.SGD(lr),
-        steps=4,
-        batches=problem.batches,
-        estimator=Reptile(),
-    )
+    solution = solved(problem, OPTIMIZERS[0], 4, Reptile(), params=params, values={"lr": lr})
     got = torch.autograd.grad(5 * problem.outer_loss(solution.params), params)
     assert relative_error(got, total) < ROUND_OFF
 
@@ -136,16 +111,7 @@ def test_buffers_of_the_solution_are_differentiable_too():
     problem = small_network(seed=7, steps=steps)
     params = [p.clone().requires_grad_() for p in problem.params]
     for estimator in EXACT:
-        solution = diffopt.solve(
-            problem.loss,
-            params,
-            problem.weights,
-            optimizer=case.optimizer(case.learned),
-            steps=steps,
-            batches=problem.batches,
-            estimator=estimator,
-        )
-        velocity = solution.state.buffers["velocity"]
+        velocity = solved(problem, case, steps, estimator, params=params).state.buffers["velocity"]
         got = torch.autograd.grad(sum(v.square().sum() for v in velocity), params)
         # v_3 = (phi_3 - phi_4) / lr, by a plain loop of two and of three steps
         loops = [oracle_params(problem, params, case, n) for n in (steps - 1, steps)]
@@ -173,24 +139,15 @@ def test_a_sparse_constant_is_read_like_a_dense_one(rule):
     def loss(w, matrix, target):
         return ((matrix @ w[:, None])[:, 0] - target).square().mean() + (w**4).sum()
 
-    def gradients(matrix):
+    def gradients(matrix, target=target):
         leaves = [x.clone().requires_grad_() for x in (w, target)]
-        final = diffopt.solve(
-            loss, leaves[0], matrix, leaves[1], optimizer=diffopt.SGD(0.05), steps=3, estimator=rule
-        ).params
+        options = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        final = diffopt.solve(loss, leaves[0], matrix, leaves[1], **options).params
         return torch.autograd.grad(final.sum(), leaves, materialize_grads=True)
 
     assert relative_error(gradients(dense.to_sparse()), gradients(dense)) < ROUND_OFF
     with pytest.raises(diffopt.NonFiniteLossError, match=r"args\[1\] is not finite itself"):
-        diffopt.solve(
-            loss,
-            w,
-            dense.to_sparse(),
-            target / 0,
-            optimizer=diffopt.SGD(0.05),
-            steps=3,
-            estimator=rule,
-        )
+        gradients(dense.to_sparse(), target / 0)
 
 
 @pytest.mark.parametrize("rule", EXACT, ids=str)

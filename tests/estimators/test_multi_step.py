@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, InnerProblem, MetaParameters, hypergradient, small_network
+from cases import OPTIMIZERS, InnerProblem, MetaParameters, hypergradient, small_network, solved
 from oracles import relative_error
 from torch.func import grad, vmap
 
@@ -53,17 +53,13 @@ def with_reused_gradients(case, loss, params, options, window, steps=STEPS, skip
 
 def expected(problem, case, window, skipped=0, curvature=1.0):
     meta = MetaParameters.of(problem, case)
-    final, _ = with_reused_gradients(
-        case,
-        lambda p, t: problem.loss(p, meta.weights, (meta.inputs[t - 1], meta.targets[t - 1])),
-        meta.params,
-        case.options(meta.hyperparameters),
-        window,
-        skipped=skipped,
-        curvature=curvature,
-    )
-    leaves = meta.leaves()
-    return torch.autograd.grad(problem.outer_loss(final), leaves, allow_unused=True, materialize_grads=True)
+
+    def loss(p, t):
+        return problem.loss(p, meta.weights, (meta.inputs[t - 1], meta.targets[t - 1]))
+
+    options = case.options(meta.hyperparameters)
+    final, _ = with_reused_gradients(case, loss, meta.params, options, window, STEPS, skipped, curvature)
+    return torch.autograd.grad(problem.outer_loss(final), meta.leaves(), allow_unused=True, materialize_grads=True)
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS, ids=lambda case: case.name)
@@ -109,22 +105,12 @@ def test_losses_counts_and_windows_longer_than_the_problem(problem, case):
     x, y = problem.batches
     for window in (3, 9):
         params = [p.clone().requires_grad_() for p in problem.params]
-        solution = diffopt.solve(
-            problem.loss,
-            params,
-            problem.weights,
-            optimizer=case.optimizer(case.learned),
-            steps=STEPS,
-            batches=(x, y),
-            estimator=MultiStep(window, Reverse("graph")),
-        )
-        final, losses = with_reused_gradients(
-            case,
-            lambda p, t: problem.loss(p, problem.weights, (x[t - 1], y[t - 1])),
-            problem.params,
-            case.options(case.learned),
-            window,
-        )
+        solution = solved(problem, case, STEPS, MultiStep(window, Reverse("graph")), params=params)
+
+        def loss(p, t):
+            return problem.loss(p, problem.weights, (x[t - 1], y[t - 1]))
+
+        final, losses = with_reused_gradients(case, loss, problem.params, case.options(case.learned), window)
         assert relative_error(solution.params, final) < 1e-12
         assert solution.losses.tolist() == pytest.approx(losses, rel=1e-12)
         assert solution.counts.gradients == count(window)
@@ -167,12 +153,8 @@ def test_schedules_and_batches_of_windows_per_task(problem, name, rule):
     x = torch.randn(STEPS, tasks, 4, 2, generator=g, dtype=torch.float64)
 
     def run(lr, x):
-        optimizer = case.optimizer({**case.learned, "lr": diffopt.Schedule(lr)})
-        inputs = (problem.loss, problem.params, problem.weights)
-        batches = (x, problem.batches[1])
-        solution = diffopt.solve(
-            *inputs, optimizer=optimizer, steps=STEPS, batches=batches, estimator=MultiStep(3, rule)
-        )
+        values, batches = {**case.learned, "lr": diffopt.Schedule(lr)}, (x, problem.batches[1])
+        solution = solved(problem, case, STEPS, MultiStep(3, rule), values=values, batches=batches)
         return problem.outer_loss(solution.params)
 
     together = vmap(grad(run, argnums=(0, 1)), in_dims=(1, 1))(lr, x)
@@ -187,15 +169,10 @@ def test_for_plain_descent_it_is_descent_with_a_larger_step_size(problem, n):
         params = [p.clone().requires_grad_() for p in problem.params]
         weights, lr = problem.weights.clone().requires_grad_(), torch.tensor(0.03, dtype=torch.float64)
         lr.requires_grad_()
-        solution = diffopt.solve(
-            problem.loss,
-            params,
-            weights,
-            optimizer=diffopt.SGD(lr if window == n else n * lr),
-            steps=steps if window == n else steps // n,
-            batches=tuple(b[:steps] if window == n else b[:steps:n] for b in problem.batches),
-            estimator=MultiStep(window),
-        )
+        larger, every = (1, 1) if window == n else (n, n)
+        given = {"params": params, "weights": weights, "values": {"lr": larger * lr}}
+        batches = tuple(b[:steps:every] for b in problem.batches)
+        solution = solved(problem, OPTIMIZERS[0], steps // every, MultiStep(window), batches=batches, **given)
         found.append(torch.autograd.grad(problem.outer_loss(solution.params), [*params, weights, lr]))
     assert relative_error(found[0], found[1]) < ROUND_OFF
 
@@ -237,31 +214,14 @@ class TestPropositionOne:
         assert (other[2], b7) == pytest.approx((-1.883740, -1.782909), abs=5e-7)  # the third cannot
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window": 0}, "window is int 0, expected an integer >= 1"),
-        ({"window": -2}, "window is int -2"),
-        ({"window": 1.5}, "window is float 1.5"),
-        ({"window": True}, "window is bool True"),
-        ({"window": 2, "adjoint": "reverse"}, "adjoint is str 'reverse', expected an estimator"),
-        ({"window": 2, "adjoint": Reverse}, "expected an estimator"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(diffopt.HyperparameterError, match=message):
-        MultiStep(**options)
+TOO_LONG = [
+    (MultiStep(2, Truncated(3)), 4, 2),
+    (MultiStep(4, Truncated(5)), 10, 3),
+    (MultiStep(3, Binomial(1, 3)), 5, 2),
+]
 
 
-@pytest.mark.parametrize(
-    ("rule", "steps", "windows"),
-    [
-        (MultiStep(2, Truncated(3)), 4, 2),
-        (MultiStep(4, Truncated(5)), 10, 3),
-        (MultiStep(3, Binomial(1, window=3)), 5, 2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("rule", "steps", "windows"), TOO_LONG, ids=str)
 def test_more_windows_than_there_are(rule, steps, windows):
     told = rf"at most {windows}; .* only {windows} steps \(each window of MultiStep counts as one\): take fewer"
     with pytest.raises(diffopt.StepsError, match=told):

@@ -1,4 +1,4 @@
-"""Optimizers that break their contract, each with the finding that must say so."""
+"""Optimizers that break their contract, each beside the finding that must say so."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import torch
 
 import diffopt
 from diffopt import Leaves
+
+BROKEN: dict[str, tuple[diffopt.Optimizer, Any, str]] = {}
+"""By name: an optimizer, its reference in torch, and the finding that must say what is wrong with it."""
+
+
+def broken(finding, *args, reference=None):
+    """What follows is broken: the class, made with these arguments."""
+
+    def add(kind):
+        BROKEN[kind.__name__] = (kind(*args), reference, finding)
+        return kind
+
+    return add
+
+
+def torch_sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def torch_dampened(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.5, dampening=0.3)
 
 
 @dataclass(frozen=True)
@@ -25,27 +46,32 @@ class Descent(diffopt.Optimizer):
         return params - self.lr * grads, buffers
 
 
+@broken("the steps of SGD: got", reference=torch_sgd)
 class Ascending(Descent):
     def update(self, params, grads, buffers, step):
         return params + self.lr * grads, buffers
 
 
+@broken("target: derivative: got 1.0e+00")
 class Detached(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(torch.Tensor.detach), buffers
 
 
+@broken("init0: derivative")
 class DetachedParams(Descent):
     def update(self, params, grads, buffers, step):
         return params.map(torch.Tensor.detach) - self.lr * grads, buffers
 
 
+@broken("lr: derivative: got 1.0e+00")
 class DetachedLr(Descent):
     def update(self, params, grads, buffers, step):
         lr = self.lr.map(torch.Tensor.detach) if isinstance(self.lr, Leaves) else self.lr
         return params - lr * grads, buffers
 
 
+@broken("changes nothing that it is given: got no")
 class InPlace(Descent):
     def update(self, params, grads, buffers, step):
         for x in grads:
@@ -57,33 +83,39 @@ class InPlace(Descent):
 COUNTER = itertools.count(1)
 
 
+@broken("repeats itself: got no")
 class Stateful(Descent):
     def update(self, params, grads, buffers, step):
         return params - (1 + 1 / next(COUNTER)) * (self.lr * grads), buffers
 
 
+@broken("repeats itself: got no")
 class Noisy(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(lambda x: x + 0.1 * torch.randn(x.shape, dtype=x.dtype)), buffers
 
 
+@broken("dtypes: got OptimizerError, expected no error; ")
 class Widening(Descent):
     def update(self, params, grads, buffers, step):
         return (params - self.lr * grads).map(torch.Tensor.double), buffers
 
 
+@broken("float32 stays float32: got {'torch.float64'}")
 class WideningLater(Descent):
     def update(self, params, grads, buffers, step):
         after = params - self.lr * grads
         return (after if step == 1 else after.map(torch.Tensor.double)), buffers
 
 
+@broken("float32: the numbers of float64")
 class Halving(Descent):
     def update(self, params, grads, buffers, step):
         rounded = grads.map(lambda x: x.half().to(x.dtype) if x.dtype == torch.float32 else x)
         return params - 5 * self.lr * rounded, buffers
 
 
+@broken("vmap over params: as in a loop")
 class Norms(Descent):
     """Mixes coordinates, and says it does not."""
 
@@ -93,36 +125,43 @@ class Norms(Descent):
         return params - self.lr * grads.map(lambda x: x / (1 + x.square().sum())), buffers
 
 
+@broken("finite where one coordinate has no gradient: got no")
 class Roots(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(lambda x: x / ((x * x).sqrt() + 0.1)), buffers
 
 
+@broken("finite where nothing has no gradient: got no")
 class Quotients(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(lambda x: x / (x * x).sum().sqrt()), buffers
 
 
+@broken("lr: the same in every form (tree")
 class NumbersOnly(Descent):
     def update(self, params, grads, buffers, step):
         return params - grads.map(lambda x: (self.lr if isinstance(self.lr, float) else self.lr[0]) * x), buffers
 
 
+@broken("states that differ in structure")
 class Growing(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads, {f"gradient{step}": grads}
 
 
+@broken("states that differ in structure from the first: got")
 class GrowingLater(Descent):
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads, buffers if step < 3 else {"late": grads}
 
 
+@broken("step 1 takes and returns: got {'list'}")
 class Lists(Descent):
     def update(self, params, grads, buffers, step):
         return [*(params - self.lr * grads)], buffers
 
 
+@broken("changes nothing that it is given: got no")
 class Impure(Descent):
     def init(self, params):
         return {"velocity": params.zeros()}
@@ -134,6 +173,7 @@ class Impure(Descent):
         return params - self.lr * buffers["velocity"], buffers
 
 
+@broken("is a frozen dataclass: got no")
 @dataclass
 class Thawed(diffopt.Optimizer):
     lr: Any = 0.1
@@ -145,6 +185,7 @@ class Thawed(diffopt.Optimizer):
         return params - self.lr * grads, buffers
 
 
+@broken("check step 1, the first that differs", 0.1, 0.5, 0.3, reference=torch_dampened)
 @dataclass(frozen=True)
 class Undampened(diffopt.Optimizer):
     """Momentum whose first step lacks the dampening's exception."""
@@ -161,6 +202,7 @@ class Undampened(diffopt.Optimizer):
         return params - self.lr * velocity, {"velocity": velocity}
 
 
+@broken("betas[0]: derivative")
 @dataclass(frozen=True)
 class DropsMomentum(diffopt.Optimizer):
     """The velocity's history gets no derivative, as in torch.optim's differentiable SGD."""
@@ -195,41 +237,8 @@ class AdaBelief(diffopt.Optimizer):
         return params - self.lr * (mean / (1 - 0.9**step) / root), {"mean": mean, "square": square}
 
 
+@broken("eps: derivative: got 1.0e+00", 0.05, 1e-8)
 class DetachedEps(AdaBelief):
     def update(self, params, grads, buffers, step):
         eps = self.eps.map(torch.Tensor.detach) if isinstance(self.eps, Leaves) else self.eps
         return AdaBelief(self.lr, eps).update(params, grads, buffers, step)
-
-
-def torch_sgd(params):
-    return torch.optim.SGD(params, lr=0.1)
-
-
-def torch_dampened(params):
-    return torch.optim.SGD(params, lr=0.1, momentum=0.5, dampening=0.3)
-
-
-BROKEN: dict[str, tuple[diffopt.Optimizer, Any, str]] = {
-    "wrong sign": (Ascending(), torch_sgd, "the steps of SGD: got"),
-    "wrong first step": (Undampened(0.1, 0.5, 0.3), torch_dampened, "check step 1, the first that differs"),
-    "detached gradient": (Detached(), None, "target: derivative: got 1.0e+00"),
-    "detached params": (DetachedParams(), None, "init0: derivative"),
-    "detached step size": (DetachedLr(), None, "lr: derivative: got 1.0e+00"),
-    "detached small number": (DetachedEps(0.05, 1e-8), None, "eps: derivative: got 1.0e+00"),
-    "detached buffer": (DropsMomentum(), None, "betas[0]: derivative"),
-    "in place on gradients": (InPlace(), None, "changes nothing that it is given: got no"),
-    "in place on buffers": (Impure(), None, "changes nothing that it is given: got no"),
-    "stateful": (Stateful(), None, "repeats itself: got no"),
-    "random": (Noisy(), None, "repeats itself: got no"),
-    "wrong dtype": (Widening(), None, "dtypes: got OptimizerError, expected no error; "),
-    "wrong dtype later": (WideningLater(), None, "float32 stays float32: got {'torch.float64'}"),
-    "half precision": (Halving(), None, "float32: the numbers of float64"),
-    "mixes tasks": (Norms(), None, "vmap over params: as in a loop"),
-    "NaN at a zero coordinate": (Roots(), None, "finite where one coordinate has no gradient: got no"),
-    "NaN where nothing has a gradient": (Quotients(), None, "finite where nothing has no gradient: got no"),
-    "numbers only": (NumbersOnly(), None, "lr: the same in every form (tree"),
-    "new buffers": (Growing(), None, "states that differ in structure"),
-    "new buffers later": (GrowingLater(), None, "states that differ in structure from the first: got"),
-    "lists": (Lists(), None, "step 1 takes and returns: got {'list'}"),
-    "not frozen": (Thawed(), None, "is a frozen dataclass: got no"),
-}

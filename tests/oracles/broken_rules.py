@@ -1,4 +1,4 @@
-"""Estimators that are not what they claim to be."""
+"""Estimators that are not what they claim to be, each beside the findings that must say so."""
 
 from __future__ import annotations
 
@@ -9,11 +9,30 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffopt.errors import GradModeError, MissingDerivativeError
-from diffopt.estimators import Adjoint, Claims, Cotangents, Estimator, Keep, Reverse, StepByStep, Unrolled
+from diffopt.estimators import Adjoint, Claims, Cotangents, Estimator, Keep, Reverse, StepByStep, Truncated, Unrolled
 from diffopt.tensors.derivatives import jvp
 from diffopt.tensors.leaves import Leaves
 
 EXACT, BIASED = Claims(), Claims("never")
+RANDOM = Claims(random=True, tolerance=1e-3)
+NOT_LINEAR = Claims("never", linear=False)
+FIXED_POINT = Claims("at the fixed point")
+BROKEN: dict[str, tuple[Estimator, tuple[str, ...]]] = {}
+"""By name: a rule, and the findings that must say what is wrong with it."""
+
+
+def broken(*findings, before=False, **options):
+    """What follows makes a broken rule: a class without arguments, or a change of the result, or of the input."""
+
+    def add(made):
+        if isinstance(made, type):
+            rule = made(**options)
+        else:
+            rule = Changed(**{"before" if before else "after": made}, **options)
+        BROKEN[f"{made.__name__}: {findings[0]}"] = (rule, findings)
+        return made
+
+    return add
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Changed(Adjoint):
         return self.after(trajectory, trajectory.sweep(self.before(trajectory, cotangent)))
 
 
+@broken("exact for a vector field: got")
 @dataclass(frozen=True)
 class Symmetric(Adjoint):
     """The exact rule with ``V u`` in the place of ``V' u``: right for every loss."""
@@ -80,14 +100,17 @@ def scaled(result, factor):
     return Cotangents(initial, {place: factor * x for place, x in result.direct.items()})
 
 
+@broken("exact: got 2")
 def negated(trajectory, result):
     return scaled(result, -1.0)
 
 
+@broken("hyperparameters: has a hypergradient: got 0", "exact: got")
 def without_hyperparameters(trajectory, result):
     return Cotangents(result.initial, {place: x for place, x in result.direct.items() if place.part == "read"})
 
 
+@broken("batches and schedules: sum", said=BIASED)
 def without_last_batch(trajectory, result):
     direct = dict(result.direct)
     for place in direct:
@@ -97,10 +120,12 @@ def without_last_batch(trajectory, result):
     return Cotangents(result.initial, direct)
 
 
+@broken("exact in the final buffers, and for sched", before=True)
 def without_buffers(trajectory, cotangent):
     return trajectory.layout.padded(trajectory.layout.params(cotangent), cotangent)
 
 
+@broken("exact in the final buffers, and for sched")
 def schedules_reversed(trajectory, result):
     layout, direct = trajectory.layout, dict(result.direct)
     for place in direct:
@@ -109,6 +134,7 @@ def schedules_reversed(trajectory, result):
     return Cotangents(result.initial, direct)
 
 
+@broken("float32: the numbers of float64")
 def in_half(trajectory, result):
     if trajectory.final[0].dtype != torch.float32:
         return result
@@ -116,42 +142,52 @@ def in_half(trajectory, result):
     return Cotangents(result.initial, halves)
 
 
+@broken("float64: returns tensors like the inputs: got no")
 def in_single(trajectory, result):
     return Cotangents(result.initial, {place: x.float() for place, x in result.direct.items()})
 
 
+@broken("float32: returns tensors like the inputs: got no")
 def in_double(trajectory, result):
     return Cotangents(result.initial, {place: x.double() for place, x in result.direct.items()})
 
 
+@broken("init: the same alone", said=BIASED)
 def by_company(trajectory, result):
     return scaled(result, 1 / (1 + len(trajectory.wanted)))
 
 
+@broken("only init wanted: terms for others")
 def with_unwanted(trajectory, result):
     zeros = {place: torch.zeros_like(x) for place, x in trajectory.extras.items() if x.is_floating_point()}
     return Cotangents(result.initial, zeros | dict(result.direct))
 
 
+@broken("the order of the leaves", said=BIASED)
 def first_leaf_doubled(trajectory, result):
     if result.initial is None:
         return result
     return Cotangents(Leaves([2 * result.initial[0], *result.initial[1:]]), result.direct)
 
 
+@broken("exact with Adam: got 5.0e-01")
 def wrong_for_adam(trajectory, result):
     buffers = dict(trajectory.layout.buffers_layout)
     return scaled(result, 0.5) if "square" in buffers else result
 
 
+@broken("draws nothing from torch's generator: got no", "repeats itself to the bit", said=BIASED)
+@broken("every task draws for itself: got", "vmap of grad: the mean of a loop", said=RANDOM)
 def noisy(trajectory, result):
     return scaled(result, 1 + 0.1 * float(torch.randn(())))
 
 
+@broken("precise enough to test", said=RANDOM)
 def very_noisy(trajectory, result):
     return scaled(result, 1 + 100 * float(torch.randn(())))
 
 
+@broken("a second backward pass agrees")
 def once(trajectory, result):
     """Right the first time; the diagnostics survive until the next."""
     if "done" in trajectory.record.diagnostics:
@@ -160,10 +196,16 @@ def once(trajectory, result):
     return result
 
 
+@broken("the same seed: the same numbers", said=Claims(random=True, tolerance=0.1))
 def by_the_clock(trajectory, result):
     return scaled(result, 1 + 0.01 * random.gauss(0, 1))
 
 
+@broken(
+    "all in them at most: got 5, expected 4 to 4",
+    "depth: the batches that the loss saw, or fewer if some need not wait: got 5, expected 1 to 4",
+    "gradients: those that the loss saw, but for one per product: got 54, expected 0 to 4",
+)
 def miscounting(trajectory, result):
     trajectory.record.counts.products += 1
     trajectory.record.counts.depth += 1
@@ -171,30 +213,42 @@ def miscounting(trajectory, result):
     return result
 
 
+@broken("leaves its inputs alone: got no")
 def writing(trajectory, result):
     trajectory.inputs.read[1].add_(1.0)  # the argument that the loss does not read
     return result
 
 
+@broken("writes no .grad: got no")
 def writing_grad(trajectory, result):
     trajectory.inputs.read[1].grad = torch.zeros_like(trajectory.inputs.read[1])
     return result
 
 
+@broken("zero for a zero outer gradient", said=BIASED)
 def constant_added(trajectory, result):
     initial = None if result.initial is None else result.initial + 1.0
     return Cotangents(initial, result.direct)
 
 
+@broken("\nlinear in the outer gradient", before=True, said=BIASED)
 def clipped(trajectory, cotangent):
     return cotangent.map(lambda x: x.clamp(-0.1, 0.1))
 
 
+@broken("linearity: got NonFiniteGradientError, expected no error; ", before=True, said=NOT_LINEAR)
 def normalised_by_leaf(trajectory, cotangent):
     count = trajectory.layout.params_count
     return Leaves([*(x / x.norm() for x in cotangent[:count]), *cotangent[count:]])
 
 
+@broken(
+    "vmap, then backward: as in",
+    "vmap of grad: as in",
+    "vmap of vmap, on other axes: as in",
+    before=True,
+    said=NOT_LINEAR,
+)
 def normalised_over_all_tasks(trajectory, cotangent):
     return cotangent.map(lambda x: x / (1 + x.square().sum()))
 
@@ -202,11 +256,13 @@ def normalised_over_all_tasks(trajectory, cotangent):
 LEAKED: list = []
 
 
+@broken("outlive the backward pass")
 def leaking(trajectory, result):
     LEAKED.append(trajectory.final)
     return result
 
 
+@broken("exact: got")
 @dataclass(frozen=True)
 class ShortSweep(Adjoint):
     """Forgets the first step's Jacobian, and says it is exact."""
@@ -218,6 +274,7 @@ class ShortSweep(Adjoint):
         return trajectory.sweep(cotangent, first=2)
 
 
+@broken("repeats itself to the bit")
 class WarmStarted(Adjoint):
     """Averages with the last call's adjoint."""
 
@@ -235,6 +292,10 @@ class WarmStarted(Adjoint):
         )
 
 
+@broken(
+    "a loss with dropout: exact or refused: got",
+    "a loss with dropout: the generator moves on as in a loop: got no",
+)
 @dataclass(frozen=True)
 class OtherNumbers(Adjoint):
     """Draws the loss's random numbers anew in the backward pass, unnoticed."""
@@ -247,6 +308,12 @@ class OtherNumbers(Adjoint):
         return replace(trajectory, check=False).sweep(cotangent)
 
 
+@broken(
+    "no input wanted: gradients: got 8",
+    "no input wanted: products: got 4",
+    "only init wanted: derivatives in what the loss reads",
+    "only hyperparameters wanted: derivatives in what the loss reads",
+)
 @dataclass(frozen=True)
 class Eager(Estimator):
     """Takes every derivative beforehand, for nobody."""
@@ -258,6 +325,7 @@ class Eager(Estimator):
         return Reverse().run(problem)
 
 
+@broken("needs no second derivatives")
 @dataclass(frozen=True)
 class FallsBack(Adjoint):
     """Says that it needs no second derivatives, and is another rule where there are none."""
@@ -342,3 +410,21 @@ class RefusesBatches(Adjoint):
         if trajectory.tasks_shape:
             raise self.error("one task at a time: loop over tasks instead of vmap")
         return trajectory.sweep(cotangent)
+
+
+NOT_FINITE = (
+    "float64: derivatives are finite: got no",
+    "float32: derivatives are finite: got no",
+    "uses nothing or one leaf: got no",
+)
+BROKEN |= {
+    "changed, said to be biased": (Changed(said=BIASED), ("biased: got",)),
+    "changed, said to be the fixed point's": (Changed(said=FIXED_POINT), ("biased: got",)),
+    "negated, said to be the fixed point's": (Saying(Changed(negated), FIXED_POINT), ("exact at the fixed point",)),
+    "negated, said to be random": (Saying(Changed(negated), RANDOM), ("exact: got 2",)),
+    "does not run": (Truncated(9), ("does not run on 4 steps (StepsError)",)),
+    "infinite slope": (BeforeUnrolling(with_infinite_slope), NOT_FINITE),
+    "another second order": (AfterUnrolling(Forgetful.apply), ("its derivative is that of central differences",)),
+    "refuses tasks, untyped": (RefusesBatches(ValueError), ("refuses vmap of grad: got ValueError",)),
+    "refuses tasks, unsaid": (Saying(RefusesBatches(), EXACT), ("tasks: got GradModeError, expected no error; ",)),
+}

@@ -46,12 +46,9 @@ class OptimizerCase:
     """The oracle's buffers at the start, where they depend on anything."""
 
     def optimizer(self, values: dict[str, Any]) -> diffopt.Optimizer:
-        return self.make(**self._options(values))
+        return self.make(**self.options(values))
 
     def options(self, values: dict[str, Any]) -> dict[str, Any]:
-        return self._options(values)
-
-    def _options(self, values: dict[str, Any]) -> dict[str, Any]:
         values = dict(values)
         if self.pair:
             values["betas"] = (values.pop("beta1"), values.pop("beta2"))
@@ -60,6 +57,10 @@ class OptimizerCase:
 
 # Adam-like rules get a large eps: with the usual 1e-8 their first step is a sign step, whose derivative is round-off.
 _adam = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 0.05, "weight_decay": 0.03}
+_nesterov = {"lr": 0.06, "momentum": 0.7, "weight_decay": 0.02}
+_rmsprop = {"lr": 0.02, "alpha": 0.8, "eps": 0.1, "weight_decay": 0.03, "momentum": 0.5}
+_adagrad = {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.03, "initial_accumulator_value": 0.3, "eps": 0.05}
+_proximal = {"lr": 0.1, "strength": 0.4}
 
 
 def _adamw_step(p, g, b, t, **options):
@@ -70,38 +71,14 @@ OPTIMIZERS = [
     OptimizerCase("gd", diffopt.SGD, oracles.sgd_step, {"lr": 0.11}),
     OptimizerCase("momentum", diffopt.SGD, oracles.sgd_step, {"lr": 0.07, "momentum": 0.8, "weight_decay": 0.04}),
     OptimizerCase("dampened", diffopt.SGD, oracles.sgd_step, {"lr": 0.07, "momentum": 0.8, "dampening": 0.3}),
-    OptimizerCase(
-        "nesterov",
-        diffopt.SGD,
-        oracles.sgd_step,
-        {"lr": 0.06, "momentum": 0.7, "weight_decay": 0.02},
-        {"nesterov": True},
-    ),
+    OptimizerCase("nesterov", diffopt.SGD, oracles.sgd_step, _nesterov, {"nesterov": True}),
     OptimizerCase("ascent", diffopt.SGD, oracles.sgd_step, {"lr": 0.05, "momentum": 0.5}, {"maximize": True}),
     OptimizerCase("adam", diffopt.Adam, oracles.adam_step, _adam, pair=True),
     OptimizerCase("amsgrad", diffopt.Adam, oracles.adam_step, _adam, {"amsgrad": True}, pair=True),
     OptimizerCase("adamw", diffopt.AdamW, _adamw_step, _adam, pair=True),
-    OptimizerCase(
-        "rmsprop",
-        diffopt.RMSprop,
-        oracles.rmsprop_step,
-        {"lr": 0.02, "alpha": 0.8, "eps": 0.1, "weight_decay": 0.03, "momentum": 0.5},
-        {"centered": True},
-    ),
-    OptimizerCase(
-        "adagrad",
-        diffopt.Adagrad,
-        oracles.adagrad_step,
-        {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.03, "initial_accumulator_value": 0.3, "eps": 0.05},
-        buffers=oracles.adagrad_buffers,
-    ),
-    OptimizerCase(
-        "proximal",
-        diffopt.ProximalGD,
-        oracles.proximal_step,
-        {"lr": 0.1, "strength": 0.4},
-        buffers=oracles.proximal_buffers,
-    ),
+    OptimizerCase("rmsprop", diffopt.RMSprop, oracles.rmsprop_step, _rmsprop, {"centered": True}),
+    OptimizerCase("adagrad", diffopt.Adagrad, oracles.adagrad_step, _adagrad, buffers=oracles.adagrad_buffers),
+    OptimizerCase("proximal", diffopt.ProximalGD, oracles.proximal_step, _proximal, buffers=oracles.proximal_buffers),
     OptimizerCase("diagonal", diffopt.Preconditioned, oracles.preconditioned_step, {"lr": 0.1, "diagonal": 0.7}),
 ]
 
@@ -159,6 +136,14 @@ class InnerProblem:
     def outer_loss(self, params: list[Tensor]) -> Tensor:
         return (self.predict(params, self.query[0]) - self.query[1]).square().mean()
 
+    def double(self) -> InnerProblem:
+        """The same numbers in float64."""
+
+        def wide(tensors: Any) -> Any:
+            return type(tensors)(x.double() for x in tensors)
+
+        return InnerProblem(wide(self.params), self.weights.double(), wide(self.batches), wide(self.query))
+
 
 def small_network(seed: int, steps: int, dtype: torch.dtype = torch.float64) -> InnerProblem:
     """A 13-parameter network with per-step batches of data."""
@@ -202,19 +187,25 @@ class MetaParameters:
     def leaves(self) -> list[Tensor]:
         return [*self.params, self.weights, self.inputs, self.targets, *self.hyperparameters.values()]
 
+    def given(self) -> dict[str, Any]:
+        """What :func:`solved` is given."""
+        batches = (self.inputs, self.targets)
+        return {"params": self.params, "weights": self.weights, "values": self.hyperparameters, "batches": batches}
+
+
+def solved(problem: Any, case: OptimizerCase, steps: int, estimator: Any, **changed: Any) -> diffopt.Solution[Any]:
+    """Solve it; the params, weights and batches that are not given are the problem's own, the values the case's."""
+    own = {"params": problem.params, "weights": problem.weights, "batches": problem.batches, "values": case.learned}
+    params, weights, batches, values = ({**own, **changed}[name] for name in own)
+    options = {"optimizer": case.optimizer(values), "steps": steps, "batches": batches, "estimator": estimator}
+    more = {name: value for name, value in changed.items() if name not in own}
+    return diffopt.solve(problem.loss, params, weights, **options, **more)
+
 
 def hypergradient(problem: InnerProblem, case: OptimizerCase, steps: int, estimator: Any) -> list[Tensor]:
     """The hypergradient by the library, for every meta-parameter; zeros where there is none."""
     meta = MetaParameters.of(problem, case)
-    solution = diffopt.solve(
-        problem.loss,
-        meta.params,
-        meta.weights,
-        optimizer=case.optimizer(meta.hyperparameters),
-        steps=steps,
-        batches=(meta.inputs, meta.targets),
-        estimator=estimator,
-    )
+    solution = solved(problem, case, steps, estimator, **meta.given())
     # Autograd through a loop does not reach what no step has used, such as the dampening of a single step.
     outer = problem.outer_loss(solution.params)
     return list(torch.autograd.grad(outer, meta.leaves(), allow_unused=True, materialize_grads=True))
@@ -240,6 +231,5 @@ def expected_hypergradient(
         curvature=curvature,
         initial_buffers=case.buffers,
     )
-    leaves = meta.leaves()
-    found = torch.autograd.grad(problem.outer_loss(final), leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+    outer = problem.outer_loss(final)
+    return list(torch.autograd.grad(outer, meta.leaves(), allow_unused=True, materialize_grads=True))

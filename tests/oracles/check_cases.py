@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,154 @@ def attention() -> tuple[Any, ...]:
     return of_module(layer, numbers(2, 3, 4))
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A loss that is at fault, what it is given, the check that fails, the error's class, and what it says."""
+
+    make: Callable[[], tuple[Any, ...]]
+    check: str
+    error: type[Exception]
+    says: str
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(check: str, error: type[Exception], says: str, *given: Any) -> Callable[[Any], Any]:
+    """The loss that follows is at fault where it is given this; if nothing, :func:`w`."""
+
+    def add(loss: Any) -> Any:
+        FAULTS[loss.__name__] = Fault(lambda: (loss, *(given or [w()])), check, error, says)
+        return loss
+
+    return add
+
+
+def fault_of(check: str, error: type[Exception], says: str) -> Callable[[Any], Any]:
+    """What follows makes a loss that is at fault, with what it is given."""
+
+    def add(make: Callable[[], tuple[Any, ...]]) -> Any:
+        FAULTS[make.__name__] = Fault(make, check, error, says)
+        return make
+
+    return add
+
+
+# --------------------------------------------------------------------------- no scalar, or none of the params
+
+PARTS = {"a": torch.zeros(2), "b": torch.ones(2)}
+
+
+@fault("scalar, finite", diffopt.LossError, r"shape \(4,\)")
+def vector(w: Tensor) -> Tensor:
+    return w
+
+
+@fault("scalar, finite", diffopt.LossError, "raised RuntimeError .*check its arguments", w(), torch.ones(3).double())
+def raising(w: Tensor, x: Tensor) -> Tensor:
+    return (w @ x).sum()
+
+
+@fault_of("scalar, finite", diffopt.LossError, "loss is float")
+def not_callable() -> tuple[Any, ...]:
+    return 3.0, w()
+
+
+@fault("scalar, finite", diffopt.NonFiniteLossError, "is (inf|nan)")
+def infinite(w: Tensor) -> Tensor:
+    return (w / 0).sum()
+
+
+@fault("scalar, finite", diffopt.LeafError, r"params\['n'\] is int 3", {"n": 3})
+def of_a_number(w: Tensor) -> Tensor:
+    return w
+
+
+@fault("scalar, finite", diffopt.LeafError, "diffopt.functional", nn.Linear(1, 1))
+def of_a_module_itself(w: Tensor) -> Tensor:
+    return w
+
+
+@fault("depends on params", diffopt.DisconnectedError, "does not depend on params")
+def detached(w: Tensor) -> Tensor:
+    return w.detach().sum()
+
+
+@fault("depends on params", diffopt.NonFiniteGradientError, r"NaN or infinite in params\['a'\]", PARTS)
+def root_at_zero(p: dict[str, Tensor]) -> Tensor:
+    return (p["a"].abs().sqrt() + p["b"]).sum()
+
+
+@fault("depends on params", diffopt.MissingDerivativeError, "use_reentrant=False")
+def reentrant(w: Tensor) -> Tensor:
+    return checkpoint.checkpoint(torch.sin, w, use_reentrant=True).sum()
+
+
+class Slot:
+    """Holds a module where nobody finds it."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+ELSEWHERE = "reads .+ in the backward pass only, expected what its forward pass read.*functional_call"
+
+
+@fault_of("depends on params", diffopt.RecomputationError, ELSEWHERE)
+def checkpointed_elsewhere() -> tuple[Any, ...]:
+    slot = Slot(nn.Linear(4, 1, bias=False).double())
+
+    def loss(w: Tensor) -> Tensor:
+        with nn.utils.stateless._reparametrize_module(slot.module, {"weight": w[None]}):
+            part = checkpoint.checkpoint(lambda x: slot.module(x).tanh(), 1 + w.detach(), use_reentrant=False)
+        return part.square().sum()
+
+    return loss, w()
+
+
+# --------------------------------------------------------------------------- captures, changes and states
+
+
+@fault_of("nothing captured", diffopt.CapturedTensorError, "captured `target`")
+def captured() -> tuple[Any, ...]:
+    target = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    return lambda w: (w - 2 * target).square().sum(), w()
+
+
+@fault_of("nothing captured", diffopt.CapturedTensorError, r"captured `m\.bias`, `m\.weight`")
+def captured_module() -> tuple[Any, ...]:
+    m = nn.Linear(4, 1).double()
+    return lambda w: m(w).sum().square(), w()
+
+
+@fault("changes nothing", diffopt.InPlaceError, r"changes args\[0\]\['n'\] in place", w(), {"n": torch.ones(4)})
+def argument_changed(w: Tensor, x: dict[str, Tensor]) -> Tensor:
+    return (w * x["n"].add_(0)).sum().square()
+
+
+TRACKED = "changes module.1.num_batches_tracked.*track_running_stats=False"
+
+
+@fault_of("changes nothing", diffopt.InPlaceError, TRACKED)
+def running_statistics() -> tuple[Any, ...]:
+    return of_module(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), numbers(5, 3), lambda x: x[0] ** 3)
+
+
+@fault_of("deterministic", diffopt.RandomnessError, "the same params again")
+def iterated() -> tuple[Any, ...]:
+    calls = itertools.count(1)
+    return lambda w: w.square().sum() * next(calls), w()
+
+
+@fault_of("deterministic", diffopt.RandomnessError, "torch's global one")
+def own_generator() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda w: (w * torch.rand(4, generator=generator)).sum().square(), w()
+
+
+@fault_of("deterministic", diffopt.HiddenStateError, "keeps a state, in a number or another object")
 def counted() -> tuple[Any, ...]:
     calls: list[int] = []
 
@@ -69,11 +218,6 @@ def counted() -> tuple[Any, ...]:
         return w.square().sum() * len(calls)
 
     return loss, w()
-
-
-def iterated() -> tuple[Any, ...]:
-    calls = itertools.count(1)
-    return lambda w: w.square().sum() * next(calls), w()
 
 
 class Average(nn.Module):
@@ -89,174 +233,80 @@ class Average(nn.Module):
         return loss
 
 
+@fault_of("deterministic", diffopt.HiddenStateError, "keeps a state, `held.average`")
 def averaged() -> tuple[Any, ...]:
     held = Average()
     return lambda w: held(w), w()
 
 
-class Slot:
-    """Holds a module where nobody finds it."""
+# --------------------------------------------------------------------------- second derivatives
 
-    __slots__ = ("module",)
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+WEIGHT_NORM = r"off finite differences, most in params\['parametrizations.weight.*weight_norm"
+MATH = r"flash_attention.*sdpa_kernel\(\[SDPBackend.MATH\]\)"
+ONCE = "once_differentiable.*write the function's backward"
 
 
-def checkpointed_elsewhere() -> tuple[Any, ...]:
-    slot = Slot(nn.Linear(4, 1, bias=False).double())
-
-    def loss(w: Tensor) -> Tensor:
-        with nn.utils.stateless._reparametrize_module(slot.module, {"weight": w[None]}):
-            part = checkpoint.checkpoint(lambda x: slot.module(x).tanh(), 1 + w.detach(), use_reentrant=False)
-        return part.square().sum()
-
-    return loss, w()
+@fault_of("second derivative", diffopt.WrongDerivativeError, WEIGHT_NORM)
+def weight_normed() -> tuple[Any, ...]:
+    return normed(utils.parametrizations.weight_norm)
 
 
-def captured() -> tuple[Any, ...]:
-    target = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    return lambda w: (w - 2 * target).square().sum(), w()
+fault_of("second derivative", diffopt.MissingDerivativeError, MATH)(attention)
 
 
-def own_generator() -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda w: (w * torch.rand(4, generator=generator)).sum().square(), w()
+@fault("second derivative", diffopt.MissingDerivativeError, r"multi_margin.*FirstOrder\(\)")
+def multi_margin(w: Tensor) -> Tensor:
+    return F.multi_margin_loss(w.view(2, 2), torch.tensor([0, 1]))
 
 
-# what is checked -> the check that fails, the error's class, what it says
-FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, type[Exception], str]] = {
-    "vector": (lambda: (lambda w: w, w()), "scalar, finite", diffopt.LossError, r"shape \(4,\)"),
-    "raises": (
-        lambda: (lambda w, x: (w @ x).sum(), w(), torch.ones(3).double()),
-        "scalar, finite",
-        diffopt.LossError,
-        "raised RuntimeError .*check its arguments",
-    ),
-    "not_callable": (lambda: (3.0, w()), "scalar, finite", diffopt.LossError, "loss is float"),
-    "nan": (lambda: (lambda w: (w / 0).sum(), w()), "scalar, finite", diffopt.NonFiniteLossError, "is (inf|nan)"),
-    "params": (lambda: (lambda w: w, {"n": 3}), "scalar, finite", diffopt.LeafError, r"params\['n'\] is int 3"),
-    "module": (lambda: (lambda w: w, nn.Linear(1, 1)), "scalar, finite", diffopt.LeafError, "diffopt.functional"),
-    "detached": (
-        lambda: (lambda w: w.detach().sum(), w()),
-        "depends on params",
-        diffopt.DisconnectedError,
-        "does not depend on params",
-    ),
-    "gradient": (
-        lambda: (lambda p: (p["a"].abs().sqrt() + p["b"]).sum(), {"a": torch.zeros(2), "b": torch.ones(2)}),
-        "depends on params",
-        diffopt.NonFiniteGradientError,
-        r"NaN or infinite in params\['a'\]",
-    ),
-    "captured": (captured, "nothing captured", diffopt.CapturedTensorError, "captured `target`"),
-    "captured_module": (
-        lambda: (lambda m: (lambda w: m(w).sum().square(), w()))(nn.Linear(4, 1).double()),
-        "nothing captured",
-        diffopt.CapturedTensorError,
-        r"captured `m\.bias`, `m\.weight`",
-    ),
-    "argument_changed": (
-        lambda: (lambda w, x: (w * x["n"].add_(0)).sum().square(), w(), {"n": torch.ones(4)}),
-        "changes nothing",
-        diffopt.InPlaceError,
-        r"changes args\[0\]\['n'\] in place",
-    ),
-    "running_statistics": (
-        lambda: of_module(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), numbers(5, 3), lambda x: x[0] ** 3),
-        "changes nothing",
-        diffopt.InPlaceError,
-        "changes module.1.num_batches_tracked.*track_running_stats=False",
-    ),
-    "iterator": (iterated, "deterministic", diffopt.RandomnessError, "the same params again"),
-    "own_generator": (own_generator, "deterministic", diffopt.RandomnessError, "torch's global one"),
-    "counter": (counted, "deterministic", diffopt.HiddenStateError, "keeps a state, in a number or another object"),
-    "slow_average": (averaged, "deterministic", diffopt.HiddenStateError, "keeps a state, `held.average`"),
-    "checkpoint_of_others": (
-        checkpointed_elsewhere,
-        "depends on params",
-        diffopt.RecomputationError,
-        "reads .+ in the backward pass only, expected what its forward pass read.*functional_call",
-    ),
-    "weight_norm": (
-        lambda: normed(utils.parametrizations.weight_norm),
-        "second derivative",
-        diffopt.WrongDerivativeError,
-        r"off finite differences, most in params\['parametrizations.weight.*weight_norm",
-    ),
-    "attention": (
-        attention,
-        "second derivative",
-        diffopt.MissingDerivativeError,
-        r"flash_attention.*sdpa_kernel\(\[SDPBackend.MATH\]\)",
-    ),
-    "multi_margin": (
-        lambda: (lambda w: F.multi_margin_loss(w.view(2, 2), torch.tensor([0, 1])), w()),
-        "second derivative",
-        diffopt.MissingDerivativeError,
-        r"multi_margin.*FirstOrder\(\)",
-    ),
-    "half_detached": (
-        lambda: (lambda w: w.pow(3).sum() * w.detach().sum(), w()),
-        "second derivative",
-        diffopt.WrongDerivativeError,
-        "off finite differences, most in params",
-    ),
-    "once_only": (
-        lambda: (lambda w: OnceOnly.apply(w).sum(), w()),
-        "second derivative",
-        diffopt.WrongDerivativeError,
-        "100% off",
-    ),
-    "once_only_and_more": (
-        lambda: (lambda w: OnceOnly.apply(w).square().sum(), w()),
-        "second derivative",
-        diffopt.MissingDerivativeError,
-        "once_differentiable.*write the function's backward",
-    ),
-    "argument_cut_off": (
-        lambda: (lambda w, a: (w * a).sum() ** 2 + (w * a.detach()).sum() ** 3, w(), w().requires_grad_()),
-        "second derivative",
-        diffopt.WrongDerivativeError,
-        r"most in args\[0\]",
-    ),
-    "norm_at_zero": (
-        lambda: (lambda w: w.norm() + (w - 1).square().sum(), torch.zeros(3)),
-        "second derivative",
-        diffopt.NonFiniteGradientError,
-        "norms or logarithms at zero",
-    ),
-    "reentrant": (
-        lambda: (lambda w: checkpoint.checkpoint(torch.sin, w, use_reentrant=True).sum(), w()),
-        "depends on params",
-        diffopt.MissingDerivativeError,
-        "use_reentrant=False",
-    ),
-    "other_numbers_in_batches": (
-        lambda: (lambda w: w.square().sum() * (1.0 + torch._C._functorch.is_batchedtensor(w)), w()),
-        "safe under vmap",
-        diffopt.VmapError,
-        "under vmap the (loss|gradient of params) is .* off that of a loop, expected the same numbers",
-    ),
-    "branch": (
-        lambda: (lambda w: w.sum() ** 2 if w.sum() > 0 else w.sum() ** 4, w()),
-        "safe under vmap",
-        diffopt.VmapError,
-        "data-dependent.*torch.where",
-    ),
-    "mask": (
-        lambda: (lambda w: w[w > 0].sum() ** 2, w()),
-        "safe under vmap",
-        diffopt.VmapError,
-        "dynamic shape.*torch.where",
-    ),
-    "gru": (
-        lambda: of_module(nn.GRU(3, 2), numbers(4, 2, 3), lambda out: out[0]),
-        "safe under vmap",
-        diffopt.VmapError,
-        "Batching rule not implemented.*loop over the tasks",
-    ),
-}
+@fault("second derivative", diffopt.WrongDerivativeError, "off finite differences, most in params")
+def half_detached(w: Tensor) -> Tensor:
+    return w.pow(3).sum() * w.detach().sum()
+
+
+@fault("second derivative", diffopt.WrongDerivativeError, "100% off")
+def once_only(w: Tensor) -> Tensor:
+    return OnceOnly.apply(w).sum()
+
+
+@fault("second derivative", diffopt.MissingDerivativeError, ONCE)
+def once_only_and_more(w: Tensor) -> Tensor:
+    return OnceOnly.apply(w).square().sum()
+
+
+@fault("second derivative", diffopt.WrongDerivativeError, r"most in args\[0\]", w(), w().requires_grad_())
+def argument_cut_off(w: Tensor, a: Tensor) -> Tensor:
+    return (w * a).sum() ** 2 + (w * a.detach()).sum() ** 3
+
+
+@fault("second derivative", diffopt.NonFiniteGradientError, "norms or logarithms at zero", torch.zeros(3))
+def norm_at_zero(w: Tensor) -> Tensor:
+    return w.norm() + (w - 1).square().sum()
+
+
+# --------------------------------------------------------------------------- what differs, or fails, under vmap
+
+OFF = "under vmap the (loss|gradient of params) is .* off that of a loop, expected the same numbers"
+
+
+@fault("safe under vmap", diffopt.VmapError, OFF)
+def other_numbers_in_batches(w: Tensor) -> Tensor:
+    return w.square().sum() * (1.0 + torch._C._functorch.is_batchedtensor(w))
+
+
+@fault("safe under vmap", diffopt.VmapError, "data-dependent.*torch.where")
+def branch(w: Tensor) -> Tensor:
+    return w.sum() ** 2 if w.sum() > 0 else w.sum() ** 4
+
+
+@fault("safe under vmap", diffopt.VmapError, "dynamic shape.*torch.where")
+def mask(w: Tensor) -> Tensor:
+    return w[w > 0].sum() ** 2
+
+
+@fault_of("safe under vmap", diffopt.VmapError, "Batching rule not implemented.*loop over the tasks")
+def gru() -> tuple[Any, ...]:
+    return of_module(nn.GRU(3, 2), numbers(4, 2, 3), lambda out: out[0])
 
 
 def weight_norm(p: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -69,6 +69,25 @@ def trained(kind: Any, options: dict[str, Any], start: list[Tensor], target: Ten
         wavy(params, target).backward()
         optimizer.step()
     return [p.detach() for p in params]
+
+
+def off_by(function: Callable[[float], float], derivative: float) -> float:
+    """How far a derivative at zero is off differences of five points, relative to one plus its size.
+
+    Truncation is ``h**4 = 2e-15`` and cancellation ``1e-16 / h = 1e-12``, times higher derivatives. The smaller step is
+    for Adamax, where a maximum has its kink within the larger one.
+    """
+    errors = []
+    for h in (2e-4, 1e-5):
+        near, far = (function(x) - function(-x) for x in (h, 2 * h))
+        difference = (8 * near - far) / (12 * h)
+        errors.append(abs(derivative - difference) / (1 + abs(difference)))
+    return min(errors)
+
+
+def numbers(options: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the options."""
+    return [x for v in options.values() for x in (v if isinstance(v, tuple) else (v,)) if isinstance(x, Tensor)]
 
 
 def as_tensor(value: Any) -> Any:

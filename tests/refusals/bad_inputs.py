@@ -34,7 +34,7 @@ TABLES = (
     bad_modules,
     bad_tasks,
 )
-ROWS: dict[str, Row] = {name: row for table in TABLES for name, row in table.ROWS.items()}
+ROWS: dict[str, Row] = {f"{row.family}: {name}": row for table in TABLES for name, row in table.refused.rows.items()}
 COMMAND_LINES: dict[str, Command] = {
     **{f"command_{name}": command for name, command in COMMANDS.items()},
     **{f"checkpoint_{name}": command for name, command in CHECKPOINTS.items()},

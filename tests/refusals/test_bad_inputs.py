@@ -11,14 +11,12 @@ import bad_inputs
 import pytest
 import torch
 from bad_inputs import COMMAND_LINES, ROWS
-from bad_row import backward, solve, tensor
+from bad_row import MOST, backward, solve, tensor
 from in_parts import was_raised_there
 
 import diffopt
 from diffopt import SGD, DiffoptError
 from diffopt.estimators import Binomial, ForwardMode, Reverse, Unrolled
-
-MOST = 300
 
 
 def state() -> tuple[object, ...]:
@@ -38,19 +36,11 @@ def state() -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_bad_input_is_answered_by_a_typed_error(name: str) -> None:
     row, before = ROWS[name], state()
-    with pytest.raises(row.error) as caught:
-        row.call()
-    message = str(caught.value)
-    assert type(caught.value) is row.error
-    assert issubclass(row.error, DiffoptError)
-    assert re.search(row.says, message, re.DOTALL), message
-    assert row.path in message
-    assert "expected" in message
-    assert len(message) < MOST
-    if was_raised_there(caught.value):
-        got, expected, fix = caught.value.got, caught.value.expected, caught.value.fix
-        assert "" not in (got, expected)
-        assert message == f"{got}, expected {expected}{'; ' * bool(fix)}{fix}"
+    error = row.check()
+    assert "expected" in str(error)
+    if was_raised_there(error):
+        assert "" not in (error.got, error.expected)
+        assert str(error) == f"{error.got}, expected {error.expected}{'; ' * bool(error.fix)}{error.fix}"
     # a loss that draws moves torch's generator as a plain loop would; nothing else moves it, and nothing else moves
     assert (state() != before) == row.moves
     assert state()[:-1] == before[:-1]
@@ -90,7 +80,7 @@ def test_a_bad_command_line_is_answered_in_one_line(folder: Path, name: str) -> 
 
 
 def test_the_tables_are_as_long_as_they_claim_to_be_and_no_name_stands_twice() -> None:
-    assert len(ROWS) == sum(len(table.ROWS) for table in bad_inputs.TABLES) >= 80
+    assert len(ROWS) == sum(len(table.refused.rows) for table in bad_inputs.TABLES) >= 500
     assert len(COMMAND_LINES) >= 40
 
 
@@ -104,7 +94,7 @@ def test_every_error_of_the_library_has_a_row() -> None:
 
 
 def test_the_list_can_be_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    few = dict(list(ROWS.items())[:3])
+    few = {name: ROWS[f"loss: {name}"] for name in ("vector", "number", "nan_params")}
     monkeypatch.setattr(bad_inputs, "ROWS", few)
     monkeypatch.setattr(bad_inputs, "COMMAND_LINES", {"command_fly": COMMAND_LINES["command_unknown_command"]})
     bad_inputs.main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import OPTIMIZERS, InnerProblem, hypergradient, small_network
+from cases import OPTIMIZERS, hypergradient, small_network
 from hypothesis import given
 from hypothesis import strategies as st
 from implicit_problems import INPUTS, START, THETA, expected, leaf, logistic, newton, outer
@@ -133,13 +133,6 @@ def test_a_solution_that_float16_cannot_hold_is_refused(solver):
         solver.solve(lambda x: 1e-3 * x, torch.full((3,), 1e3, dtype=torch.float16))
 
 
-def in_float64(problem):
-    def wide(tensors):
-        return type(tensors)(x.double() for x in tensors)
-
-    return InnerProblem(wide(problem.params), problem.weights.double(), wide(problem.batches), wide(problem.query))
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rule", [Reverse(1), Binomial(2), Krylov(2), Krylov(4, chunk_size=2)], ids=str)
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
@@ -147,7 +140,7 @@ def test_rules(case, rule, dtype):
     problem = small_network(seed=0, steps=5, dtype=dtype)
     got = hypergradient(problem, case, 5, rule)
     assert {x.dtype for x in got} == {dtype}
-    assert relative(got, hypergradient(in_float64(problem), case, 5, rule)) < FEW * eps(dtype)
+    assert relative(got, hypergradient(problem.double(), case, 5, rule)) < FEW * eps(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -160,7 +153,7 @@ def test_a_full_frame_of_directions(case, antithetic, dtype):
     assert {x.dtype for x in got} == {dtype}
     # both ends of a difference are rounded, and the difference itself is off by third (second) derivatives
     tolerance = 4 * eps(dtype) / radius + (radius**2 if antithetic else 3 * radius)
-    assert relative(got, hypergradient(in_float64(problem), case, 3, Reverse())) < tolerance
+    assert relative(got, hypergradient(problem.double(), case, 3, Reverse())) < tolerance
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -40,10 +40,6 @@ def task_loss(params: Any, x: Tensor, y: Tensor, lr: Tensor, rule: Any) -> Tenso
 DIMS = (None, 1, 0, None, None)
 
 
-def gradients(mean: Tensor, params: Any, x: Tensor, lr: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(3 * mean, [params["weight"], params["bias"], x, lr]))
-
-
 @pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(1), FirstOrder()])
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 7])
 def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, rule: Any) -> None:
@@ -52,12 +48,9 @@ def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, rule: Any) ->
     looped = torch.stack([task_loss(params, x[:, b], y[b], lr, rule) for b in range(TASKS)]).mean()
     mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, rule, in_dims=DIMS, task_chunk=chunk)
     torch.testing.assert_close(mean, looped, rtol=1e-12, atol=0)
-    found, expected = (
-        gradients(mean, params, x, lr),
-        list(torch.autograd.grad(3 * looped, [params["weight"], params["bias"], x, lr], allow_unused=True)),
-    )
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-11, atol=1e-14)
+    learned = [params["weight"], params["bias"], x, lr]
+    expected = torch.autograd.grad(3 * looped, learned, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(torch.autograd.grad(3 * mean, learned), expected, rtol=1e-11, atol=1e-14)
 
 
 def test_memory_is_that_of_one_chunk() -> None:
@@ -69,9 +62,8 @@ def test_memory_is_that_of_one_chunk() -> None:
 
     def peak(tasks: int, chunk: int) -> int:
         w, data = torch.ones(10_000, requires_grad=True), torch.ones(tasks, 1)
-        used = peak_bytes(
-            lambda: diffopt.mean_over_tasks(loss, w, data, in_dims=(None, 0), task_chunk=chunk).backward()
-        )
+        options = {"in_dims": (None, 0), "task_chunk": chunk}
+        used = peak_bytes(lambda: diffopt.mean_over_tasks(loss, w, data, **options).backward())
         assert used is not None
         return used
 
@@ -89,14 +81,13 @@ def test_without_grad_only_the_value_is_computed() -> None:
         mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, Reverse(), in_dims=DIMS, task_chunk=2)
     assert not mean.requires_grad
     pulled: list[int] = []
+    one = params["weight"][:1]
     with torch.no_grad():
-        diffopt.mean_over_tasks(
-            lambda y, w: (Pulled.apply(w, pulled) * y).sum(), y, params["weight"][:1], in_dims=(0, None), task_chunk=1
-        )
+        loss = lambda y, w: (Pulled.apply(w, pulled) * y).sum()  # noqa: E731
+        diffopt.mean_over_tasks(loss, y, one, in_dims=(0, None), task_chunk=1)
     assert not pulled
-    torch.testing.assert_close(
-        mean, vmap(lambda x, y: task_loss(params, x, y, lr, Reverse()), (1, 0))(x, y).mean(), rtol=1e-12, atol=0
-    )
+    expected = vmap(lambda x, y: task_loss(params, x, y, lr, Reverse()), (1, 0))(x, y).mean()
+    torch.testing.assert_close(mean, expected, rtol=1e-12, atol=0)
 
 
 class Pulled(torch.autograd.Function):
@@ -113,20 +104,18 @@ class Pulled(torch.autograd.Function):
         return cotangents[0], None
 
 
+def noisy(w: Tensor, _: Tensor) -> Tensor:
+    return (w * torch.rand(3)).sum()
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 2, 3])
 def test_the_same_random_numbers_for_all_tasks_whatever_the_chunk(chunk: int | None) -> None:
     w = torch.ones(3, requires_grad=True)
     torch.manual_seed(0)
     expected, after = torch.rand(3), torch.rand(())
     torch.manual_seed(0)
-    mean = diffopt.mean_over_tasks(
-        lambda w, _: (w * torch.rand(3)).sum(),
-        w,
-        torch.zeros(5),
-        in_dims=(None, 0),
-        task_chunk=chunk,
-        randomness="same",
-    )
+    options = {"in_dims": (None, 0), "task_chunk": chunk, "randomness": "same"}
+    mean = diffopt.mean_over_tasks(noisy, w, torch.zeros(5), **options)
     torch.testing.assert_close(torch.autograd.grad(mean, w)[0], expected)
     assert torch.equal(torch.rand(()), after)  # and the generator has moved on as under one vmap
 
@@ -134,14 +123,10 @@ def test_the_same_random_numbers_for_all_tasks_whatever_the_chunk(chunk: int | N
 def test_random_numbers() -> None:
     w = torch.ones(3, requires_grad=True)
 
-    def noisy(w: Tensor, _: Tensor) -> Tensor:
-        return (w * torch.rand(3)).sum()
-
     def mean(chunk: int, randomness: str) -> Tensor:
         torch.manual_seed(0)
-        return diffopt.mean_over_tasks(
-            noisy, w, torch.zeros(4), in_dims=(None, 0), task_chunk=chunk, randomness=randomness
-        )
+        options = {"in_dims": (None, 0), "task_chunk": chunk, "randomness": randomness}
+        return diffopt.mean_over_tasks(noisy, w, torch.zeros(4), **options)
 
     torch.manual_seed(0)
     expected = (w * torch.rand(4, 3).mean(0)).sum()
@@ -150,32 +135,8 @@ def test_random_numbers() -> None:
         mean(4, "error")
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"task_chunk": 0}, diffopt.HyperparameterError, "task_chunk is int 0"),
-        ({"task_chunk": True}, diffopt.HyperparameterError, "task_chunk is bool True"),
-        ({"randomness": "some"}, diffopt.HyperparameterError, "randomness is str 'some'"),
-        ({"check": 1}, diffopt.HyperparameterError, "check is"),
-        ({"in_dims": (None,)}, diffopt.HyperparameterError, "one of these for each of 2 arguments"),
-        ({"in_dims": (None, "0")}, diffopt.HyperparameterError, "in_dims is"),
-        ({"in_dims": {None: 0, 0: 1}}, diffopt.HyperparameterError, "in_dims is dict {"),
-        ({"in_dims": (None, None)}, diffopt.ShapeError, "one common length"),
-        ({"in_dims": (0, 0)}, diffopt.ShapeError, "one common length"),
-        ({"in_dims": (None, 3)}, diffopt.ShapeError, "expected an axis 3"),
-    ],
-)
-def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        diffopt.mean_over_tasks(
-            lambda w, x: (w * x).sum(), torch.ones(3), torch.ones(4, 3), **{"in_dims": (None, 0), **options}
-        )
-
-
-def test_losses_that_are_no_scalar_or_capture_are_refused() -> None:
+def test_a_loss_that_captures_is_refused() -> None:
     w, x = torch.ones(3, requires_grad=True), torch.ones(4, 3)
-    with pytest.raises(diffopt.LossError, match="task_loss returned"):
-        diffopt.mean_over_tasks(lambda x: x, x)
     other = torch.ones(3, requires_grad=True)
     for chunk in (1, 2):
         with pytest.raises(diffopt.CapturedTensorError, match="captured"):
@@ -266,10 +227,8 @@ def test_numbers_of_numpy_say_where_tasks_are() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_a_rule_that_does_not_look_at_the_outer_loss_sums_the_same_in_chunks(rule: Any, chunk: int) -> None:
     def task_loss(w: Tensor, x: Tensor) -> Tensor:
-        inner = diffopt.solve(
-            lambda w, x: (w - x).square().sum(), w, x, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule
-        )
-        return inner.params.sum()
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+        return diffopt.solve(lambda w, x: (w - x).square().sum(), w, x, **options).params.sum()
 
     def found(chunk: int | None) -> Tensor:
         w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
