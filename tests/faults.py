@@ -1213,8 +1213,8 @@ FAULTS = [
     Fault(
         "whatever torch.compile has made is refused, on the way to params or not",
         "_refuse_compiled",
-        '== "CompiledFunctionBackward" and _leads_to(node, edges)',
-        '== "CompiledFunctionBackward"',
+        "any(_leads_to(node, edges) for node in compiled)",
+        "compiled",
         "torch_errors",
     ),
     Fault(

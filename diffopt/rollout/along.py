@@ -88,24 +88,29 @@ class Tables:
 
     # NOTE [one tensor for all steps]
     A small one per step, kept between the large ones that come and go, leaves the C allocator with holes that nothing
-    fits into, and the process grows by a state per step.
+    fits into, and the process grows by a state per step. (Where a step hands out its losses only, those of a few steps
+    wait for each other, and are written in one operation.)
     """
 
     def __init__(self, axis: int, steps: int) -> None:
         """Steps run along ``axis``."""
         self._axis, self._steps = axis, steps
-        self.tensors: list[Tensor] = []
+        self._waiting: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def write(self, step: int, rows: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
         """What step ``step`` has handed out."""
-        if not self.tensors:
-            axis, steps = self._axis, self._steps
-            self.tensors = [x.new_empty(*x.shape[:axis], steps, *x.shape[axis:]) for x in rows]
-        for number, (table, row) in enumerate(zip(self.tensors, rows, strict=True)):
+        if len(rows) == 1:
+            self._waiting.append(rows[0])
+            if step == self._steps or len(self._waiting) == _TOGETHER:
+                self._write_waiting(step)
+            return
+        self._make(rows)
+        for number, (table, row) in enumerate(zip(self._tensors, rows, strict=True)):
             place = table.select(self._axis, step - 1)
             if place.dtype != row.dtype:  # what began as an integer may go on as another number
                 wide = torch.promote_types(place.dtype, row.dtype)
-                table = self.tensors[number] = table.to(wide)
+                table = self._tensors[number] = table.to(wide)
                 place = table.select(self._axis, step - 1)
             if place.shape != row.shape:
                 raise LossError(
@@ -115,11 +120,33 @@ class Tables:
                 )
             place.copy_(row)
 
+    def _make(self, rows: Sequence[Tensor]) -> None:
+        """Tables for rows such as these, if there are none."""
+        if not self._tensors:
+            axis, steps = self._axis, self._steps
+            self._tensors = [x.new_empty(*x.shape[:axis], steps, *x.shape[axis:]) for x in rows]
+
+    def _write_waiting(self, last: int) -> None:
+        """Write the losses that have waited, up to those of step ``last``."""
+        count, self._waiting, rows = len(self._waiting), [], torch.stack(self._waiting, self._axis)
+        if count == self._steps:
+            self._tensors = [rows]
+            return
+        self._make([rows.select(self._axis, 0)])
+        if self._tensors[0].dtype != rows.dtype:
+            self._tensors[0] = self._tensors[0].to(torch.promote_types(self._tensors[0].dtype, rows.dtype))
+        self._tensors[0].narrow(self._axis, last - count, count).copy_(rows)
+
     def until(self, step: int) -> list[Tensor]:
         """What the steps up to ``step`` have handed out."""
+        if self._waiting:
+            self._write_waiting(max(step, 1))
         if step == self._steps:
-            return self.tensors
-        return [x.narrow(self._axis, 0, step).clone() for x in self.tensors]
+            return self._tensors
+        return [x.narrow(self._axis, 0, step).clone() for x in self._tensors]
+
+
+_TOGETHER = 16
 
 
 @final

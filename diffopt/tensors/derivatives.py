@@ -154,8 +154,7 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     if differentiable and _COMPILED in sys.modules:
         _refuse_compiled(output, inputs)
     try:
-        total = output.sum() if output.ndim else output
-        return _run((total,), inputs, (_one(total),), retain=differentiable, differentiable=differentiable)
+        return _run((output,), inputs, (_ones(output),), retain=differentiable, differentiable=differentiable)
     except RuntimeError as error:
         raise _named(error) from error
 
@@ -176,8 +175,8 @@ def _run(
     return found
 
 
-def _one(like: Tensor) -> Tensor:
-    """The cotangent of a scalar."""
+def _ones(like: Tensor) -> Tensor:
+    """The cotangent of numbers that are added up."""
     return torch.ones_like(like, memory_format=torch.preserve_format)
 
 
@@ -190,10 +189,11 @@ def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:
     The gradient of that has no second derivative. Torch says so only if something that its backward pass is given
     requires grad; else it is a constant, and a silent wrong number.
     """
-    edges = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, inputs)}
-    for node in autograd_graph.nodes([output.grad_fn], {node for node, _ in edges}):
-        if type(node).__name__ == "CompiledFunctionBackward" and _leads_to(node, edges):
-            raise missing_derivative("torch.compile with aot_autograd does not support double backward")
+    graph = autograd_graph.nodes([output.grad_fn], {x.grad_fn for x in inputs})
+    compiled = [node for node in graph if type(node).__name__ == "CompiledFunctionBackward"]
+    edges = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, inputs)} if compiled else set()
+    if any(_leads_to(node, edges) for node in compiled):
+        raise missing_derivative("torch.compile with aot_autograd does not support double backward")
 
 
 def _leads_to(node: Any, edges: set[tuple[Any, int]]) -> bool:

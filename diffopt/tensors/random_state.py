@@ -27,6 +27,10 @@ GeneratorStates: TypeAlias = tuple[Tensor, ...]
 
 def snapshot(device: torch.device) -> GeneratorStates:
     """The state of the CPU's generator and, on a GPU, of that device's."""
+    if _here.drawing is None and device.type == "cpu":  # as it is before almost every step
+        return (torch.get_rng_state(),)
+    if _here.drawing is None and device.type == "cpu":  # as it is before almost every step
+        return (torch.get_rng_state(),)
     own = _own_generators()
     states = [own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]
     if device.type == "cuda":
