@@ -53,14 +53,11 @@ def roll_out(
     state, stack = Leaves(state[: layout.state_count]), Leaves(state[layout.state_count :])
     due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
     if not unchanged or (watch.values and (due or not sound)):
-        end, plain = plainly(inputs, counts=Counts())
-        if plain.hidden_state is not None or plain.copied_to or plain.draws or not sound:
+        plain = plainly(inputs, counts=Counts())
+        if not _is_right(known, (state, losses), *plain, sound=sound):
             counts.gradients += layout.steps
-            return end, plain
-        assert plain.losses is not None
-        refuse_stale(losses, plain.losses)
-        if not unchanged:
-            known.take_note(dynamics)
+            return plain
+        known.take_note(dynamics)
     counts.gradients += layout.steps
     size = sum([x.nbytes for x in stack])
     return state, Rollout(
@@ -73,6 +70,24 @@ def roll_out(
         handed_out=tuple(along),
         autocast=derivatives.Autocast(inputs.params[0].device),
     )
+
+
+def _is_right(
+    known: known_programs.Known, found: tuple[Leaves, Tensor], end: Leaves, plain: Rollout, *, sound: bool
+) -> bool:
+    """Whether what a program has found is what the plain rollout has; if it never may be, the program is given up.
+
+    Raises:
+        CapturedTensorError: the loss is another one, from its first step on.
+    """
+    if plain.hidden_state is not None or plain.copied_to or plain.draws:
+        known.program = None
+        return False
+    state, losses = found
+    assert plain.losses is not None
+    if sound:
+        refuse_stale(losses[..., 0], plain.losses[..., 0])
+    return sound and known.agrees([losses, *state], [plain.losses, *end])
 
 
 def numbers_of(layout: Layout, inputs: Inputs) -> Tensor:
