@@ -15,7 +15,8 @@ from torch import Tensor
 from diffopt.errors import CompileWarning, GradModeError, HyperparameterError, LeafError, LossError
 from diffopt.rollout import compiler_paths
 from diffopt.rollout.program import Program
-from diffopt.tensors import derivatives, hints, tracing, transforms, tree
+from diffopt.rollout.refusals import refuse_captures
+from diffopt.tensors import autograd_graph, derivatives, hints, tracing, transforms, tree
 from diffopt.tensors.arguments import check_function
 from diffopt.tensors.first_derivative import with_gradients
 from diffopt.tensors.plain_numbers import is_integer
@@ -68,11 +69,17 @@ def compiled(outer: Callable[..., Tensor]) -> Compiled:
 
 
 class _Given(NamedTuple):
-    """The arguments of one call, taken apart; ``wanted`` are the leaves whose gradient is asked for, by number."""
+    """The arguments of one call, taken apart.
+
+    Attributes:
+        wanted: the leaves whose gradient is asked for, by number.
+        alone: whether it is an error if the value depends on other tensors that require grad.
+    """
 
     leaves: list[Any]
     structure: tree.Structure
     wanted: tuple[int, ...]
+    alone: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -84,7 +91,7 @@ class _Given(NamedTuple):
         places = {x.device.type for x in self.tensors}
         casts = tuple([(p, torch.is_autocast_enabled(p), torch.get_autocast_dtype(p)) for p in sorted(places)])
         state = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        return self.structure, self.wanted, tuple(map(_kind, self.leaves)), casts, state
+        return self.structure, self.wanted, self.alone, tuple(map(_kind, self.leaves)), casts, state
 
 
 class _Entry:
@@ -114,9 +121,10 @@ class Compiled:
     def __call__(self, params: Any, *args: Any) -> Tensor:
         """``outer(params, *args)``; its gradient has been computed once ``backward()`` is called.
 
-        It can be differentiated once, in every tensor that requires grad.
+        It can be differentiated once, in every argument that requires grad.
 
         Raises:
+            CapturedTensorError: ``outer`` depends on a tensor that requires grad and is no argument.
             GradModeError: called under a ``torch.func`` transform.
             LossError: ``outer`` did not return one floating scalar.
             DiffoptError: whatever the plain call raises.
@@ -124,7 +132,7 @@ class Compiled:
         given = _taken_apart((params, *args), ())
         if torch.is_grad_enabled():
             wanted = [i for i, x in enumerate(given.leaves) if isinstance(x, Tensor) and x.requires_grad]
-            given = given._replace(wanted=tuple(wanted))
+            given = given._replace(wanted=tuple(wanted), alone=True)
         value, gradients = self._run(given)
         return with_gradients(value, gradients, [given.leaves[i] for i in given.wanted])
 
@@ -206,9 +214,13 @@ class Compiled:
             leaves = [next(now).detach() if isinstance(x, Tensor) else x for x in given.leaves]
             with torch.set_grad_enabled(bool(given.wanted)):
                 roots = [leaves[i].requires_grad_() for i in given.wanted]
+                born = autograd_graph.newest()
                 value = _scalar(self._outer(*tree.unflatten(given.structure, leaves)))
+                trace = tracing.current()
+                if given.alone and roots and trace is None:
+                    part = autograd_graph.GraphPart.of(value, roots)
+                    refuse_captures("outer", [self._outer], autograd_graph.captured_nodes([part], born))
                 found = derivatives.gradient(value, roots, differentiable=False)
-            trace = tracing.current()
             unsound = value.new_zeros((), dtype=torch.float64) if trace is None else trace.unsound(value)
             return [value.detach(), unsound, *derivatives.or_zeros(found, roots)]
 
@@ -255,7 +267,8 @@ def _kind(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device, leaf.layout
     plain = isinstance(leaf, bool | int | float | complex | str | bytes | torch.dtype | torch.device | None)
-    return (type(leaf), leaf) if plain else _Same(leaf)
+    # (by what is printed: 0.0 equals -0.0, and NaN not itself)
+    return (type(leaf), repr(leaf)) if plain else _Same(leaf)
 
 
 def _taken_apart(arguments: tuple[Any, ...], numbers: Sequence[int]) -> _Given:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffopt.rollout import compiled, traced
+from diffopt.rollout import compiled, rollout_program, traced
 from diffopt.rollout.along import NEVER, Stop, Tables
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
@@ -98,6 +100,11 @@ def roll_out(
     """
     if tracing.current() is not None:
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
+    if dynamics.compile and stop is NEVER and not draws:
+        plainly = partial(roll_out, replace(dynamics, compile=False), keep=keep, wanted=wanted, watch=watch)
+        found = rollout_program.roll_out(dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly)
+        if found is not None:
+            return found[0], replace(found[1], wanted=tuple(wanted))
     layout, inputs = dynamics.layout, inputs.detached()
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     stops, device = stop is not NEVER, inputs.params[0].device

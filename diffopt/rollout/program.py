@@ -80,8 +80,9 @@ def _ready(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() and not tensor.requires_grad else tensor.detach().contiguous()
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, bool]:
+    # (the plain call refuses one that requires grad from now on)
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class Keep:
         offload: where stored states wait; ``False``: where they are; ``"cpu"``: in the CPU's memory; ``"disk"``: in a
             temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
+        stackable: whether the states may be one stack, for the rule goes back by ``trajectory.sweep`` only.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Keep:
     gradients: bool = False
     offload: Offload = False
     memory: int | None = None
+    stackable: bool = False
 
     @staticmethod
     def of(options: Any, first: int) -> Keep:

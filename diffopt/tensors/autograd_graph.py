@@ -80,6 +80,12 @@ def number(node: Any) -> int:
     return at if at < _NEVER else -1
 
 
+def newest() -> int:
+    """The number that the next node of this thread would have had."""
+    with torch.enable_grad():
+        return number(torch.zeros((), requires_grad=True).clone().grad_fn)
+
+
 class GraphPart(NamedTuple):
     """The part of a graph that has grown from some tensors; it holds none of them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -73,7 +73,7 @@ class Held:
         if isinstance(value, functools.partial):
             return value.func, *value.args, *value.keywords.values()
         if isinstance(value, dict | list | deque):
-            if len(value) <= _LARGE:
+            if len(value) <= LARGE:
                 self.containers.append(value)
             return value.values() if isinstance(value, dict) else value
         if isinstance(value, tuple | set | frozenset):
@@ -98,7 +98,7 @@ class Held:
                     self.tensors.extend([x for x in own.values() if x is not None])
             if not _is_torchs(module):
                 self.containers.append(module.__dict__)
-                inner.extend([held for name, held in module.__dict__.items() if name not in _OF_EVERY_MODULE])
+                inner.extend([held for name, held in module.__dict__.items() if name not in OF_EVERY_MODULE])
             for child in module._modules.values():
                 if child is not None and id(child) not in known:
                     known.add(id(child))
@@ -128,8 +128,11 @@ def content_of(cell: types.CellType) -> Any:
         return None
 
 
-def everything_held(functions: Iterable[object]) -> Held:
-    """What some functions hold: a walk of some ten microseconds for a small module."""
+def everything_held(functions: Iterable[object], besides: Callable[[Any], Iterable[Any]] = lambda value: ()) -> Held:
+    """What some functions hold: a walk of some ten microseconds for a small module.
+
+    ``besides`` says of each object that is reached what else it leads to.
+    """
     held, seen = Held(), set[int]()
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
     while pending:
@@ -137,11 +140,12 @@ def everything_held(functions: Iterable[object]) -> Held:
         if id(value) in seen or depth > _DEPTH:
             continue
         seen.add(id(value))
-        pending.extend([(inner, depth + 1) for inner in held.note(value) if type(inner) not in _HOLD_NOTHING])
+        inner = (*held.note(value), *besides(value))
+        pending.extend([(x, depth + 1) for x in inner if type(x) not in _HOLD_NOTHING])
     return held
 
 
-_LARGE = 1000
+LARGE = 1000
 """Longer lists are data, which nobody looks at again and again."""
 
 _HOLD_NOTHING = {
@@ -194,10 +198,10 @@ def _held_by_module(dot: str, module: torch.nn.Module) -> Iterator[tuple[str, An
     for own in (module._parameters, module._buffers, module._modules):
         yield from ((dot + key, held) for key, held in own.items() if held is not None)
     if not _is_torchs(module):  # torch's own keep all of their tensors in these
-        yield from ((dot + key, held) for key, held in module.__dict__.items() if key not in _OF_EVERY_MODULE)
+        yield from ((dot + key, held) for key, held in module.__dict__.items() if key not in OF_EVERY_MODULE)
 
 
-_OF_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
+OF_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
 
 
 def _is_torchs(value: Any) -> bool:
@@ -223,13 +227,13 @@ def _held_by_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]
 
 
 def _names_of_globals(function: types.FunctionType) -> list[str]:
-    return [name for name in _global_names(function.__code__) if name in function.__globals__]
+    return [name for name in global_names(function.__code__) if name in function.__globals__]
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
+def global_names(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals and attributes that some code mentions, that of functions inside it included."""
-    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    inner = (global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return (*code.co_names, *(name for names in inner for name in names))
 
 

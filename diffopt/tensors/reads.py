@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import sysconfig
+import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
-from diffopt.tensors.captures import content_of, everything_held
+import numpy as np
+import torch
+
+from diffopt.tensors.captures import LARGE, OF_EVERY_MODULE, content_of, everything_held, global_names
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes})
 
@@ -15,14 +22,21 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes})
 class Reads:
     """The variables around some functions, their globals, and what is in the objects there, as they are now.
 
-    A tensor counts as the same while it is the same object, whatever its numbers; a number by its value.
+    Of imported modules that is looked at which the code of a function names. A tensor counts as the same
+    while it is the same object, whatever its numbers; a number by its value, and a small array by those in it.
     """
 
     def __init__(self, functions: Iterable[object]) -> None:
         """Take note."""
-        held = everything_held(functions)
-        self._cells, self._names = held.cells, held.names
-        self._containers, self._modules = held.containers, held.modules
+        self._names: list[tuple[Mapping[str, Any], str]] = []
+        self._slots: list[tuple[object, types.MemberDescriptorType]] = []
+        self._containers: list[Any] = []
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._classes: set[type] = set()
+        held = everything_held(functions, self._besides)
+        self._cells = held.cells
+        self._names += held.names
+        self._containers += held.containers
         self._seen = list(self._values())
 
     @property
@@ -31,7 +45,10 @@ class Reads:
         seen = iter(self._seen)
         for value in self._values():
             old = next(seen, self)  # (nothing is equal to this)
-            if value is not old and not (type(value) is type(old) and type(value) in _PLAIN and value == old):
+            # (by what is printed: 0.0 equals -0.0, and NaN not itself)
+            if value is not old and not (
+                type(value) is type(old) and type(value) in _PLAIN and repr(value) == repr(old)
+            ):
                 return False
         return next(seen, self) is self
 
@@ -39,12 +56,85 @@ class Reads:
         yield from map(content_of, self._cells)
         for space, name in self._names:
             yield space.get(name)
+        for owner, slot in self._slots:
+            yield _in_slot(owner, slot)
         for container in self._containers:
             yield len(container)
             if isinstance(container, dict):
                 yield from container
                 yield from container.values()
-            elif isinstance(container, list | deque):
+            elif isinstance(container, list | deque | set):
                 yield from container
-        for module in self._modules:
-            yield module.training
+        for array in self._arrays:
+            yield array.tobytes()
+
+    def _besides(self, value: Any) -> Iterator[Any]:
+        """Take note of what else can be read of an object; yields what that leads to."""
+        if isinstance(value, types.FunctionType):
+            if vars(value):
+                self._containers.append(vars(value))
+                yield from vars(value).values()
+            yield from self._of_modules(value)
+        elif isinstance(value, torch.nn.Module):
+            for module in value.modules():
+                own = vars(module)  # of torch's modules too, whose numbers stand here
+                self._names += [(own, name) for name in own if name == "training" or name not in OF_EVERY_MODULE]
+                yield from self._of_class(type(module))
+        elif isinstance(value, set) and len(value) <= LARGE:
+            self._containers.append(value)
+        elif isinstance(value, np.ndarray) and value.size <= LARGE and not value.dtype.hasobject:
+            self._arrays.append(value)
+        else:
+            yield from self._of_class(type(value))
+            kinds = _own_classes(type(value))
+            slots = [x for kind in kinds for x in vars(kind).values() if isinstance(x, types.MemberDescriptorType)]
+            self._slots += [(value, slot) for slot in slots]
+            yield from (_in_slot(value, slot) for slot in slots)
+
+    def _of_modules(self, function: types.FunctionType) -> Iterator[Any]:
+        """What the code of a function names of imported modules, and the classes that it names."""
+        names, spaces = global_names(function.__code__), [function.__globals__]
+        for space in spaces if not _is_installed(function.__module__) else ():  # which grow
+            for name in names:
+                found = space.get(name)
+                if isinstance(found, types.ModuleType) and not _is_installed(found.__name__):
+                    spaces += [vars(found)] if not any(vars(found) is known for known in spaces) else []
+                elif isinstance(found, type):
+                    yield from self._of_class(found)
+                elif space is not function.__globals__ and name in space:
+                    self._names.append((space, name))
+                    yield found
+
+    def _of_class(self, kind: type) -> Iterator[Any]:
+        """What a class and those it derives from have, and their methods."""
+        for part in _own_classes(kind):
+            if part not in self._classes:
+                self._classes.add(part)
+                for name, found in vars(part).items():
+                    self._names.append((vars(part), name))
+                    yield getattr(found, "fget", None) or getattr(found, "__func__", found)
+                    if isinstance(found, type):
+                        yield from self._of_class(found)
+
+
+def _in_slot(owner: object, slot: types.MemberDescriptorType) -> Any:
+    """What an object has in a slot; ``None``: it has not been filled."""
+    try:
+        return slot.__get__(owner, type(owner))
+    except AttributeError:
+        return None
+
+
+def _own_classes(kind: type) -> list[type]:
+    """A class and those it derives from, but for installed ones."""
+    return [part for part in kind.__mro__ if not _is_installed(part.__module__)]
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Whether a module is this library's, Python's or an installed one: these keep no numbers that change."""
+    root = (module or "").partition(".")[0]
+    if root == "diffopt" or root in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return file.startswith((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))

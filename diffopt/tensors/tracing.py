@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Body: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -140,21 +141,38 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
             graph = tools.proxies.make_fx(_finishing(function, noted), _allow_non_fake_inputs=True)(*arguments)
     finally:
         _now.reset(token)
-    _refuse_random(graph)
+    _refuse_frozen(graph)
     return graph, noted.captured
 
 
 @contextmanager
 def _refusing_numbers() -> Iterator[None]:
-    """Refuse numbers read out of tensors that are captured: they would be frozen."""
+    """Refuse numbers read out of tensors that are captured: they would be frozen.
 
-    class Refusing(torch.overrides.TorchFunctionMode):
+    # NOTE [three ways to read a number]
+    A method such as ``item`` is a function of torch's. Where a number is expected and a tensor is given
+    (``torch.full((2,), x)``, ``w[i]``), torch reads it by an operation. What makes a tensor of a list that has tensors
+    reads these past all modes: so its arguments are looked at.
+    """
+
+    class Functions(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in _READING and not isinstance(args[0], FakeTensor):
+            if func in _READING and _is_captured(args[0]):
                 raise NotTraceableError(f"a number is read out of a captured tensor ({func.__name__})")
+            if func in _GATHERING and any(map(_is_captured, _within(args))):
+                raise NotTraceableError(f"numbers of captured tensors are gathered ({func.__name__}; take torch.stack)")
             return func(*args, **(kwargs or {}))
 
-    with Refusing():
+    class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and _is_captured(args[0]):
+                raise NotTraceableError("a number is read out of a captured tensor that is given for a number")
+            return func(*args, **(kwargs or {}))
+
+    operations: Any = Operations
+    with Functions(), operations():
         yield
 
 
@@ -162,6 +180,19 @@ _READING = frozenset(
     getattr(Tensor, name)
     for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__")
 )
+_GATHERING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
+
+
+def _is_captured(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _within(values: Any) -> Iterator[Any]:
+    """What lists and tuples hold that are among some values."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+            yield from _within(value)
 
 
 def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Callable[..., list[Tensor]]:
@@ -191,11 +222,15 @@ def _constant(root: Any, node: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _refuse_random(graph: Any) -> None:
+def _refuse_frozen(graph: Any) -> None:
+    """Refuse what would give the numbers of this trace at every call: random ones, and what was calculated at once."""
     for module in graph.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise NotTraceableError(f"random numbers are drawn ({node.target})")
+            read = node.target is torch.ops.aten._local_scalar_dense.default
+            if read and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+                raise NotTraceableError("a number is read out of what is calculated from captured tensors")
 
 
 def scan(
@@ -233,7 +268,7 @@ def scan(
     with tools.proxies.disable_proxy_modes_tracing(), noted.within_step():
         samples = [x.detach().clone() for x in (*carry, *[x[0] for x in rows], *shared)]
         graph = tools.proxies.make_fx(flat)(*samples)
-    _refuse_random(graph)
+    _refuse_frozen(graph)
     constants = [noted.given(x) for x in _opened(graph)]
     with torch.no_grad():
         # (of a view, however small, torch's C++ would free the handle at every step)

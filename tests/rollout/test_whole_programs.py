@@ -1,0 +1,387 @@
+"""``compile=True``, all steps as one program: the numbers of the plain way, and what is noticed when something changes.
+
+The graphs run as they were traced (see ``conftest.py``), but for the last tests, which ask inductor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import OPTIMIZERS, MetaParameters, small_network
+from interpreted import Interpreted
+from oracles import relative_error
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
+from diffopt.rollout import compiled, known_programs
+
+STEPS = 4
+CASES = {case.name: case for case in OPTIMIZERS}
+RULES = (Reverse(), Reverse(1), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1)))
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture(autouse=True)
+def _wholly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No step is compiled by itself, and nothing is said."""
+    monkeypatch.setattr(Interpreted, "made", 0)
+    monkeypatch.setattr(compiled, "_compile", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffopt.CompileWarning)
+        yield
+
+
+PROBLEM = small_network(0, STEPS)
+
+
+def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: tuple[int, ...] = ()) -> list[Tensor]:
+    """Of the initial params, a loss argument, the batches and every hyperparameter, each task with its own."""
+    names, meta = list(case.learned), MetaParameters.of(PROBLEM, case)
+
+    def of_task(weights: Tensor, *hypers: Tensor) -> Tensor:
+        optimizer = case.optimizer(dict(zip(names, hypers, strict=True)))
+        given = {"optimizer": optimizer, "steps": STEPS, "estimator": rule, "compile": compile}
+        batches = meta.inputs, PROBLEM.batches[1]
+        solution = diffopt.solve(PROBLEM.loss, list(meta.params), meta.weights * weights, batches=batches, **given)
+        return PROBLEM.outer_loss(solution.params)
+
+    function: Callable[..., Tensor] = of_task
+    for _ in tasks:
+        function = vmap(function)
+    factors = torch.linspace(0.9, 1.1, max(1, *tasks, 1) ** len(tasks), dtype=torch.float64).reshape(tasks)
+    own = [factors * x for x in meta.hyperparameters.values()]
+    total = function(factors, *own).sum()
+    inputs = [*meta.params, meta.weights, meta.inputs, *meta.hyperparameters.values()]
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [total.detach(), *[torch.zeros(()) if x is None else x for x in found]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_optimizer_under_every_rule_has_the_numbers_of_the_plain_way(name: str, rule: Any) -> None:
+    for tasks in ((), (3,), (2, 2)):
+        expected = hypergradient(CASES[name], rule, compile=False, tasks=tasks)
+        for _ in range(2):
+            found = hypergradient(CASES[name], rule, compile=True, tasks=tasks)
+            assert relative_error(found, expected) < 1e-10
+
+
+def quadratic(w: Tensor, a: Tensor) -> Tensor:
+    return 0.5 * (a * w**2).sum() + (w**4).sum() / 4
+
+
+A = torch.ones(2, dtype=torch.float64)
+
+
+def start() -> Tensor:
+    return torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+
+
+def solve(loss: Any = quadratic, *args: Any, w: Any = None, **options: Any) -> Any:
+    w = start() if w is None else w
+    given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "compile": True, **options}
+    return w, diffopt.solve(loss, w, *(args or (A,)), **given)
+
+
+def both(outer: Callable[[Any], Tensor], *args: Any, times: int = 3, **options: Any) -> None:
+    """The hypergradient by both ways, some times."""
+    for _ in range(times):
+        (w, found), (v, plain) = (solve(*args, compile=compile, **options) for compile in (True, False))
+        [one], [other] = torch.autograd.grad(outer(found), w), torch.autograd.grad(outer(plain), v)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_programs_are_made_once_and_used_again() -> None:
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    for _ in range(5):
+        w, solution = solve(loss)
+        solution.params.sum().backward()
+        counts, kept = solution.counts, solution.kept
+        assert (counts.gradients, counts.products, counts.depth, counts.extra_steps) == (3, 3, 3, 3)
+        assert (kept.checkpoint, kept.states, kept.bytes) == (1, 3, 48)
+    assert Interpreted.made == 2
+    with torch.no_grad():
+        end = solve(loss)[1]
+    assert (end.kept.states, end.kept.checkpoint) == (0, None)
+    assert Interpreted.made == 3
+    plain = solve(loss, compile=False)[1]
+    torch.testing.assert_close((end.params, end.losses), (plain.params.detach(), plain.losses.detach()))
+
+
+def test_what_is_handed_out_along_the_way_and_its_derivatives() -> None:
+    def aux_loss(w: Tensor, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return quadratic(w, a), {"norm": w.norm()}
+
+    # a lambda that is made anew at every call
+    both(lambda s: s.params.sum() + s.observed["w"][1].prod() * s.losses[2], observe=lambda w, a: {"w": w})
+    both(lambda s: s.losses.sum() * s.observed.sum(), observe=lambda w, a: (a * w).sum())
+    both(lambda s: s.params.sum() * s.losses[1] * s.aux["norm"].sum(), aux_loss, has_aux=True)
+    both(lambda s: s.losses[2], estimator=Reverse(1), optimizer=diffopt.Adam(0.1, eps=0.1))
+    assert Interpreted.made == 8
+
+
+def test_observers_that_read_something_else_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share their code. (What has no program takes its steps one by one.)"""
+    monkeypatch.undo()
+    for factor in (1.0, 2.0, 3.0):
+        both(lambda s: s.observed.sum(), observe=lambda w, a, factor=factor: factor * w, times=1)
+
+
+def test_a_solve_that_goes_on_needs_no_program_of_its_own() -> None:
+    """Nor does Adam, which counts; a schedule, of which other entries are read, does."""
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    ends = []
+    for compile in (True, False):
+        state: Any = start()
+        for _ in range(4):
+            state = solve(loss, w=state, optimizer=diffopt.Adam(0.1, eps=0.1), compile=compile)[1].state
+        ends.append(state.params)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+    assert Interpreted.made == 2  # the first is asked for no adjoint of its buffers
+    rates = torch.tensor([0.1, 0.2, 0.05, 0.01, 0.3, 0.15], dtype=torch.float64)
+    for optimizer in (diffopt.SGD(diffopt.Schedule(rates)), diffopt.SGD(diffopt.Schedule(rates.tolist()))):
+        ends = []
+        for compile in (True, False):
+            state = solve(loss, optimizer=optimizer, compile=compile)[1].state
+            ends.append(solve(loss, w=state, optimizer=optimizer, compile=compile)[1].params)
+        torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+
+
+def test_a_second_backward_pass_and_many_at_once() -> None:
+    w, solution = solve(steps=4)
+    total = solution.params.sum()
+    first, second, third = (torch.autograd.grad(total, w, retain_graph=True)[0] for _ in range(3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    (w, solution), (v, plain) = solve(), solve(compile=False)
+    eye = torch.eye(2, dtype=torch.float64)
+    rows = [torch.autograd.grad(s.params, x, eye, is_grads_batched=True)[0] for x, s in ((w, solution), (v, plain))]
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=0)
+    jacobians = [
+        torch.func.jacrev(lambda w, compile=compile: solve(w=w, compile=compile)[1].params)(start().detach())
+        for compile in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=0)
+
+
+def test_dtypes_shapes_autocast_and_default_dtype_get_programs_of_their_own() -> None:
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return ((torch.outer(a, a) @ w - 1) ** 2).sum()
+
+    for dtype, size, autocast in (
+        (torch.float64, 2, False),
+        (torch.float32, 2, False),
+        (torch.float32, 3, False),
+        (torch.float32, 3, True),
+        (torch.float64, 2, False),
+    ):
+        ends = []
+        for compile in (True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                w = torch.linspace(0.1, 1, size, dtype=dtype).requires_grad_()
+                end = solve(loss, torch.linspace(1, 2, size, dtype=dtype), w=w, compile=compile)[1].params
+            ends += [end.detach(), *torch.autograd.grad(end.square().sum(), w)]
+        eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+        torch.testing.assert_close(ends[:2], ends[2:], rtol=20 * eps, atol=20 * eps)
+    assert Interpreted.made == 8
+
+
+# ------------------------------------------------------------------------------------------------ what changes
+
+
+@pytest.mark.parametrize("uses", [1, 2, 5])
+def test_a_number_that_the_loss_reads_may_not_change(uses: int) -> None:
+    scale = [1.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return scale[0] * quadratic(w, a)
+
+    for _ in range(uses):
+        solve(loss)
+    for scale[0] in (2.0, 3.0):
+        with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+            solve(loss)
+    scale[0] = 1.0
+    both(lambda s: s.params.sum(), loss, times=1)
+
+
+def test_what_changes_and_does_not_matter_may_change() -> None:
+    """A counter: each call is a plain one as well, and right."""
+    seen = [0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        seen[0] += 1
+        return quadratic(w, a)
+
+    both(lambda s: s.params.sum(), loss, times=4)
+    assert Interpreted.made == 2
+
+
+def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass() -> None:
+    scale = [1.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return scale[0] * quadratic(w, a)
+
+    for _ in range(3):
+        solve(loss)[1].params.sum().backward()
+    _, solution = solve(loss)
+    scale[0] = 2.0
+    known_programs_made = Interpreted.made
+    compiled_steps = compiled._compile
+    try:
+        compiled._compile = lambda *given: given[0]  # type: ignore[assignment]
+        with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
+            solution.params.sum().backward()
+    finally:
+        compiled._compile = compiled_steps
+    assert Interpreted.made == known_programs_made
+
+
+def test_a_change_of_later_steps_only_is_noticed_and_the_program_given_up() -> None:
+    late = [0.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + late[0] * (w[0] - 1) ** 2  # nothing at the start
+
+    solve(loss)
+    late[0] = 1.0
+    with pytest.warns(diffopt.CompileWarning, match="it is off by"):
+        found = solve(loss)[1].params
+    torch.testing.assert_close(found, solve(loss, compile=False)[1].params, rtol=1e-12, atol=0)
+
+
+def test_a_change_that_nobody_sees_is_noticed_by_and_by() -> None:
+    hidden = iter([1.0] * 1000)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return next(hidden) * quadratic(w, a)
+
+    for _ in range(3):
+        solve(loss)
+    hidden = _doubled(hidden)
+    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+        solve(loss)
+
+
+def _doubled(numbers: Iterator[float]) -> Iterator[float]:
+    yield from (2 * x for x in numbers)
+
+
+def test_captured_tensors_are_read_anew_and_refused_if_they_require_grad() -> None:
+    target = torch.ones(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + (target * w).sum()
+
+    for _ in range(3):
+        both(lambda s: s.params.sum(), loss, times=1)
+        target.mul_(1.5)
+    assert Interpreted.made == 2
+    target.requires_grad_()
+    with pytest.raises(diffopt.CapturedTensorError, match="captured"):
+        solve(loss)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_step() -> None:
+    for _ in range(3):
+        solve(steps=5)
+    with pytest.raises(diffopt.DivergenceError, match="step"):
+        solve(w=torch.tensor([1e3, 1.0], dtype=torch.float64, requires_grad=True), steps=5)
+    with pytest.raises(diffopt.NonFiniteLossError, match="at the initial params"):
+        solve(w=torch.tensor([float("nan"), 1.0], dtype=torch.float64, requires_grad=True), steps=5)
+    both(lambda s: s.params.sum(), steps=5)
+
+
+def test_a_loss_that_keeps_a_state_is_refused_as_ever() -> None:
+    memory = torch.ones(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        memory.mul_(0.5).add_(w.detach())
+        return quadratic(w, a) + (memory * w).sum()
+
+    for _ in range(3):
+        try:
+            _, solution = solve(loss)
+            with pytest.raises((diffopt.HiddenStateError, diffopt.RandomnessError, diffopt.CapturedTensorError)):
+                solution.params.sum().backward()
+        except diffopt.CapturedTensorError:
+            pass
+
+
+def test_errors_of_the_plain_way_are_raised() -> None:
+    captured = start()
+    for loss, error in (
+        (lambda w, a: (w * captured).sum() + quadratic(w, a), diffopt.CapturedTensorError),
+        (lambda w, a: a.sum() + 0 * captured.detach().sum(), diffopt.DisconnectedError),
+        (lambda w, a: w, diffopt.LossError),
+    ):
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", diffopt.CompileWarning)
+                with pytest.raises(error):
+                    solve(loss)
+    with pytest.raises(diffopt.CapturedTensorError):
+        vmap(lambda c: solve(lambda w, a: quadratic(w, a * c))[1].params)(A)
+
+
+def test_per_task_hyperparameters_and_tasks_that_share_all() -> None:
+    lrs = torch.tensor([0.05, 0.1, 0.02], dtype=torch.float64)
+
+    def outer(lr: Tensor, compile: bool) -> Tensor:
+        return solve(optimizer=diffopt.SGD(lr, momentum=0.5), compile=compile)[1].params.square().sum()
+
+    found = []
+    for compile in (True, False):
+        own = lrs.clone().requires_grad_()
+        found += torch.autograd.grad(vmap(lambda lr, compile=compile: outer(lr, compile))(own).sum(), own)
+        found += [torch.func.grad(lambda lr, compile=compile: outer(lr, compile))(lrs[0])]
+        found += [vmap(torch.func.grad(lambda lr, compile=compile: outer(lr, compile)))(lrs)]
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ by inductor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("momentum", torch.float64), ("adam", torch.float32)])
+def test_programs_that_inductor_has_made(inductor: None, name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    weights = torch.linspace(0.5, 1.5, 6, dtype=dtype).reshape(3, 2)
+
+    def loss(w: Tensor, a: Tensor, batch: Tensor) -> Tensor:
+        return quadratic(w, a * batch) + (torch.outer(w, a) @ batch).sin().sum()
+
+    def outer(factor: Tensor, compile: bool) -> list[Tensor]:
+        w = torch.tensor([1.0, -2.0], dtype=dtype, requires_grad=True)
+        hypers = {key: torch.tensor(x, dtype=dtype, requires_grad=True) for key, x in case.learned.items()}
+        batches = (factor * torch.linspace(0.5, 1.0, 10, dtype=dtype).reshape(5, 2)).requires_grad_()
+
+        def of_task(a: Tensor) -> Tensor:
+            given = {"optimizer": case.optimizer(hypers), "steps": 5, "batches": batches, "compile": compile}
+            solution = diffopt.solve(loss, w, a, estimator=Reverse(1), **given)
+            return solution.params.square().sum() + solution.losses.sum()
+
+        total = vmap(of_task)(weights).sum()
+        return [total.detach(), *torch.autograd.grad(total, [w, batches, *hypers.values()], allow_unused=True)]
+
+    made = len([1 for x in known_programs._known.values() for y in x.values() if y.program is not None])
+    for factor in (1.0, 1.1, 0.9):
+        found, expected = (outer(torch.tensor(factor, dtype=dtype), compile) for compile in (True, False))
+        pairs = [(x, y) for x, y in zip(found, expected, strict=True) if y is not None]
+        assert relative_error([x for x, _ in pairs], [y for _, y in pairs]) < (
+            1e-10 if dtype == torch.float64 else 1e-5
+        )
+    assert len([1 for x in known_programs._known.values() for y in x.values() if y.program is not None]) == made + 2

@@ -1,0 +1,262 @@
+"""What an outer loss reads besides its arguments: a program is never used for what has changed since."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import diffopt
+from diffopt.rollout.program import Program
+from diffopt.tensors import tracing
+from diffopt.tensors.reads import Reads
+
+W = torch.tensor([1.0, -2.0], dtype=torch.float64)
+settings: Any = types.ModuleType("a_module_of_settings")
+settings.scale = 1.0
+settings.deeper = types.ModuleType("another_one")
+settings.deeper.scale = 1.0
+
+
+class Slotted:
+    __slots__ = ("__hidden", "power")
+
+    def __init__(self) -> None:
+        self.power = 2
+        self.__hidden = 1.0
+
+    def hide(self, number: float) -> None:
+        self.__hidden = number
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.__hidden * (w**self.power).sum()
+
+
+class Base:
+    power = 2
+
+
+class Derived(Base):
+    table: Any = (2.0,)
+
+    @staticmethod
+    def scaled(w: Tensor) -> Tensor:
+        return Derived.table[0] * w
+
+    @property
+    def place(self) -> float:
+        return float(settings.scale)
+
+
+class Module(torch.nn.Module):
+    power = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.drop = torch.nn.LeakyReLU(0.5), torch.nn.Dropout(0.0)
+        self.numbers = {"a": 1.0}
+
+
+THING, SLOTTED, MODULE, SET, ARRAY = Derived(), Slotted(), Module(), {1.0}, np.ones(3)
+
+
+def annotated(w: Tensor) -> Tensor:
+    return annotated.scale * w.sum()  # type: ignore[attr-defined,no-any-return]
+
+
+annotated.scale = 1.0  # type: ignore[attr-defined]
+
+
+def with_class(w: Tensor) -> Tensor:
+    return (Derived.scaled(w) ** Derived.power).sum()
+
+
+FUNCTIONS = {
+    "a global of a module": lambda w: settings.scale * w,
+    "a global of a module in a module": lambda w: settings.deeper.scale * w,
+    "a slot": lambda w: w**SLOTTED.power,
+    "an attribute of a class": lambda w: w**THING.power,
+    "what a static method reads": with_class,
+    "what a property reads": lambda w: w * THING.place,
+    "a set": lambda w: w * len(SET),
+    "an array": lambda w: w * torch.from_numpy(ARRAY[:2]),
+    "an option of a module of torch's": lambda w: MODULE.part(w),
+    "an attribute of a module": lambda w: MODULE.numbers["a"] * w,
+    "the class of a module": lambda w: w**MODULE.power,
+    "an attribute of a function": annotated,
+    "a number that is hidden in a slot": SLOTTED,
+}
+CHANGES: dict[str, tuple[Any, str, Any]] = {
+    "a global of a module": (settings, "scale", 2.0),
+    "a global of a module in a module": (settings.deeper, "scale", 2.0),
+    "a slot": (SLOTTED, "power", 3),
+    "an attribute of a class": (Base, "power", 3),
+    "what a static method reads": (Derived, "table", (3.0,)),
+    "what a property reads": (settings, "scale", -1.0),
+    "an option of a module of torch's": (MODULE.part, "negative_slope", 0.1),
+    "an attribute of a module": (MODULE, "numbers", {"a": 2.0}),
+    "the class of a module": (Module, "power", 3),
+    "an attribute of a function": (annotated, "scale", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_is_noticed_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    reads = Reads([FUNCTIONS[name]])
+    assert reads.unchanged
+    place, attribute, value = CHANGES[name]
+    before = getattr(place, attribute)
+    monkeypatch.setattr(place, attribute, value)
+    assert not reads.unchanged
+    monkeypatch.setattr(place, attribute, before)
+    assert reads.unchanged
+
+
+def test_sets_arrays_and_hidden_slots_are_looked_into() -> None:
+    reads = [Reads([FUNCTIONS[name]]) for name in ("a set", "an array", "a number that is hidden in a slot")]
+    assert all([r.unchanged for r in reads])
+    SET.add(2.0)
+    ARRAY[1] = 5.0
+    SLOTTED.hide(2.0)
+    assert not any([r.unchanged for r in reads])
+    SET.remove(2.0)
+    ARRAY[1] = 1.0
+    SLOTTED.hide(1.0)
+    assert all([r.unchanged for r in reads])
+
+
+def test_what_is_read_again_and_has_not_changed_counts_as_the_same() -> None:
+    """A number that is made anew is equal; NaN is itself; what torch and Python keep for themselves is passed over."""
+    nan, scale = float("nan"), 0.5
+
+    def function(w: Tensor) -> Tensor:
+        return torch.nn.functional.relu(w) * scale * nan * np.pi * types.SimpleNamespace(x=1).x
+
+    reads = Reads([function, MODULE])
+    nan, scale = float("nan"), float("0.5")
+    MODULE.part(W)
+    assert reads.unchanged
+
+
+class Plain:
+    """In the place of a program: the function itself, and what it has captured."""
+
+    made = 0
+
+    def __init__(self, function: Any, tensors: Any) -> None:
+        type(self).made += 1
+        self.function = function
+
+    def __call__(self, tensors: Any) -> list[Tensor]:
+        return self.function(*[x.detach() for x in tensors])  # type: ignore[no-any-return]
+
+    def check(self, function: Any, tensors: Any) -> None:
+        """Nothing to be seen."""
+
+    fits = True
+    compare = Program.compare
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> type[Plain]:
+    monkeypatch.setattr(Plain, "made", 0)
+    monkeypatch.setattr("diffopt.outer_program.Program", Plain)
+    return Plain
+
+
+def test_zeros_of_both_signs_are_two_numbers(plain: type[Plain]) -> None:
+    """Among the arguments and by closure: ``atan2`` tells them apart. NaN is one."""
+    zero = 0.0
+
+    def outer(w: Tensor, other: float) -> Tensor:
+        return torch.atan2(torch.tensor(zero + 0 * other), torch.tensor(-1.0)) + w.sum()
+
+    program = diffopt.compiled(outer)
+    for other in (0.0, -0.0, float("nan"), float("nan"), 0.0):
+        program.value_and_grad(W, other)
+    assert plain.made == 3
+    zero = -0.0
+    program.value_and_grad(W, 0.0)
+    assert plain.made == 4
+
+
+@pytest.mark.parametrize("where", ["beside a solve", "at its start", "alone"])
+def test_a_captured_tensor_that_requires_grad_is_refused_where_it_would_get_no_gradient(
+    plain: type[Plain], where: str
+) -> None:
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def outer(w: Tensor) -> Tensor:
+        start = w * scale if where == "at its start" else w
+        end = diffopt.solve(lambda w: w.square().sum(), start, optimizer=diffopt.SGD(0.1), steps=2).params.sum()
+        return w.sum() * scale if where == "alone" else end * (scale if where == "beside a solve" else 1.0)
+
+    program, w = diffopt.compiled(outer), W.clone().requires_grad_()
+    with pytest.raises(diffopt.CapturedTensorError, match=r"outer reads .* without being given it"):
+        program(w)
+    program.value_and_grad(w)  # of which nobody expects another gradient
+    with torch.no_grad():
+        program(w)
+    scale.requires_grad_(False)
+    program(w).backward()
+    assert w.grad is not None
+
+
+def test_leaves_that_an_outer_loss_makes_for_itself_are_not_captured(plain: type[Plain]) -> None:
+    def outer(w: Tensor) -> Tensor:
+        own = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        [slope] = torch.autograd.grad((own * w).square().sum(), own, create_graph=True)
+        return slope.sum() + (own * w).sum()
+
+    w = W.clone().requires_grad_()
+    diffopt.compiled(outer)(w).backward()
+    assert w.grad is not None
+    assert plain.made == 1
+
+
+def test_a_captured_tensor_that_comes_to_require_grad_is_another_one() -> None:
+    scale = torch.tensor(2.0)
+    program = object.__new__(Program)
+    program._captured = [scale]
+    program._kinds = [(scale.shape, scale.dtype, scale.device, False)]
+    assert program.fits
+    scale.requires_grad_()
+    assert not program.fits
+
+
+NUMBER: Any = torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w * float(NUMBER),
+        lambda w: w * torch.full((2,), NUMBER),
+        lambda w: w[NUMBER.long() - 1],
+        lambda w: w * torch.tensor([NUMBER, 1.0]),
+        lambda w: w * torch.as_tensor([[NUMBER], [NUMBER]]),
+        lambda w: w * w.new_tensor([1.0, NUMBER]),
+        lambda w: w * w.clamp(max=NUMBER.item()),
+        lambda w: w * float(2 * NUMBER),
+        lambda w: w * torch.full((2,), 2 * NUMBER),
+    ],
+)
+def test_a_number_that_is_read_out_of_a_captured_tensor_is_not_frozen(read: Any) -> None:
+    try:
+        graph, captured = tracing.trace(lambda w: [read(w).sum()], [W])
+    except tracing.NotTraceableError as error:
+        assert "captured" in str(error)  # noqa: PT017
+    else:  # it is an input, then
+        with torch.no_grad():
+            before = graph(W, *captured)[0]
+            others = [x - 1 for x in captured]
+            assert not torch.equal(graph(W, *others)[0], before)
+
+
+def test_numbers_of_tensors_that_are_given_may_be_gathered() -> None:
+    graph, captured = tracing.trace(lambda w: [torch.stack([w[0], w[1]]) * torch.tensor([1.0, 2.0])], [W])
+    assert torch.equal(graph(2 * W, *captured)[0], 2 * W * torch.tensor([1.0, 2.0]))
