@@ -199,12 +199,11 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
         axes.axhline(100 * FOUND, color="0.6", linewidth=0.8)
         axes.plot([0, 100], [0, 100], color=LOOKS["random"]["color"], linestyle=":")
 
-    path, look = folder / "leave-out.png", {"hue": "line", "panel": "images", "scales": {"share": "log"}}
+    look: dict[str, Any] = {"hue": "line", "panel": "images", "scales": {"share": "log"}}
+    path = folder / "leave-out.png"
     found += curves(lines, path, x="share", y="change", labels=names, style=_look, finish=zero, size=(5, 4), **look)
-    path, plain = folder / "labels.png", lambda rule: {**_look(rule), "marker": ""}
-    return found + curves(
-        labels, path, x="percent", y="found", hue="rule", labels=names, style=plain, finish=goal, size=(6.5, 4.5)
-    )
+    look = {"hue": "rule", "style": lambda rule: {**_look(rule), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
+    return found + curves(labels, folder / "labels.png", x="percent", y="found", labels=names, **look)
 
 
 def _draw_changes(axes: Axes, images: str, row: Row) -> None:
