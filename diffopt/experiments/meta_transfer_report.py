@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,8 @@ def growth_of(costs: Frame) -> Frame:
     for (seed, kind), group in base.groupby(["seed", "kind"]) if len(base) else ():
         slopes = list((group["seconds"].diff() / group["T"].diff()).iloc[1:])
         if len(slopes) > 1:
-            rows.append({"seed": seed, "kind": kind, "growth": slopes[-1] / slopes[0]})
+            growth = slopes[-1] / slopes[0] if slopes[0] > 0 else math.inf  # the clock is not that exact
+            rows.append({"seed": seed, "kind": kind, "growth": growth})
     return pd.DataFrame(rows)
 
 
