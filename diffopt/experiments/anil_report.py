@@ -13,7 +13,7 @@ from diffopt.experiments.framework.claims import Every, Frame, answers, ask, lon
 from diffopt.experiments.framework.experiment import Results, Summary, Unit
 from diffopt.experiments.framework.outer_loop import AXES, curve, outcome
 from diffopt.experiments.framework.pictures import curves
-from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.framework.tables import Value, listed
 
 SLIDES = "slides, ANIL"
 WINDOW = 15
@@ -96,7 +96,7 @@ def trends(data: Frame) -> Frame:
         row |= {key: _correlation(ranks["N"], ranks[key]) if reached else math.nan for key in ("iterations", "seconds")}
         row |= {"best": group.loc[group["seconds"].idxmin(), "N"] if reached else None, "largest": group["N"].iloc[-1]}
         rows.append({**row, "left": saturation(list(group["N"]), list(group["final"]))})
-    found = pd.DataFrame(rows)
+    found: Frame = pd.DataFrame(rows)
     if not rows:
         return found
     head = found[found["layers"] == 1][["seed", "lr", "final"]].rename(columns={"final": "head"})
@@ -136,12 +136,13 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         },
     )
     trend = trends(data)
+    values: dict[str, Value] = {"final outer loss": "final", "+- (95 %)": ("final", "+-")}
+    values |= {f"{key} to target": key for key in ("iterations", "seconds")}
     found += listed(
         "Rank correlation with N (-1: more inner steps are better, +1: worse)",
         trend,
         {"adapted": "adapted", "inner lr": "lr"},
-        {"final outer loss": "final", "+- (95 %)": ("final", "+-")}
-        | {f"{key} to target": key for key in ("iterations", "seconds")},
+        values,
         paper=lambda at: "negative" if at["adapted"].startswith("head") else "positive",
         said="the slides",
     )

@@ -26,8 +26,8 @@ from diffopt.experiments.attribution_problem import (
     mnist,
     network,
 )
-from diffopt.experiments.attribution_report import WORST, draw, summarise
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.attribution_report import WORST, pictures, summary
+from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.retraining.score import scored
@@ -63,15 +63,22 @@ class Settings:
     dampings: tuple[float, ...] = option((0.01, 0.1, 1.0), "of influence functions", listed(real(0)))
     products: int = option(20, "products of conjugate gradients", whole(1))
     changed: float = option(0.1, "share of labels that are changed", real(0))
+    seeds: int = option(3, "starts: another network, other examples and other ones left out", whole(1))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """Predicted and measured changes on two sets of images, and the search for changed labels."""
-    return [
-        Unit("digits", partial(compare, settings, "digits"), cost=1, resumable=True),
-        Unit("mnist", partial(compare, settings, "mnist"), cost=2, resumable=True),
-        Unit("labels", partial(find, settings), cost=1),
-    ]
+    """Predicted and measured changes on two sets of images, and the search for changed labels, for every start."""
+
+    def of_one_start() -> list[Unit]:
+        return [
+            *(
+                Unit(name, partial(compare, settings, name), cost, True, {"part": "scores", "images": name})
+                for name, cost in (("digits", 1.0), ("mnist", 2.0))
+            ),
+            Unit("labels", partial(find, settings), keys={"part": "labels"}),
+        ]
+
+    return starts(settings.seeds, of_one_start)
 
 
 def training(settings: Settings, images: str) -> Training:
@@ -218,7 +225,7 @@ EXPERIMENT = Experiment(
     name="attribution",
     title="What each training example did: predicted beside trainings without it, and changed labels found",
     paper="none of the four; the score is that of Park et al. (2023), 1 % left out as in Ilyas and Engstrom (2025)",
-    needs=Needs("mnist.npz, or MNIST's four idx files", 10, None),
+    needs=Needs("mnist.npz, or MNIST's four idx files", 30, None),
     quick=Settings(
         "digits",
         digits=60,
@@ -233,10 +240,11 @@ EXPERIMENT = Experiment(
         draws=1,
         dampings=(0.1, 1.0),
         products=5,
+        seeds=2,
     ),
     standard=Settings(),
     full=Settings(samples=20000, tests=10000, hidden=128, steps=400, queries=50, subsets=400, products=100),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.framework.pictures import STYLES, legend_below, panels, save
+from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
+from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.pictures import STYLES, curves, panels, save
+from diffopt.experiments.framework.tables import listed
 
 HERE = "this library"
 GOALS = {"digits": 0.97, "mnist": 0.95}
@@ -26,8 +27,8 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 NOTES = (
     "The linear datamodeling score is the mean over queries (single test images, the metric is their loss) of "
-    "Spearman's correlation between predicted and measured changes over random subsets left out; the interval draws "
-    "the subsets again with replacement, the queries as given.",
+    "Spearman's correlation between predicted and measured changes over random subsets left out. `+-` is over "
+    "starts and queries; the other interval draws the subsets again with replacement, starts and queries as given.",
     "`exact` is `diffopt.attribute` with `Reverse`, all queries in one call. Influence functions take the Hessian of "
     "the last parameters with damping, by conjugate gradients; gradient products are those of the last parameters. Of "
     "several dampings the best by the same trainings is compared with, which favours it.",
@@ -39,134 +40,170 @@ NOTES = (
 )
 
 
-def summarise(settings: Any, results: Results) -> Summary:
-    """Tables and claims."""
-    compared = {name: results[name] for name in GOALS if name in results}
-    tables = [_scores(compared)] if compared else []
-    tables += [_curves(settings, name, row) for name, row in compared.items()]
-    if "labels" in results:
-        tables.append(_labels(results["labels"]))
-    return Summary(tuple(tables), tuple(_claims(compared, results.get("labels"))), NOTES)
+def scores_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per start, set of images, method and query; the best of the influence functions is marked."""
 
-
-def best_influence(row: Row) -> str:
-    """The damping whose score is the highest."""
-    methods: dict[str, Row] = row["methods"]
-    return max((name for name in methods if name.startswith("influence")), key=lambda name: methods[name]["score"])
-
-
-def _scores(compared: Mapping[str, Row]) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for images, row in compared.items():
-        for name, found in row["methods"].items():
+    def records(row: Row) -> Iterator[Row]:
+        left_out = f"{row['left out']} of {row['examples']}, {len(row['measured'])} times"
+        for method, found in row["methods"].items():
             low, high = found["interval"]
-            setting = f"{images}, {row['left out']} of {row['examples']} left out {len(row['measured'])} times"
-            ends = f"{low:.4f} to {high:.4f}"
-            rows.append((setting, name, round(found["score"], 4), ends, min(found["each"]), row["seconds"][name]))
-    columns = ("setting", "method", "score", "95 % interval", "worst query", "seconds")
-    return Table("Linear datamodeling score", columns, tuple(rows))
+            known = {"rule": method, "low": low, "high": high, "seconds": row["seconds"][method], "left out": left_out}
+            known |= {"loss": row["loss"], "right": row["accuracy"]}
+            yield from ({**known, "draw": draw, "score": score} for draw, score in enumerate(found["each"]))
+
+    return long_table(units, results, records, part="scores")
 
 
-def _curves(settings: Any, images: str, row: Row) -> Table:
-    best, curves = best_influence(row), row["curves"]
-    rows: list[tuple[Cell, ...]] = [
-        (f"{which} helpful by {name}", *curves[f"{name}, {which}"])
-        for which in ("most", "least")
-        for name in ("exact", best, "gradient product")
-    ]
-    rows.append(("random", *_random(curves)))
-    columns = ("left out", *(f"{100 * share:g} %" for share in settings.shares))
-    model = f"{images}: test loss {row['loss']:.3f}, accuracy {row['accuracy']:.1f} %"
-    title = f"Change of the mean test loss after training without examples ({model})"
-    return Table(title, columns, tuple(rows))
+def best_influence(scores: Frame, images: str) -> str:
+    """The damping whose score is the highest, over all starts."""
+    means = scores[scores["images"] == images].groupby("rule")["score"].mean()
+    return str(means[means.index.str.startswith("influence")].idxmax())
 
 
-def _random(curves: Mapping[str, Sequence[float]]) -> list[float]:
-    """The mean over the random draws."""
-    drawn = [values for name, values in curves.items() if name.startswith("random")]
-    return [fmean(values) for values in zip(*drawn, strict=True)]
+def curves_of(units: Sequence[Unit], results: Results, shares: Sequence[float]) -> Frame:
+    """One row per start, set of images, line and share left out: the change of the mean test loss."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for name, values in row["curves"].items():
+            method, _, which = name.rpartition(", ")
+            for share, value in zip(shares, values, strict=True):
+                random = name.startswith("random")
+                found = {"rule": "random" if random else method, "which": "" if random else which}
+                yield {**found, "line": "random" if random else name, "share": 100 * share, "change": value}
+
+    return long_table(units, results, records, part="scores")
 
 
-def _labels(row: Row) -> Table:
-    shares, accuracies = (5, 10, 15, 20, 30), row["accuracy"]
-    rows: list[tuple[Cell, ...]] = [
-        (name, *(round(100 * found[share - 1], 1) for share in shares), round(accuracies[name], 2))
-        for name, found in row["found"].items()
-    ]
-    rows.append(("nothing is left out", *(None for _ in shares), round(accuracies["all"], 2)))
-    rows.append(("the changed are left out", *(None for _ in shares), round(accuracies["without the changed"], 2)))
-    columns = (
-        "worst by",
-        *(f"found in {share} % [%]" for share in shares),
-        f"accuracy without the worst {WORST} % [%]",
+def labels_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per start, method and share looked at: how many of the changed labels are found, in per cent."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for method, found in row["found"].items():
+            known = {"rule": method, "accuracy": row["accuracy"][method], "changed": row["changed"]}
+            for percent, share in enumerate([0.0, *found]):
+                yield {**known, "percent": percent, "found": 100 * share}
+
+    return long_table(units, results, records, part="labels")
+
+
+def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+    """Tables and claims."""
+    scores, lines, labels = (
+        scores_of(units, results),
+        curves_of(units, results, settings.shares),
+        labels_of(units, results),
     )
-    return Table(f"{row['changed']} changed labels", columns, tuple(rows))
+    found = listed(
+        "Linear datamodeling score",
+        scores,
+        {"images": "images", "left out": "left out", "method": "rule"},
+        {
+            "score": "score",
+            "+- (95 %)": ("score", "+-"),
+            "from": "low",
+            "to (95 %, over subsets)": "high",
+            "worst query": ("score", "min"),
+            "seconds": "seconds",
+        },
+    )
+    for images in dict.fromkeys(scores["images"]) if len(scores) else ():
+        kept, model = (frame[frame["images"] == images] for frame in (lines, scores))
+        kept = kept[kept["rule"].isin(("exact", best_influence(scores, images), "gradient product", "random"))]
+        mean = f"{images}: test loss {model['loss'].mean():.3f}, accuracy {model['right'].mean():.1f} %"
+        title = f"Change of the mean test loss after training without the most and least helpful examples ({mean})"
+        found += listed(
+            title, kept, {"left out by": "line"}, {}, across="share", cell="change", label=lambda x: f"{x:g} %"
+        )
+    if len(labels):
+        each = long_table(units, results, lambda row: [row["accuracy"]], part="labels")
+        whole, clean = each["all"].mean(), each["without the changed"].mean()
+        told = f"; test accuracy with all {whole:.2f} %, without the changed {clean:.2f} %"
+        found += listed(
+            f"{labels['changed'].mean():.0f} changed labels{told}",
+            labels[labels["percent"].isin((5, 10, 15, 20, 30))],
+            {"worst by": "rule"},
+            {f"accuracy without the worst {WORST} % [%]": "accuracy"},
+            across="percent",
+            cell="found",
+            label=lambda part: f"found in {part} % [%]",
+        )
+    return Summary(found, (*_of_scores(scores), _most_and_least(lines), *_of_labels(settings, labels)), NOTES)
 
 
-def _claims(compared: Mapping[str, Row], labels: Row | None) -> Iterator[Claim]:
+def _of_scores(scores: Frame) -> Iterator[Claim]:
     for images, goal in GOALS.items():
-        flags, told = [], ""
-        if images in compared:
-            found = compared[images]["methods"]["exact"]
-            flags, (low, high) = [found["score"] >= goal], found["interval"]
-            told = f"{found['score']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-        yield Claim(f"{images}: the linear datamodeling score is at least {goal}", HERE, *verdict(flags, told))
-    scores = {
-        images: (row["methods"]["exact"], row["methods"][best_influence(row)], row["methods"]["gradient product"])
-        for images, row in compared.items()
-    }
-    for place, words in ((1, "the best influence function"), (2, "gradient products")):
-        told = "; ".join(f"{images}: {of[0]['score']:.3f}, {of[place]['score']:.3f}" for images, of in scores.items())
-        flags = [of[0]["interval"][0] > of[place]["interval"][1] for of in scores.values()]
-        yield Claim(f"the exact derivative is above {words} (beyond both intervals)", HERE, *verdict(flags, told))
-    yield _most_and_least(compared)
-    found_labels = {} if labels is None else {name: 100 * found[WORST - 1] for name, found in labels["found"].items()}
-    exact = found_labels.get("exact", 0.0)
-    told = f"{exact:.1f} % of {0 if labels is None else labels['changed']}"
-    flags = [exact >= 100 * FOUND] if found_labels else []
-    words = f"of the changed labels {100 * FOUND:g} % are among the {WORST} % with the worst scores"
-    yield Claim(words, HERE, *verdict(flags, told))
-    told = ", ".join(f"{name} {value:.1f} %" for name, value in found_labels.items())
-    flags = [exact >= value for value in found_labels.values()]
-    yield Claim("no other method finds more of them", HERE, *verdict(flags, told))
+        text, where = f"{images}: the linear datamodeling score is at least {goal}", f"images == {images!r}"
+        yield ask(text, HERE, f"score: exact >= {goal}", where, headline=True).answer(scores)
+    if len(scores):
+        best = {images: best_influence(scores, images) for images in set(scores["images"])}
+        chosen = scores["rule"] == scores["images"].map(best)
+        scores = scores.assign(rule=scores["rule"].mask(chosen, "the best influence function"))
+    for rival, words in (("the best influence function",) * 2, ("gradient product", "gradient products")):
+        text = f"the exact derivative is above {words}"
+        yield ask(text, HERE, f"score: exact - {rival} > 0 by images").answer(scores)
 
 
-def _most_and_least(compared: Mapping[str, Row]) -> Claim:
-    flags, told = [], []
-    for images, row in compared.items():
-        curves, drawn = row["curves"], _random(row["curves"])
-        more = [a > b for a, b in zip(curves["exact, most"], drawn, strict=True)]
-        less = [a < b for a, b in zip(curves["exact, least"], drawn, strict=True)]
-        flags += more + less
-        told.append(f"{images}: {sum(more)} and {sum(less)} of {len(more)} shares")
+def _most_and_least(lines: Frame) -> Claim:
+    keys = ["seed", "images", "share"]
+    if len(lines):
+        exact = lines[lines["rule"] == "exact"]
+        random = lines[lines["rule"] == "random"].groupby(keys)["change"].mean().reset_index()
+        lines = exact.merge(random, on=keys, suffixes=("", " of random"))
+        sign = lines["which"].map({"most": 1, "least": -1})
+        lines = lines.assign(beyond=sign * (lines["change"] - lines["change of random"]))
     words = (
         "without the most helpful examples the test loss is above, without the least helpful below, that of random ones"
     )
-    return Claim(words, HERE, *verdict(flags, "; ".join(told)))
+    return Every(words, HERE, "beyond > 0", shown="beyond", note="starts, sets, shares").answer(lines)
 
 
-def _look(name: str) -> dict[str, Any]:
-    return {**LOOKS[name.partition(",")[0]], "markersize": 4, "label": name}
+def _of_labels(settings: Any, labels: Frame) -> Iterator[Claim]:
+    words = f"of the changed labels {100 * FOUND:g} % are among the {WORST} % with the worst scores"
+    where, rivals = f"percent == {WORST}", [f"influence, {damping:g}" for damping in settings.dampings]
+    more = tuple(f"found: exact - {rival} >= 0" for rival in (*rivals, "gradient product", "own loss"))
+    first = ask(words, HERE, f"found: exact >= {100 * FOUND:g}", where, unit=" %", headline=True)
+    return answers(labels, (first, ask("no other method finds more of them", HERE, more, where)))
 
 
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
+def _look(line: str) -> dict[str, Any]:
+    name = line.partition(",")[0]
+    return {**LOOKS[name], **({"fillstyle": "none"} if line.endswith("least") else {})}
+
+
+def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``scores.png``: changes and scores; ``leave-out.png``: curves; ``labels.png``: what is found."""
-    compared = {name: results[name] for name in GOALS if name in results}
-    made = []
-    if compared:
-        figure, grid = panels(len(compared), 2, 5, 3.6)
-        for (left, right), (images, row) in zip(grid, compared.items(), strict=True):
-            _draw_changes(left, images, row)
-            _draw_scores(right, images, row)
-        made.append(save(figure, folder / "scores.png"))
-        figure, (axes,) = panels(1, len(compared), 5, 4)
-        for place, (images, row) in zip(axes, compared.items(), strict=True):
-            _draw_curves(settings, place, images, row)
-        legend_below(figure, axes[0], 4)
-        made.append(save(figure, folder / "leave-out.png"))
-    if "labels" in results:
-        made.append(_draw_labels(results["labels"], folder))
-    return made
+    scores, found = scores_of(units, results), list[Path]()
+    shown = [name for name in GOALS if f"seed=0 {name}" in results]
+    if shown:
+        figure, grid = panels(len(shown), 2, 5, 3.6)
+        for (left, right), images in zip(grid, shown, strict=True):
+            _draw_changes(left, images, results[f"seed=0 {images}"])
+            _draw_scores(right, images, scores[scores["images"] == images])
+        found.append(save(figure, folder / "scores.png"))
+    lines, labels = curves_of(units, results, settings.shares), labels_of(units, results)
+    if len(scores):
+        best = {images: best_influence(scores, images) for images in set(scores["images"])}
+        kept = lines["rule"].isin(("exact", "gradient product", "random")) | (
+            lines["rule"] == lines["images"].map(best)
+        )
+        lines = lines[kept]
+        lines = lines.assign(line=lines["line"].str.replace(r"influence, [^,]+", "influence", regex=True))
+    names = {"share": "left out [%]", "change": "change of the mean test loss"}
+    names |= {"percent": "examples looked at, the worst first [%]", "found": "changed labels found [%]"}
+
+    def zero(axes: Axes, images: Any) -> None:
+        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+
+    def goal(axes: Axes, where: Any) -> None:
+        axes.axvline(WORST, color="0.6", linewidth=0.8)
+        axes.axhline(100 * FOUND, color="0.6", linewidth=0.8)
+        axes.plot([0, 100], [0, 100], color=LOOKS["random"]["color"], linestyle=":")
+
+    look: dict[str, Any] = {"hue": "line", "panel": "images", "scales": {"share": "log"}}
+    path = folder / "leave-out.png"
+    found += curves(lines, path, x="share", y="change", labels=names, style=_look, finish=zero, size=(5, 4), **look)
+    look = {"hue": "rule", "style": lambda rule: {**_look(rule), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
+    return found + curves(labels, folder / "labels.png", x="percent", y="found", labels=names, **look)
 
 
 def _draw_changes(axes: Axes, images: str, row: Row) -> None:
@@ -181,45 +218,14 @@ def _draw_changes(axes: Axes, images: str, row: Row) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_scores(axes: Axes, images: str, row: Row) -> None:
-    for place, (name, found) in enumerate(row["methods"].items()):
-        look, (low, high) = LOOKS[name.partition(",")[0]], found["interval"]
-        axes.barh(place, found["score"], color=look["color"], alpha=0.8)
-        axes.plot([low, high], [place, place], color="0.4", linewidth=3)
-        axes.annotate(f"{found['score']:.3f}", (max(found["score"], 0) + 0.03, place - 0.28), fontsize="small")
+def _draw_scores(axes: Axes, images: str, scores: Frame) -> None:
+    means = scores.groupby("rule", sort=False)[["score", "low", "high"]].mean()
+    for place, (name, row) in enumerate(means.iterrows()):
+        axes.barh(place, row["score"], color=LOOKS[str(name).partition(",")[0]]["color"], alpha=0.8)
+        axes.plot([row["low"], row["high"]], [place, place], color="0.4", linewidth=3)
+        axes.annotate(f"{row['score']:.3f}", (max(row["score"], 0) + 0.03, place - 0.28), fontsize="small")
     axes.axvline(GOALS[images], color="0.4", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(row["methods"])), list(row["methods"]))
+    axes.set_yticks(range(len(means)), list(means.index))
     axes.invert_yaxis()
     axes.set(xlabel="linear datamodeling score, 95 % interval", title=images, xlim=(min(0.0, axes.get_xlim()[0]), 1.15))
     axes.grid(alpha=0.3, axis="x")
-
-
-def _draw_curves(settings: Any, axes: Axes, images: str, row: Row) -> None:
-    shares, curves = [100 * share for share in settings.shares], row["curves"]
-    for name in ("exact", best_influence(row), "gradient product"):
-        label = "influence, the best damping" if name.startswith("influence") else name
-        axes.plot(shares, curves[f"{name}, most"], **{**_look(name), "label": label})
-        axes.plot(shares, curves[f"{name}, least"], **{**_look(name), "label": None, "fillstyle": "none"})
-    axes.plot(shares, _random(curves), **_look("random"))
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xlabel="left out [%]", ylabel="change of the mean test loss", xscale="log")
-    axes.set_title(f"{images}: most helpful (above), least helpful (below)", fontsize="medium")
-    axes.set_xticks(shares, [f"{share:g}" for share in shares])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-
-
-def _draw_labels(row: Row, folder: Path) -> Path:
-    figure, ((axes,),) = panels(1, 1, 6.5, 4.5)
-    found = row["found"]
-    influence = max((name for name in found if name.startswith("influence")), key=lambda name: found[name][WORST - 1])
-    for name in ("exact", influence, "gradient product", "own loss"):
-        look = {**_look(name), "marker": None}
-        axes.plot(range(101), [0, *(100 * share for share in row["found"][name])], **look)
-    axes.plot([0, 100], [0, 100], color=LOOKS["random"]["color"], linestyle=":", label="random")
-    axes.axvline(WORST, color="0.6", linewidth=0.8)
-    axes.axhline(100 * FOUND, color="0.6", linewidth=0.8)
-    axes.set(xlabel="examples looked at, the worst first [%]", ylabel="changed labels found [%]", xlim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    return save(figure, folder / "labels.png")

@@ -225,6 +225,7 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    keys = ("seconds", "share", "megabytes")
     path = folder / "steps.png"
-    return found + curves(steps, path, x="K", y=keys, hue="method", finish=doubled, scales=scales, **look)
+    return found + curves(
+        steps, path, x="K", y=("seconds", "share", "megabytes"), hue="method", finish=doubled, scales=scales, **look
+    )

@@ -23,7 +23,6 @@ from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Uni
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.meta_transfer_curves import annealing
 from diffopt.experiments.meta_transfer_problem import (
     BASELINE,
     FIXED,
@@ -32,9 +31,10 @@ from diffopt.experiments.meta_transfer_problem import (
     Batch,
     Method,
     Transfer,
+    annealing,
     methods,
 )
-from diffopt.experiments.meta_transfer_report import draw, summarise
+from diffopt.experiments.meta_transfer_report import pictures, summary
 from diffopt.experiments.meta_transfer_source import PROBLEMS
 from diffopt.tensors import tree
 from diffopt.tensors.memory import peak_bytes
@@ -64,22 +64,26 @@ class Settings:
     seeds: int = option(3, "runs of each, from different starts on different images", whole(1))
     cost_steps: tuple[int, ...] = option((2, 4, 8), "T of the iterations that are timed", listed(whole(1)))
     cost_after: int = option(30, "updates by the baseline before that", whole(1))
-    rounds: int = option(5, "times that each is timed, in turn", whole(1))
+    rounds: int = option(3, "times that each is timed, in turn", whole(1))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """The source, times and hypergradients for each T, and one per run."""
-    found = [Unit("source", partial(source, settings), cost=settings.source_iterations / 3)]
-    for steps in settings.cost_steps:
-        for kind in KINDS:
-            cost = 4.0 * settings.rounds * (2 + steps) + 4 * settings.cost_after
-            found.append(Unit(f"cost T={steps} {kind}", partial(measure, settings, steps, kind), cost=cost))
+    """The source; for each start times and hypergradients for each T, and one per run."""
+    source_cost = settings.source_iterations / 3
+    found = [Unit("source", partial(source, settings), source_cost, keys={"part": "source", "seed": 0})]
     for seed in range(settings.seeds):
         for kind in KINDS:
+            keys = {"seed": seed, "kind": kind}
+            for steps in settings.cost_steps:
+                cost = 4.0 * settings.rounds * (2 + steps) + 4 * settings.cost_after
+                run = partial(measure, settings, steps, kind, seed)
+                name = f"cost T={steps} {kind}, seed {seed}"
+                found.append(Unit(name, run, cost, keys={"part": "cost", **keys, "T": steps}))
             for name, method in methods(settings.steps).items():
                 cost = settings.iterations * (4.0 if method.steps else 1.0)
                 run = partial(learn, settings, name, kind, seed)
-                found.append(Unit(f"{name}, {kind}, seed {seed}", run, cost=cost, resumable=True))
+                of = {"part": "learn", **keys, "rule": name}
+                found.append(Unit(f"{name}, {kind}, seed {seed}", run, cost, resumable=True, keys=of))
     return found
 
 
@@ -116,12 +120,12 @@ def iterate(
     return state, transfer.outer_loss(method, state, optimizers, batch)
 
 
-def measure(settings: Settings, steps: int, kind: str, work: Work) -> Row:
+def measure(settings: Settings, steps: int, kind: str, seed: int, work: Work) -> Row:
     """Processor time and memory of one iteration by every method in turn, and its hypergradient beside the baseline's.
 
     They are taken where the baseline is after some iterations with the meta-networks as they start.
     """
-    transfer, order = Transfer(settings, work), work.generator("cost batches")
+    transfer, order = Transfer(settings, work, seed), work.generator(f"cost batches {seed}")
     chosen, state = methods(steps), transfer.start(kind)
     for number in range(settings.cost_after):
         state, _ = iterate(transfer, kind, chosen[FIXED], state, number, transfer.batch(order))
@@ -224,7 +228,7 @@ def learn(settings: Settings, name: str, kind: str, seed: int, work: Work) -> Ro
     return {"losses": losses if method.steps else [], **curves, "pairs": pairs}
 
 
-QUICK = Settings("clusters", 16, (3, 4), 1, 5, (3, 4), 1, 4, 12, iterations=4, evaluations=2, seeds=1)
+QUICK = Settings("clusters", 16, (3, 4), 1, 5, (3, 4), 1, 4, 12, iterations=4, evaluations=2, seeds=2)
 QUICK = replace(QUICK, cost_steps=(2,), cost_after=1, rounds=1)
 FULL = Settings("caltech101", 32, (16, 32, 64), 5, 10000, (64, 128, 256, 512), 2, 20, 128, 2, 0.1, 0.001, 0.001)
 FULL = replace(FULL, iterations=10000, evaluations=20)
@@ -233,11 +237,26 @@ EXPERIMENT = Experiment(
     name="meta-transfer",
     title="What and where to transfer: meta-networks learned through steps on a matching loss",
     paper="multi-step: tables 1-3, Fig. 1, 3, 4, algorithm 1",
-    needs=Needs("caltech101_32.npz", 15, None),
+    needs=Needs("caltech101_32.npz", 18, None),
     quick=QUICK,
     standard=Settings(),
     full=FULL,
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summarise=lambda settings, results: summary(settings, units(settings), results),
+    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    papers={
+        "problem": "ImageNet or TinyImageNet to CIFAR-100, STL-10, Bird, Indoor, Action, Dog",
+        "size": "32 or 224",
+        "source_channels": "ResNet-32 or ResNet-34",
+        "target_channels": "VGG-9 or ResNet-18",
+        "per_class": "Bird: 4,994 images in all",
+        "batch": "128 (32x32) or 64 (224x224)",
+        "steps": "2",
+        "sgd_lr": "0.1, momentum 0.9, decay 1e-4, cosine annealing",
+        "adam_lr": "0.001, decay 1e-4",
+        "meta_lr": "0.001 (32x32) or 0.0001 (224x224), decay 1e-4",
+        "beta": "0.5",
+        "iterations": "200 epochs",
+        "seeds": "not in the text",
+    },
 )

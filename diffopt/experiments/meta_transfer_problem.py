@@ -7,6 +7,7 @@ on from the first's parameters and buffers, so that autograd carries the hypergr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -60,6 +61,11 @@ def methods(steps: int) -> dict[str, Method]:
         FIRST_ORDER: Method(steps, FirstOrder(), total=True),
         f"one step, {steps} lr": Method(1, exact, factor=float(steps)),
     }
+
+
+def annealing(iteration: int, iterations: int) -> float:
+    """What the step size of an iteration is multiplied by; from one to zero along a cosine."""
+    return (1 + cos(pi * iteration / iterations)) / 2
 
 
 class Batch(NamedTuple):

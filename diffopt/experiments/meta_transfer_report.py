@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, stdev
-from typing import Any, TypeAlias, final
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
-from diffopt.experiments.meta_transfer_curves import difference_curve
-from diffopt.experiments.meta_transfer_draw import draw
-from diffopt.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH, methods
+import pandas as pd  # type: ignore[import-untyped]
 
-__all__ = ["draw", "summarise"]
+from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
+from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.pictures import STYLES, curves, panels, save
+from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH, annealing
 
 PAPER, HERE = "multi-step paper", "this library"
-POINT = 1.0
-"""Accuracies within so many points count as equal."""
-NEAR = 0.05
-"""Ratios of times within so much count as equal."""
+WINDOW, ONE_STEP = "one window of T", "one step, T lr"
+DIFFERENCES = {
+    "difference": "its two-norm",
+    "relative difference": "divided by the gradient's norm",
+    "per step size": "divided by that and by the step size, which is annealed to zero",
+}
 SAID: dict[tuple[str, str], str] = {
     (SCRATCH, "sgd"): "42.15 ± 0.75",
     (BASELINE, "sgd"): "65.05 ± 1.19",
@@ -52,181 +55,244 @@ NOTES = (
     "not read the meta-networks.",
 )
 
-Runs: TypeAlias = Mapping[tuple[str, str], Mapping[int, Row]]
-"""By method and inner optimizer, then by seed."""
+
+GAIN = ask(
+    "learned transfer beats training from scratch",
+    f"{PAPER}, tables 2 and 3",
+    f"accuracy: {BASELINE} - {SCRATCH} > 0 by kind",
+    unit=" points",
+    headline=True,
+)
+COSTS = (
+    ask(
+        "at T=2 the estimate takes 0.65 of the baseline's time (up to 0.70)",
+        f"{PAPER}, table 1",
+        "ratio: multi-step 2 <= 0.7 by kind",
+        "T == 2",
+        headline=True,
+    ),
+    ask(
+        "at 8 steps, multi-step(4) takes half the time (up to 0.55)",
+        f"{PAPER}, section 5.2, on few-shot learning",
+        "ratio: multi-step 4 <= 0.55 by kind",
+        "T == 8",
+    ),
+    ask(
+        "one window of T is nearer to the exact hypergradient than one step of T times the rate",
+        f"{HERE}, on {PAPER}'s proposition 1",
+        f"error: {WINDOW} / {ONE_STEP} < 1 by T, kind",
+    ),
+)
+LINEAR = ask(
+    "the baseline's time grows linearly with T (its slope by at most a third)",
+    f"{PAPER}, Fig. 4b",
+    "growth: * ~ 1.33 by kind",
+    note="time of a further step at the largest T over that at the smallest",
+)
 
 
-@final
-@dataclass(frozen=True)
-class Difference:
-    """Of two methods' accuracies over the same starts, with its standard error; in points."""
+def of_gains(steps: int) -> Iterator[Compare]:
+    """Claims about what is lost, which ask for something to lose."""
+    estimate, tables = f"multi-step {steps}", f"{PAPER}, tables 2 and 3"
+    text = "the multi-step estimate is competitive with the baseline (no more than 1 point below)"
+    yield ask(text, tables, f"accuracy: {estimate} - {BASELINE} >= -1 by kind", unit=" points", headline=True)
+    for text, source, first, second in (
+        ("without meta-learning (T=0) accuracy falls", "appendix H", FIXED, BASELINE),
+        ("first order falls far behind", "section 5.1", FIRST_ORDER, estimate),
+        (
+            "one step of so many times the rate is worse than the estimate",
+            "appendix H",
+            f"one step, {steps} lr",
+            estimate,
+        ),
+    ):
+        yield ask(text, f"{PAPER}, {source}", f"accuracy: {first} - {second} < 0 by kind", unit=" points")
 
-    mean: float
-    error: float
 
-    def __str__(self) -> str:
-        """As in a sentence."""
-        return f"{self.mean:+.2f} ± {self.error:.2f} points"
+def difference_curve(row: Row, key: str, iterations: int) -> list[float]:
+    """``difference`` or ``relative difference`` as measured; ``per step size``: the latter over the annealed size."""
+    if key != "per step size":
+        return list(row[key])
+    measured = zip(row["after"], row["relative difference"], strict=False)  # accuracy is measured once more, in the end
+    return [value / annealing(after + 1, iterations) for after, value in measured]  # an update comes before
 
 
-def summarise(settings: Any, results: Results) -> Summary:
+def runs_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per run: its accuracy in the end, also beside the baseline's of the same start."""
+    data = long_table(units, results, lambda row: [{"accuracy": row["accuracy"][-1]}], part="learn")
+    if not len(data):
+        return data
+    base = data[data["rule"] == BASELINE][["seed", "kind", "accuracy"]]
+    data = data.merge(base, on=["seed", "kind"], how="left", suffixes=("", " of baseline"))
+    return data.assign(beside=data["accuracy"] - data["accuracy of baseline"])
+
+
+def costs_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per start, T, inner optimizer and method; two methods once more, under names that hold for every T."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for name, cost in row["methods"].items():
+            yield {"rule": name, **cost}
+
+    data = long_table(units, results, records, part="cost")
+    if not len(data):
+        return data
+    window = data[data["rule"] == "multi-step " + data["T"].astype(str)].assign(rule=WINDOW)
+    return pd.concat([data, window, data[data["rule"].str.startswith("one step")].assign(rule=ONE_STEP)])
+
+
+def growth_of(costs: Frame) -> Frame:
+    """How much longer a further step takes at the largest T than at the smallest, by start and inner optimizer."""
+    rows = []
+    base = costs[costs["rule"] == BASELINE].sort_values("T") if len(costs) else costs
+    for (seed, kind), group in base.groupby(["seed", "kind"]) if len(base) else ():
+        slopes = list((group["seconds"].diff() / group["T"].diff()).iloc[1:])
+        if len(slopes) > 1:
+            growth = slopes[-1] / slopes[0] if slopes[0] > 0 else math.inf  # the clock is not that exact
+            rows.append({"seed": seed, "kind": kind, "growth": growth})
+    return pd.DataFrame(rows)
+
+
+def differences_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
+    """One row per run of the baseline and measurement of Fig. 1's difference, normalised in three ways."""
+
+    def records(row: Row) -> Iterator[Row]:
+        found = {key: difference_curve(row, key, settings.iterations) for key in DIFFERENCES}
+        for after, *values in zip(row["after"], *found.values(), strict=False):
+            yield {"after": after, **dict(zip(found, values, strict=True))}
+
+    return long_table(units, results, records, part="learn", rule=BASELINE)
+
+
+def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     """Tables and claims."""
-    runs = _runs(settings, results)
-    costs = {
-        (steps, kind): results[f"cost T={steps} {kind}"]["methods"]
-        for steps in settings.cost_steps
-        for kind in KINDS
-        if f"cost T={steps} {kind}" in results
-    }
-    tables = [*_accuracy_tables(settings, results.get("source"), runs), *_cost_tables(costs)]
-    claims = (*_accuracy_claims(settings, runs), *_cost_claims(costs), *_difference_claims(settings, runs))
-    return Summary(tuple(table for table in tables if table.rows), claims, NOTES)
-
-
-def _runs(settings: Any, results: Results) -> Runs:
-    found = {}
-    for name in methods(settings.steps):
-        for kind in KINDS:
-            names = {seed: f"{name}, {kind}, seed {seed}" for seed in range(settings.seeds)}
-            rows = {seed: results[unit] for seed, unit in names.items() if unit in results}
-            if rows:
-                found[name, kind] = rows
-    return found
-
-
-def _compare(runs: Runs, name: str, other: str, kind: str) -> Difference | None:
-    ours, others = runs.get((name, kind), {}), runs.get((other, kind), {})
-    points = [ours[seed]["accuracy"][-1] - others[seed]["accuracy"][-1] for seed in ours if seed in others]
-    if not points:
-        return None
-    return Difference(fmean(points), stdev(points) / sqrt(len(points)) if len(points) > 1 else 0.0)
-
-
-def _accuracy_tables(settings: Any, source: Row | None, runs: Runs) -> Iterator[Table]:
-    rows: list[tuple[Cell, ...]] = []
-    for (name, kind), found in runs.items():
-        values = [row["accuracy"][-1] for row in found.values()]
-        beside = _compare(runs, name, BASELINE, kind)
-        said = SAID.get((name.partition(" ")[0] if name == f"multi-step {settings.steps}" else name, kind))
-        spread = round(stdev(values), 2) if len(values) > 1 else None
-        points = None if beside is None else f"{beside.mean:+.2f} ± {beside.error:.2f}"
-        rows.append((name, kind, round(fmean(values), 2), spread, points, said))
-    rows.sort(key=lambda row: KINDS.index(str(row[1])))
+    runs, costs = runs_of(units, results), costs_of(units, results)
     title = f"Target accuracy after {settings.iterations} iterations, T={settings.steps}, {settings.seeds} starts"
-    if source:
+    if source := results.get("source"):
         sizes = f"{source['training images']} training and {source['test images']} test images of {source['classes']}"
         title += f"; {sizes} classes; source at {source['accuracy']:.0f} % in training"
         title += f", a linear layer on its features at {source['linear layer']:.1f} % on the test images"
-    columns = (
-        "method",
-        "inner optimizer",
-        "accuracy [%]",
-        "deviation",
-        "beside the baseline (s.e.)",
-        "the paper, Bird",
+    values: dict[str, Value] = {"accuracy [%]": "accuracy", "+- (95 %)": ("accuracy", "+-")}
+    found = listed(
+        title,
+        runs,
+        {"inner optimizer": "kind", "method": "rule"},
+        {**values, "beside the baseline": "beside", "+- of that": ("beside", "+-")},
+        paper=lambda at: SAID.get(
+            ("multi-step" if at["rule"] == f"multi-step {settings.steps}" else at["rule"], at["kind"])
+        ),
+        said="the paper, Bird",
     )
-    yield Table(title, columns, tuple(rows))
-
-
-def _cost_tables(costs: Mapping[tuple[int, str], Row]) -> Iterator[Table]:
-    rows: list[tuple[Cell, ...]] = []
-    for (steps, kind), found in costs.items():
-        for name, cost in found.items():
-            said = 0.65 if (name, steps) == ("multi-step 2", 2) else None
-            keys = ("seconds", "ratio", "megabytes", "error", "cosine")
-            rows.append((steps, kind, name, *(cost[key] for key in keys), said))
-    columns = ("T", "inner optimizer", "method", "seconds", "time / baseline's", "peak [MB]", "error", "cosine")
-    yield Table(
+    found += listed(
         "One iteration: processor time, memory, and the hypergradient beside the exact one",
-        (*columns, "the paper's time"),
-        tuple(rows),
+        costs[~costs["rule"].isin((WINDOW, ONE_STEP))] if len(costs) else costs,
+        {"T": "T", "inner optimizer": "kind", "method": "rule"},
+        {
+            "seconds": "seconds",
+            "time / baseline's": "ratio",
+            "+- (95 %)": ("ratio", "+-"),
+            "peak [MB]": "megabytes",
+            "error": "error",
+            "cosine": "cosine",
+        },
+        paper=lambda at: 0.65 if (at["rule"], at["T"]) == ("multi-step 2", 2) else None,
+        said="the paper's time",
     )
+    claims = (*_of_accuracy(settings, runs), *answers(costs, COSTS), LINEAR.answer(growth_of(costs)))
+    return Summary(found, (*claims, *_of_differences(differences_of(settings, units, results))), NOTES)
 
 
-def _accuracy_claims(settings: Any, runs: Runs) -> Iterator[Claim]:
-    estimate, one_step = f"multi-step {settings.steps}", f"one step, {settings.steps} lr"
+def _of_accuracy(settings: Any, runs: Frame) -> Iterator[Claim]:
+    yield GAIN.answer(runs)
+    gaining = [kind for kind in KINDS if len(runs) and GAIN.answer(runs[runs["kind"] == kind]).answer == "yes"]
+    for question in of_gains(settings.steps):
+        found = question.answer(runs[runs["kind"].isin(gaining)] if len(runs) else runs)
+        whole = question.answer(runs)
+        if found.answer == "not measured" != whole.answer:
+            none = "the baseline is not shown to gain over scratch here, so that no rule can lose it"
+            found = replace(whole, answer="not measured", evidence=f"{none}; {whole.evidence}")
+        yield found
 
-    def claim(text: str, source: str, name: str, other: str, holds: Callable[[Difference], bool]) -> Claim:
-        found = {kind: _compare(runs, name, other, kind) for kind in KINDS}
-        known = {kind: difference for kind, difference in found.items() if difference is not None}
-        told = ", ".join(f"{difference} with {kind}" for kind, difference in known.items())
-        tests = {kind: x for kind, x in known.items() if other == SCRATCH or gains(kind)}
-        if known and not tests:
-            none = "the baseline gains nothing over scratch here, so that no rule can lose it"
-            return Claim(text, source, "not measured", f"{none}; {name} beside {other}: {told}")
-        return Claim(text, source, *verdict([holds(x) for x in tests.values()], f"{name} beside {other}: {told}"))
 
-    def gains(kind: str) -> bool:
-        gain = _compare(runs, BASELINE, SCRATCH, kind)
-        return gain is not None and clearly_above(gain)
+def _of_differences(data: Frame) -> Iterator[Claim]:
+    for key, words in DIFFERENCES.items():
+        left = data
+        if len(data):
+            ends = data.sort_values("after").groupby(["seed", "kind"])[key].agg(["first", "last"]).reset_index()
+            left = ends.assign(left=ends["last"] / ends["first"])
+        text = f"the difference of consecutive inner gradients goes to zero in training ({words})"
+        note = "the last over the first; counted from a half on"
+        yield ask(text, f"{PAPER}, Fig. 1", "left: * < 0.5 by kind", note=note).answer(left)
 
-    def clearly_above(difference: Difference) -> bool:
-        return difference.mean - difference.error > 0
 
-    def clearly_below(difference: Difference) -> bool:
-        return difference.mean + difference.error < 0
+def _style(name: str) -> dict[str, Any]:
+    """One for every method, windows from light to dark."""
+    known = {
+        BASELINE: STYLES["exact"],
+        FIRST_ORDER: STYLES["first-order"],
+        SCRATCH: {"color": STYLES["truncated"]["color"], "marker": "s", "linestyle": "--"},
+        FIXED: {"color": STYLES["hybrid"]["color"], "marker": "^", "linestyle": "--"},
+        "multi-step 2": {"color": "#E39AC6", "marker": "*", "linestyle": "-"},
+        "multi-step 4": {"color": "#B5528F", "marker": "*", "linestyle": "-"},
+        "multi-step 8": {"color": "#6F2355", "marker": "*", "linestyle": "-"},
+    }
+    return known.get(name, {"color": STYLES["binomial"]["color"], "marker": "o", "linestyle": "-."})
 
-    above = clearly_above
-    yield claim("learned transfer beats training from scratch", f"{PAPER}, tables 2 and 3", BASELINE, SCRATCH, above)
-    yield claim(
-        f"the multi-step estimate is competitive with the baseline (no more than {POINT:g} point below)",
-        f"{PAPER}, tables 2 and 3",
-        estimate,
-        BASELINE,
-        lambda difference: difference.mean > -POINT,
+
+def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+    """``training.png``, ``differences.png`` (Fig. 1), ``pairs.png`` (what goes where), ``costs.png`` (over T)."""
+
+    def accuracies(row: Row) -> Iterator[Row]:
+        for after, accuracy in zip(row["after"], row["accuracy"], strict=True):
+            yield {"after": after, "accuracy": accuracy}
+
+    labels = {"after": "outer iteration", "accuracy": "test accuracy [%]", "T": "steps T on the transfer loss"}
+    labels |= {"seconds": "processor time [s]", "ratio": "time / baseline's", "error": "error of the hypergradient"}
+    labels |= {"value": "change of the inner gradient"}
+    look: dict[str, Any] = {"labels": labels, "panel": "kind", "size": (4.2, 3.2)}
+    runs = long_table(units, results, accuracies, part="learn")
+    found = curves(runs, folder / "training.png", x="after", y="accuracy", hue="rule", style=_style, **look)
+    changes, path = differences_of(settings, units, results), folder / "differences.png"
+    if len(changes):
+        changes = changes.melt(["seed", "kind", "after"], list(DIFFERENCES), "normalised", "value")
+    found += curves(changes, path, x="after", y="value", hue="normalised", scales={"value": "log"}, **look)
+    found += _draw_pairs(settings, units, results, folder)
+    costs = costs_of(units, results)
+    costs = costs[(costs["error"] != 0) | (costs["rule"] == BASELINE)] if len(costs) else costs
+    costs = (
+        costs[~costs["rule"].str.startswith(("one step, 2", "one step, 4", "one step, 8", WINDOW))]
+        if len(costs)
+        else costs
     )
-    yield claim("without meta-learning (T=0) accuracy falls", f"{PAPER}, appendix H", FIXED, BASELINE, clearly_below)
-    yield claim("first order falls far behind", f"{PAPER}, section 5.1", FIRST_ORDER, estimate, clearly_below)
-    text = "one step of so many times the rate is worse than the estimate"
-    yield claim(text, f"{PAPER}, appendix H", one_step, estimate, clearly_below)
+    costs = costs.assign(error=costs["error"].where(costs["error"] > 0)) if len(costs) else costs
+    sides: dict[str, Any] = {"x": "T", "y": ("seconds", "ratio", "error"), "hue": "rule", "scales": {"error": "log"}}
+
+    def paper(axes: Any, kind: Any) -> None:
+        if axes.get_ylabel() == labels["ratio"]:
+            axes.axhline(0.65, color="0.5", linewidth=0.8, linestyle=":")
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": "small"}
+            axes.annotate("the paper, T=2", (0.98, 0.66), **place)
+
+    return found + curves(costs, folder / "costs.png", **sides, style=_style, finish=paper, **look)
 
 
-def _cost_claims(costs: Mapping[tuple[int, str], Row]) -> Iterator[Claim]:
-    def ratios(steps: int, name: str) -> dict[str, float]:
-        return {kind: costs[steps, kind][name]["ratio"] for t, kind in costs if t == steps and name in costs[t, kind]}
+def _draw_pairs(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+    """The weights of the pairs of stages that the baseline ends with, means over the starts."""
 
-    for steps, name, wanted, text, where in (
-        (2, "multi-step 2", 0.65, "at T=2 the estimate takes 0.65 of the baseline's time", "table 1"),
-        (8, "multi-step 4", 0.5, "at 8 steps, multi-step(4) takes half the time", "section 5.2, on few-shot learning"),
-    ):
-        found = ratios(steps, name)
-        told = ", ".join(f"{ratio:.2f} with {kind}" for kind, ratio in found.items())
-        flags = [ratio <= wanted + NEAR for ratio in found.values()]
-        yield Claim(text, f"{PAPER}, {where}", *verdict(flags, f"{told}; counted up to {wanted + NEAR:.2f}"))
-    linear, slopes = [], []
-    for kind in KINDS:
-        at = {steps: costs[steps, k][BASELINE]["seconds"] for steps, k in costs if k == kind}
-        if len(at) > 2:
-            (a, b), (c, d) = sorted(at)[:2], sorted(at)[-2:]
-            first, last = 1e3 * (at[b] - at[a]) / (b - a), 1e3 * (at[d] - at[c]) / (d - c)
-            linear.append(0.75 < last / first < 1.33)
-            slopes.append(f"{first:.0f}, then {last:.0f} ms per step with {kind}")
-    yield Claim("the baseline's time grows linearly with T", f"{PAPER}, Fig. 4b", *verdict(linear, "; ".join(slopes)))
-    nearer, errors = [], []
-    for (steps, kind), cost in costs.items():
-        if f"multi-step {steps}" in cost:
-            ours, other = cost[f"multi-step {steps}"]["error"], cost[f"one step, {steps} lr"]["error"]
-            nearer.append(ours < other)
-            errors.append(f"{ours:.2g} beside {other:.2g} (T={steps}, {kind})")
-    text = "one window of T is nearer to the exact hypergradient than one step of T times the rate"
-    yield Claim(text, f"{HERE}, on {PAPER}'s proposition 1", *verdict(nearer, "error " + ", ".join(errors)))
+    def records(row: Row) -> Iterator[Row]:
+        for pair, weight in row["pairs"].items():
+            source, target = map(int, pair.split("-"))
+            yield {"source": source, "target": target, "weight": weight}
 
-
-def _difference_claims(settings: Any, runs: Runs) -> Iterator[Claim]:
-    for key, words in (
-        ("difference", "its two-norm"),
-        ("relative difference", "divided by the gradient's norm"),
-        ("per step size", "divided by that and by the step size, which is annealed to zero"),
-    ):
-        found = {}
-        for kind in KINDS:
-            rows = runs.get((BASELINE, kind), {}).values()
-            curves = [difference_curve(row, key, settings.iterations) for row in rows]
-            if curves:
-                found[kind] = fmean(curve[0] for curve in curves), fmean(curve[-1] for curve in curves)
-        told = ", ".join(f"{first:.3g}, in the end {last:.3g} with {kind}" for kind, (first, last) in found.items())
-        yield Claim(
-            f"the difference of consecutive inner gradients goes to zero in training ({words})",
-            f"{PAPER}, Fig. 1",
-            *verdict([last < first / 2 for first, last in found.values()], f"{told}; counted from a half on"),
-        )
+    data = long_table(units, results, records, part="learn", rule=BASELINE)
+    if not len(data):
+        return []
+    figure, (grid,) = panels(1, len(KINDS), 4.2, 3.2)
+    for axes, kind in zip(grid, KINDS, strict=True):
+        means = data[data["kind"] == kind].groupby(["source", "target"])["weight"].mean()
+        sides = range(len(settings.source_channels)), range(len(settings.target_channels))
+        matrix = [[means.get((m, n), 0.0) for n in sides[1]] for m in sides[0]]
+        figure.colorbar(axes.imshow(matrix, vmin=0, cmap="viridis"), ax=axes, label="weight of the pair", shrink=0.8)
+        axes.set(xticks=sides[1], yticks=sides[0], title=f"{kind}: the baseline, in the end")
+        axes.set(xlabel="target's stage", ylabel="source's stage")
+    return [save(figure, folder / "pairs.png")]

@@ -93,6 +93,20 @@ def test_it_stops_and_goes_on_to_the_last_bit(tmp_path):
     assert [again[key] for key in kept] == [whole[key] for key in kept]
 
 
+@pytest.mark.parametrize(("way", "expected"), [(3, 2), (10, 2), (11, 5)])
+def test_many_ways_have_batches_of_their_own(monkeypatch, way, expected):
+    class Seen(Exception):  # noqa: N818
+        pass
+
+    def stop(problem, params, adaptation, episodes):
+        raise Seen(len(episodes[0]))
+
+    monkeypatch.setattr(few_shot, "meta_gradient", stop)
+    with pytest.raises(Seen) as seen:
+        few_shot.learn(replace(SETTINGS, wide_tasks=5), "FOMAML", way, 1, Work(0))
+    assert seen.value.args == (expected,)
+
+
 def test_methods_are_the_papers():
     found = few_shot.methods(few_shot.Settings())
     heavy = found["multi-step 4"].optimizer
