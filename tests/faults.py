@@ -702,8 +702,8 @@ FAULTS = [
     ),
     Fault(
         "a unit goes on from the state of another run",
-        "Work.saved",
-        'content.get("run", self._run) != self._run',
+        "UnitFile.read",
+        'content.get("run", self.run) != self.run',
         "False",
         "run_files",
     ),
