@@ -131,6 +131,9 @@ NAMES = [
     "sharded",
     "compiled_programs",
     "compiled_outer",
+    "resume",
+    "reproduce",
+    "cli",
 ]
 
 

@@ -73,7 +73,8 @@ class Training(Run):
             self.log.cut()  # not before: what cannot be gone on with stays as it is
         else:
             work.save(self.state())
-        before, cost, lasted = work.seconds[0], self.evaluation_seconds(work), 0.0
+        before, cost = work.seconds[0], self.evaluation_seconds(work)
+        lasted = before / max(self.iteration, 1)  # an iteration, at most
         while self.iteration < options.iterations and not work.is_late(before + lasted + cost):
             began = work.seconds[0]
             told = self.iterate(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_training_writes_its_three_files(tmp_path, capsys):
     assert last_rate == pytest.approx(0.001 * (1 + math.cos(math.pi * 5 / 6)) / 2)  # the sixth of six, along a cosine
 
 
-def test_minutes_stop_in_time_and_still_evaluate(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lasts", [0.1, 0.3, 0.7, 1.1])
+def test_minutes_stop_in_time_and_still_evaluate(tmp_path, monkeypatch, lasts):
     """By a clock that only the work moves, so that a busy machine does not matter."""
     now = 1000.0
 
@@ -97,14 +99,22 @@ def test_minutes_stop_in_time_and_still_evaluate(tmp_path, monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: now, process_time=time.process_time)
     for module in (runner, unit_context):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(training, "meta_gradient", taking(0.1, meta_gradient))
+    monkeypatch.setattr(training, "meta_gradient", taking(lasts, meta_gradient))
     monkeypatch.setattr(training, "evaluate", taking(0.25, evaluate))
-    assert main(sine(tmp_path, "--iterations", "1000000", "--minutes", "0.08", "--eval-every", "0")) == 0
+    argv = sine(tmp_path, "--iterations", "1000000", "--eval-every", "0", "--log-every", "1")
+    assert main([*argv, "--minutes", "0.08"]) == 0
     # evaluated at the start, to see how long it takes, and at the end, with a fifth of the time left for the picture
     left = 0.8 * 0.08 * 60 - (now - 1000)
-    assert -1e-9 < left < 0.1
-    assert [row["kind"] for row in rows(tmp_path)].count("evaluation") == 1
-    assert rows(tmp_path)[-1]["kind"] == "evaluation"
+    assert -1e-9 < left < lasts + 1e-9
+    kinds = [row["kind"] for row in rows(tmp_path)]
+    assert kinds == ["training"] * (len(kinds) - 1) + ["evaluation"]
+    # the minutes are those of all calls together: a second one has none left, and a third goes on to its own
+    assert main([*argv, "--resume", "--minutes", "0.08"]) == 0
+    assert [row["kind"] for row in rows(tmp_path)] == kinds
+    assert main([*argv, "--resume", "--minutes", "0.16"]) == 0
+    last = rows(tmp_path)[-1]
+    assert last["kind"] == "evaluation"
+    assert -1e-3 < 0.8 * 0.16 * 60 - last["seconds"] < lasts + 1e-3  # written with three digits
 
 
 @pytest.mark.data
@@ -335,6 +345,24 @@ def test_a_second_ctrl_c_within_a_later_save_names_the_checkpoint_before(tmp_pat
     assert "the checkpoint of iteration 1 is" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 1
     assert main(["train", "sinusoid", "--out", str(tmp_path), "--resume"]) == 0
+
+
+@pytest.mark.parametrize("data", [[], ["--data-dir", "some folder"], ["--data-dir", "a/b"]], ids=" ".join)
+@pytest.mark.parametrize("kind", ["train", "reproduce"])
+def test_what_is_said_after_ctrl_c_goes_on_with_the_run(tmp_path, monkeypatch, capsys, kind, data):
+    """One text for both, with the folder of the data, which no run stores; typed again, it does what is left."""
+    argv = {
+        "train": ["train", "images", "--dataset", "clusters", *SMALL, "--filters", "2", "--iterations", "3"],
+        "reproduce": ["reproduce", "anil", "--quick", "--set", "iterations=3"],
+    }[kind]
+    with monkeypatch.context() as patch:
+        heard = property(lambda self: True, lambda self, value: None)
+        patch.setattr(Interrupt, "heard", heard, raising=False)
+        assert main([*argv, "--out", str(tmp_path), *data]) == 130
+    (said,) = capsys.readouterr().err.splitlines()
+    again = shlex.split(said.partition("; continue with: diffopt ")[2])
+    assert again == [*argv[:2], "--out", str(tmp_path), "--resume", *data]
+    assert main(again) == 0
 
 
 def test_ctrl_c_says_where_the_checkpoint_is(tmp_path):

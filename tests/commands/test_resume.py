@@ -133,6 +133,23 @@ def test_other_options_are_refused_by_name(copy, error_of, changed, message):
     assert re.search(message, error)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", "0", "'seed' is 0 .of another kind., expected one that --seed takes; start a new run"),
+        ("inner_lr", "0.01", "'inner_lr' is 0.01 .of another kind., expected one that --inner-lr takes"),
+        ("steps", None, "'steps' is None .got 'None', expected an integer, 1 or more"),
+        ("tasks", 2.0, "'tasks' is 2.0 .got '2.0', expected an integer, 1 or more"),
+        ("meta_lr_decay", "linear", "'meta_lr_decay' is linear .of another kind., expected one that --meta-lr-decay"),
+    ],
+)
+def test_stored_options_are_what_the_command_line_makes(copy, error_of, name, value, message):
+    content = torch.load(copy / "checkpoint.pt", weights_only=True)
+    content["options"][name] = value
+    torch.save(content, copy / "checkpoint.pt")
+    assert re.search(f"the stored option {message}", error_of(copy, "--resume"))
+
+
 def test_a_log_that_lost_lines(copy, error_of):
     (copy / "metrics.jsonl").write_text('{"kind": "training"}\n')
     assert "metrics.jsonl has 1 lines" in error_of(copy, "--resume")

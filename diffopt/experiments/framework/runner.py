@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -100,12 +101,12 @@ class Run(ABC):
             self.finish()
             return 0
         except KeyboardInterrupt:
-            safe, given = self.safe(), asdict(self.options).get("data_dir")
+            safe, data = self.safe(), asdict(self.options).get("data_dir")
             if safe is None:
                 raise
-            again = f"diffopt {self.command} --out {self.folder.folder} --resume"
-            data = "" if given is None else f" --data-dir {given}"
-            print(f"diffopt: interrupted; {safe}; continue with: {again}{data}", file=sys.stderr)
+            again = ["diffopt", *self.command.split(), "--out", str(self.folder.folder), "--resume"]
+            again += [] if data is None else ["--data-dir", data]
+            print(f"diffopt: interrupted; {safe}; continue with: {shlex.join(again)}", file=sys.stderr)
             return INTERRUPTED
         finally:
             self.log.close()
