@@ -185,7 +185,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), REFUSED)
+@pytest.mark.parametrize(("content", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_the_message_names_what_was_refused(content, message):
     refuses(message, read, content)
 
