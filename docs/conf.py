@@ -73,7 +73,7 @@ napoleon_use_ivar = True
 # A public name that leads nowhere is an error. Names of others lead somewhere only with intersphinx, and some types in
 # signatures belong to the inside of the core.
 nitpicky = True
-inside = r"diffopt\..*\.(Autocast|Graph|Block(Terms)?|BoundOptimizer|HookUse|Params|ModuleFunction|Store)"
+inside = r"diffopt\..*\.(Autocast|Graph|Block(Terms)?|BoundOptimizer|HookUse|Images|Loaded|Params|ModuleFunction|Store)"
 nitpick_ignore_regex = [(r"py:.*", r"(?!diffopt).*"), (r"py:.*", inside)]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

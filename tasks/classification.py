@@ -13,7 +13,7 @@ from diffopt.tasks.data import Split, check_size, check_split, data_folder, is_t
 Content = TypeVar("Content")
 Name = TypeVar("Name", bound=str)
 Images = TypeVar("Images")
-Set = TypeVar("Set", bound="ClassificationSet[Any]")
+Loaded = TypeVar("Loaded", bound="ClassificationSet[Any]")
 Classes: TypeAlias = tuple[Images, tuple[str, ...]]
 """The images of some classes, and their names."""
 
@@ -90,7 +90,7 @@ class ClassificationSet(ABC, Generic[Images]):
     _known: ClassVar[KnownSet[Any, Any]]
 
     @classmethod
-    def load(cls: type[Set], folder: str | Path | None = None, *, split: Split, size: int | None = None) -> Set:
+    def load(cls: type[Loaded], folder: str | Path | None = None, *, split: Split, size: int | None = None) -> Loaded:
         """Read one split from the first of its forms that is there; nothing in a file can run.
 
         Args:

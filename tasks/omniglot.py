@@ -41,7 +41,8 @@ SMALL_BACKGROUND = (
     ),
 )
 ORIGIN = (
-    "the zips are at https://github.com/brendenlake/omniglot/tree/master/python; they do not know the Vinyals splits"
+    "the official zips do not know the Vinyals splits; they are at "
+    "https://github.com/brendenlake/omniglot/tree/master/python"
 )
 CODES = ("vinyals-train", "vinyals-validation", "vinyals-test")
 

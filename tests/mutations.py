@@ -134,6 +134,10 @@ NAMES = [
     "resume",
     "reproduce",
     "cli",
+    "every_set",
+    "mini_imagenet",
+    "models",
+    "episodes",
 ]
 
 

@@ -68,6 +68,15 @@ def assert_holds(loaded: Any, expected: Mapping[str, np.ndarray], *sources: str)
     assert drawn.query_inputs.shape == (3, 1, *loaded.images[0].shape[1:])
 
 
+def nearest_neighbours(images: Any, shot: int) -> float:
+    """The accuracy of the nearest neighbour in pixels, on 600 episodes of five classes."""
+    generator = torch.Generator().manual_seed(0)
+    episodes = sample_episodes(images, way=5, shot=shot, query=15, tasks=600, generator=generator)
+    distance = torch.cdist(episodes.query_inputs.flatten(2), episodes.support_inputs.flatten(2))
+    nearest = episodes.support_targets.gather(1, distance.argmin(dim=2))
+    return float((nearest == episodes.query_targets).float().mean())
+
+
 def cut_short(path: Path) -> Iterator[None]:
     """The file again and again, cut at several places; whole at the end."""
     whole = path.read_bytes()

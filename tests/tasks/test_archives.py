@@ -62,10 +62,7 @@ def test_what_is_no_plain_file_is_not_a_wanted_file(fields, tmp_path):
     [
         ({"set/train": b"a" * 101}, "holds set/train with 101 bytes, expected 100 at most"),
         ({"set/zeros": bytes(50_000_000)}, "claims a file of 50,000,000 bytes"),
-        (
-            {f"set/{number}": bytes(900_000) for number in range(50)},
-            "unpacks to more bytes than .*, expected 1,000,000 at most",
-        ),
+        ({f"set/{i}": bytes(900_000) for i in range(50)}, "unpacks to more bytes than .*, expected 1,000,000 at most"),
     ],
     ids=["wanted", "one large", "many"],
 )
@@ -93,8 +90,8 @@ def test_a_size_that_is_negative_or_huge_takes_neither_memory_nor_time(size, tmp
 
 
 def test_members_lacking_twice_or_missing(tmp_path):
-    with refused(r"has no file set/meta or set/train, expected .*; this is another archive"):
-        contents(write_tar(tmp_path / "a.tar", {"other": b""}))
+    message = "has no file set/meta or set/train, expected .*; this is another archive"
+    refuses(message, contents, write_tar(tmp_path / "a.tar", {"other": b""}))
     refuses("holds set/train twice", contents, write_tar(tmp_path / "b.tar", {"set/train": b"a"} | USUAL))
     refuses(r"absent\.tar cannot be read: No such file", contents, tmp_path / "absent.tar")
     refuses("cannot be read", contents, tmp_path)

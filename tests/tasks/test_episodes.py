@@ -120,6 +120,7 @@ def test_a_class_of_ragged_images_is_a_view_of_them():
 
 
 RAGGED = numbered([4, 9], 3, 5, 5)
+FLOATING, IN_ROWS = (RaggedImages(one, RAGGED.counts) for one in (RAGGED.flat.float(), RAGGED.flat.flatten(1)))
 FLAT = torch.zeros(5, 2, 2, dtype=torch.uint8)
 
 
@@ -128,16 +129,8 @@ FLAT = torch.zeros(5, 2, 2, dtype=torch.uint8)
     [
         (RAGGED, (2, 2, 3), r"shot \+ query is 2 \+ 3, expected at most 4; a class has only 4 images"),
         (RAGGED, (3, 1, 3), "way is 3, expected at most 2; there are only 2 classes"),
-        (
-            RaggedImages(RAGGED.flat.float(), RAGGED.counts),
-            (2, 1, 1),
-            r"float32 of shape \(13, 3, 5, 5\), expected uint8 \[images, \(channels",
-        ),
-        (
-            RaggedImages(RAGGED.flat.flatten(1), RAGGED.counts),
-            (2, 1, 1),
-            r"uint8 of shape \(13, 75\), expected uint8 \[images",
-        ),
+        (FLOATING, (2, 1, 1), r"float32 of shape \(13, 3, 5, 5\), expected uint8 \[images, \(channels"),
+        (IN_ROWS, (2, 1, 1), r"uint8 of shape \(13, 75\), expected uint8 \[images"),
     ],
 )
 def test_ragged_images_that_cannot_be_drawn_from_are_refused(images, sizes, message, generator):

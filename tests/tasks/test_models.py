@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,8 +22,6 @@ from diffopt.tasks import (
     ResNet12,
     functional,
 )
-
-# -------------------------------------------------------------------------------------------------------- definitions
 
 
 def taken(module, shape, generator):
@@ -88,9 +85,6 @@ def test_networks_in_stages_are_their_definition(network, how, generator):
         features.append(hidden)
     expected = (tuple(features), headed(params, hidden.mean(dim=(2, 3))))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-# --------------------------------------------------------------------------------------------------- sizes and weights
 
 
 @pytest.mark.parametrize(("size", "features"), [(28, 64), (84, 25 * 64), (16, 64), (30, 64)])
@@ -175,19 +169,8 @@ def test_networks_that_cannot_be_are_refused(generator):
             refuses("one stage or more", network, *sizes, kind=ProblemError)
 
 
-# --------------------------------------------------------------------------------------------------- second derivatives
-
-
-class Tasks(NamedTuple):
-    """Tasks of one loss, stacked: parameters that require grad, images and labels, a direction for each parameter."""
-
-    loss: object
-    params: dict
-    batch: tuple
-    vectors: dict
-
-
 def three_tasks(module, size, generator):
+    """A loss, and stacked: parameters that require grad, images and labels, a direction for each parameter."""
     apply, params = functional(module)
     params = shaken(params, generator)
     params = {name: torch.stack([x, 1.1 * x, 1.2 * x]).requires_grad_() for name, x in params.items()}
@@ -197,7 +180,7 @@ def three_tasks(module, size, generator):
     def loss(params, inputs, targets):
         return cross_entropy(apply(params, inputs), targets)
 
-    return Tasks(loss, params, (images, torch.randint(3, (3, 5), generator=generator)), vectors)
+    return loss, params, (images, torch.randint(3, (3, 5), generator=generator)), vectors
 
 
 def smooth(norm=BatchStatisticsNorm2d):
@@ -234,11 +217,11 @@ def within_transforms(loss, params, batch, vectors):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_second_derivatives_are_those_of_a_loop(name, way, generator):
     make, size, tolerance = NETWORKS[name]
-    tasks = three_tasks(make(), size, generator)
-    assert_same(way(*tasks), looped(*tasks), tolerance)
-    for task, found in enumerate(vmap(tasks.loss)(tasks.params, *tasks.batch)):
-        own = {name: x[task] for name, x in tasks.params.items()}
-        torch.testing.assert_close(found, tasks.loss(own, *(x[task] for x in tasks.batch)), rtol=1e-12, atol=0)
+    loss, params, batch, vectors = three_tasks(make(), size, generator)
+    assert_same(way(loss, params, batch, vectors), looped(loss, params, batch, vectors), tolerance)
+    for task, found in enumerate(vmap(loss)(params, *batch)):
+        own = {name: x[task] for name, x in params.items()}
+        torch.testing.assert_close(found, loss(own, *(x[task] for x in batch)), rtol=1e-12, atol=0)
 
 
 def test_the_check_above_finds_the_trap_of_the_affine_batch_norm(generator):

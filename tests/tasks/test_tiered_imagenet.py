@@ -87,36 +87,27 @@ def test_the_archive_is_read_once_its_checksum_is_right(made, tmp_path, monkeypa
     refuses(r"has no file test_images_png\.pkl or test_labels\.pkl", load, tmp_path, "test")
 
 
-LABELS, NAMES = (Made("validation").labels[key] for key in ("label_specific", "label_specific_str"))
+TABLE, PICTURES = Made("validation").labels, Made("validation").encoded
+LABELS, NAMES = TABLE["label_specific"], TABLE["label_specific_str"]
+DAMAGED = [*PICTURES[:3], np.arange(9, dtype=np.uint8), *PICTURES[4:]]
 BROKEN = [
-    ({"label_specific": LABELS[1:]}, r"labels int32 of shape \(241,\), expected 242 integers"),
-    ({"label_specific": LABELS / 2}, "labels float64"),
-    ({"label_specific": LABELS + 1}, "from 1 to 97, expected all of 0 to 96"),
-    ({"label_specific": LABELS.clip(1)}, "from 1 to 96, expected all of"),  # a class without images
-    ({"label_specific_str": NAMES[1:]}, "of 96, expected the names of 97 classes of 'valida"),
-    ({"label_specific_str": 5}, "label_specific_str of int"),
+    ("labels", {}, "expected 'label_specific' among them"),
+    ("labels", TABLE | {"label_specific": LABELS[1:]}, r"labels int32 of shape \(241,\), expected 242 integers"),
+    ("labels", TABLE | {"label_specific": LABELS / 2}, "labels float64"),
+    ("labels", TABLE | {"label_specific": LABELS + 1}, "from 1 to 97, expected all of 0 to 96"),
+    ("labels", TABLE | {"label_specific": LABELS.clip(1)}, "from 1 to 96, expected all of"),  # a class without images
+    ("labels", TABLE | {"label_specific_str": NAMES[1:]}, "of 96, expected the names of 97 classes of 'valida"),
+    ("labels", TABLE | {"label_specific_str": 5}, "label_specific_str of int"),
+    ("encoded", PICTURES[1:], "holds a list of 241, expected a list of 242 encoded"),
+    ("encoded", {"a": 1}, "holds a dict, expected a list"),
+    ("encoded", DAMAGED, "picture 3 cannot be read .*, expected a whole PNG"),
+    ("encoded", [*PICTURES[:3], 5, *PICTURES[4:]], "picture 3 is of int, expected an encoded picture"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BROKEN)
-def test_labels_of_another_kind_are_refused(change, message, made, tmp_path):
-    made.labels |= change
-    made.write(tmp_path)
-    refuses(message, load, tmp_path)
-
-
-PICTURES = Made("validation").encoded
-OTHERS = [
-    (PICTURES[1:], "holds a list of 241, expected a list of 242 encoded"),
-    ({"a": 1}, "holds a dict, expected a list"),
-    ([*PICTURES[:3], np.arange(9, dtype=np.uint8), *PICTURES[4:]], "picture 3 cannot be read .*, expected a whole PNG"),
-    ([*PICTURES[:3], 5, *PICTURES[4:]], "picture 3 is of int, expected an encoded picture"),
-]
-
-
-@pytest.mark.parametrize(("pictures", "message"), OTHERS, ids=[message for _, message in OTHERS])
-def test_pictures_of_another_kind_are_refused(pictures, message, made, tmp_path):
-    made.encoded = pictures
+@pytest.mark.parametrize(("what", "content", "message"), BROKEN, ids=[message for *_, message in BROKEN])
+def test_files_of_another_content_are_refused(what, content, message, made, tmp_path):
+    setattr(made, what, content)
     made.write(tmp_path)
     refuses(message, load, tmp_path)
 
@@ -134,7 +125,7 @@ def test_the_official_numbers_are_expected(made, tmp_path, monkeypatch):
     refuses("of 97, expected the names of 160 classes of 'test'", load, tmp_path, "test")
 
 
-def test_files_without_labels_cut_short_too_large_or_with_a_call_are_refused(made, tmp_path, monkeypatch):
+def test_files_missing_cut_short_too_large_or_with_a_call_are_refused(made, tmp_path, monkeypatch):
     made.write(tmp_path)
     for name in reversed(made.files()):
         path = tmp_path / name
@@ -148,6 +139,3 @@ def test_files_without_labels_cut_short_too_large_or_with_a_call_are_refused(mad
         path.write_bytes(whole)
     monkeypatch.setattr(tiered_imagenet, "LARGEST_IMAGES", 1000)
     refuses("expected 1,000 at most", load, tmp_path)
-    del made.labels["label_specific"]
-    made.write(tmp_path)
-    refuses("expected 'label_specific' among them", load, tmp_path)
