@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import diffopt
+
 # Adam-like rules get a large eps: with the usual 1e-8 their first step is a sign step, whose derivative is round-off.
 ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.05, "weight_decay": 0.03}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -60,14 +62,19 @@ def wavy(params: Sequence[Tensor], target: Tensor) -> Tensor:
     return sum(((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params), target.new_zeros(()))
 
 
-def trained(kind: Any, options: dict[str, Any], start: list[Tensor], target: Tensor, steps: int) -> list[Tensor]:
-    """The class itself, in the usual loop."""
+def trained(
+    kind: Any, options: dict[str, Any], start: list[Tensor], target: Tensor, steps: int, losses: Any = None
+) -> list[Tensor]:
+    """The class itself, in the usual loop, which adds the losses to a list."""
     params = [torch.nn.Parameter(p.detach().clone()) for p in start]
     optimizer = kind(params, **options)
     for _ in range(steps):
         optimizer.zero_grad()
-        wavy(params, target).backward()
+        loss = wavy(params, target)
+        loss.backward()
         optimizer.step()
+        if losses is not None:
+            losses.append(loss.detach())
     return [p.detach() for p in params]
 
 
@@ -88,6 +95,15 @@ def off_by(function: Callable[[float], float], derivative: float) -> float:
 def numbers(options: dict[str, Any]) -> list[Tensor]:
     """The tensors among the options."""
     return [x for v in options.values() for x in (v if isinstance(v, tuple) else (v,)) if isinstance(x, Tensor)]
+
+
+def with_a_dead_feature(optimizer: Any, estimator: Any, *learned: Tensor) -> tuple[Tensor, ...]:
+    """Hypergradients of a start, and of more, where one coordinate's gradient is exactly zero at every step."""
+    inputs = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.5]], dtype=torch.float64)
+    start = torch.tensor([0.0, 0.4], dtype=torch.float64, requires_grad=True)
+    options = {"optimizer": optimizer, "steps": 4, "estimator": estimator}
+    end = diffopt.solve(lambda w, x: (x @ w - 1).square().mean(), start, inputs, **options).params
+    return torch.autograd.grad(end.sum(), [start, *learned])
 
 
 def as_tensor(value: Any) -> Any:

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.func import grad
 
 import diffopt
-from diffopt import DisconnectedError, EstimatorError, HyperparameterError, LinearSolveError, LossError, StepsError
+from diffopt import (
+    SGD,
+    DisconnectedError,
+    EstimatorError,
+    HyperparameterError,
+    LinearSolveError,
+    LossError,
+    OptimizerError,
+    StepsError,
+    testing,
+)
 from diffopt.estimators import Binomial, Implicit, Reptile, Reverse, Truncated
 from diffopt.linear_solve import ConjugateGradient, Neumann
 
@@ -109,7 +119,8 @@ def implicit_gradients_differentiated() -> None:
 
 
 W = tensor(1, 2).requires_grad_()
-EXACT = (Reverse(),)
+REVERSE, DESCENT = Reverse(), SGD(0.1)
+EXACT = (REVERSE,)
 CALLS = itertools.count(1)
 
 
@@ -174,3 +185,25 @@ def compare(first: Any = problem, rules: Any = EXACT, **options: Any) -> None:
 @refused(HyperparameterError, "vmap is int 1, expected True or F", vmap=1)
 def check(**options: Any) -> None:
     diffopt.check(square, W, **options)
+
+
+@refused(EstimatorError, r"expected a diffopt\.estimators object", Reverse)
+@refused(EstimatorError, r"expected a diffopt\.estimators object", SGD(0.1))
+@refused(EstimatorError, r"expected a diffopt\.estimators object", None)
+@refused(StepsError, "expected an integer >= 2", steps=1)
+@refused(StepsError, "expected an integer >= 2", steps=True)
+@refused(StepsError, "expected an integer >= 2", steps=2.0)
+@refused(StepsError, "expected an integer >= 2", steps=None)
+def check_estimator(subject: Any = REVERSE, **options: Any) -> None:
+    testing.check_estimator(subject, **options)
+
+
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", SGD)
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", torch.optim.SGD([torch.ones(1)]), name="battery_of_torch")
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", None)
+@refused(StepsError, "expected an integer >= 2", steps=1)
+@refused(StepsError, "expected an integer >= 2", steps=True)
+@refused(StepsError, "expected an integer >= 2", steps=2.0)
+@refused(StepsError, "expected an integer >= 2", steps=None)
+def check_optimizer(subject: Any = DESCENT, **options: Any) -> None:
+    testing.check_optimizer(subject, **options)
