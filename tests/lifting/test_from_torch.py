@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +60,12 @@ def test_twenty_steps_with_every_number_as_a_tensor_equal_the_class(name, option
 @every_case
 @pytest.mark.usefixtures("float64_by_default")  # in which the classes keep scalars: differences need the digits
 def test_hypergradients_equal_central_differences_of_the_class(name, options):
-    kind, steps = getattr(torch.optim, name), 7  # RAdam changes its formula at step 6
-    start, direction, weights = (tensors(SHAPES, seed) for seed in (0, 1, 2))
-    flat = {f"{k}[{i}]": x for k, v in options.items() for i, x in enumerate(v if isinstance(v, tuple) else (v,))}
-    point = {"start": 0.0, "target": 0.7, **{k: x for k, x in flat.items() if isinstance(x, float)}}
+    kind = getattr(torch.optim, name)
 
-    def outer(final: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(w * p).sum() + p.square().sum() for w, p in zip(weights, final, strict=True)]).sum()
+    def lift(now: dict[str, Any]) -> diffopt.Optimizer:
+        return from_torch(kind, **now)
 
-    def made(values: dict[str, Any]) -> tuple[list[Tensor], Any, dict[str, Any]]:
-        moved = [p + values["start"] * d for p, d in zip(start, direction, strict=True)]
-        now = {
-            k: tuple(values.get(f"{k}[{i}]", x) for i, x in enumerate(v))
-            if isinstance(v, tuple)
-            else values.get(f"{k}[0]", v)
-            for k, v in options.items()
-        }
-        return moved, values["target"], now
-
-    def value(**changed: float) -> float:
-        moved, target, now = made({**point, **changed})
-        return float(outer(trained(kind, now, moved, torch.tensor(target), steps)))
-
-    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in point.items()}
-    moved, target, now = made(leaves)
-    solution = diffopt.solve(wavy, moved, target, optimizer=from_torch(kind, **now), steps=steps)
-    got = torch.autograd.grad(outer(solution.params), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    for (key, at), derivative in zip(point.items(), got, strict=True):
-        assert lifted.off_by(lambda x, key=key, at=at: value(**{key: at + x}), float(derivative)) < 1e-8, key
+    lifted.assert_as_by_differences(lift, partial(trained, kind), options, options, 7)  # RAdam changes at step 6
 
 
 EXACT = [*map(Reverse, ["graph", 1, 2, "sqrt"]), Unrolled(), ForwardMode()]

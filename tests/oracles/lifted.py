@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -95,6 +96,37 @@ def off_by(function: Callable[[float], float], derivative: float) -> float:
 def numbers(options: dict[str, Any]) -> list[Tensor]:
     """The tensors among the options."""
     return [x for v in options.values() for x in (v if isinstance(v, tuple) else (v,)) if isinstance(x, Tensor)]
+
+
+def assert_as_by_differences(lift: Any, train: Any, options: dict[str, Any], learned: Any, steps: int) -> None:
+    """A lift's derivatives by the start, the target and every number of the learned options, against differences.
+
+    ``lift(options)`` is the lifted optimizer, ``train(options, start, target, steps)`` what was lifted in its own loop.
+    """
+    start, direction, weights = (tensors(SHAPES, seed) for seed in (0, 1, 2))
+    every = [((k, i), x) for k, v in options.items() for i, x in enumerate(v if isinstance(v, tuple) else (v,))]
+    point = {"start": 0.0, "target": 0.7, **{key: x for key, x in every if key[0] in learned and isinstance(x, float)}}
+
+    def outer(final: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(w * p).sum() + p.square().sum() for w, p in zip(weights, final, strict=True)]).sum()
+
+    def made(values: dict[Any, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
+        now = {
+            k: tuple(values.get((k, i), x) for i, x in enumerate(v)) if isinstance(v, tuple) else values.get((k, 0), v)
+            for k, v in options.items()
+        }
+        return now, [p + values["start"] * d for p, d in zip(start, direction, strict=True)], values["target"]
+
+    def value(key: Any, x: float) -> float:
+        now, moved, target = made({**point, key: point[key] + x})
+        return float(outer(train(now, moved, torch.tensor(target), steps)))
+
+    leaves = {key: torch.tensor(x, requires_grad=True) for key, x in point.items()}
+    now, moved, target = made(leaves)
+    end = outer(diffopt.solve(wavy, moved, target, optimizer=lift(now), steps=steps).params)
+    found = torch.autograd.grad(end, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    for key, derivative in zip(point, found, strict=True):
+        assert off_by(partial(value, key), float(derivative)) < 1e-8, key
 
 
 def with_a_dead_feature(optimizer: Any, estimator: Any, *learned: Tensor) -> tuple[Tensor, ...]:
