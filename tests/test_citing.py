@@ -55,8 +55,9 @@ MADE_WITH = [(Truncated(2), ["shaban2019"]), (MultiStep(2, Truncated(1)), ["shab
 
 @pytest.mark.parametrize(("estimator", "expected"), MADE_WITH, ids=str)
 def test_a_solution_remembers_what_it_was_made_with(estimator, expected):
-    w, options = torch.ones(2, requires_grad=True), {"optimizer": diffopt.AdamW(0.1), "steps": 4}
-    solution = diffopt.solve(lambda w: w.square().sum(), w, estimator=estimator, **options)
+    w = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(3)}
+    options = {"optimizer": diffopt.AdamW(0.1), "steps": 4, "estimator": estimator}
+    solution = diffopt.solve(lambda w: w["a"].square().sum() + w["b"].sum(), w, **options)
     assert keys(cite(solution)) == ["diffopt", *expected, "loshchilov2019"]
 
 

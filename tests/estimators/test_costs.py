@@ -148,6 +148,11 @@ def test_orders_of_curvature(steps, order, tasks, learned):
     assert (Seen.products, Seen.batches) == (each * (order + again) * steps, order + again)
 
 
+@pytest.mark.parametrize("rule", [Binomial(0), Krylov(0)], ids=str)
+def test_without_an_order_no_product_is_taken(rule):
+    assert counted(run(rule, 5, "all")) == (5, 0, 0)
+
+
 @pytest.mark.parametrize("rule", [Binomial(6), Krylov(6), Krylov(9)], ids=str)
 def test_as_many_orders_as_steps_cost_what_the_exact_rule_costs(rule):
     assert counted(run(rule, 6, "all")) == (2 * 6, 6, 6)

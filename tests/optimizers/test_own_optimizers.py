@@ -112,3 +112,5 @@ def test_hyperparameters_in_a_dictionary_are_named_by_their_keys():
         assert float(torch.autograd.grad(end.sum(), fast)[0]) == -6.0
     with pytest.raises(diffopt.ShapeError, match=r"^fast has shape \(3,\)"):
         diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": torch.ones(3).double()}), steps=1)
+    end = diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": 0.1}), steps=1).params
+    assert end[0] == pytest.approx(0.8)
