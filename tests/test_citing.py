@@ -25,25 +25,22 @@ def keys(text: str) -> list[str]:
     return re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("subject", "expected"),
-    [
-        (Truncated(3), ["shaban2019"]),
-        (Reverse(1), ["lecun1988", "franceschi2017"]),
-        (Implicit(GMRES()), ["saad1986", "rajeswaran2019", "grazzi2020"]),
-        (MultiStep(2, Binomial(2)), ["binomgbml2026", "kim2020"]),
-        (Neumann, ["lorraine2020"]),
-        (diffopt.Adam(0.1), ["kingma2015"]),
-        (diffopt.implicit, ["pedregosa2016"]),
-        (diffopt.SGD(0.1), []),
-        (diffopt.Proximal(diffopt.SGD(0.1), diffopt.prox.Simplex()), ["parikh2014", "duchi2008"]),
-        (
-            diffopt.Groups({"a": diffopt.Muon(), "b": diffopt.Clip(diffopt.Adam(), 1.0)}),
-            ["kingma2015", "pascanu2013", "jordan2024", "liu2025"],
-        ),
-    ],
-    ids=lambda x: getattr(x, "__name__", str(x)),
-)
+GROUPS = diffopt.Groups({"a": diffopt.Muon(), "b": diffopt.Clip(diffopt.Adam(), 1.0)})
+PAPERS = [
+    (Truncated(3), ["shaban2019"]),
+    (Reverse(1), ["lecun1988", "franceschi2017"]),
+    (Implicit(GMRES()), ["saad1986", "rajeswaran2019", "grazzi2020"]),
+    (MultiStep(2, Binomial(2)), ["binomgbml2026", "kim2020"]),
+    (Neumann, ["lorraine2020"]),
+    (diffopt.Adam(0.1), ["kingma2015"]),
+    (diffopt.implicit, ["pedregosa2016"]),
+    (diffopt.SGD(0.1), []),
+    (diffopt.Proximal(diffopt.SGD(0.1), diffopt.prox.Simplex()), ["parikh2014", "duchi2008"]),
+    (GROUPS, ["kingma2015", "pascanu2013", "jordan2024", "liu2025"]),
+]
+
+
+@pytest.mark.parametrize(("subject", "expected"), PAPERS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_subject_brings_its_papers_and_the_library(subject, expected):
     assert keys(cite(subject)) == ["diffopt", *expected]
 
@@ -53,16 +50,14 @@ def test_several_subjects_bring_each_paper_once():
     assert keys(cite()) == ["diffopt"]
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"),
-    [(Truncated(2), ["shaban2019"]), (MultiStep(2, Truncated(1)), ["shaban2019", "kim2020"])],
-    ids=str,
-)
+MADE_WITH = [(Truncated(2), ["shaban2019"]), (MultiStep(2, Truncated(1)), ["shaban2019", "kim2020"])]
+
+
+@pytest.mark.parametrize(("estimator", "expected"), MADE_WITH, ids=str)
 def test_a_solution_remembers_what_it_was_made_with(estimator, expected):
     w = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(3)}
-    solution = diffopt.solve(
-        lambda w: w["a"].square().sum() + w["b"].sum(), w, optimizer=diffopt.AdamW(0.1), steps=4, estimator=estimator
-    )
+    options = {"optimizer": diffopt.AdamW(0.1), "steps": 4, "estimator": estimator}
+    solution = diffopt.solve(lambda w: w["a"].square().sum() + w["b"].sum(), w, **options)
     assert keys(cite(solution)) == ["diffopt", *expected, "loshchilov2019"]
 
 
@@ -82,20 +77,13 @@ def test_a_rule_of_ones_own_brings_the_library_alone():
 
 
 def test_every_rule_and_every_solver_has_a_paper():
-    modules = {
-        diffopt.estimators: diffopt.estimators.Estimator,
-        diffopt.linear_solve: diffopt.linear_solve.LinearSolver,
-    }
-    for module, base in modules.items():
-        for name in module.__all__:
-            value = getattr(module, name)
-            if (
-                inspect.isclass(value)
-                and get_origin(value) is None
-                and issubclass(value, base)
-                and not value.__abstractmethods__
-            ):
-                assert len(keys(cite(value))) > 1 or name == "Dense", name
+    bases = (diffopt.estimators.Estimator, diffopt.linear_solve.LinearSolver)
+    for module in (diffopt.estimators, diffopt.linear_solve):
+        values = {name: getattr(module, name) for name in module.__all__}
+        classes = {name: x for name, x in values.items() if inspect.isclass(x) and get_origin(x) is None}
+        for name, kind in classes.items():
+            if issubclass(kind, bases) and not kind.__abstractmethods__:
+                assert len(keys(cite(kind))) > 1 or name == "Dense", name
 
 
 def test_the_data_name_what_exists():

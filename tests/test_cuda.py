@@ -27,23 +27,11 @@ from diffopt.linear_solve import GMRES
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-RULES = [
-    Reverse("graph"),
-    Reverse(1),
-    Reverse(2, offload=True),
-    Reverse("sqrt", offload=True),
-    Truncated(3, checkpoint=1, offload=True),
-    Reverse("log", offload="cpu"),
-    Reverse(1, offload="disk"),
-    Reverse("sqrt", offload="disk"),
-    Unrolled(),
-    ForwardMode(),
-    FirstOrder(),
-    Binomial(2),
-    Krylov(3),
-    MultiStep(2),
-    Implicit(GMRES(max_iterations=20, throw=False)),
-]
+TO_THE_CPU = [Reverse(2, offload=True), Reverse("sqrt", offload=True), Reverse("log", offload="cpu")]
+TO_THE_DISK = [Reverse(1, offload="disk"), Reverse("sqrt", offload="disk")]
+OFFLOADING = [*TO_THE_CPU, *TO_THE_DISK, Truncated(3, checkpoint=1, offload=True)]
+OTHERS = [Unrolled(), ForwardMode(), FirstOrder(), Binomial(2), Krylov(3), MultiStep(2)]
+RULES = [Reverse("graph"), Reverse(1), *OFFLOADING, *OTHERS, Implicit(GMRES(max_iterations=20, throw=False))]
 
 
 def hypergradient(rule: Any, device: str, tasks: int | None = None) -> list[torch.Tensor]:
@@ -57,25 +45,14 @@ def hypergradient(rule: Any, device: str, tasks: int | None = None) -> list[torc
     query = move(problem.query)
 
     def outer(weights: torch.Tensor) -> torch.Tensor:
-        end = diffopt.solve(
-            problem.loss,
-            params,
-            weights,
-            optimizer=diffopt.SGD(lr, momentum=0.5),
-            steps=6,
-            batches=batches,
-            estimator=rule,
-        ).params
+        options = {"optimizer": diffopt.SGD(lr, momentum=0.5), "steps": 6, "batches": batches, "estimator": rule}
+        end = diffopt.solve(problem.loss, params, weights, **options).params
         return (problem.predict(end, query[0]) - query[1]).square().mean()
 
-    if tasks is None:
-        total = outer(weights)
-    else:
-        total = vmap(outer)(
-            weights * torch.linspace(0.5, 1.5, tasks, dtype=torch.float64, device=device)[:, None]
-        ).sum()
-    found = torch.autograd.grad(total, [*params, weights, lr], allow_unused=True)
-    return [torch.zeros(()) if x is None else x for x in found]
+    scales = torch.linspace(0.5, 1.5, tasks or 1, dtype=torch.float64, device=device)[:, None]
+    total = outer(weights) if tasks is None else vmap(outer)(weights * scales).sum()
+    inputs = [*params, weights, lr]
+    return list(torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True))
 
 
 @cuda

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import re
 import shlex
 from itertools import combinations
@@ -211,14 +210,9 @@ def test_what_pages_and_docstrings_cite_exists(checkout: Path, pages):
     assert papers <= set(re.findall(r"^@\w+\{(\w+),$", bib, re.MULTILINE))
 
 
-def test_what_docstrings_cite_of_the_derivations_exists(checkout: Path, pages):
+def test_what_docstrings_cite_of_the_derivations_exists(module, checkout: Path, pages):
     pytest.importorskip("sphinx")
-    path = checkout / "docs" / "extensions" / "equations.py"
-    specification = importlib.util.spec_from_file_location("equations", path)
-    assert specification is not None
-    assert specification.loader is not None
-    equations = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(equations)
+    equations = module("extensions.equations")
     source = [pages["derivations"]]
     equations.add_anchors(None, "derivations", source)
     anchors = set(re.findall(r"^\(([\w-]+)\)=$", source[0], re.MULTILINE)) | {"derivations"}

@@ -23,14 +23,8 @@ else:
 
 LINKS = {"diffopt/estimators": "../estimators", "diffopt/tasks": "../tasks"}
 FOLDERS = {"diffopt": "diffopt", "estimators": "diffopt.estimators", "tasks": "diffopt.tasks"}
-TRANSFORMS = [
-    "torch.func",
-    "torch.vmap",
-    "torch._functorch",
-    "torch._C._functorch",
-    "torch.utils._pytree",
-    "functorch",
-]
+PRIVATE = ["torch._functorch", "torch._C._functorch", "torch.utils._pytree"]
+TRANSFORMS = ["torch.func", "torch.vmap", "functorch", *PRIVATE]
 
 
 @pytest.fixture(scope="session")

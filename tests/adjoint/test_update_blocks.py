@@ -50,9 +50,7 @@ class Rule(diffopt.Optimizer):
     def init(self, params: Leaves) -> dict[str, Leaves]:
         return {"velocity": params.zeros()}
 
-    def update(
-        self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int
-    ) -> tuple[Leaves, dict[str, Leaves]]:
+    def update(self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int) -> Any:
         scale = 1.0
         if self.kind == "list":
             scale = [0.0, 0.5, 1.0, 0.7, 0.3, 0.9, 1.0][step]
@@ -98,9 +96,8 @@ def hypergradient(optimizer: Any, rule: Any, tasks: int | None) -> list[Tensor]:
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
 
     def outer(a: Tensor) -> Tensor:
-        end = diffopt.solve(
-            inner, params, a, x, optimizer=replace(optimizer, lr=lr), steps=STEPS, estimator=rule
-        ).params
+        options = {"optimizer": replace(optimizer, lr=lr), "steps": STEPS, "estimator": rule}
+        end = diffopt.solve(inner, params, a, x, **options).params
         return (end["w"] ** 2).sum() + end["b"].sin().sum() + (end["unread"] ** 3).sum()
 
     factors = torch.linspace(0.5, 1.5, tasks or 1, dtype=torch.float64)
@@ -130,9 +127,7 @@ class Linked(diffopt.Optimizer):
     def init(self, params: Leaves) -> dict[str, Leaves]:
         return {}
 
-    def update(
-        self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int
-    ) -> tuple[Leaves, dict[str, Leaves]]:
+    def update(self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int) -> Any:
         first, second = params - self.lr * grads
         return Leaves([first, second.detach() if self.cut_off else second - first.mean()]), buffers
 
@@ -162,12 +157,6 @@ def test_a_loss_that_changes_its_params_in_place_at_a_later_step_is_refused() ->
 
     late = torch.tensor([False, False, True, False])
     for rule in (Reverse("graph"), Reverse(1), Reverse(3)):
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 4, "batches": late, "estimator": rule}
         with pytest.raises(diffopt.InPlaceError, match="in place"):
-            diffopt.solve(
-                loss,
-                torch.ones(2, requires_grad=True),
-                optimizer=diffopt.SGD(0.1),
-                steps=4,
-                batches=late,
-                estimator=rule,
-            ).params.sum().backward()
+            diffopt.solve(loss, torch.ones(2, requires_grad=True), **options).params.sum().backward()

@@ -14,16 +14,7 @@ import diffopt
 from diffopt.adjoint.autograd_function import solves_behind
 from diffopt.comparing.comparison import brief
 from diffopt.comparing.curvature import curvature_number
-from diffopt.estimators import (
-    Binomial,
-    FirstOrder,
-    Implicit,
-    Krylov,
-    MultiStep,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES
 from diffopt.tensors.memory import peak_bytes
 
@@ -41,9 +32,7 @@ def test_errors_cosines_and_counts(problem):
     assert found[Unrolled()].products is None
     # first order: the outer gradient at the solution for the initial parameters, nothing for the linear term
     exact = torch.cat([problem.closed.initial, problem.closed.linear])
-    outer = torch.linalg.solve(
-        torch.linalg.matrix_power(torch.eye(5) - 0.5 * problem.quadratic.hessian, STEPS), exact[:5]
-    )
+    outer = torch.linalg.solve((torch.eye(5) - 0.5 * problem.quadratic.hessian).matrix_power(STEPS), exact[:5])
     estimate = torch.cat([outer, torch.zeros(5)])
     row = found[FirstOrder()]
     assert abs(row.relative_error - float((estimate - exact).norm() / exact.norm())) < 1e-10

@@ -10,13 +10,8 @@ from compared import STEPS, quadratic_problem
 from matplotlib.figure import Figure
 
 import diffopt
-from diffopt.estimators import (
-    FirstOrder,
-    MultiStep,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.comparing.comparison import brief
+from diffopt.estimators import FirstOrder, MultiStep, Reverse, Truncated, Unrolled
 
 
 @pytest.fixture
@@ -38,13 +33,11 @@ WEIGHTS = torch.ones(2, dtype=torch.float64, requires_grad=True)
 
 def chunked(rule):
     """An outer loss whose graph holds no solve: each chunk of tasks is differentiated at once."""
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
 
     def task(w, x):
-        return diffopt.solve(
-            lambda w, x: (w * x).square().sum(), w, x, optimizer=diffopt.SGD(0.1), **options
-        ).params.sum()
+        return diffopt.solve(lambda w, x: (w * x).square().sum(), w, x, **options).params.sum()
 
-    options = {"steps": 2, "estimator": rule}
     return diffopt.mean_over_tasks(task, WEIGHTS, torch.ones(2).double(), in_dims=(None, 0), task_chunk=1)
 
 
@@ -55,22 +48,16 @@ class Delegating(diffopt.estimators.Estimator):
         return Reverse(1).run(problem)
 
 
-@pytest.mark.parametrize(
-    ("rule", "within"),
-    [
-        (Unrolled(), lambda problem, rule: problem(rule)),
-        (Truncated(2), lambda problem, rule: problem(MultiStep(1, rule))),
-        (Delegating(), lambda problem, rule: problem(rule)),
-        (Reverse(1), lambda problem, rule: chunked(rule)),
-    ],
-    ids=["unrolled", "within another", "of ones own", "chunk by chunk"],
-)
-def test_a_rule_that_the_problem_does_run_is_never_taken_for_forgotten(problem, rule, within):
+@pytest.mark.parametrize("rule", [Unrolled(), Truncated(2), Delegating(), Reverse(1)], ids=brief)
+def test_a_rule_that_the_problem_does_run_is_never_taken_for_forgotten(problem, rule):
+    """Run as it is, within another, one of a user's own, and chunk by chunk."""
     given = []
 
     def run(estimator):
         given.append(estimator)
-        return within(problem, estimator)
+        if rule == Reverse(1):
+            return chunked(estimator)
+        return problem(MultiStep(1, estimator) if rule == Truncated(2) else estimator)
 
     table = diffopt.compare(run, [rule], exact=rule, repeats=1)
     assert all(type(estimator) is type(rule) for estimator in given)
@@ -78,11 +65,10 @@ def test_a_rule_that_the_problem_does_run_is_never_taken_for_forgotten(problem, 
 
 
 def test_a_rule_that_the_problem_leaves_out_alone_is_marked(problem):
-    table = diffopt.compare(
-        lambda rule: problem(Reverse(1) if isinstance(rule, FirstOrder) else rule),
-        [FirstOrder(), Truncated(1)],
-        repeats=1,
-    )
+    def run(rule):
+        return problem(Reverse(1) if isinstance(rule, FirstOrder) else rule)
+
+    table = diffopt.compare(run, [FirstOrder(), Truncated(1)], repeats=1)
     assert [row.used for row in table.rows] == [False, True]
     assert "FirstOrder(): the problem ran no solve with it, so these are numbers of another estimator" in table.notes
     assert str(table).count("ran no solve") == 1
@@ -129,15 +115,15 @@ def test_a_rule_that_fails_costs_its_own_row_only(problem, monkeypatch):
     assert text[0].split() == str(whole).splitlines()[0].split()
     assert table.to_markdown().splitlines()[2].endswith("| failed: StepsError |" + " - |" * 7)
     drawn = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *_, **__: drawn.extend(self.axes[0].get_legend_handles_labels()[1])
-    )
+
+    def save(figure, *_, **__):
+        drawn.extend(figure.axes[0].get_legend_handles_labels()[1])
+
+    monkeypatch.setattr(Figure, "savefig", save)
     table.plot("plot.png")
     assert drawn == [row.estimator for row in whole.rows]
     assert whole.complete() == whole.rows
-    with pytest.raises(
-        diffopt.EstimatorError, match=r"Truncated\(steps=5\) failed, expected a row of numbers; StepsErr"
-    ):
+    with pytest.raises(diffopt.EstimatorError, match=r"steps=5\) failed, expected a row of numbers; StepsErr"):
         table.complete()
 
 
@@ -153,9 +139,7 @@ def test_a_rule_for_which_memory_does_not_suffice_costs_its_own_row_only(problem
 
 
 def test_what_fails_for_every_rule_or_is_a_mistake_of_the_callers_is_an_error(problem):
-    with pytest.raises(
-        diffopt.EstimatorError, match=r"every estimator failed, .*; Truncated\(steps=9\): StepsError: Tr"
-    ):
+    with pytest.raises(diffopt.EstimatorError, match=r"every estimator failed, .*\(steps=9\): StepsError: Tr"):
         diffopt.compare(problem, [Truncated(9), Truncated(8)], repeats=1)
     with pytest.raises(diffopt.StepsError):
         diffopt.compare(problem, [Reverse(1)], exact=Truncated(9), repeats=1)

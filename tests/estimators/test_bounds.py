@@ -26,15 +26,14 @@ def init_gradient(hessians, target, estimator, shift=0.0):
     """
     hessians = hessians - shift * np.eye(hessians.shape[-1])
     w = torch.full((hessians.shape[-1],), 0.3, dtype=torch.float64, requires_grad=True)
-    solution = diffopt.solve(
-        lambda w, h: w @ h @ w / 2,
-        w,
-        optimizer=diffopt.SGD(LR, weight_decay=shift),
-        steps=len(hessians),
-        batches=torch.as_tensor(hessians),
-        estimator=estimator,
-    )
-    return torch.autograd.grad(solution.params @ torch.as_tensor(target), w)[0].numpy()
+    options = {"optimizer": diffopt.SGD(LR, weight_decay=shift), "steps": len(hessians), "estimator": estimator}
+    end = diffopt.solve(lambda w, h: w @ h @ w / 2, w, batches=torch.as_tensor(hessians), **options).params
+    return torch.autograd.grad(end @ torch.as_tensor(target), w)[0].numpy()
+
+
+def matrix_of(hessians, rule, shift=0.0):
+    """The hypergradients of the start, for every direction of the outer gradient a column."""
+    return np.column_stack([init_gradient(hessians, e, rule, shift) for e in np.eye(hessians.shape[-1])])
 
 
 def errors(hessians, order, g):
@@ -42,13 +41,10 @@ def errors(hessians, order, g):
 
     They are norms of error matrices, column by column from the rules; ``g`` is another outer gradient.
     """
-    size = hessians.shape[-1]
     rules = [FirstOrder(), Truncated(order), Binomial(order)]
-    matrices = [
-        np.column_stack([init_gradient(hessians, e, rule) for e in np.eye(size)]) for rule in [Reverse(), *rules]
-    ]
-    assert init_gradient(hessians, g, rules[2]) == pytest.approx(matrices[3] @ g)  # linear in the outer gradient
-    return [np.linalg.norm(matrices[0] - m, 2) for m in matrices[1:]]
+    exact, *matrices = (matrix_of(hessians, rule) for rule in [Reverse(), *rules])
+    assert init_gradient(hessians, g, rules[2]) == pytest.approx(matrices[2] @ g)  # linear in the outer gradient
+    return [np.linalg.norm(exact - matrix, 2) for matrix in matrices]
 
 
 def symmetric(g, eigenvalues):
@@ -155,11 +151,7 @@ def test_strong_convexity_near_the_end(problem, x, share):
 
 def shifted_error(hessians, order, shift):
     """Of the expansion in the curvature beyond ``shift``, for the worst outer gradient."""
-    columns = [
-        np.column_stack([init_gradient(hessians, e, rule, shift) for e in np.eye(hessians.shape[-1])])
-        for rule in (Reverse(), Binomial(order))
-    ]
-    return np.linalg.norm(columns[0] - columns[1], 2)
+    return np.linalg.norm(matrix_of(hessians, Reverse(), shift) - matrix_of(hessians, Binomial(order), shift), 2)
 
 
 def binomial_tail(steps, order, chance):

@@ -119,6 +119,11 @@ def test_kinks():
     assert close(*found)
 
 
+def as_real(tensors):
+    """A complex number as two real ones."""
+    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
+
+
 class TestComplexArguments:
     """A complex number is two real ones: each part has directions of its own."""
 
@@ -139,10 +144,7 @@ class TestComplexArguments:
     def check(self, w, z, end, tolerance=DIFFERENCE):
         got = self.gradients(ESJacobian(100, RADIUS, generator=generator()), w, z, end)
         expected = self.gradients(Reverse(), w, z, end)
-        parts = [
-            [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in found] for found in (got, expected)
-        ]
-        assert close(*parts, tolerance)
+        assert close(as_real(got), as_real(expected), tolerance)
 
     @pytest.mark.filterwarnings("error:Casting complex")
     def test_beside_real_ones(self):
@@ -157,19 +159,12 @@ class TestComplexArguments:
         def summed(w, z, rule):
             return vmap(partial(self.outer, rule=rule), in_dims=dims, randomness="different")(w, z).sum()
 
-        stack = [
-            x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in zip((WEIGHTS, self.Z), dims, strict=True)
-        ]
-        self.check(*stack, summed)
+        given = zip((WEIGHTS, self.Z), dims, strict=True)
+        self.check(*(x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in given), summed)
 
     def test_as_many_directions_as_real_numbers_are_a_full_frame(self):
-        w = WEIGHTS.clone()
-        few = ESJacobian(2, RADIUS, generator=generator())
-        full = ESJacobian(4, RADIUS, generator=generator())
-        found = [
-            torch.autograd.grad(self.outer(w, z, rule), z)[0]
-            for rule in (few, full, Reverse())
-            for z in [self.Z.clone().requires_grad_()]
-        ]
-        assert relative_error([found[1]], [found[2]]) < 10 * DIFFERENCE
-        assert relative_error([found[0]], [found[2]]) > 0.01
+        few, full = (ESJacobian(count, RADIUS, generator=generator()) for count in (2, 4))
+        z = self.Z.clone().requires_grad_()
+        found = [torch.autograd.grad(self.outer(WEIGHTS, z, rule), z) for rule in (few, full, Reverse())]
+        assert relative_error(found[1], found[2]) < 10 * DIFFERENCE
+        assert relative_error(found[0], found[2]) > 0.01

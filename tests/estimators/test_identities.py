@@ -32,20 +32,6 @@ def test_a_window_as_long_as_the_order_is_truncation_for_gradient_descent(order)
         assert relative_error(hybrid[params_and_loss:], truncated[params_and_loss:]) > 1e-3
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_a_window_of_all_steps_is_none(case):
-    problem = small_network(82, STEPS)
-    got = hypergradient(problem, case, STEPS, Binomial(3, window=STEPS))
-    assert relative_error(got, hypergradient(problem, case, STEPS, Binomial(3))) < ROUND_OFF
-
-
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_the_papers_scale_is_exact_at_as_many_orders_as_steps(case):
-    problem = small_network(83, STEPS)
-    got = hypergradient(problem, case, STEPS, Binomial(STEPS, scale=STEPS / STEPS))
-    assert relative_error(got, hypergradient(problem, case, STEPS, Reverse())) < ROUND_OFF
-
-
 def test_the_papers_scale_at_order_one_takes_the_mean_hessian():
     hessians, g = normal(84, STEPS, 3, 3), normal(85, 3)
     hessians = hessians + hessians.mT

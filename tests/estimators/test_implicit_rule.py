@@ -25,18 +25,18 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "estimator"),
-    [(name, Implicit(GMRES(rtol=1e-12) if name == "adam" else EXACT)) for name in OPTIMIZERS]
-    + [(name, Implicit(GMRES(rtol=1e-12), whole_state=True)) for name in ("gd", "momentum", "dampened", "nesterov")]
-    + [("momentum", Implicit(Neumann(2000, step_size=1.0, rtol=1e-13), whole_state=True))],
-)
+RULES = [
+    *((name, Implicit(GMRES(rtol=1e-12) if name == "adam" else EXACT)) for name in OPTIMIZERS),
+    *((name, Implicit(GMRES(rtol=1e-12), whole_state=True)) for name in ("gd", "momentum", "dampened", "nesterov")),
+    ("momentum", Implicit(Neumann(2000, step_size=1.0, rtol=1e-13), whole_state=True)),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "estimator"), RULES)
 def test_the_fixed_point_of_an_optimizer(optimizer, estimator):
     theta, start, decay = leaf(THETA), leaf(START), leaf(torch.tensor(0.1, dtype=torch.float64))
-    found = diffopt.solve(
-        logistic, start, theta, optimizer=OPTIMIZERS[optimizer](decay), steps=400, estimator=estimator
-    )
-    outer(found.params).backward()
+    options = {"optimizer": OPTIMIZERS[optimizer](decay), "steps": 400, "estimator": estimator}
+    outer(diffopt.solve(logistic, start, theta, **options).params).backward()
     right = expected(lambda w, p, d: logistic(w, p) + d / 2 * w @ w, THETA, decay.detach())
     assert relative_error([theta.grad, decay.grad], right) < 1e-9
     assert float(start.grad.abs().max()) < 1e-9
@@ -46,14 +46,8 @@ def test_the_fixed_point_of_an_optimizer(optimizer, estimator):
 def test_implicit_maml(given_center):
     start, theta, strength = leaf(START), leaf(THETA), leaf(torch.tensor(0.7, dtype=torch.float64))
     center = leaf(START) if given_center else None
-    found = diffopt.solve(
-        logistic,
-        start,
-        theta,
-        optimizer=diffopt.ProximalGD(0.5, strength, center),
-        steps=300,
-        estimator=Implicit(EXACT),
-    )
+    options = {"optimizer": diffopt.ProximalGD(0.5, strength, center), "steps": 300, "estimator": Implicit(EXACT)}
+    found = diffopt.solve(logistic, start, theta, **options)
     # the center is a buffer of the state: what the outer loss reads of it goes straight to the initial parameters
     (outer(found.params) + (0 if given_center else found.state.buffers["center"] @ INPUTS[0])).backward()
     w = newton(lambda w: logistic(w, THETA) + 0.35 * (w - START).square().sum(), START)
@@ -70,16 +64,8 @@ def test_tasks_under_vmap_with_shared_and_own_inputs():
     thetas, strength = torch.stack([THETA, THETA + 0.5, THETA - 0.2]), torch.tensor(0.4, dtype=torch.float64)
 
     def one(theta, start, strength):
-        found = diffopt.solve(
-            logistic,
-            start,
-            theta,
-            INPUTS,
-            optimizer=diffopt.ProximalGD(0.5, strength),
-            steps=300,
-            estimator=Implicit(EXACT),
-        )
-        return outer(found.params)
+        options = {"optimizer": diffopt.ProximalGD(0.5, strength), "steps": 300, "estimator": Implicit(EXACT)}
+        return outer(diffopt.solve(logistic, start, theta, INPUTS, **options).params)
 
     gradient = torch.func.grad(one, argnums=(0, 1, 2))
     got = torch.func.vmap(gradient, (0, None, None))(thetas, START, strength)
@@ -95,24 +81,12 @@ def test_tasks_under_vmap_with_shared_and_own_inputs():
 def test_neumann_terms_are_truncated_steps_at_a_stationary_point(terms, momentum):
     solution = newton(logistic, START, THETA)
     solver = Neumann(terms, step_size=1.0, rtol=None, throw=False)
-    got, truncated = (
-        torch.autograd.grad(
-            outer(
-                diffopt.solve(
-                    logistic,
-                    solution,
-                    theta,
-                    optimizer=diffopt.SGD(0.3, momentum=momentum),
-                    steps=8,
-                    estimator=estimator,
-                ).params
-            ),
-            theta,
-        )[0]
-        for theta in [leaf(THETA)]
-        for estimator in (Implicit(solver, whole_state=True), Truncated(terms))
-    )
-    assert relative_error([got], [truncated]) < 1e-12
+    found, theta = [], leaf(THETA)
+    for estimator in (Implicit(solver, whole_state=True), Truncated(terms)):
+        options = {"optimizer": diffopt.SGD(0.3, momentum=momentum), "steps": 8, "estimator": estimator}
+        end = diffopt.solve(logistic, solution, theta, **options).params
+        found.append(torch.autograd.grad(outer(end), theta))
+    assert relative_error(*found) < 1e-12
 
 
 def test_differentiating_the_iterates_comes_to_the_same_in_the_end():
@@ -133,14 +107,9 @@ def test_the_error_bound_of_approximate_implicit_differentiation(seed, steps, te
     b = normal(seed, 4)
     q = 1 - lr * float(torch.linalg.eigvalsh(problem.hessian)[0])
     w, theta = problem.minimiser(b), leaf(b)
-    found = diffopt.solve(
-        problem.loss,
-        torch.zeros(4, dtype=torch.float64),
-        theta,
-        optimizer=diffopt.SGD(lr),
-        steps=steps,
-        estimator=Implicit(Neumann(terms, step_size=1.0, rtol=None, throw=False)),
-    )
+    rule = Implicit(Neumann(terms, step_size=1.0, rtol=None, throw=False))
+    zero = torch.zeros(4, dtype=torch.float64)
+    found = diffopt.solve(problem.loss, zero, theta, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule)
     (got,) = torch.autograd.grad(problem.outer_loss(found.params), theta)
     exact = torch.linalg.solve(problem.hessian, w - problem.target)
     slope = float(max((w - problem.target).norm(), (found.params.detach() - problem.target).norm()))
@@ -153,9 +122,8 @@ def test_costs_and_diagnostics(tasks):
     found = []
 
     def one(theta, steps):
-        found.append(
-            diffopt.solve(logistic, START, theta, optimizer=diffopt.SGD(0.6), steps=steps, estimator=Implicit(EXACT))
-        )
+        options = {"optimizer": diffopt.SGD(0.6), "steps": steps, "estimator": Implicit(EXACT)}
+        found.append(diffopt.solve(logistic, START, theta, **options))
         return outer(found[-1].params)
 
     for steps in (3, 300):
@@ -182,14 +150,11 @@ def test_small_curvature_is_not_lost_beside_the_identity(optimizer):
     """In float32, where ``1 - lr * 1e-4`` keeps one digit of the curvature; the minimiser is ``a``: the slope is 1."""
     a = torch.tensor([2.0, -1.0], requires_grad=True)
     scales = torch.tensor([1.0, 1e-4])
-    end = diffopt.solve(
-        lambda w, a: 0.5 * (scales * (w - a).square()).sum(),
-        a.detach(),
-        a,
-        optimizer=optimizer,
-        steps=2,
-        estimator=Implicit(),
-    ).params
+
+    def loss(w, a):
+        return 0.5 * (scales * (w - a).square()).sum()
+
+    end = diffopt.solve(loss, a.detach(), a, optimizer=optimizer, steps=2, estimator=Implicit()).params
     end.sum().backward()
     assert a.grad is not None
     torch.testing.assert_close(a.grad, torch.ones(2), rtol=1e-4, atol=0)

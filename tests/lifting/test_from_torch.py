@@ -5,29 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lifted
 import pytest
 import torch
 from cases import OPTIMIZERS, OptimizerCase, hypergradient, small_network
 from every_way import Setting, TestEveryWay  # noqa: F401  # run here for the lifted rules, by the fixture below
-from lifted import (
-    CASES,
-    NATIVE,
-    REFUSED,
-    SHAPES,
-    as_tensor,
-    by_case,
-    classes,
-    every_case,
-    numbers,
-    off_by,
-    tensors,
-    trained,
-    wavy,
-)
+from lifted import CASES, NATIVE, REFUSED, SHAPES, as_tensor, every_case, tensors, trained, wavy
 from oracles import relative_error
 from torch import Tensor
 from torch.func import vmap
@@ -50,7 +37,7 @@ from diffopt.linear_solve import GMRES
 
 
 def test_the_cases_cover_every_class_of_this_torch():
-    assert set(classes()) <= {name for name, _ in CASES} | set(REFUSED)
+    assert set(lifted.classes()) <= {name for name, _ in CASES} | set(REFUSED)
 
 
 @every_case
@@ -73,34 +60,12 @@ def test_twenty_steps_with_every_number_as_a_tensor_equal_the_class(name, option
 @every_case
 @pytest.mark.usefixtures("float64_by_default")  # in which the classes keep scalars: differences need the digits
 def test_hypergradients_equal_central_differences_of_the_class(name, options):
-    kind, steps = getattr(torch.optim, name), 7  # RAdam changes its formula at step 6
-    start, direction, weights = (tensors(SHAPES, seed) for seed in (0, 1, 2))
-    flat = {f"{k}[{i}]": x for k, v in options.items() for i, x in enumerate(v if isinstance(v, tuple) else (v,))}
-    point = {"start": 0.0, "target": 0.7, **{k: x for k, x in flat.items() if isinstance(x, float)}}
+    kind = getattr(torch.optim, name)
 
-    def outer(final: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(w * p).sum() + p.square().sum() for w, p in zip(weights, final, strict=True)]).sum()
+    def lift(now: dict[str, Any]) -> diffopt.Optimizer:
+        return from_torch(kind, **now)
 
-    def made(values: dict[str, Any]) -> tuple[list[Tensor], Any, dict[str, Any]]:
-        moved = [p + values["start"] * d for p, d in zip(start, direction, strict=True)]
-        now = {
-            k: tuple(values.get(f"{k}[{i}]", x) for i, x in enumerate(v))
-            if isinstance(v, tuple)
-            else values.get(f"{k}[0]", v)
-            for k, v in options.items()
-        }
-        return moved, values["target"], now
-
-    def value(**changed: float) -> float:
-        moved, target, now = made({**point, **changed})
-        return float(outer(trained(kind, now, moved, torch.tensor(target), steps)))
-
-    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in point.items()}
-    moved, target, now = made(leaves)
-    solution = diffopt.solve(wavy, moved, target, optimizer=from_torch(kind, **now), steps=steps)
-    got = torch.autograd.grad(outer(solution.params), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    for (key, at), derivative in zip(point.items(), got, strict=True):
-        assert off_by(lambda x, key=key, at=at: value(**{key: at + x}), float(derivative)) < 1e-8, key
+    lifted.assert_as_by_differences(lift, partial(trained, kind), options, options, 7)  # RAdam changes at step 6
 
 
 EXACT = [*map(Reverse, ["graph", 1, 2, "sqrt"]), Unrolled(), ForwardMode()]
@@ -109,7 +74,7 @@ RULES = [*EXACT, *BIASED, Implicit(GMRES(11, rtol=1e-13, throw=False))]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in NATIVE], ids=by_case)
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in NATIVE], ids=lifted.by_case)
 def test_every_rule_gives_the_numbers_of_the_native_optimizer(name, options, rule):
     # Not compared, as the dynamics differ there: Krylov below full order, whose space depends on the buffers before the
     # first step, and what Adagrad's sum starts from, which is a native buffer's start but part of a lifted first step.
@@ -124,12 +89,12 @@ def test_every_rule_gives_the_numbers_of_the_native_optimizer(name, options, rul
         target = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         solution = diffopt.solve(wavy, leaves, target, optimizer=lift(kind, **learned), steps=5, estimator=rule)
         outer = sum(((p - 0.3).square() * p).sum() for p in solution.params)
-        inputs = [*leaves, target, *numbers(learned)]
+        inputs = [*leaves, target, *lifted.numbers(learned)]
         found.append(torch.autograd.grad(outer, inputs, allow_unused=True, materialize_grads=True))
     assert relative_error(found[1], found[0]) < 1e-10
 
 
-def lifted(case: OptimizerCase, kind: Any) -> OptimizerCase:
+def as_case(case: OptimizerCase, kind: Any) -> OptimizerCase:
     """A case of the property tests with the lifted class in place of the native rule."""
     made = lambda **options: from_torch(kind, **options)  # noqa: E731
     return OptimizerCase(f"lifted {case.name}", made, case.step, case.learned, case.fixed, case.pair, case.buffers)
@@ -138,7 +103,7 @@ def lifted(case: OptimizerCase, kind: Any) -> OptimizerCase:
 BY_NAME = {case.name: case for case in OPTIMIZERS}
 
 
-LIFTED = [lifted(BY_NAME["nesterov"], torch.optim.SGD), lifted(BY_NAME["amsgrad"], torch.optim.Adam)]
+LIFTED = [as_case(BY_NAME["nesterov"], torch.optim.SGD), as_case(BY_NAME["amsgrad"], torch.optim.Adam)]
 
 
 @pytest.fixture(scope="module", params=LIFTED, ids=lambda case: case.name)
@@ -155,7 +120,7 @@ def test_a_batch_of_tasks_from_one_start_equals_a_loop_over_them(name, options):
     # Adafactor takes the larger of two numbers, which must be the same one for all tasks
     options = {**options, "d": 1e6} if name == "Adafactor" else options
     learned = {k: as_tensor(v) for k, v in options.items()}
-    leaves = [*(p.requires_grad_() for p in start), *numbers(learned)]
+    leaves = [*(p.requires_grad_() for p in start), *lifted.numbers(learned)]
 
     def outer(target: Tensor) -> Tensor:
         solution = diffopt.solve(wavy, start, target, optimizer=from_torch(kind, **learned), steps=7)
@@ -172,19 +137,16 @@ def test_a_batch_of_tasks_from_one_start_equals_a_loop_over_them(name, options):
 @every_case
 @pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), ForwardMode()], ids=str)
 def test_hypergradients_are_finite_where_the_gradient_is_exactly_zero(name, options, estimator):
-    inputs = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.5]], dtype=torch.float64)  # the first feature is dead
-    start = torch.tensor([0.0, 0.4], dtype=torch.float64, requires_grad=True)
     learned = {k: as_tensor(v) if k == "lr" else v for k, v in options.items() if k != "eps"}
-    options = {"optimizer": from_torch(getattr(torch.optim, name), **learned), "steps": 4, "estimator": estimator}
-    end = diffopt.solve(lambda w, x: (x @ w - 1).square().mean(), start, inputs, **options).params
-    assert all(g.isfinite().all() for g in torch.autograd.grad(end.sum(), [start, learned["lr"]]))
+    optimizer = from_torch(getattr(torch.optim, name), **learned)
+    assert all(g.isfinite().all() for g in lifted.with_a_dead_feature(optimizer, estimator, learned["lr"]))
 
 
 def test_the_page_says_of_every_class_whether_it_lifts(checkout: Path):
     """The table of docs/optimizers.md, row by row, against what happens."""
     page = (checkout / "docs" / "optimizers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| (.*?) \|", page, flags=re.MULTILINE)
-    assert {name for name, _, _ in rows} >= set(classes())
+    assert {name for name, _, _ in rows} >= set(lifted.classes())
     for name, lifts, learnable in rows:
         if not hasattr(torch.optim, name):
             continue
@@ -215,7 +177,7 @@ def test_the_programs_of_the_page_run(checkout: Path):
 
 
 def test_batches_for_each_step():
-    case = lifted(BY_NAME["adamw"], torch.optim.AdamW)
+    case = as_case(BY_NAME["adamw"], torch.optim.AdamW)
     problem = small_network(seed=5, steps=5)
     got, expected = (hypergradient(problem, c, 5, Reverse(2)) for c in (case, BY_NAME["adamw"]))
     assert relative_error(got, expected) < 1e-10

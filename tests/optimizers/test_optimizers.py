@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lifted import SHAPES, as_tensor, tensors, trained, wavy, with_a_dead_feature
 from oracles import relative_error
 
 import diffopt
@@ -34,54 +33,22 @@ TORCH = [
 ]
 
 
-def wavy(params: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradient changes sign on the way."""
-    return sum((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params)
-
-
 @pytest.mark.parametrize(("ours", "theirs", "options"), TORCH, ids=lambda x: getattr(x, "__name__", str(x)))
-@pytest.mark.parametrize("tensors", [False, True], ids=["floats", "tensors"])
-def test_twenty_steps_equal_torch_optim(ours, theirs, options, tensors):
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 2), (4,), ()]]
-    target = torch.tensor(0.7, dtype=torch.float64)
-    params = [torch.nn.Parameter(p.clone()) for p in start]
-    reference = theirs(params, foreach=False, **options)
-    losses = []
-    for _ in range(20):
-        reference.zero_grad()
-        loss = wavy(params, target)
-        losses.append(loss.detach())
-        loss.backward()
-        reference.step()
-    made = {k: _as_tensors(v) if tensors else v for k, v in options.items()}
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["floats", "tensors"])
+def test_twenty_steps_equal_torch_optim(ours, theirs, options, in_tensors):
+    start, target, losses = tensors(SHAPES, 0), torch.tensor(0.7, dtype=torch.float64), []
+    expected = trained(theirs, {"foreach": False, **options}, start, target, 20, losses)
+    made = {k: as_tensor(v) if in_tensors else v for k, v in options.items()}
     solution = diffopt.solve(wavy, start, target, optimizer=ours(**made), steps=20)
-    assert relative_error(solution.params, [p.detach() for p in params]) < 1e-12
+    assert relative_error(solution.params, expected) < 1e-12
     assert relative_error([solution.losses], [torch.stack(losses)]) < 1e-12
-
-
-def _as_tensors(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_as_tensors, value))
-    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), TORCH, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), ForwardMode()], ids=str)
 def test_hypergradients_are_finite_where_the_gradient_is_exactly_zero(ours, theirs, options, estimator):
-    # The first feature is dead: its coordinate has gradient 0 at every step, and the adaptive rules take roots there.
-    inputs = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.5]], dtype=torch.float64)
-    start = torch.tensor([0.0, 0.4], dtype=torch.float64, requires_grad=True)
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    solution = diffopt.solve(
-        lambda w, x: (x @ w - 1).square().mean(),
-        start,
-        inputs,
-        optimizer=ours(**{**options, "lr": lr}),
-        steps=4,
-        estimator=estimator,
-    )
-    gradients = torch.autograd.grad(solution.params.sum(), [start, lr])
+    gradients = with_a_dead_feature(ours(**{**options, "lr": lr}), estimator, lr)
     assert all(g.isfinite().all() for g in gradients)
     assert float(gradients[0][0]) != 0
 
@@ -116,47 +83,32 @@ def test_trees_and_schedules_of_hyperparameters(estimator):
         now, velocity = dict(params), dict.fromkeys(params, 0.0)
         for t in range(steps):
             leaves = {k: v.detach().requires_grad_() if not v.requires_grad else v for k, v in now.items()}
-            grads = dict(
-                zip(leaves, torch.autograd.grad(loss(leaves), leaves.values(), create_graph=True), strict=True)
-            )
-            for k in now:
-                velocity[k] = momentum(t) * velocity[k] + grads[k] + decay(k, t) * leaves[k]
+            grads = torch.autograd.grad(loss(leaves), leaves.values(), create_graph=True)
+            for k, g in zip(leaves, grads, strict=True):
+                velocity[k] = momentum(t) * velocity[k] + g + decay(k) * leaves[k]
                 now[k] = leaves[k] - lr(k, t) * velocity[k]
         return now
 
+    rates, layered, half = per_step.values, per_layer_per_step.values, {"a": 0.1, "b": meta_sgd["b"]}
+    tenths = Schedule([0.1, 0.2, 0.3, 0.4])
     cases = [
-        (SGD(meta_sgd, momentum=0.5), by_hand(lambda k, t: meta_sgd[k], lambda k, t: 0.0, lambda t: 0.5)),
+        (SGD(meta_sgd, momentum=0.5), by_hand(lambda k, t: meta_sgd[k], lambda k: 0.0, lambda t: 0.5)),
         (
             SGD(per_layer_per_step, momentum=per_step, weight_decay=meta_sgd),
-            by_hand(
-                lambda k, t: per_layer_per_step.values[k][t], lambda k, t: meta_sgd[k], lambda t: per_step.values[t]
-            ),
+            by_hand(lambda k, t: layered[k][t], lambda k: meta_sgd[k], lambda t: rates[t]),
         ),
         (
-            SGD(Schedule([0.1, 0.2, 0.3, 0.4]), momentum=per_step, weight_decay={"a": 0.1, "b": meta_sgd["b"]}),
-            by_hand(
-                lambda k, t: 0.1 * (t + 1),
-                lambda k, t: 0.1 if k == "a" else meta_sgd["b"],
-                lambda t: per_step.values[t],
-            ),
+            SGD(tenths, momentum=per_step, weight_decay=half),
+            by_hand(lambda k, t: 0.1 * (t + 1), lambda k: half[k], lambda t: rates[t]),
         ),
     ]
-    for optimizer, final in cases:
-        solution = diffopt.solve(loss, params, optimizer=optimizer, steps=steps, estimator=estimator)
-        leaves = [*meta_sgd.values(), *per_layer_per_step.values.values(), per_step.values]
-        for ours, theirs in [(solution.params, final)]:
-            assert relative_error(list(ours.values()), list(theirs.values())) < 1e-12
-            got, expected = (
-                torch.autograd.grad(
-                    tree["a"].square().sum() + tree["b"].sum(),
-                    leaves,
-                    allow_unused=True,
-                    materialize_grads=True,
-                    retain_graph=True,
-                )
-                for tree in (ours, theirs)
-            )
-            assert relative_error(got, expected) < 1e-12
+    leaves = [*meta_sgd.values(), *layered.values(), rates]
+    for optimizer, expected in cases:
+        found = diffopt.solve(loss, params, optimizer=optimizer, steps=steps, estimator=estimator).params
+        assert relative_error(list(found.values()), list(expected.values())) < 1e-12
+        ends = [end["a"].square().sum() + end["b"].sum() for end in (found, expected)]
+        zeros = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+        assert relative_error(*(torch.autograd.grad(end, leaves, **zeros) for end in ends)) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode(chunk_size=3)], ids=str)

@@ -106,13 +106,11 @@ def test_hyperparameters_in_a_dictionary_are_named_by_their_keys():
     fast = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     w = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for slow, expected in [(0.05, 1 - 0.15 * 2), (Schedule([0.2]), 1 - 0.3 * 2)]:
-        solution = diffopt.solve(
-            lambda w: w.square().sum(), w, optimizer=Named({"slow": slow, "fast": fast}), steps=1
-        ).params
-        assert torch.allclose(solution, w * expected, rtol=1e-12)
-        assert float(torch.autograd.grad(solution.sum(), fast)[0]) == -6.0
+        optimizer = Named({"slow": slow, "fast": fast})
+        end = diffopt.solve(lambda w: w.square().sum(), w, optimizer=optimizer, steps=1).params
+        assert torch.allclose(end, w * expected, rtol=1e-12)
+        assert float(torch.autograd.grad(end.sum(), fast)[0]) == -6.0
     with pytest.raises(diffopt.ShapeError, match=r"^fast has shape \(3,\)"):
         diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": torch.ones(3).double()}), steps=1)
-    assert diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": 0.1}), steps=1).params[
-        0
-    ] == pytest.approx(0.8)
+    end = diffopt.solve(lambda w: w.sum(), w, optimizer=Named({"slow": 0.1, "fast": 0.1}), steps=1).params
+    assert end[0] == pytest.approx(0.8)

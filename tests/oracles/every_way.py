@@ -44,16 +44,8 @@ class Setting:
 
     def meta_loss(self, estimator):
         def of_one_task(params, weights, hypers, data, query):
-            solution = diffopt.solve(
-                self.loss,
-                params,
-                weights,
-                data,
-                optimizer=self.case.optimizer(hypers),
-                steps=STEPS,
-                estimator=estimator,
-            )
-            return self.outer(solution.params, query)
+            options = {"optimizer": self.case.optimizer(hypers), "steps": STEPS, "estimator": estimator}
+            return self.outer(diffopt.solve(self.loss, params, weights, data, **options).params, query)
 
         return of_one_task
 
@@ -70,15 +62,9 @@ class Setting:
         for i in range(TASKS):
             leaves, (params, weights, hypers) = self.leaves()
             data, query = self.task(i)
-            options, start = self.case.options(hypers), self.case.buffers
-            final = unrolled(
-                self.case.step,
-                lambda p, w=weights, d=data: self.loss(p, w, d),
-                params,
-                STEPS,
-                options,
-                initial_buffers=start,
-            )
+            options, start = self.case.options(hypers), {"initial_buffers": self.case.buffers}
+            loss = lambda p, w=weights, d=data: self.loss(p, w, d)  # noqa: E731
+            final = unrolled(self.case.step, loss, params, STEPS, options, **start)
             rows.append(torch.autograd.grad(self.outer(final, query), leaves))
         return rows
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import diffopt
 
 # Adam-like rules get a large eps: with the usual 1e-8 their first step is a sign step, whose derivative is round-off.
 ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.05, "weight_decay": 0.03}
@@ -60,14 +63,19 @@ def wavy(params: Sequence[Tensor], target: Tensor) -> Tensor:
     return sum(((p - target).square().mul(0.5).add((3 * p).cos()).sum() for p in params), target.new_zeros(()))
 
 
-def trained(kind: Any, options: dict[str, Any], start: list[Tensor], target: Tensor, steps: int) -> list[Tensor]:
-    """The class itself, in the usual loop."""
+def trained(
+    kind: Any, options: dict[str, Any], start: list[Tensor], target: Tensor, steps: int, losses: Any = None
+) -> list[Tensor]:
+    """The class itself, in the usual loop, which adds the losses to a list."""
     params = [torch.nn.Parameter(p.detach().clone()) for p in start]
     optimizer = kind(params, **options)
     for _ in range(steps):
         optimizer.zero_grad()
-        wavy(params, target).backward()
+        loss = wavy(params, target)
+        loss.backward()
         optimizer.step()
+        if losses is not None:
+            losses.append(loss.detach())
     return [p.detach() for p in params]
 
 
@@ -88,6 +96,46 @@ def off_by(function: Callable[[float], float], derivative: float) -> float:
 def numbers(options: dict[str, Any]) -> list[Tensor]:
     """The tensors among the options."""
     return [x for v in options.values() for x in (v if isinstance(v, tuple) else (v,)) if isinstance(x, Tensor)]
+
+
+def assert_as_by_differences(lift: Any, train: Any, options: dict[str, Any], learned: Any, steps: int) -> None:
+    """A lift's derivatives by the start, the target and every number of the learned options, against differences.
+
+    ``lift(options)`` is the lifted optimizer, ``train(options, start, target, steps)`` what was lifted in its own loop.
+    """
+    start, direction, weights = (tensors(SHAPES, seed) for seed in (0, 1, 2))
+    every = [((k, i), x) for k, v in options.items() for i, x in enumerate(v if isinstance(v, tuple) else (v,))]
+    point = {"start": 0.0, "target": 0.7, **{key: x for key, x in every if key[0] in learned and isinstance(x, float)}}
+
+    def outer(final: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(w * p).sum() + p.square().sum() for w, p in zip(weights, final, strict=True)]).sum()
+
+    def made(values: dict[Any, Any]) -> tuple[dict[str, Any], list[Tensor], Any]:
+        now = {
+            k: tuple(values.get((k, i), x) for i, x in enumerate(v)) if isinstance(v, tuple) else values.get((k, 0), v)
+            for k, v in options.items()
+        }
+        return now, [p + values["start"] * d for p, d in zip(start, direction, strict=True)], values["target"]
+
+    def value(key: Any, x: float) -> float:
+        now, moved, target = made({**point, key: point[key] + x})
+        return float(outer(train(now, moved, torch.tensor(target), steps)))
+
+    leaves = {key: torch.tensor(x, requires_grad=True) for key, x in point.items()}
+    now, moved, target = made(leaves)
+    end = outer(diffopt.solve(wavy, moved, target, optimizer=lift(now), steps=steps).params)
+    found = torch.autograd.grad(end, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    for key, derivative in zip(point, found, strict=True):
+        assert off_by(partial(value, key), float(derivative)) < 1e-8, key
+
+
+def with_a_dead_feature(optimizer: Any, estimator: Any, *learned: Tensor) -> tuple[Tensor, ...]:
+    """Hypergradients of a start, and of more, where one coordinate's gradient is exactly zero at every step."""
+    inputs = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.5]], dtype=torch.float64)
+    start = torch.tensor([0.0, 0.4], dtype=torch.float64, requires_grad=True)
+    options = {"optimizer": optimizer, "steps": 4, "estimator": estimator}
+    end = diffopt.solve(lambda w, x: (x @ w - 1).square().mean(), start, inputs, **options).params
+    return torch.autograd.grad(end.sum(), [start, *learned])
 
 
 def as_tensor(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad
 
 import diffopt
-from diffopt import DisconnectedError, EstimatorError, HyperparameterError, LinearSolveError, LossError, StepsError
+from diffopt import SGD, DisconnectedError, EstimatorError, HyperparameterError, LossError, OptimizerError, StepsError
 from diffopt.estimators import Binomial, Implicit, Reptile, Reverse, Truncated
 from diffopt.linear_solve import ConjugateGradient, Neumann
 
@@ -94,9 +94,9 @@ ONE_ITERATION = ConjugateGradient(max_iterations=1)
 @refused(DisconnectedError, "does not depend on params", without_params)
 @refused(LossError, r"shape \(2,\).*expected one floating scalar", of_a_vector)
 @refused(diffopt.CapturedTensorError, "captured it, .*pass it in", capturing, params=tensor(0.5, 1))
-@refused(LinearSolveError, SADDLE, saddle, params=tensor(0, 0))
-@refused(LinearSolveError, UNCONVERGED, badly_scaled, params=tensor(2, 4), solver=ONE_ITERATION)
-@refused(LinearSolveError, r"expected step_size \* A between 0 and 2", solver=Neumann(step_size=10.0))
+@refused(diffopt.LinearSolveError, SADDLE, saddle, params=tensor(0, 0))
+@refused(diffopt.LinearSolveError, UNCONVERGED, badly_scaled, params=tensor(2, 4), solver=ONE_ITERATION)
+@refused(diffopt.LinearSolveError, r"expected step_size \* A between 0 and 2", solver=Neumann(step_size=10.0))
 def implicit(loss: Any = quadratic, params: Any = None, **options: Any) -> None:
     """The gradient of a minimiser's sum."""
     a = tensor(2, 4).requires_grad_()
@@ -109,7 +109,8 @@ def implicit_gradients_differentiated() -> None:
 
 
 W = tensor(1, 2).requires_grad_()
-EXACT = (Reverse(),)
+REVERSE, DESCENT = Reverse(), SGD(0.1)
+EXACT = (REVERSE,)
 CALLS = itertools.count(1)
 
 
@@ -174,3 +175,25 @@ def compare(first: Any = problem, rules: Any = EXACT, **options: Any) -> None:
 @refused(HyperparameterError, "vmap is int 1, expected True or F", vmap=1)
 def check(**options: Any) -> None:
     diffopt.check(square, W, **options)
+
+
+@refused(EstimatorError, r"expected a diffopt\.estimators object", Reverse)
+@refused(EstimatorError, r"expected a diffopt\.estimators object", SGD(0.1))
+@refused(EstimatorError, r"expected a diffopt\.estimators object", None)
+@refused(StepsError, "expected an integer >= 2", steps=1)
+@refused(StepsError, "expected an integer >= 2", steps=True)
+@refused(StepsError, "expected an integer >= 2", steps=2.0)
+@refused(StepsError, "expected an integer >= 2", steps=None)
+def check_estimator(subject: Any = REVERSE, **options: Any) -> None:
+    diffopt.testing.check_estimator(subject, **options)
+
+
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", SGD)
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", torch.optim.SGD([torch.ones(1)]), name="battery_of_torch")
+@refused(OptimizerError, r"expected a diffopt\.Optimizer", None)
+@refused(StepsError, "expected an integer >= 2", steps=1)
+@refused(StepsError, "expected an integer >= 2", steps=True)
+@refused(StepsError, "expected an integer >= 2", steps=2.0)
+@refused(StepsError, "expected an integer >= 2", steps=None)
+def check_optimizer(subject: Any = DESCENT, **options: Any) -> None:
+    diffopt.testing.check_optimizer(subject, **options)

@@ -15,7 +15,18 @@ from torch.func import vmap
 
 import diffopt
 from diffopt import SGD, Adagrad, Adam, AdamW, HyperparameterError, Leaves, OptimizerError, Preconditioned, RMSprop
-from diffopt.estimators import Binomial, ESJacobian, ForwardMode, Implicit, Keep, Krylov, MultiStep, Reverse, Truncated
+from diffopt.estimators import (
+    Binomial,
+    Claims,
+    ESJacobian,
+    ForwardMode,
+    Implicit,
+    Keep,
+    Krylov,
+    MultiStep,
+    Reverse,
+    Truncated,
+)
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
 from diffopt.testing import check_optimizer
 
@@ -92,6 +103,10 @@ wrong(ESJacobian, "antithetic", [1], "expected True or False", directions=1, rad
 wrong(ESJacobian, "generator", [3], "expected None or a torch.Generator", directions=1, radius=0.1)
 wrong(Implicit, "solver", ["cg"], r"expected None or a diffopt.linear_solve object; such as Implicit\(GMRES\(")
 wrong(Implicit, "solver", [ConjugateGradient], "expected None or a diffopt.linear_solve object")
+wrong(Keep, "first", [0, -3, 1.5], "an integer >= 1")
+wrong(Claims, "exact", [True])
+wrong(Claims, "inputs", [{"params"}, frozenset()])
+wrong(Claims, "tolerance", [0.2, 0.0, NAN])
 wrong(Implicit, "whole_state", ["x"], "expected True or False")
 wrong(ConjugateGradient, "max_iterations", [0, 2.5, None, True, "3"])
 wrong(ConjugateGradient, "rtol", [-1.0, -1e-9, 1.0, None, NAN])

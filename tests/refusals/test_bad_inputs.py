@@ -96,7 +96,7 @@ def test_every_error_of_the_library_has_a_row() -> None:
 def test_the_list_can_be_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: ROWS[f"loss: {name}"] for name in ("vector", "number", "nan_params")}
     monkeypatch.setattr(bad_inputs, "ROWS", few)
-    monkeypatch.setattr(bad_inputs, "COMMAND_LINES", {"command_fly": COMMAND_LINES["command_unknown_command"]})
+    monkeypatch.setattr(bad_inputs, "COMMAND_LINES", {"command_fly": COMMAND_LINES["command_fly"]})
     bad_inputs.main()
     told = capsys.readouterr().out
     assert all(name in told for name in few)

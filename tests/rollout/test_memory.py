@@ -166,11 +166,10 @@ def test_the_bytes_of_graphs_are_well_estimated(tasks: int | None) -> None:
     assert alive / 2 <= solutions[0].kept.bytes <= alive
 
 
-def measured(loss: Callable[..., Tensor], w: Tensor, *args: Any, steps: int = 5, **options: Any) -> int:
+def measured(loss: Callable[..., Tensor], w: Tensor, *args: Any, **options: Any) -> int:
     """The bytes that the graphs of a solve are estimated to take."""
-    given = {"optimizer": diffopt.SGD(0.05), **options}
-    leaf = w.detach().requires_grad_()
-    return diffopt.solve(loss, leaf, *args, steps=steps, estimator=Reverse("graph"), **given).kept.bytes
+    given = {"optimizer": diffopt.SGD(0.05), "steps": 5, "estimator": Reverse("graph"), **options}
+    return diffopt.solve(loss, w.detach().requires_grad_(), *args, **given).kept.bytes
 
 
 def test_of_one_loss_graphs_of_another_size_are_measured_anew() -> None:
@@ -212,9 +211,8 @@ def test_so_are_graphs_of_another_optimizer_or_window() -> None:
     w, scale = inputs()
     plain, adam = measured(loss, w, scale), measured(loss, w, scale, optimizer=diffopt.Adam(0.01))
     assert adam > 1.5 * plain
-    windows = diffopt.solve(
-        loss, w, scale, optimizer=diffopt.Adam(0.01), steps=20, estimator=MultiStep(4, Reverse("graph"))
-    ).kept.bytes
+    four = {"optimizer": diffopt.Adam(0.01), "steps": 20, "estimator": MultiStep(4, Reverse("graph"))}
+    windows = measured(loss, w, scale, **four)
     assert windows > 1.5 * adam  # as many steps, of four updates each
 
 

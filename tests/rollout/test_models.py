@@ -80,25 +80,23 @@ def batch_norm(norm: type[nn.Module], features: int) -> nn.Module:
     return norm(features, track_running_stats=False)
 
 
+def dense(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), norm, nn.Tanh(), nn.Linear(5, 2))
+
+
+def convolutional(norm: nn.Module, channels: int) -> nn.Module:
+    layers = nn.Conv2d(1, channels, 3), norm, nn.Softplus(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4 * channels, 2))
+
+
 # name -> (the model, the shape of its inputs)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), (6, 3)),
+    "mlp": (lambda: dense(nn.Identity()), (6, 3)),
     "tied": (Tied, (6, 4)),
-    "batch_norm_1d": (
-        lambda: nn.Sequential(nn.Linear(3, 5), batch_norm(nn.BatchNorm1d, 5), nn.Tanh(), nn.Linear(5, 2)),
-        (6, 3),
-    ),
-    "batch_norm_2d": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 3, 3), batch_norm(nn.BatchNorm2d, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 2)
-        ),
-        (5, 1, 4, 4),
-    ),
-    "layer_norm": (lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2)), (6, 3)),
-    "group_norm": (
-        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Softplus(), nn.Flatten(), nn.Linear(16, 2)),
-        (5, 1, 4, 4),
-    ),
+    "batch_norm_1d": (lambda: dense(batch_norm(nn.BatchNorm1d, 5)), (6, 3)),
+    "batch_norm_2d": (lambda: convolutional(batch_norm(nn.BatchNorm2d, 3), 3), (5, 1, 4, 4)),
+    "layer_norm": (lambda: dense(nn.LayerNorm(5)), (6, 3)),
+    "group_norm": (lambda: convolutional(nn.GroupNorm(2, 4), 4), (5, 1, 4, 4)),
     "gru": (lambda: Recurrent(fused=False), (5, 3, 3)),
     "gru_fused": (lambda: Recurrent(fused=True), (5, 3, 3)),
     "attention": (Attention, (5, 3, 4)),

@@ -411,14 +411,9 @@ def test_another_thread_gets_no_number_twice() -> None:
         for _ in range(20):
             w = torch.randn(20, dtype=torch.float64, requires_grad=True)
             with suppress(diffopt.RandomnessError):  # what the rollout itself draws, another thread may draw between
-                end = diffopt.solve(
-                    lambda w: (torch.rand(20, dtype=w.dtype) * w.square()).sum(),
-                    w,
-                    optimizer=diffopt.SGD(0.1),
-                    steps=4,
-                    estimator=Reverse(1),
-                ).params
-                end.sum().backward()
+                options = {"optimizer": diffopt.SGD(0.1), "steps": 4, "estimator": Reverse(1)}
+                loss = lambda w: (torch.rand(20, dtype=w.dtype) * w.square()).sum()  # noqa: E731
+                diffopt.solve(loss, w, **options).params.sum().backward()
     finally:
         ended.set()
         thread.join()

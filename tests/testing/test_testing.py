@@ -203,41 +203,6 @@ def test_the_battery_leaves_torchs_generator_alone():
     assert torch.equal(drawn, torch.rand(()))
 
 
-@pytest.mark.parametrize("wrong", [Reverse, diffopt.SGD(0.1), None])
-def test_what_is_no_estimator_is_refused(wrong):
-    with pytest.raises(diffopt.EstimatorError, match=r"expected a diffopt\.estimators object"):
-        check_estimator(wrong)
-
-
-@pytest.mark.parametrize("wrong", [diffopt.SGD, torch.optim.SGD([torch.ones(1)]), None])
-def test_what_is_no_optimizer_is_refused(wrong):
-    with pytest.raises(diffopt.OptimizerError, match=r"expected a diffopt\.Optimizer"):
-        check_optimizer(wrong)
-
-
-@pytest.mark.parametrize("wrong", [1, True, 2.0, None])
-def test_too_few_steps_are_refused(wrong):
-    for check, subject in ((check_estimator, Reverse()), (check_optimizer, diffopt.SGD(0.1))):
-        with pytest.raises(diffopt.StepsError, match="expected an integer >= 2"):
-            check(subject, steps=wrong)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("exact", True),
-        ("inputs", {"params"}),
-        ("inputs", frozenset()),
-        ("tolerance", 0.2),
-        ("tolerance", 0.0),
-        ("tolerance", float("nan")),
-    ],
-)
-def test_what_is_no_claim_is_refused(name, value):
-    with pytest.raises(diffopt.HyperparameterError, match=f"Claims: {name} is"):
-        Claims(**{name: value})
-
-
 def test_nobody_pays_for_the_battery_who_does_not_use_it():
     code = "import sys, diffopt; assert 'diffopt.testing' not in sys.modules; import diffopt.testing; "
     code += "assert not {'pytest', 'hypothesis'} & set(sys.modules)"
