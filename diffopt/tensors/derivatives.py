@@ -151,7 +151,7 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
-    if differentiable and _COMPILED in sys.modules:
+    if differentiable and _COMPILED in sys.modules and _anything_compiled():
         _refuse_compiled(output, inputs)
     try:
         return _run((output,), inputs, (_ones(output),), retain=differentiable, differentiable=differentiable)
@@ -181,6 +181,22 @@ def _ones(like: Tensor) -> Tensor:
 
 
 _COMPILED = "torch._functorch._aot_autograd.runtime_wrappers"
+_counter: Any = getattr(torch.autograd.function, "AUTOGRAD_FUNCTION_COUNTER", None)
+_seen = ("", False)
+"""How many classes of autograd functions there had been when they were last looked at; was any of the compiler's?"""
+
+
+def _anything_compiled() -> bool:
+    """Whether ``torch.compile`` has made something with a gradient, which is a class of autograd functions each time.
+
+    (Its modules are loaded by ``torch.func.grad`` too: to walk over every graph from then on is a twentieth of a step.)
+    """
+    global _seen
+    count = repr(_counter)  # the one way to read a counter that does not move it
+    if count != _seen[0] or _counter is None:
+        made = any([kind.__name__ == "CompiledFunction" for kind in torch.autograd.Function.__subclasses__()])
+        _seen = count, made
+    return _seen[1]
 
 
 def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -318,6 +318,8 @@ def storage(tensor: Tensor) -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
     inner = unwrapped(tensor)
+    if type(inner) is Tensor and not inner.is_inference():
+        return inner._version
     return -1 if torch.nn.parameter.is_lazy(inner) or inner.is_inference() else inner._version
 
 
