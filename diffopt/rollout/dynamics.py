@@ -284,7 +284,7 @@ class Dynamics:
         return (*self._own_functions, Given(self.layout.constants()))
 
     def without_names(self) -> tuple[object, ...]:
-        """The same, for whoever asks for no names: to say what arguments are called takes longer than to look at them."""
+        """The same for whoever asks for no names, which take longer to find than what they name takes to look at."""
         return (*self._own_functions, tuple([x for x in self.layout.args_leaves if not isinstance(x, Slot)]))
 
     @property
