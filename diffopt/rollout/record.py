@@ -57,10 +57,8 @@ class Keep:
         """Check what a rule asks for."""
         if type(self.first) is not int or self.first < 1:
             Options(self).integer("first", 1)
-        known = self.checkpoint is None or (
-            type(self.checkpoint) is str and self.checkpoint in ("graph", "sqrt", "log")
-        )
-        if not known or self.offload is not False:
+        named = type(self.checkpoint) is str and self.checkpoint in ("graph", "sqrt", "log")
+        if not (named or self.checkpoint is None) or self.offload is not False:
             check_checkpoint(self)
         if self.memory is not None:
             Options(self).integer("memory", 1)
