@@ -1206,7 +1206,8 @@ FAULTS = [
     Fault(
         "what torch.compile has made of a loss passes for a constant",
         "gradient",
-        "    if differentiable and _COMPILED in sys.modules:\n        _refuse_compiled(output, inputs)\n",
+        "    if differentiable and _COMPILED in sys.modules and _anything_compiled():\n"
+        "        _refuse_compiled(output, inputs)\n",
         "",
         "torch_errors",
     ),
@@ -1640,14 +1641,14 @@ FAULTS = [
     Fault(
         "a shared hyperparameter is taken for a task's own",
         "Layout.level",
-        "Flags(tuple(own[first:second]), tuple(own[second:]))",
+        "Flags(own[first:second], own[second:])",
         "Flags(tuple(own[first:second]), (True,) * len(own[second:]))",
         "levels",
     ),
     Fault(
         "a task's own hyperparameter is taken for a shared one",
         "Layout.level",
-        "Flags(tuple(own[first:second]), tuple(own[second:]))",
+        "Flags(own[first:second], own[second:])",
         "Flags(tuple(own[first:second]), (False,) * len(own[second:]))",
         "levels",
     ),
