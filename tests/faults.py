@@ -3917,4 +3917,47 @@ FAULTS = [
         "pass  # of what",
         "randomness",
     ),
+    # what is written, counted and looked at together, so that a solve is short
+    Fault(
+        "losses that were written together all go to the beginning",
+        "Tables._write_waiting",
+        "narrow(self._axis, last - count, count)",
+        "narrow(self._axis, 0, count)",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "losses that wait when a solve ends early are left out",
+        "Tables.until",
+        "if self._waiting:",
+        "if self._waiting and step % 2:",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "losses that have become wider are rounded to the first",
+        "Tables._write_waiting",
+        "if self._tensors[0].dtype != rows.dtype:",
+        "if False:",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "what has been compiled since is not looked for",
+        "_anything_compiled",
+        "if count != _seen[0] or _counter is None:",
+        "if _counter is None:",
+        "torch_errors",
+    ),
+    Fault(
+        "a torch that does not count its functions has never compiled any",
+        "_anything_compiled",
+        "if count != _seen[0] or _counter is None:",
+        "if count != _seen[0]:",
+        "torch_errors",
+    ),
+    Fault(
+        "an argument that is no tree is not looked into for tensors of a transform",
+        "Dynamics.without_names",
+        "if not isinstance(x, Slot)",
+        "if x is None",
+        "captures",
+    ),
 ]
