@@ -1206,7 +1206,8 @@ FAULTS = [
     Fault(
         "what torch.compile has made of a loss passes for a constant",
         "gradient",
-        "    if differentiable and _COMPILED in sys.modules:\n        _refuse_compiled(output, inputs)\n",
+        "    if differentiable and _COMPILED in sys.modules and _anything_compiled():\n"
+        "        _refuse_compiled(output, inputs)\n",
         "",
         "torch_errors",
     ),
@@ -1640,14 +1641,14 @@ FAULTS = [
     Fault(
         "a shared hyperparameter is taken for a task's own",
         "Layout.level",
-        "Flags(tuple(own[first:second]), tuple(own[second:]))",
+        "Flags(own[first:second], own[second:])",
         "Flags(tuple(own[first:second]), (True,) * len(own[second:]))",
         "levels",
     ),
     Fault(
         "a task's own hyperparameter is taken for a shared one",
         "Layout.level",
-        "Flags(tuple(own[first:second]), tuple(own[second:]))",
+        "Flags(own[first:second], own[second:])",
         "Flags(tuple(own[first:second]), (False,) * len(own[second:]))",
         "levels",
     ),
@@ -4206,5 +4207,48 @@ FAULTS = [
         "example_keys.masked_fill_(torch.arange(most, device=device) >= counts[class_index], -1.0)",
         "example_keys.masked_fill_(torch.arange(most, device=device) > counts[class_index], -1.0)",
         "episodes",
+    ),
+    # what is written, counted and looked at together, so that a solve is short
+    Fault(
+        "losses that were written together all go to the beginning",
+        "Tables._write_waiting",
+        "narrow(self._axis, last - count, count)",
+        "narrow(self._axis, 0, count)",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "losses that wait when a solve ends early are left out",
+        "Tables.until",
+        "if self._waiting:",
+        "if self._waiting and step % 2:",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "losses that have become wider are rounded to the first",
+        "Tables._write_waiting",
+        "if self._tensors[0].dtype != rows.dtype:",
+        "if False:",
+        "losses_of_many_steps",
+    ),
+    Fault(
+        "what has been compiled since is not looked for",
+        "_anything_compiled",
+        "if count != _seen[0] or _counter is None:",
+        "if _counter is None:",
+        "torch_errors",
+    ),
+    Fault(
+        "a torch that does not count its functions has never compiled any",
+        "_anything_compiled",
+        "if count != _seen[0] or _counter is None:",
+        "if count != _seen[0]:",
+        "torch_errors",
+    ),
+    Fault(
+        "an argument that is no tree is not looked into for tensors of a transform",
+        "Dynamics.without_names",
+        "if not isinstance(x, Slot)",
+        "if x is None",
+        "captures",
     ),
 ]

@@ -137,4 +137,5 @@ def _is_plain(b: Leaves, tasks: Tasks) -> bool:
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum([float(torch.dot(x.reshape(-1), y.reshape(-1))) for x, y in zip(a, b, strict=True)])
+    # (flatten() hands a vector back as it is)
+    return sum([torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(a, b, strict=True)])

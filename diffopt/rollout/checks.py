@@ -94,6 +94,8 @@ class Checks:
                 return self.losses(params, read, step, aux)
         if self._plainly:
             return self._dynamics.losses(params, read, step, aux)
+        if not (self._drops_tangents or self.levels_at(step)):
+            return self._unwrapped(self._dynamics.losses(params, read, step, aux), aux)
         evaluate = self._without_tangents if self._drops_tangents else self._dynamics.losses
 
         def function(params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
@@ -102,8 +104,11 @@ class Checks:
             return evaluate(params, read, step, aux)
 
         marking = not self._dynamics.layout.levels
-        losses: Tensor = self._apart(step, function, params, read, marking=marking)
-        if self._watch.levels and any(transforms.is_wrapped(x) for x in [losses, *(aux or ())]):
+        return self._unwrapped(self._apart(step, function, params, read, marking=marking), aux)
+
+    def _unwrapped(self, losses: Tensor, aux: Sequence[Tensor] | None) -> Tensor:
+        """The losses, unless one of them, or of what comes besides, belongs to a transform around the solve."""
+        if self._watch.levels and any([transforms.is_wrapped(x) for x in (losses, *(aux or ()))]):
             raise wrapped_error()
         return losses
 
@@ -208,7 +213,7 @@ class Checks:
             return self._watch.levels
         if self._wrapped_are_held is None:
             self._wrapped_are_held = any(
-                transforms.is_wrapped(x) for x in everything_held(self._dynamics.functions()).tensors
+                transforms.is_wrapped(x) for x in everything_held(self._dynamics.without_names()).tensors
             )
         return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
 

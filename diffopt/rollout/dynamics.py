@@ -281,5 +281,13 @@ class Dynamics:
 
     def functions(self) -> tuple[object, ...]:
         """What may hold tensors besides those that are given: functions, the update, arguments that are no tensors."""
+        return (*self._own_functions, Given(self.layout.constants()))
+
+    def without_names(self) -> tuple[object, ...]:
+        """The same for whoever asks for no names, which take longer to find than what they name takes to look at."""
+        return (*self._own_functions, tuple([x for x in self.layout.args_leaves if not isinstance(x, Slot)]))
+
+    @property
+    def _own_functions(self) -> tuple[object, ...]:
         observe = () if self.observer is None else (self.observer.function,)
-        return self.loss, *observe, self.optimizer.template, Given(self.layout.constants())
+        return self.loss, *observe, self.optimizer.template

@@ -130,9 +130,9 @@ class Layout:
 
     def level(self, vmap: Vmap, dims: Sequence[int | None]) -> Level:
         """The level of a vmap whose tasks have their own where ``dims``, one for each input, is not ``None``."""
-        own = [dim is not None for dim in dims]
+        own = tuple([dim is not None for dim in dims])
         first, second = self.state_count, self.state_count + len(self.stepped.read)
-        return Level(vmap.batch_size, vmap.randomness, Flags(tuple(own[first:second]), tuple(own[second:])))
+        return Level(vmap.batch_size, vmap.randomness, Flags(own[first:second], own[second:]))
 
     def over(self, size: int, own: Iterable[Place] = (), randomness: str = "same") -> Layout:
         """The same with one more axis in front of every state tensor, and of those at the places ``own``."""

@@ -52,7 +52,7 @@ def take_step(
         return (losses.detach(), *aux), enough
     with torch.set_grad_enabled(ground.linked):
         after = steps.update(state, grads, hyperparameters, step)
-        ground.keep(after, grads, losses, step, shallow=any([x is None for x in found]))
+        ground.keep(after, grads, losses, step, shallow=grads is not found)
     observed = _observed(steps, ground, read, step) if observes and steps.observer is not None else ()
     return (losses.detach(), *[x.detach() for x in observed], *aux), enough
 

@@ -93,7 +93,7 @@ def refuse_bad_start(
 ) -> None:
     """Refuse a first loss that does not depend on params or is not finite."""
     if all([grad is None for grad in grads]):
-        if shards(everything_held(dynamics.functions()).modules):
+        if shards(everything_held(dynamics.without_names()).modules):
             raise RanksError(
                 "the inner loss does not depend on params: the hooks of a sharded module that it calls put that "
                 "module's own parameters in their place",

@@ -6,7 +6,6 @@ import functools
 import gc
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -186,7 +185,8 @@ def saved_bytes(graph: Iterable[Any], ignored: Sequence[Tensor]) -> int:
     }
     for node in graph:
         kind: Any = type(node)
-        for name in _saved_names(kind):
+        names = _saved.get(kind)
+        for name in _saved_names(kind) if names is None else names:
             value = getattr(node, name, None)
             if value is None:
                 continue
@@ -208,9 +208,12 @@ def _add_storage(storages: dict[int, int], tensor: Tensor | None) -> None:
     """
     if tensor is None:
         return
-    with suppress(RuntimeError, NotImplementedError):
+    try:
         storage = (tensor if type(tensor) is Tensor else _on_this_rank(tensor)).untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        address, size = storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return
+    storages[address] = size
 
 
 def _on_this_rank(tensor: Any) -> Tensor:
@@ -223,8 +226,7 @@ _saved: dict[Any, list[str]] = {}
 
 
 def _saved_names(kind: Any) -> list[str]:
-    known = _saved.get(kind)
-    if known is None:
-        names = [name for name in dir(kind) if name.startswith("_saved_")]
-        known = _saved[kind] = ["saved_tensors"] if hasattr(kind, "saved_tensors") else names
+    """Find out what nodes of a type may have saved tensors under."""
+    names = [name for name in dir(kind) if name.startswith("_saved_")]
+    known = _saved[kind] = ["saved_tensors"] if hasattr(kind, "saved_tensors") else names
     return known

@@ -69,8 +69,7 @@ class Graph:
 
     def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Hold the edges of the inputs, made by :func:`make_roots`, and of each output that depends on one of them."""
-        self._inputs = [_edge(root) for root in inputs]
-        self._outputs = [_edge(out) if out.requires_grad else None for out in outputs]
+        self._inputs, self._outputs = _edges(inputs), _edges(outputs)
 
     @staticmethod
     def record(
@@ -111,10 +110,16 @@ class Graph:
             raise _named(error) from error
 
 
-def _edge(tensor: Tensor) -> GradientEdge:
-    """``get_gradient_edge``, which looks at more than is needed where a tensor is no leaf."""
-    node = tensor.grad_fn
-    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+def _edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """The edge that leads to each tensor, ``None`` where no gradient does.
+
+    (``get_gradient_edge`` looks at more than is needed where a tensor is no leaf.)
+    """
+    pairs = [(x, x.grad_fn) for x in tensors]
+    return [
+        GradientEdge(node, x.output_nr) if node is not None else get_gradient_edge(x) if x.requires_grad else None
+        for x, node in pairs
+    ]
 
 
 class _Roots(torch.autograd.Function):
@@ -151,10 +156,11 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, differentiable: bool) 
     """The gradient of the sum of ``output``; ``None`` for inputs it does not depend on."""
     if not output.requires_grad:
         return (None,) * len(inputs)
-    if differentiable and _COMPILED in sys.modules:
+    if differentiable and _COMPILED in sys.modules and _anything_compiled():
         _refuse_compiled(output, inputs)
     try:
-        return _run((output,), inputs, (_ones(output),), retain=differentiable, differentiable=differentiable)
+        ones = torch.ones_like(output, memory_format=torch.preserve_format)
+        return _run((output,), inputs, (ones,), retain=differentiable, differentiable=differentiable)
     except RuntimeError as error:
         raise _named(error) from error
 
@@ -175,12 +181,23 @@ def _run(
     return found
 
 
-def _ones(like: Tensor) -> Tensor:
-    """The cotangent of numbers that are added up."""
-    return torch.ones_like(like, memory_format=torch.preserve_format)
-
-
 _COMPILED = "torch._functorch._aot_autograd.runtime_wrappers"
+_counter: Any = getattr(torch.autograd.function, "AUTOGRAD_FUNCTION_COUNTER", None)
+_seen = ("", False)
+"""How many classes of autograd functions there had been when they were last looked at; was any of the compiler's?"""
+
+
+def _anything_compiled() -> bool:
+    """Whether ``torch.compile`` has made something with a gradient, which is a class of autograd functions each time.
+
+    (Its modules are loaded by ``torch.func.grad`` too: to walk over every graph from then on is a twentieth of a step.)
+    """
+    global _seen
+    count = repr(_counter)  # the one way to read a counter that does not move it
+    if count != _seen[0] or _counter is None:
+        made = any([kind.__name__ == "CompiledFunction" for kind in torch.autograd.Function.__subclasses__()])
+        _seen = count, made
+    return _seen[1]
 
 
 def _refuse_compiled(output: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -231,7 +248,9 @@ def _named(error: RuntimeError) -> Exception:
 
 
 def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors as they are, with zeros in place of ``None``."""
+    """The tensors as they are, with zeros in place of ``None``; the same object if there is none."""
+    if all([t is not None for t in tensors]):
+        return cast("tuple[Tensor, ...]", tensors)
     return tuple([torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)])
 
 

@@ -272,7 +272,7 @@ def stacked(
     stacked, new_dims = list(tensors), [None if dim is None else 0 for dim in dims]
     for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         if dim is not None:
-            stacked[i] = tensor.movedim(dim, 0)
+            stacked[i] = tensor.movedim(dim, 0) if dim else tensor
         elif i in own:
             stacked[i], new_dims[i] = tensor.expand(size, *tensor.shape), 0
     return stacked, tuple(new_dims)
@@ -318,6 +318,8 @@ def storage(tensor: Tensor) -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
     inner = unwrapped(tensor)
+    if type(inner) is Tensor and not inner.is_inference():
+        return inner._version
     return -1 if torch.nn.parameter.is_lazy(inner) or inner.is_inference() else inner._version
 
 

@@ -27,6 +27,7 @@ from diffopt.estimators import (
     Truncated,
     Unrolled,
 )
+from diffopt.tensors import derivatives
 
 RECOMPUTING: list[Any] = [Reverse(1), Reverse("sqrt"), ForwardMode(), Binomial(1), Krylov(2)]
 VMAPPING: list[Any] = [ForwardMode(), Binomial(1), Krylov(2)]
@@ -170,6 +171,20 @@ def test_what_torch_compiled_is_named(kind: str, rule: Any, monkeypatch: pytest.
     start, loss = compiled(kind)
     with pytest.raises(diffopt.MissingDerivativeError, match=r"aot_autograd.*module\._orig_mod.*compile=True"):
         of(run(loss, start, rule=rule)).backward()
+
+
+@OF_TRACERS
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("kind", COMPILED)
+def test_what_is_compiled_later_is_named(kind: str, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if nothing had been when that was last looked at, by a torch that counts and by one that does not."""
+    if not counted:
+        monkeypatch.setattr(derivatives, "_counter", None)
+    monkeypatch.setattr("threading.active_count", lambda: 1)
+    start, loss = compiled(kind)
+    monkeypatch.setattr(derivatives, "_seen", (repr(derivatives._counter), False))
+    with pytest.raises(diffopt.MissingDerivativeError, match="aot_autograd"):
+        of(run(loss, start, rule=Reverse("graph"))).backward()
 
 
 @OF_TRACERS

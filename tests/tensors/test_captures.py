@@ -545,6 +545,39 @@ def test_so_is_what_a_transform_has_wrapped(style: str, first: int) -> None:
         calls[style]()
 
 
+class Box:
+    """An object that no tree knows, with a tensor in it."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+HELD: dict[str, Callable[[Tensor], Box]] = {
+    "as it is": Box,
+    "in a list": lambda c: Box([c]),
+    "two deep": lambda c: Box({"inner": Box(c)}),
+}
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize("kind", HELD)
+def test_so_is_what_a_transform_has_wrapped_within_an_argument(kind: str, first: int) -> None:
+    def read(box: Box) -> Tensor:
+        held = box.held
+        c: Tensor = held["inner"].held if kind == "two deep" else held[0] if kind == "in a list" else held
+        return c
+
+    def loss(w: Tensor, box: Box, flag: Tensor) -> Tensor:
+        return distance(w, read(box)) if float(flag) else w.square().sum()
+
+    def end(c: Tensor) -> Tensor:
+        flags = (torch.arange(1, 5) >= first).double()
+        return diffopt.solve(loss, start(), HELD[kind](c), optimizer=diffopt.SGD(0.1), steps=4, batches=flags).params
+
+    with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
+        vmap(end)(rows(3))
+
+
 @pytest.mark.parametrize("first", [1, 2, 4])
 @pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Reverse(2), Truncated(4)], ids=repr)
 def test_an_update_that_captures_a_tensor_is_refused_at_the_latest_in_the_backward_pass(rule: Any, first: int) -> None:
