@@ -54,8 +54,11 @@ def _sweep(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int)
     tensors = [numbers_of(trajectory.layout, inputs), *inputs.flat, *stack, *cotangent, *given]
     what = ("sweep", first, trajectory.wanted, tuple([x is None for x in running]), *kind_of_steps(trajectory.layout))
     known = known_programs.find(trajectory.dynamics, what, tensors, _function(whole, first))
-    if known is None or known.program is None or not known.unchanged:
+    if known is None or known.program is None:
         return _parts(_plainly(trajectory, stack, cotangent, first))
+    if not known.unchanged:  # each step is taken again, and says whether its loss is another one
+        dynamics = replace(trajectory.dynamics, compile=False)
+        return _parts(_plainly(replace(trajectory, dynamics=dynamics), stack, cotangent, first))
     found = known.program(tensors)
     if known.is_due():
         plain = _plainly(whole, stack, cotangent, first)
