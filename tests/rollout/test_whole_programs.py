@@ -292,6 +292,21 @@ def test_captured_tensors_are_read_anew_and_refused_if_they_require_grad(falls_b
         solve(loss)
 
 
+def test_another_captured_tensor_with_the_same_numbers_is_read_later_too(falls_back: None) -> None:
+    """The program would go on to read the first one."""
+    places = [torch.ones(2, dtype=torch.float64)]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + (places[0] * w).sum()
+
+    for _ in range(3):
+        both(lambda s: s.params.sum(), loss, times=1)
+    places[0] = places[0].clone()
+    both(lambda s: s.params.sum(), loss, times=1)
+    places[0].mul_(2)
+    both(lambda s: s.params.sum(), loss, times=2)
+
+
 def test_numbers_that_are_not_finite_are_refused_by_step() -> None:
     for _ in range(3):
         solve(steps=5)
@@ -350,7 +365,7 @@ def test_per_task_hyperparameters_and_tasks_that_share_all() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), [("momentum", torch.float64), ("adam", torch.float32)])
+@pytest.mark.parametrize(("name", "dtype"), [("adam", torch.float64), ("momentum", torch.float32)])
 def test_programs_that_inductor_has_made(inductor: None, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     weights = torch.linspace(0.5, 1.5, 6, dtype=dtype).reshape(3, 2)
