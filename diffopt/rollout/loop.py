@@ -103,7 +103,9 @@ def roll_out(
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
     if dynamics.compile and stop is NEVER and not draws:
         plainly = partial(_roll_out_plainly, dynamics, keep=keep, wanted=wanted, watch=watch)
-        found = rollout_program.roll_out(dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly)
+        found = rollout_program.roll_out_wholly(
+            dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly
+        )
         if found is not None:
             return found[0], replace(found[1], wanted=tuple(wanted))
     layout, inputs = dynamics.layout, inputs.detached()

@@ -35,7 +35,7 @@ class Plainly(Protocol):
         ...
 
 
-def roll_out(
+def roll_out_wholly(
     dynamics: Dynamics, inputs: Inputs, *, counts: Counts, keep: Keep | None, watch: Watch, plainly: Plainly
 ) -> tuple[Leaves, Rollout] | None:
     """As ``loop.roll_out``; ``None``: not by a program."""

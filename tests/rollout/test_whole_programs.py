@@ -136,6 +136,23 @@ def test_what_is_handed_out_along_the_way_and_its_derivatives() -> None:
     assert Interpreted.made == 8
 
 
+def test_backward_passes_of_one_rollout_by_other_inputs_and_outputs() -> None:
+    """One program of the rollout, and one of the backward pass for each."""
+
+    def loss(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return quadratic(w, a) + (b * w).sum()
+
+    for learned, costs in (((), False), ((0,), False), ((1,), False), ((0, 1), False), ((0, 1), True), ((), False)):
+        found = []
+        for compile in (True, False):
+            args = [A.clone().requires_grad_(i in learned) for i in range(2)]
+            w, solution = solve(loss, *args, compile=compile)
+            total = solution.params.square().sum() + (solution.losses.prod() if costs else 0)
+            found.append(torch.autograd.grad(total, [w, *[args[i] for i in learned]]))
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert Interpreted.made == 6
+
+
 def test_observers_that_read_something_else_are_told_apart(falls_back: None) -> None:
     """They share their code."""
     for factor in (1.0, 2.0, 3.0):
@@ -308,7 +325,7 @@ def test_another_captured_tensor_with_the_same_numbers_is_read_later_too(falls_b
 
 
 def test_numbers_that_are_not_finite_are_refused_by_step() -> None:
-    for _ in range(3):
+    for _ in range(4):  # the fifth use is compared with nothing
         solve(steps=5)
     with pytest.raises(diffopt.DivergenceError, match="step"):
         solve(w=torch.tensor([1e3, 1.0], dtype=torch.float64, requires_grad=True), steps=5)
