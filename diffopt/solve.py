@@ -160,10 +160,9 @@ def solve(
             ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of these; all states are then kept. Else, with
             other estimators, checkpoints (``Reverse("sqrt")``), ``on_step`` and batches that are a function, it is each
             step and, where the estimator is exact or truncated, its pullback. ``loss`` must be one function that lives
-            on; numbers that it reads besides its arguments must stay as they are, of which there is a check; tensors may
-            change in place. An update may calculate with the number of its step, but not branch on it. What cannot be
-            compiled runs without, with a :class:`diffopt.CompileWarning`. (:func:`diffopt.compiled` also takes the outer
-            loss into the program.)
+            on; numbers that it reads besides its arguments must stay as they are (which is checked); tensors may change
+            in place. An update may calculate with the number of its step, but not branch on it. What cannot be compiled
+            runs without, with a :class:`diffopt.CompileWarning`. (:func:`diffopt.compiled` takes the outer loss, too.)
 
     Returns:
         A :class:`Solution`.
