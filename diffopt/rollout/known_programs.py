@@ -153,8 +153,9 @@ def _forms(dynamics: Dynamics) -> list[Any]:
 
 def _observers(dynamics: Dynamics) -> tuple[Hashable, ...]:
     """What tells apart how a problem is looked at, by what lives on."""
-    observe = None if dynamics.observer is None else dynamics.observer.function
-    return getattr(observe, "__code__", type(observe)), dynamics.aux is not None
+    observe: Any = None if dynamics.observer is None else dynamics.observer.function
+    other: Any = type(observe)
+    return getattr(observe, "__code__", other), dynamics.aux is not None
 
 
 def _identity(dynamics: Dynamics) -> Any:

@@ -53,8 +53,9 @@ def roll_out_wholly(
     known.set_forms(dynamics)
     unsound, losses, *found = known.program(tensors)
     kept = layout.state_count if first <= layout.steps else 0
-    along, state = found[: len(found) - kept - layout.state_count], found[len(found) - kept - layout.state_count :]
-    state, stack = Leaves(state[: layout.state_count]), Leaves(state[layout.state_count :])
+    end = len(found) - kept
+    along, state = found[: end - layout.state_count], Leaves(found[end - layout.state_count : end])
+    stack = Leaves(found[end:])
     due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
     if not unchanged or (watch.values and (due or not sound)):
         plain = plainly(inputs, counts=Counts())
@@ -134,8 +135,8 @@ def _function(dynamics: Dynamics, first: int, plainly: Plainly) -> Callable[...,
             rows = [rollout.states[step] for step in range(first, layout.steps + 1)]
             stack = [torch.stack(column) for column in zip(*rows, strict=True)]
         else:
-            given = {"counts": Counts(), "keep": keep, "watch": Watch(), "numbers": numbers}
-            state, rollout = traced.roll_out(dynamics, inputs, **given)
+            nobody = Counts()
+            state, rollout = traced.roll_out(dynamics, inputs, counts=nobody, keep=keep, watch=Watch(), numbers=numbers)
             stack = [] if rollout.stack is None or first > layout.steps else list(rollout.stack)
         assert rollout.losses is not None
         sums = [(x - x).sum().double() for x in (rollout.losses, *state) if x.is_floating_point()]
