@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
 from interpreted import Interpreted
+
 
 import diffopt
 from diffopt.rollout import compiler_paths, known_programs

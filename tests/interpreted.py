@@ -17,7 +17,7 @@ class Interpreted:
     """Stands in the place of :class:`Program`; ``made`` counts those that were made."""
 
     made = 0
-    check, compare, fits = Program.check, Program.compare, Program.fits
+    check, compare, fits, captures = Program.check, Program.compare, Program.fits, Program.captures
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
         with random_state.preserved(tensors[0].device):

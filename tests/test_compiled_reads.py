@@ -17,7 +17,7 @@ from diffopt.tensors.reads import Reads
 
 W = torch.tensor([1.0, -2.0], dtype=torch.float64)
 settings: Any = types.ModuleType("a_module_of_settings")
-settings.scale = 1.0
+setattr(settings, "scale", 1.0)  # noqa: B010
 settings.deeper = types.ModuleType("another_one")
 settings.deeper.scale = 1.0
 

@@ -14,7 +14,7 @@ from diffopt.errors import EstimatorError
 from diffopt.rollout import known_programs
 from diffopt.rollout.along import Running
 from diffopt.rollout.record import Counts, Record
-from diffopt.rollout.rollout_program import kind_of_steps, numbers_of
+from diffopt.rollout.rollout_program import numbers_of
 from diffopt.rollout.store import Store
 from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
@@ -48,19 +48,24 @@ def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> 
 def _sweep(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int) -> Found:
     if first > trajectory.steps:
         return _parts(_plainly(trajectory, stack, cotangent, first))
-    inputs, whole = trajectory.inputs.detached(), _of_all_the_state(trajectory)
+    inputs = trajectory.inputs.detached()
     running = [] if trajectory.running is None else _along(trajectory.running)
     given = [x for x in running if x is not None]
     tensors = [numbers_of(trajectory.layout, inputs), *inputs.flat, *stack, *cotangent, *given]
-    what = ("sweep", first, trajectory.wanted, tuple([x is None for x in running]), *kind_of_steps(trajectory.layout))
-    known = known_programs.find(trajectory.dynamics, what, tensors, _function(whole, first))
-    if known is None or known.program is None or not known.unchanged:
+    key = ("sweep", trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
+    known = known_programs.find(
+        trajectory.dynamics, key, tensors, lambda: _function(_of_all_the_state(trajectory), first)
+    )
+    if known is None or known.program is None:
         return _parts(_plainly(trajectory, stack, cotangent, first))
-    found = known.program(tensors)
-    if known.is_due():
+    found, unchanged = known.program(tensors), known.unchanged
+    if known.is_due() or not unchanged:  # each step is taken again, and says whether its loss is another one
+        whole = _of_all_the_state(trajectory)
         plain = _plainly(whole, stack, cotangent, first)
         if not known.agrees(found, _flat(whole, plain)):
             return plain.initial if trajectory.wants_initial else None, plain.direct
+        if not unchanged:
+            known.settle(trajectory.dynamics)
     counts, steps = trajectory.record.counts, trajectory.steps - first + 1
     counts.products += steps
     counts.depth += steps

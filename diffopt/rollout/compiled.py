@@ -188,7 +188,7 @@ def kind_of(dynamics: Dynamics, what: tuple[Hashable, ...], arguments: Sequence[
     layout, loss = dynamics.layout, dynamics.loss
     structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     optimizer = _without_tensors(dynamics.optimizer.template), dynamics.optimizer.placed
-    kind = type(loss), getattr(as_written(loss), "__func__", None)
+    kind: tuple[Hashable, ...] = type(loss), getattr(as_written(loss), "__func__", None)  # type: ignore[assignment]
     return (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
 
 

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from diffopt.rollout.field import as_written
 from diffopt.rollout.program import Program
 from diffopt.tensors.captures import Given
 from diffopt.tensors.reads import Reads
+
+Function: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 @final
@@ -61,9 +63,15 @@ class Known:
             return False
         return True
 
-    def take_note(self, dynamics: Dynamics) -> None:
-        """What is read now is as good as what was read when it was made."""
-        self._reads = _reads(dynamics)
+    def settle(self, dynamics: Dynamics) -> None:
+        """What is read now gives the same numbers as what was read when it was made: take note of it.
+
+        But for tensors, of which it would go on to read those of then.
+        """
+        if self.program is not None and self.program.captures:
+            self.program = None
+        elif not self.unchanged:
+            self._reads = _reads(dynamics)
 
     def set_forms(self, dynamics: Dynamics) -> None:
         """Let the problem know how the trees of its functions are made up, which have not been called."""
@@ -81,25 +89,34 @@ _MOST = 2
 """Of so many functions of one code programs are made: of what is made anew at every call steps alone are compiled."""
 
 
-def find(
-    dynamics: Dynamics, what: tuple[Hashable, ...], tensors: Sequence[Tensor], function: Callable[..., Sequence[Tensor]]
-) -> Known | None:
-    """The program of ``function(*tensors)``, a part of a solve; ``None``: there is none, nor can be one.
+def key_of(dynamics: Dynamics, what: tuple[Hashable, ...], tensors: Sequence[Tensor]) -> Hashable | None:
+    """What the program of a solve with these tensors is made for; ``None``: there can be none."""
+    if any([type(x) not in _PLAIN or x.layout != torch.strided for x in tensors]):
+        return None
+    state = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    key = (*kind_of(dynamics, what, tensors), state, _observers(dynamics))
+    try:
+        hash(key)
+    except TypeError:  # an argument that cannot be hashed
+        return None
+    return key
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def find(dynamics: Dynamics, key: Hashable, tensors: Sequence[Tensor], made: Callable[[], Function]) -> Known | None:
+    """The program of ``made()(*tensors)``, a part of a solve; ``None``: there is none, nor can be one.
 
     It is made at the first call, which takes seconds.
     """
-    if any([type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided for x in tensors]):
-        return None
-    state = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
-        whose = owner(dynamics.loss)
-        key = (*kind_of(dynamics, what, tensors), state, _observers(dynamics))
-        known = _known.setdefault(whose, {})
-        found = known.get(key)
-    except TypeError:  # a loss that cannot be referred to weakly, an argument that cannot be hashed
+        known = _known.setdefault(owner(dynamics.loss), {})
+    except TypeError:  # a loss that cannot be referred to weakly
         return None
+    found = known.get(key)
     if found is None:
-        found = known[key] = Known(dynamics, _made(dynamics, known, tensors, function))
+        found = known[key] = Known(dynamics, _made(dynamics, known, tensors, made()))
     return found if found.serves(dynamics) else None
 
 
@@ -107,7 +124,7 @@ def _made(
     dynamics: Dynamics,
     known: dict[Hashable, Known],
     tensors: Sequence[Tensor],
-    function: Callable[..., Sequence[Tensor]],
+    function: Function,
 ) -> Program | None:
     code = getattr(as_written(dynamics.loss), "__code__", None)
     if code is not None and not known:
@@ -136,8 +153,9 @@ def _forms(dynamics: Dynamics) -> list[Any]:
 
 def _observers(dynamics: Dynamics) -> tuple[Hashable, ...]:
     """What tells apart how a problem is looked at, by what lives on."""
-    observe = None if dynamics.observer is None else dynamics.observer.function
-    return getattr(observe, "__code__", type(observe)), dynamics.aux is not None
+    observe: Any = None if dynamics.observer is None else dynamics.observer.function
+    other: Any = type(observe)
+    return getattr(observe, "__code__", other), dynamics.aux is not None
 
 
 def _identity(dynamics: Dynamics) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,8 +102,10 @@ def roll_out(
     if tracing.current() is not None:
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
     if dynamics.compile and stop is NEVER and not draws:
-        plainly = partial(roll_out, replace(dynamics, compile=False), keep=keep, wanted=wanted, watch=watch)
-        found = rollout_program.roll_out(dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly)
+        plainly = partial(_roll_out_plainly, dynamics, keep=keep, wanted=wanted, watch=watch)
+        found = rollout_program.roll_out_wholly(
+            dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly
+        )
         if found is not None:
             return found[0], replace(found[1], wanted=tuple(wanted))
     layout, inputs = dynamics.layout, inputs.detached()
@@ -171,6 +174,10 @@ def roll_out(
         copied_to=tuple(steps.ranks.copied_to) if isinstance(steps, Checks) and steps.ranks is not None else (),
         shards=isinstance(steps, Checks) and steps.ranks is not None and steps.ranks.shards,
     )
+
+
+def _roll_out_plainly(dynamics: Dynamics, inputs: Inputs, **options: Any) -> tuple[Leaves, Rollout]:
+    return roll_out(replace(dynamics, compile=False), inputs, **options)
 
 
 def _finite_again(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
@@ -163,6 +163,7 @@ class Rollout:
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
         copied_to: the groups of ranks that share the solve, if they do.
+        key: what the program was made for that has rolled out, if one has.
         shards: whether each rank holds its own part of the params, in tensors that do not know of it.
     """
 
@@ -182,6 +183,7 @@ class Rollout:
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
     copied_to: tuple[Any, ...] = ()
+    key: Hashable = None
     shards: bool = False
 
     @contextmanager

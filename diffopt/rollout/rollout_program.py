@@ -9,6 +9,7 @@ says which step is to blame.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -34,7 +35,7 @@ class Plainly(Protocol):
         ...
 
 
-def roll_out(
+def roll_out_wholly(
     dynamics: Dynamics, inputs: Inputs, *, counts: Counts, keep: Keep | None, watch: Watch, plainly: Plainly
 ) -> tuple[Leaves, Rollout] | None:
     """As ``loop.roll_out``; ``None``: not by a program."""
@@ -43,21 +44,26 @@ def roll_out(
         return None
     first = layout.steps + 1 if keep is None else keep.first
     tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", first, *kind_of_steps(layout))
-    known = known_programs.find(dynamics, what, tensors, _function(dynamics, first, plainly))
+    key = known_programs.key_of(dynamics, what, tensors)
+    if key is None:
+        return None
+    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, first, plainly))
     if known is None or known.program is None:
         return None
     known.set_forms(dynamics)
     unsound, losses, *found = known.program(tensors)
     kept = layout.state_count if first <= layout.steps else 0
-    along, state = found[: len(found) - kept - layout.state_count], found[len(found) - kept - layout.state_count :]
-    state, stack = Leaves(state[: layout.state_count]), Leaves(state[layout.state_count :])
+    end = len(found) - kept
+    along, state = found[: end - layout.state_count], Leaves(found[end - layout.state_count : end])
+    stack = Leaves(found[end:])
     due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
     if not unchanged or (watch.values and (due or not sound)):
         plain = plainly(inputs, counts=Counts())
         if not _is_right(known, (state, losses), *plain, sound=sound):
             counts.gradients += layout.steps
             return plain
-        known.take_note(dynamics)
+        if not unchanged:
+            known.settle(dynamics)
     counts.gradients += layout.steps
     size = sum([x.nbytes for x in stack])
     return state, Rollout(
@@ -69,6 +75,7 @@ def roll_out(
         losses=losses,
         handed_out=tuple(along),
         autocast=derivatives.Autocast(inputs.params[0].device),
+        key=key,
     )
 
 
@@ -80,7 +87,7 @@ def _is_right(
     Raises:
         CapturedTensorError: the loss is another one, from its first step on.
     """
-    if plain.hidden_state is not None or plain.copied_to or plain.draws:
+    if plain.hidden_state is not None or plain.copied_to or plain.shards or plain.draws:
         known.program = None
         return False
     state, losses = found
@@ -92,8 +99,13 @@ def _is_right(
 
 def numbers_of(layout: Layout, inputs: Inputs) -> Tensor:
     """The numbers of the steps' first updates: an input, so that a solve that goes on needs no program of its own."""
-    first, window = layout.first_update(1), layout.window
-    return torch.arange(first, first + layout.steps * window, window, device=inputs.params[0].device)
+    return _numbers(layout.first_update(1), layout.steps, layout.window, inputs.params[0].device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(first: int, steps: int, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(first, first + steps * window, window, device=device)
 
 
 def kind_of_steps(layout: Layout) -> tuple[int, int, int | None]:
@@ -123,8 +135,8 @@ def _function(dynamics: Dynamics, first: int, plainly: Plainly) -> Callable[...,
             rows = [rollout.states[step] for step in range(first, layout.steps + 1)]
             stack = [torch.stack(column) for column in zip(*rows, strict=True)]
         else:
-            given = {"counts": Counts(), "keep": keep, "watch": Watch(), "numbers": numbers}
-            state, rollout = traced.roll_out(dynamics, inputs, **given)
+            nobody = Counts()
+            state, rollout = traced.roll_out(dynamics, inputs, counts=nobody, keep=keep, watch=Watch(), numbers=numbers)
             stack = [] if rollout.stack is None or first > layout.steps else list(rollout.stack)
         assert rollout.losses is not None
         sums = [(x - x).sum().double() for x in (rollout.losses, *state) if x.is_floating_point()]

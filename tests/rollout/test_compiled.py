@@ -1,4 +1,4 @@
-"""``compile=True``, its steps one by one: the numbers of the plain way, and a warning or an error where it cannot give them."""
+"""``compile=True``, step by step: the numbers of the plain way, and a warning or an error where there are none."""
 
 from __future__ import annotations
 
