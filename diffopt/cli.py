@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         code: int = options.run(options)
-        print(
-            end="", flush=True
-        )  # a full disk, or a reader that has ended, shows now and not at the end
+        print(end="", flush=True)  # a full disk, or a reader that has ended, shows now and not at the end
         return code
     except SystemExit as stop:  # argparse: --help, --version, or an error that it has printed; rich: nobody reads
         return FAILED if stop.code else 0

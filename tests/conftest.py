@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from interpreted import Interpreted
 
-
 import diffopt
 from diffopt.rollout import compiler_paths, known_programs
 
