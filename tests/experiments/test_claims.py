@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from diffopt.experiments.framework import pictures
 from diffopt.experiments.framework.claims import Every, answers, ask, long_table
 from diffopt.experiments.framework.experiment import Unit, starts
 from diffopt.experiments.framework.statistics import Effect, differences, judged, together, two_level
@@ -202,6 +203,22 @@ def test_a_table_has_a_row_for_each_setting_and_a_column_for_each_place():
     assert first[3:] == (pytest.approx(1.236), None, *[pytest.approx(1.025, rel=2e-2)] * 2, None)
     assert (second[0], second[-1]) == ("b", "said")
     assert listed("title", pd.DataFrame(), {"rule": "rule"}, {}) == ()
+
+
+def test_curves_are_means_over_starts_and_draws(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure) or path)
+    data = pd.concat([table(b=0.5), table(b=0.5).assign(L=2, error=7.0)])
+    look = {"x": "L", "y": "error", "hue": "rule", "panel": "lr"}
+    assert pictures.curves(data, tmp_path / "x.png", **look, scales={"error": "log"}) == [tmp_path / "x.png"]
+    first, second = drawn[0].axes
+    assert (first.get_title(), second.get_title(), first.get_yscale()) == ("lr=0.1", "lr=0.2", "log")
+    assert [line.get_label() for line in first.lines] == ["a", "b"]
+    assert list(first.lines[1].get_xdata()) == [1, 2]
+    assert list(first.lines[1].get_ydata()) == pytest.approx([6.145 / 12, 7.0])
+    range_of_starts = first.collections[1].get_paths()[0].get_extents()
+    assert (range_of_starts.ymin, range_of_starts.ymax) == pytest.approx((0.42, 7.0))
+    assert pictures.curves(pd.DataFrame(), tmp_path / "x.png", **look) == []
 
 
 def test_units_of_several_starts_differ_in_their_random_numbers_alone():

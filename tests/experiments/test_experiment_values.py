@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from diffopt.experiments.framework.experiment import ExperimentError, verdict
+from diffopt.experiments.framework.experiment import ExperimentError
 from diffopt.experiments.framework.options import listed, one_of, whole, yes_or_no
 from diffopt.experiments.framework.run_folder import json_row
 
@@ -19,13 +19,6 @@ def test_rows_must_be_json(row):
 
 def test_rows_are_what_json_makes_of_them():
     assert json_row("unit", {"x": (1, 2.5)}) == {"x": [1, 2.5]}
-
-
-def test_verdicts():
-    assert verdict([True, True], "e") == ("yes", "e")
-    assert verdict([True, False], "e") == ("partly", "e")
-    assert verdict([False], "e") == ("no", "e")
-    assert verdict([], "e")[0] == "not measured"
 
 
 def test_settings_of_words():

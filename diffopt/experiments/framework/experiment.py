@@ -23,12 +23,18 @@ depend on the clock. Rules:
 - ``cost`` says how long a unit takes beside the others, in any unit of time: the frame learns from those that are
   done how much of the budget the next one needs.
 
-**The summary** is made from the units that are finished, which after a run out of time are not all: leave rows out and
-answer claims by "not measured", never raise. Every claim of a paper is answered by what was measured::
+**Starts**: ``starts(settings.seeds, units_of_one)`` makes the units once for every start, each with random numbers of
+its own. A unit's ``keys`` say what it is of; with them ``claims.long_table`` makes one table of all rows, from which
+``claims.ask`` answers a claim, ``tables.listed`` makes a table and ``pictures.curves`` a picture.
 
-    Claim("binomial is below truncated at equal L", "Fig. 3", *verdict(flags, "in 30 of 40 settings"))
+**The summary** is made from the units that are finished, which after a run out of time are not all: leave rows out and
+answer claims by "not measured", never raise. An answer is drawn from the interval over starts and test episodes::
+
+    ask("binomial is below truncated at equal L", "Fig. 3", "error: binomial / truncated < 1 by K, L")
 
 **Pictures** are PNG files written into the folder given; use ``pictures`` for colours and saving.
+
+**The papers' settings** stand in ``papers``, by the names of ours: ``--list`` and the results page set them beside.
 
 A minimal experiment::
 
@@ -36,16 +42,20 @@ A minimal experiment::
     @dataclass(frozen=True)
     class Settings:
         steps: int = option(5, "inner steps", whole(1))
+        seeds: int = option(3, "starts", whole(1))
 
-    def unit(settings: Settings, rule: Estimator, work: Work) -> Row:
+    def unit(settings: Settings, order: int, work: Work) -> Row:
         start = torch.randn(3, generator=work.generator("start"))
         return {"error": ...}
 
+    def units(s: Settings) -> list[Unit]:
+        runs = [Unit(f"L={l}", partial(unit, s, l), keys={"L": l, "rule": "binomial"}) for l in range(s.steps)]
+        return starts(s.seeds, lambda: runs)
+
     EXPERIMENT = Experiment(
         name="mine", title="...", paper="...", needs=Needs("none", 1, None),
-        quick=Settings(2), standard=Settings(), full=Settings(50),
-        units=lambda s: [Unit(f"order={l}", partial(unit, s, Binomial(l))) for l in range(s.steps)],
-        summarise=summarise, draw=draw,
+        quick=Settings(2), standard=Settings(), full=Settings(50), units=units,
+        summarise=summarise, draw=draw, papers={"steps": "5"},
     )
 """
 
@@ -215,10 +225,3 @@ class Experiment(Generic[Settings]):
     summarise: Callable[[Settings, Results], Summary]
     draw: Callable[[Settings, Results, Path], Sequence[Path]]
     papers: Mapping[str, str] = field(default_factory=dict)
-
-
-def verdict(flags: Sequence[bool], evidence: str) -> tuple[Answer, str]:
-    """The answer to a claim that was tested in several settings: in all, in none, in some; and the evidence."""
-    if not flags:
-        return "not measured", "no unit that tests it is finished"
-    return ("yes" if all(flags) else "partly" if any(flags) else "no"), evidence

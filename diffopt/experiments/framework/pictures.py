@@ -29,6 +29,8 @@ STYLES: dict[str, dict[str, Any]] = {
 
 SEQUENCE = ("#440154", "#3B528B", "#21918C", "#5EC962", "#C8A800")
 """Colours for ordered things, such as numbers of steps: dark to light, told apart in grey too."""
+MOST_MARKED = 50
+"""Points of a line that are marked; more of them would cover each other."""
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
@@ -100,10 +102,10 @@ def curves(
             for k, value in enumerate(hues):
                 line = rows[rows[hue] == value].dropna(subset=[across, up])
                 look = style(value) if style else {"color": SEQUENCE[k % len(SEQUENCE)], "marker": ""}
-                draw_line(axes, line, across, up, over or across, {"label": str(value), **look})
+                draw_line(axes, line, across, up, over or across, {"label": _named(hue, value), **look})
             axes.set(xlabel=labels.get(across, across), ylabel=labels.get(up, up))
             axes.set(xscale=scales.get(across, "linear"), yscale=scales.get(up, "linear"))
-            axes.set_title("" if place is None else str(place), fontsize="medium")
+            axes.set_title("" if place is None else _named(panel, place), fontsize="medium")
             axes.grid(alpha=0.3)
             finish(axes, place)
     for axes in spare:
@@ -118,8 +120,17 @@ def draw_line(axes: Axes, rows: Frame, x: str, y: str, over: str, look: Mapping[
     if not len(rows):
         return
     found = rows.groupby(over, sort=True).agg(x=(x, "mean"), mean=(y, "mean"), low=(y, "min"), high=(y, "max"))
-    axes.plot(found["x"], found["mean"], **{"markersize": 4, **look})
-    axes.fill_between(found["x"], found["low"], found["high"], color=look["color"], alpha=0.12, linewidth=0)
+    marker = {"marker": ""} if len(found) > MOST_MARKED else {}
+    axes.plot(found["x"], found["mean"], **{"markersize": 4, **look, **marker})
+    if len(found) == 1:
+        axes.vlines(found["x"], found["low"], found["high"], color=look["color"], alpha=0.5)
+    else:
+        axes.fill_between(found["x"], found["low"], found["high"], color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _named(column: str, value: Any) -> str:
+    """A value as it is; a number with the name of its column."""
+    return value if isinstance(value, str) else f"{column}={value:g}"
 
 
 def _sides(x: str | Sequence[str], y: str | Sequence[str]) -> list[tuple[str, str]]:
