@@ -39,7 +39,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
             marked = _labels(load_pickle(place / labels, LARGEST_LABELS), str(place / labels), split)
             return _decoded(load_pickle(place / images, LARGEST_IMAGES), *marked, str(place / images), size)
 
-        return Form((images, labels), read)
+        return Form((images, labels), read, " and ".join(pair))
 
     def of_archive(place: Path) -> Classes[RaggedImages]:
         path = ARCHIVE.check(place)

@@ -191,7 +191,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "omniglot_no_folder": (
         lambda: in_folder(None, lambda p: Omniglot.load(p.parent / "none", split="evaluation")),
-        "there is no such folder, expected omniglot_28.npz, or .*--data-dir",
+        "there is no such folder, expected omniglot_28.npz or .*--data-dir",
     ),
     "omniglot_no_file": (lambda: in_folder(None, background), "none of the accepted files, expected omniglot_28.npz"),
     "omniglot_vinyals": (
