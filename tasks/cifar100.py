@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -49,6 +50,7 @@ def _forms(data_set: Named, split: Split, size: int) -> list[Form[Classes[Tensor
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class CIFARFS(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 32x32 in colour.
 
@@ -85,6 +87,7 @@ class CIFARFS(ClassificationSet[Tensor]):
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class FC100(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 32x32 in colour.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final, get_args
 
@@ -59,6 +60,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[Tensor]]]:
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class MiniImageNet(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 84x84 in colour.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -52,6 +53,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class TieredImageNet(ClassificationSet[RaggedImages]):
     """The images of one split, 84x84 in colour, classes of unequal size.
 
