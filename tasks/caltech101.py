@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -49,6 +50,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class Caltech101(ClassificationSet[RaggedImages]):
     """The images of one split, 32x32 in colour, classes of unequal size.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -28,7 +29,7 @@ EXTRACTED = (
     KnownFile("cifar-100-python/train", None, md5="16019d7e3df5f24257cddd939b257f8d"),
     KnownFile("cifar-100-python/test", None, md5="f0ef6b0ae62326f3e7ffdfab6717acfc"),
 )
-ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html offers the archive (161 MB), from which the others are extracted"
+ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html offers it (161 MB)"
 LARGEST_MEMBER = 160_000_000
 LARGEST_ARCHIVE = 200_000_000
 """Bytes; the official archive has 155,249,918 in its largest file and less than this in all of them."""
@@ -44,10 +45,12 @@ def _forms(data_set: Named, split: Split, size: int) -> list[Form[Classes[Tensor
         tables = [read_pickle(io.BytesIO(x), len(x), name) for x, name in zip(contents, names, strict=True)]
         return _chosen(tables, class_list(data_set, split), size, place)
 
-    return [Form((ARCHIVE.name,), archived), Form(tuple(one.name for one in EXTRACTED), extracted)]
+    names = tuple(one.name for one in EXTRACTED)
+    return [Form((ARCHIVE.name,), archived), Form(names, extracted, "the folder cifar-100-python extracted from it")]
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class CIFARFS(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 32x32 in colour.
 
@@ -84,6 +87,7 @@ class CIFARFS(ClassificationSet[Tensor]):
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class FC100(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 32x32 in colour.
 

@@ -26,10 +26,12 @@ class Form(Generic[Content]):
     Attributes:
         files: their names; the form is there where all of them lie in one folder.
         read: what they hold, read from that folder.
+        shown: how a message names them, if not by their names.
     """
 
     files: tuple[str, ...]
     read: Callable[[Path], Content]
+    shown: str = ""
 
 
 @final
@@ -70,7 +72,7 @@ class KnownSet(Generic[Name, Content]):
             for form in forms:
                 if all(is_there(place / name) for name in form.files):
                     return form.read(place), form.files
-        accepted = ", or ".join(" and ".join(form.files) for form in forms)
+        accepted = " or ".join(dict.fromkeys(form.shown or " and ".join(form.files) for form in forms))
         raise missing(f"{self.name} data for split {split!r}", places, accepted, self.origin)
 
 

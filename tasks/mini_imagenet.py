@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final, get_args
 
@@ -26,7 +27,7 @@ LARGEST_PICKLE, LARGEST_LIST, LARGEST_PICTURE, LARGEST_ARCHIVE = 1_000_000_000, 
 """Bytes; the training split has 813 million in images."""
 ORIGIN = (
     "ImageNet's terms forbid passing the images on: ask at https://image-net.org, and make the set by the lists at "
-    "https://github.com/twitter-research/meta-learning-lstm/tree/master/data/miniImagenet, beside the pictures. "
+    "https://github.com/twitter-research/meta-learning-lstm/tree/master/data/miniImagenet. "
     "Prepared pickles: https://github.com/renmengye/few-shot-ssl-public"
 )
 
@@ -51,10 +52,15 @@ def _forms(split: Split, size: int) -> list[Form[Classes[Tensor]]]:
     def of_list(place: Path) -> Classes[Tensor]:
         return listed_images(place / listed, split, size), names
 
-    return [*map(of_pickle, pickles), Form((listed,), of_list), Form((ARCHIVE.name,), of_archive)]
+    return [
+        *map(of_pickle, pickles),
+        Form((listed,), of_list, f"{listed} beside the pictures"),
+        Form((ARCHIVE.name,), of_archive),
+    ]
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class MiniImageNet(ClassificationSet[Tensor]):
     """The images of one split: 600 of each class, 84x84 in colour.
 

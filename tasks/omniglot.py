@@ -40,10 +40,7 @@ SMALL_BACKGROUND = (
         "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
     ),
 )
-ORIGIN = (
-    "the official zips do not know the Vinyals splits; they are at "
-    "https://github.com/brendenlake/omniglot/tree/master/python"
-)
+ORIGIN = "github.com/brendenlake/omniglot"
 CODES = ("vinyals-train", "vinyals-validation", "vinyals-test")
 
 
@@ -62,14 +59,16 @@ def _forms(split: Split, size: int) -> list[Form[Drawings]]:
         def read(place: Path) -> Drawings:
             return read_archives([(one.name, io.BytesIO(one.read(place))) for one in known])
 
-        return Form(tuple(one.name for one in known), read)
+        small = SMALL_BACKGROUND[0].name if known[0] in SMALL_BACKGROUND else ""
+        return Form(tuple(one.name for one in known), read, small)
 
     first, second = SMALL_BACKGROUND
     archives = {
         "background": [zips(BACKGROUND), zips(first, second), zips(first), zips(second)],
         "evaluation": [zips(EVALUATION)],
     }
-    return [Form((SINGLE_FILE.name,), single), *archives.get(split, [])]
+    shown = f"{SINGLE_FILE.name} (the official zips do not know the Vinyals splits)" if split in CODES else ""
+    return [Form((SINGLE_FILE.name,), single, shown), *archives.get(split, [])]
 
 
 _KNOWN = KnownSet("Omniglot", 28, _forms, ORIGIN, splits=get_args(Split))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -39,7 +40,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
             marked = _labels(load_pickle(place / labels, LARGEST_LABELS), str(place / labels), split)
             return _decoded(load_pickle(place / images, LARGEST_IMAGES), *marked, str(place / images), size)
 
-        return Form((images, labels), read)
+        return Form((images, labels), read, " and ".join(pair))
 
     def of_archive(place: Path) -> Classes[RaggedImages]:
         path = ARCHIVE.check(place)
@@ -52,6 +53,7 @@ def _forms(split: Split, size: int) -> list[Form[Classes[RaggedImages]]]:
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class TieredImageNet(ClassificationSet[RaggedImages]):
     """The images of one split, 84x84 in colour, classes of unequal size.
 

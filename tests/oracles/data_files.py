@@ -29,8 +29,7 @@ PICKLES = {
     "protocol 5": partial(pickle.dumps, protocol=5),
 }
 SHORT = {"train": "train", "validation": "val", "test": "test"}
-CALL = b"\x80\x02cposix\nsystem\nU\x04true\x85R."
-"""A pickle that runs a command."""
+CALL = b"\x80\x02cposix\nsystem\nU\x04true\x85R."  # a pickle that runs a command
 
 
 def refused(message: str, kind: type[Exception] = DataError) -> Any:

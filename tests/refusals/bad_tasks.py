@@ -144,7 +144,7 @@ def batch_statistics(channels: Any) -> None:
 
 @refused(DataError, "'train', expected one of", split="train")
 @refused(DataError, "folder is int 3, expected a path, a str or a Path", folder=3)
-@refused(DataError, "there is no such folder, expected omniglot_28.npz, or .*--data-dir", folder="none")
+@refused(DataError, "there is no such folder, expected omniglot_28.npz or .*--data-dir", folder="none")
 @refused(DataError, "none of the accepted files, expected omniglot_28.npz")
 @refused(DataError, "zips do not know the Vinyals splits", split="vinyals-test")
 @refused(DataError, "has 2 bytes, expected 9,464,212. .*download it again", ("images_background.zip", b"PK"))

@@ -14,13 +14,14 @@ from diffopt.tasks import CIFARFS, FC100, MNIST, Caltech101, MiniImageNet, Omnig
 from diffopt.tasks.class_lists import class_list, superclasses
 from diffopt.tasks.data import CHUNK, KnownFile, read_one_of
 
-CIFAR = ("expected cifar-100-python.tar.gz, or cifar-100-python/meta", "www.cs.toronto.edu")
-MINI = ("mini-imagenet-cache-val.pkl", "-validation.pkl", "val.csv", "mini-imagenet.tar.gz", "image-net.org")
-TIERED = ("val_images_png.pkl and val_labels.pkl", "or tiered-imagenet.tar", "image-net.org", "12.9 GB")
+CIFAR = ("expected cifar-100-python.tar.gz or the folder cifar-100-python extracted", "www.cs.toronto.edu")
+MINI = ("cache-val.pkl", "-validation.pkl", "val.csv beside the pictures or mini-imagenet.tar.gz", "image-net.org")
+VINYALS = ("expected omniglot_28.npz (the official zips do not know the Vinyals splits);",)
+TIERED = ("val_images_png.pkl and val_labels.pkl or tiered-imagenet.tar", "image-net.org", "12.9 GB")
 MISSING = [
     (Omniglot, "Omniglot", "background", ("omniglot_28.npz", "images_background_small1.zip", "github.com/brendenlake")),
-    (Omniglot, "Omniglot", "evaluation", ("expected omniglot_28.npz, or images_evaluation.zip;",)),
-    (Omniglot, "Omniglot", "vinyals-train", ("expected omniglot_28.npz;", "do not know the Vinyals splits")),
+    (Omniglot, "Omniglot", "evaluation", ("expected omniglot_28.npz or images_evaluation.zip;",)),
+    (Omniglot, "Omniglot", "vinyals-train", VINYALS),
     (Caltech101, "Caltech-101", "test", ("expected caltech101_32.npz", "https://data.caltech.edu", "`class_split`")),
     (CIFARFS, "CIFAR-FS", "test", CIFAR),
     (FC100, "FC100", "test", CIFAR),
