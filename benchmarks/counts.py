@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.house import ROOT
@@ -75,15 +75,15 @@ def collected() -> int:
 
 
 def since(revision: str) -> tuple[int, int]:
-    """Lines of the test files that stood at ``revision``: then, and now."""
+    """Lines of the test files that stood at ``revision``: then, and now, wherever commits have moved them."""
     then = [name for name in _git("ls-tree", "-r", "--name-only", revision, "tests") if name.endswith(".py")]
-    moved: dict[str, str] = {}
-    for change in _git("diff", ALIKE, "-l9999", "--name-status", "--diff-filter=R", revision, "--", "tests"):
+    now = {name: name for name in then}
+    log = ("log", "--reverse", "--topo-order", "--format=", "--name-status", ALIKE, "-l9999", "--diff-filter=R")
+    for change in _git(*log, f"{revision}..HEAD", "--", "tests"):
         _, old, new = change.split("\t")
-        moved[old] = new
-    now: Iterable[Path] = (ROOT / moved.get(name, name) for name in then)
+        now = {first: new if name == old else name for first, name in now.items()}
     before = sum(len(_git("show", f"{revision}:{name}")) for name in then)
-    return before, sum(lines(path) for path in now if path.exists())
+    return before, sum(lines(ROOT / name) for name in now.values() if (ROOT / name).exists())
 
 
 def _git(*arguments: str) -> list[str]:

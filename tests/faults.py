@@ -298,7 +298,7 @@ FAULTS = [
         "AsPureFunction.__torch_function__",
         'if name == "_set_grad_enabled"',
         'if name == "never"',
-        "from_torch",
+        "lift_third_party",
     ),
     Fault(
         "lifting: a root's slope at zero is infinite",

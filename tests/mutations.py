@@ -87,6 +87,7 @@ NAMES = [
     "solver_advice",
     "error_fields",
     "lift_refusals",
+    "lift_third_party",
     "recomputation",
     "hidden_state",
     "finite",
