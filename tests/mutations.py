@@ -19,6 +19,7 @@ from faults import FAULTS, Fault
 NAMES = [
     "going_on",
     "along",
+    "losses_of_many_steps",
     "many_cotangents",
     "estimators",
     "binomial",
