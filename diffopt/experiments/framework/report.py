@@ -54,7 +54,7 @@ def shown(cell: Cell) -> str:
 
 def started(results: Mapping[str, Any], claim: Mapping[str, Any]) -> int:
     """How many starts a claim's answer rests on; results of diffopt 0.1 say so by the setting, if at all."""
-    return int(claim.get("starts") or results["settings"].get("seeds", 1))
+    return int(claim.get("starts") or results.get("settings", {}).get("seeds", 1))
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
