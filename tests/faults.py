@@ -741,7 +741,7 @@ FAULTS = [
         "_dims_of_leaves",
         "listed = isinstance(given, Sequence) and not isinstance(given, str)",
         "listed = isinstance(given, Sequence | dict) and not isinstance(given, str)",
-        "over_tasks",
+        "bad_inputs",
     ),
     Fault(
         "a kink at zero is taken for a smooth minimiser",
