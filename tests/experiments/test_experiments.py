@@ -81,14 +81,14 @@ class TestBounds:
         assert found["4.1, first order"] == pytest.approx(4 / 3.5)
         assert found["4.1, truncated"] == pytest.approx(3 / 3)
         found = bounds.bounds("ending convex", 3, 1, 0.5, 0.2)
-        assert found == pytest.approx({"(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
+        assert found == pytest.approx({"(34a)": 1 + 2.25 * 0.8, "(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
 
     def test_answers_follow_the_numbers(self):
         settings = catalogue.experiment("bounds").quick
         found = rows("bounds", settings)
         said = answers(summarise_bounds(settings, found))
         assert said["bounded curvature: (11a), (11b), (11c) hold"] == "yes"
-        assert said["convex losses: (12a) bounds first order"] == "no"
+        assert said["convex losses: (12a), as reconstructed, bounds first order"] == "no"
         assert said["proposition 4.1 holds in their place"] == "yes"
         for level in found["bounded K=3 x=1"]["levels"]:
             level["random"]["binomial"] *= 2
