@@ -3920,8 +3920,8 @@ FAULTS = [
     Fault(
         "influence balancing has one sign more",
         "POSITIVE",
-        "SIZE, POSITIVE = 23, 10",
-        "SIZE, POSITIVE = 23, 11",
+        "POSITIVE = 10",
+        "POSITIVE = 11",
         "yardsticks_experiment",
     ),
     Fault(
