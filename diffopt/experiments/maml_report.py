@@ -112,9 +112,10 @@ def _step_size(lines: Lines) -> Iterator[Claim]:
     flags, told = [], []
     for seed in lines.seeds:
         if found := lines.by_rate("MAML", seed):
-            best, largest = min(found, key=lambda rate: _loss(found[rate])), max(found)
-            flags.append(_loss(found[largest]) > WORSE * _loss(found[best]))
-            told.append(f"{_loss(found[best]):.3g} at {best:g}, {_loss(found[largest]):.3g} at {largest:g}")
+            ends = {rate: _loss(row) for rate, row in found.items()}
+            (lowest, best), largest = min((loss, rate) for rate, loss in ends.items()), max(ends)
+            flags.append(ends[largest] > WORSE * lowest)
+            told.append(f"{lowest:.3g} at {best:g}, {ends[largest]:.3g} at {largest:g}")
     evidence = f"outer loss at the best and at the largest step size, by start: {'; '.join(told)}"
     yield Claim("the inner step size should not be too large", SLIDES, *verdict(flags, evidence))
 

@@ -37,7 +37,7 @@ def plain_training(run):
         if run.batch is not None:
             chosen = [torch.randperm(2 * run.way, generator=drawn)[: run.batch] for _ in range(SETTINGS.steps)]
         episodes = sample_episodes(images, way=run.way, shot=2, query=1, tasks=run.tasks, generator=tasks)
-        total = 0.0
+        total = torch.zeros(())
         for x, y, queries, wanted in zip(*episodes, strict=True):
             adapted = list(params)
             for part in chosen:
