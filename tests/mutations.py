@@ -140,6 +140,9 @@ NAMES = [
     "mini_imagenet",
     "models",
     "episodes",
+    "yardsticks_experiment",
+    "bounds_decay",
+    "maml_experiment",
 ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import diffopt
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Reverse, Truncated
+from diffopt.experiments import bounds_decay
 from diffopt.experiments.bounds_report import pictures, summary
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
@@ -39,11 +40,13 @@ class Settings:
     draws: int = option(300, "random sequences of Hessians", whole(1))
     turning_steps: tuple[int, ...] = option((2, 3, 5, 10, 20), "K of the counterexamples", listed(whole(2)))
     turning_curvatures: int = option(40, "values of x between 0 and 1 for the counterexamples", whole(2))
+    decay_steps: tuple[int, ...] = option((20, 40), "K of the decay in L", listed(whole(6)))
+    decay_curvatures: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3), "x of the decay in L", listed(real(0)))
     seeds: int = option(3, "starts: other random Hessians", whole(1))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One per start, theorem, number of steps and curvature; one of counterexamples per number of steps."""
+    """One per start, theorem, steps and curvature; one of counterexamples per number of steps; the decay in L."""
 
     def of_one_start() -> list[Unit]:
         return [
@@ -58,10 +61,22 @@ def units(settings: Settings) -> list[Unit]:
             for x in settings.curvatures
         ]
 
-    return starts(settings.seeds, of_one_start) + [
+    turning = [
         Unit(f"turning K={steps}", partial(turn, settings, steps), steps, keys={"theorem": "turning", "K": steps})
         for steps in settings.turning_steps
     ]
+    decays = [
+        Unit(f"{bounds_decay.PREFIX}K={steps} x={x:g}", partial(decay, settings, steps, x), cost=steps**2)
+        for steps in settings.decay_steps
+        for x in settings.decay_curvatures
+    ]
+    return starts(settings.seeds, of_one_start) + turning + decays
+
+
+def decay(settings: Settings, steps: int, x: float, work: Work) -> Row:
+    """Errors over the orders, for the slope of their decay."""
+    lows = torch.zeros(steps, dtype=torch.float64)
+    return bounds_decay.measure(steps, x, partial(random_hessians, settings, lows, x), errors, work)
 
 
 def measure(settings: Settings, theorem: str, steps: int, x: float, work: Work) -> Row:
@@ -170,7 +185,7 @@ def turning_hessians(steps: int, x: float) -> Tensor:
 
 
 def bounds(theorem: str, steps: int, level: int, x: float, y: float) -> dict[str, float]:
-    """The bounds by the numbers of the derivations; (12a) and (12b) are claims of the paper that do not hold."""
+    """The bounds by the numbers of the derivations; (12a), (12b) and (34a) are reconstructed, two of them false."""
     kept, dropped = (1 - y) ** level, steps - level
     if theorem == "bounded":
         return {
@@ -188,6 +203,7 @@ def bounds(theorem: str, steps: int, level: int, x: float, y: float) -> dict[str
         }
     late = sum(math.comb(k, level) * (1 - y) ** (steps - 1 - k) for k in range(dropped, steps))
     return {
+        "(34a)": 1 + (1 + x) ** dropped * kept,
         "(34b)": ((1 + x) ** dropped - 1) * kept,
         "(34c)": kept * _terms(dropped, level + 1, x) + x ** (level + 1) * late,
     }
@@ -208,7 +224,7 @@ EXPERIMENT = Experiment(
     title="Error bounds beside measured errors of first order, truncation and the binomial expansion",
     paper="binomial: Fig. 2, theorems 3.6, 3.8, 3.10",
     needs=Needs("none", 3, None),
-    quick=Settings((3,), (0.3, 1.0), draws=10, turning_steps=(2, 4), turning_curvatures=5, seeds=2),
+    quick=Settings((3,), (0.3, 1.0), 0.5, 4, 10, (2, 4), 5, (8,), (0.1,), seeds=2),
     standard=Settings(),
     full=Settings((5, 10, 20), (0.05, 0.1, 0.3, 0.7, 1.0), draws=1000, seeds=5),
     units=units,

@@ -19,6 +19,9 @@ MARKED = {"truncated": "truncated", "implicit, Neumann": "implicit", "krylov": "
 DESCENTS = ("exact", "truncated 1", "truncated 10", "truncated 20", "truncated 50", "krylov 50", "first-order")
 ENDS = ("exact", "implicit, CG", "krylov 5", "truncated 5", "truncated 1", "binomial 1", "first-order")
 
+FITS = {"oracle": "right labels only", "start": "all, weights of the start", "noisy": "all, weights 1"}
+"""The plain fits, in words."""
+
 
 def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
     """``influence.png``, ``toy.png`` and ``cleaning.png``: those of which something is finished."""
@@ -78,11 +81,16 @@ def _shade(name: str) -> dict[str, Any]:
 
 def _draw_toy(settings: Any, rows: Mapping[str, Row], path: Path) -> Path:
     figure, ((left, right),) = panels(1, 2, 5.6, 4.2)
+    kinds: list[str] = []
     for name, row in rows.items():
         found = {int(steps): errors[0] for steps, errors in row["errors"].items()}
         if found and max(found.values()) < 1e3:
-            left.plot(list(found), list(found.values()), **{**_style(name), "markersize": 5})
-    left.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel="median error of the hypergradient")
+            kind = name.split(" ")[0]
+            look = {**_style(name), "markersize": 6, "fillstyle": ("full", "none", "left")[kinds.count(kind) % 3]}
+            kinds.append(kind)
+            left.plot(list(found), list(found.values()), **look)
+    left.set(yscale="log", xlabel="inner steps T", ylabel="median error of the hypergradient")
+    left.set_xticks(settings.toy_steps)
     left.set_title("beside the slope of the closed form")
     x = torch.linspace(toy.LOW, toy.HIGH, 601, dtype=torch.float64)
     right.plot(x, toy.outer_loss(x, -x), color="black", linewidth=1.5, label="h(x), the closed form")
@@ -93,7 +101,7 @@ def _draw_toy(settings: Any, rows: Mapping[str, Row], path: Path) -> Path:
         ends, style = rows[name]["ends"], _style(name)
         heights = [-0.25 - 0.25 * place] * len(ends)
         right.plot(ends, heights, marker="|", markersize=9, linestyle="", color=style["color"])
-        right.annotate(name, (3.05, heights[0]), fontsize="small", va="center", annotation_clip=False)
+        right.annotate(name, (3.2, heights[0]), fontsize="small", va="center", annotation_clip=False)
     right.set(xlabel="x", ylabel="h(x)", title="where the descents end", xlim=(-0.1, 3.1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -102,20 +110,32 @@ def _draw_toy(settings: Any, rows: Mapping[str, Row], path: Path) -> Path:
 
 
 def _draw_cleaning(settings: Any, results: Results, path: Path) -> Path:
-    figure, (upper, lower) = panels(2, len(settings.corruptions), 4.4, 3.2)
-    for above, below, corruption in zip(upper, lower, settings.corruptions, strict=True):
-        prefix = f"cleaning p={corruption:g} seed=0, "
-        rows = part(results, prefix)
+    """The outer loss and the test error at every corruption of which something is finished, of the first draw."""
+    every = {p: part(results, f"cleaning p={p:g} seed=0, ") for p in settings.corruptions}
+    shown = {p: rows for p, rows in every.items() if any("losses" in row for row in rows.values())}
+    figure, (upper, lower) = panels(2, len(shown), 4.6, 3.2)
+    for above, below, (corruption, rows) in zip(upper, lower, shown.items(), strict=True):
         runs = {name: row for name, row in rows.items() if "losses" in row}
-        for name, row in runs.items():
-            above.plot(row["losses"], **{**_style(name), "marker": None})
         for place, (name, row) in enumerate(runs.items()):
-            below.barh(place, row["test error"], color=_style(name)["color"])
-        for key in ("noisy", "start", "oracle") if "baselines" in rows else ():
+            style = _style(name)
+            above.plot(row["losses"], **{**style, "marker": None})
+            below.plot(row["test error"], place, marker=style["marker"] or "o", color=style["color"], linestyle="")
+        for key, word in FITS.items() if "baselines" in rows else ():
             below.axvline(rows["baselines"][key], color="0.3", linewidth=1, linestyle=":")
-            below.annotate(key, (rows["baselines"][key], len(runs) - 0.4), rotation=90, fontsize="x-small", va="bottom")
+            below.annotate(
+                word,
+                (rows["baselines"][key], len(runs) - 0.5),
+                rotation=90,
+                fontsize="x-small",
+                va="bottom",
+                ha="right",
+            )
         below.set_yticks(range(len(runs)), list(runs), fontsize="small")
-        below.set(xlabel="test error [%]", ylim=(len(runs) + 0.4, -1.6) if runs else None)
+        below.set(xlabel="test error [%]", xscale="log", ylim=(len(runs) - 0.4, -0.6))
+        below.set_xticks((10, 15, 20, 30, 50, 100), labels=("10", "15", "20", "30", "50", "100"), minor=False)
+        below.set_xticks((), minor=True)
         above.set(xlabel="outer step", ylabel="outer loss", title=f"{100 * corruption:g} % of the labels redrawn")
         above.grid(alpha=0.3)
+        below.grid(alpha=0.3, axis="y")
+    legend_below(figure, max(upper, key=lambda axes: len(axes.lines)), 2 * len(shown) + 1)
     return save(figure, path)

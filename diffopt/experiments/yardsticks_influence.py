@@ -34,7 +34,8 @@ from diffopt.experiments.framework.experiment import Row
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolver, Neumann, Nystrom
 
-SIZE, POSITIVE = 23, 10
+SIZE = 23
+POSITIVE = 10
 THETA, OPTIMUM = 0.5, -1 / 6
 PUBLISHED = {"exact": 24.0, "truncated 1": -4.0, "truncated 10": -40.0, "truncated 20": -65.9}
 """At ``THETA``; those of longer windows follow from :func:`of_window`."""

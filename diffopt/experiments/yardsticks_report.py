@@ -65,7 +65,13 @@ def _influence_table(settings: Any, rows: Mapping[str, Row]) -> Table:
     return Table(
         f"Influence balancing: the hypergradient at theta = 0.5 after {settings.influence_steps} steps, and descent "
         "by it to the optimum -0.1667",
-        ("rule", "hypergradient", "by hand", "it warned of", f"theta after {settings.influence_iterations} steps"),
+        (
+            "rule",
+            "hypergradient",
+            "by hand",
+            "warned of, or refused by",
+            f"theta after {settings.influence_iterations} steps",
+        ),
         tuple(line(name, row) for name, row in rows.items()),
     )
 

@@ -81,7 +81,7 @@ class TestBounds:
         assert found["4.1, first order"] == pytest.approx(4 / 3.5)
         assert found["4.1, truncated"] == pytest.approx(3 / 3)
         found = bounds.bounds("ending convex", 3, 1, 0.5, 0.2)
-        assert found == pytest.approx({"(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
+        assert found == pytest.approx({"(34a)": 1 + 2.25 * 0.8, "(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
 
     def test_answers_follow_the_numbers(self):
         settings = catalogue.experiment("bounds").quick

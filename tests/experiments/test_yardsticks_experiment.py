@@ -125,6 +125,11 @@ class TestToy:
         assert len(row["starts"]) == len(row["ends"]) == 30
         assert 0 <= min(row["ends"]) <= max(row["ends"]) <= 3
 
+    def test_a_bad_rule_ends_at_the_bounds(self):
+        row = toy.measure("binomial 1", (20,), 5, 20, 6, 0.05, Work(0))
+        assert {0.0, 3.0} & set(row["ends"])
+        assert 0 <= min(row["ends"]) <= max(row["ends"]) <= 3
+
     def test_a_rule_that_is_longer_than_the_rollout_is_left_out(self):
         assert list(toy.measure("krylov 5", (3, 6), 5, 2, 1, 0.03, Work(0))["errors"]) == ["6"]
 

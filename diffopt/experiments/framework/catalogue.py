@@ -19,6 +19,7 @@ NAMES = (
     "meta-transfer",
     "attribution",
     "yardsticks",
+    "maml",
 )
 
 
