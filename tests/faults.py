@@ -4171,7 +4171,7 @@ FAULTS = [
         "Work.step",
         "if out_of_time or heard or",
         "if out_of_time or",
-        "reproduce",
+        "cli",
     ),
     Fault(
         "what is said after Ctrl-C forgets the data",
