@@ -151,7 +151,7 @@ FAULTS = [
         "Reptile.pullback",
         "trajectory.inputs.params - layout.params(trajectory.final)",
         "layout.params(trajectory.final) - trajectory.inputs.params",
-        "estimators",
+        "every_rule",
     ),
     Fault(
         "an order of the binomial rule leaves out its earliest step",
@@ -186,7 +186,7 @@ FAULTS = [
         "DiagonalBlocks.to_gradient",
         "adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)",
         "adjoints[self._part(out)]",
-        "estimators",
+        "every_rule",
     ),
     Fault(
         "the hyperparameters' terms of parallel rules are dropped",
