@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, final
@@ -12,6 +13,8 @@ from diffopt.experiments.framework.outer_loop import first_below, smoothed
 from diffopt.experiments.framework.pictures import STYLES, legend_below, panels, save
 
 SLIDES = "slides, convergence for MAML"
+HEADLINES = ("the inner step size should not be too large", "ANIL converges faster than MAML by running time")
+"""What the results page begins with."""
 WORSE = 1.1
 """A loss so many times the lowest one is worse than it."""
 NOTES = (
@@ -89,7 +92,9 @@ def summarise(settings: Any, results: Results) -> Summary:
         tuple(_line(each, rows) for each, rows in merged.items()),
     )
     claims = (*_step_size(lines), *_batches(lines), *_anil(lines), *_ways(lines))
-    return Summary((table,) if table.rows else (), claims, NOTES)
+    starts = max(1, len(lines.seeds))
+    marked = tuple(replace(claim, starts=starts, headline=claim.text in HEADLINES) for claim in claims)
+    return Summary((table,) if table.rows else (), marked, NOTES)
 
 
 def _line(each: Key, rows: Sequence[Row]) -> tuple[Cell, ...]:

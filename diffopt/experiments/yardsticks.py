@@ -1,4 +1,4 @@
-r"""Three public problems of known answer, each under every rule that applies.
+r"""Three public problems of known answer, each under every estimator that applies.
 
 Influence balancing (Vicol et al., 2021), where truncation has the wrong sign; Shen and Chen's toy (2023), whose outer
 loss has a closed form; and MNIST data cleaning as benchmark_bilevel defines it (Dagreou et al., 2022). What each is,
@@ -53,13 +53,13 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One per rule and problem; of cleaning also the plain fits and the first hypergradients."""
+    """One per estimator and problem; of cleaning also the plain fits and the first hypergradients."""
     parts = {"influence": of_influence, "toy": of_toy, "cleaning": of_cleaning}
     return [unit for part in PARTS if part in settings.parts for unit in parts[part](settings)]
 
 
 def of_influence(s: Settings) -> Iterator[Unit]:
-    """One per rule."""
+    """One per estimator."""
     cost = 4e-4 * s.influence_steps * s.influence_iterations
     for name in influence.rules(s.influence_steps, torch.Generator()):
         run = partial(influence.measure, name, s.influence_steps, s.influence_iterations, s.influence_lr)
@@ -67,14 +67,14 @@ def of_influence(s: Settings) -> Iterator[Unit]:
 
 
 def of_toy(s: Settings) -> Iterator[Unit]:
-    """One per rule."""
+    """One per estimator."""
     for name in toy.rules(s.toy_steps[-1], torch.Generator()):
         run = partial(toy.measure, name, s.toy_steps, s.toy_points, s.toy_starts, s.toy_iterations, s.toy_lr)
         yield Unit(f"toy, {name}", run, cost=8e-4 * s.toy_steps[-1] * s.toy_iterations)
 
 
 def of_cleaning(s: Settings) -> Iterator[Unit]:
-    """One per rule, corruption and draw: what is cheap first, then rule by rule, as far as the time goes."""
+    """One per estimator, corruption and draw: what is cheap first, then one estimator after another."""
     gradient = 2e-6 * s.samples
     costs = {"baselines": gradient * 4 * s.fit_steps, "hypergradients": gradient * 50 * s.steps}
     costs |= dict.fromkeys(cleaning.learned(inner(s)), gradient * 3 * s.steps * s.iterations)
@@ -102,7 +102,7 @@ def clean(s: Settings, corruption: float, seed: int, what: str, work: Work) -> R
 
 EXPERIMENT = Experiment(
     name="yardsticks",
-    title="Public problems of known answer under every rule: influence balancing, Shen and Chen's toy, data cleaning",
+    title="Public problems of known answer under every estimator: influence, a toy, data cleaning",
     paper="none of the four: Vicol et al. (2021), influence balancing; Shen and Chen (2023), the numerical example; "
     "benchmark_bilevel, data cleaning (Dagreou et al., 2022)",
     needs=Needs("mnist.npz, or MNIST's four idx files", 12, None),

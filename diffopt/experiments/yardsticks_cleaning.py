@@ -42,7 +42,7 @@ class Inner:
     """How the inner problem is solved: full gradient descent from zero.
 
     Attributes:
-        steps: under a rule.
+        steps: under an estimator.
         lr: the step size.
         fit_steps: where the solution itself is wanted.
     """
@@ -123,7 +123,7 @@ def load(problem: str, sizes: tuple[int, int], corruption: float, seed: int, wor
 
 
 def rules(inner: Inner, source: torch.Generator) -> dict[str, Estimator]:
-    """The rules by their names. The last two reach nothing, or not enough: their first hypergradient only is shown."""
+    """The estimators by their names. Of the last two only the first hypergradient is shown."""
     series: list[tuple[str, Callable[[int], Estimator], int]] = [
         ("truncated", lambda kept: TruncatedRule(kept, "graph"), 3),
         ("binomial", Binomial, 2),
@@ -146,12 +146,12 @@ LEARNED = ("exact", "truncated", "binomial", "krylov", "multi-step", "implicit",
 
 
 def learned(inner: Inner) -> list[str]:
-    """The names of the rules that learn weights."""
+    """The names of the estimators that learn weights."""
     return [name for name in rules(inner, torch.Generator()) if name.startswith(LEARNED)]
 
 
 def after_steps(data: Cleaning, x: Tensor, inner: Inner, rule: Estimator) -> Tensor:
-    """``z`` after the inner steps, differentiable by a rule."""
+    """``z`` after the inner steps, differentiable by an estimator."""
     optimizer = diffopt.SGD(inner.lr)
     return diffopt.solve(data.loss, data.start(), x, optimizer=optimizer, steps=inner.steps, estimator=rule).params
 
@@ -174,7 +174,7 @@ def baselines(data: Cleaning, inner: Inner) -> Row:
 
 
 def first_hypergradients(data: Cleaning, inner: Inner, work: Work) -> Row:
-    """Every rule's first hypergradient beside that of the bilevel problem: its relative error and cosine.
+    """Every estimator's first hypergradient beside that of the bilevel problem: its relative error and cosine.
 
     The latter is the implicit one at the solution, by conjugate gradients until they have converged.
     """
@@ -194,7 +194,7 @@ def first_hypergradients(data: Cleaning, inner: Inner, work: Work) -> Row:
 
 
 def learn(data: Cleaning, name: str, inner: Inner, iterations: int, lr: float, work: Work) -> Row:
-    """Learn the weights by one rule and Adam.
+    """Learn the weights by one estimator and Adam.
 
     Returns:
         The outer losses over the iterations, and the processor seconds; in the end, the test error in per cent of the

@@ -37,7 +37,7 @@ def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """By the rule's kind; what has no style of its own is drawn in one of the sequence's colours."""
+    """By the estimator's kind; what has no style of its own is drawn in one of the sequence's colours."""
     kind = next((kind for kind in STYLES if name.startswith(kind)), None)
     found = dict(STYLES[kind]) if kind else {"color": SEQUENCE[3], "marker": "+", "linestyle": "-."}
     return {**found, "label": name}

@@ -45,7 +45,7 @@ FAR = 100.0
 
 
 def rules(steps: int, source: torch.Generator) -> dict[str, Estimator]:
-    """Every rule that applies and the two solvers that refuse; windows and orders no longer than the rollout."""
+    """Every estimator that applies and the two solvers that refuse; windows and orders no longer than the rollout."""
     series: list[tuple[str, Callable[[int], Estimator], tuple[int, ...]]] = [
         ("truncated", Truncated, (1, 10, 20, 50, 100)),
         ("binomial", Binomial, (1, 10)),
@@ -95,7 +95,7 @@ def of_window(steps: int, theta: float) -> float:
 
 
 def hypergradient(rule: Estimator, theta: Tensor, steps: int) -> float:
-    """The derivative in ``theta`` of the loss after so many steps from ones, by a rule."""
+    """The derivative in ``theta`` of the loss after so many steps from ones, by an estimator."""
     matrix, signs = system()
     field = diffopt.fixed_point(lambda s, theta: matrix @ s + theta * signs)
     theta = theta.detach().requires_grad_()
@@ -105,11 +105,11 @@ def hypergradient(rule: Estimator, theta: Tensor, steps: int) -> float:
 
 
 def measure(name: str, steps: int, iterations: int, lr: float, work: Work) -> Row:
-    """A rule's hypergradient at ``THETA``, the warnings that came with it, and where descent by it takes ``theta``.
+    """The hypergradient at ``THETA``, the warnings that came with it, and where descent by it takes ``theta``.
 
     Returns:
         ``gradient``; ``warned``, the warnings' names; ``path``, ``theta`` before and after every iteration up to where
-        it leaves. Of a rule that refuses: ``refused``, the error's name. Of one that diverges: ``diverged``.
+        it leaves. Of an estimator that refuses: ``refused``, the error's name. Of one that diverges: ``diverged``.
     """
     rule = rules(steps, work.generator("directions"))[name]
     theta = torch.tensor(THETA, dtype=torch.float64)
@@ -133,7 +133,7 @@ def measure(name: str, steps: int, iterations: int, lr: float, work: Work) -> Ro
 
 
 def by_hand(name: str) -> float | None:
-    """A rule's hypergradient at ``THETA`` after a long time, from the closed forms; ``None``: there is none."""
+    """An estimator's hypergradient at ``THETA`` after a long time, from the closed forms; ``None``: there is none."""
     kind, _, number = name.rpartition(" ")
     if kind in ("truncated", "implicit, Neumann"):
         return of_window(int(number), THETA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
@@ -14,6 +15,13 @@ VICOL = "Vicol et al. (2021), influence balancing"
 SHEN = "Shen and Chen (2023)"
 BENCHMARK = "benchmark_bilevel"
 HERE = "this library"
+HEADLINES = (
+    "the exact hypergradient is +24.0",
+    "truncation to 1, 10 and 20 steps has the wrong sign",
+    "from random starts, descent by the exact estimator ends in local minima of h",
+    "weights learned by the exact estimator lower the test error below that of equal weights (1 or the start's)",
+)
+"""What the results page begins with."""
 TOLD = 0.9
 """A right label is to weigh more than a wrong one with so much probability."""
 SHORT = ("truncated 1", "truncated 10", "truncated 20")
@@ -46,7 +54,8 @@ def summarise(settings: Any, results: Results) -> Summary:
     still, moving = part(results, "influence, "), part(results, "toy, ")
     tables = [_influence_table(settings, still), _toy_table(settings, moving), *_cleaning_tables(settings, results)]
     claims = [*_influence_claims(still), *_toy_claims(settings, moving), *_cleaning_claims(settings, results)]
-    return Summary(tuple(table for table in tables if table.rows), tuple(claims), NOTES)
+    marked = tuple(replace(claim, headline=claim.text in HEADLINES) for claim in claims)
+    return Summary(tuple(table for table in tables if table.rows), marked, NOTES)
 
 
 def part(results: Results, prefix: str) -> dict[str, Row]:
@@ -66,7 +75,7 @@ def _influence_table(settings: Any, rows: Mapping[str, Row]) -> Table:
         f"Influence balancing: the hypergradient at theta = 0.5 after {settings.influence_steps} steps, and descent "
         "by it to the optimum -0.1667",
         (
-            "rule",
+            "estimator",
             "hypergradient",
             "by hand",
             "warned of, or refused by",
@@ -102,7 +111,7 @@ def _influence_claims(rows: Mapping[str, Row]) -> Iterator[Claim]:
     negative = {name: bool(row["warned"]) for name, row in found.items() if row["gradient"] < 0}
     silent = ", ".join(name for name, warned in negative.items() if not warned)
     told = f"{sum(negative.values())} of {len(negative)} warned; silent: {silent or 'none'}"
-    yield Claim("a rule whose sign is wrong says so by a warning", HERE, *verdict(list(negative.values()), told))
+    yield Claim("an estimator whose sign is wrong says so by a warning", HERE, *verdict(list(negative.values()), told))
 
 
 def _distance(row: Row) -> float:
@@ -121,7 +130,7 @@ def _toy_table(settings: Any, rows: Mapping[str, Row]) -> Table:
     return Table(
         f"Shen and Chen's toy: errors beside the closed form (slopes up to 4.8), and {settings.toy_starts} descents",
         (
-            "rule",
+            "estimator",
             *(f"median error, T={steps}" for steps in settings.toy_steps),
             f"largest, T={last}",
             f"wrong signs [%], T={last}",
@@ -148,12 +157,14 @@ def _toy_claims(settings: Any, rows: Mapping[str, Row]) -> Iterator[Claim]:
     shares = {name: share for name, row in rows.items() if (share := reached(row)) is not None}
     of_exact = [shares["exact"]] if "exact" in shares else []
     told = f"{100 * of_exact[0]:.1f} % of {settings.toy_starts} within {toy.CLOSE:g}" if of_exact else ""
-    text = "from random starts, descent by the exact rule ends in local minima of h"
+    text = "from random starts, descent by the exact estimator ends in local minima of h"
     yield Claim(text, SHEN, *verdict([share == 1 for share in of_exact], told))
     others = {name: share for name, share in shares.items() if name != "exact"}
     told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in others.items() if share < 1)
     missed = f"not from all starts: {told}" if told else "from all starts"
-    yield Claim("and so does descent by every other rule", HERE, *verdict([s == 1 for s in others.values()], missed))
+    yield Claim(
+        "and so does descent by every other estimator", HERE, *verdict([s == 1 for s in others.values()], missed)
+    )
     stays, falls = rows.get("truncated 5"), [row["errors"] for row in rows.values() if last in row["errors"]]
     flags, told = [], ""
     before = str(settings.toy_steps[-2]) if len(settings.toy_steps) > 1 else last
@@ -162,7 +173,7 @@ def _toy_claims(settings: Any, rows: Mapping[str, Row]) -> Iterator[Claim]:
         flags = [biased[1] > 0.5 * biased[0], right[1] < 0.5 * right[0]]
         told = (
             f"median error of truncated 5: {biased[0]:.2g} at T={before}, {biased[1]:.2g} at T={last}; of the exact "
-            f"rule: {right[0]:.2g}, {right[1]:.2g}"
+            f"estimator: {right[0]:.2g}, {right[1]:.2g}"
         )
     text = "more inner steps do not lower the bias of truncation, which depends on its length alone"
     yield Claim(text, "Shaban et al. (2019), in spirit", *verdict(flags, told))
@@ -206,7 +217,7 @@ def _cleaning_table(settings: Any, corruption: float, draws: list[dict[str, Row]
     return Table(
         f"Data cleaning, {100 * corruption:g} % redrawn: the first hypergradient, and {settings.iterations} outer steps"
         + (f"; means of {len(draws)} draws" if len(draws) > 1 else ""),
-        ("rule", "relative error", "cosine", "outer loss", "test error [%]", "told apart", "seconds"),
+        ("estimator", "relative error", "cosine", "outer loss", "test error [%]", "told apart", "seconds"),
         tuple(line(name) for name in order),
     )
 
@@ -226,15 +237,15 @@ def _cleaning_claims(settings: Any, results: Results) -> Iterator[Claim]:
     ]
     exact = [(p, gain, told) for p, name, gain, told in gains if name == "exact"]
     told = ", ".join(f"{gain:+.2f} points at {p:g}" for p, gain, _ in exact)
-    text = "weights learned by the exact rule lower the test error below that of equal weights (1 or the start's)"
+    text = "weights learned by the exact estimator lower the test error below that of equal weights (1 or the start's)"
     yield Claim(text, f"{BENCHMARK}, data cleaning", *verdict([gain < 0 for _, gain, _ in exact], told))
     rest = [(p, name, gain) for p, name, gain, _ in gains if name != "exact"]
     told = ", ".join(f"{name} at {p:g} ({gain:+.2f})" for p, name, gain in rest if gain >= 0)
     told = f"lower in {sum(gain < 0 for *_, gain in rest)} of {len(rest)} runs" + (f"; not: {told}" if told else "")
-    yield Claim("so do those learned by every other rule", HERE, *verdict([gain < 0 for *_, gain in rest], told))
+    yield Claim("so do those learned by every other estimator", HERE, *verdict([gain < 0 for *_, gain in rest], told))
     told = ", ".join(f"{area:.3f} at {p:g}" for p, _, area in exact)
     flags = [area > TOLD for *_, area in exact]
-    text = f"a right label weighs more than a wrong one with a probability above {TOLD:g} (exact rule)"
+    text = f"a right label weighs more than a wrong one with a probability above {TOLD:g} (exact estimator)"
     yield Claim(text, HERE, *verdict(flags, told))
     both = [
         (p, rows["hypergradients"]["implicit, 5 CG"][0], rows["hypergradients"]["exact"][0])

@@ -41,7 +41,7 @@ FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFinite
 
 
 def rules(steps: int, source: torch.Generator) -> dict[str, Estimator]:
-    """Every rule by its name; windows and orders no longer than the rollout."""
+    """Every estimator by its name; windows and orders no longer than the rollout."""
     found: dict[str, Estimator] = {"exact": Reverse(), "forward mode": ForwardMode()}
     found |= {f"truncated {kept}": Truncated(kept) for kept in (1, 5) if kept <= steps}
     found |= {f"binomial {order}": Binomial(order) for order in (1, 5) if order <= steps}
@@ -83,7 +83,7 @@ def minimisers() -> Tensor:
 
 
 def hypergradients(rule: Estimator, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """A rule's derivative of the outer loss at every ``x``, the inner problem starting at ``y``; both ``[starts]``."""
+    """The derivative of the outer loss at every ``x``, the inner problem starting at ``y``; both ``[starts]``."""
 
     def outer(x: Tensor, y: Tensor) -> Tensor:
         optimizer = diffopt.SGD(INNER_LR)
@@ -97,7 +97,7 @@ def hypergradients(rule: Estimator, x: Tensor, y: Tensor, steps: int) -> Tensor:
 
 
 def measure(name: str, steps: tuple[int, ...], points: int, starts: int, iterations: int, lr: float, work: Work) -> Row:
-    """A rule's errors over a grid at every number of steps, and the ends of projected gradient descent from random x.
+    """Errors over a grid at every number of steps, and the ends of projected gradient descent from random x.
 
     Returns:
         ``errors``: by number of steps, the median and the largest error, and the share of wrong signs where the slope

@@ -248,8 +248,8 @@ def test_answers_follow_the_numbers(rows):
     prefix = "cleaning p=0.5 seed=0, "
     away, ends = "descent by it moves away from the optimum -1/6", "descent by the exact one reaches it"
     nearer = "5 products of conjugate gradients are nearer the hypergradient than back-propagation through all steps is"
-    lower = "weights learned by the exact rule lower the test error below that of equal weights (1 or the start's)"
-    minima = "from random starts, descent by the exact rule ends in local minima of h"
+    lower = "weights learned by the exact estimator lower the test error below that of equal weights (1 or the start's)"
+    minima = "from random starts, descent by the exact estimator ends in local minima of h"
     watched = (away, ends, nearer, lower, minima)
 
     def answers():
