@@ -155,12 +155,14 @@ def solve(
         check: refuse, at once and by a typed error, non-finite losses, states and hypergradients, losses that do not
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
-        compile: compile a step and its pullback (seconds, once for a loss, optimizer and shapes), for small models
-            whose time is overhead. ``loss`` must then be one function that lives on, and what it reads besides its
-            arguments is frozen; an update may calculate with the number of its step, but not branch on it. Used by
-            steps that are taken without their graph and, where the estimator is exact or truncated, in the backward
-            pass, which then keeps every state, or every k-th where the estimator says so (``Reverse("sqrt")``). What
-            cannot be compiled runs without, with a :class:`diffopt.CompileWarning`.
+        compile: compile the steps, for small models whose time is overhead (tens of seconds, once for a loss, optimizer
+            and shapes). On a CPU all steps become one program, and the backward pass another, by ``Reverse(1)``,
+            ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of these; all states are then kept. Else, with
+            other estimators, checkpoints (``Reverse("sqrt")``), ``on_step`` and batches that are a function, it is each
+            step and, where the estimator is exact or truncated, its pullback. ``loss`` must be one function that lives
+            on; numbers that it reads besides its arguments must stay as they are (which is checked); tensors may change
+            in place. An update may calculate with the number of its step, but not branch on it. What cannot be compiled
+            runs without, with a :class:`diffopt.CompileWarning`. (:func:`diffopt.compiled` takes the outer loss, too.)
 
     Returns:
         A :class:`Solution`.

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreted import Interpreted
 
 import diffopt
-from diffopt.rollout import compiler_paths
+from diffopt.rollout import compiler_paths, known_programs
 
 # One thread: the tensors are small, several test processes share the machine, and sums keep their order.
 torch.set_num_threads(1)
@@ -53,6 +54,24 @@ def _skip_what_torch_cannot_compile(request: pytest.FixtureRequest) -> None:
     reason = cannot_compile() if request.node.get_closest_marker("compiler") else None
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solve with ``compile=True`` is traced as a whole, and inductor asked by the tests only that ask for it."""
+    if "inductor" not in request.fixturenames:
+        monkeypatch.setattr(known_programs, "Program", Interpreted)
+
+
+@pytest.fixture
+def inductor() -> None:
+    """Programs of whole solves are compiled by inductor, which takes many seconds."""
+
+
+@pytest.fixture
+def steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No solve is a program as a whole: its steps are compiled one by one."""
+    monkeypatch.setattr(known_programs, "find", lambda *given: None)
 
 
 @pytest.fixture

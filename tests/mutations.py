@@ -126,6 +126,8 @@ NAMES = [
     "sharded",
     "compiled_programs",
     "compiled_outer",
+    "compiled_reads",
+    "whole_programs",
 ]
 
 

@@ -108,7 +108,7 @@ class Adjoint(Estimator):
         self.refuse(problem)
         keep = self.keep(dynamics.layout.steps)
         if dynamics.compile and keep.checkpoint in (None, "graph", 1):
-            keep = replace(keep, checkpoint=1)
+            keep = replace(keep, checkpoint=1, stackable=self.traced)
         level = transforms.transform_level() if check else 0
         # (what keeps graphs while they are small looks for state only where they are not)
         state = check and keep.checkpoint not in ("graph", None)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class TracedSweep:
     """Pulls an adjoint back over the states that a traced rollout has stacked, derivations (1.1)-(1.3) and (13.1)."""
 
-    def __init__(self, trajectory: Trajectory, first: int) -> None:
-        """Over the steps from ``first`` on."""
+    def __init__(self, trajectory: Trajectory, first: int, numbers: Tensor | None = None) -> None:
+        """Over the steps from ``first`` on; ``numbers`` are those of all steps' first updates, if given."""
         self._trajectory, self._first = trajectory, first
-        self._reading, self._running = Reading(trajectory.layout), _running_rows(trajectory)
+        self._reading, self._running = Reading(trajectory.layout, numbers), _running_rows(trajectory)
         wanted = trajectory.wanted
         self._shared = [place for place in wanted if not trajectory.layout.runs_over_steps(place)]
         self._stepped = [place for place in wanted if trajectory.layout.runs_over_steps(place)]

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.adjoint import sweep_program
 from diffopt.adjoint.traced_sweep import TracedSweep
 from diffopt.adjoint.update_derivatives import Updates
 from diffopt.errors import EstimateWarning, EstimatorError
@@ -22,6 +23,7 @@ from diffopt.rollout.record import Record, Rollout
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block, BlockTerms
+from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -142,8 +144,10 @@ class Trajectory:
             EstimatorError: the rule keeps the steps from another one on.
         """
         rollout = self.record.rollout
-        if rollout.stack is not None:
+        if rollout.stack is not None and tracing.current() is not None:
             return self._traced_sweep(cotangent, first)
+        if rollout.stack is not None:
+            return Cotangents(*sweep_program.sweeps(self, [cotangent], first)[0])
         if first != rollout.first:
             raise EstimatorError(
                 f"sweep(first={first}): the rule keeps steps from {rollout.first} on",
@@ -156,8 +160,10 @@ class Trajectory:
 
     def sweeps(self, cotangents: Sequence[Leaves], first: int = 1) -> list[Cotangents]:
         """:meth:`sweep` for each of many cotangents; what is recorded again is recorded once."""
-        if self.rollout.stack is not None:
+        if self.rollout.stack is not None and tracing.current() is not None:
             return [self._traced_sweep(cotangent, first) for cotangent in cotangents]
+        if self.rollout.stack is not None:
+            return [Cotangents(*found) for found in sweep_program.sweeps(self, cotangents, first)]
         return self._sweep_of_blocks(cotangents, first)
 
     def _traced_sweep(self, cotangent: Leaves, first: int) -> Cotangents:

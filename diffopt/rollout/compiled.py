@@ -136,7 +136,7 @@ class _Lookup:
 
     def __call__(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         if any(x.layout != torch.strided for x in tensors):
-            _warn(_LayoutError("a tensor that the loss is given is sparse"))
+            warn(_LayoutError("a tensor that the loss is given is sparse"))
             return None
         # A tensor, so that one function serves all steps; an update that looks at it as a number cannot be compiled.
         # Each an object of its own, for tracing tells arguments apart by object (two leaves may start at one tensor).
@@ -157,30 +157,39 @@ class _Lookup:
 def _compiled(
     dynamics: Dynamics, what: tuple[Any, ...], function: TensorFunction, arguments: Sequence[Tensor]
 ) -> TensorFunction | None:
-    place = arguments[-1].device
-    shapes = tuple((x.shape, x.dtype, x.device) for x in arguments)
-    autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
-    layout, loss = dynamics.layout, dynamics.loss
-    structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
     try:
-        optimizer = _without_tensors(dynamics.optimizer.template), dynamics.optimizer.placed
-        kind = type(loss), getattr(as_written(loss), "__func__", None)
-        key = (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
-        known = _functions.setdefault(_owner(loss), {})
+        key = kind_of(dynamics, what, arguments)
+        known = _functions.setdefault(owner(dynamics.loss), {})
         if key in known:
             return known[key]
     except TypeError as error:  # a loss that cannot be referred to weakly, an argument that cannot be hashed
-        _warn(error)
+        warn(error)
         return None
     _warn_of_new_functions(dynamics.loss)
     try:
-        with warnings.catch_warnings(), random_state.preserved(place):
+        with warnings.catch_warnings(), random_state.preserved(arguments[-1].device):
             warnings.simplefilter("ignore")  # the compiler's own, of what it calls itself
             known[key] = _compile(function, arguments)
     except Exception as error:  # whatever the compiler stumbles over: the plain way is always there
-        _warn(error)
+        warn(error)
         known[key] = None
     return known[key]
+
+
+def kind_of(dynamics: Dynamics, what: tuple[Hashable, ...], arguments: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """What a function of these tensors, a part of one solve by a loss, is compiled for.
+
+    Raises:
+        TypeError: something cannot be hashed.
+    """
+    place = arguments[-1].device
+    shapes = tuple([(x.shape, x.dtype, x.device) for x in arguments])
+    autocast = torch.is_autocast_enabled(place.type), torch.get_autocast_dtype(place.type)
+    layout, loss = dynamics.layout, dynamics.loss
+    structures = layout.params_structure, layout.args_structure, _typed(layout.args_leaves)
+    optimizer = _without_tensors(dynamics.optimizer.template), dynamics.optimizer.placed
+    kind: tuple[Hashable, ...] = type(loss), getattr(as_written(loss), "__func__", None)  # type: ignore[assignment]
+    return (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
 
 
 def _without_tensors(optimizer: Any) -> Hashable:
@@ -205,6 +214,8 @@ def _typed(leaves: Sequence[Any]) -> tuple[Any, ...]:
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Bindable | Schedule):
         return _without_tensors(leaf)
+    if isinstance(leaf, float | complex):  # (by what is printed: 0.0 equals -0.0, and NaN not itself)
+        return type(leaf), repr(leaf)
     return Tensor if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
@@ -245,7 +256,7 @@ _compilations: Counter[Any] = Counter()
 """By the code of a loss: for how many functions that share it something has been compiled."""
 
 
-def _owner(loss: Any) -> Any:
+def owner(loss: Any) -> Any:
     """What lives as long as the loss: a method is made anew whenever it is asked for, its object is not."""
     loss = as_written(loss)  # of a field as well, which may be made anew around it at every call
     return loss.__self__ if isinstance(loss, MethodType) else loss
@@ -254,7 +265,7 @@ def _owner(loss: Any) -> Any:
 def _warn_of_new_functions(loss: Any) -> None:
     loss = as_written(loss)
     code = getattr(loss, "__code__", None)
-    if code is not None and not _functions[_owner(loss)]:
+    if code is not None and not _functions[owner(loss)]:
         _compilations[code] += 1
         if _compilations[code] == 3:
             warnings.warn(
@@ -265,7 +276,8 @@ def _warn_of_new_functions(loss: Any) -> None:
             )
 
 
-def _warn(error: Exception) -> None:
+def warn(error: Exception) -> None:
+    """Say why something was not compiled."""
     reason = compiler_paths.explanation(error)
     if reason is None:
         # of a failed command, what it said: the command itself is a page long

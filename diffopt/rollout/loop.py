@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffopt.rollout import compiled, traced
+from diffopt.rollout import compiled, rollout_program, traced
 from diffopt.rollout.along import NEVER, Stop, Tables
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
@@ -98,6 +101,13 @@ def roll_out(
     """
     if tracing.current() is not None:
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
+    if dynamics.compile and stop is NEVER and not draws:
+        plainly = partial(_roll_out_plainly, dynamics, keep=keep, wanted=wanted, watch=watch)
+        found = rollout_program.roll_out_wholly(
+            dynamics, inputs, counts=counts, keep=keep, watch=watch, plainly=plainly
+        )
+        if found is not None:
+            return found[0], replace(found[1], wanted=tuple(wanted))
     layout, inputs = dynamics.layout, inputs.detached()
     ground: Block | Plain = Plain(dynamics, inputs, inputs.state)
     stops, device = stop is not NEVER, inputs.params[0].device
@@ -164,6 +174,10 @@ def roll_out(
         copied_to=tuple(steps.ranks.copied_to) if isinstance(steps, Checks) and steps.ranks is not None else (),
         shards=isinstance(steps, Checks) and steps.ranks is not None and steps.ranks.shards,
     )
+
+
+def _roll_out_plainly(dynamics: Dynamics, inputs: Inputs, **options: Any) -> tuple[Leaves, Rollout]:
+    return roll_out(replace(dynamics, compile=False), inputs, **options)
 
 
 def _finite_again(

@@ -52,6 +52,11 @@ class Program:
         """Whether what it captures is of the kind that it was made for."""
         return list(map(_kind, self._captured)) == self._kinds
 
+    @property
+    def captures(self) -> bool:
+        """Whether it reads tensors that it is not given."""
+        return bool(self._captured)
+
     def check(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
         """Compare it with the function, at other numbers: what the trace took for equal, or zero, is so no longer.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
@@ -37,6 +37,7 @@ class Keep:
         offload: where stored states wait; ``False``: where they are; ``"cpu"``: in the CPU's memory; ``"disk"``: in a
             temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
+        stackable: whether the states may be one stack, for the rule goes back by ``trajectory.sweep`` only.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Keep:
     gradients: bool = False
     offload: Offload = False
     memory: int | None = None
+    stackable: bool = False
 
     @staticmethod
     def of(options: Any, first: int) -> Keep:
@@ -160,6 +162,7 @@ class Rollout:
         autocast: its state during the rollout.
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
         copied_to: the groups of ranks that share the solve, if they do.
+        key: what the program was made for that has rolled out, if one has.
         shards: whether each rank holds its own part of the params, in tensors that do not know of it.
     """
 
@@ -179,6 +182,7 @@ class Rollout:
     autocast: derivatives.Autocast | None = None
     hidden_state: DiffoptError | None = None
     copied_to: tuple[Any, ...] = ()
+    key: Hashable = None
     shards: bool = False
 
     @contextmanager

@@ -44,18 +44,21 @@ def stretches(layout: Layout, first: int = 1) -> list[Stretch]:
 class Reading:
     """What steps read besides their state: what runs over steps, and what they share."""
 
-    def __init__(self, layout: Layout) -> None:
-        """Of a problem whose tensors lie like this."""
-        self._layout = layout
+    def __init__(self, layout: Layout, numbers: Tensor | None = None) -> None:
+        """Of a problem whose tensors lie like this; ``numbers`` are those of the steps' first updates, if given."""
+        self._layout, self._numbers = layout, numbers
         self._places = layout.places[layout.state_count :]
         self.stepped = [place for place in self._places if layout.runs_over_steps(place)]
         self.shared = [place for place in self._places if not layout.runs_over_steps(place)]
 
     def rows(self, inputs: Inputs, stretch: Stretch) -> list[Tensor]:
         """The numbers of the steps' first updates, and what runs over steps, each with a leading axis for these."""
-        first, window = self._layout.first_update(stretch.first), self._layout.window
-        end = first + stretch.length * window
-        numbers = torch.arange(first, end, window, dtype=torch.float64, device=inputs.params[0].device)
+        if self._numbers is None:
+            first, window = self._layout.first_update(stretch.first), self._layout.window
+            end = first + stretch.length * window
+            numbers = torch.arange(first, end, window, dtype=torch.float64, device=inputs.params[0].device)
+        else:
+            numbers = self._numbers[stretch.first - 1 : stretch.last].double()
         return [numbers, *[self.stacked(place, inputs.at(place), stretch) for place in self.stepped]]
 
     def stacked(self, place: Place, tensor: Tensor, stretch: Stretch) -> Tensor:
@@ -84,12 +87,16 @@ def roll_out(
     wanted: Collection[Place] = (),
     watch: Watch,
     stop: Stop = NEVER,
+    numbers: Tensor | None = None,
 ) -> tuple[Leaves, Rollout]:
-    """As ``loop.roll_out``, into the trace that is being made; what is kept are states, stacked."""
+    """As ``loop.roll_out``, into the trace that is being made; what is kept are states, stacked.
+
+    ``numbers`` are those of the steps' first updates, if they are not constants of the trace.
+    """
     _refuse_what_cannot_be(dynamics, keep, stop)
     layout, inputs = dynamics.layout, inputs.detached()
     first = layout.steps + 1 if keep is None else keep.first
-    state, reading, parts = inputs.state.map(Tensor.clone), Reading(layout), []
+    state, reading, parts = inputs.state.map(Tensor.clone), Reading(layout, numbers), []
     autocast = derivatives.Autocast(inputs.params[0].device)
     body = _body(dynamics, reading, keeps=first <= layout.steps)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``compile=True``: the numbers of the plain way, and a warning or an error where it cannot give them."""
+"""``compile=True``, step by step: the numbers of the plain way, and a warning or an error where there are none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffopt.rollout import compiled
 from diffopt.rollout.step_graph import Block
 
 STEPS = 4
-pytestmark = pytest.mark.compiler
+pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("steps_alone")]
 
 
 def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = None) -> list[Tensor]:

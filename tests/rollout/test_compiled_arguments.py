@@ -14,7 +14,16 @@ from torch.func import vmap
 import diffopt
 from diffopt.estimators import Binomial, MultiStep, Reverse, Truncated
 
-pytestmark = pytest.mark.compiler
+pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("_way")]
+
+
+@pytest.fixture(params=["steps", pytest.param("whole", marks=pytest.mark.slow)])
+def _way(request: pytest.FixtureRequest) -> None:
+    """Steps compiled one by one, and solves traced as a whole."""
+    if request.param == "steps":
+        request.getfixturevalue("steps_alone")
+
+
 STEPS, LR = 3, 0.07
 RULES = {"default": Reverse(), "checkpoints": Reverse(2), "truncated": Truncated(STEPS), "windows": MultiStep(1)}
 

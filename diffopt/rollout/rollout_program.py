@@ -1,0 +1,146 @@
+"""``compile=True``: all steps of a rollout as one program, whose states are one stack.
+
+# NOTE [what is looked at, and when]
+The first use of a program is a plain rollout as well, with all of its checks, and so is one after anything that the
+loss reads by closure has changed: a loss that gives other numbers is refused. So is every 2nd, 4th, 8th, ... use,
+against what changes unseen. In between, the end and the losses are looked at: if they are not finite, the plain rollout
+says which step is to blame.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffopt.rollout import known_programs, traced
+from diffopt.rollout.compiled import refuse_stale
+from diffopt.rollout.dynamics import Dynamics
+from diffopt.rollout.inputs import Inputs
+from diffopt.rollout.layout import Layout
+from diffopt.rollout.record import Counts, Keep, Kept, Rollout, Watch
+from diffopt.tensors import derivatives, tracing
+from diffopt.tensors.leaves import Leaves
+
+
+class Plainly(Protocol):
+    """The same rollout, step by step."""
+
+    def __call__(self, inputs: Inputs, *, counts: Counts) -> tuple[Leaves, Rollout]:
+        """Roll out."""
+        ...
+
+
+def roll_out_wholly(
+    dynamics: Dynamics, inputs: Inputs, *, counts: Counts, keep: Keep | None, watch: Watch, plainly: Plainly
+) -> tuple[Leaves, Rollout] | None:
+    """As ``loop.roll_out``; ``None``: not by a program."""
+    layout, inputs = dynamics.layout, inputs.detached()
+    if not _suits(dynamics, inputs, keep):
+        return None
+    first = layout.steps + 1 if keep is None else keep.first
+    tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", first, *kind_of_steps(layout))
+    key = known_programs.key_of(dynamics, what, tensors)
+    if key is None:
+        return None
+    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, first, plainly))
+    if known is None or known.program is None:
+        return None
+    known.set_forms(dynamics)
+    unsound, losses, *found = known.program(tensors)
+    kept = layout.state_count if first <= layout.steps else 0
+    end = len(found) - kept
+    along, state = found[: end - layout.state_count], Leaves(found[end - layout.state_count : end])
+    stack = Leaves(found[end:])
+    due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
+    if not unchanged or (watch.values and (due or not sound)):
+        plain = plainly(inputs, counts=Counts())
+        if not _is_right(known, (state, losses), *plain, sound=sound):
+            counts.gradients += layout.steps
+            return plain
+        if not unchanged:
+            known.settle(dynamics)
+    counts.gradients += layout.steps
+    size = sum([x.nbytes for x in stack])
+    return state, Rollout(
+        first=None if keep is None else keep.first,
+        steps=layout.steps,
+        updates=layout.inner_steps,
+        kept=Kept() if keep is None else Kept(1, max(0, layout.steps - first + 1), size),
+        stack=stack,
+        losses=losses,
+        handed_out=tuple(along),
+        autocast=derivatives.Autocast(inputs.params[0].device),
+        key=key,
+    )
+
+
+def _is_right(
+    known: known_programs.Known, found: tuple[Leaves, Tensor], end: Leaves, plain: Rollout, *, sound: bool
+) -> bool:
+    """Whether what a program has found is what the plain rollout has; if it never may be, the program is given up.
+
+    Raises:
+        CapturedTensorError: the loss is another one, from its first step on.
+    """
+    if plain.hidden_state is not None or plain.copied_to or plain.shards or plain.draws:
+        known.program = None
+        return False
+    state, losses = found
+    assert plain.losses is not None
+    if sound:
+        refuse_stale(losses[..., 0], plain.losses[..., 0])
+    return sound and known.agrees([losses, *state], [plain.losses, *end])
+
+
+def numbers_of(layout: Layout, inputs: Inputs) -> Tensor:
+    """The numbers of the steps' first updates: an input, so that a solve that goes on needs no program of its own."""
+    return _numbers(layout.first_update(1), layout.steps, layout.window, inputs.params[0].device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(first: int, steps: int, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(first, first + steps * window, window, device=device)
+
+
+def kind_of_steps(layout: Layout) -> tuple[int, int, int | None]:
+    """What steps are made up of, as far as no tensor says it."""
+    return layout.inner_steps, layout.window, layout.start if any(layout.stepped.hyperparameters) else None
+
+
+def _suits(dynamics: Dynamics, inputs: Inputs, keep: Keep | None) -> bool:
+    layout, place = dynamics.layout, inputs.params[0].device
+    if keep is not None and keep.first <= layout.steps:
+        states = keep.stackable and keep.checkpoint == 1 and not (keep.offload or keep.gradients or keep.memory)
+        if not states:
+            return False
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone = dynamics.micro_batches is None and layout.stream is None
+    return alone and not ranks and not torch.is_inference_mode_enabled() and layout.steps > 0 and place.type == "cpu"
+
+
+def _function(dynamics: Dynamics, first: int, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
+    """``(numbers, *inputs) -> (0 if all is finite, losses, *handed out, *final state, *states of all steps)``."""
+    dynamics = replace(dynamics, compile=False)
+    layout, keep = dynamics.layout, Keep(first)
+
+    def function(numbers: Tensor, *flat: Tensor) -> list[Tensor]:
+        inputs = layout.inputs(flat)
+        if tracing.current() is None:
+            state, rollout = plainly(inputs, counts=Counts())
+            rows = [rollout.states[step] for step in range(first, layout.steps + 1)]
+            stack = [torch.stack(column) for column in zip(*rows, strict=True)]
+        else:
+            nobody = Counts()
+            state, rollout = traced.roll_out(dynamics, inputs, counts=nobody, keep=keep, watch=Watch(), numbers=numbers)
+            stack = [] if rollout.stack is None or first > layout.steps else list(rollout.stack)
+        assert rollout.losses is not None
+        sums = [(x - x).sum().double() for x in (rollout.losses, *state) if x.is_floating_point()]
+        return [torch.stack(sums).sum(), rollout.losses, *rollout.handed_out, *state, *stack]
+
+    return function

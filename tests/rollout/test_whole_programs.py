@@ -1,0 +1,359 @@
+"""``compile=True``, all steps as one program: the numbers of the plain way, and what is noticed when something changes.
+
+The graphs run as they were traced (``conftest.py``); what inductor makes of them: ``test_programs_of_every_kind.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from interpreted import Interpreted
+from torch import Tensor
+from torch.func import vmap
+
+import diffopt
+from diffopt.estimators import Reverse
+from diffopt.rollout import compiled, known_programs
+
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture(autouse=True)
+def _wholly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No step is compiled by itself, unless the test says so, and nothing is said."""
+    alone: list[Any] = []
+    monkeypatch.setattr(Interpreted, "made", 0)
+    monkeypatch.setattr(compiled, "_compile", lambda function, arguments: alone.append(1) or function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", diffopt.CompileWarning)
+        yield
+    assert not alone or "falls_back" in request.fixturenames
+
+
+@pytest.fixture
+def falls_back() -> None:
+    """Steps may be taken one by one, for there is no program, or it has been given up."""
+
+
+def quadratic(w: Tensor, a: Tensor) -> Tensor:
+    return 0.5 * (a * w**2).sum() + (w**4).sum() / 4
+
+
+A = torch.ones(2, dtype=torch.float64)
+
+
+def start() -> Tensor:
+    return torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+
+
+def solve(loss: Any = quadratic, *args: Any, w: Any = None, **options: Any) -> Any:
+    w = start() if w is None else w
+    given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "compile": True, **options}
+    return w, diffopt.solve(loss, w, *(args or (A,)), **given)
+
+
+def both(outer: Callable[[Any], Tensor], *args: Any, times: int = 3, **options: Any) -> None:
+    """The hypergradient by both ways, some times."""
+    for _ in range(times):
+        (w, found), (v, plain) = (solve(*args, compile=compile, **options) for compile in (True, False))
+        [one], [other] = torch.autograd.grad(outer(found), w), torch.autograd.grad(outer(plain), v)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_programs_are_made_once_and_used_again() -> None:
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    for _ in range(5):
+        _, solution = solve(loss)
+        solution.params.sum().backward()
+        counts, kept = solution.counts, solution.kept
+        assert (counts.gradients, counts.products, counts.depth, counts.extra_steps) == (3, 3, 3, 3)
+        assert (kept.checkpoint, kept.states, kept.bytes) == (1, 3, 48)
+    assert Interpreted.made == 2
+    with torch.no_grad():
+        end = solve(loss)[1]
+    assert (end.kept.states, end.kept.checkpoint) == (0, None)
+    assert Interpreted.made == 3
+    plain = solve(loss, compile=False)[1]
+    torch.testing.assert_close((end.params, end.losses), (plain.params.detach(), plain.losses.detach()))
+
+
+def test_what_is_handed_out_along_the_way_and_its_derivatives() -> None:
+    def aux_loss(w: Tensor, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return quadratic(w, a), {"norm": w.norm()}
+
+    # a lambda that is made anew at every call
+    both(lambda s: s.params.sum() + s.observed["w"][1].prod() * s.losses[2], observe=lambda w, a: {"w": w})
+    both(lambda s: s.losses.sum() * s.observed.sum(), observe=lambda w, a: (a * w).sum())
+    both(lambda s: s.params.sum() * s.losses[1] * s.aux["norm"].sum(), aux_loss, has_aux=True)
+    both(lambda s: s.losses[2], estimator=Reverse(1), optimizer=diffopt.Adam(0.1, eps=0.1))
+    assert Interpreted.made == 8
+
+
+def test_backward_passes_of_one_rollout_by_other_inputs_and_outputs() -> None:
+    """One program of the rollout, and one of the backward pass for each."""
+
+    def loss(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return quadratic(w, a) + (b * w).sum()
+
+    for learned, costs in (((), False), ((0,), False), ((1,), False), ((0, 1), False), ((0, 1), True), ((), False)):
+        found = []
+        for compile in (True, False):
+            args = [A.clone().requires_grad_(i in learned) for i in range(2)]
+            w, solution = solve(loss, *args, compile=compile)
+            total = solution.params.square().sum() + (solution.losses.prod() if costs else 0)
+            found.append(torch.autograd.grad(total, [w, *[args[i] for i in learned]]))
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert Interpreted.made == 6
+
+
+def test_observers_that_read_something_else_are_told_apart(falls_back: None) -> None:
+    """They share their code."""
+    for factor in (1.0, 2.0, 3.0):
+        both(lambda s: s.observed.sum(), observe=lambda w, a, factor=factor: factor * w, times=1)
+
+
+def test_a_solve_that_goes_on_needs_no_program_of_its_own() -> None:
+    """Nor does Adam, which counts; a schedule, of which other entries are read, does."""
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    ends = []
+    for compile in (True, False):
+        state: Any = start()
+        for _ in range(4):
+            state = solve(loss, w=state, optimizer=diffopt.Adam(0.1, eps=0.1), compile=compile)[1].state
+        ends.append(state.params)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+    assert Interpreted.made == 1
+    rates = torch.tensor([0.1, 0.2, 0.05, 0.01, 0.3, 0.15], dtype=torch.float64)
+    for optimizer in (diffopt.SGD(diffopt.Schedule(rates)), diffopt.SGD(diffopt.Schedule(rates.tolist()))):
+        ends = []
+        for compile in (True, False):
+            state = solve(loss, optimizer=optimizer, compile=compile)[1].state
+            ends.append(solve(loss, w=state, optimizer=optimizer, compile=compile)[1].params)
+        torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+
+
+def test_a_second_backward_pass_and_many_at_once() -> None:
+    w, solution = solve(steps=4)
+    total = solution.params.sum()
+    first, second, third = (torch.autograd.grad(total, w, retain_graph=True)[0] for _ in range(3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    (w, solution), (v, plain) = solve(), solve(compile=False)
+    eye = torch.eye(2, dtype=torch.float64)
+    rows = [torch.autograd.grad(s.params, x, eye, is_grads_batched=True)[0] for x, s in ((w, solution), (v, plain))]
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=0)
+    jacobians = [
+        torch.func.jacrev(lambda w, compile=compile: solve(w=w, compile=compile)[1].params)(start().detach())
+        for compile in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=0)
+
+
+def test_dtypes_shapes_autocast_and_default_dtype_get_programs_of_their_own() -> None:
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return ((torch.outer(a, a) @ w - 1) ** 2).sum()
+
+    for dtype, size, autocast in (
+        (torch.float64, 2, False),
+        (torch.float32, 2, False),
+        (torch.float32, 3, False),
+        (torch.float32, 3, True),
+        (torch.float64, 2, False),
+    ):
+        ends = []
+        for compile in (True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                w = torch.linspace(0.1, 1, size, dtype=dtype).requires_grad_()
+                end = solve(loss, torch.linspace(1, 2, size, dtype=dtype), w=w, compile=compile)[1].params
+            ends += [end.detach(), *torch.autograd.grad(end.square().sum(), w)]
+        eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+        torch.testing.assert_close(ends[:2], ends[2:], rtol=20 * eps, atol=20 * eps)
+    assert Interpreted.made == 8
+
+
+# ------------------------------------------------------------------------------------------------ what changes
+
+
+SCALE = [1.0]
+
+
+def scaled(w: Tensor, a: Tensor) -> Tensor:
+    return SCALE[0] * quadratic(w, a)
+
+
+@pytest.mark.parametrize("uses", [1, 2, 5])
+def test_a_number_that_the_loss_reads_may_not_change(uses: int) -> None:
+    for _ in range(uses):
+        solve(scaled)
+    for SCALE[0] in (2.0, 3.0):
+        with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+            solve(scaled)
+    SCALE[0] = 1.0
+    both(lambda s: s.params.sum(), scaled, times=1)
+
+
+def test_what_changes_and_does_not_matter_may_change() -> None:
+    """A counter: each call is a plain one as well, and right."""
+    seen = [0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        seen[0] += 1
+        return quadratic(w, a)
+
+    both(lambda s: s.params.sum(), loss, times=4)
+    assert Interpreted.made == 2
+
+
+def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass() -> None:
+    for _ in range(3):
+        solve(scaled)[1].params.sum().backward()
+    _, solution = solve(scaled)
+    SCALE[0] = 2.0
+    with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
+        solution.params.sum().backward()
+    SCALE[0] = 1.0
+
+
+def test_a_change_of_later_steps_only_is_noticed_and_the_program_given_up() -> None:
+    late = [0.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + late[0] * (w[0] - 1) ** 2  # nothing at the start
+
+    solve(loss)
+    late[0] = 1.0
+    with pytest.warns(diffopt.CompileWarning, match="it is off by"):
+        found = solve(loss)[1].params
+    torch.testing.assert_close(found, solve(loss, compile=False)[1].params, rtol=1e-12, atol=0)
+
+
+def endless(box: list[float]) -> Iterator[float]:
+    while True:
+        yield box[0]
+
+
+def test_a_change_that_nobody_sees_is_noticed_by_and_by() -> None:
+    """What a generator holds; the fourth use is compared."""
+    box = [1.0]
+    hidden = endless(box)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return next(hidden) * quadratic(w, a)
+
+    for _ in range(3):
+        solve(loss)
+    box[0] = 2.0
+    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+        solve(loss)
+
+
+def test_captured_tensors_are_read_anew_and_refused_if_they_require_grad(falls_back: None) -> None:
+    target = torch.ones(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + (target * w).sum()
+
+    for _ in range(3):
+        both(lambda s: s.params.sum(), loss, times=1)
+        target.mul_(1.5)
+    assert Interpreted.made == 2
+    target.requires_grad_()
+    with pytest.raises(diffopt.CapturedTensorError, match="captured"):
+        solve(loss)
+
+
+def test_another_captured_tensor_with_the_same_numbers_is_read_later_too(falls_back: None) -> None:
+    """The program would go on to read the first one."""
+    places = [torch.ones(2, dtype=torch.float64)]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + (places[0] * w).sum()
+
+    for _ in range(3):
+        both(lambda s: s.params.sum(), loss, times=1)
+    places[0] = places[0].clone()
+    both(lambda s: s.params.sum(), loss, times=1)
+    places[0].mul_(2)
+    both(lambda s: s.params.sum(), loss, times=2)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_step() -> None:
+    for _ in range(4):  # the fifth use is compared with nothing
+        solve(steps=5)
+    with pytest.raises(diffopt.DivergenceError, match="step"):
+        solve(w=torch.tensor([1e3, 1.0], dtype=torch.float64, requires_grad=True), steps=5)
+    with pytest.raises(diffopt.NonFiniteLossError, match="at the initial params"):
+        solve(w=torch.tensor([float("nan"), 1.0], dtype=torch.float64, requires_grad=True), steps=5)
+    both(lambda s: s.params.sum(), steps=5)
+
+
+def test_a_loss_that_keeps_a_state_is_refused_as_ever(falls_back: None) -> None:
+    memory = torch.ones(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        memory.mul_(0.5).add_(w.detach())
+        return quadratic(w, a) + (memory * w).sum()
+
+    def run() -> None:
+        solve(loss)[1].params.sum().backward()
+
+    for _ in range(3):
+        with pytest.raises((diffopt.HiddenStateError, diffopt.RandomnessError, diffopt.CapturedTensorError)):
+            run()
+
+
+def test_errors_of_the_plain_way_are_raised(falls_back: None) -> None:
+    captured = start()
+    for loss, error in (
+        (lambda w, a: (w * captured).sum() + quadratic(w, a), diffopt.CapturedTensorError),
+        (lambda w, a: a.sum() + 0 * captured.detach().sum(), diffopt.DisconnectedError),
+        (lambda w, a: w, diffopt.LossError),
+    ):
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", diffopt.CompileWarning)
+                with pytest.raises(error):
+                    solve(loss)
+
+
+def test_per_task_hyperparameters_and_tasks_that_share_all() -> None:
+    lrs = torch.tensor([0.05, 0.1, 0.02], dtype=torch.float64)
+
+    def outer(lr: Tensor, compile: bool) -> Tensor:
+        return solve(optimizer=diffopt.SGD(lr, momentum=0.5), compile=compile)[1].params.square().sum()
+
+    found = []
+    for compile in (True, False):
+        own = lrs.clone().requires_grad_()
+        found += torch.autograd.grad(vmap(lambda lr, compile=compile: outer(lr, compile))(own).sum(), own)
+        found += [torch.func.grad(lambda lr, compile=compile: outer(lr, compile))(lrs[0])]
+        found += [vmap(torch.func.grad(lambda lr, compile=compile: outer(lr, compile)))(lrs)]
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-12, atol=0)
+
+
+def test_numbers_of_steps_and_shapes_that_keep_changing_get_no_programs_without_end(
+    monkeypatch: pytest.MonkeyPatch, falls_back: None
+) -> None:
+    """Compiled steps serve all numbers of steps."""
+    monkeypatch.setattr(known_programs, "_MOST_ALIKE", 2)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    with torch.no_grad():
+        for steps, size in ((1, 2), (2, 2), (3, 2), (1, 2), (1, 3), (4, 2)):
+            w, a = torch.linspace(1, 2, size).double(), torch.ones(size).double()
+            ends = [solve(loss, a, w=w, steps=steps, compile=compile)[1].params for compile in (True, False)]
+            torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+        assert Interpreted.made == 2
+        solve(loss, optimizer=diffopt.SGD(0.02))
+    assert Interpreted.made == 3
