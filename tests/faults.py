@@ -498,7 +498,7 @@ FAULTS = [
     ),
     Fault(
         "compiled steps of one optimizer serve another",
-        "_compiled",
+        "kind_of",
         "structures, autocast, optimizer)",
         "structures, autocast)",
         "compiled",
@@ -866,7 +866,7 @@ FAULTS = [
     ),
     Fault(
         "the warning of what was not compiled does not name the path",
-        "_warn",
+        "warn",
         "reason = compiler_paths.explanation(error)\n",
         "reason = None\n",
         "compiler_paths",
@@ -2233,9 +2233,9 @@ FAULTS = [
     ),
     Fault(
         "what is compiled for a loss serves a field",
-        "_compiled",
-        'kind = type(loss), getattr(as_written(loss), "__func__", None)',
-        'kind = None, getattr(as_written(loss), "__func__", None)',
+        "kind_of",
+        'type(loss), getattr(as_written(loss), "__func__", None)',
+        'None, getattr(as_written(loss), "__func__", None)',
         "vector_field",
     ),
     Fault(
@@ -2458,7 +2458,7 @@ FAULTS = [
     ),
     Fault(
         "compiled steps of other groups are the same",
-        "_compiled",
+        "kind_of",
         "(dynamics.optimizer.template), dynamics.optimizer.placed",
         "(dynamics.optimizer.template), ()",
         "nested",
@@ -4413,5 +4413,12 @@ FAULTS = [
         "batches = torch.stack(orders)[:, : run.batch]",
         "batches = torch.stack(orders)[:1, : run.batch].expand(settings.steps, run.batch)",
         "maml_experiment",
+    ),
+    Fault(
+        "every number of steps gets a program of its own, without end",
+        "_is_one_of_many",
+        "return len(alike) >= _MOST_ALIKE",
+        "return False",
+        "whole_programs",
     ),
 ]

@@ -143,6 +143,8 @@ NAMES = [
     "yardsticks_experiment",
     "bounds_decay",
     "maml_experiment",
+    "compiled_reads",
+    "whole_programs",
 ]
 
 

@@ -116,8 +116,30 @@ def find(dynamics: Dynamics, key: Hashable, tensors: Sequence[Tensor], made: Cal
         return None
     found = known.get(key)
     if found is None:
-        found = known[key] = Known(dynamics, _made(dynamics, known, tensors, made()))
+        made_for_many = _is_one_of_many(key, known)
+        found = known[key] = Known(dynamics, None if made_for_many else _made(dynamics, known, tensors, made()))
     return found if found.serves(dynamics) else None
+
+
+_MOST_ALIKE = 8
+"""So many programs are made that differ in shapes and numbers of steps only; compiled steps serve any number."""
+
+
+def _is_one_of_many(key: Any, known: dict[Hashable, Known]) -> bool:
+    """Whether many programs of rollouts have been made that differ from this one in shapes and steps only."""
+    if key[0] != "rollout":
+        return False
+    alike = [other for other in known if _but_for_shapes(other) == _but_for_shapes(key)]
+    return len(alike) >= _MOST_ALIKE
+
+
+def _but_for_shapes(key: Any) -> Any:
+    name, _, _, *others = key
+    return name == "rollout" and [x for i, x in enumerate(others) if i != _SHAPES]
+
+
+_SHAPES = 4
+"""Where they stand in a key of a rollout, behind its first kept step and its number of steps."""
 
 
 def _made(

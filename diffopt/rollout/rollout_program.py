@@ -119,8 +119,9 @@ def _suits(dynamics: Dynamics, inputs: Inputs, keep: Keep | None) -> bool:
         states = keep.stackable and keep.checkpoint == 1 and not (keep.offload or keep.gradients or keep.memory)
         if not states:
             return False
-    alone = dynamics.micro_batches is None and layout.stream is None and not torch.is_inference_mode_enabled()
-    return alone and layout.steps > 0 and place.type == "cpu"
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone = dynamics.micro_batches is None and layout.stream is None
+    return alone and not ranks and not torch.is_inference_mode_enabled() and layout.steps > 0 and place.type == "cpu"
 
 
 def _function(dynamics: Dynamics, first: int, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
