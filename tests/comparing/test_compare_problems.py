@@ -42,7 +42,10 @@ def chunked(rule):
 
 
 class Delegating(diffopt.estimators.Estimator):
-    """Not a dataclass, and run by another rule, which is the one that the graph knows."""
+    """Not a dataclass, and run by another estimator, which is the one that the graph knows."""
+
+    def __repr__(self):
+        return "Delegating()"
 
     def run(self, problem):
         return Reverse(1).run(problem)
