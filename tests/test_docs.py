@@ -165,11 +165,11 @@ def test_the_page_of_the_commands_names_what_they_know(pages):
         assert flag in flags
         assert flag in sections["reproduce"], flag
     lines = re.findall(r'^(?:show\("|diffopt )(.*?)(?:"\)| +#.*|)$', page, re.MULTILINE)
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines[1:]:
         given = parser.parse_args(shlex.split(line))
-        if line.startswith("reproduce") and given.name:
-            changed(catalogue.experiment(given.name).standard, tuple(given.changes))
+        if line.startswith("reproduce") and given.experiment:
+            changed(catalogue.experiment(given.experiment).standard, tuple(given.changed))
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert codes == [0, cli.FAILED, cli.INTERRUPTED]
 

@@ -19,6 +19,7 @@ from diffopt.errors import LossError
 from diffopt.tensors import torch_errors, tree
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.plain_numbers import plain
+from diffopt.tensors.spread import placed_alike
 from diffopt.tensors.tasks import Tasks
 
 
@@ -128,7 +129,8 @@ class Tables:
 
     def _write_waiting(self, last: int) -> None:
         """Write the losses that have waited, up to those of step ``last``."""
-        count, self._waiting, rows = len(self._waiting), [], torch.stack(self._waiting, self._axis)
+        waiting = self._waiting if type(self._waiting[0]) is Tensor else placed_alike(self._waiting)
+        count, self._waiting, rows = len(waiting), [], torch.stack(waiting, self._axis)
         if count == self._steps:
             self._tensors = [rows]
             return

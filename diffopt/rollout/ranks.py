@@ -21,8 +21,7 @@ def refuse_other_cotangents(copied_to: Sequence[groups.Group], cotangents: Seque
         apart = max(replicas.deviations(cotangents, group))
         if math.isinf(apart):
             raise RanksError(
-                "the ranks share a solve, and the gradients of their outer losses are of other parts of it on each, or of "
-                "observations of other shapes or dtypes",
+                "the ranks share a solve, and the gradients of their outer losses are of other parts or shapes",
                 "the same outer loss on all ranks, of the same observations",
                 "of each rank's own data, observe a sum: summed(f(copied(params), data)), of diffopt.distributed",
             )

@@ -59,6 +59,8 @@ class Keep:
         """Check what a rule asks for."""
         if type(self.first) is not int or self.first < 1:
             Options(self).integer("first", 1)
+        if type(self.gradients) is not bool or type(self.stackable) is not bool:
+            Options(self).flag("gradients", "stackable")
         named = type(self.checkpoint) is str and self.checkpoint in ("graph", "sqrt", "log")
         if not (named or self.checkpoint is None) or self.offload is not False:
             check_checkpoint(self)

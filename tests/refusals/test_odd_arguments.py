@@ -57,7 +57,7 @@ OPTIONS: list[tuple[Any, dict[str, Any]]] = [
 ]
 COUNTS = ("order", "window", "chunk_size", "directions", "max_iterations", "terms", "power_iterations", "rank", "seed")
 # the number of steps from the first one on is no option of a user's
-FIELDS = [(k, base, f.name) for k, base in OPTIONS for f in fields(k) if f.name not in ("first", "gradients")]
+FIELDS = [(k, base, f.name) for k, base in OPTIONS for f in fields(k) if f.name != "first"]
 
 
 def use(kind: Any, options: dict[str, Any]) -> Any:
