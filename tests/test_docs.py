@@ -169,7 +169,7 @@ def test_the_page_of_the_commands_names_what_they_know(pages):
     for line in lines[1:]:
         given = parser.parse_args(shlex.split(line))
         if line.startswith("reproduce") and given.experiment:
-            changed(catalogue.experiment(given.experiment).standard, tuple(given.changed))
+            changed(catalogue.experiment(given.experiment).standard, tuple(getattr(given, "changed", ())))
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert codes == [0, cli.FAILED, cli.INTERRUPTED]
 
