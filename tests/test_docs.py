@@ -120,6 +120,7 @@ def test_the_front_page_links_every_thing_that_only_this_library_does(pages):
     assert cli.build_parser().parse_args(["demo"])
 
 
+@pytest.mark.slow
 def test_the_page_to_start_leads_from_torch_optim_and_from_modules(pages):
     without_picture = re.sub(r"^import matplotlib.*?(?=^```$)", "", pages["start"], flags=re.DOTALL | re.MULTILINE)
     names = run(without_picture.replace("for _ in range(40)", "for _ in range(2)"))

@@ -95,6 +95,7 @@ def test_an_optimizer_of_ones_own_is_differentiated_exactly_and_learned(run):
     assert found["all four"] < found["lr"] < found["nothing"]
 
 
+@pytest.mark.slow
 def test_an_estimator_of_ones_own_is_unbiased_where_truncation_is_not(run):
     error = run("custom_estimator", picture=False)
     assert error["CoinToss(0.5), mean of 64"] < 0.2 * error["Truncated(10)"]
@@ -163,6 +164,7 @@ def test_hyper_cleaning_of_mnist_wins_back_six_points(folder, data_folder, monke
     assert accuracy["ours"] > accuracy["validation"]
 
 
+@pytest.mark.slow
 def test_an_example_runs_by_itself_and_leaves_its_picture_where_it_is_told(folder, checkout, tmp_path):
     command = [sys.executable, str(folder / "training_loop.py"), "--quick", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "MPLBACKEND": "Agg"}

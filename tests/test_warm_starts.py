@@ -85,6 +85,7 @@ def descend(iterations, lr, tasks_at_a_time, cold=False, runs=1):
     return torch.tensor(norms)
 
 
+@pytest.mark.slow
 def test_all_tasks_at_a_time_reach_a_stationary_point_with_constants():
     """Theorem 2: one inner step and one iteration for each outer step lead to where the exact gradient is zero."""
     warm, cold = (descend(320, 0.2, TASKS, cold=cold)[:, 0] for cold in (False, True))

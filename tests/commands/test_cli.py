@@ -243,7 +243,9 @@ def test_the_problem_of_the_demo_has_the_hypergradient_of_a_plain_loop():
     assert float((got - exact).norm() / exact.norm()) < 1e-12  # float64 through 200 steps
 
 
-@pytest.mark.parametrize("task", ["quadratic", "sinusoid", "penalties"])
+@pytest.mark.parametrize(
+    "task", ["quadratic", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sinusoid", "penalties"))]
+)
 def test_compare_prints_a_table_and_saves_a_picture(task, tmp_path, capsys):
     picture = tmp_path / "compare.png"
     rules = "reverse:1,truncated:2,krylov:1,multi-step:2"

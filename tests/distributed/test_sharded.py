@@ -8,6 +8,7 @@ import pytest
 from checks_in import cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), cases("sharded"))
 def test_sharded_params(outcomes: Callable[..., dict[str, str]], name: str, world: int) -> None:
     found = outcomes("sharded", world, world > 2)

@@ -11,7 +11,7 @@ import pytest
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
 
-SLOW = {"cost", "hyper-cleaning", "meta-transfer", "memory-reduced"}
+SLOW = {"bounds", "cost", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks"}
 
 
 @pytest.mark.parametrize(

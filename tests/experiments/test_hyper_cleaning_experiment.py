@@ -53,7 +53,7 @@ def rows():
     return {unit.name: json_row(unit.name, unit.run(Work(0))) for unit in units}
 
 
-@pytest.mark.parametrize("name", ["exact", "truncated 2"])
+@pytest.mark.parametrize("name", [pytest.param("exact", marks=pytest.mark.slow), "truncated 2"])
 def test_it_learns_as_a_plain_loop_does(rows, name):
     problem = hyper_cleaning.load(SETTINGS, Work(0))
     logits = torch.zeros(60, requires_grad=True)

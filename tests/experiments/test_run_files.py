@@ -379,6 +379,7 @@ sys.exit(main(["reproduce", "toy", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_reproduction_within_a_line_and_it_goes_on(toy, tmp_path):
     assert toy(tmp_path / "whole") == 0
     log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()

@@ -69,12 +69,13 @@ def spaced(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize(
     ("variable", "told"),
     [
         ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR is"),
-        pytest.param("TMPDIR", "temporary files go to", marks=pytest.mark.slow),
+        ("TMPDIR", "temporary files go to"),
     ],
 )
 def test_folders_of_the_compiler(tmp_path, spaced, variable, told):

@@ -261,7 +261,7 @@ def least_memory(**options: Any) -> int:
     return int(str(error.value).partition("at least ")[2].split()[0])
 
 
-@pytest.mark.parametrize("batch", [1, 4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (4, 40))])
 def test_a_given_memory_is_kept(batch: int) -> None:
     state, least = 2 * 3000 * 8, least_memory(batch=batch)
     expected, _ = wide(Reverse("graph"), 30, batch=batch)
