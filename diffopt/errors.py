@@ -211,7 +211,7 @@ class VmapError(DiffoptError, RuntimeError):
 
 
 class SecondDerivativeError(DiffoptError, RuntimeError):
-    """A hypergradient was differentiated again under a rule that gives first derivatives only."""
+    """A hypergradient was differentiated again under an estimator that gives first derivatives only."""
 
 
 class CompileWarning(UserWarning):

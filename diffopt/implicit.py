@@ -46,7 +46,7 @@ class ImplicitGradients(NamedTuple):
 
 # NOTE [a step that goes nowhere]
 # ``implicit`` is a solve of one step that leaves params where they are and puts the gradient into a buffer: so every
-# check of ``solve`` is made, under every transform, and the gradient is at hand. Its rule differentiates that buffer.
+# check of ``solve`` is made, under every transform, and the gradient is at hand. That buffer is differentiated.
 # (For a step of gradient descent ``I - J`` is the Hessian too, but the identity swallows what is below its round-off.)
 _STAY = SGD(0.0, momentum=1.0)
 
@@ -54,7 +54,7 @@ _STAY = SGD(0.0, momentum=1.0)
 @final
 @dataclass(frozen=True)
 class _AtSolution(Adjoint):
-    """The rule behind :func:`implicit`."""
+    """The estimator behind :func:`implicit`."""
 
     solver: LinearSolver
     stationarity: float | None

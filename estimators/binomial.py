@@ -39,7 +39,7 @@ class Binomial(Adjoint):
 
     Args:
         order: ``L``, at least 0.
-        window: ``W``, 0 to ``T``: curvature in the last steps only; ``C_t`` and ``D_t`` in all (hybrid rule).
+        window: ``W``, 0 to ``T``: curvature in the last steps only; ``C_t`` and ``D_t`` in all (hybrid estimator).
         scale: factor on every curvature product, any finite number; ``order / T`` gives the tables of the paper.
         chunk_size: how many steps' products are batched at most; ``None``: all.
 

@@ -28,8 +28,8 @@ class Krylov(Adjoint):
 
     for ``Lambda_0, ..., Lambda_{T-1}``, where ``r`` is what the scan ``S`` gives without curvature, plus the curvature
     term of the known ``Lambda_T``. :class:`Binomial` of order ``L`` is ``L`` Richardson iterations on this system; this
-    rule takes the smallest residual in the same space, so that it stays bounded where the binomial series has not yet
-    begun to converge. Both agree for ``order`` 0 and 1. Exact for ``order >= T``.
+    estimator takes the smallest residual in the same space, so that it stays bounded where the binomial series has not
+    yet begun to converge. Both agree for ``order`` 0 and 1. Exact for ``order >= T``.
 
     Biased below that. ``Solution.diagnostics["residual"]``, the norm of the system's residual over that of the adjoints
     without curvature, is there after the backward pass (one per task; missing for ``order=0``); above 0.5 there is a

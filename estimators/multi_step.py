@@ -15,7 +15,7 @@ from diffopt.tensors.arguments import Options
 @final
 @dataclass(frozen=True)
 class MultiStep(Estimator):
-    r"""Inner steps in windows of ``window`` updates that share one gradient, then any rule on the composite steps.
+    r"""Inner steps in windows of ``window`` updates that share one gradient, then any estimator on the composite steps.
 
     .. math:: s_{t+1} = U_t(s_t, g_{t_w}; \eta),\quad t = t_w, \dots, t_w + n - 1,\qquad
               \hat C_w = C_{t_w+n-1}\cdots C_{t_w},\quad
@@ -56,17 +56,17 @@ class MultiStep(Estimator):
         options.instance("adjoint", Estimator, "an estimator such as Reverse()")
 
     def claims(self, steps: int) -> Claims:
-        """Those of the rule on the composite steps."""
+        """Those of the estimator on the composite steps."""
         claims = self.adjoint.claims(-(-steps // self.window))
         return replace(claims, own_steps=claims.own_steps or min(self.window, steps) > 1)
 
     @property
     def traced(self) -> bool:  # type: ignore[override]
-        """As the rule on the composite steps."""
+        """As the estimator on the composite steps."""
         return self.adjoint.traced
 
     def run(self, problem: Problem) -> Outcome:
-        """Run the adjoint's rule on the windowed problem."""
+        """Run the adjoint's estimator on the windowed problem."""
         layout = problem.dynamics.layout
         # A window is one step: one gradient, then that many updates with it (Dynamics.updates). Windows of a MultiStep
         # around it multiply.

@@ -53,7 +53,7 @@ class Truncated(Adjoint):
         Options(self).integer("steps", 0, kind=StepsError)
 
     def claims(self, steps: int) -> Claims:
-        """Exact if no step is left out; the first-order rule if all are."""
+        """Exact if no step is left out; the first-order estimator if all are."""
         inputs: frozenset[Kind] = ALL_INPUTS if self.steps else frozenset({"init"})
         return Claims("always" if self.steps >= steps else "never", inputs, second_derivatives=self.steps > 0)
 

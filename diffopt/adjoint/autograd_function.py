@@ -29,7 +29,7 @@ from diffopt.tensors.torch_errors import forward_mode_error, is_in_place
 
 
 def prepared(call: Call, inputs: Sequence[Tensor]) -> Callable[[], Any]:
-    """What gives the final state and the losses, differentiable by the call's rule (when called: the way is short)."""
+    """What gives the final state and the losses, differentiable by the estimator (when called: the way is short)."""
     vmap = transforms.innermost_vmap()
     if vmap is not None:  # where nothing is differentiated; below it, the same tensors say what is
         return partial(transforms.below_vmap, partial(_below, call), vmap, inputs)

@@ -17,7 +17,7 @@ from diffopt.tensors.leaves import Leaves
 
 
 class Rule(Protocol):
-    """What an adjoint rule is to these functions."""
+    """What an estimator is to these functions."""
 
     takes_running_costs: ClassVar[bool]
     """Whether it takes the cotangents of what is handed out along the way."""
@@ -31,7 +31,7 @@ class Rule(Protocol):
         ...
 
     def pullbacks(self, trajectory: Trajectory, cotangents: Sequence[Leaves]) -> list[Cotangents] | None:
-        """The same for many, of which a step is taken again once only; ``None``: not by this rule."""
+        """The same for many, of which a step is taken again once only; ``None``: not by this estimator."""
         ...
 
 

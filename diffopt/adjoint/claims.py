@@ -25,11 +25,11 @@ Exactness: TypeAlias = Literal["always", "at the fixed point", "never"]
 class Claims:
     """What an estimator says of itself; :func:`diffopt.testing.check_estimator` tests every claim both ways.
 
-    The default says everything that can be said of a rule: who does not say otherwise is held to it.
+    The default says everything that can be said of an estimator: who does not say otherwise is held to it.
 
     Attributes:
         exact: whether the hypergradient is that of the steps taken: ``"always"``, ``"at the fixed point"`` (once the
-            steps no longer change anything) or ``"never"``. For a ``random`` rule: its mean.
+            steps no longer change anything) or ``"never"``. For a ``random`` estimator: its mean.
         inputs: the kinds of input that get a hypergradient; the others get exact zeros.
         own_steps: takes other steps than the optimizer alone would; ``exact`` then speaks of these.
         vmap: gives the same numbers under ``torch.func.vmap`` as in a loop; ``False``: raises a

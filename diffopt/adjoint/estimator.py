@@ -52,10 +52,10 @@ class Estimator(ABC):
 
 
 class Adjoint(Estimator):
-    r"""A rule that moves the adjoint back over a stored trajectory: ``Lambda_T -> (Lambda_0, direct terms)``.
+    r"""An estimator that moves the adjoint back over a stored trajectory: ``Lambda_T -> (Lambda_0, direct terms)``.
 
-    A rule says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`), and, unless it is exact
-    for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them, under
+    An estimator says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`), and, unless it is
+    exact for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them, under
     every transform, for every optimizer and meta-parameter.
 
     Attributes:
@@ -88,7 +88,7 @@ class Adjoint(Estimator):
         """What of a rollout of ``steps`` steps the pullback will revisit."""
 
     def refuse(self, problem: Problem) -> None:
-        """Refuse a problem that this rule cannot be right for; unless overridden, none is refused."""
+        """Refuse a problem that this estimator cannot be right for; unless overridden, none is refused."""
 
     @abstractmethod
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
@@ -103,7 +103,7 @@ class Adjoint(Estimator):
 
     @final
     def run(self, problem: Problem) -> Outcome:
-        """Roll out without a graph and attach this rule as the derivative."""
+        """Roll out without a graph and attach this estimator as the derivative."""
         dynamics, inputs, check = problem.dynamics, problem.inputs.flat, problem.check
         self.refuse(problem)
         keep = self.keep(dynamics.layout.steps)

@@ -72,7 +72,7 @@ _LARGE = 2**15
 
 
 def _trajectory(call: Call, given: Sequence[Tensor], along: Sequence[Tensor]) -> Trajectory:
-    """The rollout as the rule sees it."""
+    """The rollout as the estimator sees it."""
     count = call.state_count
     inputs, final = call.dynamics.layout.inputs(given[:-count]), Leaves(given[-count:])
     record, running = _usable(call, inputs), _running(call, along)
@@ -80,7 +80,7 @@ def _trajectory(call: Call, given: Sequence[Tensor], along: Sequence[Tensor]) ->
 
 
 def _terms(call: Call, result: Cotangents, given: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a rule has found, for the wanted inputs."""
+    """What an estimator has found, for the wanted inputs."""
     if not all([type(place) is Place for place in result.direct]):
         raise EstimatorError(
             f"{type(call.rule).__name__}.pullback returned direct terms of {[*result.direct][:3]}",

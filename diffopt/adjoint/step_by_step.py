@@ -17,7 +17,7 @@ from diffopt.tensors.leaves import Leaves
 class StepByStep:
     r"""The blocks ``C_t, E_t, D_t, H_t, M_t`` of each step of a rollout, as products with their transposes.
 
-    A rule moves an adjoint from step ``T`` down to step 1 with them (derivations, section 0); what goes to the
+    An estimator moves an adjoint from step ``T`` down to step 1 with them (derivations, section 0); what goes to the
     meta-parameters is gathered on the way. The exact recursion (1.1)-(1.3) reads:
 
     >>> def pullback(self, trajectory, cotangent):
@@ -27,7 +27,7 @@ class StepByStep:
     ...         adjoint = steps.through(t, adjoint, push)
     ...     return steps.cotangents(adjoint)
 
-    The rule's ``keep`` returns ``Keep(first=1, checkpoint=1, gradients=True)``. All tensors are stacked over tasks.
+    Its ``keep`` returns ``Keep(first=1, checkpoint=1, gradients=True)``. All tensors are stacked over tasks.
 
     Raises:
         EstimatorError: states or gradients were not kept.
@@ -84,7 +84,7 @@ class StepByStep:
         return self._trajectory.tasks.times(weights, vector)
 
     def cotangents(self, initial: Leaves) -> Cotangents:
-        """What the rule returns: the adjoint of the initial state, and what was gathered."""
+        """What the estimator returns: the adjoint of the initial state, and what was gathered."""
         self._trajectory.refuse_other_losses(self._losses)
         return Cotangents(initial, self._direct.collect())
 

@@ -31,7 +31,7 @@ def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> 
     """``trajectory.sweep`` for each of some cotangents; the stack is used up.
 
     Raises:
-        EstimatorError: the rule keeps the steps from another one on.
+        EstimatorError: the estimator keeps the steps from another one on.
     """
     rollout, record = trajectory.rollout, trajectory.record
     if first != rollout.first:

@@ -31,7 +31,7 @@ from diffopt.tensors.tasks import Tasks
 @final
 @dataclass(frozen=True)
 class Cotangents:
-    """What a rule returns: the adjoint of the initial state and the direct terms.
+    """What an estimator returns: the adjoint of the initial state and the direct terms.
 
     Attributes:
         initial: ``Lambda_0``, one tensor per state leaf; ``None``: zero.
@@ -59,7 +59,7 @@ class Cotangents:
 @final
 @dataclass(frozen=True)
 class Trajectory:
-    """A finished rollout, as an adjoint rule sees it. All tensors are stacked over tasks; time runs ``1..T``.
+    """A finished rollout, as an estimator sees it. All tensors are stacked over tasks; time runs ``1..T``.
 
     Attributes:
         dynamics: the inner problem.
@@ -141,7 +141,7 @@ class Trajectory:
         Returns ``Lambda_{first-1}`` and the direct terms. One HVP per step, one step after the other.
 
         Raises:
-            EstimatorError: the rule keeps the steps from another one on.
+            EstimatorError: the estimator keeps the steps from another one on.
         """
         rollout = self.record.rollout
         if rollout.stack is not None and tracing.current() is not None:

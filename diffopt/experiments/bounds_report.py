@@ -200,7 +200,7 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
                 of = [f"{name}: refuted" if out else name for name, out in zip(of, refuted, strict=True)]
             lines.append(line.assign(line=of))
         drawn = pd.concat(lines)
-        drawn = drawn[drawn["shown"] > 1e-12]  # exact rules leave the picture
+        drawn = drawn[drawn["shown"] > 1e-12]  # exact estimators leave the picture
         found += curves(
             drawn,
             folder / "bounds.png",

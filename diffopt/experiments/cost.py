@@ -97,7 +97,7 @@ def step_rules(steps: int) -> dict[str, Estimator]:
 
 
 def measure(settings: Settings, momentum: float, steps: int, rules: dict[str, Estimator], work: Work) -> Row:
-    """The cost of every rule; it depends on nothing random but the machine."""
+    """The cost of every estimator; it depends on nothing random but the machine."""
     generator = work.generator("problem")
     network = Conv4(1, settings.way, settings.filters, settings.image_size, generator=generator)
     apply, params = functional(network)
@@ -114,7 +114,7 @@ def measure(settings: Settings, momentum: float, steps: int, rules: dict[str, Es
         return cross_entropy(apply(params, data[0]), data[1])
 
     def problem(rule: Estimator) -> Tensor:
-        # an implicit rule knows the start only as the center of a proximal term: that is iMAML
+        # an implicit estimator knows the start only as the center of a proximal term: that is iMAML
         proximal = diffopt.ProximalGD(settings.lr, strength=1.0)
         optimizer = proximal if isinstance(rule, Implicit) else diffopt.SGD(settings.lr, momentum=momentum)
         adapted = diffopt.solve(loss, params, support, optimizer=optimizer, steps=steps, estimator=rule)

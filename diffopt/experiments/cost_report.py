@@ -100,7 +100,7 @@ SAID = {
 
 
 def table_of(units: Sequence[Unit], results: Results, over: str) -> Frame:
-    """One row per start, number of steps and rule; times and memory also beside MAML's in the same start."""
+    """One row per start, number of steps and estimator; times and memory also beside MAML's in the same start."""
 
     def records(row: Row) -> Iterator[Row]:
         exact = row["rules"]["MAML"]
@@ -207,7 +207,7 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
     """``levels.png``: costs over L; ``steps.png``: costs over K."""
     levels, steps = (table_of(units, results, over) for over in ("levels", "steps"))
     look: dict[str, Any] = {"labels": LABELS, "style": lambda rule: {**STYLES, **STEP_STYLES}[rule]}
-    if len(levels):  # rules without levels are lines from one side to the other
+    if len(levels):  # estimators without levels are lines from one side to the other
         constant = levels[levels["rule"] == levels["method"]]
         levels = pd.concat([levels, constant.assign(L=settings.levels_steps)])
     keys = ("share", "memory", "products", "depth")

@@ -72,7 +72,7 @@ def units(settings: Settings) -> list[Unit]:
 
 
 def rules(settings: Settings, work: Work) -> dict[str, tuple[Estimator, bool]]:
-    """The rules by name, each with whether its response is divided by the number of parameters."""
+    """The estimators by name, each with whether its response is divided by the number of parameters."""
     source = work.generator("directions")
 
     def jacobian(directions: int, sampling: str = "gaussian") -> Estimator:
@@ -90,7 +90,7 @@ def rules(settings: Settings, work: Work) -> dict[str, tuple[Estimator, bool]]:
 
 @final
 class Embedding:
-    """The problem: parameters of the embedding, tasks, and the mean outer loss under a rule."""
+    """The problem: parameters of the embedding, tasks, and the mean outer loss under an estimator."""
 
     def __init__(self, settings: Settings, size: str, seed: int, work: Work) -> None:
         """Draw the start; the tasks come from ``generator``."""
@@ -131,13 +131,13 @@ class Embedding:
             loss, self.head, params, inputs, labels, optimizer=optimizer, steps=s.steps, estimator=rule
         )
         head = solved.params
-        if divided:  # the same head, its response a fraction of what the rule says
+        if divided:  # the same head, its response a fraction of what the estimator says
             head = head.detach() + (head - head.detach()) / self.count
         return cross_entropy(predict(head, params, queries), wanted)
 
 
 def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
-    """Relative error and cosine of every rule's hypergradient at the start, beside the exact one (ITD)."""
+    """Relative error and cosine of every estimator's hypergradient at the start, beside the exact one (ITD)."""
     problem = Embedding(settings, size, seed, work)
     episodes = problem.sample()
 
@@ -164,7 +164,7 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
 
 
 def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Row:
-    """Train the embedding; every rule sees the same start and the same tasks."""
+    """Train the embedding; every estimator sees the same start and the same tasks."""
     problem = Embedding(settings, size, seed, work)
     rule, divided = rules(settings, work)[name]
     outer = torch.optim.Adam(problem.params.values(), lr=settings.meta_lr)

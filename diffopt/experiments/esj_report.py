@@ -25,7 +25,7 @@ COLOURS: dict[str, str] = {
     AID: STYLES["implicit"]["color"],
     SCALED: STYLES["krylov"]["color"],
 }
-"""Of the rules that are not ESJ with so many directions."""
+"""Of the estimators that are not ESJ with so many directions."""
 NOTES = (
     "The slides report the time (its unit is not printed) to reach 67 % and 69 % with a ResNet-12 of 12 million "
     "parameters: ESJ 2.0 and 2.8, ANIL 6.3 and -, MAML 9.7 and -, ProtoNet 3.5 and 4.4, MetaOptNet over 20 for both. "
@@ -90,7 +90,7 @@ def unbiased(rule: str) -> bool:
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:
-    """One row per start, embedding and rule: the hypergradient beside the exact one."""
+    """One row per start, embedding and estimator: the hypergradient beside the exact one."""
 
     def records(row: Row) -> Iterator[Row]:
         for rule, found in row.get("rules", {}).items():

@@ -85,7 +85,7 @@ def units(settings: Settings) -> list[Unit]:
 
 
 def keys_of(name: str) -> dict[str, Any]:
-    """A method's rule and level, and the group that it belongs to."""
+    """A method's estimator and level, and the group that it belongs to."""
     rule, _, level = name.rpartition(" ")
     numbered = level.isdecimal()
     group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
@@ -102,7 +102,7 @@ def _work(name: str, adaptation: Adaptation) -> float:
 
 
 def methods(settings: Settings) -> dict[str, Adaptation]:
-    """The inner optimizers and rules by name: plain gradient descent first, then momentum."""
+    """The inner optimizers and estimators by name: plain gradient descent first, then momentum."""
     s, plain = settings, diffopt.SGD(settings.lr)
     heavy = diffopt.SGD(s.momentum_lr, momentum=0.9, weight_decay=1e-4)
     pulled = diffopt.ProximalGD(s.lr, strength=s.pull)

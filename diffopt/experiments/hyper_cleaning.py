@@ -65,7 +65,7 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """The plain fits, the errors at the first step, and one per rule; all that for every start."""
+    """The plain fits, the errors at the first step, and one per estimator; all that for every start."""
     work = settings.iterations * settings.steps
 
     def of_one_start() -> list[Unit]:
@@ -89,7 +89,7 @@ def units(settings: Settings) -> list[Unit]:
 
 
 def rules(settings: Settings, work: Work) -> dict[str, Estimator]:
-    """The rules by name. First order is there for its error only: it does not reach what the loss reads."""
+    """The estimators by name. First order is there for its error only: it does not reach what the loss reads."""
     source = work.generator("directions")
     solver = ConjugateGradient(max_iterations=settings.products, throw=False)
     return {
@@ -170,7 +170,7 @@ def outer_loss(settings: Settings, problem: HyperCleaning, logits: Tensor, rule:
 
 
 def measure(settings: Settings, work: Work) -> Row:
-    """Error, cosine, cost and memory of every rule's first hypergradient, and ``T * lr * curvature``."""
+    """Error, cosine, cost and memory of every estimator's first hypergradient, and ``T * lr * curvature``."""
     problem, chosen = load(settings, work), rules(settings, work)
     compared = diffopt.compare(
         lambda rule: outer_loss(settings, problem, problem.logits, rule)[0], list(chosen.values()), repeats=1
@@ -182,7 +182,7 @@ def measure(settings: Settings, work: Work) -> Row:
 
 
 def learn(settings: Settings, name: str, work: Work) -> Row:
-    """Learn the weights by one rule; all start from one half.
+    """Learn the weights by one estimator; all start from one half.
 
     Returns:
         The outer losses, test accuracies and F1 scores over the iterations (each before its step) and the processor

@@ -40,7 +40,7 @@ LITTLE = (
     ("krylov", "the Krylov rule", HERE, False),
     ("ES Jacobian", "the ES Jacobian", "slides, in spirit", False),
 )
-"""Rules that are claimed to lose little, and of some that they take less time."""
+"""Estimators that are claimed to lose little, and of some that they take less time."""
 
 
 def _little(rule: str, words: str, source: str, faster: bool) -> Compare:
@@ -102,7 +102,7 @@ def rule_of(method: str) -> str:
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:
-    """One row per rule: its first hypergradient beside the exact one."""
+    """One row per estimator: its first hypergradient beside the exact one."""
 
     def records(row: Row) -> Iterator[Row]:
         for method, found in row["rules"].items():

@@ -1,6 +1,6 @@
 """Transfer from a trained source network to other classes, and one iteration of algorithm 1 by every method.
 
-Two solves are chained: ``steps`` on the transfer loss by a method's rule, and one on the task's loss. The second goes
+Two solves are chained: ``steps`` on the transfer loss by a method's estimator, and one on the task's loss. The second goes
 on from the first's parameters and buffers, so that autograd carries the hypergradient from one into the other.
 """
 
@@ -36,7 +36,7 @@ class Method:
 
     Attributes:
         steps: on the transfer loss; 0: the meta-networks stay as they are.
-        rule: for these steps.
+        rule: the estimator for these steps.
         factor: what the step size is multiplied by in them.
         total: the outer loss is the total loss, which reads the meta-networks itself.
         transfer: the target is trained on the total loss, not the task's.
@@ -139,7 +139,7 @@ class Transfer:
         return found.state
 
     def moved(self, method: Method, state: State[Params], optimizer: diffopt.Optimizer, batch: Batch) -> State[Params]:
-        """Lines 7 to 12: the steps on the transfer loss, by the method's rule."""
+        """Lines 7 to 12: the steps on the transfer loss, by the method's estimator."""
         return diffopt.solve(
             self.task.transfer_loss,
             state,

@@ -74,7 +74,7 @@ def rules(steps: int, level: int) -> dict[str, Estimator]:
 
 
 def hybrid_window(steps: int) -> int:
-    """The window of the hybrid rule, ``C``: four fifths of the steps, 4 of 5 as in the paper's Table 2."""
+    """The window of the hybrid estimator, ``C``: four fifths of the steps, 4 of 5 as in the paper's Table 2."""
     return math.ceil(0.8 * steps)
 
 

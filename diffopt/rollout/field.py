@@ -90,8 +90,8 @@ class _Norm(torch.autograd.Function):
     """``(params, field) -> |field|``, as if ``field`` were the gradient in ``params``.
 
     # NOTE [a field as a gradient]
-    A rule takes the gradient of a loss, ``g``, with its graph, and pulls vectors back through that graph. So nothing
-    else has to know of fields: this function's backward pass returns ``field`` as it was given, graph and all, and the
+    An estimator takes the gradient of a loss, ``g``, with its graph, and pulls vectors back through it. So nothing else
+    has to know of fields: this function's backward pass returns ``field`` as it was given, graph and all, and the
     second derivative goes through that graph, to params and to whatever else the field reads. To ``field`` itself the
     first derivative hands nothing: the norm is reported, not minimised.
     """

@@ -78,7 +78,7 @@ class HiddenState:
         return not (_same(value, losses, True) and all(_same(a, b, exactly) for a, b in pairs))
 
     def error(self) -> DiffoptError:
-        """The error for a rule that computes steps again, which names what has moved."""
+        """The error for an estimator that computes steps again, which names what has moved."""
         moved, held = {id(x) for x in self._moved()}, named_tensors(self._function)
         names = [f"`{name}`" for name, x in held.items() if id(transforms.unwrapped(x)) in moved]
         if not names and self._have_drawn():

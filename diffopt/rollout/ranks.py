@@ -46,7 +46,7 @@ def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tenso
 
 
 def refuse_shards(shards: bool, rule: str) -> None:
-    """Refuse params of which each rank holds its own part, for a rule that takes inner products of them."""
+    """Refuse params of which each rank holds its own part, for an estimator that takes inner products of them."""
     if shards:
         raise EstimatorError(
             f"{rule} with params that each rank holds for itself: they enter what is summed over ranks, and are not "
@@ -57,7 +57,7 @@ def refuse_shards(shards: bool, rule: str) -> None:
 
 
 def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> None:
-    """Refuse an argument that each rank holds for itself, for a rule that moves it on all ranks at once.
+    """Refuse an argument that each rank holds for itself, for an estimator that moves it on all ranks at once.
 
     It is one that reaches what is summed over ranks, and has not been copied to them. (Their directions would add up.)
     """

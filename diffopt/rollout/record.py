@@ -26,7 +26,7 @@ Checkpoint: TypeAlias = Literal["graph", "sqrt", "log"] | int | None
 @final
 @dataclass(frozen=True)
 class Keep:
-    """What a rule will revisit: the steps ``first, ..., T``, and how they are kept.
+    """What an estimator will revisit: the steps ``first, ..., T``, and how they are kept.
 
     Attributes:
         first: the earliest step that will be pulled back (from 1); ``T + 1`` keeps nothing.
@@ -37,7 +37,7 @@ class Keep:
         offload: where stored states wait; ``False``: where they are; ``"cpu"``: in the CPU's memory; ``"disk"``: in a
             temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
-        stackable: whether the states may be one stack, for the rule goes back by ``trajectory.sweep`` only.
+        stackable: whether the states may be one stack, for the estimator goes back by ``trajectory.sweep`` only.
     """
 
     first: int
@@ -49,14 +49,14 @@ class Keep:
 
     @staticmethod
     def of(options: Any, first: int) -> Keep:
-        """The steps from ``first`` on, as the options ``checkpoint``, ``memory`` and ``offload`` of a rule say."""
+        """The steps from ``first`` on, as an estimator's options ``checkpoint``, ``memory`` and ``offload`` say."""
         if options.memory is None:
             return Keep(first, options.checkpoint, offload=options.offload)
         memory = as_bytes(f"{type(options).__name__}: memory", options.memory)
         return Keep(first, "log", offload=options.offload, memory=memory)
 
     def __post_init__(self) -> None:
-        """Check what a rule asks for."""
+        """Check what an estimator asks for."""
         if type(self.first) is not int or self.first < 1:
             Options(self).integer("first", 1)
         if type(self.gradients) is not bool or type(self.stackable) is not bool:
@@ -73,7 +73,7 @@ class Keep:
 
 
 def check_storage(options: Any) -> None:
-    """Refuse the options ``checkpoint``, ``memory`` and ``offload`` of a rule that is being made."""
+    """Refuse the options ``checkpoint``, ``memory`` and ``offload`` of an estimator that is being made."""
     check_checkpoint(options)
     if options.memory is None:
         return
@@ -209,7 +209,7 @@ class Record:
 
     Attributes:
         counts: what has been computed so far.
-        diagnostics: what the rule reports of its own quality.
+        diagnostics: what the estimator reports of its own quality.
         rollout: the last rollout.
         usable: whether what it kept is still there; the first backward pass uses it up, a later one rolls out again.
         kept: how much the first rollout kept.

@@ -206,7 +206,7 @@ def refuse_stopping(stop: Stop) -> None:
 
 
 def _refusing_non_finite(tensor: Tensor) -> Tensor:
-    """An alias whose gradient is refused if it is not finite, as an adjoint rule's result is."""
+    """An alias whose gradient is refused if it is not finite, as an estimator's result is."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     alias = tensor.view_as(tensor)

@@ -223,7 +223,7 @@ class Every:
 
 
 def side_by_side(data: Frame, value: str, index: Sequence[str]) -> Frame:
-    """One row per setting, with a column for the value of each rule."""
+    """One row per setting, with a column for the value of each estimator."""
     if not len(data):
         return data
     return data.pivot_table(index=list(index), columns="rule", values=value).reset_index()

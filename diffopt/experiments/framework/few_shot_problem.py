@@ -54,7 +54,7 @@ class FewShot:
 @final
 @dataclass(frozen=True)
 class Adaptation:
-    """How parameters are adapted to a support set: inner optimizer, steps, and the rule of the hypergradient.
+    """How parameters are adapted to a support set: inner optimizer, steps, and the estimator of the hypergradient.
 
     ``adapted`` names the parameters that are adapted, the others being shared by all tasks (ANIL); ``None``: all.
     """

@@ -49,7 +49,7 @@ class Penalties:
         inputs = (inputs - inputs.mean(0)) / inputs.std(0)
         order = torch.randperm(len(inputs), generator=generator)
         train, validation = order.chunk(2)
-        # Not zeros: a rule that is wrong only where weights differ from zero must show.
+        # Not zeros: an estimator that is wrong only where weights differ from zero must show.
         start = 0.1 * torch.randn(inputs.shape[1], generator=generator, dtype=inputs.dtype)
         log_penalty = torch.full_like(start, -5.0).requires_grad_()
         return cls(inputs[train], targets[train], inputs[validation], targets[validation], start, log_penalty)
