@@ -1,4 +1,4 @@
-"""Hypergradient estimators: one rule per file, each a small frozen object passed to :func:`diffopt.solve`.
+"""Hypergradient estimators: one estimator per file, each a small frozen object passed to :func:`diffopt.solve`.
 
 All docstrings write one step as ``s_{t+1} = U_t(s_t, g_t; eta)``, where ``s_t`` is the state (params and buffers)
 before step ``t = 1, ..., T``, ``g_t`` the inner gradient there and ``eta`` the optimizer's hyperparameters
@@ -8,8 +8,8 @@ step has the derivatives ``J_t = C_t + E_t H_t P`` in the state and ``B_t = D_t 
 ``Lambda_t`` (the adjoint) is the derivative of the outer loss ``F`` in ``s_{t+1}``. ``nabla`` leaves out the explicit
 derivative of the outer loss, which ordinary autograd adds. An HVP is one product that gives ``H_t u`` and ``M_t' u``.
 
-``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what a rule of your own is written with;
-``StepByStep`` helps a rule that goes from step to step, and :func:`diffopt.testing.check_estimator` tests it.
+``Adjoint``, ``Keep``, ``Trajectory``, ``Cotangents`` and ``Claims`` are what an estimator of your own is written with;
+``StepByStep`` helps an estimator that goes from step to step, and :func:`diffopt.testing.check_estimator` tests it.
 ``Reverse`` is in ``diffopt/adjoint/reverse.py``, because it is the default and the core does not import this folder.
 """
 

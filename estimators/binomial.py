@@ -1,4 +1,4 @@
-"""The binomial rule: the hypergradient's expansion in orders of curvature, cut off; all steps of an order at once."""
+"""The binomial estimator: the expansion in orders of curvature, cut off; all steps of an order at once."""
 
 from __future__ import annotations
 

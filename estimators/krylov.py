@@ -1,4 +1,4 @@
-"""The Krylov rule: minimal residuals over the whole trajectory's adjoints at once."""
+"""The Krylov estimator: minimal residuals over the whole trajectory's adjoints at once."""
 
 from __future__ import annotations
 

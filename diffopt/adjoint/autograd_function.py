@@ -1,9 +1,9 @@
-"""The two autograd functions that join an adjoint rule to autograd and ``torch.func``.
+"""The two autograd functions that join an estimator to autograd and ``torch.func``.
 
 # NOTE [two functions with vmap rules]
 ``_Solve`` is the rollout, ``_Pullback`` its hypergradient. Under vmap each runs on the stacked tensors (see
-``layout.py``, NOTE [a batch of tasks is one problem]), so that however transforms are nested, the rollout and the rule
-run at the bottom, on plain tensors. A rule therefore never sees a transform.
+``layout.py``, NOTE [a batch of tasks is one problem]), so that however transforms are nested, the rollout and the
+estimator run at the bottom, on plain tensors. An estimator therefore never sees a transform.
 """
 
 from __future__ import annotations

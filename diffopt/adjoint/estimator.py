@@ -1,4 +1,4 @@
-"""What an estimator is, and how an adjoint rule is run as one."""
+"""What an estimator is, and how one is run that moves an adjoint back."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Adjoint(Estimator):
     r"""An estimator that moves the adjoint back over a stored trajectory: ``Lambda_T -> (Lambda_0, direct terms)``.
 
     An estimator says what it will revisit (:meth:`keep`) and what it does with it (:meth:`pullback`), and, unless it is
-    exact for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them, under
-    every transform, for every optimizer and meta-parameter.
+    exact for every input, what it :meth:`claims`. All are written for one problem and are right for a batch of them,
+    under every transform, for every optimizer and meta-parameter.
 
     Attributes:
         takes_running_costs: whether :meth:`pullback` takes the cotangents of ``Solution.losses`` and of what was

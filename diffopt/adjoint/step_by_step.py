@@ -1,4 +1,4 @@
-"""The derivatives of single steps, for rules that go from one to the next."""
+"""The derivatives of single steps, for estimators that go from one to the next."""
 
 from __future__ import annotations
 

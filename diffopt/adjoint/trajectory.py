@@ -1,4 +1,4 @@
-"""A finished rollout as an adjoint rule sees it, and the exact recursion over it."""
+"""A finished rollout as an estimator sees it, and the exact recursion over it."""
 
 from __future__ import annotations
 

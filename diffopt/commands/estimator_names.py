@@ -69,7 +69,7 @@ def estimator(name: str) -> Estimator:
         raise EstimatorNameError(f"the estimator {name!r} lacks its argument", form)
     try:
         return _WITH_ARGUMENT[kind](argument)
-    except DiffoptError as error:  # the rule's own check of its range
+    except DiffoptError as error:  # the estimator's own check of its range
         raise EstimatorNameError(f"the estimator {name!r} cannot be: {error.got}", error.expected, error.fix) from error
     except ValueError as error:
         raise EstimatorNameError(f"the estimator {name!r} has the argument {argument[:30]!r}", form) from error

@@ -2,7 +2,7 @@ r"""The evolution-strategies Jacobian against AID and ITD where tasks share an e
 
 Each task fits a linear head of its own, from zero, on embedded images (an L2 term makes that strongly convex); the
 outer loss trains the embedding. Its hypergradient has a direct part, through the embedding of the query images, and a
-response, through the heads. The rules differ in the response: none of it, back-propagation (ITD), implicit
+response, through the heads. The estimators differ in the response: none of it, back-propagation (ITD), implicit
 differentiation (AID), or finite differences along random directions (ESJ).
 """
 

@@ -1,6 +1,6 @@
-r"""Few-shot classification by every rule of the papers, all by the same number of outer iterations.
+r"""Few-shot classification by every estimator of the papers, all by the same number of outer iterations.
 
-Two groups, each with an exact rule of its own to be compared with: plain gradient descent of ``K`` steps (binomial
+Two groups, each with an exact estimator of its own to be compared with: plain gradient descent of ``K`` steps (binomial
 paper, tables 1 and 2), and SGD with momentum of ``T`` steps (multi-step paper, tables 4 and 5). All see the same start
 and the same episodes; the parameters that do best on validation episodes are tested, as in the papers.
 """

@@ -1,8 +1,8 @@
 r"""Data hyper-cleaning: half of MNIST's training labels are redrawn, and a weight per example finds out which.
 
 The inner problem fits softmax regression to the weighted examples by SGD with momentum, the outer one minimises the
-loss on clean validation images over the weights. Every rule that reaches what the loss reads learns the weights, by
-the same number of outer steps; then the model is fitted anew with them, for longer, and tested.
+loss on clean validation images over the weights. Every estimator that reaches what the loss reads learns the weights,
+by the same number of outer steps; then the model is fitted anew with them, for longer, and tested.
 """
 
 from __future__ import annotations

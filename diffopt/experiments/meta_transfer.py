@@ -2,7 +2,7 @@ r"""Meta-transfer: meta-networks learn what and where a target network takes fro
 
 The source is trained on some classes, the target on few images of others. The paper's algorithm 1 is run as it stands,
 with momentum SGD and with Adam: a step on the total loss; from there, steps on the transfer loss and one on the task's
-loss, through which the meta-networks learn. Their rules are compared by the target's accuracy, by the time of an
+loss, through which the meta-networks learn. Their estimators are compared by the target's accuracy, by the time of an
 iteration, and by the hypergradient.
 """
 

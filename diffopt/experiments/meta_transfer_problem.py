@@ -1,7 +1,7 @@
 """Transfer from a trained source network to other classes, and one iteration of algorithm 1 by every method.
 
-Two solves are chained: ``steps`` on the transfer loss by a method's estimator, and one on the task's loss. The second goes
-on from the first's parameters and buffers, so that autograd carries the hypergradient from one into the other.
+Two solves are chained: ``steps`` on the transfer loss by a method's estimator, and one on the task's loss. The second
+goes on from the first's parameters and buffers, so that autograd carries the hypergradient from one into the other.
 """
 
 from __future__ import annotations

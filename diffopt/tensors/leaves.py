@@ -1,4 +1,4 @@
-"""Arithmetic on the leaves of a tree: what optimizers and adjoint rules are written in.
+"""Arithmetic on the leaves of a tree: what optimizers and estimators are written in.
 
 ``Leaves`` makes an update rule read like its formula and runs each operation over all leaves in one call
 (``torch._foreach_*``); inside ``vmap``, which those calls do not know, it goes leaf by leaf.
