@@ -49,16 +49,16 @@ demo: $(READY)
 
 test test-all roundings: export OMP_NUM_THREADS := 1
 test: $(READY_TEST)
-	@echo "All of make test takes about 5 minutes on two quiet cores; what is slower is left to make test-all."
+	@echo "All of make test takes about 8 minutes on two quiet cores; what is slower is left to make test-all."
 	$(RUN) -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: $(READY_TEST)
-	@echo "All of make test-all takes about 8 minutes on two quiet cores."
+	@echo "All of make test-all takes about 20 minutes on two quiet cores."
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 # The same tests four times, each time with sums in another order and other kernels: no result may hang on a processor.
 roundings: $(READY_TEST)
-	@echo "All of make roundings takes about 20 minutes on two quiet cores."
+	@echo "All of make roundings takes about half an hour on two quiet cores."
 	$(RUN) tests/roundings.py -n $(WORKERS) -m 'not slow' $(ARGS)
 
 check: $(READY_CHECK)
