@@ -3642,6 +3642,27 @@ FAULTS = [
     ),
     # what a program's function reads besides its arguments
     Fault(
+        "a function with other code is the same function",
+        "Reads._values",
+        "yield from (function.__code__, function.__defaults__)",
+        "yield from (function.__defaults__,)",
+        "compiled_reads",
+    ),
+    Fault(
+        "defaults that were replaced are the same ones",
+        "Reads._values",
+        "yield from (function.__code__, function.__defaults__)",
+        "yield from (function.__code__,)",
+        "compiled_reads",
+    ),
+    Fault(
+        "what stands behind a weak reference is not looked at",
+        "Reads._besides",
+        "yield value()",
+        "yield None",
+        "compiled_reads",
+    ),
+    Fault(
         "zeros of both signs are one to a program",
         "_kind",
         "return (type(leaf), repr(leaf)) if plain else _Same(leaf)",

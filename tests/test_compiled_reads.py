@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,9 @@ class Module(torch.nn.Module):
         self.numbers = {"a": 1.0}
 
 
+BEHIND: Any = Base()
+BEHIND.scale = 1.0
+REFERENCE = weakref.ref(BEHIND)
 THING, SLOTTED, MODULE, SET, ARRAY = Derived(), Slotted(), Module(), {1.0}, np.ones(3)
 
 
@@ -74,6 +78,14 @@ def annotated(w: Tensor) -> Tensor:
 
 
 annotated.scale = 1.0  # type: ignore[attr-defined]
+
+
+def scaled(w: Tensor, scale: float = 1.0, *, power: int = 1) -> Tensor:
+    return scale * w**power
+
+
+def rewritten(w: Tensor, scale: float = 1.0, *, power: int = 1) -> Tensor:
+    return scale * w**power + power
 
 
 def with_class(w: Tensor) -> Tensor:
@@ -94,6 +106,10 @@ FUNCTIONS = {
     "the class of a module": lambda w: w**MODULE.power,
     "an attribute of a function": annotated,
     "a number that is hidden in a slot": SLOTTED,
+    "the code of a function, as an editor reloads it": lambda w: scaled(w),
+    "the default of an argument": lambda w: scaled(w),
+    "the default of a keyword": lambda w: scaled(w),
+    "an attribute behind a weak reference": lambda w: w * REFERENCE().scale,  # type: ignore[union-attr]
 }
 CHANGES: dict[str, tuple[Any, str, Any]] = {
     "a global of a module": (settings, "scale", 2.0),
@@ -106,6 +122,10 @@ CHANGES: dict[str, tuple[Any, str, Any]] = {
     "an attribute of a module": (MODULE, "numbers", {"a": 2.0}),
     "the class of a module": (Module, "power", 3),
     "an attribute of a function": (annotated, "scale", 2.0),
+    "the code of a function, as an editor reloads it": (scaled, "__code__", rewritten.__code__),
+    "the default of an argument": (scaled, "__defaults__", (2.0,)),
+    "the default of a keyword": (scaled, "__kwdefaults__", {"power": 2}),
+    "an attribute behind a weak reference": (BEHIND, "scale", 2.0),
 }
 
 

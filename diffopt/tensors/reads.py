@@ -6,6 +6,7 @@ import functools
 import sys
 import sysconfig
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
@@ -31,6 +32,8 @@ class Reads:
         self._names: list[tuple[Mapping[str, Any], str]] = []
         self._slots: list[tuple[object, types.MemberDescriptorType]] = []
         self._containers: list[Any] = []
+        self._functions: list[types.FunctionType] = []
+        self._references: list[weakref.ref[Any]] = []
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._classes: set[type] = set()
         held = everything_held(functions, self._besides)
@@ -65,12 +68,18 @@ class Reads:
                 yield from container.values()
             elif isinstance(container, list | deque | set):
                 yield from container
+        for function in self._functions:  # whose code an editor may exchange
+            yield from (function.__code__, function.__defaults__)
+            yield from (function.__kwdefaults__ or {}).values()
+        for reference in self._references:
+            yield reference()
         for array in self._arrays:
             yield array.tobytes()
 
     def _besides(self, value: Any) -> Iterator[Any]:
         """Take note of what else can be read of an object; yields what that leads to."""
         if isinstance(value, types.FunctionType):
+            self._functions.append(value)
             if vars(value):
                 self._containers.append(vars(value))
                 yield from vars(value).values()
@@ -80,6 +89,9 @@ class Reads:
                 own = vars(module)  # of torch's modules too, whose numbers stand here
                 self._names += [(own, name) for name in own if name == "training" or name not in OF_EVERY_MODULE]
                 yield from self._of_class(type(module))
+        elif isinstance(value, weakref.ref):
+            self._references.append(value)
+            yield value()
         elif isinstance(value, set) and len(value) <= LARGE:
             self._containers.append(value)
         elif isinstance(value, np.ndarray) and value.size <= LARGE and not value.dtype.hasobject:
