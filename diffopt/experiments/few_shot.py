@@ -7,25 +7,31 @@ and the same episodes; the parameters that do best on validation episodes are te
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 import diffopt
-from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated
+from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, work_of
 from diffopt.experiments.few_shot_report import pictures, summary
+from diffopt.experiments.few_shot_reptile import in_batches, outer_steps
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
-from diffopt.experiments.framework.few_shot_problem import Adaptation, FewShot, classification, evaluate, meta_gradient
+from diffopt.experiments.framework.few_shot_problem import (
+    Adaptation,
+    FewShot,
+    classification,
+    evaluate_adapted,
+    interval,
+    meta_gradient,
+)
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole, yes_or_no
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.linear_solve import ConjugateGradient
 from diffopt.tasks import Conv4
 
 FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
@@ -52,7 +58,8 @@ class Settings:
     tasks: int = option(4, "tasks per outer iteration", whole(1))
     queries: int = option(5, "query images per class in training", whole(1))
     iterations: int = option(400, "outer iterations", whole(1))
-    meta_lr: float = option(0.003, "step size of the outer Adam", real(0))
+    meta_lr: float = option(0.003, "step size of the outer Adam, at the beginning", real(0))
+    decay: bool = option(True, "yes: outer step sizes fall to 0 along half a cosine", yes_or_no)
     checkpoints: int = option(3, "how often validation looks for the best parameters", whole(1))
     validation: int = option(100, "episodes of a validation", whole(2))
     episodes: int = option(600, "episodes of the test", whole(2))
@@ -61,6 +68,11 @@ class Settings:
         "one", "of binomial and hybrid: one, or paper (L/K in the backward pass)", one_of("one", "paper")
     )
     first_order_lr: float = option(0.015, "inner step size of first order in the second group", real(0))
+    reptile_steps: int = option(10, "inner steps of Reptile, each on a batch of its own", whole(1))
+    reptile_batch: int = option(10, "images of such a batch, of support and query images together", whole(1))
+    reptile_lr: float = option(0.1, "inner step size of Reptile", real(0))
+    reptile_meta_lr: float = option(1.0, "step of Reptile towards the mean solution, at the beginning", real(0))
+    reptile_test_steps: int = option(10, "inner steps of Reptile in tests", whole(1))
     wide_tasks: int = option(4, "tasks per outer iteration of more than 10 ways", whole(1))
 
 
@@ -72,7 +84,7 @@ def units(settings: Settings) -> list[Unit]:
             Unit(
                 f"{way}-way {shot}-shot, {name}",
                 partial(learn, settings, name, way, shot),
-                way * (shot + settings.queries) * _work(name, adaptation),
+                way * (shot + settings.queries) * work_of(name, adaptation),
                 resumable=True,
                 keys={"way": way, "shot": shot, "method": name, **keys_of(name)},
             )
@@ -82,55 +94,6 @@ def units(settings: Settings) -> list[Unit]:
         ]
 
     return starts(settings.seeds, of_one_start)
-
-
-def keys_of(name: str) -> dict[str, Any]:
-    """A method's estimator and level, and the group that it belongs to."""
-    rule, _, level = name.rpartition(" ")
-    numbered = level.isdecimal()
-    group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
-    return {"rule": rule if numbered else name, "L": int(level) if numbered else 0, "group": group}
-
-
-def _work(name: str, adaptation: Adaptation) -> float:
-    """How long an iteration takes, about, in gradients."""
-    product = 0 if name in ("FOMAML", "Reptile", "momentum: first-order") else 1
-    passes = adaptation.steps
-    if isinstance(adaptation.estimator, MultiStep):
-        passes = -(-adaptation.steps // adaptation.estimator.window)
-    return passes * (1.0 + 2 * product) + 2
-
-
-def methods(settings: Settings) -> dict[str, Adaptation]:
-    """The inner optimizers and estimators by name: plain gradient descent first, then momentum."""
-    s, plain = settings, diffopt.SGD(settings.lr)
-    heavy = diffopt.SGD(s.momentum_lr, momentum=0.9, weight_decay=1e-4)
-    pulled = diffopt.ProximalGD(s.lr, strength=s.pull)
-
-    def scaled(level: int) -> float:
-        return min(level / s.steps, 1.0) if s.scale == "paper" else 1.0
-
-    first = {"MAML": Reverse("graph"), "FOMAML": FirstOrder(), "Reptile": Reptile()}
-    found = {name: Adaptation(plain, s.steps, rule) for name, rule in first.items()}
-    for level in s.levels:
-        solver = ConjugateGradient(max_iterations=level, rtol=0.0, throw=False)
-        found[f"iMAML {level}"] = Adaptation(pulled, s.steps, Implicit(solver))
-        found[f"truncated {level}"] = Adaptation(plain, s.steps, Truncated(level, "graph"))
-        found[f"binomial {level}"] = Adaptation(plain, s.steps, Binomial(level, scale=scaled(level)))
-        found[f"krylov {level}"] = Adaptation(plain, s.steps, Krylov(level))
-    if s.steps > 2:
-        found["hybrid 1"] = Adaptation(plain, s.steps, Binomial(1, window=s.steps - 1, scale=scaled(1)))
-    found["momentum: MAML"] = Adaptation(heavy, s.momentum_steps, Reverse("graph"))
-    found["momentum: first-order"] = Adaptation(diffopt.SGD(s.first_order_lr), s.momentum_steps, FirstOrder())
-    for window in s.windows:
-        found[f"multi-step {window}"] = Adaptation(heavy, s.momentum_steps, MultiStep(window, Reverse("graph")))
-    return found
-
-
-def in_tests(settings: Settings, name: str, adaptation: Adaptation) -> Adaptation:
-    """How a method adapts in tests: as in training, by the first group's number of steps there."""
-    momentum = name.startswith(("momentum", "multi-step"))
-    return replace(adaptation, steps=adaptation.steps if momentum else settings.test_steps)
 
 
 def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewShot, FewShot]:
@@ -165,53 +128,76 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
     params, adaptation = validated.params, methods(settings)[name]
     if settings.anil:
         adaptation = replace(adaptation, adapted=frozenset(key for key in params if key.startswith("head.")))
-    testing = in_tests(settings, name, adaptation)
-    outer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
-    best = {key: value.detach().clone() for key, value in params.items()}
-    episodes = work.generator(f"episodes {way} {shot}")
-    curves: dict[str, list[float]] = {"validation": [], "after": [], "evaluating": []}
+    testing, reptile = in_tests(settings, name, adaptation), name == "Reptile"
+    tasks = settings.tasks if way <= 10 else settings.wide_tasks
+    outer: torch.optim.Optimizer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
+    if reptile:
+        outer = outer_steps(params.values(), settings.reptile_meta_lr, tasks)
+    rate, validation = outer.param_groups[0]["lr"], Validation(validated, testing, settings.validation)
+    episodes, shuffles = work.generator(f"episodes {way} {shot}"), work.generator("shuffles")
     every = -(-settings.iterations // settings.checkpoints)
-
-    def look(after: int) -> None:
-        began = time.process_time()
-        accuracy = 100 * evaluate(validated, params, testing, settings.validation).after.mean
-        if accuracy > max(curves["validation"], default=-1.0):
-            _copy(best, params)
-        curves["validation"].append(accuracy)
-        curves["after"].append(after)
-        curves["evaluating"].append(time.process_time() - began)
 
     def iterate(iteration: int) -> float:
         if iteration and iteration % every == 0:
-            look(iteration)
-        batch = validated.training(settings.tasks if way <= 10 else settings.wide_tasks, episodes)
+            validation.look(iteration)
+        share = iteration / settings.iterations if settings.decay else 0.0
+        outer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
+        batch = validated.training(tasks, episodes)
+        if reptile:
+            batch = in_batches(batch, settings.reptile_steps, settings.reptile_batch, shuffles)
         return meta_gradient(validated, params, adaptation, batch)[0]
 
-    held = {"episodes": episodes}
+    held = {"episodes": episodes, "shuffles": shuffles}
+    kept: dict[str, Any] = {"tensors": validation.best, "curves": validation.curves}
     try:
-        losses, clock = train(work, params, outer, held, settings.iterations, iterate, tensors=best, curves=curves)
-        look(settings.iterations)
-        tests = evaluate(tested, best, testing, settings.episodes)
+        losses, clock = train(work, params, outer, held, settings.iterations, iterate, **kept)
+        validation.look(settings.iterations)
+        tests = 100 * evaluate_adapted(tested, validation.best, testing, settings.episodes)
     except FAILED as error:
         return {"diverged": type(error).__name__}
-    passed = [sum(1 for after in curves["after"] if after <= i) for i in range(len(clock))]
-    seconds = [t - sum(curves["evaluating"][:count]) for t, count in zip(clock, passed, strict=True)]
-    figures: Row = {"accuracy": 100 * tests.after.mean, "half_width": 100 * tests.after.half_width}
-    figures |= {"each": [round(100 * value, 3) for value in tests.each]}
-    return {"losses": losses, "seconds": seconds, **curves, **figures}
+    figures = dict(zip(("accuracy", "half_width"), interval(tests), strict=True))
+    each = [round(value, 3) for value in tests.tolist()]
+    return {"losses": losses, "seconds": validation.left_out(clock), **validation.curves, **figures, "each": each}
 
 
-def _copy(into: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for key, value in params.items():
-            into[key].copy_(value)
+@final
+class Validation:
+    """The best parameters so far by validation episodes, and how that went.
+
+    Attributes:
+        best: the parameters.
+        curves: accuracies in per cent, after how many iterations, and the processor seconds that looking took.
+    """
+
+    def __init__(self, problem: FewShot, adaptation: Adaptation, episodes: int) -> None:
+        """Look at nothing yet."""
+        self._problem, self._adaptation, self._episodes = problem, adaptation, episodes
+        self.best = {key: value.detach().clone() for key, value in problem.params.items()}
+        self.curves: dict[str, list[float]] = {"validation": [], "after": [], "evaluating": []}
+
+    def look(self, after: int) -> None:
+        """Measure the parameters of the problem as they now are, and keep them if they are the best."""
+        began, params = time.process_time(), self._problem.params
+        accuracy = 100 * float(evaluate_adapted(self._problem, params, self._adaptation, self._episodes).mean())
+        if accuracy > max(self.curves["validation"], default=-1.0):
+            with torch.no_grad():
+                for key, value in params.items():
+                    self.best[key].copy_(value)
+        lasted = time.process_time() - began
+        for name, number in zip(self.curves, (accuracy, after, lasted), strict=True):
+            self.curves[name].append(number)
+
+    def left_out(self, clock: list[float]) -> list[float]:
+        """The times of iterations without those of the looks before them."""
+        looks = list(zip(self.curves["after"], self.curves["evaluating"], strict=True))
+        return [t - sum(lasted for after, lasted in looks if after <= i) for i, t in enumerate(clock)]
 
 
 QUICK = Settings("clusters", (3,), (1,), False, (1,), (2,), 3, 3, momentum_steps=2, filters=2, tasks=2, queries=1)
 QUICK = replace(QUICK, iterations=2, checkpoints=1, validation=2, episodes=4, seeds=2)
 FULL = Settings(ways=(5, 20), shots=(1, 5), levels=(1, 2, 3, 4), filters=64, queries=15, tasks=32, wide_tasks=16)
 FULL = replace(FULL, momentum_lr=0.4, first_order_lr=0.1, iterations=60_000)
-FULL = replace(FULL, meta_lr=0.001, checkpoints=20, validation=600)
+FULL = replace(FULL, meta_lr=0.001, decay=False, checkpoints=20, validation=600)
 
 PAPERS = {
     "dataset": "binomial: mini- and tieredImageNet; multi-step: Omniglot, miniImageNet",
@@ -226,12 +212,18 @@ PAPERS = {
     "momentum_steps": "multi-step: 8",
     "momentum_lr": "multi-step: 0.4 on Omniglot; 0.01 (1 shot) and 0.04 (5 shots) on miniImageNet",
     "first_order_lr": "multi-step: the best of 0.1, 0.04, 0.01, 0.004; 0.1 (1 shot) and 0.04 (5 shots) on miniImageNet",
+    "reptile_steps": "Reptile's own, Omniglot 5-way: 5; with Adam",
+    "reptile_batch": "Reptile's own: 10, of 10 images a class",
+    "reptile_lr": "Reptile's own: 0.001 of Adam",
+    "reptile_meta_lr": "Reptile's own: 1, falling to 0",
+    "reptile_test_steps": "Reptile's own: 50",
     "filters": "binomial, its code: 32",
     "tasks": "binomial: 4; multi-step: 32 on Omniglot, 4 on miniImageNet",
     "wide_tasks": "multi-step: 16",
     "queries": "binomial, its code: 15",
     "iterations": "binomial: 20,000; multi-step: 60,000",
     "meta_lr": "0.001",
+    "decay": "no; Reptile: yes, linearly",
     "checkpoints": "binomial: 20",
     "validation": "binomial: 600",
     "episodes": "600",

@@ -44,6 +44,13 @@ def _omniglot(folder: str | None, split: Split, rotations: bool) -> Images:
     return loaded.images[rows]
 
 
+def _vinyals(folder: str | None, split: Split, rotations: bool) -> Images:
+    """Characters drawn at random from all alphabets, as most papers have them: those that Vinyals et al. drew."""
+    if split == "train":
+        return Omniglot.load(folder, split="vinyals-train", rotations=rotations).images
+    return Omniglot.load(folder, split="vinyals-validation" if split == "validation" else "vinyals-test").images
+
+
 def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
     """Random images, each blurred by noise 20 times over: 30 classes, other ones for every split; needs no file."""
     generator = torch.Generator().manual_seed(("train", "validation", "test").index(split))
@@ -54,6 +61,7 @@ def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
 
 SETS: dict[str, ImageSet] = {
     "omniglot": ImageSet("Omniglot", 1, 28, _omniglot),
+    "omniglot-vinyals": ImageSet("Omniglot (characters as split by Vinyals et al.)", 1, 28, _vinyals),
     "caltech101": ImageSet(
         "Caltech-101 at 32x32, a stand-in for CIFAR-FS", 3, 32, lambda f, s, r: Caltech101.load(f, split=s).images
     ),
