@@ -294,7 +294,7 @@ def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_characters_of_vinyals_are_turned_for_training_alone(monkeypatch, split):
+def test_characters_of_vinyals_are_turned_in_every_split(monkeypatch, split):
     asked = []
 
     def load(folder, *, split, rotations=False):
@@ -303,7 +303,7 @@ def test_characters_of_vinyals_are_turned_for_training_alone(monkeypatch, split)
 
     monkeypatch.setattr(Omniglot, "load", load)
     assert len(image_sets.load("omniglot-vinyals", split, None, rotations=True)) == 2
-    assert asked == [(f"vinyals-{split}", split == "train")]
+    assert asked == [(f"vinyals-{split}", True)]
 
 
 def test_the_data_set_is_an_option(tmp_path, capsys):
@@ -313,7 +313,7 @@ def test_the_data_set_is_an_option(tmp_path, capsys):
     assert main(["reproduce", "few-shot", "--quick", "--data-dir", str(tmp_path), "--dataset", "fc100", *out]) == 2
     assert "FC100" in capsys.readouterr().err
     assert main(["reproduce", "few-shot", "--quick", "--dataset", "nonsense", *out]) == 2
-    assert "expected one of omniglot, caltech101" in capsys.readouterr().err
+    assert "expected one of omniglot, omniglot-vinyals" in capsys.readouterr().err
     assert main(["reproduce", "few-shot", "--quick", "--scale", "nonsense", *out]) == 2
     assert "expected one of one, paper" in capsys.readouterr().err
     assert main(["reproduce", "bounds", "--quick", "--dataset", "omniglot", *out]) == 2

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffopt.tasks import CIFARFS, FC100, Caltech101, MiniImageNet, Omniglot, RaggedImages, TieredImageNet
 from diffopt.tasks.data import Split
+from diffopt.tasks.omniglot import Split as OmniglotSplit
 
 Images: TypeAlias = "Tensor | RaggedImages"
 
@@ -45,10 +46,17 @@ def _omniglot(folder: str | None, split: Split, rotations: bool) -> Images:
 
 
 def _vinyals(folder: str | None, split: Split, rotations: bool) -> Images:
-    """Characters drawn at random from all alphabets, as most papers have them: those that Vinyals et al. drew."""
-    if split == "train":
-        return Omniglot.load(folder, split="vinyals-train", rotations=rotations).images
-    return Omniglot.load(folder, split="vinyals-validation" if split == "validation" else "vinyals-test").images
+    """Characters drawn at random from all alphabets by Vinyals et al. (2016), as most papers have them.
+
+    Turned images are further classes of every split, as Santoro et al. (2016) have them: "Meta-Learning with
+    Memory-Augmented Neural Networks", section 4.1.
+    """
+    sides: dict[Split, OmniglotSplit] = {
+        "train": "vinyals-train",
+        "validation": "vinyals-validation",
+        "test": "vinyals-test",
+    }
+    return Omniglot.load(folder, split=sides[split], rotations=rotations).images
 
 
 def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
