@@ -54,6 +54,7 @@ class Settings:
     pull: float = option(2.0, "strength of iMAML's proximal term", real(0))
     momentum_steps: int = option(8, "inner steps T of the second group", whole(2))
     momentum_lr: float = option(0.015, "inner step size of the second group; momentum is 0.9, decay 1e-4", real(0))
+    side: int = option(16, "pixels each way that images are averaged down to; 0: those they have", whole(0))
     filters: int = option(16, "channels of the network", whole(1))
     tasks: int = option(4, "tasks per outer iteration", whole(1))
     queries: int = option(5, "query images per class in training", whole(1))
@@ -107,8 +108,10 @@ def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewSho
         image_sets.load(settings.dataset, side, work.data_dir, work.device, rotations=True)
         for side in ("train", "validation", "test")
     ]
+    size = settings.side or kind.size
+    images = [image_sets.shrunk(part, size) for part in images] if size < kind.size else images
     generator = work.generator(f"start {way} {shot}")
-    network = Conv4(kind.channels, way, settings.filters, kind.size, generator=generator)
+    network = Conv4(kind.channels, way, settings.filters, min(size, kind.size), generator=generator)
     sizes = {"way": way, "shot": shot, "queries": settings.queries}
     first, second = (
         classification(kind.title, network, images[0], side, device=work.device, **sizes) for side in images[1:]
@@ -197,7 +200,7 @@ QUICK = Settings("clusters", (3,), (1,), False, (1,), (2,), 3, 3, momentum_steps
 QUICK = replace(QUICK, iterations=2, checkpoints=1, validation=2, episodes=4, seeds=2)
 FULL = Settings(ways=(5, 20), shots=(1, 5), levels=(1, 2, 3, 4), filters=64, queries=15, tasks=32, wide_tasks=16)
 FULL = replace(FULL, momentum_lr=0.4, first_order_lr=0.1, iterations=60_000)
-FULL = replace(FULL, meta_lr=0.001, decay=False, checkpoints=20, validation=600)
+FULL = replace(FULL, side=0, meta_lr=0.001, decay=False, checkpoints=20, validation=600)
 
 PAPERS = {
     "dataset": "binomial: mini- and tieredImageNet; multi-step: Omniglot, miniImageNet",
@@ -217,6 +220,7 @@ PAPERS = {
     "reptile_lr": "Reptile's own: 0.001 of Adam",
     "reptile_meta_lr": "Reptile's own: 1, falling to 0",
     "reptile_test_steps": "Reptile's own: 50",
+    "side": "Omniglot 28, mini- and tieredImageNet 84",
     "filters": "binomial, its code: 32",
     "tasks": "binomial: 4; multi-step: 32 on Omniglot, 4 on miniImageNet",
     "wide_tasks": "multi-step: 16",

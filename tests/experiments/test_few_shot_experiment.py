@@ -14,7 +14,7 @@ from diffopt.experiments.few_shot_papers import printed
 from diffopt.experiments.framework import catalogue, image_sets
 from diffopt.experiments.framework.few_shot_problem import EVALUATION_SEED
 from diffopt.experiments.framework.unit_context import OutOfTime, Work
-from diffopt.tasks import DataError, Episodes, Omniglot
+from diffopt.tasks import DataError, Episodes, Omniglot, RaggedImages
 
 SETTINGS = catalogue.experiment("few-shot").quick
 
@@ -291,6 +291,27 @@ def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
     found = {split: image_sets.load("omniglot", split, None)[:, 0, 0, 0].tolist() for split in ("validation", "test")}
     assert found["validation"] == [2, 3, 10, 11]  # a and e, the first and the fifth
     assert sorted(found["validation"] + found["test"]) == list(range(16))
+
+
+@pytest.mark.parametrize(("shape", "side"), [((3, 4, 6, 6), 3), ((2, 5, 3, 8, 8), 2), ((9000, 1, 4, 4), 2)])
+def test_images_are_averaged_down(shape, side):
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    factor = shape[-1] // side
+    blocks = images.double().unflatten(-1, (side, factor)).unflatten(-3, (side, factor))
+    expected = blocks.mean(dim=(-3, -1)).round().to(torch.uint8)
+    assert torch.equal(image_sets.shrunk(images, side), expected)
+    ragged = image_sets.shrunk(RaggedImages(images.flatten(0, 1), torch.tensor([1, shape[0] * shape[1] - 1])), side)
+    assert torch.equal(ragged.flat, expected.flatten(0, 1))
+    assert len(ragged) == 2
+
+
+@pytest.mark.parametrize(("side", "expected"), [(0, 20), (20, 20), (16, 16), (100, 20)])
+def test_the_side_of_images_is_a_setting(monkeypatch, side, expected):
+    small = image_sets.ImageSet("dots", 1, 20, lambda f, s, r: torch.zeros(4, 20, 20, 20, dtype=torch.uint8))
+    monkeypatch.setitem(image_sets.SETS, "clusters", small)
+    validated, tested = few_shot.problem(replace(SETTINGS, side=side), 3, 1, Work(0))
+    for draw in (validated.training, validated.evaluation, tested.evaluation):
+        assert draw(1, torch.Generator()).query_inputs.shape[-3:] == (1, expected, expected)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -8,6 +8,7 @@ from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffopt.tasks import CIFARFS, FC100, Caltech101, MiniImageNet, Omniglot, RaggedImages, TieredImageNet
 from diffopt.tasks.data import Split
@@ -79,6 +80,19 @@ SETS: dict[str, ImageSet] = {
     "tiered-imagenet": ImageSet("tieredImageNet", 3, 84, lambda f, s, r: TieredImageNet.load(f, split=s).images),
     "clusters": ImageSet("noisy clusters", 1, 16, _clusters),
 }
+
+
+def shrunk(images: Images, side: int) -> Images:
+    """The images averaged down to ``side`` pixels each way, uint8 again."""
+    if isinstance(images, RaggedImages):
+        return RaggedImages(_shrunk(images.flat, side), images.counts)
+    return _shrunk(images.flatten(0, 1), side).reshape(*images.shape[:-2], side, side)
+
+
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    return torch.cat(
+        [adaptive_avg_pool2d(part.float(), side).round().to(torch.uint8) for part in torch.split(images, 4096)]
+    )
 
 
 def load(name: str, split: Split, folder: str | None, device: str = "cpu", *, rotations: bool = False) -> Images:
