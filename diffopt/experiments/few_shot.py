@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 
 import diffopt
-from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, work_of
+from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, waits, work_of
 from diffopt.experiments.few_shot_report import pictures, summary
 from diffopt.experiments.few_shot_reptile import in_batches, outer_steps
 from diffopt.experiments.framework import image_sets
@@ -78,7 +78,7 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One per start and method, the ways and shots one after the other."""
+    """One per start and method: every start of the first methods, then of the others, see :func:`waits`."""
 
     def of_one_start() -> list[Unit]:
         return [
@@ -94,7 +94,7 @@ def units(settings: Settings) -> list[Unit]:
             for name, adaptation in methods(settings).items()
         ]
 
-    return starts(settings.seeds, of_one_start)
+    return sorted(starts(settings.seeds, of_one_start), key=lambda unit: waits(unit.keys))
 
 
 def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewShot, FewShot]:

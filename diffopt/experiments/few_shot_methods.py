@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,11 @@ def keys_of(name: str) -> dict[str, Any]:
     numbered = level.isdecimal()
     group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
     return {"rule": rule if numbered else name, "L": int(level) if numbered else 0, "group": group}
+
+
+def waits(keys: Mapping[str, Any]) -> bool:
+    """Whether a method is left to the end of the run: where time is short, the main ones have all starts."""
+    return keys["rule"] in ("iMAML", "hybrid") or (keys["group"] == "plain" and keys["L"] > 1)
 
 
 def work_of(name: str, adaptation: Adaptation) -> float:

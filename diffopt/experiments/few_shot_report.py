@@ -174,6 +174,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
             "of exact's": "share",
             "in equal time [%]": TIMED,
             **({"diverged": "diverged"} if rows["diverged"].any() else {}),
+            **({"starts": ("seed", "nunique")} if rows.groupby("method")["seed"].nunique().nunique() > 1 else {}),
         }
         tables += listed(title, rows, {"method": "method"}, values, paper=paper, said="printed")
     return Summary(tuple(tables), tuple(answers(data, CLAIMS)), NOTES)

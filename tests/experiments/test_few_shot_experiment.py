@@ -179,6 +179,21 @@ def test_methods_are_the_papers():
     assert {found[name].steps for name in found if not name.startswith(("momentum", "multi", "Reptile"))} == {5}
 
 
+def test_a_run_cut_short_has_whole_starts_of_the_main_methods():
+    settings = replace(SETTINGS, levels=(1, 2), seeds=2, shots=(1, 5), steps=5)
+    units = few_shot.units(settings)
+    names = [unit.keys["method"] for unit in units]
+    waiting = {"iMAML 1", "iMAML 2", "truncated 2", "binomial 2", "krylov 2", "hybrid 1"}
+    first = [name for name in few_shot.methods(settings) if name not in waiting]
+    assert names[: 4 * len(first)] == first * 4
+    assert [unit.keys["seed"] for unit in units][: 4 * len(first)] == [0] * 2 * len(first) + [1] * 2 * len(first)
+    assert set(names[4 * len(first) :]) == waiting
+    assert len(names) == 4 * len(few_shot.methods(settings))
+    results = {units[i].name: {"diverged": "DivergenceError"} for i in (0, 1, len(first) * 2)}
+    table = catalogue.experiment("few-shot").summarise(settings, results).tables[0]
+    assert {line[0]: line[table.columns.index("starts")] for line in table.rows} == {"MAML": 2, "FOMAML": 1}
+
+
 def test_the_papers_values():
     assert printed("omniglot", 5, 1, "multi-step 4") == "98.97+-1.02"
     assert printed("omniglot-vinyals", 20, 1, "multi-step 8") == "94.24+-0.95"
