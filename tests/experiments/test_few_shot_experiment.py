@@ -163,6 +163,21 @@ def test_many_ways_have_batches_of_their_own(monkeypatch, way, expected):
     assert seen.value.args == (expected,)
 
 
+@pytest.mark.parametrize(
+    ("after", "lasted", "clock", "expected"),
+    [
+        ([], [], [1.0, 2.0], [1.0, 2.0]),
+        ([1, 3], [10.0, 20.0], [1.0, 12.0, 13.0, 34.0], [1.0, 2.0, 3.0, 4.0]),
+        ([2, 4], [5.0, 7.0], [1.0, 2.0, 8.0, 9.0], [1.0, 2.0, 3.0, 4.0]),  # the last look is after the last iteration
+    ],
+)
+def test_the_time_of_validations_is_left_out(after, lasted, clock, expected):
+    validated, _ = few_shot.problem(SETTINGS, 3, 1, Work(0))
+    validation = few_shot.Validation(validated, few_shot.methods(SETTINGS)["MAML"], 2)
+    validation.curves["after"][:], validation.curves["evaluating"][:] = after, lasted
+    assert validation.left_out(clock) == expected
+
+
 def test_methods_are_the_papers():
     found = few_shot.methods(few_shot.Settings())
     heavy = found["multi-step 4"].optimizer
@@ -320,11 +335,14 @@ def test_images_are_averaged_down(shape, side):
     assert len(ragged) == 2
 
 
-@pytest.mark.parametrize(("side", "expected"), [(0, 20), (20, 20), (16, 16), (100, 20)])
-def test_the_side_of_images_is_a_setting(monkeypatch, side, expected):
+@pytest.mark.parametrize(
+    ("name", "side", "expected"),
+    [("omniglot", 0, 20), ("omniglot", 100, 20), ("omniglot", 16, 16), ("omniglot-vinyals", 17, 17), ("fc100", 16, 20)],
+)
+def test_the_side_of_omniglot_is_a_setting(monkeypatch, name, side, expected):
     small = image_sets.ImageSet("dots", 1, 20, lambda f, s, r: torch.zeros(4, 20, 20, 20, dtype=torch.uint8))
-    monkeypatch.setitem(image_sets.SETS, "clusters", small)
-    validated, tested = few_shot.problem(replace(SETTINGS, side=side), 3, 1, Work(0))
+    monkeypatch.setitem(image_sets.SETS, name, small)
+    validated, tested = few_shot.problem(replace(SETTINGS, dataset=name, side=side), 3, 1, Work(0))
     for draw in (validated.training, validated.evaluation, tested.evaluation):
         assert draw(1, torch.Generator()).query_inputs.shape[-3:] == (1, expected, expected)
 
