@@ -63,7 +63,7 @@ class Settings:
     meta_lr: float = option(0.003, "step size of the outer Adam, at the beginning", real(0))
     decay: bool = option(True, "yes: outer step sizes fall to 0 along half a cosine", yes_or_no)
     checkpoints: int = option(4, "how often validation looks for the best parameters", whole(1))
-    validation: int = option(100, "episodes of a validation", whole(2))
+    validation: int = option(80, "episodes of a validation", whole(2))
     episodes: int = option(400, "episodes of the test", whole(2))
     seeds: int = option(5, "starts: other weights and other training episodes", whole(1))
     scale: str = option(

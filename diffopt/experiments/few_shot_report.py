@@ -34,10 +34,10 @@ NOTES = (
     "the fastest method of the group had finished. The outer steps of the others were still large then: it is a lower "
     "bound of what they reach in that time.",
     "Characters are drawn at random from all alphabets, turned ones are classes of their own, in tests too (Vinyals', "
-    "Santoro's and Finn's protocol, which the multi-step paper follows). Alphabets that were never seen "
-    "(`--dataset omniglot`) cost five to seven points.",
+    "Santoro's and Finn's protocol, which the multi-step paper follows). `--dataset omniglot` has alphabets that were "
+    "never seen, which are harder.",
     "The shared settings were tuned once, with MAML alone, from another start (seed 100), on validation characters, in "
-    "70 seconds of processor time each: inner rate 0.1 (0.2 and 0.4: 1 to 8 points less), outer rate 0.003 "
+    "40 to 70 seconds of processor time each: inner rate 0.1 (0.2 and 0.4: 1 to 8 points less), outer rate 0.003 "
     "(0.006 and 0.01: 0.5 to 3 less), 4 tasks (2: 4 less; 8: no more), 16 channels (32 are as good in equal time), "
     "16x16 pixels (1 more than 28x28 in equal time, where two thirds more iterations are made), pooling (strided "
     "convolutions with 16 channels: 12 less). First order in the second group and Reptile have rates of their own.",
