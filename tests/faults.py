@@ -4466,9 +4466,16 @@ FAULTS = [
     ),
     Fault(
         "second levels come before further starts",
-        "waits",
+        "turn",
         'keys["L"] > 1',
         'keys["L"] > 2',
+        "few_shot_experiment",
+    ),
+    Fault(
+        "no start has all of the windows first",
+        "turn",
+        'int(second and keys["seed"] > 0)',
+        "int(second)",
         "few_shot_experiment",
     ),
     Fault(

@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 
 import diffopt
-from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, waits, work_of
+from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, turn, work_of
 from diffopt.experiments.few_shot_papers import OMNIGLOT
 from diffopt.experiments.few_shot_report import pictures, summary
 from diffopt.experiments.few_shot_reptile import in_batches, outer_steps
@@ -59,7 +59,7 @@ class Settings:
     filters: int = option(16, "channels of the network", whole(1))
     tasks: int = option(4, "tasks per outer iteration", whole(1))
     queries: int = option(5, "query images per class in training", whole(1))
-    iterations: int = option(900, "outer iterations", whole(1))
+    iterations: int = option(1600, "outer iterations", whole(1))
     meta_lr: float = option(0.003, "step size of the outer Adam, at the beginning", real(0))
     decay: bool = option(True, "yes: outer step sizes fall to 0 along half a cosine", yes_or_no)
     checkpoints: int = option(4, "how often validation looks for the best parameters", whole(1))
@@ -79,7 +79,7 @@ class Settings:
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One per start and method: every start of the first methods, then of the others, see :func:`waits`."""
+    """One per start and method: every start of the main methods, then of the others, see :func:`turn`."""
 
     def of_one_start() -> list[Unit]:
         return [
@@ -95,7 +95,7 @@ def units(settings: Settings) -> list[Unit]:
             for name, adaptation in methods(settings).items()
         ]
 
-    return sorted(starts(settings.seeds, of_one_start), key=lambda unit: waits(unit.keys))
+    return sorted(starts(settings.seeds, of_one_start), key=lambda unit: turn(unit.keys))
 
 
 def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewShot, FewShot]:

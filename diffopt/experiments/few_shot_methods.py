@@ -20,9 +20,16 @@ def keys_of(name: str) -> dict[str, Any]:
     return {"rule": rule if numbered else name, "L": int(level) if numbered else 0, "group": group}
 
 
-def waits(keys: Mapping[str, Any]) -> bool:
-    """Whether a method is left to the end of the run: where time is short, the main ones have all starts."""
-    return keys["rule"] in ("iMAML", "hybrid") or (keys["group"] == "plain" and keys["L"] > 1)
+def turn(keys: Mapping[str, Any]) -> int:
+    """When a unit has its turn, so that a run that is cut short has whole starts of the main methods.
+
+    These come first; in the first start with first order, Reptile and the other windows, of which further starts come
+    next. Last are iMAML, hybrid and the further levels.
+    """
+    if keys["rule"] in ("iMAML", "hybrid") or (keys["group"] == "plain" and keys["L"] > 1):
+        return 2
+    second = keys["rule"] in ("Reptile", "momentum: first-order") or (keys["rule"] == "multi-step" and keys["L"] != 4)
+    return int(second and keys["seed"] > 0)
 
 
 def work_of(name: str, adaptation: Adaptation) -> float:

@@ -47,8 +47,8 @@ NOTES = (
     "any start does.",
     "The best of some checkpoints by validation episodes is tested. Normalisation is by the statistics of the batch at "
     "hand, queries included (transductive), as in the binomial paper's code.",
-    "Where the run was cut short, the main methods have more starts than iMAML, hybrid and the second levels, which "
-    "come last (column `starts`).",
+    "Where the run was cut short, the main methods (exact, FOMAML, truncated, binomial, Krylov, multi-step(4)) have "
+    "more starts than the others, which come after them (column `starts`).",
     "The first group is trained with 5 inner steps and tested with 10, as in the binomial paper's code. That costs our "
     "iMAML accuracy, on the training classes too: `--set test_steps=5` tests as it was trained.",
     "Binomial and hybrid have scale 1, as in the theorems; the paper's tables are of the scale L/K, which `--scale "

@@ -195,16 +195,20 @@ def test_methods_are_the_papers():
 
 
 def test_a_run_cut_short_has_whole_starts_of_the_main_methods():
-    settings = replace(SETTINGS, levels=(1, 2), seeds=2, shots=(1, 5), steps=5)
-    units = few_shot.units(settings)
+    settings = replace(SETTINGS, levels=(1, 2), windows=(2, 4), seeds=2, shots=(1, 5), steps=5)
+    units, every = few_shot.units(settings), list(few_shot.methods(settings))
     names = [unit.keys["method"] for unit in units]
-    waiting = {"iMAML 1", "iMAML 2", "truncated 2", "binomial 2", "krylov 2", "hybrid 1"}
-    first = [name for name in few_shot.methods(settings) if name not in waiting]
-    assert names[: 4 * len(first)] == first * 4
-    assert [unit.keys["seed"] for unit in units][: 4 * len(first)] == [0] * 2 * len(first) + [1] * 2 * len(first)
-    assert set(names[4 * len(first) :]) == waiting
-    assert len(names) == 4 * len(few_shot.methods(settings))
-    results = {units[i].name: {"diverged": "DivergenceError"} for i in (0, 1, len(first) * 2)}
+    last = {"iMAML 1", "iMAML 2", "truncated 2", "binomial 2", "krylov 2", "hybrid 1"}
+    later = {"Reptile", "momentum: first-order", "multi-step 2"}
+    first = [name for name in every if name not in last]
+    main = [name for name in first if name not in later]
+    begin = 2 * len(first) + 2 * len(main)  # two shots of the first start, and of the second
+    assert names[:begin] == first * 2 + main * 2
+    assert [unit.keys["seed"] for unit in units][:begin] == [0] * 2 * len(first) + [1] * 2 * len(main)
+    assert set(names[begin : begin + 2 * len(later)]) == later
+    assert set(names[begin + 2 * len(later) :]) == last
+    assert len(names) == 4 * len(every)
+    results = {unit.name: {"diverged": "DivergenceError"} for unit in (units[0], units[1], units[2 * len(first)])}
     table = catalogue.experiment("few-shot").summarise(settings, results).tables[0]
     assert {line[0]: line[table.columns.index("starts")] for line in table.rows} == {"MAML": 2, "FOMAML": 1}
 
