@@ -8,22 +8,19 @@ and the same episodes; the parameters that do best on validation episodes are te
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
-import torch
-
 import diffopt
-from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, turn, work_of
+from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, outer_optimizer, turn, work_of
 from diffopt.experiments.few_shot_papers import OMNIGLOT
 from diffopt.experiments.few_shot_report import pictures, summary
-from diffopt.experiments.few_shot_reptile import in_batches, outer_steps
+from diffopt.experiments.few_shot_reptile import in_batches
+from diffopt.experiments.few_shot_validation import Validation
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.few_shot_problem import (
-    Adaptation,
     FewShot,
     classification,
     evaluate_adapted,
@@ -134,11 +131,9 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
     params, adaptation = validated.params, methods(settings)[name]
     if settings.anil:
         adaptation = replace(adaptation, adapted=frozenset(key for key in params if key.startswith("head.")))
-    testing, reptile = in_tests(settings, name, adaptation), name == "Reptile"
+    testing = in_tests(settings, name, adaptation)
     tasks = settings.tasks if way <= 10 else settings.wide_tasks
-    outer: torch.optim.Optimizer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
-    if reptile:
-        outer = outer_steps(params.values(), settings.reptile_meta_lr, tasks)
+    outer = outer_optimizer(settings, name, params, tasks)
     rate, validation = outer.param_groups[0]["lr"], Validation(validated, testing, settings.validation)
     episodes, shuffles = work.generator(f"episodes {way} {shot}"), work.generator("shuffles")
     every = -(-settings.iterations // settings.checkpoints)
@@ -149,7 +144,7 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
         share = iteration / settings.iterations if settings.decay else 0.0
         outer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
         batch = validated.training(tasks, episodes)
-        if reptile:
+        if adaptation.batched:
             batch = in_batches(batch, settings.reptile_steps, settings.reptile_batch, shuffles)
         return meta_gradient(validated, params, adaptation, batch)[0]
 
@@ -164,39 +159,6 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
     figures = dict(zip(("accuracy", "half_width"), interval(tests), strict=True))
     each = [round(value, 3) for value in tests.tolist()]
     return {"losses": losses, "seconds": validation.left_out(clock), **validation.curves, **figures, "each": each}
-
-
-@final
-class Validation:
-    """The best parameters so far by validation episodes, and how that went.
-
-    Attributes:
-        best: the parameters.
-        curves: accuracies in per cent, after how many iterations, and the processor seconds that looking took.
-    """
-
-    def __init__(self, problem: FewShot, adaptation: Adaptation, episodes: int) -> None:
-        """Look at nothing yet."""
-        self._problem, self._adaptation, self._episodes = problem, adaptation, episodes
-        self.best = {key: value.detach().clone() for key, value in problem.params.items()}
-        self.curves: dict[str, list[float]] = {"validation": [], "after": [], "evaluating": []}
-
-    def look(self, after: int) -> None:
-        """Measure the parameters of the problem as they now are, and keep them if they are the best."""
-        began, params = time.process_time(), self._problem.params
-        accuracy = 100 * float(evaluate_adapted(self._problem, params, self._adaptation, self._episodes).mean())
-        if accuracy > max(self.curves["validation"], default=-1.0):
-            with torch.no_grad():
-                for key, value in params.items():
-                    self.best[key].copy_(value)
-        lasted = time.process_time() - began
-        for name, number in zip(self.curves, (accuracy, after, lasted), strict=True):
-            self.curves[name].append(number)
-
-    def left_out(self, clock: list[float]) -> list[float]:
-        """The times of iterations without those of the looks before them."""
-        looks = list(zip(self.curves["after"], self.curves["evaluating"], strict=True))
-        return [t - sum(lasted for after, lasted in looks if after <= i) for i, t in enumerate(clock)]
 
 
 QUICK = Settings("clusters", (3,), (1,), False, (1,), (2,), 3, 3, momentum_steps=2, filters=2, tasks=2, queries=1)

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import diffopt
 from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated
+from diffopt.experiments.few_shot_reptile import outer_steps
 from diffopt.experiments.framework.few_shot_problem import Adaptation
 from diffopt.linear_solve import ConjugateGradient
 
@@ -74,3 +78,10 @@ def in_tests(settings: Any, name: str, adaptation: Adaptation) -> Adaptation:
         return replace(adaptation, steps=settings.reptile_test_steps, batched=False)
     momentum = name.startswith(("momentum", "multi-step"))
     return replace(adaptation, steps=adaptation.steps if momentum else settings.test_steps)
+
+
+def outer_optimizer(settings: Any, name: str, params: Mapping[str, Tensor], tasks: int) -> torch.optim.Optimizer:
+    """Adam; for Reptile its own step."""
+    if name == "Reptile":
+        return outer_steps(params.values(), settings.reptile_meta_lr, tasks)
+    return torch.optim.Adam(params.values(), lr=settings.meta_lr)
