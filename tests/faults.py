@@ -3536,7 +3536,7 @@ FAULTS = [
     ),
     Fault(
         "episodes are evaluated on every rank, and added up",
-        "evaluate",
+        "_over_episodes",
         "if number % ranks.count == ranks.rank:",
         "if number % ranks.count >= 0:",
         "training",
