@@ -13,7 +13,7 @@ from diffopt.experiments.framework.options import MOST, one_of, option, real, wh
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
-IMAGE_SETS = tuple(name for name in SETS if name != "omniglot")
+IMAGE_SETS = tuple(name for name in SETS if not name.startswith("omniglot"))
 """Those that have no command of their own."""
 
 

@@ -6,6 +6,7 @@ code, ``std / sqrt(600)``: one standard error, so that its 95 % interval is 1.96
 
 from __future__ import annotations
 
+OMNIGLOT = ("omniglot", "omniglot-vinyals")
 BINOMIAL_SPREAD, MULTI_STEP_SPREAD = "one standard error", "95 % interval"
 
 _OMNIGLOT = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -51,7 +52,7 @@ _BINOMIAL = {
 
 def printed(dataset: str, way: int, shot: int, method: str) -> str | None:
     """What a paper prints for a method; ``None``: nothing."""
-    if dataset == "omniglot" and (way, shot) in _OMNIGLOT:
+    if dataset in OMNIGLOT and (way, shot) in _OMNIGLOT:
         return _part(_MULTI_STEP_OMNIGLOT.get(method), _OMNIGLOT.index((way, shot)))
     if dataset in ("mini-imagenet", "tiered-imagenet") and way == 5 and shot in (1, 5):
         place = (1, 5).index(shot)
@@ -63,7 +64,7 @@ def printed(dataset: str, way: int, shot: int, method: str) -> str | None:
 
 def spread(dataset: str) -> str:
     """What the "+-" of :func:`printed` are."""
-    if dataset == "omniglot":
+    if dataset in OMNIGLOT:
         return f"multi-step paper, table 4: {MULTI_STEP_SPREAD}"
     return f"binomial paper, tables 1 and 2: {BINOMIAL_SPREAD}; multi-step paper, table 5: {MULTI_STEP_SPREAD}"
 

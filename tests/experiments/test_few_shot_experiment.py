@@ -14,7 +14,7 @@ from diffopt.experiments.few_shot_papers import printed
 from diffopt.experiments.framework import catalogue, image_sets
 from diffopt.experiments.framework.few_shot_problem import EVALUATION_SEED
 from diffopt.experiments.framework.unit_context import OutOfTime, Work
-from diffopt.tasks import DataError, Omniglot
+from diffopt.tasks import DataError, Episodes, Omniglot, RaggedImages
 
 SETTINGS = catalogue.experiment("few-shot").quick
 
@@ -39,11 +39,17 @@ def adapted(apply, params, inputs, labels, name, steps, names):
 
 
 @pytest.mark.parametrize(
-    ("name", "anil"),
-    [("MAML", False), ("MAML", True), ("FOMAML", False), ("momentum: MAML", False), ("multi-step 2", False)],
+    ("name", "anil", "decay"),
+    [
+        ("MAML", False, False),
+        ("MAML", True, True),
+        ("FOMAML", False, True),
+        ("momentum: MAML", False, True),
+        ("multi-step 2", False, False),
+    ],
 )
-def test_it_learns_and_is_tested_as_plain_loops_do(name, anil):
-    settings = replace(SETTINGS, iterations=3, checkpoints=3, anil=anil, momentum_steps=3, meta_lr=0.05)
+def test_it_learns_and_is_tested_as_plain_loops_do(name, anil, decay):
+    settings = replace(SETTINGS, iterations=3, checkpoints=3, anil=anil, momentum_steps=3, meta_lr=0.05, decay=decay)
     row = few_shot.learn(settings, name, 3, 1, Work(0))
     validated, tested = few_shot.problem(settings, 3, 1, Work(0))
     apply, params = validated.predict, validated.params
@@ -62,8 +68,8 @@ def test_it_learns_and_is_tested_as_plain_loops_do(name, anil):
         return 100 * float(torch.stack(found).mean())
 
     seen = []
-    for _ in range(3):
-        total = 0.0
+    for rate in (0.05, 0.05 * 0.75, 0.05 * 0.25) if decay else (0.05,) * 3:  # (1 + cos(60, 120 degrees)) / 2
+        outer.param_groups[0]["lr"], total = rate, 0.0
         for x, y, query, wanted in zip(*validated.training(settings.tasks, generator), strict=True):
             now = adapted(apply, params, x, y, name, steps, names)
             total = total + cross_entropy(apply(now, query), wanted) / settings.tasks
@@ -81,14 +87,64 @@ def test_it_learns_and_is_tested_as_plain_loops_do(name, anil):
     assert sum(row["each"]) / settings.episodes == pytest.approx(seen[best][1], abs=1e-3)
 
 
-def test_it_stops_and_goes_on_to_the_last_bit(tmp_path):
+@pytest.mark.parametrize(("steps", "size", "tasks"), [(3, 2, 2), (2, 6, 3), (4, 5, 2)])
+def test_reptile_goes_towards_the_mean_of_solutions_on_all_images(steps, size, tasks):
+    settings = replace(
+        SETTINGS, iterations=2, checkpoints=2, tasks=tasks, reptile_steps=steps, reptile_batch=size, reptile_meta_lr=0.5
+    )
+    row = few_shot.learn(settings, "Reptile", 3, 1, Work(0))
+    validated, _ = few_shot.problem(settings, 3, 1, Work(0))
+    now, episodes, shuffles = validated.params, Work(0).generator("episodes 3 1"), Work(0).generator("shuffles")
+    losses, scores = [], []
+    for rate in (0.5, 0.25):  # half a cosine
+        batch = validated.training(tasks, episodes)
+        support = few_shot.in_batches(batch, steps, size, shuffles)
+        solutions = []
+        for x, y, query, wanted in zip(*support, strict=True):
+            own = dict(now)
+            for images, labels in zip(x, y, strict=True):
+                loss = cross_entropy(validated.predict(own, images), labels)
+                slopes = torch.autograd.grad(loss, list(own.values()))
+                own = {key: v - settings.reptile_lr * g for (key, v), g in zip(own.items(), slopes, strict=True)}
+            solutions.append((own, cross_entropy(validated.predict(own, query), wanted).item()))
+        losses.append(sum(loss for _, loss in solutions) / tasks)
+        mean = {key: sum(own[key] for own, _ in solutions) / tasks for key in now}
+        now = {key: (v + rate * (mean[key] - v)).detach().requires_grad_() for key, v in now.items()}
+        testing = few_shot.in_tests(settings, "Reptile", few_shot.methods(settings)["Reptile"])
+        scores.append(100 * float(few_shot.evaluate_adapted(validated, now, testing, settings.validation).mean()))
+    assert row["losses"] == pytest.approx(losses, rel=1e-3)
+    assert row["validation"] == pytest.approx(scores)
+    assert testing.steps == settings.reptile_test_steps
+    assert not testing.batched
+
+
+@pytest.mark.parametrize(("steps", "size"), [(4, 3), (3, 6), (5, 4), (1, 100)])
+def test_batches_go_through_all_images_of_a_task(steps, size):
+    images = torch.arange(12, dtype=torch.float32).reshape(2, 6, 1, 1, 1)  # 0 to 5, and 6 to 11
+    labels = images.flatten(1).long()
+    episodes = Episodes(images[:, :2], labels[:, :2], images[:, 2:], labels[:, 2:])
+    found = few_shot.in_batches(episodes, steps, size, torch.Generator().manual_seed(1))
+    size = min(size, 6)
+    assert found.support_inputs.shape == (2, steps, size, 1, 1, 1)
+    assert torch.equal(found.support_inputs.flatten(2), found.support_targets.float())  # images keep their labels
+    assert torch.equal(found.query_inputs, episodes.query_inputs)
+    for task, own in enumerate(found.support_targets.flatten(1).tolist()):
+        for begin in range(0, len(own), 6):
+            shuffle = own[begin : begin + 6]
+            assert len(set(shuffle)) == len(shuffle)
+            assert set(shuffle) <= set(range(6 * task, 6 * task + 6))
+    assert steps * size < 6 or found.support_targets[0].flatten()[:6].tolist() != list(range(6))
+
+
+@pytest.mark.parametrize("method", ["binomial 1", "Reptile"])
+def test_it_stops_and_goes_on_to_the_last_bit(tmp_path, method):
     settings = replace(SETTINGS, iterations=4, checkpoints=2)
-    whole = few_shot.learn(settings, "binomial 1", 3, 1, Work(0))
+    whole = few_shot.learn(settings, method, 3, 1, Work(0))
     stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
     for _ in range(3):
         with pytest.raises(OutOfTime):
-            few_shot.learn(settings, "binomial 1", 3, 1, stopped)
-    again = few_shot.learn(settings, "binomial 1", 3, 1, stopped)
+            few_shot.learn(settings, method, 3, 1, stopped)
+    again = few_shot.learn(settings, method, 3, 1, stopped)
     kept = ("losses", "validation", "after", "accuracy", "half_width", "each")
     assert [again[key] for key in kept] == [whole[key] for key in kept]
 
@@ -107,6 +163,21 @@ def test_many_ways_have_batches_of_their_own(monkeypatch, way, expected):
     assert seen.value.args == (expected,)
 
 
+@pytest.mark.parametrize(
+    ("after", "lasted", "clock", "expected"),
+    [
+        ([], [], [1.0, 2.0], [1.0, 2.0]),
+        ([1, 3], [10.0, 20.0], [1.0, 12.0, 13.0, 34.0], [1.0, 2.0, 3.0, 4.0]),
+        ([2, 4], [5.0, 7.0], [1.0, 2.0, 8.0, 9.0], [1.0, 2.0, 3.0, 4.0]),  # the last look is after the last iteration
+    ],
+)
+def test_the_time_of_validations_is_left_out(after, lasted, clock, expected):
+    validated, _ = few_shot.problem(SETTINGS, 3, 1, Work(0))
+    validation = few_shot.Validation(validated, few_shot.methods(SETTINGS)["MAML"], 2)
+    validation.curves["after"][:], validation.curves["evaluating"][:] = after, lasted
+    assert validation.left_out(clock) == expected
+
+
 def test_methods_are_the_papers():
     found = few_shot.methods(few_shot.Settings())
     heavy = found["multi-step 4"].optimizer
@@ -120,12 +191,31 @@ def test_methods_are_the_papers():
     full = few_shot.methods(few_shot.FULL)
     assert (full["momentum: MAML"].optimizer.lr, full["momentum: first-order"].optimizer.lr) == (0.4, 0.1)
     assert (few_shot.FULL.tasks, few_shot.FULL.wide_tasks, few_shot.FULL.iterations) == (32, 16, 60_000)
-    assert {found[name].steps for name in found if not name.startswith(("momentum", "multi"))} == {5}
+    assert {found[name].steps for name in found if not name.startswith(("momentum", "multi", "Reptile"))} == {5}
+
+
+def test_a_run_cut_short_has_whole_starts_of_the_main_methods():
+    settings = replace(SETTINGS, levels=(1, 2), windows=(2, 4), seeds=2, shots=(1, 5), steps=5)
+    units, every = few_shot.units(settings), list(few_shot.methods(settings))
+    names = [unit.keys["method"] for unit in units]
+    last = {"iMAML 1", "iMAML 2", "truncated 2", "binomial 2", "krylov 2", "hybrid 1"}
+    later = {"Reptile", "momentum: first-order", "multi-step 2"}
+    first = [name for name in every if name not in last]
+    main = [name for name in first if name not in later]
+    begin = 2 * len(first) + 2 * len(main)  # two shots of the first start, and of the second
+    assert names[:begin] == first * 2 + main * 2
+    assert [unit.keys["seed"] for unit in units][:begin] == [0] * 2 * len(first) + [1] * 2 * len(main)
+    assert set(names[begin : begin + 2 * len(later)]) == later
+    assert set(names[begin + 2 * len(later) :]) == last
+    assert len(names) == 4 * len(every)
+    results = {unit.name: {"diverged": "DivergenceError"} for unit in (units[0], units[1], units[2 * len(first)])}
+    table = catalogue.experiment("few-shot").summarise(settings, results).tables[0]
+    assert {line[0]: line[table.columns.index("starts")] for line in table.rows} == {"MAML": 2, "FOMAML": 1}
 
 
 def test_the_papers_values():
     assert printed("omniglot", 5, 1, "multi-step 4") == "98.97+-1.02"
-    assert printed("omniglot", 20, 1, "multi-step 8") == "94.24+-0.95"
+    assert printed("omniglot-vinyals", 20, 1, "multi-step 8") == "94.24+-0.95"
     assert printed("mini-imagenet", 5, 5, "binomial 1") == "62.36+-0.48"
     assert printed("mini-imagenet", 5, 5, "multi-step 8") == "60.84+-0.71"
     assert printed("tiered-imagenet", 5, 1, "truncated 1") == "43.67+-0.96"
@@ -186,6 +276,36 @@ def test_answers_follow_the_numbers():
     assert answers(one)[2] == ["not decided"] * 5
 
 
+@pytest.mark.parametrize(
+    ("slow", "expected", "of_fast"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 20.0, 30.0),  # MAML has looked after 2 iterations when FOMAML ends, at 2 s
+        ([0.5, 1.0, 2.0, 3.0], 40.0, 30.0),  # half way between its two looks, at 1 s and 3 s
+        ([3.0, 4.0, 5.0, 6.0], None, 30.0),  # it has not looked yet
+        ([0.5, 1.0, 1.2, 1.5], 60.0, 20.0),  # it is itself the fastest: the other is half way, at 1.5 s
+    ],
+)
+def test_accuracies_in_equal_time_are_those_when_the_fastest_has_finished(slow, expected, of_fast):
+    settings = replace(SETTINGS, episodes=2, seeds=1)
+
+    def row(seconds, validation):
+        return {"each": [50.0, 60.0], "seconds": seconds, "losses": [1.0], "after": [2, 4], "validation": validation}
+
+    names = [unit.name for unit in few_shot.units(settings)]
+    fast = next(name for name in names if name.endswith(" FOMAML"))
+    exact = next(name for name in names if name.endswith("1-shot, MAML"))
+    other = next(name for name in names if name.endswith("momentum: MAML"))  # of the other group: it does not count
+    results = {
+        fast: row([0.5, 1.0, 1.5, 2.0], [10.0, 30.0]),
+        exact: row(slow, [20.0, 60.0]),
+        other: row([0.1, 0.1, 0.1, 0.1], [70.0, 80.0]),
+    }
+    table = catalogue.experiment("few-shot").summarise(settings, results).tables[0]
+    at = table.columns.index("in equal time [%]")
+    found = {line[0]: line[at] for line in table.rows}
+    assert found == {"MAML": expected, "FOMAML": of_fast, "momentum: MAML": 80.0}
+
+
 @pytest.mark.parametrize("name", sorted(image_sets.SETS))
 def test_every_set_says_what_it_lacks(name, tmp_path):
     if name == "clusters":
@@ -207,6 +327,43 @@ def test_omniglot_is_validated_on_alphabets_of_its_own(monkeypatch):
     assert sorted(found["validation"] + found["test"]) == list(range(16))
 
 
+@pytest.mark.parametrize(("shape", "side"), [((3, 4, 6, 6), 3), ((2, 5, 3, 8, 8), 2), ((9000, 1, 4, 4), 2)])
+def test_images_are_averaged_down(shape, side):
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    factor = shape[-1] // side
+    blocks = images.double().unflatten(-1, (side, factor)).unflatten(-3, (side, factor))
+    expected = blocks.mean(dim=(-3, -1)).round().to(torch.uint8)
+    assert torch.equal(image_sets.shrunk(images, side), expected)
+    ragged = image_sets.shrunk(RaggedImages(images.flatten(0, 1), torch.tensor([1, shape[0] * shape[1] - 1])), side)
+    assert torch.equal(ragged.flat, expected.flatten(0, 1))
+    assert len(ragged) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "expected"),
+    [("omniglot", 0, 20), ("omniglot", 100, 20), ("omniglot", 16, 16), ("omniglot-vinyals", 17, 17), ("fc100", 16, 20)],
+)
+def test_the_side_of_omniglot_is_a_setting(monkeypatch, name, side, expected):
+    small = image_sets.ImageSet("dots", 1, 20, lambda f, s, r: torch.zeros(4, 20, 20, 20, dtype=torch.uint8))
+    monkeypatch.setitem(image_sets.SETS, name, small)
+    validated, tested = few_shot.problem(replace(SETTINGS, dataset=name, side=side), 3, 1, Work(0))
+    for draw in (validated.training, validated.evaluation, tested.evaluation):
+        assert draw(1, torch.Generator()).query_inputs.shape[-3:] == (1, expected, expected)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_characters_of_vinyals_are_turned_in_every_split(monkeypatch, split):
+    asked = []
+
+    def load(folder, *, split, rotations=False):
+        asked.append((split, rotations))
+        return Omniglot(torch.zeros(2, 20, 28, 28, dtype=torch.uint8), ("a", "b"), ("c", "d"), ("file",))
+
+    monkeypatch.setattr(Omniglot, "load", load)
+    assert len(image_sets.load("omniglot-vinyals", split, None, rotations=True)) == 2
+    assert asked == [(f"vinyals-{split}", True)]
+
+
 def test_the_data_set_is_an_option(tmp_path, capsys):
     from diffopt.cli import main
 
@@ -214,7 +371,7 @@ def test_the_data_set_is_an_option(tmp_path, capsys):
     assert main(["reproduce", "few-shot", "--quick", "--data-dir", str(tmp_path), "--dataset", "fc100", *out]) == 2
     assert "FC100" in capsys.readouterr().err
     assert main(["reproduce", "few-shot", "--quick", "--dataset", "nonsense", *out]) == 2
-    assert "expected one of omniglot, caltech101" in capsys.readouterr().err
+    assert "expected one of omniglot, omniglot-vinyals" in capsys.readouterr().err
     assert main(["reproduce", "few-shot", "--quick", "--scale", "nonsense", *out]) == 2
     assert "expected one of one, paper" in capsys.readouterr().err
     assert main(["reproduce", "bounds", "--quick", "--dataset", "omniglot", *out]) == 2

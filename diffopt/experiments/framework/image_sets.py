@@ -8,9 +8,11 @@ from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffopt.tasks import CIFARFS, FC100, Caltech101, MiniImageNet, Omniglot, RaggedImages, TieredImageNet
 from diffopt.tasks.data import Split
+from diffopt.tasks.omniglot import Split as OmniglotSplit
 
 Images: TypeAlias = "Tensor | RaggedImages"
 
@@ -44,6 +46,20 @@ def _omniglot(folder: str | None, split: Split, rotations: bool) -> Images:
     return loaded.images[rows]
 
 
+def _vinyals(folder: str | None, split: Split, rotations: bool) -> Images:
+    """Characters drawn at random from all alphabets by Vinyals et al. (2016), as most papers have them.
+
+    Turned images are further classes of every split, as Santoro et al. (2016) have them: "Meta-Learning with
+    Memory-Augmented Neural Networks", section 4.1.
+    """
+    sides: dict[Split, OmniglotSplit] = {
+        "train": "vinyals-train",
+        "validation": "vinyals-validation",
+        "test": "vinyals-test",
+    }
+    return Omniglot.load(folder, split=sides[split], rotations=rotations).images
+
+
 def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
     """Random images, each blurred by noise 20 times over: 30 classes, other ones for every split; needs no file."""
     generator = torch.Generator().manual_seed(("train", "validation", "test").index(split))
@@ -54,6 +70,7 @@ def _clusters(folder: str | None, split: Split, rotations: bool) -> Images:
 
 SETS: dict[str, ImageSet] = {
     "omniglot": ImageSet("Omniglot", 1, 28, _omniglot),
+    "omniglot-vinyals": ImageSet("Omniglot (characters as split by Vinyals et al.)", 1, 28, _vinyals),
     "caltech101": ImageSet(
         "Caltech-101 at 32x32, a stand-in for CIFAR-FS", 3, 32, lambda f, s, r: Caltech101.load(f, split=s).images
     ),
@@ -63,6 +80,19 @@ SETS: dict[str, ImageSet] = {
     "tiered-imagenet": ImageSet("tieredImageNet", 3, 84, lambda f, s, r: TieredImageNet.load(f, split=s).images),
     "clusters": ImageSet("noisy clusters", 1, 16, _clusters),
 }
+
+
+def shrunk(images: Images, side: int) -> Images:
+    """The images averaged down to ``side`` pixels each way, uint8 again."""
+    if isinstance(images, RaggedImages):
+        return RaggedImages(_shrunk(images.flat, side), images.counts)
+    return _shrunk(images.flatten(0, 1), side).reshape(*images.shape[:-2], side, side)
+
+
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    return torch.cat(
+        [adaptive_avg_pool2d(part.float(), side).round().to(torch.uint8) for part in torch.split(images, 4096)]
+    )
 
 
 def load(name: str, split: Split, folder: str | None, device: str = "cpu", *, rotations: bool = False) -> Images:
