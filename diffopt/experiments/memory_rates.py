@@ -26,7 +26,7 @@ class Settings:
     steps: int = option(5, "inner steps K of each visit", whole(1))
     products: int = option(3, "iterations N of conjugate gradients of each visit", whole(1))
     outer_lr: float = option(0.05, "constant step size of the outer descent", real(0))
-    iterations: int = option(2000, "outer iterations", whole(2))
+    iterations: int = option(1200, "outer iterations", whole(2))
     seeds: int = option(3, "starts: other tasks, and other samples of them", whole(1))
 
 
@@ -50,7 +50,7 @@ EXPERIMENT = Experiment(
     name="memory-rates",
     title="What the memory-reduced algorithm converges to, and how fast, where the true gradient is known",
     paper="memory-reduced: theorems 1 and 2",
-    needs=Needs("none", 4, None),
+    needs=Needs("none", 3, None),
     quick=Settings(8, (1, 4), 2, 2, iterations=60, seeds=2),
     standard=Settings(),
     full=Settings(iterations=20000, seeds=5),

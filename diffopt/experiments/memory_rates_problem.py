@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import diffopt
 from diffopt.experiments.framework.experiment import Row
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient
+from diffopt.warm_starts import Warm
 
 SIZE, SHARED = 6, 3
 """Of a task's own variable, and of the one that they share."""
@@ -74,6 +74,11 @@ def outer_slope(phi: Tensor, target: Tensor) -> Tensor:
     return 2 * away / (1 + away.square())
 
 
+def outer_loss(phi: Tensor, theta: Tensor, task: Tasks) -> Tensor:
+    """Smooth, and not convex; with an L2 term, so that there is a stationary point at a finite place."""
+    return (phi - task.target).square().log1p().sum() + DECAY / 2 * theta.square().sum()
+
+
 def true_gradients(theta: Tensor, tasks: Tasks) -> Tensor:
     """The gradient of each task's outer loss at its exact inner solution, ``[tasks, shared]``."""
     right = tasks.mixing @ theta + tasks.offset
@@ -82,21 +87,16 @@ def true_gradients(theta: Tensor, tasks: Tasks) -> Tensor:
     return (tasks.mixing.mT @ multiplier[..., None])[..., 0] + DECAY * theta
 
 
-def visit(settings: Any, phi: Tensor, multiplier: Tensor, theta: Tensor, task: Tasks) -> tuple[Tensor, Tensor, Tensor]:
-    """The algorithm on one task: its next inner solution, its next multiplier, and what it says of ``theta``."""
-    sgd = diffopt.SGD(LR)
-    phi = diffopt.solve(inner_loss, phi, theta, task, optimizer=sgd, steps=settings.steps).params.detach()
-    found = diffopt.implicit_gradients(
+def algorithm(settings: Any) -> diffopt.WarmStarts:
+    """Of one task: so many inner steps and iterations of conjugate gradients, from where both were left."""
+    return diffopt.WarmStarts(
         inner_loss,
-        phi,
-        theta,
-        task,
-        cotangent=outer_slope(phi, task.target),
+        outer_loss,
+        optimizer=diffopt.SGD(LR),
+        steps=settings.steps,
         solver=ConjugateGradient(max_iterations=settings.products, rtol=0.0, throw=False),
-        start=multiplier,
         check=False,  # the same loss thousands of times
     )
-    return phi, found.multiplier, found.args[0] + DECAY * theta
 
 
 def descend(settings: Any, sampled: int | None, work: Work) -> Row:
@@ -110,7 +110,8 @@ def descend(settings: Any, sampled: int | None, work: Work) -> Row:
     """
     tasks, order = drawn(settings.tasks, work.generator("tasks")), work.generator("sampled tasks")
     theta = torch.full((SHARED,), 2.0, dtype=torch.float64)
-    heads, multipliers = (torch.zeros(settings.tasks, SIZE, dtype=torch.float64) for _ in range(2))
+    method = algorithm(settings)
+    kept = method.start(torch.zeros(settings.tasks, SIZE, dtype=torch.float64))
     squared: list[float] = []
     for _ in range(settings.iterations):
         squared.append(float(true_gradients(theta, tasks).mean(0).square().sum()))
@@ -118,11 +119,12 @@ def descend(settings: Any, sampled: int | None, work: Work) -> Row:
             rows = torch.arange(settings.tasks)
         else:
             rows = torch.randint(settings.tasks, (sampled,), generator=order)
-        phi, multiplier, slopes = torch.func.vmap(partial(visit, settings), in_dims=(0, 0, None, 0))(
-            heads[rows], multipliers[rows], theta, tasks.taken(rows)
+        found = torch.func.vmap(method, in_dims=(0, None, 0))(
+            Warm(kept.params[rows], kept.multiplier[rows]), theta, tasks.taken(rows)
         )
-        heads[rows], multipliers[rows] = phi, multiplier  # a task that was drawn twice has the same twice
-        theta = theta - settings.outer_lr * slopes.mean(0)
+        for all_tasks, seen in zip(kept, found.warm, strict=True):
+            all_tasks[rows] = seen  # a task that was drawn twice has the same twice
+        theta = theta - settings.outer_lr * found.gradients[0].mean(0)
     last = true_gradients(theta, tasks)
     return {**said(squared), "variance": float((last - last.mean(0)).square().sum(1).mean())}
 

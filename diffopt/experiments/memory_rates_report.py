@@ -48,12 +48,12 @@ CLAIMS = (
 )
 NOTES = (
     "The paper's bounds, its constants K0 and N0 and its proofs are in a supplement that is not available to us; the "
-    "abstract gives the orders. The algorithm is our reconstruction (derivations, section 6.3), through "
-    "`diffopt.solve` and `diffopt.implicit_gradients` with a warm start, tasks under `torch.func.vmap`.",
-    f"The inner losses are quadratic, their curvature between {LOWEST} and 1, the inner steps of size {LR:g}; the outer "
-    f"loss is smooth and not convex, with {DECAY / 2:g} times the squared shared variable. The true gradient has a "
-    "closed form that shares nothing with the algorithm. The outer step size is the same for every |B|, and tasks are "
-    "drawn with replacement, so that the variance of their mean is one task's over |B|.",
+    "abstract gives the orders. The algorithm is our reconstruction (derivations, section 6.3): "
+    "`diffopt.WarmStarts`, tasks under `torch.func.vmap`.",
+    f"The inner losses are quadratic, their curvature between {LOWEST} and 1, the inner steps of size {LR:g}; the "
+    f"outer loss is smooth and not convex, with {DECAY / 2:g} times the squared shared variable. The true gradient has "
+    "a closed form that shares nothing with the algorithm. The outer step size is the same for every |B|, and tasks "
+    "are drawn with replacement, so that the variance of their mean is one task's over |B|.",
     "The floor is the mean of the squared true gradient over the last half of the iterations. Upper bounds are what "
     "the theorems give: asked is whether their exponents are what is measured. What a theorem of this kind bounds is "
     "the mean of the squared gradients of all iterations so far; where the outer loss is strongly convex around its "

@@ -17,7 +17,7 @@ from diffopt.experiments.memory_rates_report import slope
 SETTINGS = replace(catalogue.experiment("memory-rates").quick, iterations=12)
 
 
-def outer_loss(theta, phi, target):
+def written_out(theta, phi, target):
     return (1 + (phi - target).square()).log().sum() + problem.DECAY / 2 * theta.square().sum()
 
 
@@ -32,7 +32,7 @@ def test_the_true_gradient_is_that_of_the_outer_loss_at_the_exact_solution(tasks
     for i in range(5):
         task = problem.Tasks(*(x[i] for x in tasks))
         phi = torch.linalg.inv(task.curvature) @ (task.mixing @ theta + task.offset)
-        (wanted,) = torch.autograd.grad(outer_loss(theta, phi, task.target), theta)
+        (wanted,) = torch.autograd.grad(written_out(theta, phi, task.target), theta)
         torch.testing.assert_close(found[i], wanted, rtol=1e-11, atol=1e-12)
         at = phi.detach().requires_grad_()
         (rest,) = torch.autograd.grad(problem.inner_loss(at, theta.detach(), task), at)
