@@ -26,7 +26,7 @@ class Settings:
     steps: int = option(5, "inner steps K of each visit", whole(1))
     products: int = option(3, "iterations N of conjugate gradients of each visit", whole(1))
     outer_lr: float = option(0.05, "constant step size of the outer descent", real(0))
-    iterations: int = option(1200, "outer iterations", whole(2))
+    iterations: int = option(1000, "outer iterations", whole(2))
     seeds: int = option(3, "starts: other tasks, and other samples of them", whole(1))
 
 
