@@ -4421,4 +4421,47 @@ FAULTS = [
         "return False",
         "whole_programs",
     ),
+    # meta-transfer's images and steps, and the theorems of the memory-reduced algorithm
+    Fault(
+        "images to train with are tested too",
+        "Transfer",
+        "[row[settings.per_class :] for row in rows]",
+        "list(rows)",
+        "meta_transfer_experiment",
+    ),
+    Fault(
+        "a problem is chosen on the classes of the test",
+        "domains",
+        'image_sets.load(problem, part, data_dir) for part in ("train", _split(split))]',
+        'image_sets.load(problem, part, data_dir) for part in ("train", "test")]',
+        "meta_transfer_experiment",
+    ),
+    Fault(
+        "runs of other steps take the standard number",
+        "_of_steps",
+        'partial(learn, replace(settings, steps=steps), name, "adam", seed)',
+        'partial(learn, settings, name, "adam", seed)',
+        "meta_transfer_experiment",
+    ),
+    Fault(
+        "nothing is kept of a task from one visit to the next",
+        "descend",
+        "all_tasks[rows] = seen",
+        "seen.add_(all_tasks[rows], alpha=0)",
+        "memory_rates_experiment",
+    ),
+    Fault(
+        "targets are numbers, not parts of the first",
+        "reached",
+        "value <= target * values[0]",
+        "value <= target",
+        "memory_rates_experiment",
+    ),
+    Fault(
+        "a floor that rises counts as one that falls",
+        "exponents_of",
+        '-slope(group["tasks"], group["floor"])',
+        'slope(group["tasks"], group["floor"])',
+        "memory_rates_experiment",
+    ),
 ]

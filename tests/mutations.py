@@ -118,6 +118,7 @@ NAMES = [
     "experiments",
     "few_shot_experiment",
     "meta_transfer_experiment",
+    "memory_rates_experiment",
     "smoothness",
     "bad_inputs",
     "check_solve",

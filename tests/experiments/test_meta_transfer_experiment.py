@@ -147,6 +147,16 @@ def test_it_learns_and_goes_on_to_the_last_bit(tmp_path):
     assert set(fixed["pairs"].values()) == {1}
 
 
+def test_runs_of_other_steps_take_so_many():
+    settings = replace(SETTINGS, iterations=2, other_steps=(3,), seeds=1)
+    units = {unit.name: unit for unit in meta_transfer.units(settings) if unit.keys["part"] == "steps"}
+    names = ("baseline", "multi-step 3", "one step, 3 lr")
+    assert set(units) == {f"{name}, T=3, adam, seed 0" for name in names}
+    found = units["baseline, T=3, adam, seed 0"].run(Work(0))
+    assert found == meta_transfer.learn(replace(settings, steps=3), "baseline", "adam", 0, Work(0))
+    assert found["losses"] != meta_transfer.learn(settings, "baseline", "adam", 0, Work(0))["losses"]
+
+
 @pytest.fixture(scope="module")
 def rows():
     settings = replace(SETTINGS, cost_steps=(2, 4, 8))
