@@ -71,7 +71,8 @@ def inner_loss(phi: Tensor, theta: Tensor, task: Tasks) -> Tensor:
 def outer_slope(phi: Tensor, target: Tensor) -> Tensor:
     """The gradient of the outer loss in ``phi``."""
     away = phi - target
-    return 2 * away / (1 + away.square())
+    slope: Tensor = 2 * away / (1 + away.square())
+    return slope
 
 
 def outer_loss(phi: Tensor, theta: Tensor, task: Tasks) -> Tensor:

@@ -6,6 +6,7 @@ goes on from the first's parameters and buffers, so that autograd carries the hy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, NamedTuple, cast, final
@@ -87,7 +88,7 @@ class Transfer:
         self.source, self.source_params, self.source_accuracy = source_network(settings, work.seed, work.data_dir)
         _, target = domains(settings.problem, settings.size, settings.split, work.data_dir)
         chosen = work.generator(f"training images {seed}")
-        classes = range(target.classes)
+        classes: Sequence[int] = range(target.classes)
         if 0 < settings.classes < target.classes:
             drawn = torch.randperm(target.classes, generator=work.generator(f"classes {seed}"))
             classes = drawn[: settings.classes].tolist()

@@ -182,7 +182,7 @@ def steps_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
     names = data["T"].astype(str)
     data = data.assign(rule=data["rule"].mask(data["rule"] == "multi-step " + names, WINDOW))
     data = data.assign(rule=data["rule"].mask(data["rule"] == "one step, " + names + " lr", ONE_STEP))
-    return data[data["rule"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values(["T"], kind="stable")
+    return data[data["rule"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values("T", kind="stable")
 
 
 def costs_of(units: Sequence[Unit], results: Results) -> Frame:
