@@ -56,8 +56,9 @@ NOTES = (
     "are drawn with replacement, so that the variance of their mean is one task's over |B|.",
     "The floor is the mean of the squared true gradient over the last half of the iterations. Upper bounds are what "
     "the theorems give: asked is whether their exponents are what is measured. What a theorem of this kind bounds is "
-    "the mean of the squared gradients of all iterations so far; where the outer loss is strongly convex around its "
-    "minimum, as here in the end, the last one falls faster, and that is no contradiction.",
+    "the mean of the squared gradients of all iterations so far, and its exponent is 1 wherever their sum is finite: "
+    "that the sum is finite, with K and N constant, is what is shown. Where the outer loss is strongly convex around "
+    "its minimum, as here in the end, the last one falls faster, and that is no contradiction.",
 )
 
 
