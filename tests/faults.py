@@ -4464,4 +4464,25 @@ FAULTS = [
         'slope(group["tasks"], group["floor"])',
         "memory_rates_experiment",
     ),
+    Fault(
+        "features that are computed once are still part of the inner loss",
+        "Embedding._fitted",
+        "of_features if rule.once else of_images",
+        "of_images",
+        "experiments",
+    ),
+    Fault(
+        "ANIL's head starts from zero",
+        "Embedding._one",
+        "self.learned_head if rule.learned else self.head",
+        "self.head",
+        "experiments",
+    ),
+    Fault(
+        "the slides' own form takes central differences",
+        "rules",
+        'sampling="gaussian", antithetic=False, generator=source)',
+        'sampling="gaussian", antithetic=True, generator=source)',
+        "experiments",
+    ),
 ]

@@ -181,9 +181,15 @@ class Embedding:
 
         loss: Callable[..., Tensor] = of_features if rule.once else of_images
         args: tuple[Any, ...] = (seen, labels) if rule.once else (self.params, seen, labels)
-        sgd, how = diffopt.SGD(s.lr, momentum=0.9), {"estimator": rule.estimator, "check": rule.check}
-        found: Tensor = diffopt.solve(loss, start, *args, optimizer=sgd, steps=s.steps, **how).params
-        return found
+        return diffopt.solve(
+            loss,
+            start,
+            *args,
+            optimizer=diffopt.SGD(s.lr, momentum=0.9),
+            steps=s.steps,
+            estimator=rule.estimator,
+            check=rule.check,
+        ).params
 
     def _adapted(
         self, rule: Rule, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor

@@ -62,6 +62,6 @@ EXPERIMENT = Experiment(
         "steps": "a constant K of at least K0, whose form is in a supplement",
         "products": "a constant N of at least N0, whose form is in a supplement",
         "outer_lr": "not in the text",
-        "seeds": "a theorem",
+        "seeds": "none: theorems",
     },
 )

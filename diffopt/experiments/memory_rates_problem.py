@@ -77,7 +77,8 @@ def outer_slope(phi: Tensor, target: Tensor) -> Tensor:
 
 def outer_loss(phi: Tensor, theta: Tensor, task: Tasks) -> Tensor:
     """Smooth, and not convex; with an L2 term, so that there is a stationary point at a finite place."""
-    return (phi - task.target).square().log1p().sum() + DECAY / 2 * theta.square().sum()
+    loss: Tensor = (phi - task.target).square().log1p().sum() + DECAY / 2 * theta.square().sum()
+    return loss
 
 
 def true_gradients(theta: Tensor, tasks: Tasks) -> Tensor:
@@ -85,7 +86,8 @@ def true_gradients(theta: Tensor, tasks: Tasks) -> Tensor:
     right = tasks.mixing @ theta + tasks.offset
     phi = torch.linalg.solve(tasks.curvature, right)
     multiplier = torch.linalg.solve(tasks.curvature, outer_slope(phi, tasks.target))
-    return (tasks.mixing.mT @ multiplier[..., None])[..., 0] + DECAY * theta
+    gradients: Tensor = (tasks.mixing.mT @ multiplier[..., None])[..., 0] + DECAY * theta
+    return gradients
 
 
 def algorithm(settings: Any) -> diffopt.WarmStarts:
