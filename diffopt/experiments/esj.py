@@ -1,17 +1,19 @@
-r"""The evolution-strategies Jacobian against AID and ITD where tasks share an embedding.
+r"""The evolution-strategies Jacobian against AID, ITD, ANIL and MAML where tasks share an embedding.
 
 Each task fits a linear head of its own, from zero, on embedded images (an L2 term makes that strongly convex); the
 outer loss trains the embedding. Its hypergradient has a direct part, through the embedding of the query images, and a
 response, through the heads. The estimators differ in the response: none of it, back-propagation (ITD), implicit
-differentiation (AID), or finite differences along random directions (ESJ).
+differentiation (AID), or finite differences along random directions (ESJ). Where the features of the support images
+are computed once, outside of the inner problem, the response is that to the features: autograd takes it to the
+embedding, and ESJ perturbs so many fewer numbers. ANIL learns the head's start too, MAML adapts the embedding as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -53,6 +55,27 @@ class Settings:
     shot: int = option(1, "support images per class", whole(1))
     queries: int = option(5, "query images per class", whole(1))
     target: float = option(1.1, "outer loss to be reached", real(0))
+    maml_lr: float = option(0.1, "inner step size of MAML, which has no momentum", real(0))
+
+
+class Rule(NamedTuple):
+    """How a task is adapted to, and how the hypergradient is taken.
+
+    Attributes:
+        estimator: of the response.
+        divided: the response is divided by the number of parameters.
+        once: the features of the support images are computed outside of the inner problem.
+        learned: the start of the head is learned (ANIL), not zero.
+        whole: the embedding is adapted too, from a learned start of all layers (MAML).
+        check: the solve is checked, which costs ESJ one rollout more.
+    """
+
+    estimator: Estimator
+    divided: bool = False
+    once: bool = False
+    learned: bool = False
+    whole: bool = False
+    check: bool = True
 
 
 def units(settings: Settings) -> list[Unit]:
@@ -71,20 +94,31 @@ def units(settings: Settings) -> list[Unit]:
     return found
 
 
-def rules(settings: Settings, work: Work) -> dict[str, tuple[Estimator, bool]]:
-    """The estimators by name, each with whether its response is divided by the number of parameters."""
+def rules(settings: Settings, work: Work) -> dict[str, Rule]:
+    """The ways to train by name."""
     source = work.generator("directions")
+    exact, implicit = Reverse("graph"), Implicit(ConjugateGradient(max_iterations=10, throw=False))
 
-    def jacobian(directions: int, sampling: str = "gaussian") -> Estimator:
+    def central(directions: int, sampling: str = "gaussian") -> Estimator:
         return ESJacobian(directions, settings.radius, sampling=sampling, generator=source)  # type: ignore[arg-type]
 
+    def forward(directions: int) -> Estimator:
+        """The slides' own form: one rollout a direction."""
+        return ESJacobian(directions, settings.radius, sampling="gaussian", antithetic=False, generator=source)
+
     return {
-        "direct part only": (FirstOrder(), False),
-        "ITD": (Reverse("graph"), False),
-        "AID, 10 CG": (Implicit(ConjugateGradient(max_iterations=10, throw=False)), False),
-        **{f"ESJ, Q={directions}": (jacobian(directions), False) for directions in settings.directions},
+        "direct part only": Rule(FirstOrder()),
+        "ITD": Rule(exact),
+        "AID, 10 CG": Rule(implicit),
+        **{f"ESJ, Q={directions}": Rule(central(directions)) for directions in settings.directions},
         # the scale of the authors' code: unit directions without the factor p that makes them unbiased
-        "ESJ, Q=1, divided by p": (jacobian(1, "sphere"), True),
+        "ESJ, Q=1, divided by p": Rule(central(1, "sphere"), divided=True),
+        "ESJ, Q=1, forward": Rule(forward(1), check=False),
+        "ITD, features once": Rule(exact, once=True),
+        "AID, features once": Rule(implicit, once=True),
+        **{f"ESJ, Q={q}, features once": Rule(forward(q), once=True, check=False) for q in settings.directions},
+        "ANIL": Rule(exact, once=True, learned=True),
+        "MAML": Rule(exact, learned=True, whole=True),
     }
 
 
@@ -101,6 +135,7 @@ class Embedding:
         self.params = {name: value.detach().to(work.device).requires_grad_() for name, value in start.items()}
         self.count = sum(value.numel() for value in start.values())
         self.head = torch.zeros(widths[-1] + 1, settings.way, device=work.device)
+        self.learned_head = self.head.clone().requires_grad_()
         self.generator = work.generator(f"tasks {seed}")
 
     def sample(self) -> Episodes:
@@ -109,31 +144,69 @@ class Embedding:
         shape = {"way": s.way, "shot": s.shot, "query": s.queries, "tasks": s.tasks}
         return sample_episodes(self.images, **shape, generator=self.generator)
 
-    def outer_loss(self, rule: Estimator, divided: bool, episodes: Episodes) -> Tensor:
+    def leaves(self, rule: Rule) -> dict[str, Tensor]:
+        """What is trained: the embedding, and the start of the head where it is learned."""
+        return {**self.params, "head": self.learned_head} if rule.learned else dict(self.params)
+
+    def outer_loss(self, rule: Rule, episodes: Episodes) -> Tensor:
         """The mean over the tasks."""
-        one: Callable[..., Tensor] = partial(self._one, rule, divided)
+        one: Callable[..., Tensor] = partial(self._one, rule)
         losses: Tensor = torch.func.vmap(one)(*episodes)
         return losses.mean()
 
-    def _one(
-        self, rule: Estimator, divided: bool, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor
-    ) -> Tensor:
-        s, params = self.settings, self.params
+    def features(self, params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Of images."""
+        return torch.relu(self.apply(params, inputs.flatten(1)))
 
-        def predict(head: Tensor, params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return torch.relu(self.apply(params, inputs.flatten(1))) @ head[:-1] + head[-1]
-
-        def loss(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy(predict(head, params, inputs), labels) + s.decay / 2 * head.square().sum()
-
-        optimizer = diffopt.SGD(s.lr, momentum=0.9)
-        solved = diffopt.solve(
-            loss, self.head, params, inputs, labels, optimizer=optimizer, steps=s.steps, estimator=rule
-        )
-        head = solved.params
-        if divided:  # the same head, its response a fraction of what the estimator says
+    def _one(self, rule: Rule, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
+        params, head = self.params, self.learned_head if rule.learned else self.head
+        if rule.whole:
+            params, head = self._adapted(rule, (params, head), inputs, labels)
+        else:
+            seen = self.features(params, inputs) if rule.once else inputs
+            head = self._fitted(rule, head, seen, labels)
+        if rule.divided:  # the same head, its response a fraction of what the estimator says
             head = head.detach() + (head - head.detach()) / self.count
-        return cross_entropy(predict(head, params, queries), wanted)
+        return cross_entropy(linear(head, self.features(params, queries)), wanted)
+
+    def _fitted(self, rule: Rule, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
+        """A head fitted to features, or to images whose features are part of the inner loss."""
+        s = self.settings
+
+        def of_features(head: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(linear(head, features), labels) + s.decay / 2 * head.square().sum()
+
+        def of_images(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+            return of_features(head, self.features(params, inputs), labels)
+
+        loss: Callable[..., Tensor] = of_features if rule.once else of_images
+        args: tuple[Any, ...] = (seen, labels) if rule.once else (self.params, seen, labels)
+        return diffopt.solve(
+            loss,
+            start,
+            *args,
+            optimizer=diffopt.SGD(s.lr, momentum=0.9),
+            steps=s.steps,
+            estimator=rule.estimator,
+            check=rule.check,
+        ).params
+
+    def _adapted(
+        self, rule: Rule, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The embedding and the head adapted together."""
+
+        def loss(now: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(linear(now[1], self.features(now[0], inputs)), labels)
+
+        sgd, steps = diffopt.SGD(self.settings.maml_lr), self.settings.steps
+        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=rule.estimator)
+        return found.params[0], found.params[1]
+
+
+def linear(head: Tensor, features: Tensor) -> Tensor:
+    """Logits; the last row of a head is its bias."""
+    return features @ head[:-1] + head[-1]
 
 
 def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
@@ -141,22 +214,17 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
     problem = Embedding(settings, size, seed, work)
     episodes = problem.sample()
 
-    def hypergradient(rule: Estimator, divided: bool = False) -> Tensor:
-        found = torch.autograd.grad(problem.outer_loss(rule, divided, episodes), list(problem.params.values()))
+    def hypergradient(rule: Rule) -> Tensor:
+        found = torch.autograd.grad(problem.outer_loss(rule, episodes), list(problem.params.values()))
         return torch.cat([leaf.flatten() for leaf in found])
 
-    exact, direct = hypergradient(Reverse("graph")), hypergradient(FirstOrder())
-    source = work.generator("directions")
-    chosen = {name: rule for name, rule in rules(settings, work).items() if not name.startswith("ESJ, Q=")}
-    chosen |= {
-        f"ESJ, Q={count}": (ESJacobian(count, settings.radius, sampling="gaussian", generator=source), False)
-        for count in settings.measured
-    }
-    chosen["ESJ, Q=1, divided by p"] = rules(settings, work)["ESJ, Q=1, divided by p"]
+    exact, direct = hypergradient(Rule(Reverse("graph"))), hypergradient(Rule(FirstOrder()))
+    every = replace(settings, directions=tuple(dict.fromkeys((*settings.directions, *settings.measured))))
+    chosen = {name: rule for name, rule in rules(every, work).items() if not rule.learned}  # another outer loss
     response = float((exact - direct).norm() / exact.norm())
     found = {}
-    for name, (rule, divided) in chosen.items():
-        draws = [hypergradient(rule, divided) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
+    for name, rule in chosen.items():
+        draws = [hypergradient(rule) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
         squares = [float(((draw - exact).norm() / exact.norm()) ** 2) for draw in draws]
         cosines = [float(torch.cosine_similarity(draw, exact, dim=0)) for draw in draws]
         found[name] = {"error": (sum(squares) / len(draws)) ** 0.5, "cosine": sum(cosines) / len(draws)}
@@ -166,26 +234,27 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
 def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Row:
     """Train the embedding; every estimator sees the same start and the same tasks."""
     problem = Embedding(settings, size, seed, work)
-    rule, divided = rules(settings, work)[name]
-    outer = torch.optim.Adam(problem.params.values(), lr=settings.meta_lr)
+    rule = rules(settings, work)[name]
+    leaves = problem.leaves(rule)
+    outer = torch.optim.Adam(leaves.values(), lr=settings.meta_lr)
     generators = {"tasks": problem.generator}
-    if isinstance(rule, ESJacobian) and rule.generator is not None:
-        generators["directions"] = rule.generator
+    if isinstance(rule.estimator, ESJacobian) and rule.estimator.generator is not None:
+        generators["directions"] = rule.estimator.generator
 
     def iterate(iteration: int) -> float:
-        loss = problem.outer_loss(rule, divided, problem.sample())
+        loss = problem.outer_loss(rule, problem.sample())
         torch.autograd.backward(loss)
         return loss.item()
 
-    losses, seconds = train(work, problem.params, outer, generators, settings.iterations, iterate)
+    losses, seconds = train(work, leaves, outer, generators, settings.iterations, iterate)
     return {"losses": losses, "seconds": seconds}
 
 
 EXPERIMENT = Experiment(
     name="esj",
-    title="The evolution-strategies Jacobian against AID and ITD on a shared embedding",
+    title="The evolution-strategies Jacobian against AID, ITD, ANIL and MAML on a shared embedding",
     paper="slides: ES for bilevel optimisation",
-    needs=Needs("omniglot_28.npz or images_background.zip", 10, None),
+    needs=Needs("omniglot_28.npz or images_background.zip", 20, None),
     quick=Settings("clusters", (1,), (1, 4), draws=2, seeds=2, iterations=4, steps=3, tasks=2),
     standard=Settings(),
     full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from diffopt.experiments.framework.tables import listed
 
 SLIDES = "slides, ESJ"
 SCALED, AID, DIRECT = "ESJ, Q=1, divided by p", "AID, 10 CG", "direct part only"
+RIVALS = ("ITD", AID, "ITD, features once", "AID, features once", "ANIL", "MAML")
+ONCE, FORWARD = ", features once", ", forward"
 WINDOW = 15
 COLOURS: dict[str, str] = {
     DIRECT: STYLES["first-order"]["color"],
     "ITD": STYLES["exact"]["color"],
     AID: STYLES["implicit"]["color"],
     SCALED: STYLES["krylov"]["color"],
+    "ANIL": STYLES["hybrid"]["color"],
+    "MAML": STYLES["truncated"]["color"],
 }
 """Of the estimators that are not ESJ with so many directions."""
 NOTES = (
@@ -34,8 +38,15 @@ NOTES = (
     "of leaving the response out. So with few directions the response drowns in noise; with the authors' scale, 1/p of "
     "it, the noise is gone and the response with it, and what trains is the direct part. (Their code takes unit "
     "directions for each tensor without the factor that makes them unbiased; we divide by the p of all tensors.)",
-    "Ours takes central differences and one more rollout, which checks that the loss repeats itself: 2 Q + 1 rollouts "
-    "beside the forward pass, where the authors' code takes Q.",
+    "ESJ with Q directions takes central differences of the parameters and one more rollout, which checks that the "
+    "loss repeats itself: 2 Q + 1 rollouts beside the forward pass. The slides' own form, forward differences with "
+    "one rollout a direction and no check, is the row `forward`.",
+    "With features once, the embedding of the support images is not part of the inner problem: it is computed once, "
+    "ESJ perturbs the features of each task (5 times the width, and not all parameters) by forward differences, one "
+    "rollout of the head a direction, and autograd goes on through the embedding. ITD and AID have that form too. "
+    "ANIL learns the start of the head besides; MAML adapts all layers from a learned start, without the L2 term and "
+    "without momentum. The slides' rivals are MAML, ANIL, ProtoNet and MetaOptNet; the last two differentiate through "
+    "no inner loop, and are not run.",
 )
 DIVERGED = (
     "{} ended above the loss it started from. Implicit differentiation takes the inner solution for exact, so nothing "
@@ -44,11 +55,22 @@ DIVERGED = (
 )
 TRAINED = (
     ask(
-        "ESJ is faster than back-propagation (ITD) and implicit differentiation (AID) to a given loss",
-        f"{SLIDES}, table: ResNet-12",
-        "seconds: any ESJ / ITD or AID < 1 by embedding",
-        note="the fastest of each kind",
+        "ESJ is faster than MAML and ANIL to a given loss",
+        f"{SLIDES}, table: ResNet-12, of whose rivals these two learn by gradients of an inner loop",
+        ("seconds: any ESJ / MAML < 1 by embedding", "seconds: any ESJ / ANIL < 1 by embedding"),
+        note="ESJ's fastest form",
         headline=True,
+    ),
+    ask(
+        "ESJ is faster than back-propagation (ITD) and implicit differentiation (AID) to a given loss",
+        "this library; the slides name these two as the approximations that take second-order information",
+        "seconds: any ESJ / ITD or AID < 1 by embedding",
+        note="the fastest of each kind, features once or not",
+    ),
+    ask(
+        "ESJ, in a form that is not scaled down, comes to a given loss no later than without any response",
+        "this library",
+        f"seconds: any unscaled ESJ / {DIRECT} <= 1 by embedding",
     ),
     ask(
         "without second-order information an iteration is cheaper",
@@ -85,8 +107,13 @@ MEASURED = (
 
 
 def unbiased(rule: str) -> bool:
-    """Whether it is ESJ with the factor that makes it unbiased."""
-    return rule.startswith("ESJ") and rule != SCALED
+    """Whether it is ESJ with the factor that makes it unbiased, by differences in the parameters."""
+    return rule.startswith("ESJ") and rule != SCALED and not rule.endswith(ONCE)
+
+
+def directions(rule: str) -> int:
+    """``Q``, of a rule's name."""
+    return int(rule.partition("Q=")[2].partition(",")[0])
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:
@@ -96,7 +123,7 @@ def errors_of(units: Sequence[Unit], results: Results) -> Frame:
         for rule, found in row.get("rules", {}).items():
             predicted = row["response"] if rule == DIRECT else None
             if unbiased(rule):
-                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / int(rule.rpartition("=")[2]))
+                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / directions(rule))
             factors = {"of_response": found["error"] / row["response"], "unbiased": unbiased(rule)}
             factors |= {"predicted": predicted, "of_predicted": found["error"] / (predicted or math.nan)}
             yield {"rule": rule, "parameters": row["parameters"], **found, **factors}
@@ -106,8 +133,9 @@ def errors_of(units: Sequence[Unit], results: Results) -> Frame:
 
 def with_best(data: Frame) -> Frame:
     """The runs, and the best of some kinds as if they were one."""
-    kinds = {"any ESJ": data["rule"].str.startswith("ESJ"), "ITD or AID": data["rule"].isin(("ITD", AID))}
+    kinds = {"any ESJ": data["rule"].str.startswith("ESJ"), "ITD or AID": data["rule"].isin(RIVALS[:4])}
     kinds["unbiased ESJ"] = data["rule"].map(unbiased)
+    kinds["any unscaled ESJ"] = kinds["any ESJ"] & (data["rule"] != SCALED)
     found = [data]
     for name, chosen in kinds.items():
         found.append(
@@ -154,14 +182,24 @@ def _rose(row: Row) -> bool:
     return "losses" in row and smoothed(row["losses"], WINDOW)[-1] > row["losses"][0]
 
 
+def _looks(rules: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A colour for each way to take the hypergradient, a line for each form of it."""
+    spare = cycle((STYLES["binomial, scale L/K"]["color"], STYLES["binomial"]["color"], "#7F7F00"))
+    colours, found = dict(COLOURS), {}
+    for rule in rules:
+        base = rule.removesuffix(ONCE).removesuffix(FORWARD)
+        base = AID if base == "AID" else base
+        if base not in colours:
+            colours[base] = next(spare)
+        line = ":" if rule.endswith(ONCE) else "-." if rule.endswith(FORWARD) else "-"
+        found[rule] = {"color": colours[base], "linestyle": "--" if rule in (DIRECT, SCALED) else line}
+    return found
+
+
 def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``training.png``: the outer loss over iterations and over processor time."""
     data = long_table(units, results, lambda row: curve(row, WINDOW))
-    spare = cycle((STYLES["binomial, scale L/K"]["color"], STYLES["binomial"]["color"], STYLES["hybrid"]["color"]))
-    looks = {
-        rule: {"color": COLOURS.get(rule) or next(spare), "linestyle": "--" if rule in (DIRECT, SCALED) else "-"}
-        for rule in (dict.fromkeys(data["rule"]) if len(data) else ())
-    }
+    looks = _looks(dict.fromkeys(data["rule"]) if len(data) else ())
 
     def target(axes: Any, size: Any) -> None:
         axes.axhline(settings.target, color="0.6", linewidth=0.8, linestyle=":")

@@ -1,6 +1,7 @@
 r"""Meta-transfer: meta-networks learn what and where a target network takes from a source network.
 
-The source is trained on some classes, the target on few images of others. The paper's algorithm 1 is run as it stands,
+The source is trained on some classes, the target on few images of others (``meta_transfer_source`` says how they were
+chosen). The paper's algorithm 1 is run as it stands,
 with momentum SGD and with Adam: a step on the total loss; from there, steps on the transfer loss and one on the task's
 loss, through which the meta-networks learn. Their estimators are compared by the target's accuracy, by the time of an
 iteration, and by the hypergradient.
@@ -27,6 +28,7 @@ from diffopt.experiments.meta_transfer_problem import (
     BASELINE,
     FIXED,
     KINDS,
+    PAIRS,
     SCRATCH,
     Batch,
     Method,
@@ -35,7 +37,7 @@ from diffopt.experiments.meta_transfer_problem import (
     methods,
 )
 from diffopt.experiments.meta_transfer_report import pictures, summary
-from diffopt.experiments.meta_transfer_source import PROBLEMS
+from diffopt.experiments.meta_transfer_source import PROBLEMS, SPLITS
 from diffopt.tensors import tree
 from diffopt.tensors.memory import peak_bytes
 
@@ -45,30 +47,34 @@ from diffopt.tensors.memory import peak_bytes
 class Settings:
     """What is transferred."""
 
-    problem: str = option("caltech101", "caltech101, or clusters (no data)", one_of(*PROBLEMS))
-    size: int = option(16, "height and width of the images", whole(8))
-    source_channels: tuple[int, ...] = option((8, 16, 32), "stages of the residual source", listed(whole(1)))
+    problem: str = option("omniglot", "omniglot, caltech101, or clusters (no data)", one_of(*PROBLEMS))
+    size: int = option(14, "height and width of the images", whole(8))
+    source_channels: tuple[int, ...] = option((16, 32, 64), "stages of the residual source", listed(whole(1)))
     source_blocks: int = option(1, "residual blocks per stage", whole(1))
-    source_iterations: int = option(800, "batches the source is trained on", whole(1))
+    source_iterations: int = option(1000, "batches the source is trained on", whole(1))
     target_channels: tuple[int, ...] = option((16, 32, 64), "stages of the VGG-like target", listed(whole(1)))
     target_layers: int = option(1, "convolutions per stage", whole(1))
-    per_class: int = option(5, "training images per class of the target; the others are for testing", whole(1))
+    per_class: int = option(3, "training images per class of the target; the others are for testing", whole(1))
     batch: int = option(48, "images of a batch", whole(2))
     steps: int = option(2, "steps T on the transfer loss", whole(1))
-    sgd_lr: float = option(0.05, "inner step size of momentum SGD, before annealing", real(0))
-    adam_lr: float = option(0.002, "and of Adam", real(0))
-    meta_lr: float = option(0.003, "step size of the outer Adam", real(0))
+    sgd_lr: float = option(0.3, "inner step size of momentum SGD, before annealing", real(0))
+    adam_lr: float = option(0.03, "and of Adam", real(0))
+    meta_lr: float = option(0.001, "step size of the outer Adam", real(0))
     beta: float = option(0.5, "weight of the transfer loss", real(0, above=False))
-    iterations: int = option(150, "outer iterations", whole(2))
+    iterations: int = option(100, "outer iterations", whole(2))
     evaluations: int = option(10, "how often accuracy and gradient difference are measured", whole(1))
     seeds: int = option(3, "runs of each, from different starts on different images", whole(1))
-    cost_steps: tuple[int, ...] = option((2, 4, 8), "T of the iterations that are timed", listed(whole(1)))
-    cost_after: int = option(30, "updates by the baseline before that", whole(1))
+    cost_steps: tuple[int, ...] = option((1, 2, 3, 8), "T of the iterations that are timed", listed(whole(1)))
+    cost_after: int = option(20, "updates by the baseline before that", whole(1))
     rounds: int = option(3, "times that each is timed, in turn", whole(1))
+    other_steps: tuple[int, ...] = option((1, 3), "other T that targets are trained with, by Adam", listed(whole(1)))
+    split: str = option("test", "the target's classes: validation, or test", one_of(*SPLITS))
+    classes: int = option(50, "classes of the target, others for every start; 0: all", whole(0))
+    pairs: str = option("same", "pairs of stages that are matched: same, of equal number, or all", one_of(*PAIRS))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """The source; for each start times and hypergradients for each T, and one per run."""
+    """The source; for each start times and hypergradients for each T, one per run, and runs of other T."""
     source_cost = settings.source_iterations / 3
     found = [Unit("source", partial(source, settings), source_cost, keys={"part": "source", "seed": 0})]
     for seed in range(settings.seeds):
@@ -84,7 +90,20 @@ def units(settings: Settings) -> list[Unit]:
                 run = partial(learn, settings, name, kind, seed)
                 of = {"part": "learn", **keys, "rule": name}
                 found.append(Unit(f"{name}, {kind}, seed {seed}", run, cost, resumable=True, keys=of))
+        found += [_of_steps(settings, steps, name, seed) for steps in settings.other_steps for name in compared(steps)]
     return found
+
+
+def compared(steps: int) -> list[str]:
+    """The methods of Fig. 4 at another number of steps: exact, one window, one step of so many times the rate."""
+    return [BASELINE, *[f"multi-step {steps}", f"one step, {steps} lr"] * (steps > 1)]
+
+
+def _of_steps(settings: Settings, steps: int, name: str, seed: int) -> Unit:
+    """A run of Fig. 4, whose inner optimizer is Adam."""
+    run = partial(learn, replace(settings, steps=steps), name, "adam", seed)
+    keys = {"part": "steps", "seed": seed, "kind": "adam", "T": steps, "rule": name}
+    return Unit(f"{name}, T={steps}, adam, seed {seed}", run, 4.0 * settings.iterations, resumable=True, keys=keys)
 
 
 def source(settings: Settings, work: Work) -> Row:
@@ -229,15 +248,15 @@ def learn(settings: Settings, name: str, kind: str, seed: int, work: Work) -> Ro
 
 
 QUICK = Settings("clusters", 16, (3, 4), 1, 5, (3, 4), 1, 4, 12, iterations=4, evaluations=2, seeds=2)
-QUICK = replace(QUICK, cost_steps=(2,), cost_after=1, rounds=1)
+QUICK = replace(QUICK, cost_steps=(2,), cost_after=1, rounds=1, other_steps=(1,), classes=0, pairs="all")
 FULL = Settings("caltech101", 32, (16, 32, 64), 5, 10000, (64, 128, 256, 512), 2, 20, 128, 2, 0.1, 0.001, 0.001)
-FULL = replace(FULL, iterations=10000, evaluations=20)
+FULL = replace(FULL, iterations=10000, evaluations=20, classes=0, pairs="all")
 
 EXPERIMENT = Experiment(
     name="meta-transfer",
     title="What and where to transfer: meta-networks learned through steps on a matching loss",
-    paper="multi-step: tables 1-3, Fig. 1, 3, 4, algorithm 1",
-    needs=Needs("caltech101_32.npz", 18, None),
+    paper="multi-step: tables 1-3, Fig. 1, 3, 4, appendix H, algorithm 1",
+    needs=Needs("omniglot_28.npz or images_background.zip and images_evaluation.zip", 15, None),
     quick=QUICK,
     standard=Settings(),
     full=FULL,

@@ -6,6 +6,7 @@ goes on from the first's parameters and buffers, so that autograd carries the hy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, NamedTuple, cast, final
@@ -26,6 +27,7 @@ from diffopt.tensors.leaves import Leaves
 
 KINDS = ("sgd", "adam")
 """The inner optimizers."""
+PAIRS = ("same", "all")
 SCRATCH, FIXED, BASELINE, FIRST_ORDER = "scratch", "fixed weights (T=0)", "baseline", "first-order"
 
 
@@ -51,7 +53,7 @@ class Method:
 
 def methods(steps: int) -> dict[str, Method]:
     """The rows of the paper's tables, for so many steps on the transfer loss."""
-    windows = [window for window in (2, 4, 8) if steps % window == 0]  # the step on the task's loss is not in a window
+    windows = [n for n in (2, 3, 4, 8) if steps % n == 0]  # the step on the task's loss is not in a window
     exact = Reverse("graph")
     return {
         SCRATCH: Method(0, exact, transfer=False),
@@ -59,7 +61,7 @@ def methods(steps: int) -> dict[str, Method]:
         BASELINE: Method(steps, exact),
         **{f"multi-step {window}": Method(steps, MultiStep(window, exact)) for window in windows},
         FIRST_ORDER: Method(steps, FirstOrder(), total=True),
-        f"one step, {steps} lr": Method(1, exact, factor=float(steps)),
+        **({f"one step, {steps} lr": Method(1, exact, factor=float(steps))} if steps > 1 else {}),
     }
 
 
@@ -84,23 +86,33 @@ class Transfer:
         """Draw the target network and its training images."""
         self.settings = settings
         self.source, self.source_params, self.source_accuracy = source_network(settings, work.seed, work.data_dir)
-        _, target = domains(settings.problem, settings.size, work.data_dir)
+        _, target = domains(settings.problem, settings.size, settings.split, work.data_dir)
         chosen = work.generator(f"training images {seed}")
-        rows = [torch.nonzero(target.labels == label)[:, 0] for label in range(target.classes)]
+        classes: Sequence[int] = range(target.classes)
+        if 0 < settings.classes < target.classes:
+            drawn = torch.randperm(target.classes, generator=work.generator(f"classes {seed}"))
+            classes = drawn[: settings.classes].tolist()
+        rows = [torch.nonzero(target.labels == label)[:, 0] for label in classes]
         rows = [row[torch.randperm(len(row), generator=chosen)] for row in rows]
         self.train, self.test = (
-            Domain(target.inputs[picked], target.labels[picked], target.classes)
-            for picked in (
-                torch.cat([row[: settings.per_class] for row in rows]),
-                torch.cat([row[settings.per_class :] for row in rows]),
+            Domain(
+                target.inputs[torch.cat(sides)],
+                torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(side) for side in sides])),
+                len(rows),
+            )
+            for sides in (
+                [row[: settings.per_class] for row in rows],
+                [row[settings.per_class :] for row in rows],
             )
         )
         start = work.generator(f"start {seed}")
         channels = settings.target_channels
-        network = PlainStages(target.inputs.shape[1], target.classes, channels, settings.target_layers, start)
+        network = PlainStages(target.inputs.shape[1], len(rows), channels, settings.target_layers, start)
         apply, params = functional(network)
         self.target = cast("Network", apply)
-        self.task = MetaTransfer(self.target, tuple(settings.source_channels), tuple(channels), beta=settings.beta)
+        sizes = tuple(settings.source_channels), tuple(channels)
+        same = tuple((stage, stage) for stage in range(min(map(len, sizes))))
+        self.task = MetaTransfer(self.target, *sizes, same if settings.pairs == "same" else (), settings.beta)
         detached = {name: value.detach() for name, value in params.items()}
         self.params = self.task.start(detached, start)
         like = next(iter(detached.values()))

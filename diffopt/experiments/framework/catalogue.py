@@ -15,6 +15,7 @@ NAMES = (
     "esj",
     "hyper-cleaning",
     "memory-reduced",
+    "memory-rates",
     "few-shot",
     "meta-transfer",
     "attribution",
