@@ -145,6 +145,7 @@ NAMES = [
     "maml_experiment",
     "compiled_reads",
     "whole_programs",
+    "timing",
 ]
 
 
