@@ -5,7 +5,7 @@
 #   some tests only:                make test ARGS='tests/test_layout.py -x'
 #   the slow ones, too:             make test-all
 #   under other roundings:          make roundings     make roundings ARGS=tests/test_linear_solve.py
-#   speed and memory:               make bench     make bench ARGS=--quick
+#   speed and memory:               make bench     make bench ARGS=--quick     with JAX beside torch: make bench BENCH=bench-jax
 #   the site, in docs/_build/html:  make docs      with links into the docs of Python and torch: make docs INTERSPHINX=1
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -13,6 +13,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_ARGS    ?=
 WORKERS     ?= 2
 ARGS        ?=
+BENCH       ?= bench
 INTERSPHINX ?=
 
 SHELL := /bin/bash
@@ -31,7 +32,7 @@ RUN         := $(VENV)/bin/python
 READY       := $(VENV)/.ready
 READY_TEST  := $(VENV)/.ready
 READY_CHECK := $(VENV)/.ready-dev
-READY_BENCH := $(VENV)/.ready-bench
+READY_BENCH := $(VENV)/.ready-$(BENCH)
 READY_DOCS  := $(VENV)/.ready-docs
 PIP         := $(RUN) -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS)
 endif
@@ -90,8 +91,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.ready-bench: $(VENV)/.ready
-	$(PIP) --editable '.[bench]'
+$(VENV)/.ready-$(BENCH): $(VENV)/.ready
+	$(PIP) --editable '.[$(BENCH)]'
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready

@@ -15,11 +15,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler sa
 import torch
 from rich.console import Console
 
-from benchmarks import gpu, pictures, sweeps
+from benchmarks import compiling, gpu, pictures, sweeps
 from benchmarks.goals import judge
 from benchmarks.measure import Cell, Limit, Role, Size, measure
-from benchmarks.report import Report, about, account_table, cell_table, goal_table
-from benchmarks.workloads import binomial, images, long, penalties, sinusoid, weights
+from benchmarks.report import Report, about, account_table, cell_table, compiling_table, goal_table
+from benchmarks.workloads import binomial, images, leaves, long, penalties, sinusoid, weights
 
 CELLS: dict[str, Callable[[Size], list[Cell]]] = {
     "W1": sinusoid.cells,
@@ -28,18 +28,19 @@ CELLS: dict[str, Callable[[Size], list[Cell]]] = {
     "W4": penalties.cells,
     "W5": weights.cells,
     "Binomial": binomial.cells,
+    "Leaves": leaves.cells,
     "Long": long.cells,
     "Steps": sweeps.steps,
     "Tasks": sweeps.tasks,
 }
-SECTIONS = (*CELLS, "Errors", "GPU")
+SECTIONS = (*CELLS, "Compiling", "Errors", "GPU")
 LIMITS = {Size.FULL: Limit(1.0, (3, 31)), Size.QUICK: Limit(0.5, (2, 15)), Size.SMOKE: Limit(0.0, (1, 1))}
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", action="store_true", help="the essential cells, fewer rounds; under 4 minutes")
+    sizes.add_argument("--quick", action="store_true", help="the essential cells, fewer rounds; about 10 minutes")
     sizes.add_argument("--smoke", action="store_true", help="tiny sizes, only to see that everything runs")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"comma-separated: {', '.join(SECTIONS)}")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for results.json and pictures")
@@ -62,13 +63,16 @@ def main() -> None:
     report, out = Report(about(_command(given, size))), Path(given.out)
     for name, cells in CELLS.items():
         if name in given.only:
-            run(cells(size), torch.device("cpu"), size, report, console, profile=given.profile)
-            report.save(out / "results.json")  # a long run that breaks off leaves what it has
+            run(cells(size), torch.device("cpu"), size, report, console, out, profile=given.profile)
+    if "Compiling" in given.only:
+        console.print("First calls, cold and warm ...")
+        report.compiling = compiling.measure(size)
+        console.print(compiling_table(report.compiling))
     if "Errors" in given.only:
         console.print("Errors of every estimator ...")
         report.errors = sweeps.errors(size)
     if "GPU" in given.only and (gpu.device().type == "cuda" or size is Size.SMOKE):
-        run(gpu.cells(size), gpu.device(), size, report, console, profile=True)
+        run(gpu.cells(size), gpu.device(), size, report, console, out, profile=True)
     if verdicts := judge(report.results):
         console.print(goal_table(verdicts))
     report.save(out / "results.json")
@@ -85,7 +89,7 @@ def _command(given: argparse.Namespace, size: Size) -> str:
 
 
 def run(
-    cells: list[Cell], device: torch.device, size: Size, report: Report, console: Console, *, profile: bool
+    cells: list[Cell], device: torch.device, size: Size, report: Report, console: Console, out: Path, *, profile: bool
 ) -> None:
     """Measure cells, showing each when it is done."""
     for cell in cells:
@@ -94,6 +98,7 @@ def run(
         start = time.monotonic()
         result = measure(cell, device, LIMITS[size])
         report.results.append(result)
+        report.save(out / "results.json")  # a long run that breaks off leaves what it has
         console.print(cell_table(result))
         rounds = max(len(m.times) for m in result.measurements)
         console.print(f"{rounds} rounds, {time.monotonic() - start:.0f} s\n", style="dim", highlight=False)

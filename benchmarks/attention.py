@@ -6,8 +6,9 @@ by torch's math kernel and by ``diffopt.nn``, with and without blocks that are c
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffopt
+from benchmarks.measure import Cell, Method, Role
 from diffopt.estimators import Reverse
 from diffopt.nn import second_order_attention
 from diffopt.tensors.memory import peak_bytes
@@ -28,14 +30,25 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def product(context: Callable[[], AbstractContextManager[Any]], length: int) -> None:
+def leaves(dtype: torch.dtype, device: torch.device, tasks: int, length: int) -> list[Tensor]:
+    """Queries, keys and values."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return [draw(1, HEADS, length, WIDTH // HEADS).to(device).requires_grad_() for _ in range(3)]
+
+
+def product(context: Callable[[], AbstractContextManager[Any]], leaves: list[Tensor]) -> Sequence[Tensor]:
     """A product with the Hessian of a loss of attention."""
-    torch.manual_seed(0)
-    leaves = [torch.randn(1, HEADS, length, WIDTH // HEADS, requires_grad=True) for _ in range(3)]
     with context():
         value = F.scaled_dot_product_attention(*leaves).square().sum()
     gradients = torch.autograd.grad(value, leaves, create_graph=True)
-    torch.autograd.grad([g.sum() for g in gradients], leaves)
+    return torch.autograd.grad([g.sum() for g in gradients], leaves)
+
+
+def cells(lengths: Sequence[int]) -> list[Cell]:
+    """The products alone, as cells of the benchmark."""
+    roles = {"math kernel": Role.PEER, "diffopt.nn": Role.OURS}
+    ways = [Method(name, role, functools.partial(product, CONTEXTS[name])) for name, role in roles.items()]
+    return [Cell("GPU", f"attention, {n} keys", functools.partial(leaves, length=n), ways) for n in lengths]
 
 
 def hypergradient(context: Callable[[], AbstractContextManager[Any]], checkpoint: Any) -> None:
@@ -68,7 +81,8 @@ def main() -> None:
     print("| attention, 4 heads | peak | time |\n|---|---|---|")
     for length in (512, 1024, 2048):
         for name, context in CONTEXTS.items():
-            row(f"{length} keys, {name}", lambda c=context, n=length: product(c, n))  # type: ignore[misc]
+            given = leaves(torch.float32, torch.device("cpu"), 1, length)
+            row(f"{length} keys, {name}", lambda c=context, x=given: product(c, x))  # type: ignore[misc]
     print(f"\n| hypergradient, {BLOCKS} blocks, {LENGTH} words | peak | time |\n|---|---|---|")
     for name, context in CONTEXTS.items():
         for blocks in ((), lambda name: name.isdecimal()):

@@ -9,9 +9,18 @@ from pathlib import Path
 from string import Template
 
 from benchmarks import pictures
-from benchmarks.goals import PEERS, Verdict, judge, ratio
-from benchmarks.measure import Result, Role
-from benchmarks.report import CELL_COLUMNS, GOAL_COLUMNS, Report, cell_rows, goal_rows
+from benchmarks.goals import JAX, PEERS, Verdict, judge, ratio
+from benchmarks.measure import Measurement, Result, Role
+from benchmarks.reasons import EARLIER, REASONS
+from benchmarks.report import (
+    CELL_COLUMNS,
+    COMPILING_COLUMNS,
+    GOAL_COLUMNS,
+    Report,
+    cell_rows,
+    compiling_rows,
+    goal_rows,
+)
 from diffopt import reports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,56 +31,105 @@ def write(report: Report, docs: Path, again: Report | None = None) -> None:
     """Write the page and the pictures; ``again`` is the same run once more, which shows the noise."""
     cells = [result for result in report.results if result.x is None]
     on_gpu = [result for result in cells if result.workload == "GPU"]
+    cells = [result for result in cells if result.workload != "GPU"]
     verdicts = judge(report.results)
     met = sum(verdict.met is True for verdict in verdicts)
     missing = sum(verdict.met is None for verdict in verdicts)
     drawn = pictures.draw(report, docs / "performance")
     parts = {
+        **{name.replace(" ", "_"): value for name, value in report.about.items()},
         "about": table(("", ""), list(report.about.items())),
+        "standing": standing(cells),
         "summary": f"{met} of {len(verdicts)} goals were met; {missing} were not measured.",
         "goals": goals(verdicts, [] if again is None else judge(again.results)),
-        "losses": losses([result for result in cells if result.workload != "GPU"]),
+        "reasons": reasons(verdicts),
+        "compiling": compiling(report, again),
+        "processors": processors(report, cells),
         "pictures": "\n\n".join(f"![{path.stem}](performance/{path.name})" for path in drawn),
         "accounts": accounts(report),
-        "cells": sections([result for result in cells if result.workload != "GPU"]),
+        "cells": sections(cells),
         "gpu": gpu(report, on_gpu),
     }
     page = Template((Path(__file__).parent / "page.md").read_text(encoding="utf-8")).substitute(parts)
     (docs / "performance.md").write_text(page, encoding="utf-8")
 
 
+def standing(results: Sequence[Result]) -> str:
+    """The fastest of ours beside the fastest peer of torch's and of JAX's, cell by cell, and how often it wins."""
+    rows, won, compared = [], [0, 0], [0, 0]
+    for result in results:
+        own = result.fastest([Role.OURS])
+        if own is None:
+            continue
+        row = [f"{result.workload} {result.setting}", own.method]
+        for i, roles in enumerate((PEERS, JAX)):
+            peer = result.fastest(roles)
+            compared[i] += peer is not None
+            won[i] += peer is not None and ratio(own, peer)[0] < 1
+            row += ["", ""] if peer is None else [peer.method, _bold(ratio(own, peer)[0])]
+        rows.append((*row, _memory(own, result.fastest(PEERS))))
+    counts = [f"{of} in {a} of {n} cells" for of, a, n in zip(("torch's", "JAX's"), won, compared, strict=True) if n]
+    columns = ("cell", "our fastest", "torch's fastest peer", "time", "JAX's fastest", "time", "memory")
+    return f"We are faster than {' and '.join(counts)}.\n\n{table(columns, rows)}"
+
+
+def _bold(time: float) -> str:
+    """A ratio, in bold where it is lost."""
+    return f"{time:.2f}" if time < 1 else f"**{time:.2f}**"
+
+
+def _memory(own: Measurement, peer: Measurement | None) -> str:
+    return f"{own.peak / peer.peak:.2f}" if peer is not None and own.peak is not None and peer.peak else ""
+
+
 def goals(verdicts: Sequence[Verdict], again: Sequence[Verdict]) -> str:
     """The table of goals, with what another run measured."""
     columns, rows = [column or " " for column in GOAL_COLUMNS], goal_rows(verdicts)
     if again:
-        others = {(v.goal.cell, v.goal.method, v.goal.quantity, v.goal.limit): v.measured for v in again}
+        others = {_key(v): v.measured for v in again}
         columns.append("once more")
         for i, v in enumerate(verdicts):
-            other = others.get((v.goal.cell, v.goal.method, v.goal.quantity, v.goal.limit))
+            other = others.get(_key(v))
             rows[i] = (*rows[i], "" if other is None else f"{other:.3g}")
     return table(columns, rows)
+
+
+def _key(verdict: Verdict) -> tuple[object, ...]:
+    goal = verdict.goal
+    return goal.cell, goal.method, goal.quantity, goal.limit, goal.against
+
+
+def reasons(verdicts: Sequence[Verdict]) -> str:
+    """What limits each goal that was missed, those of one reason together."""
+    missed: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.met is False:
+            goal = f"{verdict.goal.cell} ({verdict.goal.method}, {verdict.goal.quantity})"
+            missed.setdefault(verdict.goal.why, []).append(goal)
+    lines = [f"- **{'; '.join(names)}**. {REASONS.get(why, 'Not looked into.')}" for why, names in missed.items()]
+    return "\n".join(lines) if lines else "No goal was missed."
+
+
+def compiling(report: Report, again: Report | None) -> str:
+    """What first calls take, in both runs."""
+    runs = [compiling_rows(run.compiling) for run in (report, again) if run is not None and run.compiling]
+    return "\n\n".join(table(COMPILING_COLUMNS, rows) for rows in runs) if runs else "Not measured in this run."
+
+
+def processors(report: Report, results: Sequence[Result]) -> str:
+    """Ratios of the same code, or nearly so, on another processor and on this one."""
+    cells = {f"{result.workload} {result.setting}": result for result in results}
+    rows = []
+    for (cell, one, other), (before, commit) in EARLIER.items():
+        found = [cells[cell].of(name) for name in (one, other)] if cell in cells else []
+        if len(found) == 2 and found[0] and found[1] and found[0].times and found[1].times:
+            rows.append((cell, f"{one} / {other}", f"{before:.2f} ({commit})", f"{ratio(found[0], found[1])[0]:.2f}"))
+    return table(("cell", "time of", "AMD EPYC", report.about["processor"]), rows) if rows else "Not measured."
 
 
 def sections(results: Sequence[Result]) -> str:
     """One table per cell."""
     return "\n\n".join(f"### {r.workload} {r.setting}\n\n{table(CELL_COLUMNS, cell_rows(r))}" for r in results)
-
-
-def losses(results: Sequence[Result]) -> str:
-    """The cells in which the fastest of ours is slower than the fastest peer, or needs more memory than it."""
-    rows = []
-    for result in results:
-        own, peer = result.fastest([Role.OURS]), result.fastest(PEERS)
-        if own is None or peer is None or own.peak is None or not peer.peak:
-            continue
-        time, memory = ratio(own, peer)[0], own.peak / peer.peak
-        if time > 1 or memory > 1:
-            cell = f"{result.workload} {result.setting}"
-            rows.append((cell, own.method, peer.method, f"{time:.2f}", f"{memory:.2f}"))
-    if not rows:
-        return "In no cell was the fastest of ours slower, or larger, than the fastest peer."
-    columns = ("cell", "our fastest", "fastest peer", "time", "memory")
-    return f"Our fastest method against the fastest peer, wherever it is slower or larger:\n\n{table(columns, rows)}"
 
 
 def accounts(report: Report) -> str:

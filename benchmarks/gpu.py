@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import methods, ours
+from benchmarks import attention, methods, ours
 from benchmarks.measure import Cell, Method, Role, Size
 from benchmarks.workloads import images, long, sinusoid
 
@@ -23,27 +23,31 @@ def device() -> torch.device:
 
 
 def cells(size: Size) -> list[Cell]:
-    """Few-shot learning as large as it is done, then memory against steps and against params."""
+    """Few-shot learning as large as it is done, attention, then memory against steps and against params."""
     if size is Size.SMOKE:
         return [
             *_few_shot(steps=(2,), tasks=3, filters=2, side=16, waves=4),
+            *attention.cells([5]),
             *_memory("GPU steps", [(2, 3), (3, 3)]),
             *_memory("GPU params", [(2, 3), (2, 4)]),
         ]
     lengths = (10, 30, 100, 300, 1000) if size is Size.FULL else (10, 100)
     widths = (100, 1000, 3163, 10000) if size is Size.FULL else (100, 1000)
     return [
-        *_few_shot(steps=(8, 16), tasks=32, filters=64, side=28, waves=1024),
+        *_few_shot(steps=(8, 16), tasks=32, filters=64, side=28, waves=1024, own=sinusoid.PROGRAMS),
+        *attention.cells([1024, 4096]),
         *_memory("GPU steps", [(steps, 1000) for steps in lengths]),
         *_memory("GPU params", [(10, width) for width in widths]),
     ]
 
 
-def _few_shot(steps: tuple[int, ...], tasks: int, filters: int, side: int, waves: int) -> list[Cell]:
+def _few_shot(
+    steps: tuple[int, ...], tasks: int, filters: int, side: int, waves: int, own: tuple[Method, ...] = ()
+) -> list[Cell]:
     conv = functools.partial(images.problem, filters=filters, channels=1, side=side)
     chunked = (images.chunks("graphs", GRAPH, tasks), images.chunks("states", STATES, tasks))
-    methods_conv = (*PEERS, images.RIGHT, *chunked, VMAPPED)
-    methods_sine = (*PEERS, methods.FUNCTORCH, *methods.OURS_VMAPPED)
+    methods_conv = (*PEERS, images.RIGHT, *images.JAX, *chunked, VMAPPED)
+    methods_sine = (*PEERS, methods.FUNCTORCH, *sinusoid.JAX, *methods.OURS_VMAPPED, *own)
     sine = functools.partial(sinusoid.problem, steps=5)
     return [
         *(

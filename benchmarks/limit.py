@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.problem import Data, Gradients, Problem
 from diffopt.tensors import transforms
@@ -38,6 +39,22 @@ def chunked(problem: Problem, chunk: int) -> Gradients:
         gradients = torch.autograd.grad(end, start, [torch.stack(column) for column in zip(*cotangents, strict=True)])
         torch._foreach_add_(total, [g.sum(0) for g in gradients], alpha=1 / problem.count)
     return tuple(total)
+
+
+def products(problem: Problem) -> Callable[[], Gradients]:
+    """As many multiplications as the matrix products of ``stacked`` have, in square products that stay in the cache."""
+    with FlopCounterMode(display=False) as counter:
+        stacked(problem)
+    side, device = 256, problem.query[0].device
+    whole, rest = divmod(counter.get_total_flops() // (2 * side**2), side)
+    square, into = torch.randn(side, side, device=device), torch.empty(side, side, device=device)
+
+    def run() -> Gradients:
+        for rows in (*(side,) * whole, rest):
+            torch.mm(square[:rows], square, out=into[:rows])
+        return (into,)
+
+    return run
 
 
 def _start(problem: Problem, count: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.func import vmap
 
 import diffopt
 from benchmarks.problem import Data, Gradients, MeanGradient, Params, Problem
-from diffopt.estimators import Estimator
+from diffopt.estimators import Estimator, Reverse
 from diffopt.linear_solve import ConjugateGradient
 
 
@@ -40,12 +41,31 @@ def vmapped(problem: Problem, rule: Estimator, *, compiled: bool = False) -> Gra
     return torch.autograd.grad(vmap(task_loss)(problem.support, problem.query).mean(), leaves)
 
 
-def looped(problem: Problem, rule: Estimator) -> Gradients:
+def program(problem: Problem) -> Callable[[], Gradients]:
+    """All of it in one program, whose gradient is taken as its users take it."""
+
+    def outer(wanted: Params, given: Params, support: Data, query: Data) -> Tensor:
+        initial, hyper = (given, wanted) if problem.hyper else (wanted, {})
+
+        def task_loss(support: Data, query: Data) -> Tensor:
+            return problem.outer(adapt(problem, initial, hyper, support, Reverse()), query)
+
+        if problem.count == 1:
+            return task_loss(tuple(x[0] for x in support), tuple(x[0] for x in query))
+        return vmap(task_loss)(support, query).mean()
+
+    made, wanted = diffopt.compiled(outer), problem.hyper or problem.initial
+    given = problem.initial if problem.hyper else {}
+    return lambda: tuple(made.value_and_grad(wanted, given, problem.support, problem.query)[1].values())
+
+
+def looped(problem: Problem, rule: Estimator, *, compiled: bool = False) -> Gradients:
     """One task after the other."""
     initial, hyper, leaves = problem.fresh()
     mean = MeanGradient(leaves, problem.count)
     for support, query in problem.tasks():
-        params = adapt(problem, initial if problem.hyper == {} else problem.initial, hyper, support, rule)
+        start = initial if problem.hyper == {} else problem.initial
+        params = adapt(problem, start, hyper, support, rule, compiled=compiled)
         mean.add(problem.outer(params, query))
     return mean.result()
 

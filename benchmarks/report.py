@@ -8,18 +8,18 @@ import json
 import platform
 import subprocess
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from rich.table import Table
 
-from benchmarks.goals import PEERS, Verdict, ratio
+from benchmarks.goals import JAX, PEERS, Verdict, ratio
 from benchmarks.measure import Measurement, Result, Role
 from diffopt.experiments.framework.console import grid
 
-LIBRARIES = ("torch", "higher", "torchopt", "numpy")
+LIBRARIES = ("torch", "higher", "torchopt", "jax", "jaxopt", "numpy")
 
 
 @final
@@ -32,12 +32,14 @@ class Report:
         results: one per cell.
         errors: for each problem, one row per estimator; see :func:`benchmarks.sweeps.errors`.
         accounts: for each cell profiled, operation, milliseconds and calls.
+        compiling: what first calls take; see :func:`benchmarks.compiling.measure`.
     """
 
     about: dict[str, str]
     results: list[Result] = field(default_factory=list)
     errors: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     accounts: dict[str, list[tuple[str, float, int]]] = field(default_factory=dict)
+    compiling: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the JSON file."""
@@ -74,17 +76,27 @@ def about(command: str) -> dict[str, str]:
         "processor": f"{_processor()}, one thread",
         "GPU": gpu,
         "Python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: _version(name) for name in LIBRARIES},
         "command": command,
         "commit": _commit(),
     }
 
 
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _processor() -> str:
+    """Its model, what tells models of one name apart, and the instructions that torch uses."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    model = said.get("model name", platform.processor() or platform.machine())
+    kind = f" (family {said['cpu family']}, model {said['model']})" if "model" in said and "cpu family" in said else ""
+    return f"{model}{kind}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:
@@ -98,25 +110,27 @@ def _commit() -> str:
         return "unknown"
 
 
-CELL_COLUMNS = ("method", "error (float64)", "time, ms", "ratio", "quartiles", "peak, MB", "ratio")
+CELL_COLUMNS = ("method", "error (float64)", "time, ms", "ratio", "quartiles", "to JAX", "peak, MB", "ratio")
 
 
 def cell_rows(result: Result) -> list[tuple[str, ...]]:
-    """One cell's lines; ratios are to the fastest peer, whose name gets a star."""
-    best = result.fastest(PEERS) or result.measurements[0]
-    return [_cell_row(m, best) for m in result.measurements]
+    """One cell's lines; ratios are to the fastest peer of torch's, which gets a star, and to the faster of JAX's."""
+    best, jax = result.fastest(PEERS) or result.measurements[0], result.fastest(JAX)
+    return [_cell_row(m, best, jax) for m in result.measurements]
 
 
-def _cell_row(m: Measurement, best: Measurement) -> tuple[str, ...]:
+def _cell_row(m: Measurement, best: Measurement, jax: Measurement | None) -> tuple[str, ...]:
     name = m.method + (" *" if m is best else "") + (" (WRONG)" if m.role is Role.WRONG_PEER else "")
-    name += "" if m.compiling is None else f" (in {m.compiling:.0f} s)"
     error = "-" if m.error is None else f"{m.error:.1e}"
-    if not m.times or m.peak is None:
-        return (name, error, "not run", "", "", "", "")
+    if m.missing:
+        return (name, error, m.missing, "", "", "", "", "")
     middle, low, high = ratio(m, best)
-    weight = f"{m.peak / best.peak:.2f}" if best.peak else "-"
     quartiles = "" if m is best else f"{low:.2f}-{high:.2f}"
-    return (name, error, f"{1e3 * m.seconds:.1f}", f"{middle:.2f}", quartiles, f"{m.peak / 1e6:.2f}", weight)
+    beside = "" if jax is None else f"{ratio(m, jax)[0]:.2f}"
+    times = (name, error, f"{1e3 * m.seconds:.1f}", f"{middle:.2f}", quartiles, beside)
+    if m.peak is None or m.role is Role.ARITHMETIC:
+        return (*times, "-", "")
+    return (*times, f"{m.peak / 1e6:.2f}", f"{m.peak / best.peak:.2f}" if best.peak else "-")
 
 
 def cell_table(result: Result) -> Table:
@@ -140,9 +154,9 @@ def _goal_row(verdict: Verdict) -> tuple[str, ...]:
     measured = "-" if verdict.measured is None else f"{verdict.measured:.3g}{unit}"
     if verdict.low is not None and verdict.high is not None:
         measured += f" ({verdict.low:.3g}-{verdict.high:.3g})"
-    word = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
+    word = {True: "met", False: "MISSED", None: verdict.missing or "not measured"}[verdict.met]
     by_hand = "" if verdict.by_hand is None else f"{verdict.by_hand:.3g}"
-    against, limit = verdict.against or "-", f"<= {goal.limit:g}{unit}"
+    against, limit = verdict.against or "-", f"<= {goal.limit:.3g}{unit}"
     return (goal.cell, goal.method, against, goal.quantity, limit, measured, word, by_hand)
 
 
@@ -152,6 +166,24 @@ def goal_table(verdicts: list[Verdict]) -> Table:
     styles = [{True: "green", False: "red", None: "yellow"}[verdict.met] for verdict in verdicts]
     title = f"Goals: {met} of {len(verdicts)} met"
     return grid(GOAL_COLUMNS, goal_rows(verdicts), title, "llllrrlr", styles=styles)
+
+
+COMPILING_COLUMNS = ("cell", "method", "cold, s", "elapsed", "warm, s", "elapsed")
+
+
+def compiling_rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The lines of what first calls take."""
+    rows = []
+    for row in found:
+        pairs = [row["cold"], row["warm"]]
+        times = ["not installed", "", "", ""] if None in pairs else [f"{x:.1f}" for pair in pairs for x in pair]
+        rows.append((row["cell"], row["method"], *times))
+    return rows
+
+
+def compiling_table(found: list[dict[str, Any]]) -> Table:
+    """First calls as a table for the terminal."""
+    return grid(COMPILING_COLUMNS, compiling_rows(found), "First calls, each in a process of its own", "llrrrr")
 
 
 def account_table(title: str, rows: list[tuple[str, float, int]]) -> Table:

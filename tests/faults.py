@@ -4584,4 +4584,26 @@ FAULTS = [
         'sampling="gaussian", antithetic=True, generator=source)',
         "experiments",
     ),
+    # how long work takes on a GPU
+    Fault(
+        "on a GPU the processor's own time is taken, which ends when all is queued",
+        "seconds_of",
+        'if device.type != "cuda":',
+        "if True:",
+        "timing",
+    ),
+    Fault(
+        "milliseconds between events are taken for seconds",
+        "seconds_of",
+        "return float(first.elapsed_time(last)) / 1e3",
+        "return float(first.elapsed_time(last))",
+        "timing",
+    ),
+    Fault(
+        "compare times every problem as one of the CPU's, wherever its outer loss is",
+        "_timed",
+        "seconds = seconds_of(work, expected.device)",
+        'seconds = seconds_of(work, torch.device("meta"))',
+        "timing",
+    ),
 ]

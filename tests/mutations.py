@@ -146,6 +146,7 @@ NAMES = [
     "compiled_reads",
     "whole_programs",
     "memory_rates_experiment",
+    "timing",
 ]
 
 

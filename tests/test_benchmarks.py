@@ -20,7 +20,7 @@ import torch
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torchopt")  # it calls functorch by its old name
 
 CPU = torch.device("cpu")
-WORKLOADS = ("sinusoid", "images", "penalties", "weights", "binomial", "long")
+WORKLOADS = ("sinusoid", "images", "penalties", "weights", "binomial", "leaves", "long")
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,56 @@ def test_every_method_that_counts_gives_the_reference_answer(bench, workload):
     for cell in smoke_cells(bench, workload):
         errors = bench.measure.relative_errors(cell, CPU)
         by_role = {
-            kind: [e for e, m in zip(errors, cell.methods, strict=True) if m.role is kind]
+            kind: [e for e, m in zip(errors, cell.methods, strict=True) if m.role is kind and e is not None]
             for kind in bench.measure.Role
         }
         # round-off of a few steps in float64, amplified by max-pooling's and ReLU's choices at most a little
-        assert max(by_role[role.PEER] + by_role[role.LOOP_PEER] + by_role[role.OURS]) < 1e-11
+        exact = (role.PEER, role.LOOP_PEER, role.JAX, role.LIMIT, role.OURS)
+        assert max(error for kind in exact for error in by_role[kind]) < 1e-11
         # what is said to be wrong or biased is, if not by much: else the label is out of date
         assert all(error > 1e-6 for error in by_role[role.WRONG_PEER])
         assert all(1e-12 < error < 0.1 for error in by_role[role.BIASED])
+
+
+def test_a_peer_that_is_not_installed_costs_its_own_row_only(bench):
+    method = bench.measure.Method("no such peer", bench.measure.Role.JAX, lambda problem: 1 / 0, needs="no_such_peer")
+    cell = smoke_cells(bench, "leaves")[0]
+    cell = dataclasses.replace(cell, methods=(cell.methods[0], method))
+    result = bench.measure.measure(cell, CPU, bench.measure.Limit(0.0, (1, 1)))
+    missing = result.of("no such peer")
+    assert (missing.error, missing.times, missing.peak, missing.missing) == (None, [], None, "not installed")
+    assert bench.report.cell_rows(result)[1][:3] == ("no such peer", "-", "not installed")
+    assert result.fastest([bench.measure.Role.JAX]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+def test_compiled_methods_give_the_reference_answer(bench):
+    cell = smoke_cells(bench, "sinusoid")[0]
+    cell = dataclasses.replace(cell, methods=(cell.methods[0], *bench.workloads.sinusoid.PROGRAMS))
+    assert max(bench.measure.relative_errors(cell, CPU)) < 1e-11
+
+
+@pytest.mark.parametrize("seconds", [1.0, 0.004, 1e-6])
+@pytest.mark.parametrize("rounds", [1, 15, 31])
+def test_no_call_that_is_timed_is_one_that_a_program_makes_plainly_as_well(bench, monkeypatch, seconds, rounds):
+    calls = []
+    monkeypatch.setattr(bench.measure, "seconds_of", lambda work, device: work() or seconds)
+    assert bench.measure._settled(lambda: calls.append(0), CPU, rounds) == ""
+    before = len(calls)
+    limit = bench.measure.Limit(1e9, (1, rounds))
+    bench.measure.interleaved([lambda: calls.append(0)], CPU, limit.share, limit.rounds)
+    calls.append(0)  # the one that is weighed
+    plain = {2**power for power in range(30)}
+    assert not plain & set(range(before + 1, len(calls) + 1))
+
+
+def test_what_is_made_for_a_problem_is_made_once_and_let_go_with_it(bench):
+    made = []
+    way = bench.measure.Prepared(lambda problem: made.append(problem) or (lambda: [len(made)]))
+    first, second = object(), object()
+    assert [way(first), way(first), way(second), way(first)] == [[1], [1], [2], [3]]
+    assert made == [first, second, first]
 
 
 @pytest.mark.parametrize("workload", ["sinusoid", "penalties", "weights", "long"])
@@ -139,11 +181,30 @@ def test_goals_are_judged_by_ratios_within_rounds(bench):
         took("ours, graphs", role.OURS, 1.0, 2.0, 1.8, peak=400),
     ]
     verdicts = bench.goals.judge([bench.measure.Result("W1", "T=5 B=25", tuple(measured))])
-    time, memory, loops = verdicts
+    (time, memory, loops) = [v for v in verdicts if v.goal.method == "ours, graphs"]
     assert (time.against, time.measured, time.met) == ("functorch, backward outside", 0.5, True)
     assert (time.low, time.high) == pytest.approx((0.5, 0.7))
     assert (memory.measured, memory.met) == (4.0, False)
     assert (loops.against, loops.measured) == ("plain loop", 0.05)
+
+
+@pytest.mark.parametrize(("jax", "against", "measured"), [((), "", None), ((0.4, 0.8, 0.4), "JAX", 1.25)])
+def test_a_goal_of_a_program_is_not_judged_without_jax(bench, jax, against, measured):
+    role = bench.measure.Role
+    rows = [
+        bench.measure.Measurement("functorch, backward outside", role.PEER, 0.0, [2.0, 4.0, 2.0], 1),
+        bench.measure.Measurement("JAX", role.JAX, 0.0, list(jax), 1, "" if jax else "not installed"),
+        bench.measure.Measurement("ours, compiled program", role.OURS, 0.0, [0.5, 1.0, 0.5], 1),
+    ]
+    (verdict,) = [
+        v
+        for v in bench.goals.judge([bench.measure.Result("W1", "T=5 B=25", tuple(rows))])
+        if v.goal.method == "ours, compiled program"
+    ]
+    assert (verdict.against, verdict.measured) == (against, measured)
+    assert verdict.met is (None if measured is None else False)
+    page = bench.document.reasons([verdict])
+    assert page == "No goal was missed." if measured is None else page.startswith("- **W1 T=5 B=25 (ours, compiled")
 
 
 def test_every_goal_names_a_cell_that_is_measured(bench):

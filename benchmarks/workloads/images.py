@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import limit, methods, ours
-from benchmarks.measure import Cell, Method, Role, Size
+from benchmarks.measure import Cell, Method, Prepared, Role, Size
+from benchmarks.peers import jax, jax_losses
 from benchmarks.problem import Data, Params, Problem
 from diffopt.estimators import Estimator
 
@@ -91,6 +92,9 @@ def chunks(name: str, rule: Estimator, chunk: int) -> Method:
 
 WRONG = dataclasses.replace(methods.FUNCTORCH, role=Role.WRONG_PEER)
 RIGHT = dataclasses.replace(methods.FUNCTORCH_INSIDE, run=lambda problem: methods.FUNCTORCH_INSIDE.run(plain(problem)))
+JAX = methods.by_jax(jax_losses.Images())
+JAX_LOOP = methods.jax_method("JAX, loop", jax.unrolled(jax_losses.Images(), alone=True))
+PROGRAM = dataclasses.replace(methods.PROGRAM, run=Prepared(lambda problem: ours.program(plain(problem))))
 FAST_LOOPS = (methods.PLAIN_LOOP, methods.HIGHER, methods.LEARN2LEARN)
 GRAPH, STATES = methods.GRAPH, methods.STATES
 LOOP_GRAPH, LOOP_STATES, LOOP_SQRT = methods.OURS_LOOPED
@@ -102,12 +106,20 @@ OURS_LONG = (LIMIT, chunks("graphs", GRAPH, 2), LOOP_GRAPH, LOOP_SQRT)
 def cells(size: Size) -> list[Cell]:
     if size is Size.SMOKE:
         small = functools.partial(problem, filters=2, channels=1, side=16, steps=2)
-        everyone = (*methods.LOOP_PEERS, WRONG, RIGHT, *OURS_SHORT, chunks("states", STATES, 2), LOOP_SQRT)
+        everyone = (
+            *methods.LOOP_PEERS,
+            WRONG,
+            RIGHT,
+            JAX_LOOP,
+            *OURS_SHORT,
+            chunks("states", STATES, 2),
+            LOOP_SQRT,
+        )
         return [Cell("W2", "T=2 B=2", small, everyone, 2, seconds=0)]
     omniglot = functools.partial(problem, filters=64, channels=1, side=28)
     imagenet = functools.partial(problem, filters=32, channels=3, side=84)
     if size is Size.QUICK:
-        few = (methods.PLAIN_LOOP, methods.HIGHER, LIMIT, *OURS_SHORT[2:])
+        few = (methods.PLAIN_LOOP, methods.HIGHER, JAX_LOOP, LIMIT, *OURS_SHORT[2:])
         return [
             Cell("W2", "T=5 B=8", functools.partial(omniglot, steps=5), few, 8, verified_tasks=2, seconds=0),
             Cell(
@@ -124,7 +136,7 @@ def cells(size: Size) -> list[Cell]:
     vectorised = (WRONG, RIGHT)
     everyone = (*peers, *vectorised, *OURS_SHORT)
     return [
-        Cell("W2", "T=5 B=8", functools.partial(omniglot, steps=5), everyone, 8, seconds=90),
+        Cell("W2", "T=5 B=8", functools.partial(omniglot, steps=5), (*everyone, JAX_LOOP), 8, 2, 90),
         Cell("W2", "T=16 B=8", functools.partial(omniglot, steps=16), (*FAST_LOOPS, *OURS_LONG), 8, 2, 90),
         Cell(
             "W3",

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks import methods, ours
 from benchmarks.measure import Cell, Method, Role, Size
-from benchmarks.peers import hypertorch, loop, torchopt
+from benchmarks.peers import hypertorch, jax, jax_losses, loop, torchopt
 from benchmarks.problem import Data, Gradients, Params, Problem
 from diffopt.estimators import Estimator
 
@@ -82,11 +82,13 @@ REVERSE = (
     methods.TORCHOPT_META,
     methods.TORCHOPT_FUNCTIONAL,
     Method("hypertorch style, states", Role.PEER, hypertorch.stored_states),
+    *methods.by_jax(jax_losses.Penalties()),
     *methods.OURS_LOOPED,
 )
 CONJUGATE_GRADIENT = (
     Method("hypertorch style CG", Role.PEER, lambda p: hypertorch.conjugate_gradient(p, ITERATIONS)),
     Method("TorchOpt CG", Role.PEER, lambda p: torchopt.conjugate_gradient(p, ITERATIONS)),
+    methods.jax_method("JAXopt CG", jax.implicit(jax_losses.Penalties(), ITERATIONS), needs="jaxopt"),
     Method("ours, CG", Role.OURS, lambda p: ours.conjugate_gradient(p, ITERATIONS)),
 )
 SEVERAL = (
@@ -101,9 +103,12 @@ SEVERAL = (
 def cells(size: Size) -> list[Cell]:
     scale, steps, vectors = (20, 4, 3) if size is Size.SMOKE else (2000, 100, 16)
     sizes = {"size": scale, "steps": steps}
-    seconds = {Size.FULL: (30, 15, 60), Size.QUICK: (15, 5, 0), Size.SMOKE: (0, 0, 0)}[size]
+    seconds = {Size.FULL: (40, 15, 60), Size.QUICK: (10, 5, 0), Size.SMOKE: (0, 0, 0)}[size]
     rule, many = f"reverse T={steps}", f"{vectors} at once T={steps}"
-    reverse = Cell("W4", rule, functools.partial(problem, **sizes), REVERSE, seconds=seconds[0])
+    ways = REVERSE if size is Size.SMOKE else (*REVERSE, methods.PROGRAM, methods.LOOP_COMPILED)
+    reverse = Cell("W4", rule, functools.partial(problem, **sizes), ways, seconds=seconds[0])
     implicit = Cell("W4", "CG(20)", functools.partial(solved, **sizes), CONJUGATE_GRADIENT, seconds=seconds[1])
+    tiny = functools.partial(solved, size=scale // 40 or 3, steps=steps)
+    small = Cell("W4", "CG(20) n=50", tiny, CONJUGATE_GRADIENT, seconds=seconds[1])
     at_once = Cell("W4", many, functools.partial(several, **sizes), SEVERAL, vectors, 3, seconds[2])
-    return [reverse, implicit] if size is Size.QUICK else [reverse, implicit, at_once]
+    return [reverse, implicit, small] if size is Size.QUICK else [reverse, implicit, small, at_once]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import methods
 from benchmarks.measure import Cell, Method, Size
+from benchmarks.peers import jax_losses
 from benchmarks.problem import Data, Params, Problem
 from diffopt.tasks import Sinusoid
 
@@ -43,25 +44,32 @@ def problem(dtype: torch.dtype, device: torch.device, tasks: int, steps: int, lr
     return Problem(inner, outer, initial, {}, (waves[0], waves[1]), (waves[2], waves[3]), steps, lr)
 
 
+JAX = methods.by_jax(jax_losses.Waves())
+PROGRAMS = (methods.PROGRAM, methods.COMPILED)
+
+
 def cell(steps: int, tasks: int, rivals: Sequence[Method], seconds: float, own: Sequence[Method] = ()) -> Cell:
     """One setting; the plain loop comes first, as the reference of every answer."""
     make = functools.partial(problem, steps=steps)
     everyone = (methods.PLAIN_LOOP, *(rival for rival in rivals if rival is not methods.PLAIN_LOOP))
-    everything = (*everyone, methods.STACKED, *methods.OURS_VMAPPED, *own)
+    everything = (*everyone, methods.STACKED, methods.PRODUCTS, *methods.OURS_VMAPPED, *own)
     return Cell("W1", f"T={steps} B={tasks}", make, everything, tasks, seconds=seconds)
 
 
 def cells(size: Size) -> list[Cell]:
-    vectorised = (methods.FUNCTORCH, methods.FUNCTORCH_INSIDE)
+    vectorised = (methods.FUNCTORCH, methods.FUNCTORCH_INSIDE, *JAX)
     everyone = (*methods.LOOP_PEERS, *vectorised)
-    compiled, both = (methods.OURS_COMPILED,), (methods.OURS_COMPILED, methods.OURS_COMPILED_SQRT)
     if size is Size.SMOKE:
         return [cell(3, 2, everyone, 0)]
+    checkpoints = (*PROGRAMS, methods.COMPILED_SQRT)
+    once = cell(1, 4, (*methods.LOOP_PEERS, *vectorised), 10)
+    settings = [(steps, tasks) for steps in (5, 20) for tasks in (4, 25, 100)]
     if size is Size.QUICK:
-        return [cell(20, 4, vectorised, 20), cell(20, 25, everyone, 40, compiled), cell(100, 25, vectorised, 20, both)]
-    settings = [
-        (steps, tasks, everyone, 15 + tasks / 4, compiled if steps == 20 else ())
-        for steps in (5, 20)
-        for tasks in (4, 25, 100)
-    ]
-    return [cell(*setting) for setting in settings] + [cell(100, 25, vectorised, 20, both)]
+        few = (methods.FUNCTORCH, *JAX)
+        return [
+            once,
+            *(cell(steps, tasks, few, 15, PROGRAMS) for steps, tasks in settings),
+            cell(100, 25, few, 15, checkpoints),
+        ]
+    many = [cell(steps, tasks, everyone, 15 + tasks / 4, PROGRAMS) for steps, tasks in settings]
+    return [once, *many, cell(100, 25, vectorised, 20, checkpoints)]

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from benchmarks import methods
 from benchmarks.measure import Cell, Size
+from benchmarks.peers import jax_losses
 from benchmarks.problem import Data, Params, Problem
 
 METHODS = (
@@ -21,6 +22,7 @@ METHODS = (
     methods.HIGHER,
     methods.TORCHOPT_META,
     methods.TORCHOPT_FUNCTIONAL,
+    *methods.by_jax(jax_losses.Weights()),
     *methods.OURS_LOOPED,
 )
 
@@ -62,8 +64,9 @@ def problem(dtype: torch.dtype, device: torch.device, tasks: int, steps: int, ba
 
 def cells(size: Size) -> list[Cell]:
     batch, width = (4, 5) if size is Size.SMOKE else (128, 128)
-    settings = {Size.FULL: ((10, 20), (50, 40)), Size.QUICK: ((10, 10),), Size.SMOKE: ((3, 0),)}[size]
+    settings = {Size.FULL: ((10, 25), (50, 50)), Size.QUICK: ((10, 10), (50, 20)), Size.SMOKE: ((3, 0),)}[size]
+    ways = METHODS if size is Size.SMOKE else (*METHODS, methods.PROGRAM, methods.LOOP_COMPILED)
     return [
-        Cell("W5", f"T={steps}", functools.partial(problem, steps=steps, batch=batch, width=width), METHODS, seconds=s)
+        Cell("W5", f"T={steps}", functools.partial(problem, steps=steps, batch=batch, width=width), ways, seconds=s)
         for steps, s in settings
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -24,6 +23,7 @@ from diffopt.rollout.problem import Outcome, Problem
 from diffopt.tensors.arguments import MOST, check_function, check_instance, check_integer
 from diffopt.tensors.autograd_graph import leaves_behind
 from diffopt.tensors.memory import peak_bytes
+from diffopt.tensors.timing import seconds_of
 from diffopt.tensors.torch_errors import signature_error
 from diffopt.tensors.tree import describe
 
@@ -65,8 +65,9 @@ def compare(
             to six step sizes (three directions, a smooth problem: 6 to 18), and one hypergradient in float64.
 
     Returns:
-        A :class:`Comparison`. Time is processor time and includes the outer loss; memory is the peak of torch's
-        allocator above the start of the call, tensors of the problem itself not counted. An estimator that meets one of
+        A :class:`Comparison`. Time is processor time (on a GPU that between two events of its stream) and includes the
+        outer loss; memory is the peak of torch's allocator above the start of the call, tensors of the problem itself
+        not counted. An estimator that meets one of
         this library's errors, or a ``RuntimeError`` of torch's (out of memory), costs its own row only: that says
         ``failed``, and a note has the message.
 
@@ -251,12 +252,15 @@ def _row(
 
 
 def _timed(run: Callable[[Estimator], Tensor], estimator: Estimator, leaves: list[Tensor], expected: Tensor) -> float:
-    """Processor time of one hypergradient, whose outer loss must be the expected one."""
-    start = time.process_time()
-    loss = run(estimator)
-    torch.autograd.grad(loss, leaves, allow_unused=True)
-    seconds = time.process_time() - start
-    _refuse_change(expected, loss)
+    """Seconds of one hypergradient, whose outer loss must be the expected one."""
+    losses: list[Tensor] = []
+
+    def work() -> None:
+        losses.append(run(estimator))
+        torch.autograd.grad(losses[0], leaves, allow_unused=True)
+
+    seconds = seconds_of(work, expected.device)
+    _refuse_change(expected, losses[0])
     return seconds
 
 

@@ -30,7 +30,7 @@ class Row:
         products: curvature products (HVPs), per task.
         depth: batches of products that waited for one another.
         states: states stored in the rollout.
-        seconds: processor time of forward and backward, median.
+        seconds: processor time of forward and backward, median; on a GPU the time between two events of its stream.
         megabytes: peak of torch's allocator above the start (``None`` where the caller is profiling).
         stationarity: how near the inner problem is to its fixed point, where the estimator is one that relies on it.
         residual: what a Krylov estimator reports of its own system, worst task (``None``: it is another estimator).
