@@ -28,10 +28,11 @@ settings.register_profile("nightly", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
-def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what has been imported and collected: a million objects.
+@pytest.fixture(scope="module", autouse=True)
+def _others_are_old() -> None:
+    """Let the garbage collector pass over what other modules have made and still hold: a million objects.
 
-    What measures memory, as ``compare`` does, collects garbage first, which would take half a second each time.
+    What measures memory, and a refusal of captured tensors, collects garbage first, which would take half a second.
     """
     gc.collect()
     gc.freeze()
