@@ -108,7 +108,9 @@ def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
 
 
 def test_answers_follow_the_numbers(rows):
-    rows = {name.replace("seed=0", f"seed={seed}"): copy.deepcopy(row) for seed in range(2) for name, row in rows.items()}
+    rows = {
+        name.replace("seed=0", f"seed={seed}"): copy.deepcopy(row) for seed in range(2) for name, row in rows.items()
+    }
     texts = (
         "the exact rule wins back at least 6 of 7.8 points (77 %)",
         "it finds the wrong labels: F1 of at least 0.9",

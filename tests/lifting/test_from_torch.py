@@ -15,6 +15,7 @@ import torch
 from cases import OPTIMIZERS, OptimizerCase, hypergradient, small_network
 from every_way import Setting, TestEveryWay  # noqa: F401  # run here for the lifted rules, by the fixture below
 from lifted import CASES, NATIVE, REFUSED, SHAPES, as_tensor, every_case, tensors, trained, wavy
+from limits import sampled
 from oracles import relative_error
 from torch import Tensor
 from torch.func import vmap
@@ -73,7 +74,7 @@ BIASED = [Truncated(2), Binomial(2), Krylov(5), MultiStep(2), MultiStep(2, Binom
 RULES = [*EXACT, *BIASED, Implicit(GMRES(11, rtol=1e-13, throw=False))]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", sampled(RULES, 3), ids=str)
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in NATIVE], ids=lifted.by_case)
 def test_every_rule_gives_the_numbers_of_the_native_optimizer(name, options, rule):
     # Not compared, as the dynamics differ there: Krylov below full order, whose space depends on the buffers before the
