@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,16 @@ settings.register_profile("ci", derandomize=True, max_examples=50, database=None
 settings.register_profile("dev", max_examples=25, **common)
 settings.register_profile("nightly", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _others_are_old() -> None:
+    """Let the garbage collector pass over what other modules have made and still hold: a million objects.
+
+    What measures memory, and a refusal of captured tensors, collects garbage first, which would take half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -3728,8 +3728,22 @@ FAULTS = [
     Fault(
         "a trace freezes numbers that are gathered",
         "_refusing_numbers",
-        "if func in _GATHERING and any(map(_is_captured, _within(args))):",
+        "if func in _GATHERING and any(map(_is_captured, _within([*args, *(kwargs or {}).values()]))):",
         "if False:",
+        "compiled_reads",
+    ),
+    Fault(
+        "a trace freezes numbers that are gathered from keywords",
+        "_refusing_numbers",
+        "_within([*args, *(kwargs or {}).values()])",
+        "_within(args)",
+        "compiled_reads",
+    ),
+    Fault(
+        "a trace freezes numbers that are gathered the old way",
+        "_GATHERING",
+        ", Tensor.new_tensor, Tensor.new}",
+        ", Tensor.new_tensor}",
         "compiled_reads",
     ),
     Fault(

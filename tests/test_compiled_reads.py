@@ -265,7 +265,12 @@ NUMBER: Any = torch.tensor(2.0)
         lambda w: w[NUMBER.long() - 1],
         lambda w: w * torch.tensor([NUMBER, 1.0]),
         lambda w: w * torch.as_tensor([[NUMBER], [NUMBER]]),
+        lambda w: w * torch.as_tensor(data=(1.0, NUMBER)),
+        lambda w: w * torch.asarray([NUMBER, NUMBER], dtype=w.dtype),
         lambda w: w * w.new_tensor([1.0, NUMBER]),
+        lambda w: w * w.new([NUMBER, 1.0]),
+        lambda w: w * torch.stack([NUMBER, NUMBER]),
+        lambda w: w * torch.as_tensor(NUMBER),
         lambda w: w * w.clamp(max=NUMBER.item()),
         lambda w: w * float(2 * NUMBER),
         lambda w: w * torch.full((2,), 2 * NUMBER),
@@ -276,11 +281,13 @@ def test_a_number_that_is_read_out_of_a_captured_tensor_is_not_frozen(read: Any)
         graph, captured = tracing.trace(lambda w: [read(w).sum()], [W])
     except tracing.NotTraceableError as error:
         assert "captured" in str(error)  # noqa: PT017
-    else:  # it is an input, then
+    else:  # it is an input, then; what has been made of it while tracing would be one, too, and stay as it is
         with torch.no_grad():
             before = graph(W, *captured)[0]
-            others = [x - 1 for x in captured]
-            assert not torch.equal(graph(W, *others)[0], before)
+            NUMBER.sub_(1)
+            after = graph(W, *captured)[0]
+            NUMBER.add_(1)
+        assert not torch.equal(after, before)
 
 
 def test_numbers_of_tensors_that_are_given_may_be_gathered() -> None:

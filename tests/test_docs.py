@@ -84,6 +84,7 @@ def test_outside_solvers(pages):
     assert names["damping"].item() < -1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_by_default")
 def test_the_page_of_the_inner_loop_goes_on_looks_inside_and_stops(pages, capsys):
     """Its cells assert what they say; here, that the numbers it prints are those that the text speaks of."""

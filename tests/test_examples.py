@@ -64,6 +64,7 @@ def test_freer_step_sizes_adapt_better(run):
     assert error["one per weight"] < error["one, fixed"]
 
 
+@pytest.mark.slow
 def test_the_meta_network_trusts_the_right_teacher_with_every_window(run):
     found = run("meta_network_loss")
     for window in (1, 2, 4):
@@ -78,6 +79,7 @@ def test_scales_of_a_scikit_learn_solution_follow_its_gradient(run):
     assert found["after"] < found["before"]
 
 
+@pytest.mark.slow
 def test_distilled_images_teach_more_than_real_ones(run):
     found = run("distillation")
     assert found["last"] < 0.8 * found["first"]
@@ -120,6 +122,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_bits(run):
     assert run("resume", picture=False) == {"same": 1, "stops": 3}
 
 
+@pytest.mark.slow
 def test_weights_learned_one_step_ahead_fall_with_the_loss(run):
     found = run("meta_weight_net")
     assert found["ahead"] < 1e-5
@@ -127,6 +130,7 @@ def test_weights_learned_one_step_ahead_fall_with_the_loss(run):
     assert found["weighted"] > found["plain"]
 
 
+@pytest.mark.slow
 def test_one_step_solves_with_statistics_are_a_loop_by_hand(run):
     found = run("maml_plus_plus")
     assert found["exactness"] < 1e-12

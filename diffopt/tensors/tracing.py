@@ -159,7 +159,7 @@ def _refusing_numbers() -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in _READING and _is_captured(args[0]):
                 raise NotTraceableError(f"a number is read out of a captured tensor ({func.__name__})")
-            if func in _GATHERING and any(map(_is_captured, _within(args))):
+            if func in _GATHERING and any(map(_is_captured, _within([*args, *(kwargs or {}).values()]))):
                 raise NotTraceableError(f"numbers of captured tensors are gathered ({func.__name__}; take torch.stack)")
             return func(*args, **(kwargs or {}))
 
@@ -180,7 +180,7 @@ _READING = frozenset(
     getattr(Tensor, name)
     for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__")
 )
-_GATHERING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
+_GATHERING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new})
 
 
 def _is_captured(value: Any) -> bool:

@@ -13,6 +13,8 @@ from torch.autograd.functional import hessian, jacobian
 import diffopt
 from diffopt.linear_solve import ConjugateGradient
 
+SLOW = pytest.mark.slow
+
 CLOSED = 1e-10  # systems are solved to 1e-13 and have condition numbers below 100
 
 
@@ -54,7 +56,7 @@ def test_implicit_gradients_is_the_same_as_a_plain_function():
     assert (int(again.system.iterations), bool(again.system.converged)) == (1, True)
 
 
-@pytest.mark.parametrize(("warm", "low", "high"), [(True, 0.0, 1e-10), (False, 1e-2, np.inf)])
+@pytest.mark.parametrize(("warm", "low", "high"), [(True, 0.0, 1e-10), pytest.param(False, 1e-2, np.inf, marks=SLOW)])
 def test_the_memory_reduced_algorithm(warm, low, high):
     """Derivations 6.3: two inner steps and one iteration of conjugate gradients per task and outer step.
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from limits import PATIENCE
+from limits import PATIENCE, sampled
 
 import diffopt
 import diffopt.estimators
@@ -309,7 +309,7 @@ def test_any_error_is_one_line_unless_a_traceback_is_asked_for(fails, monkeypatc
         main(["demo"])
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", sampled([True, False], 2))
 def test_a_reader_that_has_ended_is_no_traceback(tmp_path, told):
     """Rich, which prints tables, ends without a word."""
     argv = sine(tmp_path, "--iterations", "1") if told else ["reproduce", "--list"]

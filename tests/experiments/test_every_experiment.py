@@ -11,7 +11,9 @@ import pytest
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
 
-SLOW = {"bounds", "cost", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks"}
+SLOW = {
+    "bounds", "cost", "esj", "few-shot", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

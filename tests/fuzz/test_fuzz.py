@@ -107,6 +107,7 @@ def _first_call() -> Call:
     return found[0]
 
 
+@pytest.mark.slow
 def test_the_long_form_runs(checkout: Path) -> None:
     """A program of its own, which finds by itself what pytest is told of in pyproject.toml."""
     command = [sys.executable, str(checkout / "tests" / "fuzz" / "run.py"), "6", "1"]

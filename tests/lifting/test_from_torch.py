@@ -15,6 +15,7 @@ import torch
 from cases import OPTIMIZERS, OptimizerCase, hypergradient, small_network
 from every_way import Setting, TestEveryWay  # noqa: F401  # run here for the lifted rules, by the fixture below
 from lifted import CASES, NATIVE, REFUSED, SHAPES, as_tensor, every_case, tensors, trained, wavy
+from limits import sampled
 from oracles import relative_error
 from torch import Tensor
 from torch.func import vmap
@@ -73,7 +74,7 @@ BIASED = [Truncated(2), Binomial(2), Krylov(5), MultiStep(2), MultiStep(2, Binom
 RULES = [*EXACT, *BIASED, Implicit(GMRES(11, rtol=1e-13, throw=False))]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", sampled(RULES, 3), ids=str)
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in NATIVE], ids=lifted.by_case)
 def test_every_rule_gives_the_numbers_of_the_native_optimizer(name, options, rule):
     # Not compared, as the dynamics differ there: Krylov below full order, whose space depends on the buffers before the
@@ -135,7 +136,7 @@ def test_a_batch_of_tasks_from_one_start_equals_a_loop_over_them(name, options):
 
 
 @every_case
-@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+@pytest.mark.parametrize("estimator", sampled([Reverse(), ForwardMode(), Reverse(1), Unrolled()], 2), ids=str)
 def test_hypergradients_are_finite_where_the_gradient_is_exactly_zero(name, options, estimator):
     learned = {k: as_tensor(v) if k == "lr" else v for k, v in options.items() if k != "eps"}
     optimizer = from_torch(getattr(torch.optim, name), **learned)

@@ -95,7 +95,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)}"
     name = getattr(value, "__name__", "") or re.sub(r" at 0x\w+|tensor\(.*?\)", "", repr(value))
-    return textwrap.shorten(name, 30)
+    return textwrap.shorten(name[:1000], 30)  # (which is slow where a list of thousands is shown)
 
 
 def tensor(*values: float, **options: Any) -> Tensor:

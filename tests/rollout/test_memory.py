@@ -396,7 +396,7 @@ STYLES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("rule", [Reverse("graph"), *LEANER], ids=str)
-def test_200_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
+def test_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
     w, scale = (x.detach()[..., :10] if x.ndim else x.detach() for x in inputs())
 
     def alive() -> list[Tensor]:
@@ -408,9 +408,9 @@ def test_200_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
 
     others = alive()  # what other tests left must not go while this one counts
     counts = []
-    for step in range(1, 221):
+    for step in range(1, 61):
         w = (w.detach() - 0.01 * STYLES[style](objective, w.detach().requires_grad_())).detach()
-        if step in (20, 220):
+        if step in (20, 60):
             counts.append(len(alive()) - len(others))
     assert counts[0] == counts[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,15 +109,17 @@ def assert_same(got, expected) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@functools.cache
+def in_pieces(name, stream, pieces):
+    torch.manual_seed(1)
+    return found(pieces, of(data()) if stream else data(), RULES[name])
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["stacked", "a function"])
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("name", RULES)
 def test_the_numbers_are_those_of_the_whole_batch(name, pieces, stream):
-    batches = of(data()) if stream else data()
-    torch.manual_seed(1)
-    expected = found(None, batches, RULES[name])
-    torch.manual_seed(1)
-    got = found(pieces, batches, RULES[name])
+    got, expected = in_pieces(name, stream, pieces), in_pieces(name, stream, None)
     if name == "evolution":  # differences of two rollouts, over twice 1e-3
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import Reverse
+from diffopt.estimators import FirstOrder, Reptile, Reverse
 from diffopt.rollout import compiled, known_programs
 
 pytestmark = pytest.mark.compiler
@@ -309,6 +309,21 @@ def test_a_loss_that_keeps_a_state_is_refused_as_ever(falls_back: None) -> None:
     for _ in range(3):
         with pytest.raises((diffopt.HiddenStateError, diffopt.RandomnessError, diffopt.CapturedTensorError)):
             run()
+
+
+def test_a_loss_that_keeps_a_state_is_evaluated_in_every_solve(falls_back: None) -> None:
+    """However slowly that moves: a program would agree for long, and the state would stand still meanwhile."""
+    scale = [1.0]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        scale[0] *= 1 + 1e-13
+        return scale[0] * quadratic(w, a)
+
+    for estimator in (FirstOrder(), Reptile()):  # which compute no step again, and so may be given such a loss
+        for _ in range(4):
+            before = scale[0]
+            solve(loss, estimator=estimator)
+            assert scale[0] != before
 
 
 def test_errors_of_the_plain_way_are_raised(falls_back: None) -> None:

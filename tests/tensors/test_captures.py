@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +18,6 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 import diffopt
 from diffopt import Leaves
 from diffopt.estimators import Binomial, ESJacobian, FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
-
-
-@pytest.fixture(scope="module", autouse=True)
-def others_are_old() -> Iterator[None]:
-    """A refusal collects garbage first, which takes long among all that other tests have made and still hold."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 Run = Callable[..., Tensor]
 RULES: dict[str, Any] = {

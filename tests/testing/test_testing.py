@@ -61,7 +61,7 @@ TREES: dict[str, tuple[diffopt.Optimizer, Any]] = {
 }
 
 
-@pytest.mark.parametrize("estimator", sampled(ESTIMATORS, 4), ids=lambda e: re.sub(" object at 0x\\w+", "", brief(e)))
+@pytest.mark.parametrize("estimator", sampled(ESTIMATORS, 6), ids=lambda e: re.sub(" object at 0x\\w+", "", brief(e)))
 def test_every_shipped_rule_is_what_it_claims(estimator):
     report = check_estimator(estimator)
     assert report.broken == ()
