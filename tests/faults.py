@@ -576,7 +576,7 @@ FAULTS = [
     Fault(
         "a comparison looks once whether the problem repeats itself",
         "_timed",
-        "_refuse_change(expected, loss)",
+        "_refuse_change(expected, losses[0])",
         "pass",
         "compare",
     ),
