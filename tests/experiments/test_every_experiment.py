@@ -11,7 +11,7 @@ import pytest
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
 
-SLOW = {"bounds", "cost", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks"}
+SLOW = {"bounds", "cost", "esj", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks"}
 
 
 @pytest.mark.parametrize(
