@@ -242,7 +242,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         said="the paper, Bird",
     )
     found += listed(
-        "What the meta-networks learned: weights of the pairs (source's stage, target's stage, from 0), which start at 1",
+        "Learned: weights of the pairs (source's stage, target's stage, counted from 0), which start at 1",
         pairs_of(units, results),
         {"inner optimizer": "kind", "method": "rule"},
         {},
