@@ -4168,7 +4168,7 @@ FAULTS = [
     Fault(
         "what no gain is shown for is lost",
         "_of_accuracy",
-        'GAIN.answer(runs[runs["kind"] == kind]).answer == "yes"',
+        '_gains(runs[runs["kind"] == kind])',
         "True",
         "meta_transfer_experiment",
     ),

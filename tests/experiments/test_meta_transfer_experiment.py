@@ -221,7 +221,9 @@ def test_answers_follow_the_numbers():
         put(name, 48.5 if name == "multi-step 2" else 40.0 if name == "scratch" else 60.0, 0.8)
     assert all(answers()[text] == ("yes" if name == "scratch" else "no") for name, text in texts.items())
     assert answers()[time] == "no"
-    put("scratch", 50.0, 0.1)  # nothing is gained, and nothing can be lost
+    put("scratch", 50.0, 0.1)  # fixed weights gain ten points, so that there is something to lose
+    assert all(answers()[text] == "no" for text in texts.values())
+    put("fixed weights (T=0)", 50.0, 0.1)  # nothing is gained, and nothing can be lost
     assert all(answers()[text] == ("no" if name == "scratch" else "not measured") for name, text in texts.items())
     put("scratch", 40.0, 0.1)
     for kind in KINDS:  # a gain of 10 and 0 points: shown by the mean, and not by its interval
