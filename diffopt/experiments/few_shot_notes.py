@@ -22,7 +22,7 @@ NOTES = (
     "Reptile has its own algorithm: ten inner steps on batches of ten of all a task's images (its support and query "
     "images, for it has no query set), and an outer step of 1, falling, towards the mean solution. As a direction for "
     "Adam, after five steps on the five support images, it ended at 61 %: it then learns to fit five images, which "
-    "any start does.",
+    "any start does. Its outer training loss is that of images which it has just learned from.",
     "The best of some checkpoints by validation episodes is tested. Normalisation is by the statistics of the batch at "
     "hand, queries included (transductive), as in the binomial paper's code.",
     "Where the run was cut short, the main methods (exact, FOMAML, truncated, binomial, Krylov, multi-step(4)) have "

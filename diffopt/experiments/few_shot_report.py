@@ -148,7 +148,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
             found: str | None = said[at["method"]]
             return found
 
-        title += f", {rows['seed'].nunique()} starts"
+        title += f", {rows['seed'].nunique()} start{'s' * (rows['seed'].nunique() > 1)}"
         title += f"; printed: {spread(settings.dataset)}" if any(said.values()) else ""
         values: dict[str, Value] = {
             "accuracy [%]": "accuracy",
@@ -174,13 +174,13 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
-    """``accuracy-WAY-SHOT.png``: test accuracy over time, validation accuracy and loss over iterations."""
+    """``accuracy-WAY-SHOT.png``: test accuracy over time; validation accuracy over time and iterations; loss."""
 
     def records(row: Row) -> Iterator[Row]:
         if "each" in row:
             yield {"time": row["seconds"][-1], "test": fmean(row["each"]), "at": 0}
-            for at, (after, value) in enumerate(zip(row["after"], row["validation"], strict=True)):
-                yield {"after": after, "validation": value, "at": at}
+            for at, (after, clock, value) in enumerate(zip(row["after"], *validated(row), strict=True)):
+                yield {"after": after, "clock": clock, "validation": value, "at": at}
             for at, loss in enumerate(smoothed(row["losses"], 31)):
                 yield {"iteration": at + 1, "loss": loss, "at": at}
 
@@ -189,14 +189,15 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
         found += curves(
             rows,
             folder / f"accuracy-{way}-{shot}.png",
-            x=("time", "after", "iteration"),
-            y=("test", "validation", "loss"),
+            x=("time", "clock", "after", "iteration"),
+            y=("test", "validation", "validation", "loss"),
             hue="method",
             over="at",
             style=_style,
             scales={"loss": "log"},
             labels={
                 "time": "processor time of training [s]",
+                "clock": "processor time of training [s]",
                 "test": "test accuracy [%]",
                 "after": "outer iteration",
                 "validation": "validation accuracy [%]",
