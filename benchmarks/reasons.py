@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 REASONS: dict[str, str] = {
-    "eager": "Not the operators of torch: with 4 tasks and one step we call 725 of them and the fastest peer 619, with "
-    "five steps 2,317 and 2,435, matrix products among them 136 and 161. Half of the one-step call, 2.1 of 4.2 ms under "
-    "the profiler, is the Python of `_Solve` and its backward pass: checks, the way through `vmap`, the closing of graphs. "
-    "It is a fixed cost of a call, gone at 100 steps.",
-    "CG": "46 products where the peer takes 44, and 1,715 operators of torch where it takes 1,471, 87 of them casts; the "
-    "rest is Python of the solver, which works for many tasks and stops each by itself. With 50 unknowns a product takes "
-    "two microseconds, so that is all there is; with 2,000 it is a tenth. JAXopt's loop is compiled, ours is not: "
+    "eager": "Not the operators of torch: with 4 tasks and one step we call 725 of them and the fastest peer 619, "
+    "with five steps 2,317 and 2,435, matrix products among them 136 and 161. Half of the one-step call, "
+    "2.1 of 4.2 ms under the profiler, is the own time of `_Solve` and its backward pass, which is "
+    "Python. It is a fixed cost of a call.",
+    "CG": "46 products where the peer takes 44, and 1,715 operators of torch where it takes 1,471, 87 of them "
+    "casts; the rest is the own time of `_SolveBackward`, which is Python. With 50 unknowns a product "
+    "takes two microseconds, so that this is nearly all there is. JAXopt's loop is compiled, ours is not: "
     "`diffopt.compiled` does not take `implicit`.",
-    "W4": "The compiler takes the products of a matrix and a vector apart into loops of its own: those with the transposed "
-    "matrix run down 2,000 rows for 16 columns at a time, against the order in which they lie in memory, where eager torch "
-    "and JAX call a library. The data are copied twice in a call, too (a peak of 34 MB).",
+    "W4": "In the code that the compiler writes, products of a matrix and a vector are loops of its own: those "
+    "with the transposed matrix go down 2,000 rows for 16 columns at a time, across the order in which "
+    "they lie in memory, where eager torch calls a library. The data are copied twice in a call, too (a "
+    "peak of 34 MB).",
 }
 """By the key that a goal names: what limits it, from profiles."""
 
