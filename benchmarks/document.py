@@ -105,7 +105,8 @@ def reasons(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         if verdict.met is False:
             goal = f"{verdict.goal.cell} ({verdict.goal.method}, {verdict.goal.quantity})"
-            missed.setdefault(verdict.goal.why, []).append(goal)
+            names = missed.setdefault(verdict.goal.why, [])
+            names += [] if goal in names else [goal]
     lines = [f"- **{'; '.join(names)}**. {REASONS.get(why, 'Not looked into.')}" for why, names in missed.items()]
     return "\n".join(lines) if lines else "No goal was missed."
 

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "eager": "Not the operators of torch: with 4 tasks and one step we call 725 of them and the fastest peer 619, "
+    "with five steps 2,317 and 2,435, matrix products among them 136 and 161. Half of the one-step call, "
+    "2.1 of 4.2 ms under the profiler, is the own time of `_Solve` and its backward pass, which is "
+    "Python. It is a fixed cost of a call.",
+    "CG": "46 products where the peer takes 44, and 1,715 operators of torch where it takes 1,471, 87 of them "
+    "casts; the rest is the own time of `_SolveBackward`, which is Python. With 50 unknowns a product "
+    "takes two microseconds, so that this is nearly all there is. JAXopt's loop is compiled, ours is not: "
+    "`diffopt.compiled` does not take `implicit`.",
+    "W4": "In the code that the compiler writes, products of a matrix and a vector are loops of its own: those "
+    "with the transposed matrix go down 2,000 rows for 16 columns at a time, across the order in which "
+    "they lie in memory, where eager torch calls a library. The data are copied twice in a call, too (a "
+    "peak of 34 MB).",
+}
 """By the key that a goal names: what limits it, from profiles."""
 
 _EPYC, _PROGRAMS = "64a108f", "42b25ce"
