@@ -50,7 +50,7 @@ demo: $(READY)
 
 test test-all roundings: export OMP_NUM_THREADS := 1
 test: $(READY_TEST)
-	@echo "All of make test takes about 8 minutes on two quiet cores; what is slower is left to make test-all."
+	@echo "All of make test takes about 6 minutes on two quiet cores; what is slower is left to make test-all."
 	$(RUN) -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: $(READY_TEST)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import OPTIMIZERS
 from every_way import ROUND_OFF, RULES, STEPS, TASKS, Setting, TestEveryWay, flat, mean_over_tasks  # noqa: F401
+from limits import sampled
 from oracles import relative_error
 from torch.func import grad, vmap
 
@@ -13,7 +14,7 @@ import diffopt
 from diffopt.estimators import ForwardMode, Reverse, Unrolled
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=sampled(OPTIMIZERS, 2), ids=lambda case: case.name)
 def setting(request):
     made = Setting(request.param)
     made.rows = made.expected()
