@@ -1597,8 +1597,8 @@ FAULTS = [
     Fault(
         "captured results of operations are passed over",
         "captured_nodes",
-        "if number(node) >= 0 or _is_leaf_besides",
-        "if _is_leaf_besides",
+        "if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):",
+        "if at >= _NEVER and _is_leaf_besides(node, leaves):",
         "captures",
     ),
     Fault(
@@ -4420,5 +4420,55 @@ FAULTS = [
         "return len(alike) >= _MOST_ALIKE",
         "return False",
         "whole_programs",
+    ),
+    # the params of a linked step, and what is looked for where nothing is computed again
+    Fault(
+        "under a vmap, params that an update has computed from each other are no views",
+        "Block.__init__",
+        "bool(layout.levels) and dynamics.own_update and",
+        "bool(layout.levels) and",
+        "params_of_a_block",
+    ),
+    Fault(
+        "without a vmap, params that a loss may hook are no views",
+        "Block.__init__",
+        "bool(layout.levels) and dynamics.own_update and",
+        "dynamics.own_update and",
+        "solution",
+    ),
+    Fault(
+        "params that are observed are no views, and reach a later loss",
+        "Block.__init__",
+        "dynamics.own_update and dynamics.observer is None",
+        "dynamics.own_update",
+        "params_of_a_block",
+    ),
+    Fault(
+        "the first inner gradient is taken of what is read, too",
+        "Block.__init__",
+        "*derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])",
+        "derivatives.make_roots([*state, *map(inputs.at, self._shared)])",
+        "params_of_a_block",
+    ),
+    Fault(
+        "state of a loss is looked for where no backward pass reads it",
+        "Adjoint.run",
+        "check and keep.evaluates and",
+        "check and",
+        "params_of_a_block",
+    ),
+    Fault(
+        "an estimator that evaluates the loss at the end says that it does not",
+        "Implicit.keep",
+        "Keep(first=steps + 1)",
+        "Keep(first=steps + 1, evaluates=False)",
+        "params_of_a_block",
+    ),
+    Fault(
+        "of a generator its place alone is compared, not its numbers",
+        "changed",
+        "a.numpy().tobytes() != b.numpy().tobytes()",
+        "a.numpy().tobytes()[:24] != b.numpy().tobytes()[:24]",
+        "params_of_a_block",
     ),
 ]

@@ -132,8 +132,10 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
         if start is None:
             continue
         reached = [] if start in given else _grown([start], {None, start, *given})
-        old = [node for node in reached if not born <= node._sequence_nr() < _NEVER]
-        suspects += [(node, part) for node in old if number(node) >= 0 or _is_leaf_besides(node, leaves)]
+        for node in reached:
+            at = node._sequence_nr()
+            if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
+                suspects.append((node, part))
     if not suspects or not _captured(suspects):
         return []
     gc.collect()
