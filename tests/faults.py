@@ -4471,4 +4471,33 @@ FAULTS = [
         "a.numpy().tobytes()[:24] != b.numpy().tobytes()[:24]",
         "params_of_a_block",
     ),
+    # the quick look at what a loss has captured, of each step
+    Fault(
+        "what waits to be looked at for captured tensors is forgotten by a quick look",
+        "Checks._note_captured",
+        "if at_once and start is not None and not self._noted:",
+        "if at_once and start is not None:",
+        "captures_at_some_step",
+    ),
+    Fault(
+        "a quick look for captured tensors does not say when it was",
+        "Checks._note_captured",
+        "                self._born = max(self._born, autograd_graph.number(start))\n",
+        "",
+        "captures_at_some_step",
+    ),
+    Fault(
+        "a quick look takes every leaf for a given one",
+        "ends_in_given",
+        'if not behind and id(getattr(node, "variable", None)) not in leaves:',
+        "if not behind and not leaves:",
+        "captures_at_some_step",
+    ),
+    Fault(
+        "of some graphs a quick look for captured tensors is enough for all",
+        "captured_nodes",
+        "if all([part.start is not None and",
+        "if any([part.start is not None and",
+        "captures_at_some_step",
+    ),
 ]
