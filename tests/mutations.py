@@ -145,6 +145,8 @@ NAMES = [
     "maml_experiment",
     "compiled_reads",
     "whole_programs",
+    "params_of_a_block",
+    "captures_at_some_step",
 ]
 
 

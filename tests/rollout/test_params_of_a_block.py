@@ -50,7 +50,7 @@ def agree(optimizer: diffopt.Optimizer, inner: Callable[..., Any] = loss) -> Non
     leaves = start()
     together = torch.autograd.grad(vmap(end(Reverse(), optimizer, inner))(*leaves).sum(), leaves)
     one = end(Unrolled(), optimizer, inner)
-    apart = torch.autograd.grad(sum(one(*task) for task in zip(*leaves, strict=True)), leaves)
+    apart = torch.autograd.grad(torch.stack([one(*task) for task in zip(*leaves, strict=True)]).sum(), leaves)
     torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-12)
 
 
