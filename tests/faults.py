@@ -1893,7 +1893,7 @@ FAULTS = [
     Fault(
         "no state of a loss is looked for",
         "Adjoint.run",
-        'state = check and keep.checkpoint not in ("graph", None)',
+        'state = check and keep.evaluates and keep.checkpoint not in ("graph", None)',
         "state = False",
         "hidden_state",
     ),
