@@ -37,7 +37,7 @@ class FirstOrder(Adjoint):
 
     def keep(self, steps: int) -> Keep:
         """No step."""
-        return Keep(first=steps + 1)
+        return Keep(first=steps + 1, evaluates=False)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """The final state's adjoint, as it is."""

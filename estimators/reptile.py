@@ -37,7 +37,7 @@ class Reptile(Adjoint):
 
     def keep(self, steps: int) -> Keep:
         """No step."""
-        return Keep(first=steps + 1)
+        return Keep(first=steps + 1, evaluates=False)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Initial minus final parameters; zero for the buffers."""

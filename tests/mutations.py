@@ -147,6 +147,8 @@ NAMES = [
     "whole_programs",
     "memory_rates_experiment",
     "timing",
+    "params_of_a_block",
+    "captures_at_some_step",
 ]
 
 

@@ -74,7 +74,8 @@ class _Solve(torch.autograd.Function):
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
         along = (losses.clone(), *record.rollout.handed_out)
-        record.rollout = replace(record.rollout, handed_out=())  # else what is returned would hold itself
+        if record.rollout.handed_out:  # else what is returned would hold itself
+            record.rollout = replace(record.rollout, handed_out=())
         return (*final, *along)
 
     @staticmethod

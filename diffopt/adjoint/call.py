@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -55,6 +55,11 @@ class Call:
     wanted: frozenset[int] = frozenset()
     restacked: bool = False
     running: tuple[int, ...] = ()
+
+    def until_its_end(self) -> Call:
+        """The same, of the steps that were made."""
+        dynamics = self.dynamics.until(self.record.rollout.steps)
+        return self if dynamics is self.dynamics else replace(self, dynamics=dynamics)
 
     @cached_property
     def state_count(self) -> int:

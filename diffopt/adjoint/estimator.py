@@ -111,7 +111,7 @@ class Adjoint(Estimator):
             keep = replace(keep, checkpoint=1, stackable=self.traced)
         level = transforms.transform_level() if check else 0
         # (what keeps graphs while they are small looks for state only where they are not)
-        state = check and keep.checkpoint not in ("graph", None)
+        state = check and keep.evaluates and keep.checkpoint not in ("graph", None)
         watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
         if tracing.current() is not None:  # what else is looked at has been seen by the call before
             watch = Watch(check)

@@ -29,7 +29,7 @@ def pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
 
     ``tensors`` are the inputs, the final state, its cotangent and those of what was handed out along the way.
     """
-    call = replace(call, dynamics=call.dynamics.until(call.record.rollout.steps))
+    call = call.until_its_end()
     end = len(tensors) - len(call.running)
     given, cotangent, along = tensors[: end - call.state_count], tensors[end - call.state_count : end], tensors[end:]
     with torch.no_grad(), derivatives.named_in_place_changes():
@@ -57,7 +57,7 @@ def pull_back_together(
     """
     if sum([x.numel() for x in given[-call.state_count :]]) < _LARGE or call.running:
         return None
-    call = replace(call, dynamics=call.dynamics.until(call.record.rollout.steps))
+    call = call.until_its_end()
     with torch.no_grad(), derivatives.named_in_place_changes():
         for row in rows:
             refuse_other_cotangents(call.record.rollout.copied_to, row)

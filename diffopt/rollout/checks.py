@@ -260,6 +260,12 @@ class Checks:
 
     def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
+        start = losses.grad_fn
+        if at_once and start is not None and not self._noted:
+            nodes, leaves = [x.grad_fn for x in given], set(map(id, given))
+            if autograd_graph.ends_in_given(start, nodes, leaves):
+                self._born = max(self._born, autograd_graph.number(start))
+                return
         self._noted.append(autograd_graph.GraphPart.of(losses, given))
         if at_once or step == self._last or len(self._noted) == _AT_ONCE:
             self._look_at_noted()

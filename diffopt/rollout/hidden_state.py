@@ -119,9 +119,8 @@ class HiddenState:
         found: list[Any] = []
         for container in self._held.containers:
             found += container.values() if isinstance(container, dict) else container
-        found += (content_of(cell) for cell in self._held.cells)
-        found += (space.get(name) for space, name in self._held.names)
-        return found
+        found += map(content_of, self._held.cells)
+        return found + [space.get(name) for space, name in self._held.names]
 
 
 _SMALL = 2**16

@@ -38,6 +38,7 @@ class Keep:
             temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
         stackable: whether the states may be one stack, for the estimator goes back by ``trajectory.sweep`` only.
+        evaluates: whether the backward pass evaluates the loss; if not, no state that the loss keeps can mislead it.
     """
 
     first: int
@@ -46,6 +47,7 @@ class Keep:
     offload: Offload = False
     memory: int | None = None
     stackable: bool = False
+    evaluates: bool = True
 
     @staticmethod
     def of(options: Any, first: int) -> Keep:
@@ -59,8 +61,8 @@ class Keep:
         """Check what an estimator asks for."""
         if type(self.first) is not int or self.first < 1:
             Options(self).integer("first", 1)
-        if type(self.gradients) is not bool or type(self.stackable) is not bool:
-            Options(self).flag("gradients", "stackable")
+        if not type(self.gradients) is type(self.stackable) is type(self.evaluates) is bool:
+            Options(self).flag("gradients", "stackable", "evaluates")
         named = type(self.checkpoint) is str and self.checkpoint in ("graph", "sqrt", "log")
         if not (named or self.checkpoint is None) or self.offload is not False:
             check_checkpoint(self)

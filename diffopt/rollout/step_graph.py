@@ -81,10 +81,13 @@ class Block:
         self._stepped = [place for place in wanted if layout.runs_over_steps(place)]
         self._shared = [place for place in wanted if not layout.runs_over_steps(place)]
         with torch.enable_grad():
-            roots = derivatives.make_roots([*state, *map(inputs.at, self._shared)])
+            # (two nodes: a gradient for params that come from one looks for all that leads to it, data too)
+            roots = *derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])
             self._apart = derivatives.make_roots(layout.params(state)) if apart else None
         count = layout.state_count
         self._roots = roots
+        # see :meth:`slice`; under a vmap nothing can be done to params, and ``observe`` could hand them to the loss
+        self._as_they_are = bool(layout.levels) and dynamics.own_update and dynamics.observer is None
         self._with_roots = inputs.put(dict(zip(self._shared, roots[count:], strict=True))) if self._shared else inputs
         self._slices: dict[tuple[Place, int], Tensor] = {}
         self._slices_at: list[tuple[Place, int]] = []
@@ -102,15 +105,17 @@ class Block:
         """What step ``step`` is computed from, joined to the graph where it is wanted.
 
         The params are views: a leaf that the last update computed from another one must not carry that one's gradient
-        too, and what a loss does to its params (a hook) must not be done to the chain of states.
+        too, and what a loss does to its params (a hook) must not be done to the chain of states. They are the state's
+        own where neither can be.
         """
         read, hyperparameters = self._layout.at_step(self._with_roots, step)
         if self._stepped:
             read, hyperparameters = self._joined(read, hyperparameters, step)
         params = self._apart
         if params is None:
-            own = tuple(self._now)[: self._layout.params_count]
-            params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own])
+            params = own = tuple(self._now)[: self._layout.params_count]
+            if not (self._as_they_are and all([x.requires_grad for x in own])):
+                params = tuple([x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own])
         return Slice(self._now, params, read, hyperparameters)
 
     def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:

@@ -111,7 +111,25 @@ class GraphPart(NamedTuple):
 _NO_LEAVES: frozenset[int] = frozenset()
 
 
-def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
+def ends_in_given(start: Any, given: Iterable[Any], leaves: Collection[int]) -> bool:
+    """Whether all that a graph grows from was given to it, so that nothing is captured; see :class:`GraphPart`.
+
+    (Half the work of :func:`captured_nodes`, which says what is captured, or that a leaf was made on the way.)
+    """
+    found, seen = [start], {None, start, *given}
+    push, add = found.append, seen.add
+    for node in found:
+        behind = node.next_functions
+        if not behind and id(getattr(node, "variable", None)) not in leaves:
+            return False
+        for parent, _ in behind:
+            if parent not in seen:
+                add(parent)
+                push(parent)
+    return True
+
+
+def captured_nodes(parts: Sequence[GraphPart], born: int = -1) -> list[Any]:
     """The nodes of tensors that were there before these parts of a graph, besides those of the tensors given.
 
     The parts have grown one after the other. An older node is recognised by its number: it is below that of the first
@@ -119,6 +137,8 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
     there before if something besides the graph still holds it, for what a function makes for itself is let go when it
     returns (or, in a cycle, when collected).
     """
+    if all([part.start is not None and ends_in_given(*part) for part in parts]):
+        return []
     suspects: list[tuple[Any, GraphPart]] = []
     before: Any = None
     for part in parts:
@@ -132,8 +152,10 @@ def captured_nodes(parts: Iterable[GraphPart], born: int = -1) -> list[Any]:
         if start is None:
             continue
         reached = [] if start in given else _grown([start], {None, start, *given})
-        old = [node for node in reached if not born <= node._sequence_nr() < _NEVER]
-        suspects += [(node, part) for node in old if number(node) >= 0 or _is_leaf_besides(node, leaves)]
+        for node in reached:
+            at = node._sequence_nr()
+            if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
+                suspects.append((node, part))
     if not suspects or not _captured(suspects):
         return []
     gc.collect()

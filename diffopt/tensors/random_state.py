@@ -29,8 +29,6 @@ def snapshot(device: torch.device) -> GeneratorStates:
     """The state of the CPU's generator and, on a GPU, of that device's."""
     if _here.drawing is None and device.type == "cpu":  # as it is before almost every step
         return (torch.get_rng_state(),)
-    if _here.drawing is None and device.type == "cpu":  # as it is before almost every step
-        return (torch.get_rng_state(),)
     own = _own_generators()
     states = [own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]
     if device.type == "cuda":
@@ -51,8 +49,8 @@ def restore(states: GeneratorStates, device: torch.device) -> None:
 
 
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
-    """Whether random numbers were drawn between the two."""
-    return not all(map(torch.equal, before, after))
+    """Whether random numbers were drawn between the two (by their bytes: ``torch.equal`` takes twice as long)."""
+    return any([a.numpy().tobytes() != b.numpy().tobytes() for a, b in zip(before, after, strict=True)])
 
 
 @final

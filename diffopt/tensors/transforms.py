@@ -157,10 +157,10 @@ def _vmapped(function: Callable[..., Any], dims: tuple[int | None, ...], size: i
     level = _functorch._vmap_increment_nesting(size, mode)
     try:
         pairs = zip(tensors, dims, strict=True)
-        outputs = function(*(x if dim is None else _functorch._add_batch_dim(x, dim, level) for x, dim in pairs))
+        outputs = function(*[x if dim is None else _functorch._add_batch_dim(x, dim, level) for x, dim in pairs])
         if isinstance(outputs, Tensor):
             return _functorch._remove_batch_dim(outputs, level, size, 0)
-        return tuple(_functorch._remove_batch_dim(output, level, size, 0) for output in outputs)
+        return tuple([_functorch._remove_batch_dim(output, level, size, 0) for output in outputs])
     finally:
         _functorch._vmap_decrement_nesting()
 
