@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import Reverse
+from diffopt.estimators import MultiStep, Reverse, Truncated
 from diffopt.rollout import compiled, known_programs
 
 pytestmark = pytest.mark.compiler
@@ -81,6 +81,61 @@ def test_programs_are_made_once_and_used_again() -> None:
     assert Interpreted.made == 3
     plain = solve(loss, compile=False)[1]
     torch.testing.assert_close((end.params, end.losses), (plain.params.detach(), plain.losses.detach()))
+
+
+def test_checkpoints_are_programs_too() -> None:
+    """The root of 7 steps is every third state; ``again``: how many steps lie between states that are kept."""
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    def grad(w: Tensor, solution: Any) -> Tensor:
+        return torch.autograd.grad(solution.params.square().sum() + solution.losses.prod(), w)[0]
+
+    given = {"steps": 7, "optimizer": diffopt.SGD(0.05, momentum=0.5)}
+    expected = grad(*solve(loss, compile=False, **given))
+    for checkpoint, states, again, made in (
+        *((1, 7, 0, 2), ("graph", 7, 0, 2), (None, 7, 0, 2)),
+        *((3, 3, 4, 4), ("sqrt", 3, 4, 4), (9, 1, 6, 6)),
+    ):
+        for _ in range(3):
+            w, solution = solve(loss, estimator=Reverse(checkpoint), **given)
+            torch.testing.assert_close(grad(w, solution), expected, rtol=1e-12, atol=0)
+            counts, kept = solution.counts, solution.kept
+            assert (kept.states, kept.bytes) == (states, 32 * states)
+            assert (counts.gradients, counts.products, counts.extra_steps) == (7 + again, 7, 7 + again)
+        assert Interpreted.made == made
+
+
+def test_all_states_are_kept_while_they_are_few_unless_it_is_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``checkpoint=None``: as with graphs, within a budget."""
+    monkeypatch.setattr("diffopt.rollout.loop.GRAPH_BUDGET", 7 * 16 - 1)
+    for steps, rule, states in ((6, Reverse(), 6), (7, Reverse(), 3), (7, Reverse(1), 7), (7, Truncated(6), 6)):
+        both(lambda s: s.params.sum(), steps=steps, estimator=rule, times=2)
+        assert solve(steps=steps, estimator=rule)[1].kept.states == states
+
+
+@pytest.mark.parametrize("rule", [Reverse("log"), Reverse(memory="2GB"), Reverse(2, offload="disk")], ids=repr)
+def test_other_ways_to_store_states_are_compiled_step_by_step(rule: Any, falls_back: None) -> None:
+    both(lambda s: s.params.sum(), steps=5, estimator=rule)
+    assert Interpreted.made == 0
+
+
+@pytest.mark.parametrize("rule", [Reverse("sqrt"), MultiStep(2, Reverse(2))], ids=repr)
+def test_blocks_under_transforms(rule: Any) -> None:
+    """Several levels of vmap, each task with its own hyperparameter; and many cotangents of one solve."""
+    lrs = torch.linspace(0.01, 0.05, 6, dtype=torch.float64).reshape(2, 3)
+
+    def of_task(lr: Tensor, compile: bool) -> Tensor:
+        given = {"optimizer": diffopt.SGD(lr), "steps": 7, "estimator": rule, "compile": compile}
+        return solve(w=start().detach(), **given)[1].params
+
+    found = []
+    for compile in (True, False):
+        function = vmap(vmap(lambda lr, compile=compile: of_task(lr, compile).square().sum()))
+        jacobian = torch.func.jacrev(lambda lr, compile=compile: of_task(lr, compile))(lrs[0, 0])
+        found.append((torch.func.grad(lambda x, function=function: function(x).sum())(lrs), jacobian))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_what_is_handed_out_along_the_way_and_its_derivatives() -> None:
@@ -213,10 +268,11 @@ def test_what_changes_and_does_not_matter_may_change() -> None:
     assert Interpreted.made == 2
 
 
-def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass() -> None:
+@pytest.mark.parametrize("checkpoint", [1, 2])
+def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(checkpoint: int) -> None:
     for _ in range(3):
-        solve(scaled)[1].params.sum().backward()
-    _, solution = solve(scaled)
+        solve(scaled, estimator=Reverse(checkpoint))[1].params.sum().backward()
+    _, solution = solve(scaled, estimator=Reverse(checkpoint))
     SCALE[0] = 2.0
     with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
         solution.params.sum().backward()
