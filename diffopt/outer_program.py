@@ -203,7 +203,9 @@ class Compiled:
             return self._plainly(given)
         reads = Reads([self._outer, *[x for x in given.leaves if not isinstance(x, Tensor)]])
         plain = self._plainly(given)
-        known.append(_Entry(reads, self._made(given)))
+        if reads.unseen is not None:
+            _warn(_ChangingError(f"of `{reads.unseen}` no change can be seen"), "pass what it gives as an argument")
+        known.append(_Entry(reads, self._made(given) if reads.unseen is None else None))
         return plain
 
     def _function(self, given: _Given) -> Callable[..., list[Tensor]]:

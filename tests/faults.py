@@ -1893,7 +1893,7 @@ FAULTS = [
     Fault(
         "no state of a loss is looked for",
         "Adjoint.run",
-        'state = check and keep.checkpoint not in ("graph", None)',
+        'state = check and (dynamics.compile or keep.checkpoint not in ("graph", None))',
         "state = False",
         "hidden_state",
     ),
@@ -3572,9 +3572,9 @@ FAULTS = [
     ),
     Fault(
         "a traced sweep gives the terms of steps in the wrong order",
-        "TracedSweep.pull",
-        "copy_(term.flip(0))",
-        "copy_(term)",
+        "TracedSweep._loop",
+        "return carry, [x.flip(0) for x in terms]",
+        "return carry, terms",
         "compiled_programs",
     ),
     Fault(
@@ -4490,6 +4490,49 @@ FAULTS = [
         "_plainly",
         "range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)",
         "range(first, trajectory.steps + 1, 1)",
+        "whole_programs",
+    ),
+    # what is read of which no change can be seen
+    Fault(
+        "a loss that reads a file has a program",
+        "_is_reader",
+        "return any([value is reader for reader in _READERS])",
+        "return False",
+        "unseen_reads",
+    ),
+    Fault(
+        "an iterator counts as something that stays as it is",
+        "_changes_unseen",
+        'return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")',
+        "return False",
+        "unseen_reads",
+    ),
+    Fault(
+        "what other methods of an object read counts as read",
+        "Unseen._is_called",
+        "return by_itself or key not in self._methods or name in mentioned",
+        "return True",
+        "unseen_reads",
+    ),
+    Fault(
+        "what the methods read that a loss calls is not looked at",
+        "Unseen._is_called",
+        "return by_itself or key not in self._methods or name in mentioned",
+        "return by_itself or key not in self._methods",
+        "unseen_reads",
+    ),
+    Fault(
+        "attributes that no code names count as read",
+        "Unseen.what",
+        "if key in mentioned and _changes_unseen(x)]",
+        "if _changes_unseen(x)]",
+        "unseen_reads",
+    ),
+    Fault(
+        "a whole solve has a program though it reads an iterator",
+        "_made",
+        "if _functions[code] > _MOST or _reads(dynamics).unseen is not None:",
+        "if _functions[code] > _MOST:",
         "whole_programs",
     ),
 ]

@@ -144,6 +144,7 @@ NAMES = [
     "bounds_decay",
     "maml_experiment",
     "compiled_reads",
+    "unseen_reads",
     "whole_programs",
 ]
 
