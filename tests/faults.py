@@ -4535,4 +4535,18 @@ FAULTS = [
         "if _functions[code] > _MOST:",
         "whole_programs",
     ),
+    Fault(
+        "unsafe code of the compiler is stored, and found by the next process",
+        "_looked_through",
+        'if place.type == "cpu" and frees_in_a_loop(code):',
+        "if False:",
+        "compiled_outer",
+    ),
+    Fault(
+        "a compiler that does not show its code is trusted",
+        "_looked_through",
+        'if place.type == "cpu" and not seen and _from_store(counters) == found:',
+        "if False:",
+        "compiled_outer",
+    ),
 ]
