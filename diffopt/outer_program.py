@@ -39,9 +39,9 @@ def compiled(outer: Callable[..., Tensor]) -> Compiled:
     the calls that run plainly, which are the first one, and, to compare the two, the 2nd, 4th, 8th and so on.
 
     What cannot be compiled (estimators but ``Reverse``, ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of
-    these; checkpoints; ``tol``, ``on_step``, ``micro_batches``; batches that are a function; a solve within the loss of
-    another; random numbers; code that looks at the numbers in a tensor) runs plainly, after one
-    :class:`diffopt.CompileWarning`. All states are stored.
+    these; their ``"log"`` and ``memory``; ``tol``, ``on_step``, ``micro_batches``; batches that are a function; a solve
+    within the loss of another; random numbers; code that looks at the numbers in a tensor) runs plainly, after one
+    :class:`diffopt.CompileWarning`. All states are stored, unless a ``checkpoint`` of ``"sqrt"`` or ``k`` says fewer.
 
     Args:
         outer: ``outer(params, *args)``, one floating scalar. ``params`` and ``args`` are trees.
@@ -203,7 +203,9 @@ class Compiled:
             return self._plainly(given)
         reads = Reads([self._outer, *[x for x in given.leaves if not isinstance(x, Tensor)]])
         plain = self._plainly(given)
-        known.append(_Entry(reads, self._made(given)))
+        if reads.unseen is not None:
+            _warn(_ChangingError(f"of `{reads.unseen}` no change can be seen"), "pass what it gives as an argument")
+        known.append(_Entry(reads, self._made(given) if reads.unseen is None else None))
         return plain
 
     def _function(self, given: _Given) -> Callable[..., list[Tensor]]:

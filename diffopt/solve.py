@@ -156,13 +156,15 @@ def solve(
             depend on ``params``, tensors captured by closure, operations without a second derivative, and what is
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
         compile: compile the steps, for small models whose time is overhead (tens of seconds, once for a loss, optimizer
-            and shapes). On a CPU all steps become one program, and the backward pass another, by ``Reverse(1)``,
-            ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of these; all states are then kept. Else, with
-            other estimators, checkpoints (``Reverse("sqrt")``), ``on_step`` and batches that are a function, it is each
-            step and, where the estimator is exact or truncated, its pullback. ``loss`` must be one function that lives
-            on; numbers that it reads besides its arguments must stay as they are (which is checked); tensors may change
-            in place. An update may calculate with the number of its step, but not branch on it. What cannot be compiled
-            runs without, with a :class:`diffopt.CompileWarning`. (:func:`diffopt.compiled` takes the outer loss, too.)
+            and shapes). On a CPU all steps become one program, and the backward pass another, by ``Reverse``,
+            ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of these. ``Reverse()`` then keeps all states
+            (while they take less than 1 GiB; else as ``"sqrt"``), ``Reverse("sqrt")`` and ``Reverse(k)`` those before
+            blocks of steps, which the backward pass takes again. Else, with other estimators, ``"log"``, ``memory``,
+            ``offload``, ``on_step`` and batches that are a function, it is each step and, where the estimator is exact
+            or truncated, its pullback. ``loss`` must be one function that lives on; numbers that it reads besides its
+            arguments must stay as they are (which is checked); tensors may change in place. An update may calculate
+            with the number of its step, but not branch on it. What cannot be compiled runs without, with a
+            :class:`diffopt.CompileWarning`. (:func:`diffopt.compiled` takes the outer loss, too.)
 
     Returns:
         A :class:`Solution`.

@@ -149,6 +149,7 @@ NAMES = [
     "timing",
     "params_of_a_block",
     "captures_at_some_step",
+    "unseen_reads",
 ]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import relative_error
@@ -13,7 +16,7 @@ from torch.func import vmap
 
 import diffopt
 from diffopt.outer_program import Compiled, _taken_apart
-from diffopt.rollout.program import Program, frees_in_a_loop
+from diffopt.rollout.program import Program, UnsafeCodeError, _from_store, _looked_through, frees_in_a_loop
 from diffopt.tensors import tracing
 from diffopt.tensors.reads import Reads
 
@@ -129,6 +132,41 @@ def test_code_that_frees_a_temporary_at_every_step_is_known() -> None:
         assert frees_in_a_loop(code) is bad
 
 
+@pytest.mark.slow
+def test_what_has_been_compiled_is_found_again_by_all_that_matters() -> None:
+    """By torch's store, as in a second process; a number within the loop's body is part of what it is found by."""
+    fresh_cache: Any = importlib.import_module("torch._inductor.utils").fresh_cache
+    counters: Any = importlib.import_module("torch._dynamo.utils").counters
+
+    def of(factor: float, steps: int) -> Callable[..., list[Tensor]]:
+        def function(w: Tensor) -> list[Tensor]:
+            given = {"optimizer": diffopt.SGD(0.1), "steps": steps}
+            return [diffopt.solve(lambda w: factor * (w**4).sum(), w, **given).params]
+
+        return function
+
+    found = []
+    with fresh_cache():
+        for factor, steps in ((0.5, 3), (0.5, 3), (0.25, 3), (0.5, 4), (0.5, 3)):
+            before = _from_store(counters)
+            program = Program(of(factor, steps), [W])
+            program.check(of(factor, steps), [W])
+            found.append(_from_store(counters) > before)
+    assert found == [False, True, False, False, True]
+
+
+def test_what_the_compiler_has_written_is_looked_at_before_it_is_stored() -> None:
+    """And a compiler that does not show it, and has found nothing in its store, is not trusted."""
+    lowering: Any = importlib.import_module("torch._inductor.graph").GraphLowering
+    with pytest.raises(UnsafeCodeError, match="a loop over views"), _looked_through(W.device):
+        lowering.save_output_code("while (1) { assign(RAIIAtenTensorHandle(tmp_arg6_1_0), &handle); }")
+    with pytest.raises(UnsafeCodeError, match="has not shown"), _looked_through(W.device):
+        pass
+    with _looked_through(W.device):
+        lowering.save_output_code("while (1) { }")
+    assert lowering.save_output_code is None
+
+
 def test_arguments_of_another_kind_get_a_program_of_their_own(plain: type[Plain]) -> None:
     program = diffopt.compiled(outer)
     for given in (
@@ -219,13 +257,15 @@ def test_objects_among_the_arguments_are_looked_at_too(plain: type[Plain]) -> No
 
 
 def test_a_change_that_nobody_sees_is_noticed_by_and_by(plain: type[Plain]) -> None:
-    hidden = iter([1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    """A large array is data, which is not looked at again and again."""
+    hidden = np.ones(2000)
 
     def moody(w: Tensor) -> Tensor:
-        return next(hidden) * w.square().sum()
+        return float(hidden[0]) * w.square().sum()
 
     program = diffopt.compiled(moody)
     program.value_and_grad(W)
+    hidden[0] = 2.0
     with pytest.warns(diffopt.CompileWarning, match="it is off by"):
         assert program.value_and_grad(W)[0] == 10  # the second call, of which the program gave 5
     assert program.value_and_grad(W)[0] == 10

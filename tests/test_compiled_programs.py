@@ -135,6 +135,33 @@ def test_what_runs_over_steps_and_goes_on_from_a_state(rule: Any) -> None:
     assert compared(outer, [W, ROWS, LR]) < 1e-12
 
 
+FEW = [(7, Reverse(3)), (9, Reverse("sqrt")), (8, MultiStep(3, Reverse(2))), (7, Truncated(5, 2))]
+MORE = [
+    *[(steps, Reverse(length)) for steps, length in ((5, 2), (6, 3), (3, 7), (2, 2), (1, 3))],
+    *[(steps, MultiStep(n, Reverse(length))) for steps, n, length in ((7, 2, 2), (11, 2, 2), (7, 2, 3))],
+    *[(7, Truncated(4, "sqrt")), (7, Truncated(7, 3)), (9, MultiStep(2, Truncated(3, 2)))],
+]
+BLOCKS = [*FEW, *[pytest.param(*case, marks=pytest.mark.slow) for case in MORE]]
+"""Blocks that steps and windows fill, and last ones that are short; of which the last window may be short, too."""
+
+
+@pytest.mark.parametrize(("steps", "rule"), BLOCKS, ids=repr)
+def test_blocks_of_steps_of_which_one_state_is_kept(steps: int, rule: Any) -> None:
+    """What runs over steps, counts them and is handed out on the way, on from a state."""
+
+    def outer(w: Tensor, rows: Tensor, rates: Tensor) -> Tensor:
+        optimizer = diffopt.Adam(diffopt.Schedule(rates), eps=0.1)
+        first = diffopt.solve(with_batches, w, optimizer=optimizer, steps=1, batches=rows[:1]).state
+        given = {"steps": steps, "batches": rows[1:], "estimator": rule, "observe": lambda w, b: (b * w).sin()}
+        end = diffopt.solve(with_batches, first, optimizer=optimizer, **given)
+        if isinstance(getattr(rule, "adjoint", rule), Truncated):
+            return squares(end.params)
+        return squares(end.params) + end.losses.prod() + end.observed[-1].prod()
+
+    rows = torch.linspace(0.5, 1.5, 2 * steps + 2, dtype=torch.float64).reshape(steps + 1, 2)
+    assert compared(outer, [W, rows, torch.linspace(0.03, 0.06, steps + 1, dtype=torch.float64)]) < 1e-12
+
+
 def test_a_schedule_of_plain_numbers_and_optimizers_that_count() -> None:
     """What looks at the number of its step can do so as arithmetic only."""
     schedule = diffopt.Schedule([0.05, 0.01, 0.1, 0.02, 0.03])
@@ -279,13 +306,15 @@ def test_inner_problems_of_other_kinds(outer: Callable[..., Tensor]) -> None:
     assert compared(outer, [W, torch.tensor([[1.0, 0.3], [-0.4, 0.8]], dtype=torch.float64)]) < 1e-12
 
 
-def test_captured_tensors_are_read_anew_at_every_call() -> None:
+@pytest.mark.parametrize("rule", [Reverse(), Reverse(3)], ids=repr)
+def test_captured_tensors_are_read_anew_at_every_call(rule: Any) -> None:
     """Real ones, which are inputs of the graph; and what the outer loss itself computes, inside an inner loss."""
     target = torch.ones(2, dtype=torch.float64)
 
     def outer(w: Tensor, a: Tensor) -> Tensor:
         scale = 2 * a.detach()
-        end = diffopt.solve(lambda w: quadratic(w, scale * target), w, optimizer=diffopt.SGD(0.05), steps=3)
+        given = {"optimizer": diffopt.SGD(0.05), "steps": 6, "estimator": rule}
+        end = diffopt.solve(lambda w: quadratic(w, scale * target), w, **given)
         return (end.params * target).sum()
 
     function = with_gradients(outer, 1)
@@ -321,7 +350,8 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"estimator": Reverse(2)}, "checkpoint=2"),
+        ({"estimator": Reverse("log")}, "checkpoint='log'"),
+        ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
         ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),

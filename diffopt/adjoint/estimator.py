@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -107,11 +106,12 @@ class Adjoint(Estimator):
         dynamics, inputs, check = problem.dynamics, problem.inputs.flat, problem.check
         self.refuse(problem)
         keep = self.keep(dynamics.layout.steps)
-        if dynamics.compile and keep.checkpoint in (None, "graph", 1):
-            keep = replace(keep, checkpoint=1, stackable=self.traced)
+        if dynamics.compile:
+            keep = keep.of_compiled(traced=self.traced)
         level = transforms.transform_level() if check else 0
         # (what keeps graphs while they are small looks for state only where they are not)
-        state = check and keep.evaluates and keep.checkpoint not in ("graph", None)
+        recomputed = keep.evaluates and keep.checkpoint not in ("graph", None)
+        state = check and (dynamics.compile or recomputed)
         watch = Watch(check, check and torch.is_grad_enabled(), range(1, level + 1), state)
         if tracing.current() is not None:  # what else is looked at has been seen by the call before
             watch = Watch(check)

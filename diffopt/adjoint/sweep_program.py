@@ -66,13 +66,20 @@ def _sweep(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int)
             return plain.initial if trajectory.wants_initial else None, plain.direct
         if not unchanged:
             known.settle(trajectory.dynamics)
-    counts, steps = trajectory.record.counts, trajectory.steps - first + 1
-    counts.products += steps
-    counts.depth += steps
-    counts.extra_steps += steps
+    count_in(trajectory, first)
     count = len(cotangent)
     direct = dict(zip(trajectory.wanted, found[count:], strict=True))
     return Leaves(found[:count]) if trajectory.wants_initial else None, direct
+
+
+def count_in(trajectory: Trajectory, first: int) -> None:
+    """Add what a program of the backward pass computes to the counts."""
+    counts, steps = trajectory.record.counts, trajectory.steps - first + 1
+    again = steps - trajectory.rollout.kept.states  # what lies between the states that are kept
+    counts.gradients += again
+    counts.products += steps
+    counts.depth += steps
+    counts.extra_steps += again + steps
 
 
 def _parts(found: Cotangents) -> Found:
@@ -89,9 +96,9 @@ def _of_all_the_state(trajectory: Trajectory) -> Trajectory:
 
 def _plainly(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int) -> Cotangents:
     """Step by step, each by its graph (or compiled, if that is asked for)."""
-    states = Store()
-    for step in range(first, trajectory.steps + 1):
-        states[step] = stack.map(lambda leaf, at=step - first: leaf[at])
+    states, block = Store(), trajectory.rollout.kept.checkpoint
+    for number, step in enumerate(range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)):
+        states[step] = stack.map(lambda leaf, at=number: leaf[at])
     rollout = replace(trajectory.rollout, stack=None, states=states)
     return replace(trajectory, record=replace(trajectory.record, rollout=rollout)).sweep(cotangent, first)
 

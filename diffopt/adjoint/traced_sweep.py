@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
-from diffopt.rollout.inputs import Place
-from diffopt.rollout.traced import Reading, Stretch, stretches
+from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
+from diffopt.rollout.traced import Steps
 from diffopt.tensors import derivatives, tracing
 from diffopt.tensors.leaves import Leaves
 
@@ -32,25 +33,102 @@ class TracedSweep:
     def pull(self, cotangent: Leaves) -> tuple[Leaves, dict[Place, Tensor]]:
         """The adjoint of the state before the first of the steps, and the direct terms by place."""
         trajectory, inputs = self._trajectory, self._trajectory.inputs.detached()
-        count = trajectory.layout.state_count
+        count, block = trajectory.layout.state_count, trajectory.rollout.kept.checkpoint
         carry = [*cotangent, *[torch.zeros_like(inputs.at(place)) for place in self._shared]]
         found = {place: torch.zeros_like(inputs.at(place)) for place in self._stepped}
-        shared = [inputs.at(place) for place in self._reading.shared]
         with trajectory.rollout.replay(None, cotangent[0].device):
-            for stretch in reversed(stretches(trajectory.layout, self._first)):
-                rows = [x.flip(0) for x in self._rows(inputs, stretch)]
-                carry, terms = tracing.scan(self._body(stretch.updates), carry, rows, shared)
-                for place, term in zip(self._stepped, terms, strict=True):
-                    self._reading.stacked(place, found[place], stretch).copy_(term.flip(0))
+            if isinstance(block, int) and block > 1:
+                carry = self._pull_blocks(carry, inputs, blocks(trajectory.layout, self._first, block), found)
+            else:
+                carry = self._pull_steps(carry, inputs, found)
         found |= dict(zip(self._shared, carry[count:], strict=True))
         return Leaves(carry[:count]), found
 
-    def _rows(self, inputs: Any, stretch: Stretch) -> list[Tensor]:
-        """What runs over these steps: numbers and what is read, states, cotangents of what was handed out."""
-        begin, end = stretch.first - self._first, stretch.last - self._first + 1
-        states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
+    def _pull_steps(self, carry: list[Tensor], inputs: Inputs, found: dict[Place, Tensor]) -> list[Tensor]:
+        """From the states before all steps."""
+        shared = [inputs.at(place) for place in self._reading.shared]
+        for stretch in reversed(stretches(self._trajectory.layout, self._first)):
+            begin, end = stretch.first - self._first, stretch.last - self._first + 1
+            states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
+            carry, terms = self._loop(carry, self._rows(inputs, stretch), states, shared, stretch.updates)
+            self._write(found, terms, stretch)
+        return carry
+
+    def _pull_blocks(
+        self, carry: list[Tensor], inputs: Inputs, parts: list[Blocks], found: dict[Place, Tensor]
+    ) -> list[Tensor]:
+        """From the states before blocks of steps, each of which is taken again."""
+        shared = [inputs.at(place) for place in self._reading.shared]
+        for part in reversed(parts):
+            begin = -(-(part.first - self._first) // parts[0].length)
+            states = [x[begin : begin + part.number] for x in self._trajectory.rollout.stack or ()]
+            rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
+            backwards = [x.flip(0) for x in (*states, *rows)]
+            carry, terms = tracing.scan(self._block(part, len(states)), carry, backwards, shared)
+            for stretch, own in zip(part.stretches, part.by_stretch(terms), strict=True):
+                self._write(found, [x.flip(0).flatten(0, 1) for x in own], part.all_of(stretch))
+        return carry
+
+    def _block(self, part: Blocks, count: int) -> tracing.Body:
+        """One block: its steps taken again, but for the last one, and pulled back."""
+        steps = Steps(self._trajectory.dynamics, self._trajectory.inputs.detached(), self._reading)
+        read = 1 + len(self._reading.stepped)
+
+        def body(
+            carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
+        ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            rows = part.by_stretch(row[count:])
+            states = self._states(steps, part, Leaves(row[:count]), [own[:read] for own in rows], shared)
+            after, terms = list(carry), list[Tensor]()
+            for stretch, own, before in reversed(list(zip(part.stretches, rows, states, strict=True))):
+                after, found = self._loop(after, own, before, shared, stretch.updates, nested=True)
+                terms = [*found, *terms]
+            return after, terms
+
+        return body
+
+    def _states(
+        self, steps: Steps, part: Blocks, state: Leaves, rows: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """The states before all steps of a block, stacked for each of its stretches."""
+        found, options = [], {"hands_out": False, "keeps": True, "nested": True}
+        for stretch, own in zip(part.stretches[:-1], rows[:-1], strict=True):
+            state, made = steps.loop(state, own, shared, stretch.updates, **options)
+            found.append(made)
+        last, made = part.stretches[-1], [x[None] for x in state]
+        if last.length > 1:  # (where the very last step leads is not asked for)
+            after, before = steps.loop(state, [x[:-1] for x in rows[-1]], shared, last.updates, **options)
+            made = [torch.cat([x, y[None]]) for x, y in zip(before, after, strict=True)]
+        return [*found, made]
+
+    def _loop(
+        self,
+        carry: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        states: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        updates: int,
+        *,
+        nested: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Some equal steps pulled back, from the last to the first; the terms of what runs over steps, steps in front.
+
+        ``rows`` and ``states`` are in the order of steps.
+        """
+        read = 1 + len(self._reading.stepped)
+        backwards = [x.flip(0) for x in (*rows[:read], *states, *rows[read:])]
+        carry, terms = tracing.scan(self._body(updates), carry, backwards, shared, nested=nested)
+        return carry, [x.flip(0) for x in terms]
+
+    def _write(self, found: dict[Place, Tensor], terms: Sequence[Tensor], stretch: Stretch) -> None:
+        """Put the direct terms of what runs over these steps into their places."""
+        for place, term in zip(self._stepped, terms, strict=True):
+            self._reading.stacked(place, found[place], stretch).copy_(term)
+
+    def _rows(self, inputs: Inputs, stretch: Stretch) -> list[Tensor]:
+        """What runs over these steps: numbers and what is read, cotangents of what was handed out."""
         running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
-        return [*self._reading.rows(inputs, stretch), *states, *running]
+        return [*self._reading.rows(inputs, stretch), *running]
 
     def _body(self, updates: int) -> tracing.Body:
         layout, reading = self._trajectory.layout, self._reading

@@ -169,8 +169,7 @@ class Trajectory:
     def _traced_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
         """The same in a graph that is being traced."""
         initial, direct = TracedSweep(self, first).pull(cotangent)
-        self.record.counts.products += self.steps - first + 1
-        self.record.counts.depth += self.steps - first + 1
+        sweep_program.count_in(self, first)
         return Cotangents(initial if self.wants_initial else None, direct)
 
     def _sweep_of_blocks(self, cotangents: Sequence[Leaves], first: int) -> list[Cotangents]:

@@ -151,7 +151,7 @@ def _made(
     code = getattr(as_written(dynamics.loss), "__code__", None)
     if code is not None and not known:
         _functions[code] += 1
-    if _functions[code] > _MOST:
+    if _functions[code] > _MOST or _reads(dynamics).unseen is not None:
         return None
     try:
         program = Program(function, tensors)

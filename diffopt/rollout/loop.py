@@ -20,7 +20,7 @@ from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.rollout.keeper import Keeper
+from diffopt.rollout.keeper import GRAPH_BUDGET, Keeper
 from diffopt.rollout.pieces import pieced
 from diffopt.rollout.record import Counts, Keep, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
@@ -101,6 +101,8 @@ def roll_out(
     """
     if tracing.current() is not None:
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
+    if dynamics.compile and keep is not None:
+        keep = keep.within(GRAPH_BUDGET, dynamics.layout.steps, inputs.state)
     if dynamics.compile and stop is NEVER and not draws:
         plainly = partial(_roll_out_plainly, dynamics, keep=keep, wanted=wanted, watch=watch)
         found = rollout_program.roll_out_wholly(

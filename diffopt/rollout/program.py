@@ -37,10 +37,9 @@ class Program:
             graph, self._captured = tracing.trace(function, tensors)
             self._kinds = list(map(_kind, self._captured))
             given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            # torch's C++ wrapper, of which a step of a loop costs little, is for the CPU
-            options = {"cpp_wrapper": True} if place.type == "cpu" else {}
             with torch.no_grad(), _looked_through(place):
-                self._compiled: Any = importlib.import_module("torch._inductor").compile(graph, given, options=options)
+                inductor: Any = importlib.import_module("torch._inductor")
+                self._compiled: Any = inductor.compile(graph, given, options=_options(place))
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the function returns, without a graph."""
@@ -81,6 +80,24 @@ class Program:
                 raise ArithmeticError(f"compiled, it is off by {off:.1e}")
 
 
+def _options(place: torch.device) -> dict[str, Any]:
+    """What inductor is asked for.
+
+    # NOTE [a second process]
+    torch keeps no compiled graph that has a loop. Ours hold no object, but shapes and operations only, all of which are
+    part of what they are found by, as is the text here; and whatever is found is compared with the function
+    (:meth:`Program.check`).
+    """
+    # torch's C++ wrapper, of which a step of a loop costs little, is for the CPU
+    options: dict[str, Any] = {"cpp_wrapper": True} if place.type == "cpu" else {}
+    if hasattr(importlib.import_module("torch._inductor.config"), _STORABLE):
+        options[_STORABLE] = {"torch.ops.higher_order.scan": "of diffopt, whose code has been looked at, 1"}
+    return options
+
+
+_STORABLE = "unsafe_marked_cacheable_functions"
+
+
 def _ready(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() and not tensor.requires_grad else tensor.detach().contiguous()
 
@@ -99,14 +116,26 @@ def _looked_through(place: torch.device) -> Iterator[None]:
     no views; should one come about all the same, the process must not crash.
     """
     lowering: Any = importlib.import_module("torch._inductor.graph").GraphLowering
-    written: list[str] = []
-    before, lowering.save_output_code = lowering.save_output_code, written.append
+    counters: Any = importlib.import_module("torch._dynamo.utils").counters
+    found, seen, before = _from_store(counters), list[str](), lowering.save_output_code
+
+    def look(code: str) -> None:  # before it is compiled, or stored
+        seen.append(code)
+        if place.type == "cpu" and frees_in_a_loop(code):
+            raise UnsafeCodeError("torch's compiler has written a loop over views")
+
+    lowering.save_output_code = look
     try:
         yield
     finally:
         lowering.save_output_code = before
-    if place.type == "cpu" and (not written or any(map(frees_in_a_loop, written))):
-        raise UnsafeCodeError("torch's compiler has written a loop over views")
+    if place.type == "cpu" and not seen and _from_store(counters) == found:
+        raise UnsafeCodeError("torch's compiler has not shown what it has written")
+
+
+def _from_store(counters: Any) -> int:
+    """A number that grows when a compiled graph is found in torch's store; what is there has been looked at before."""
+    return int(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def frees_in_a_loop(code: str) -> bool:

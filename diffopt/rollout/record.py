@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -56,6 +57,24 @@ class Keep:
             return Keep(first, options.checkpoint, offload=options.offload)
         memory = as_bytes(f"{type(options).__name__}: memory", options.memory)
         return Keep(first, "log", offload=options.offload, memory=memory)
+
+    def of_compiled(self, *, traced: bool) -> Keep:
+        """The same of compiled steps: states in place of graphs; ``traced``: the estimator can be part of a program."""
+        checkpoint = 1 if self.checkpoint == "graph" else self.checkpoint
+        return replace(self, checkpoint=checkpoint, stackable=traced and checkpoint != "log")
+
+    def within(self, budget: int, steps: int, state: Leaves) -> Keep:
+        """The same with all states if they fit into so many bytes, if it is to be chosen; else as ``"sqrt"`` says."""
+        if self.checkpoint is not None:
+            return self
+        size = sum([x.nbytes for x in state]) * (steps - self.first + 1)
+        return replace(self, checkpoint=1 if size <= budget else "sqrt")
+
+    def block(self, steps: int) -> int:
+        """Every how many-th state is kept of so many steps, if states are, and not as ``"log"`` says."""
+        if self.checkpoint == "sqrt":
+            return math.isqrt(max(0, steps - self.first)) + 1
+        return self.checkpoint if isinstance(self.checkpoint, int) else 1
 
     def __post_init__(self) -> None:
         """Check what an estimator asks for."""

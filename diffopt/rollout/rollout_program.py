@@ -42,12 +42,12 @@ def roll_out_wholly(
     layout, inputs = dynamics.layout, inputs.detached()
     if not _suits(dynamics, inputs, keep):
         return None
-    first = layout.steps + 1 if keep is None else keep.first
-    tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", first, *kind_of_steps(layout))
+    first, block = (layout.steps + 1, 1) if keep is None else (keep.first, keep.block(layout.steps))
+    tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", (first, block), *kind_of_steps(layout))
     key = known_programs.key_of(dynamics, what, tensors)
     if key is None:
         return None
-    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, first, plainly))
+    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, first, block, plainly))
     if known is None or known.program is None:
         return None
     known.set_forms(dynamics)
@@ -65,12 +65,11 @@ def roll_out_wholly(
         if not unchanged:
             known.settle(dynamics)
     counts.gradients += layout.steps
-    size = sum([x.nbytes for x in stack])
     return state, Rollout(
         first=None if keep is None else keep.first,
         steps=layout.steps,
         updates=layout.inner_steps,
-        kept=Kept() if keep is None else Kept(1, max(0, layout.steps - first + 1), size),
+        kept=Kept() if keep is None else traced.kept_of(stack, block),
         stack=stack,
         losses=losses,
         handed_out=tuple(along),
@@ -115,25 +114,23 @@ def kind_of_steps(layout: Layout) -> tuple[int, int, int | None]:
 
 def _suits(dynamics: Dynamics, inputs: Inputs, keep: Keep | None) -> bool:
     layout, place = dynamics.layout, inputs.params[0].device
-    if keep is not None and keep.first <= layout.steps:
-        states = keep.stackable and keep.checkpoint == 1 and not (keep.offload or keep.gradients or keep.memory)
-        if not states:
-            return False
+    if keep is not None and keep.first <= layout.steps and (not keep.stackable or keep.offload or keep.gradients):
+        return False
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     alone = dynamics.micro_batches is None and layout.stream is None
     return alone and not ranks and not torch.is_inference_mode_enabled() and layout.steps > 0 and place.type == "cpu"
 
 
-def _function(dynamics: Dynamics, first: int, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
-    """``(numbers, *inputs) -> (0 if all is finite, losses, *handed out, *final state, *states of all steps)``."""
+def _function(dynamics: Dynamics, first: int, block: int, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
+    """``(numbers, *inputs) -> (0 if all is finite, losses, *handed out, *final state, *kept states)``."""
     dynamics = replace(dynamics, compile=False)
-    layout, keep = dynamics.layout, Keep(first)
+    layout, keep = dynamics.layout, Keep(first, block)
 
     def function(numbers: Tensor, *flat: Tensor) -> list[Tensor]:
         inputs = layout.inputs(flat)
         if tracing.current() is None:
             state, rollout = plainly(inputs, counts=Counts())
-            rows = [rollout.states[step] for step in range(first, layout.steps + 1)]
+            rows = [rollout.states[step] for step in range(first, layout.steps + 1, block)]
             stack = [torch.stack(column) for column in zip(*rows, strict=True)]
         else:
             nobody = Counts()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -11,71 +11,10 @@ from torch import Tensor
 from diffopt.rollout.along import NEVER, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
-from diffopt.rollout.layout import Layout
 from diffopt.rollout.record import Counts, Keep, Kept, Rollout, Watch
+from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
 from diffopt.tensors import derivatives, tracing
 from diffopt.tensors.leaves import Leaves
-
-
-class Stretch(NamedTuple):
-    """Steps ``first, ..., last``, each of so many updates."""
-
-    first: int
-    last: int
-    updates: int
-
-    @property
-    def length(self) -> int:
-        """How many steps these are."""
-        return self.last - self.first + 1
-
-
-def stretches(layout: Layout, first: int = 1) -> list[Stretch]:
-    """The steps from ``first`` on, in rows of equal ones: the last window may be short."""
-    last = layout.steps
-    if first > last:
-        return []
-    short = layout.length(last) < layout.window
-    whole = Stretch(first, last - short, layout.window)
-    return [*([whole] if whole.length else []), *([Stretch(last, last, layout.length(last))] if short else [])]
-
-
-@final
-class Reading:
-    """What steps read besides their state: what runs over steps, and what they share."""
-
-    def __init__(self, layout: Layout, numbers: Tensor | None = None) -> None:
-        """Of a problem whose tensors lie like this; ``numbers`` are those of the steps' first updates, if given."""
-        self._layout, self._numbers = layout, numbers
-        self._places = layout.places[layout.state_count :]
-        self.stepped = [place for place in self._places if layout.runs_over_steps(place)]
-        self.shared = [place for place in self._places if not layout.runs_over_steps(place)]
-
-    def rows(self, inputs: Inputs, stretch: Stretch) -> list[Tensor]:
-        """The numbers of the steps' first updates, and what runs over steps, each with a leading axis for these."""
-        if self._numbers is None:
-            first, window = self._layout.first_update(stretch.first), self._layout.window
-            end = first + stretch.length * window
-            numbers = torch.arange(first, end, window, dtype=torch.float64, device=inputs.params[0].device)
-        else:
-            numbers = self._numbers[stretch.first - 1 : stretch.last].double()
-        return [numbers, *[self.stacked(place, inputs.at(place), stretch) for place in self.stepped]]
-
-    def stacked(self, place: Place, tensor: Tensor, stretch: Stretch) -> Tensor:
-        """A view of what these steps see of the tensor at a place, steps in front; see ``Layout.slice_at``."""
-        layout, count = self._layout, stretch.length
-        axis, first = layout.step_axis(place), (stretch.first - 1) * layout.window
-        if place.part == "read":
-            return tensor.movedim(axis, 0)[first : first + (count - 1) * layout.window + 1 : layout.window]
-        part = tensor.narrow(axis, layout.start + first, count * stretch.updates)
-        if layout.window > 1:
-            part = part.view(*part.shape[:axis], count, stretch.updates, *part.shape[axis + 1 :])
-        return part.movedim(axis, 0)
-
-    def joined(self, stepped: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
-        """What one step reads, in order."""
-        known = dict(zip(self.stepped, stepped, strict=True)) | dict(zip(self.shared, shared, strict=True))
-        return [known[place] for place in self._places]
 
 
 def roll_out(
@@ -96,36 +35,33 @@ def roll_out(
     _refuse_what_cannot_be(dynamics, keep, stop)
     layout, inputs = dynamics.layout, inputs.detached()
     first = layout.steps + 1 if keep is None else keep.first
-    state, reading, parts = inputs.state.map(Tensor.clone), Reading(layout, numbers), []
+    block = 1 if keep is None else keep.block(layout.steps)
+    steps = Steps(dynamics, inputs, Reading(layout, numbers))
     autocast = derivatives.Autocast(inputs.params[0].device)
-    body = _body(dynamics, reading, keeps=first <= layout.steps)
     with torch.no_grad():
-        for stretch in stretches(layout):
-            rows, shared = reading.rows(inputs, stretch), [inputs.at(place) for place in reading.shared]
-            carry, made = tracing.scan(body(stretch.updates), list(state), rows, shared)
-            state = Leaves(carry)
-            parts.append(made)
-        columns = map(list, zip(*parts, strict=True))
-        stacks = [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
-        kept = layout.state_count if first <= layout.steps else 0
-        along = [x.movedim(0, len(layout.levels)) for x in stacks[: len(stacks) - kept]]
-        stack = Leaves([x[first - 1 :] for x in stacks[len(stacks) - kept :]])
+        state = inputs.state.map(Tensor.clone)
+        found = steps.in_blocks(state, first, block) if block > 1 else steps.one_by_one(state, first)
+        along = [x.movedim(0, len(layout.levels)) for x in found.along]
         losses = along[0] if along else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if watch.values:
-            note_finite([losses, *state])
+            note_finite([losses, *found.state])
     counts.gradients += layout.steps
-    size = sum([x.nbytes for x in stack])
-    return state, Rollout(
+    return found.state, Rollout(
         wanted=tuple(wanted),
         first=None if keep is None else keep.first,
         steps=layout.steps,
         updates=layout.inner_steps,
-        kept=Kept(1, max(0, layout.steps - first + 1), size) if keep is not None else Kept(),
-        stack=stack,
+        kept=Kept() if keep is None else kept_of(found.stack, block),
+        stack=found.stack,
         losses=losses,
         handed_out=tuple(along[1:]),
         autocast=autocast,
     )
+
+
+def kept_of(stack: Leaves, block: int) -> Kept:
+    """How much is kept in a stack of the states before every ``block``-th step."""
+    return Kept(block, len(stack[0]) if stack else 0, sum([x.nbytes for x in stack]))
 
 
 def note_finite(tensors: Sequence[Tensor]) -> None:
@@ -142,29 +78,105 @@ def _refuse_what_cannot_be(dynamics: Dynamics, keep: Keep | None, stop: Stop) ->
         tracing.refuse("a solve with micro_batches")
     if dynamics.layout.stream is not None:
         tracing.refuse("batches that are a function of the step")
-    if keep is not None and keep.first <= dynamics.layout.steps and keep.checkpoint not in (None, "graph", 1):
-        tracing.refuse(f"an estimator with checkpoint={keep.checkpoint!r}")
+    if keep is not None and keep.first <= dynamics.layout.steps and keep.checkpoint == "log":
+        tracing.refuse("an estimator with " + ("memory" if keep.memory else "checkpoint='log'"))
     if keep is not None and keep.gradients:
         tracing.refuse("an estimator that keeps inner gradients")
 
 
-def _body(dynamics: Dynamics, reading: Reading, *, keeps: bool) -> Callable[[int], tracing.Body]:
-    """A step of so many updates; its row has the losses, what is handed out, and the state before it if asked for."""
+class Rolled(NamedTuple):
+    """Where steps have led, what they have handed out, steps in front, and the states that are kept, likewise."""
 
-    def of(updates: int) -> tracing.Body:
+    state: Leaves
+    along: list[Tensor]
+    stack: Leaves
+
+
+@final
+class Steps:
+    """The steps of one rollout, in loops of equal ones."""
+
+    def __init__(self, dynamics: Dynamics, inputs: Inputs, reading: Reading) -> None:
+        """Of a problem with these inputs."""
+        self._dynamics, self._inputs, self._reading = dynamics, inputs, reading
+        self._shared = [inputs.at(place) for place in reading.shared]
+
+    def one_by_one(self, state: Leaves, first: int) -> Rolled:
+        """All steps, of which every state from that before step ``first`` on is kept."""
+        layout, parts = self._dynamics.layout, []
+        keeps = first <= layout.steps
+        for stretch in stretches(layout):
+            rows = self._reading.rows(self._inputs, stretch)
+            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps)
+            parts.append(made)
+        columns = _joined(parts)
+        end = len(columns) - (layout.state_count if keeps else 0)
+        return Rolled(state, columns[:end], Leaves([x[first - 1 :] for x in columns[end:]]))
+
+    def in_blocks(self, state: Leaves, first: int, length: int) -> Rolled:
+        """All steps, of which every ``length``-th state from that before step ``first`` on is kept."""
+        layout, along, kept = self._dynamics.layout, [], []
+        for stretch in [Stretch(1, first - 1, layout.window)] if first > 1 else []:
+            rows = self._reading.rows(self._inputs, stretch)
+            state, made = self.loop(state, rows, self._shared, stretch.updates)
+            along.append(made)
+        for part in blocks(layout, first, length):
+            rows = [x for s in part.stretches for x in part.cut(self._reading.rows(self._inputs, part.all_of(s)), s)]
+            carry, found = tracing.scan(self._block(part), list(state), rows, self._shared)
+            state, end = Leaves(carry), len(found) - layout.state_count
+            along.append([x.flatten(0, 1) for x in found[:end]])
+            kept.append(found[end:])
+        return Rolled(state, _joined(along), Leaves(_joined(kept)))
+
+    def _block(self, part: Blocks) -> tracing.Body:
+        """One block; its row has what its steps hand out, and the state before them."""
+
         def body(
             carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
         ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            flat = [*carry, *reading.joined(row[1:], shared)]
-            along, after = _step(dynamics, dynamics.layout.inputs(flat, of_step=True), row[0], updates)
-            return tuple(after), [*along, *(carry if keeps else ())]
+            state, along = Leaves(carry), []
+            for stretch, rows in zip(part.stretches, part.by_stretch(row), strict=True):
+                state, made = self.loop(state, rows, shared, stretch.updates, nested=True)
+                along.append(made)
+            return tuple(state), [*_joined(along), *carry]
 
         return body
 
-    return of
+    def loop(
+        self,
+        state: Leaves,
+        rows: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        updates: int,
+        *,
+        hands_out: bool = True,
+        keeps: bool = False,
+        nested: bool = False,
+    ) -> tuple[Leaves, list[Tensor]]:
+        """Steps of so many updates each; returns the state after them, and what all have handed out.
+
+        Behind that, if it is to be kept, the state before each.
+        """
+
+        def body(
+            carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
+        ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            flat = [*carry, *self._reading.joined(row[1:], shared)]
+            now = self._dynamics.layout.inputs(flat, of_step=True)
+            along, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out)
+            return tuple(after), [*along, *(carry if keeps else ())]
+
+        carry, made = tracing.scan(body, list(state), rows, shared, nested=nested)
+        return Leaves(carry), made
 
 
-def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int) -> tuple[list[Tensor], Leaves]:
+def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The rows of all steps, from those of parts of them."""
+    columns = map(list, zip(*parts, strict=True))
+    return [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
+
+
+def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool) -> tuple[list[Tensor], Leaves]:
     """What a step hands out, and the state after it; as ``loop.take_step``, without a graph."""
     aux: list[Tensor] = []
     with torch.enable_grad():
@@ -173,6 +185,8 @@ def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int) -> tuple[li
         grads = derivatives.or_zeros(derivatives.gradient(losses, params, differentiable=False), params)
     with torch.no_grad():
         after = dynamics.updates(now.state, grads, now.hyperparameters, first, updates)
+    if not hands_out:
+        return [], after
     observed: Sequence[Tensor] = ()
     if dynamics.observer is not None:
         with torch.enable_grad():

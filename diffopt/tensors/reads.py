@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffopt.tensors.captures import LARGE, OF_EVERY_MODULE, content_of, everything_held, global_names
+from diffopt.tensors.unseen import Unseen
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes})
 
@@ -25,6 +26,9 @@ class Reads:
 
     Of imported modules that is looked at which the code of a function names. A tensor counts as the same
     while it is the same object, whatever its numbers; a number by its value, and a small array by those in it.
+
+    Attributes:
+        unseen: the name of something of which a change cannot be seen, such as an iterator; ``None``: nothing is known.
     """
 
     def __init__(self, functions: Iterable[object]) -> None:
@@ -36,7 +40,10 @@ class Reads:
         self._references: list[weakref.ref[Any]] = []
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._classes: set[type] = set()
+        functions = [*functions]
+        self._unseen = Unseen(functions)
         held = everything_held(functions, self._besides)
+        self.unseen = self._unseen.what()
         self._cells = held.cells
         self._names += held.names
         self._containers += held.containers
@@ -78,6 +85,8 @@ class Reads:
 
     def _besides(self, value: Any) -> Iterator[Any]:
         """Take note of what else can be read of an object; yields what that leads to."""
+        if not isinstance(value, types.FunctionType) or not _is_installed(value.__module__):
+            self._unseen.note(value)
         if isinstance(value, types.FunctionType):
             self._functions.append(value)
             if vars(value):
@@ -124,7 +133,9 @@ class Reads:
                 self._classes.add(part)
                 for name, found in vars(part).items():
                     self._names.append((vars(part), name))
-                    yield getattr(found, "fget", None) or getattr(found, "__func__", found)
+                    method = getattr(found, "fget", None) or getattr(found, "__func__", found)
+                    self._unseen.note_method(method)
+                    yield method
                     if isinstance(found, type):
                         yield from self._of_class(found)
 

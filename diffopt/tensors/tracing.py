@@ -60,6 +60,8 @@ class Trace:
 
     def given(self, constant: Tensor) -> Tensor:
         """What stands, in the graph, for a tensor that has been captured."""
+        if self.inside:  # of a step: it goes on as its own, until it comes out of all loops
+            return constant
         tools = _Tools()
         tracer = tools.proxies.get_proxy_mode().tracer
         if isinstance(constant, FakeTensor):
@@ -82,15 +84,15 @@ class Trace:
         return found
 
     @contextmanager
-    def within_step(self) -> Iterator[None]:
-        """While a step of a scan is traced."""
-        if self.inside:
+    def within_step(self, *, nested: bool) -> Iterator[None]:
+        """While a step of a scan is traced, which may itself be part of a step if it is ``nested``."""
+        if self.inside and not nested:
             raise NotTraceableError("a solve within the loss of another")
-        self.inside = True
+        before, self.inside = self.inside, True
         try:
             yield
         finally:
-            self.inside = False
+            self.inside = before
 
 
 _now: ContextVar[Trace | None] = ContextVar("trace", default=None)
@@ -234,7 +236,7 @@ def _refuse_frozen(graph: Any) -> None:
 
 
 def scan(
-    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]
+    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor], *, nested: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A body applied to one row after the other, as one node of the trace that is being made.
 
@@ -243,6 +245,7 @@ def scan(
         carry: what goes from step to step.
         rows: tensors with a leading axis that runs over steps.
         shared: what every step reads.
+        nested: whether it may be part of a body itself; else it is taken for a solve within a loss.
 
     Returns:
         The last carry, and the rows of all steps, stacked.
@@ -265,7 +268,7 @@ def scan(
         return [x.detach().clone(memory_format=torch.contiguous_format) for x in (*after, *row)]
 
     tools = _Tools()
-    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step():
+    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=nested):
         samples = [x.detach().clone() for x in (*carry, *[x[0] for x in rows], *shared)]
         graph = tools.proxies.make_fx(flat)(*samples)
     _refuse_frozen(graph)

@@ -5,10 +5,12 @@ The graphs run as they were traced (``conftest.py``); what inductor makes of the
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from interpreted import Interpreted
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import FirstOrder, Reptile, Reverse
+from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
 from diffopt.rollout import compiled, known_programs
 
 pytestmark = pytest.mark.compiler
@@ -81,6 +83,62 @@ def test_programs_are_made_once_and_used_again() -> None:
     assert Interpreted.made == 3
     plain = solve(loss, compile=False)[1]
     torch.testing.assert_close((end.params, end.losses), (plain.params.detach(), plain.losses.detach()))
+
+
+def test_checkpoints_are_programs_too() -> None:
+    """The root of 7 steps is every third state; ``again``: how many steps lie between states that are kept."""
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a)
+
+    def grad(w: Tensor, solution: Any) -> Tensor:
+        return torch.autograd.grad(solution.params.square().sum() + solution.losses.prod(), w)[0]
+
+    given = {"steps": 7, "optimizer": diffopt.SGD(0.05, momentum=0.5)}
+    expected = grad(*solve(loss, compile=False, **given))
+    cases: tuple[tuple[Any, int, int, int], ...] = (
+        *((1, 7, 0, 2), ("graph", 7, 0, 2), (None, 7, 0, 2)),
+        *((3, 3, 4, 4), ("sqrt", 3, 4, 4), (9, 1, 6, 6)),
+    )
+    for checkpoint, states, again, made in cases:
+        for _ in range(3):
+            w, solution = solve(loss, estimator=Reverse(checkpoint), **given)
+            torch.testing.assert_close(grad(w, solution), expected, rtol=1e-12, atol=0)
+            counts, kept = solution.counts, solution.kept
+            assert (kept.states, kept.bytes) == (states, 32 * states)
+            assert (counts.gradients, counts.products, counts.extra_steps) == (7 + again, 7, 7 + again)
+        assert Interpreted.made == made
+
+
+def test_all_states_are_kept_while_they_are_few_unless_it_is_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``checkpoint=None``: as with graphs, within a budget."""
+    monkeypatch.setattr("diffopt.rollout.loop.GRAPH_BUDGET", 7 * 16 - 1)
+    for steps, rule, states in ((6, Reverse(), 6), (7, Reverse(), 3), (7, Reverse(1), 7), (7, Truncated(6), 6)):
+        both(lambda s: s.params.sum(), steps=steps, estimator=rule, times=2)
+        assert solve(steps=steps, estimator=rule)[1].kept.states == states
+
+
+@pytest.mark.parametrize("rule", [Reverse("log"), Reverse(memory="2GB"), Reverse(2, offload="disk")], ids=repr)
+def test_other_ways_to_store_states_are_compiled_step_by_step(rule: Any, falls_back: None) -> None:
+    both(lambda s: s.params.sum(), steps=5, estimator=rule)
+    assert Interpreted.made == 0
+
+
+@pytest.mark.parametrize("rule", [Reverse("sqrt"), MultiStep(2, Reverse(2))], ids=repr)
+def test_blocks_under_transforms(rule: Any) -> None:
+    """Several levels of vmap, each task with its own hyperparameter; and many cotangents of one solve."""
+    lrs = torch.linspace(0.01, 0.05, 6, dtype=torch.float64).reshape(2, 3)
+
+    def of_task(lr: Tensor, compile: bool) -> Tensor:
+        given = {"optimizer": diffopt.SGD(lr), "steps": 7, "estimator": rule, "compile": compile}
+        return solve(w=start().detach(), **given)[1].params
+
+    found = []
+    for compile in (True, False):
+        function = vmap(vmap(lambda lr, compile=compile: of_task(lr, compile).square().sum()))
+        jacobian = torch.func.jacrev(lambda lr, compile=compile: of_task(lr, compile))(lrs[0, 0])
+        found.append((torch.func.grad(lambda x, function=function: function(x).sum())(lrs), jacobian))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_what_is_handed_out_along_the_way_and_its_derivatives() -> None:
@@ -213,10 +271,11 @@ def test_what_changes_and_does_not_matter_may_change() -> None:
     assert Interpreted.made == 2
 
 
-def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass() -> None:
+@pytest.mark.parametrize("checkpoint", [1, 2])
+def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(checkpoint: int) -> None:
     for _ in range(3):
-        solve(scaled)[1].params.sum().backward()
-    _, solution = solve(scaled)
+        solve(scaled, estimator=Reverse(checkpoint))[1].params.sum().backward()
+    _, solution = solve(scaled, estimator=Reverse(checkpoint))
     SCALE[0] = 2.0
     with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
         solution.params.sum().backward()
@@ -236,24 +295,29 @@ def test_a_change_of_later_steps_only_is_noticed_and_the_program_given_up() -> N
     torch.testing.assert_close(found, solve(loss, compile=False)[1].params, rtol=1e-12, atol=0)
 
 
-def endless(box: list[float]) -> Iterator[float]:
-    while True:
-        yield box[0]
-
-
 def test_a_change_that_nobody_sees_is_noticed_by_and_by() -> None:
-    """What a generator holds; the fourth use is compared."""
-    box = [1.0]
-    hidden = endless(box)
+    """In a large array, which is data; the fourth use is compared."""
+    hidden = np.ones(2000)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return float(hidden[0]) * quadratic(w, a)
+
+    for _ in range(3):
+        solve(loss)
+    hidden[0] = 2.0
+    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
+        solve(loss)
+
+
+def test_no_program_is_made_of_what_is_known_to_change_unseen(falls_back: None) -> None:
+    """Its steps are compiled, of which the first one is looked at in every solve."""
+    hidden = itertools.cycle([1.0])
 
     def loss(w: Tensor, a: Tensor) -> Tensor:
         return next(hidden) * quadratic(w, a)
 
-    for _ in range(3):
-        solve(loss)
-    box[0] = 2.0
-    with pytest.raises(diffopt.CapturedTensorError, match="has changed since it was compiled"):
-        solve(loss)
+    both(lambda s: s.params.sum(), loss)
+    assert Interpreted.made == 0
 
 
 def test_captured_tensors_are_read_anew_and_refused_if_they_require_grad(falls_back: None) -> None:
