@@ -1893,7 +1893,7 @@ FAULTS = [
     Fault(
         "no state of a loss is looked for",
         "Adjoint.run",
-        'state = check and (dynamics.compile or keep.checkpoint not in ("graph", None))',
+        "state = check and (dynamics.compile or recomputed)",
         "state = False",
         "hidden_state",
     ),
@@ -2134,8 +2134,8 @@ FAULTS = [
     Fault(
         "the backward pass of a stopped solve takes all steps",
         "pull_back",
-        "dynamics=call.dynamics.until(call.record.rollout.steps))\n    end",
-        "dynamics=call.dynamics)\n    end",
+        "call = call.until_its_end()\n    end",
+        "end",
         "along",
     ),
     Fault(
@@ -4652,8 +4652,8 @@ FAULTS = [
     Fault(
         "state of a loss is looked for where no backward pass reads it",
         "Adjoint.run",
-        "check and keep.evaluates and",
-        "check and",
+        "recomputed = keep.evaluates and",
+        "recomputed =",
         "params_of_a_block",
     ),
     Fault(
