@@ -4121,7 +4121,7 @@ FAULTS = [
         "saturation",
         "return abs(last) / first if first > 0",
         "return last / first if first > 0",
-        "experiments",
+        "anil_experiment",
     ),
     Fault(
         "tasks of many ways come in batches of few",
