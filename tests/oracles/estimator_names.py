@@ -44,9 +44,9 @@ def exact(steps: int, *names: str) -> dict[str, Any]:
     return {name: every[name] for name in names or every}
 
 
-def biased(steps: int = 2) -> dict[str, Any]:
+def biased(steps: int, *names: str) -> dict[str, Any]:
     """What looks at part of the steps only, at ``steps`` of them or to that order; or at differences."""
-    return {
+    every = {
         "truncated": Truncated(steps, checkpoint=1),
         "first order": FirstOrder(),
         "reptile": Reptile(),
@@ -56,3 +56,4 @@ def biased(steps: int = 2) -> dict[str, Any]:
         "implicit": Implicit(GMRES(throw=False)),
         "evolution": ESJacobian(4, 1e-3),
     }
+    return {name: every[name] for name in names or every}
