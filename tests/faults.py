@@ -23,7 +23,7 @@ def read(table: str) -> list[Fault]:
     """The faults of a table.
 
     Of each it has what is wrong, and indented below it where that is and which tests, after a minus what stands there,
-    after a plus what is put in its place.
+    after a plus what is put in its place, if anything is.
     """
     found: list[list[str]] = []
     for line in table.splitlines():
@@ -2552,9 +2552,26 @@ every number of steps gets a program of its own, without end
     _is_one_of_many, whole_programs
     - return len(alike) >= _MOST_ALIKE
     + return False
+
+# what is left out altogether
+a checkpoint without a seal is believed whatever its members' checksums
+    check_seal, run_files
+    -  or members.testzip() is not None
+the text of an error leaves out its fix
+    DiffoptError.__str__, error_fields
+    - {f'; {self.fix}' if self.fix else ''}
+a raised copy takes what is written into a tensor
+    InDouble.__torch_function__, check_solve
+    - and not _needs_itself(func)
+a program of one observer serves another
+    Known.serves, whole_programs
+    - and self._observes == _identity(dynamics)
+the descent of the toy is not held within its bounds
+    measure, yardsticks_experiment
+    - .clamp(LOW, HIGH)
 """
 
-# What ends in white space, or is taken away altogether, would not show in the table.
+# What ends in white space would not show in the table.
 FAULTS = [
     *read(TABLE),
     Fault(
@@ -2577,13 +2594,6 @@ FAULTS = [
         "breakdown, active = breakdown | (active & ~convex), ",
         "breakdown, active = breakdown, ",
         "linear_solve",
-    ),
-    Fault(
-        "a checkpoint without a seal is believed whatever its members' checksums",
-        "check_seal",
-        " or members.testzip() is not None",
-        "",
-        "run_files",
     ),
     Fault(
         "the warning of what was not compiled does not name the path",
@@ -2641,13 +2651,6 @@ FAULTS = [
         "        rule=estimator,\n",
         "",
         "compare_notes",
-    ),
-    Fault(
-        "the text of an error leaves out its fix",
-        "DiffoptError.__str__",
-        "{f'; {self.fix}' if self.fix else ''}",
-        "",
-        "error_fields",
     ),
     Fault(
         "modules keep the weights of a recomputation",
@@ -2720,13 +2723,6 @@ FAULTS = [
         "pickle_bombs",
     ),
     Fault(
-        "a raised copy takes what is written into a tensor",
-        "InDouble.__torch_function__",
-        "and not _needs_itself(func)",
-        "",
-        "check_solve",
-    ),
-    Fault(
         "functional takes a module within hooks",
         "functional",
         "    refuse_wrapper(module)\n",
@@ -2734,24 +2730,10 @@ FAULTS = [
         "sharded",
     ),
     Fault(
-        "a program of one observer serves another",
-        "Known.serves",
-        "and self._observes == _identity(dynamics)",
-        "",
-        "whole_programs",
-    ),
-    Fault(
         "the checksum of a file is that of its beginning",
         "KnownFile._compare",
         "            digest.update(part)\n",
         "            digest.update(part[:CHUNK])\n            break\n",
         "every_set",
-    ),
-    Fault(
-        "the descent of the toy is not held within its bounds",
-        "measure",
-        ".clamp(LOW, HIGH)",
-        "",
-        "yardsticks_experiment",
     ),
 ]
