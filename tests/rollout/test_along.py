@@ -172,7 +172,7 @@ def test_a_jacobian_of_all_losses():
     assert rows.norm() > 0.1
 
 
-BIASED = {**estimator_names.biased(), "windows": MultiStep(1, Truncated(1))}
+BIASED = {**estimator_names.biased(2), "windows": MultiStep(1, Truncated(1))}
 
 
 @pytest.mark.parametrize("rule", BIASED.values(), ids=BIASED)
