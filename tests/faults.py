@@ -2602,20 +2602,8 @@ FAULTS = [
         "reason = None\n",
         "compiler_paths",
     ),
-    Fault(
-        "an error cannot be imported from the package",
-        "__all__",
-        '    "GradModeError",\n',
-        "",
-        "public_names",
-    ),
-    Fault(
-        "torch.compile traces into a solve",
-        "solve",
-        "@transforms.outside_compile\n",
-        "",
-        "modes",
-    ),
+    Fault("an error cannot be imported from the package", "__all__", '    "GradModeError",\n', "", "public_names"),
+    Fault("torch.compile traces into a solve", "solve", "@transforms.outside_compile\n", "", "modes"),
     Fault(
         "a generator's own state is not taken on by what takes none",
         "_drawing_globally",
@@ -2645,13 +2633,7 @@ FAULTS = [
         '    "no such words": ',
         "torch_errors",
     ),
-    Fault(
-        "a row does not hold its rule",
-        "_row",
-        "        rule=estimator,\n",
-        "",
-        "compare_notes",
-    ),
+    Fault("a row does not hold its rule", "_row", "        rule=estimator,\n", "", "compare_notes"),
     Fault(
         "modules keep the weights of a recomputation",
         "_Unpack.__call__",
@@ -2723,11 +2705,7 @@ FAULTS = [
         "pickle_bombs",
     ),
     Fault(
-        "functional takes a module within hooks",
-        "functional",
-        "    refuse_wrapper(module)\n",
-        "    pass\n",
-        "sharded",
+        "functional takes a module within hooks", "functional", "    refuse_wrapper(module)\n", "    pass\n", "sharded"
     ),
     Fault(
         "the checksum of a file is that of its beginning",

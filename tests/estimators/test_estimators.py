@@ -32,12 +32,7 @@ def test_exact_rules_equal_autograd_through_a_plain_loop(case, estimator):
     assert relative_error(hypergradient(problem, case, 5, estimator), expected) < ROUND_OFF
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    steps=st.integers(1, 12),
-    definite=st.booleans(),
-    estimator=st.sampled_from(EXACT),
-)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), definite=st.booleans(), estimator=st.sampled_from(EXACT))
 def test_quadratics_have_their_closed_form_hypergradient(seed, steps, definite, estimator):
     generator = torch.Generator().manual_seed(seed)
     problem = Quadratic.random(4, definite=definite, generator=generator)

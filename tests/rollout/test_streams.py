@@ -36,10 +36,7 @@ def loss(w, decay, batch):
 
 def data(steps: int = STEPS, size: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {
-        "x": torch.randn(steps, size, 3, generator=generator),
-        "y": torch.randn(steps, size, generator=generator),
-    }
+    return {"x": torch.randn(steps, size, 3, generator=generator), "y": torch.randn(steps, size, generator=generator)}
 
 
 def of(stack: dict[str, Tensor]):
