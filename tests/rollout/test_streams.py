@@ -285,9 +285,8 @@ def test_a_tensor_of_a_transform_around_the_solve_is_refused(transform, use, rul
             return (batch.sum() * w).square().sum()
 
         optimizer = diffopt.SGD(0.1)
-        return solve(
-            square, torch.ones(2), optimizer=optimizer, steps=2, batches=lambda i: use(x, i), estimator=rule
-        ).params
+        options = {"optimizer": optimizer, "steps": 2, "batches": lambda i: use(x, i), "estimator": rule}
+        return solve(square, torch.ones(2), **options).params
 
     with pytest.raises(CapturedTensorError, match=r"belongs to a torch\.func transform.*\*args"):
         TRANSFORMS[transform](task, torch.ones(3, 4))
@@ -300,9 +299,8 @@ def test_an_argument_is_indexed_inside_the_loss_instead(transform, rule):
         def square(w, x, index):
             return (x[index].sum() * w).square().sum()
 
-        return solve(
-            square, torch.ones(2), x, optimizer=diffopt.SGD(0.1), steps=2, batches=torch.tensor, estimator=rule
-        ).params
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "batches": torch.tensor, "estimator": rule}
+        return solve(square, torch.ones(2), x, **options).params
 
     def stacked(x):
         def square(w, x, batch):
