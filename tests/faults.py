@@ -19,244 +19,2804 @@ class Fault(NamedTuple):
     tests: str
 
 
+def read(table: str) -> list[Fault]:
+    """The faults of a table.
+
+    Of each it has what is wrong, and indented below it where that is and which tests, after a minus what stands there,
+    after a plus what is put in its place, if anything is.
+    """
+    found: list[list[str]] = []
+    for line in table.splitlines():
+        if line.startswith("    "):
+            found[-1].append(line[4:])
+        elif line and not line.startswith("#"):
+            found.append([line])
+    faults = []
+    for what, place, *lines in found:
+        where, tests = place.split(", ")
+        faults.append(Fault(what, where, _after("- ", lines), _after("+ ", lines), tests))
+    return faults
+
+
+def _after(sign: str, lines: list[str]) -> str:
+    return "\n".join(line.removeprefix(sign) for line in lines if line.startswith(sign))
+
+
+TABLE = r"""
+the adjoint of the first step is dropped
+    Replay.block, estimators
+    - for step in range(first, last + 1):
+    + for step in range(first + (first == 1), last + 1):
+direct terms keep the last step's instead of the sum
+    DirectTerms.add, binomial
+    - self._sums[place] + term if place in self._sums else term
+    + term
+the direct term of a batch goes to the step after it
+    DirectTerms.add, estimators
+    - self._layout.slice_at(place, self._sums[place], step).copy_
+    + self._layout.slice_at(place, self._sums[place], min(step + 1, self._trajectory.steps)).copy_
+a checkpointed block starts one state late
+    Keeper._store, estimators
+    - self.states[step] = state
+    + self.states[step + 1] = state
+the gradient inside a recorded step is a constant (no curvature)
+    take_step, estimators
+    - losses, params, step, differentiable=ground.linked
+    + losses, params, step, differentiable=False
+every step sees the first batch
+    Layout.slice_at, estimators
+    -             return tensor.select(axis, first)
+    +             return tensor.select(axis, 0)
+truncation keeps one step too many
+    Truncated._first, estimators
+    - return max(1, trajectory.steps - self.steps + 1)
+    + return max(1, trajectory.steps - self.steps)
+the sign of weight decay is wrong
+    decayed, checks
+    - grads + weight_decay
+    + grads - weight_decay
+the first momentum step is dampened
+    SGD._dampened, optimizers
+    - return direction if first else (1 - self.dampening) * direction
+    + return (1 - self.dampening) * direction
+Adam's bias correction is one step behind
+    _adam_move, optimizers
+    - mean / (1 - beta1**step)
+    + mean / (1 - beta1 ** (step + 1))
+the root has an infinite slope at zero
+    root, optimizers
+    - torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
+    + x.sqrt()
+a Kronecker factor is transposed
+    _multiply_axes, optimizers
+    - (matrix @ moved
+    + (matrix.mT @ moved
+forward mode leaves out the mixed derivative
+    MovingProblem.take_step, estimators
+    - tangents = [*layout.params(moving), *([rate] if of_loss else [])]
+    + tangents = [*layout.params(moving), *([0 * rate] if of_loss else [])]
+forward mode leaves out the tangent of the hyperparameters
+    MovingProblem.take_step, estimators
+    - *(rate for _ in of_update)
+    + *(0 * rate for _ in of_update)
+shared inputs of a vmapped pullback are not given a task axis
+    _Pullback.vmap, composition
+    - own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))
+    + own = set(range(count)) | set(range(inputs, len(tensors)))
+hyperparameters batched by the inner vmap only are aligned with the outer one
+    Dynamics._aligned, levels
+    - enumerate(reversed(self.layout.levels))
+    + enumerate(self.layout.levels)
+random numbers are drawn anew in the backward pass
+    Replay._take, randomness
+    - with self._rollout.replay(step, losses.device):
+    + with self._rollout.replay(None, losses.device):
+a used-up record is used again
+    Trajectory._blocks_backwards, randomness
+    - while end >= first:
+    -             self.record.usable = False
+    + while end >= first:
+    +             self.record.usable = True
+Reptile points away from the solution
+    Reptile.pullback, every_rule
+    - trajectory.inputs.params - layout.params(trajectory.final)
+    + layout.params(trajectory.final) - trajectory.inputs.params
+an order of the binomial rule leaves out its earliest step
+    Binomial.pullback, binomial
+    - low, high = first + last - order, steps - order + 1
+    + low, high = first + last - order + (order == 1), steps - order + 1
+the binomial rule forgets its scale
+    Binomial.pullback, binomial
+    - self.scale * updates.to_gradient(
+    + updates.to_gradient(
+the binomial rule takes mixed products at every order
+    Binomial.pullback, binomial
+    - mixed, before = order == last and curvature.reads_wanted,
+    + mixed, before = curvature.reads_wanted,
+the binomial window is one step too long
+    Binomial.pullback, binomial
+    - first, last = steps - curved + 1,
+    + first, last = max(1, steps - curved),
+E' is taken without its curvature's step (C instead of E)
+    DiagonalBlocks.to_gradient, every_rule
+    - adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)
+    + adjoints[self._part(out)]
+the hyperparameters' terms of parallel rules are dropped
+    UpdateGraph.to_hyperparameters, binomial
+    - return dict(zip(self.hypers, terms, strict=True))
+    + return {}
+the Krylov system has the wrong sign
+    AdjointSystem.matvec, krylov
+    - return x - self.tasks_first(self.scan(
+    + return x + self.tasks_first(self.scan(
+a window's updates all count as its first step
+    Dynamics.updates, multi_step
+    - hyperparameters, i), first + i)
+    + hyperparameters, i), first)
+the last window is not short
+    Layout.length, multi_step
+    - return min(self.window, self.inner_steps - (step - 1) * self.window)
+    + return self.window
+the implicit system lacks the identity
+    LastStep.system, implicit
+    - return through if self._root else (v - past) - through
+    + return through
+the implicit system forgets what its update hands on
+    LastStep.system, implicit
+    - return through if self._root else (v - past) - through
+    + return through if self._root else v - through
+a minimiser may be far away if the loss's units are small
+    refuse_long_step, stationarity
+    - if not bool((step <= 10 * allowed
+    + if False and not bool((step <= 10 * allowed
+the gradient of implicit is differentiated with the wrong sign
+    LastStep.cotangents, implicit
+    - solution[i] = -x if self._root else x
+    + solution[i] = x
+the implicit rule gives the proximal center no hypergradient
+    LastStep.cotangents, implicit
+    - initial[i] = cotangent[i] + term
+    + initial[i] = cotangent[i]
+the Neumann series adds what it should subtract
+    Neumann.iterate, linear_solve
+    - x, r = x + move, r - matvec(move)
+    + x, r = x + move, r + matvec(move)
+orthonormal directions lack their factor
+    directions, es_jacobian
+    - return frame.movedim(-1, 0).to(base.device), float(size)
+    + return frame.movedim(-1, 0).to(base.device), 1.0
+central differences are divided by one radius
+    ESJacobian.pullback, es_jacobian
+    - group.rolled_out(-self.radius * z)) / (2 * self.radius)
+    + group.rolled_out(-self.radius * z)) / self.radius
+lifting: no_grad in a step cuts
+    AsPureFunction.__torch_function__, lift_third_party
+    - if name == "_set_grad_enabled"
+    + if name == "never"
+lifting: a root's slope at zero is infinite
+    RULES, from_torch
+    - "sqrt": root
+    + "sqrt": torch.sqrt
+lifting: a learned zero is left out
+    _answer_about, from_torch
+    - return question == "ne"
+    + return question == "eq"
+lifting: a changed view goes unnoticed
+    _put, from_torch
+    - if any(source is not target and
+    + if any(False and
+lifting: an old view goes unnoticed
+    _read, from_torch
+    - if source.value is not seen and
+    + if False and
+lifting: a number loses its derivative
+    _number, from_torch
+    - value.double() if
+    + value.detach().double() if
+lifting: an option's derivative is lost in alpha
+    _add, from_torch
+    - else input + alpha * other
+    + else input + alpha.detach() * other
+lifting: tasks take the first one's branch
+    _decide, from_torch
+    - != bool(plain.any())
+    + != bool(plain.all())
+lifting: all leaves get the first one's option
+    _updated, from_torch
+    - learned_cell(x, part[0])
+    + learned_cell(x, 0)
+lifting: the count of steps is one ahead
+    restore, from_torch
+    - value = _expected(memory, step - 1)
+    + value = _expected(memory, step)
+lifting: state is given back at the first step too
+    _updated, from_torch
+    - if step > 1:
+    -             for store
+    + if step > 0:
+    +             for store
+lifting: a changed attribute goes unnoticed
+    TorchClass.observe, from_torch
+    - before.get(name) != after.get(name)
+    + False
+lifting: values are not compared
+    compare_values, from_torch
+    - if not error <= allowed:
+    + if error > 9:
+lifting: dead coordinates are not looked at
+    _check_derivatives, from_torch
+    - for dead in (False, True)
+    + for dead in (False,)
+lifting: derivatives are not compared
+    _compare_with_differences, from_torch
+    - if abs(got - expected) <=
+    + if 0 <=
+lifting: batches are not compared
+    _check_batches, from_torch
+    - if not error <= 1e-6
+    + if error > 9
+the last order of the binomial rule leaves out its latest step
+    Binomial.pullback, binomial
+    - low, high = first + last - order, steps - order + 1
+    + low, high = first + last - order, steps - order + (order < last)
+the loss's terms of the Krylov rule belong to the adjoints after the free step
+    Krylov.pullback, krylov
+    - system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)
+    + system.curvature.product(system.to_gradient(stack + residual, cotangent), 1, direct)
+products that are not needed are counted
+    ParallelCurvature.product, costs
+    - len(steps) if counted is None else counted
+    + len(steps)
+the mixed derivatives of a batch of steps are dropped
+    ParallelCurvature._pull, binomial
+    - direct.add(steps[0], {place: term})
+    + pass
+GMRES does not orthogonalise
+    minimal_residual, linear_solve
+    - w = tasks.plus(w, -column[-1], q)
+    + w = tasks.plus(w, 0 * column[-1], q)
+GMRES believes its recurrence instead of the residual
+    GMRES.iterate, linear_solve
+    - size = tasks.norm(b - matvec(x)) if used
+    + size = 0 * tasks.norm(b - matvec(x)) if used
+a task that has converged moves on with the others
+    ConjugateGradient.iterate, linear_solve
+    - alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0)
+    + alpha = rr / curvature
+the Neumann series steps by the largest eigenvalue instead of its inverse
+    Neumann.iterate, linear_solve
+    - step, used = 1 / largest_eigenvalue(
+    + step, used = largest_eigenvalue(
+a diverging Neumann series is a solution
+    Neumann.iterate, linear_solve
+    - breakdown = ~(residual <= first)
+    + breakdown = residual != residual
+Nystrom's small system lacks the damping
+    Nystrom.iterate, linear_solve
+    - c.mT @ c / rho
+    + c.mT @ c
+in half precision the recurrence's residual stands for the true one
+    ConjugateGradient._judged, half_precision
+    - if precision or (rr.dtype
+    + if (rr.dtype
+in single precision the recurrence's residual stands for the true one
+    ConjugateGradient._judged, linear_solve
+    - (rr.dtype != torch.float64 and not all_stopped(converged))
+    + False
+compiled pullbacks leave the curvature out
+    Pullbacks._evaluate, compiled
+    - derivatives.filled(found, params), now.hyperparameters
+    + derivatives.or_zeros(found, params), now.hyperparameters
+compiled steps of one optimizer serve another
+    kind_of, compiled
+    - structures, autocast, optimizer)
+    + structures, autocast)
+compiled steps of one window serve another
+    _Lookup.__call__, compiled
+    - (*self._what, self._dynamics.layout.window, updates)
+    + (*self._what, updates)
+step by step, the push is taken away
+    StepByStep.through, step_by_step
+    - self._trajectory.layout.pushed(before, push)
+    + self._trajectory.layout.pushed(before, -push)
+step by step, the mixed products are lost
+    StepByStep.curvature, step_by_step
+    - self._direct.add(step, dict(zip(read, terms[len(params) :], strict=True)))
+    + pass
+compiled pullbacks forget the rollout's autocast
+    Trajectory._compiled_sweep, compiled
+    - with self.rollout.replay(None, device):
+    + if True:
+chunks of tasks draw their own numbers where all should draw the same
+    _Mean.forward, over_tasks
+    - random_state.snapshot(device) if call.randomness == "same" else None
+    + None
+a linked step's gradient runs through the update before it
+    Block.slice, update_blocks
+    - x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    + x if x.requires_grad else x.detach().requires_grad_()
+squares are summed in half precision
+    Tasks.dot, inner_products
+    - pairs = zip(a.widened(), b.widened(), strict=True)
+    + pairs = zip(a, b, strict=True)
+the fixed point is never that of the whole state
+    LastStep.__init__, implicit
+    - range(count if whole_state else params)
+    + range(params)
+stationarity is measured against the whole way, not the average step
+    LastStep._report, compare_notes
+    - self._layout.steps * distance / way
+    + distance / way
+a copy that watches hides from the problem what rule it is given
+    _watched, compare
+    - steps = copy.copy(rule), list[int]()
+    + steps = Reverse(1), list[int]()
+a comparison looks once whether the problem repeats itself
+    _timed, compare
+    - _refuse_change(expected, losses[0])
+    + pass
+a picture draws what failed
+    Comparison.plot, compare
+    - rows = [row for row in self.rows if row.failure is None]
+    + rows = list(self.rows)
+a comparison in which everything failed is a table
+    compare, compare
+    - if rows and all(row.failure for row in rows):
+    + if False:
+an implicit rule's residual is taken for Krylov's
+    krylov_residual, compare
+    - if "stationarity" not in record.diagnostics]
+    + ]
+what is no better than zero is said of some rules only
+    _row_notes, compare
+    - elif row.relative_error >= 1:
+    + elif row.relative_error >= 1 and row.estimator.startswith("MultiStep"):
+no rule counts as random
+    _row, compare
+    - random=estimator.claims(max(solves, default=1)).random
+    + random=False
+every rule counts as used
+    _row, compare
+    - used=bool(solves)
+    + used=True
+tasks share their random directions
+    directions, es_jacobian
+    - frame = q * r.diagonal
+    + frame = q.reshape(-1, *q.shape[-2:])[0].expand(q.shape) * r.diagonal
+
+# the files of a run and of a data folder
+a checkpoint is believed whatever its checksum
+    load_tensors, run_files
+    -         check_seal(content)
+    +         len(content)
+a file is written where it lies
+    replacing, run_files
+    - partial = path.with_name(path.name + ".partial")
+    + partial = path
+two processes write one run
+    lock, run_files
+    - fcntl.LOCK_EX | fcntl.LOCK_NB
+    + fcntl.LOCK_SH | fcntl.LOCK_NB
+the second process of a job writes the folder of the first
+    check_alone, run_files
+    - int(rank) > 0
+    + int(rank) > 1
+a changed log is taken for that of the checkpoint
+    MetricsLog.read, run_files
+    - if digest not in ("", self.digest):
+    + if False:
+a line without its end counts as one
+    MetricsLog.read, run_files
+    - content[: content.rfind(b"\n") + 1].splitlines
+    + content.splitlines
+a changed run.json is believed
+    Reproduction.begin, run_files
+    - if digest not in (None, self.fingerprint):
+    + if False:
+a unit's line belongs to any run
+    check_rows, run_files
+    - if (sealed or "checksum" in row) and row.get("checksum")
+    + if False and row.get("checksum")
+the results of a run that was lost are overwritten
+    RunFolder.check_unused, run_files
+    - for path in self._kept:
+    + for path in self._kept[:1]:
+a unit goes on from the state of another run
+    UnitFile.read, run_files
+    - content.get("run", self.run) != self.run
+    + False
+a member of a zip is unpacked whatever its size
+    _content, damaged_data
+    - if member.file_size > LARGEST_DRAWING:
+    + if False:
+every decoder is tried on a drawing
+    _decode, damaged_data
+    - formats=("PNG",)
+    + formats=None
+
+# arguments, means over tasks, minimisers, lifted spellings
+the tasks of mean_over_tasks add up in their own half precision
+    _wide, over_tasks
+    - return torch.promote_types(dtype, torch.float32)
+    + return dtype
+a task loss may write into its arguments
+    _refuse_changes, over_tasks
+    - if transforms.version(x) != version:
+    + if False:
+in_dims given as a dict is read by its keys
+    _dims_of_leaves, bad_inputs
+    - listed = isinstance(given, Sequence) and not isinstance(given, str)
+    + listed = isinstance(given, Sequence | dict) and not isinstance(given, str)
+a kink at zero is taken for a smooth minimiser
+    refuse_kink, stationarity
+    - if any([bool((x.abs() <= y).any())
+    + if False and any([bool((x.abs() <= y).any())
+any gradient that a step turns around is a kink's
+    Point.at_a_kink, stationarity
+    - turned = turned & ((self._slope(tasks, down, factor * length) - first).abs() < size / 10)
+    + turned = turned & (self._slope(tasks, down, factor * length) < size / 2)
+the squares of small numbers vanish in a norm
+    Tasks.norm, stationarity
+    - scale = power_of_two(self.largest(wide))
+    + scale = torch.ones_like(self.largest(wide))
+Nystrom does not look whether its matrix is symmetric
+    Nystrom.iterate, stationarity
+    - | ~residual.isfinite() | asymmetric
+    + | ~residual.isfinite()
+the root of a negative number is zero
+    root, arguments
+    - zero = x == 0
+    + zero = x <= 0
+a number that the dtype cannot hold goes to torch as alpha
+    Leaves.minus, arguments
+    - (abs(scale) > _LEAST_MAXIMUM and self._cannot_hold(scale))
+    + False
+numpy's numbers stay what they are
+    plain, arguments
+    - return float(value) if isinstance(value, numpy.longdouble) else value.item()
+    + return value
+a list of batches is read across
+    check_batches, arguments
+    - if _is_one_batch_per_step(batches, steps):
+    + if False:
+a tuple of stacked tensors is taken for a list of batches
+    _is_one_batch_per_step, arguments
+    - return listed and alike and steps > 1 if isinstance(batches[0], Tensor)
+    + return alike and steps > 1 if isinstance(batches[0], Tensor)
+a lifted step may not use torch's old orders of arguments
+    apply_rule, lift_spellings
+    - if len(values) == len(old) and not
+    + if False and not
+a first gradient that is NaN is called a divergence
+    refuse_divergence, checks
+    - if step == 1 and what == "the state after" and not reason:
+    + if False:
+
+# what the fuzz of the public interface found
+the imaginary parts' directions change their sign
+    Group._at_places, complex
+    - torch.complex(x[..., 0], x[..., 1]) if complexes
+    + torch.complex(x[..., 0], -x[..., 1]) if complexes
+a conjugate argument is taken as it lies in memory
+    Group.inputs, complex
+    - torch.view_as_real(x.resolve_conj())
+    + torch.view_as_real(x.conj().resolve_conj())
+losses that autocast gives another dtype under vmap are written as they are
+    ParallelCurvature._record, solution
+    - movedim(0, -1).to(again.dtype)
+    + movedim(0, -1)
+
+# what another processor, or a path with a space, must not decide
+in single precision nothing is solved whose true residual is above rtol
+    ConjugateGradient._judged, linear_solve
+    - torch.finfo(rr.dtype).eps ** 0.5)
+    + 0.0)
+a path with a space is not recognised on the compiler's command line
+    explanation, compiler_paths
+    - place.path.split()[0]
+    + place.path
+whatever the compiler stumbles over is put down to a path with a space
+    explanation, compiler_paths
+    - if any(word
+    + if words or any(word
+
+# odd arguments, the validator of options, and tensors without arithmetic
+True is taken for an integer
+    is_integer, odd_arguments
+    - return isinstance(value, int) and not isinstance(value, bool)
+    + return isinstance(value, int)
+an integer beyond all floats ends the check of a number
+    as_float, odd_arguments
+    - except OverflowError:
+    + except ZeroDivisionError:
+an integer beyond 64 bits stays one
+    check_number, unusable_tensors
+    - return found if abs(number) > _LARGEST else number
+    + return number
+a message trusts the repr of what it shows
+    brief, odd_arguments
+    - except Exception:  # a repr of the user's own, too deep, or of too many digits; no message is about that
+    + except ValueError:
+an option is compared before its type is looked at
+    _is_among, odd_arguments
+    - return (value is None and None in also) or (isinstance(value, str) and str(value) in also)
+    + return value in also
+a tensor that has left its vmap is taken
+    has_escaped, unusable_tensors
+    - if _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) > transform_level():
+    + if False:
+a tensor of an outer vmap is taken for one that has left its vmap
+    has_escaped, unusable_tensors
+    - _functorch.maybe_get_level(tensor) > transform_level():
+    + _functorch.maybe_get_level(tensor) >= transform_level():
+a tensor of inference mode is kept as it is
+    usable, unusable_tensors
+    - return tensor.clone() if made_there else tensor
+    + return tensor
+a number for a leaf is made from the leaf, whatever its bits
+    _Binder._leafwise, unusable_tensors
+    - torch.tensor(slot, dtype=x.dtype, device=x.device)
+    + x.new_tensor(slot)
+implicit reads check before it is checked
+    implicit, odd_arguments
+    - check_flag("check", check)
+    + pass
+cite takes whatever it is given
+    _refuse_what_is_not_cited, odd_arguments
+    - if not rule and named.__module__.split(".")[0] != "diffopt":
+    + if False:
+a class is called as if it were a loss
+    check_function, odd_arguments
+    - if not callable(value) or isinstance(value, type):
+    + if not callable(value):
+
+# a module as a function, and the names that a program finds
+a module's frozen parameters are trained
+    _parameters, functional
+    - for name, parameter in named.items() if parameter.requires_grad}
+    + for name, parameter in named.items()}
+a parameter unfrozen after functional() is a silent constant
+    functional, functional
+    - if any(parameter.requires_grad for parameter in frozen.values()):
+    + if False:
+a layer writes into the buffers that the next call reads
+    functional, functional
+    - {name: buffer.clone() for name, buffer in buffers.items()}
+    + dict(buffers)
+a module's buffers are read when its function is called
+    functional, functional
+    - {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    + {name: buffer.detach() for name, buffer in module.named_buffers()}
+a module's function takes fewer names than the module has
+    functional, functional
+    - params.keys() != named.keys()
+    + not params.keys() <= named.keys()
+functional() hands out the module's own parameters
+    functional, functional
+    - parameter.detach().clone().requires_grad_()
+    + parameter.detach().requires_grad_()
+inputs by name do not reach the module
+    functional_call, functional
+    - functional_call(module, tensors, inputs, named_inputs)
+    + functional_call(module, tensors, inputs, {})
+a lazy module's buffers are not looked at
+    _parameters, functional
+    - in (*module.named_parameters(), *module.named_buffers()):
+    + in module.named_parameters():
+an optimizer that is given a module's parameters is told nothing
+    for_hyperparameter, functional
+    -     if _is_of_module(value):
+    -         return "an
+    +     if False:
+    +         return "an
+dir() shows the modules of the inside
+    __dir__, public_names
+    - if name.startswith("__"))}
+    + if name)}
+
+# modes, hooks, threads and transforms around a solve, and derivatives in its loss
+a backward pass runs in the caller's inference mode
+    _Solve.backward, modes
+    - if torch.is_inference_mode_enabled() else nullcontext()
+    + if False else nullcontext()
+a cotangent that was made in inference mode is recorded as it is
+    _Solve.backward, modes
+    - c.clone() if c.is_inference() else c for c in given
+    + c for c in given
+batched gradients meet the old vmap
+    _Solve.backward, gradient_batches
+    - transforms.over_batched_grads(pullback, ordinary, level) if level else
+    + transforms.over_batched_grads(pullback, ordinary, level) if False else
+the old vmap's level is forgotten where its gradients are handed back
+    over_batched_grads, gradient_batches
+    - tuple(old._add_batch_dim(result, 0, level) for result in results)
+    + tuple(result[0] for result in results)
+a change between solve and backward is torch's own error
+    _saved_tensors, changes_before_backward
+    -         if not is_in_place(error):
+    -             raise
+    -         raise InPlaceError(
+    +         if error:
+    +             raise
+    +         raise InPlaceError(
+ForwardMode forgets the imaginary part
+    ForwardMode._derivative, complex
+    - _rate(trajectory, place, 1j * tangent, cotangent)
+    + 0 * part
+ForwardMode gives the imaginary part the other sign
+    ForwardMode._derivative, complex
+    - 1j * tangent
+    + -1j * tangent
+a learned argument is expanded in place of copied
+    MovingProblem.of, derivatives_in_the_loss
+    - .expand(tangent.shape).contiguous()
+    + .expand(tangent.shape)
+complex inputs are read off the memory of a flat vector
+    Group._at_places, complex
+    - torch.complex(x[..., 0], x[..., 1]) if complexes
+    + torch.view_as_complex(x.contiguous()) if complexes
+compiled arguments that are one tensor are one object
+    _Lookup.__call__, compiled_arguments
+    - x.contiguous().view_as(x) for x in tensors
+    + x.contiguous() for x in tensors
+compiled arguments keep the layout they are given in
+    _Lookup.__call__, compiled_arguments
+    - x.contiguous().view_as(x) for x in tensors
+    + x.view_as(x) for x in tensors
+a sparse argument is given to the compiler
+    _Lookup.__call__, compiled_arguments
+    - if any(x.layout != torch.strided for x in tensors):
+    + if False:
+beside a thread the global generator is set back all the same
+    replayed, random_threads
+    - elif threading.active_count() > 1:
+    + elif False:
+what fills like another tensor draws from the global generator
+    _OwnGenerators.__torch_dispatch__, random_threads
+    - like = _LIKE.get(func.overloadpacket.__name__)
+    + like = None
+an operation with a generator of the caller's draws from another
+    _OwnGenerators.__torch_dispatch__, random_threads
+    - func.tags or given.get("generator") is not None:
+    + func.tags:
+integers like another tensor begin at zero
+    _bounds, random_threads
+    - (0, args[1]) if len(args) == 2 else (args[1], args[2])
+    + (0, args[-1])
+what the last order adds is measured at the step before
+    Binomial.pullback, warnings_of_estimates
+    - norm(row(adjoints, first) - before)
+    + norm(row(adjoints, first - 1) - before)
+a bad estimate is told of without checks too
+    Trajectory.warn_if_bad, warnings_of_estimates
+    - if self.check and bool((measured > limit).any()):
+    + if bool((measured > limit).any()):
+an estimate is bad only if that of every task is
+    Trajectory.warn_if_bad, warnings_of_estimates
+    - (measured > limit).any()
+    + (measured > limit).all()
+first-order rules are warned of half precision
+    _Solve.forward, precision_warning
+    - if low and call.rule.claims(layout.inner_steps).second_derivatives:
+    + if low:
+Unrolled warns of half precision where nothing is differentiated
+    unroll, precision_warning
+    - if problem.check and recorded and is_imprecise
+    + if problem.check and is_imprecise
+whatever torch.compile has made is refused, on the way to params or not
+    _refuse_compiled, torch_errors
+    - any(_leads_to(node, edges) for node in compiled)
+    + compiled
+an iterator that has ended is Python's own error
+    Dynamics.losses, torch_errors
+    -         except StopIteration as error:
+    -             raise torch_errors.ended_iterator() from error
+    +         except StopIteration as error:
+    +             raise error
+a loss is given the argument itself to mark
+    Dynamics.losses, derivatives_in_the_loss
+    - seen = [x.view_as(x) if x.requires_grad else x.detach() for x in read]
+    + seen = [x if x.requires_grad else x.detach() for x in read]
+without a step Unrolled returns the caller's tensor
+    unroll, unrolled
+    - tuple(final) if steps else tuple(x.clone() for x in final)
+    + tuple(final)
+Unrolled does not look at its hypergradient
+    unroll, unrolled
+    -     if problem.check and not transforms.transforms_active():
+    -         inputs
+    +     if False:
+    +         inputs
+a loss without params has a gradient under torch.func
+    functional_gradient, unrolled
+    - tuple(gradients) if depends else (None,) * len(params), values
+    + tuple(gradients), values
+a rollout that is taken again keeps what another thread drew
+    Draws.look, random_threads
+    - self.known.setdefault(step, self._now)
+    + self.known[step] = self._now
+in a replay beside a thread it is the global generator that is looked at
+    snapshot, random_threads
+    - [own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]
+    + [torch.get_rng_state()]
+what is preserved within a replay is the global generator
+    restore, random_threads
+    -         if place in own:
+    -             own[place].set_state(state)
+    -         elif
+    +         if
+
+# reports, tables, and advice that belongs to the solver or the estimator
+a finding forgets what an error expected
+    Finding.of, reports
+    - error.got or str(error), error.expected, error.fix, error)
+    + error.got or str(error), "", error.fix, error)
+a failed check raises another error than its own
+    Report.raise_if_failed, reports
+    - raise finding.error or self._broken_claims()
+    + raise self._broken_claims()
+the fix of a note is not printed
+    Report.__str__, reports
+    - finding.outcome != "ok" else []
+    + finding.outcome == "FAIL" else []
+a pipe ends a cell in Markdown
+    table, reports
+    - cell.replace("|", "\\|")
+    + cell
+a wide letter takes one column of a table
+    _width, reports
+    - (unicodedata.east_asian_width(x) in "WF")
+    + 0
+a remark widens the column that it starts in
+    table, reports
+    - line if len(line) == len(columns) else line[:-1] for line
+    + line for line
+a table takes the last column's side for all
+    table, reports
+    - align = align.ljust(len(columns), align[-1])
+    + align = align[-1] * len(columns)
+every solver that breaks down needs the same matrix
+    refuse_unsolved, solver_advice
+    -             solver.needs,
+    +             LinearSolver.needs,
+every solver that does not converge gets the same advice
+    refuse_unsolved, solver_advice
+    - f"{solver.if_unsolved}, or pass
+    + f"{LinearSolver.if_unsolved}, or pass
+why a rule is wrong is said only where zero would do as well
+    _row_notes, compare_notes
+    - row.rule.if_wrong and row.relative_error > 0.5
+    + row.rule.if_wrong and row.relative_error >= 1
+every rule with a residual is taken for Krylov's
+    _row_notes, compare_notes
+    - fix = row.rule.if_unsolved if row.rule is not None else ""
+    + fix = "take more orders"
+a small curvature is warned of
+    _problem_notes, compare_notes
+    -     if curvature > 1:
+    +     if curvature > 0:
+
+# errors keep their parts
+an error is copied by its text alone
+    DiffoptError.__reduce__, error_fields
+    - return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+    + return type(self), self.args
+an error that a subclass made without parts has no text
+    DiffoptError.__str__, error_fields
+    -             return super().__str__()
+    +             return ""
+a lifted optimizer's error loses what was expected
+    named, lift_refusals
+    - cannot be lifted: {error.got}", error.expected,
+    + cannot be lifted: {error.got}", "",
+an option's error is one sentence
+    check_flag, error_fields
+    - raise HyperparameterError(f"{where} is {describe(value)}", "True or False")
+    + raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")
+
+# recomputation inside a loss, and hooks around a solve
+a recomputation reads the module's own weights
+    _Unpack.__call__, recomputation
+    -             members[name] = x
+    -         reads
+    +             members[name] = members.get(name)
+    +         reads
+modules that run are not looked for
+    RecomputingAsBefore.opened, recomputation
+    - for running in _running_modules():
+    + for running in ():
+a recomputation may read any parameter
+    _Unpack.__call__, recomputation
+    -         self._refuse_others(list(reads.read.values()))
+    -         return
+    +         return
+what a recomputation makes for itself is refused
+    _Reads.__torch_dispatch__, recomputation
+    - makes = func is torch.ops.aten.lift_fresh.default
+    + makes = False
+a recomputation may not read what the loss was given
+    RecomputingAsBefore.opened, recomputation
+    - reads.known.update(_address(x) for part in self._given for x in part)
+    + reads.known.update(())
+a checkpoint of another shape is torch's own error
+    _Unpack.__call__, recomputation
+    - except CheckpointError as error:
+    + except ZeroDivisionError as error:
+hooks around a solve pack its graphs
+    kept_out, recomputation
+    - while (pair := _top()) is not None:
+    + while (pair := None) is not None:
+hooks around a solve are gone after it
+    kept_out, recomputation
+    - in reversed(outer):
+    + in ():
+torch's functions stay replaced
+    RecomputingAsBefore.__exit__, recomputation
+    - if _evaluations == 0:
+    + if _evaluations < 0:
+
+# state that a loss keeps
+a state that moves is not judged
+    Checks.gradient, hidden_state
+    - step in (1, self._last) and self._held.has_moved()
+    + step < 0
+a state is judged at the first step only
+    Checks.gradient, hidden_state
+    - step in (1, self._last) and self._held.has_moved()
+    + step == 1 and self._held.has_moved()
+a large graph is given up although the loss keeps a state
+    Keeper._is_too_large, hidden_state
+    - if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):
+    + if large:
+a second backward pass computes steps of any loss again
+    _rolled_out_again, hidden_state
+    - watch=Watch(state=call.watch.values)
+    + watch=Watch()
+numbers and objects are no state
+    HiddenState.has_moved, hidden_state
+    - list(map(id, self._in_places())) != self._addresses
+    + False
+running statistics are no state
+    HiddenState.has_moved, hidden_state
+    - or not all(torch.equal(x, before)
+    + or not all(True
+a look at a state moves it on
+    HiddenState.matters, hidden_state
+    -                 x.data.copy_(numbers)
+    +                 pass
+a look at a state leaves its lists and attributes moved
+    HiddenState.matters, hidden_state
+    -                 _refill(container, old)
+    +                 pass
+a look at a state leaves a variable moved
+    HiddenState.matters, hidden_state
+    -                     cell.cell_contents = content
+    +                     pass
+a look at a state leaves a generator moved
+    HiddenState.matters, hidden_state
+    -                 generator.set_state(state)
+    +                 pass
+a state is compared loosely
+    HiddenState.matters, hidden_state
+    - _same(value, losses, True)
+    + torch.allclose(value, losses, rtol=1e-6)
+
+# captured tensors
+captured tensors are looked for at the first step only
+    Checks.gradient, captures
+    -             if watch.captures:
+    -                 wanted =
+    +             if watch.captures and step == 1:
+    +                 wanted =
+wrapped tensors are looked for at the first step only
+    Checks.levels_at, captures
+    - return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
+    + return _NO_LEVELS
+a user's update is looked at in the first step only
+    Checks.update, captures
+    - raise changed_in_place()
+    -             self._refuse_captured(after, [*state
+    + raise changed_in_place()
+    +             step == 1 and self._refuse_captured(after, [*state
+captured tangents are passed over
+    Checks.__init__, captures
+    - watch.values and not passes_tangents and transforms.in_dual_level()
+    + False
+captured results of operations are passed over
+    captured_nodes, captures
+    - if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
+    + if at >= _NEVER and _is_leaf_besides(node, leaves):
+a leaf that the loss makes for itself is captured
+    _captured, captures
+    - if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():
+    + if True:
+a compiled function is compared where it was traced
+    _checked, compiled
+    - others = [agreement.moved(x, i) for i, x in enumerate(arguments)]
+    + others = list(arguments)
+a binomial estimate outside its range is not warned of
+    Binomial.pullback, warnings_of_estimates
+    - norm(before), 1.0, what
+    + norm(before), 1e9, what
+
+# integers that nothing can count up to
+an option counts beyond all integers
+    check_integer, odd_arguments
+    - not low <= number < high:
+    -         most
+    + not low <= number:
+    +         most
+the power method may take any number of products
+    Neumann.__post_init__, linear_solve_refusals
+    - "power_iterations", 1, high=MOST + 1,
+    + "power_iterations", 1,
+
+# the layout, the loop and the records of the core
+a shared hyperparameter is taken for a task's own
+    Layout.level, levels
+    - Flags(own[first:second], own[second:])
+    + Flags(tuple(own[first:second]), (True,) * len(own[second:]))
+a task's own hyperparameter is taken for a shared one
+    Layout.level, levels
+    - Flags(own[first:second], own[second:])
+    + Flags(tuple(own[first:second]), (False,) * len(own[second:]))
+in a row, the hyperparameters come before what the loss reads
+    Inputs.flat, binomial
+    - (*self.params, *self.buffers, *self.read, *self.hyperparameters)
+    + (*self.params, *self.buffers, *self.hyperparameters, *self.read)
+by name, what the loss reads is the hyperparameters
+    Layout.inputs, binomial
+    - Leaves(plain[second:third]), Leaves(plain[third:])
+    + Leaves(plain[third:]), Leaves(plain[second:third])
+a push goes away from the params
+    Layout.pushed, step_by_step
+    - x + y for x, y in zip(state, push
+    + x - y for x, y in zip(state, push
+one more axis is one that every input has
+    Layout.over, es_jacobian
+    - Place(part, i) in places for i
+    + True for i
+a window's hyperparameters are those of the update with its number
+    Layout.slice_at, multi_step
+    - self.step_axis(place), (step - 1) * self.window
+    + self.step_axis(place), step - 1
+the axis of steps comes before those of tasks
+    Layout.step_axis, estimators
+    - return sum([level.has(place) for level in self.levels])
+    + return 0
+every update of a window takes the hyperparameters of its first
+    Dynamics.updates, multi_step
+    - self._of_update(hyperparameters, i), first
+    + self._of_update(hyperparameters, 0), first
+any update counts as one of this library's
+    _Binder.whole, captures
+    - .__module__.startswith(_OWN)
+    + .__module__.startswith("")
+a record that has been used up is taken for usable
+    _usable, randomness
+    - if record.usable and not call.restacked and
+    + if not call.restacked and
+a record of fewer tasks serves a pullback of more
+    _usable, nesting
+    - if record.usable and not call.restacked and
+    + if record.usable and
+a pullback is plain although gradients are batched
+    _Solve.backward, gradient_batches
+    - plainly = not (level or torch.is_grad_enabled() or
+    + plainly = not (torch.is_grad_enabled() or
+a pullback is plain although it is recorded
+    _Solve.backward, nesting
+    - plainly = not (level or torch.is_grad_enabled() or
+    + plainly = not (level or
+a second rollout draws anew
+    _rolled_out_again, randomness
+    - draws=old.draws,
+    + draws=None,
+a second rollout forgets the first one's autocast
+    _rolled_out_again, solution
+    - with old.replay(None, inputs.params[0].device):
+    + if True:
+a second rollout is not compared with the first
+    _usable, randomness
+    - refuse_other_losses(again.losses, old.losses, old.autocast)
+    + pass
+without a step a solve returns the caller's tensor
+    _Solve.forward, solution
+    - x.clone() if transforms.storage(x) in taken else x for x in final
+    + x for x in final
+what a rule has found of the initial state is left out
+    Cotangents.of, complex
+    - Leaves([found.get(place, torch.zeros_like(x)) for place, x in leaves])
+    + Leaves([torch.zeros_like(x) for place, x in leaves])
+the adjoint ends where the initial state is not wanted
+    Trajectory._sweep_of_blocks, derivatives_in_the_loss
+    - state_count if start > first or self.wants_initial else 0
+    + state_count if self.wants_initial else 0
+a compiled sweep leaves its record usable
+    Trajectory._compiled_sweep, compiled
+    -             self.record.usable = False
+    -             with
+    +             with
+updates of a window are differentiated as one
+    _graph_of_any, multi_step
+    -     if layout.window > 1:
+    -         raise
+    +     if False:
+    +         raise
+the last state is not stored
+    Keeper.before, memory
+    - (step - self.first) % self._checkpoint == 0):
+    + (step - self.first) % self._checkpoint == 0 and step < self._last):
+graphs given up leave the state after the first step
+    Keeper.after, memory
+    - self._store(step, ground.before)
+    + self._store(step, ground.state)
+the graph of one step is measured for all
+    Keeper._is_too_large, memory
+    - expected = graph_bytes(graph, self._inputs) * (self._last - self.first + 1)
+    + expected = graph_bytes(graph, self._inputs)
+given draws are not drawn
+    roll_out, randomness
+    - with random_state.replayed(known[step], device) if step in known else nullcontext():
+    + with nullcontext():
+a compiled loss is not compared with the loss
+    roll_out, compiled
+    - compiled.refuse_stale(made.losses, rows[0])
+    + pass
+which nodes are older than a step is forgotten
+    Checks._look_at, captures
+    - self._born = max([self._born, *newest])
+    + self._born = -1
+a user's first update without a graph is not looked at
+    Checks.update, captures
+    - if step > 1 or not self._watch.values or self._own_update:
+    + if True:
+updates that are taken again are not looked at
+    Replay.__init__, captures
+    - Checks(dynamics, Watch(captures=True)) if check else dynamics
+    + dynamics
+what keeps a state is computed again
+    Rollout.replay, hidden_state
+    - if self.hidden_state is not None:
+    + if False:
+a replay forgets the rollout's autocast
+    Rollout.replay, solution
+    - nullcontext() if self.autocast is None else self.autocast.entered()
+    + nullcontext()
+the params of a step are no views
+    Block.slice, solution
+    - x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own
+    + x if x.requires_grad else x.detach().requires_grad_() for x in own
+terms of single steps are those of all
+    Block.pullback, estimators
+    - dict(zip(self._slices_at, rest[len(self._shared) :], strict=False))
+    + dict(zip(self._slices_at, rest, strict=False))
+the step that is not finite is named one late
+    refuse_divergence, checks
+    - enumerate(sound, 1)
+    + enumerate(sound, 2)
+an argument that is also the params is differentiated twice by Unrolled
+    roll_out_recorded, solution
+    - p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before
+    + p if p.requires_grad else p.detach().requires_grad_() for p in before
+no state of a loss is looked for
+    Adjoint.run, hidden_state
+    - state = check and (dynamics.compile or recomputed)
+    + state = False
+perturbed rollouts draw anew
+    Group.rolled_out, es_jacobian_losses
+    - inputs, counts=counts, draws=rollout.draws)
+    -         counts
+    + inputs, counts=counts)
+    +         counts
+what is below a vmap leaves torch without it
+    below_vmap, nesting
+    -         _functorch.push_dynamic_layer_stack(layer)
+    +         pass
+an error below a vmap leaves torch without it
+    below_vmap, levels
+    -     finally:
+    -         _functorch.push_dynamic
+    +     except ZeroDivisionError:
+    +         raise
+    +     else:
+    +         _functorch.push_dynamic
+the axis of tasks stays where it is
+    stacked, levels
+    - stacked[i] = tensor.movedim(dim, 0)
+    + stacked[i] = tensor
+what tasks share comes out with an axis of tasks
+    below_vmap, levels
+    - if all([dim is None for dim in dims]):
+    + if False:
+
+# what the short way leaves out, and looks at late
+params that a later loss has written to are taken as they are
+    Checks.gradient, update_blocks
+    - if self._versions != [x._version for x in params]:
+    + if step == 1 and self._versions != [x._version for x in params]:
+only the last of some losses is looked at
+    Checks._look_at_noted, captures
+    - noted, self._noted = self._noted, []
+    + noted, self._noted = self._noted[-1:], []
+one problem's conjugate gradients take the old residual's size
+    ConjugateGradient._iterate_alone, linear_solve
+    -             rr = new
+    -         size
+    +         size
+one problem's negative curvature goes unnoticed
+    ConjugateGradient._iterate_alone, linear_solve
+    - breakdown, rr = True, rr if
+    + breakdown, rr = False, rr if
+a chunk of tasks counts as all of them to a rule that does not look at the outer loss
+    _of_chunk, over_tasks
+    - scale = weight if losses.dtype is torch.float16 else 1.0
+    + scale = weight
+a loss may not mark its arguments under a transform that is no vmap
+    Checks.losses, derivatives_in_the_loss
+    - marking = not self._dynamics.layout.levels
+    + marking = False
+a kink is looked for at zero only
+    refuse_kink, stationarity
+    - reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)
+    + reach = tasks.like(0 * at.length(tasks, 1e-6), at.params)
+conjugate gradients in plain numbers although somebody differentiates
+    _is_plain, linear_solve
+    - torch.is_grad_enabled() or transforms.transforms_active() or transforms.in_dual_level()
+    + transforms.transforms_active()
+direct terms by anything but places are dropped
+    _terms, solution
+    - if not all([type(place) is Place for place in result.direct]):
+    + if False:
+buffers that an update hands on are the caller's own
+    _Solve.forward, solution
+    - layout.steps and not layout.buffers_layout)
+    + layout.steps)
+beside a thread a checkpoint draws whatever comes
+    RecomputingAsBefore.opened, recomputation
+    - place = random_state.standing() if _draws_again(pack) else None
+    + place = None
+
+# Going on from a state.
+the optimizer counts its steps from one again
+    Dynamics.update, going_on
+    - hyperparameters, self.layout.start + step)
+    + hyperparameters, step)
+a window counts its updates from one again
+    Layout.first_update, going_on
+    - return self.start + (step - 1) * self.window + 1
+    + return (step - 1) * self.window + 1
+a solution's state does not say how many steps led to it
+    _solution, going_on
+    - layout.start + steps
+    + steps
+a detached state keeps the history of its buffers
+    State.detach, going_on
+    - return self._map(Tensor.detach)
+    + return self._map(lambda x: x)
+a live optimizer's buffers are not copied
+    read, going_on
+    - copied = [x.detach().clone() for x in tensors]
+    + copied = [x.detach() for x in tensors]
+a state is written without the number of its step
+    _write_buffers, going_on
+    - if "step" not in values and ("step" in store or (live.exact and counts)):
+    + if False:
+
+# What is handed out along the way, and where it ends.
+the cotangent of an inner loss is that of the step before
+    Running.at, along
+    - return [None if x is None else x.select(self.axis, step - 1)
+    + return [None if x is None else x.select(self.axis, max(0, step - 2))
+what is observed is no output of a block that is taken again
+    Trajectory._blocks_backwards, along
+    - (state, step, step, again, observes=observes)
+    + (state, step, step, again, observes=False)
+forward mode leaves out the inner losses
+    MovingProblem.take_step, along
+    - along = _weighed([losses], roots, tangents, cotangents[:1])
+    + along = _weighed([], roots, tangents, cotangents[:1])
+forward mode leaves out how the observer reads the arguments
+    MovingProblem.take_step, along
+    - rates = [*layout.params(after_moving), *([rate] if of_loss else [])]
+    + rates = [*layout.params(after_moving), *([0 * rate] if of_loss else [])]
+unrolled losses are cut off
+    roll_out_recorded, along
+    - loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()
+    + loss = loss.detach()
+a field's norm is differentiated
+    _Solve.setup_context, along
+    - constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1
+    + constant = -1
+the backward pass of a stopped solve takes all steps
+    pull_back, along
+    - call = call.until_its_end()
+    -     end
+    + end
+tasks stop where one of them is done
+    take_step, along
+    -     if enough is not None and bool(enough.all()):
+    -         return
+    +     if enough is not None and bool(enough.any()):
+    +         return
+on_step cannot stop
+    Stop.told, along
+    -         return answer is True
+    +         return False
+aux keeps its graph
+    Dynamics.losses, along
+    - aux += [x.detach() for x in found[1:]]
+    + aux += found[1:]
+a stopped solve does not look at the losses that it put off
+    Checks.stopped, along
+    -         self._look_at_noted()
+    -         if self._held is not None and self._latest
+    +         if self._held is not None and self._latest
+
+# Many cotangents of one solve.
+the adjoint of every cotangent goes on from the first one's
+    Trajectory._sweep_of_blocks, many_cotangents
+    - adjoints[i] = terms.state
+    + adjoints[i if len(adjoints) < 3 else 0] = terms.state
+direct terms of many cotangents are added up
+    Trajectory._sweep_of_blocks, many_cotangents
+    - direct[i].add_block(terms)
+    + direct[0].add_block(terms)
+each of many cotangents has its steps taken again
+    _LARGE, many_cotangents
+    - _LARGE = 2**15
+    + _LARGE = 2**60
+
+# vector fields: what stands in the place of a loss, and what takes its Jacobian for symmetric
+the tangents of a field go through its transpose
+    MovingProblem.take_step, vector_field
+    - field = stands_behind(losses)
+    + field = False
+a field is a constant to its second derivative
+    _Norm.backward, vector_field
+    - field, axes = ctx.saved_tensors, ctx.shape.axes
+    + field, axes = [x.detach() for x in ctx.saved_tensors], ctx.shape.axes
+the norm of a field is minimised as well
+    _Norm.backward, vector_field
+    - *(None,) * len(field))
+    + *field)
+a field without its graph passes
+    refuse_constant, vector_field
+    - if not depends or nonzero:
+    + if False:
+an entry of a field without its graph passes
+    refuse_constant, vector_field
+    - if not depends or nonzero:
+    + if not depends:
+what is compiled for a loss serves a field
+    kind_of, vector_field
+    - type(loss), getattr(as_written(loss), "__func__", None)
+    + None, getattr(as_written(loss), "__func__", None)
+conjugate gradients for a field by default
+    chosen_solver, field_solutions
+    - return GMRES(max_iterations=100)
+    + return ConjugateGradient()
+a solver of symmetric systems is taken for a field
+    chosen_solver, field_solutions
+    - if solver.symmetric:
+    + if False:
+the way to a field's root is judged by its slope along itself
+    refuse_long_step, field_solutions
+    - tasks.norm(product) if at.is_field else tasks.dot(direction, product)
+    + tasks.dot(direction, product)
+a fixed point is run away from
+    _Residual.__call__, field_solutions
+    - [x - y for x, y in zip(leaves, moved, strict=True)]
+    + [y - x for x, y in zip(leaves, moved, strict=True)]
+tasks that share a player share its gradient
+    _Gradient._below, games
+    - vmap.batch_size, set(range(self.players))
+    + vmap.batch_size, set()
+a linear loss of a game is refused
+    _joined, games
+    - return gradient if gradient.requires_grad else gradient + 0 * param
+    + return gradient
+problems that share an argument share its hypergradient
+    _Solved.vmap, implicit_gradients
+    - place.part in ("params", "buffers") or place in call.wanted
+    + place.part in ("params", "buffers")
+check compares differences of a field with its transpose
+    _products, check_fields
+    - if stands_behind(loss):
+    + if False:
+check looks at no second derivative under vmap
+    check, check_fields
+    - partial(probe_vmap, products=second_derivative)
+    + partial(probe_vmap, products=False)
+
+# optimizers of optimizers, proximal maps, Muon
+a clipped norm lacks its small number
+    Clip._clipped, clip
+    - / (total + _EPS)
+    + / (total + 0 * _EPS)
+the norm of gradients of zero has no derivative
+    norm, clip
+    - return root(first)
+    + return first.sqrt()
+clipping by norm counts as elementwise
+    Clip.elementwise, clip
+    - return self.value is not None and self.optimizer.elementwise
+    + return self.optimizer.elementwise
+the name of a group begins a longer key
+    Groups._group, groups
+    - path.startswith(f"{name}.")]
+    + path.startswith(name)]
+a group gets the first gradients
+    Groups.update, groups
+    - part.of(grads), own, step
+    + grads[: len(part.places)], own, step
+the step size of every leaf is that of the first
+    Groups.proximal_step_size, prox
+    - sizes[i] for i in range
+    + sizes[0] for i in range
+of a tree like params a group takes the first entries
+    Branches.entries, groups
+    - return [named[i] for i in places]
+    + return named[: len(places)]
+what an optimizer holds may mix coordinates unseen
+    _Binder.whole, nested
+    - self.found.elementwise &= bool
+    + self.found.elementwise = bool
+an optimizer within is not looked at for captured tensors
+    _Binder.whole, nested
+    - self.found.own &= type
+    + self.found.own = type
+buffers of groups are taken for copies of the params
+    Updates.blocks, groups
+    - alike = all([count == params for _, count in layout.buffers_layout])
+    + alike = True
+a prox takes a step size of one
+    Proximal.update, prox
+    - for_each(self.optimizer.proximal_step_size, moved)
+    + for_each(1.0, moved)
+L1 without strength has no derivative at zero
+    _soft_threshold, prox
+    - (x.abs() <= threshold) & (threshold > 0)
+    + x.abs() <= threshold
+the shift of the simplex is a constant
+    Simplex._of_leaf, prox
+    - shift = (inside.sum(-1, keepdim=True) - 1)
+    + shift = (inside.detach().sum(-1, keepdim=True) - 1)
+the bound of a box is not learned
+    _bounded, prox
+    - torch.where(beyond(x, y), y, x)
+    + torch.where(beyond(x, y), y.detach(), x)
+the norm of a group is a constant
+    GroupL1._of_leaf, prox
+    - x * (1 - threshold / safe)
+    + x * (1 - threshold / safe.detach())
+Muon scales wide matrices for tall ones
+    Muon._factor, muon
+    - math.sqrt(max(1.0, rows / columns))
+    + math.sqrt(max(1.0, columns / rows))
+Muon's weight decay forgets the learning rate
+    Muon.update, muon
+    - params.minus(self.lr * self.weight_decay, params)
+    + params.minus(self.weight_decay, params)
+the average lags by a step
+    EMA.update, averaging
+    - (1 - self.decay) * after
+    + (1 - self.decay) * params
+look ahead comes back a step late
+    Lookahead.update, averaging
+    - due: Any = step % self.period == 0
+    + due: Any = (step - 1) % self.period == 0
+what look ahead comes back to stays where it was
+    Lookahead.update, averaging
+    - slow = fast + 0.0
+    + slow = slow + 0.0
+optimizers within others are compiled as one
+    _kind, nested
+    - return _without_tensors(leaf)
+    + return type(leaf)
+compiled steps of a dict are the same in any order
+    _without_tensors, nested
+    - tuple(value) if isinstance(value, dict) else ()
+    + ()
+compiled steps of other groups are the same
+    kind_of, nested
+    - (dynamics.optimizer.template), dynamics.optimizer.placed
+    + (dynamics.optimizer.template), ()
+the battery does not look into optimizers within
+    _changed, nested_optimizers
+    - return changed(leaf, change, f"{name}.")
+    + return leaf
+optimizers in a dict are not cited
+    _names, nested
+    - for value in held for part in tree.flatten(value)[0]]
+    + for value in held for part in [value]]
+
+# the cost of checks
+a sum that overflows is a bad number
+    all_finite, finite
+    - cmath.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])
+    + cmath.isfinite(total)
+only the first tensor is looked at for bad numbers
+    all_finite, finite
+    - map(Tensor.sum, numbers)
+    + map(Tensor.sum, numbers[:1])
+a graph of missing derivatives is only looked at if its first node lacks one
+    refuse_broken, checks
+    - for node in graph if suspects else ():
+    + for node in graph[:1]:
+what the losses of the last steps capture is not looked at
+    Checks._note_captured, captures
+    - if at_once or step == self._last or len(self._noted) == _AT_ONCE:
+    + if at_once or len(self._noted) == _AT_ONCE:
+only the params are given to a loss, its args are captured
+    Checks.gradient, captures
+    - self._note_captured(losses, [*params, *wanted], step
+    + self._note_captured(losses, [*params], step
+an update's write to its state goes unnoticed where a graph is kept
+    Checks.update, in_place
+    - if versions != [leaf._version for leaf in state]:
+    + if False:
+
+# batches as a function of the step, in pieces, and what is attributed to them
+a stream begins anew where a state goes on
+    Layout.at_step, streams
+    - self.stream.at(self.start + (step - 1) * self.window)
+    + self.stream.at((step - 1) * self.window)
+steps taken together share the first one's batch of a stream
+    Layout.read_at_steps, streams
+    - stepped = [*self.stepped.read, *(True,) *
+    + stepped = [*self.stepped.read, *(False,) *
+a batch of a stream may require grad
+    Stream._refuse_bad, streams
+    - if self._recorded and leaf.requires_grad:
+    + if False:
+a batch of a stream may hold a tensor of a transform
+    Stream.__init__, streams
+    - self._levels = range(1, level + 1)
+    + self._levels = range(0)
+a stream may draw random numbers
+    Stream._asked, streams
+    - if random_state.changed(before, random_state.snapshot(self._device)):
+    + if False:
+another batch in a compiled pullback passes
+    Trajectory._compiled_sweep, streams
+    - self.refuse_other_losses(seen)
+    + self.refuse_other_losses(again)
+a compiled step of a stream is taken for one of any shape
+    _Lookup.__call__, streams
+    - if self._dynamics.layout.stream is not None:
+    + if False:
+all epochs have one order
+    Batches._order, batches
+    - f"{self.seed} {epoch}"
+    + f"{self.seed}"
+the kept order serves any epoch
+    Batches._order, batches
+    - if known == epoch:
+    + if known >= 0:
+pieces of a batch count alike whatever their sizes
+    Layout.pieces, micro_batches
+    - (last - first) / size)
+    + 1 / parts)
+pieces draw other random numbers in the backward pass
+    pieced, micro_batches
+    - _Taken(dynamics, before if drawn else None,
+    + _Taken(dynamics, None,
+the pullback of a piece is not weighted
+    _Pieced.backward, micro_batches
+    - _add(sums, every, weight)
+    + _add(sums, every, 1.0)
+only the first loss is compared with its pieces
+    pieced, micro_batches
+    - (step & (step - 1) == 0 or step == dynamics.layout.steps)
+    + step == 1
+metrics are attributed in sum
+    _rows, attribution
+    - torch.eye(len(measured), dtype
+    + torch.ones(len(measured), len(measured), dtype
+
+# few states and one graph: schedules, checkpoints, offloading
+a state is stored where a piece is too long
+    split, schedules
+    - longest = comb(slots + rounds - 1, slots)
+    + longest = comb(slots + rounds - 1, slots) + 1
+as many states are stored as steps want
+    stored, schedules
+    - free -= 1
+    + free -= 0
+the state before the last step is not kept
+    Keeper._plan, schedules
+    - schedules.stored(count, slots)] + [self._last])
+    + schedules.stored(count, slots)])
+a state that has been handed out is kept
+    Replay.backwards, schedules
+    - states.take(step) if step == end else states[step]
+    + states[step]
+steps of a second rollout are not counted
+    _rolled_out_again, schedules
+    - counts.extra_steps += old.steps
+    + counts.extra_steps += 0
+slots of stored states are used twice
+    Replay.backwards, schedules
+    - slots - len(states) + 1
+    + slots
+graphs larger than states are linked in a block
+    Replay.block_of_small, memory
+    - > largest(sum(map(nbytes, state)), graph, self._inputs.params):
+    + > 99 * largest(sum(map(nbytes, state)), graph, self._inputs.params):
+the first step of a block is begun again
+    Trajectory._blocks_backwards, memory
+    - linked, states[start], states[start + 1] = False, state, after
+    + linked, states[start] = False, state
+the graph is left out of the budget
+    slots_within, schedules
+    - 5 * state + 2 * graph + 2
+    + 5 * state + 2
+more states are stored than help
+    Keeper._choose, schedules
+    - self._plan(min(found, max(1, self._last - self.first)))
+    + self._plan(found)
+compiled first steps are not looked at on a graph
+    roll_out, schedules
+    - looks = step == 1 and watch.values and ground.linked
+    + looks = False
+
+# buffers held fixed, and ends that are no fixed point
+a velocity under a penalty is held fixed
+    refuse_held_buffers, prox_at_rest
+    - if layout.buffers_layout and any(
+    + if not layout.buffers_layout and any(
+slow weights are held fixed where a step goes back to them
+    refuse_held_buffers, prox_at_rest
+    - if last // optimizer.period >
+    + if last // optimizer.period > 1 +
+a loss of buffers that are held fixed is not told
+    _warn_of_held_buffers, implicit_rule
+    - if trajectory.check and any(bool(x.any()) for x in cotangents):
+    + if False:
+a buffer that moves counts as an input of the step
+    LastStep.__init__, implicit_rule
+    - if _same(self._after[i], trajectory.final[i])]
+    + if not whole_state or _same(self._after[i], trajectory.final[i])]
+an end that is no fixed point is not told
+    _UNFINISHED, prox_at_rest
+    - _UNFINISHED = 0.5
+    + _UNFINISHED = 500.0
+a prox may end at a small gradient
+    _stop, prox_at_rest
+    - if tol is not None and any(
+    + if tol is not None and not any(
+
+# whose buffers a state has: written into a live optimizer, and given to a solve
+a state of another optimizer is written
+    _keys, going_on
+    - if sorted(keys.values()) != expected:
+    + if False:
+what a live optimizer keeps besides is left as it was
+    _compare_with_store, going_on
+    - if not (kept - {"step"} <= keys <= there):
+    + if not keys <= there:
+a buffer is not looked up by the keys of params
+    buffer_leaves, going_on
+    - leaves, form = tree.flatten_up_to(structure, buffer), structure
+    + leaves, form = leaves, form
+the dtype of a written buffer is that of the state
+    _write_buffers, going_on
+    - store[key] = value.detach().clone().to(live.targets[i])
+    + store[key] = value.detach().clone()
+a subclass of a known class is not read by its names
+    read, going_on
+    - names = {} if isinstance(ours, TorchRule) else keys_of(optimizer)
+    + names = {} if type(optimizer) not in KEYS else keys_of(optimizer)
+a tangent that observe captures is dropped
+    Checks._observed_without_tangents, along
+    - if transforms.has_tangent(observed):
+    + if False:
+
+# pickles: what a data set's file may name, call, or have taken
+a name that is not listed is let in
+    _Reader.find_class, pickle
+    - if usual not in _NAMES.split():
+    + if False:
+the type of a reconstructed array is not looked at
+    _Reader._reduce, pickle
+    - _reconstruct"), (_Named("numpy.ndarray"), _, _)
+    + _reconstruct"), (_, _, _)
+fields of records are passed over
+    _Reader._build, pickle
+    - (_, order, None, None, None, _, _, _, *_)
+    + (_, order, _, _, _, _, _, _, *_)
+objects may be built without a call
+    _OPCODES, pickle
+    -     BINPUT LONG_BINPUT MEMOIZE
+    +     NEWOBJ BINPUT LONG_BINPUT MEMOIZE
+a string is encoded as often as it is asked for
+    _Reader._reduce, pickle_bombs
+    - if self._unencoded < 0:
+    + if False:
+integers of any size are keys
+    _Reader._fill, pickle_bombs
+    - (isinstance(key, int) and abs(key) < _LARGE)
+    + isinstance(key, int)
+tuples are keys
+    _Reader._fill, pickle_bombs
+    - isinstance(key, (str, bytes)) or
+    + isinstance(key, (str, bytes, tuple)) or
+places in the memo may be of any size
+    _Reader._put, pickle_bombs
+    - if not 0 <= index < _LARGE:
+    + if index < 0:
+the bytes of a buffer are taken before they are read
+    _Reader, pickle
+    - pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]
+    + pickle._Unpickler.dispatch[pickle.BYTEARRAY8[0]]
+lengths beyond the file are believed
+    _Window.read, pickle
+    - self._stream.read(size) if size <= self._left else b""
+    + self._stream.read(size)
+values that a pickle leaves behind are passed over
+    read_pickle, pickle
+    - if reader.stack or reader.metastack:
+    + if reader.metastack:
+the name of a kind of number is not looked at
+    PickledNumber.dtype, pickle
+    - if code not in _KINDS or order
+    + if order
+long names are kept whole
+    text, pickle_bombs
+    - value[:_LONGEST].decode
+    + value.decode
+
+# training again without some of the examples: what is predicted, what is measured, and the file of it
+a weight that is not one is taken away as one
+    predictions, datamodeling
+    - (scores.detach() * weights.to(scores))
+    + scores.detach()
+the predicted change has the sign of the score
+    predictions, datamodeling
+    - torch.stack([-effects[:, chosen]
+    + torch.stack([effects[:, chosen]
+a training may change the weights of the next
+    measure, datamodeling
+    - metric(train(weights.detach().clone()))
+    + metric(train(weights.detach()))
+what is known is trained again
+    retrain, datamodeling
+    - enumerate(left_out) if number not in known]
+    + enumerate(left_out)]
+after a training that failed, the others go on
+    retrain, datamodeling
+    -             future.cancel()
+    +             future.done()
+a metric that is not finite is taken
+    finite, datamodeling
+    - if not all_finite([measured]):
+    + if False:
+ties have the highest of their ranks
+    _ranks, rank_correlation
+    - below + 0.5 * equal.double()
+    + below + equal.double()
+a sample with a constant column has no mean
+    score_and_interval, rank_correlation
+    - .nanmean(1)
+    + .mean(1)
+the interval leaves out twice as much
+    score_and_interval, rank_correlation
+    - [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
+    + [1 - confidence, 0.5, confidence]
+the interval lies where its samples do
+    score_and_interval, rank_correlation
+    - min(1.0, score + high - middle)
+    + min(1.0, high)
+half a line of a killed run is kept
+    RetrainingFile.__init__, datamodeling
+    - self._file.truncate(sum(map(len, lines)))
+    + self._file.tell()
+trainings of another training are gone on with
+    RetrainingFile._compare, datamodeling
+    - if not distance <= slack:
+    + if False:
+trainings of another seed are gone on with
+    RetrainingFile._compare, datamodeling
+    - differ = [name for name in header if found.get(name) != header[name]]
+    + differ: list[str] = []
+no difference is allowed to a training that is not repeatable
+    datamodeling_score, datamodeling
+    - slack = 10 * float(difference.max())
+    + slack = 0.0
+the training of other processes is not compared with that here
+    datamodeling_score, datamodeling
+    - if elsewhere is None else
+    + if True else
+noise is not warned of
+    _warn_of, datamodeling
+    - if noise > NOISE:
+    + if False:
+changes that are all alike are ordered
+    _refuse_alike, datamodeling
+    - if alike.any():
+    + if False:
+scores of other metrics are taken
+    check_scores, datamodeling
+    - or (metric is not None and own != tuple(metric)):
+    + or False:
+the least helpful examples are called the most
+    helpful, attribution_experiment
+    - descending=not most
+    + descending=most
+gradient products have the other sign
+    gradient_products, attribution_experiment
+    - return -products
+    + return products
+the damping of an influence function is doubled
+    influences, attribution_experiment
+    - + damping / 2 * away
+    + + damping * away
+a changed label may be the same
+    changed_labels, attribution_experiment
+    - torch.randint(1, 10, labels.shape
+    + torch.randint(0, 10, labels.shape
+
+# whether a hypergradient is worth anything
+a move has not the size of what is moved
+    _random_moves, smoothness
+    - return size * torch.randn(
+    + return torch.ones_like(size) * torch.randn(
+one-sided differences of the outer loss
+    _slopes, smoothness
+    - for sign in (size, -size))
+    + for sign in (size, 0.0))
+round-off counts as roughness
+    _lost, smoothness
+    - return larger < noise / CLOSE and (larger > 0 or math.isinf(noise))
+    + return False
+a wrong derivative is taken for roughness
+    smoothness, smoothness
+    - False if _settled(seen, smallest) else None
+    + None
+chaos is judged by moves that no outer optimizer makes
+    Smoothness.error, smoothness
+    - for size, error in self.errors.items() if size >= _MOVES[-1])
+    + for size, error in self.errors.items())
+chaos is a note
+    probe_smoothness, check_solve
+    - if worst.error > WORTHLESS and max(found.ratios) > _GROWN:
+    + if False:
+kinks are taken for chaos
+    probe_smoothness, check_solve
+    - if worst.error > WORTHLESS and max(found.ratios) > _GROWN:
+    + if worst.error > CLOSE:
+a hypergradient that half precision loses is a note
+    probe_precision, check_solve
+    - if worst > WORTHLESS:
+    + if False:
+what has no influence left counts in the precision
+    _error, check_solve
+    - least = _SHRUNK * reference.adjoints[-1] if
+    + least = 0.0 * reference.adjoints[-1] if
+the pieces of a solve all begin at its first step
+    Whole.derivatives, check_solve
+    - start=layout.start + first, inner_steps
+    + start=layout.start, inner_steps
+the growth of the adjoint is read off at the wrong end
+    Found.ratios, check_solve
+    - norm / self.adjoints[-1]
+    + norm / self.adjoints[0]
+the moved solve draws other random numbers
+    Whole._taken, check_solve
+    - random_state.replayed(self.generators, device), warnings
+    + warnings.catch_warnings(), warnings
+a cast within the loss makes double precision a lower one
+    InDouble.__torch_function__, check
+    - if func in _CASTS
+    + if False and func in _CASTS
+moved meta-parameters keep their new values
+    _at, compare_worth
+    - stack.callback(setattr, leaf, "data", leaf.data)
+    + pass
+a solve in double precision starts in a lower one
+    problem_in_double, compare_worth
+    - Leaves(map(doubled, part)) for part in problem.inputs
+    + Leaves(part) for part in problem.inputs
+a loss that is evaluated again in the backward pass is in its own precision
+    problem_in_double, check_solve
+    - else run_in_double(loss)
+    + else loss
+a learned rate of double precision meets params of a lower one
+    _in_double, compare_worth
+    - for raised in (leaves, ()):
+    + for raised in (leaves,):
+a raised copy is looked for in the graph
+    _needs_itself, compare_worth
+    - return func in _DIFFERENTIATING or name
+    + return name
+estimates report their quality in no unit
+    Trajectory.report, krylov
+    - torch.where(whole > 0, part / whole, 0)
+    + part
+
+# the estimators, read from top to bottom
+the binomial window counts steps that were not made
+    Binomial._curved, binomial
+    - else min(self.window, steps)
+    + else self.window
+an estimate of which no order is missing is reported as a bad one
+    Binomial.pullback, warnings_of_estimates
+    - ["last_order"] = 0 * norm(cotangent)
+    + ["last_order"] = norm(cotangent)
+
+# attention with second derivatives, and blocks that are computed again
+attention's second derivative forgets that the scores move with the direction
+    second, attention
+    - total.add(chunk, p * h, p, along_x)
+    + total.add(chunk, p * h, 0 * p, along_x)
+attention's curvature is not centred
+    second, attention
+    - by_scores = p * _centred(p, h * y + w)
+    + by_scores = p * (h * y + w)
+attention's third derivative drops the pairs of a cumulant
+    third, attention
+    - by_scores = p * (_centred(p, products) - pairs)
+    + by_scores = p * _centred(p, products)
+a direction of the mask is dropped
+    _moving, attention
+    - return rates if x.mask is None else rates + x.mask
+    + return rates
+a query that sees no key gets NaN
+    Chunk.weights, attention
+    - return weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    + return weights
+causal attention sees one key too many
+    Chunk.weights, attention
+    - torch.arange(self.keys, device=scores.device) > query, -torch.inf
+    + torch.arange(self.keys, device=scores.device) > query + 1, -torch.inf
+what is dropped depends on the chunk
+    Chunk._kept, attention
+    - query = torch.arange(self.first, self.last, device=noise.device)[:, None]
+    + query = torch.arange(self.last - self.first, device=noise.device)[:, None]
+all heads drop the same
+    _noise, attention
+    - torch.arange(math.prod(batch), device=device)
+    + torch.zeros(math.prod(batch), dtype=torch.int64, device=device)
+tasks that share a mask get the sum of its gradients
+    _in_front, attention
+    - return x.expand(size, *x.shape) if x.is_floating_point() else x.unsqueeze(0)
+    + return x.unsqueeze(0)
+the Hessian's own derivative by its direction is zero
+    _Second.backward, attention
+    -         if any(needs[5:]):
+    +         if False:
+half precision is computed in half
+    _wide, attention
+    - return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    + return x
+modules that call torch's function of many heads are not reached
+    _with_ours, attention_in_modules
+    - "scaled_dot_product_attention" in function.__code__.co_names
+    + "attention" in function.__code__.co_names
+another mode takes the place of attention's
+    _copied, attention_in_modules
+    - ours[function.__name__] = copy
+    + ours[function.__name__] = function
+a block is computed again with the module's own weights
+    _Forward._run, checkpointed_blocks
+    - outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)
+    + state = state if self.note.is_first else {}
+    +         outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)
+a block draws other numbers when it is computed again
+    Surroundings.entered, checkpointed_blocks
+    - stack.enter_context(random_state.replayed(self._drawn, self._device))
+    + stack.enter_context(random_state.replayed(None, self._device))
+a block is computed again without the function modes of the loss
+    _under, checkpointed_blocks
+    - missing = [mode for mode in modes if id(mode) not in there]
+    + missing: list[Any] = []
+a block is computed again by other kernels of attention
+    Surroundings.entered, checkpointed_blocks
+    - if _kernels() != self._kernels:
+    + if False:
+a block is computed again in another mode than it was in
+    Surroundings.entered, checkpointed_blocks
+    - stack.enter_context(_training(self._training))
+    + stack.enter_context(_training([]))
+what a block writes to a buffer is lost
+    _Block.__call__, checkpointed_blocks
+    - buffer.copy_(written)
+    + buffer.copy_(buffer)
+a block may read a tensor that requires grad from elsewhere
+    Note.first, checkpointed_blocks
+    - if rates or leads_past(gate, found):
+    + if rates:
+a block may read a tensor of a transform from elsewhere
+    Note.first, checkpointed_blocks
+    -             if self._levels:
+    +             if False:
+a gradient of a block keeps the graph of its recomputation
+    _Pulled.__call__, checkpointed_blocks
+    -         again = torch.is_grad_enabled()
+    +         again = True
+tasks that share a weight of a block get the sum of its gradients
+    _Pulled.apart, checkpointed_blocks
+    - return self.of.apart | {*self.wanted, *range(self.count, self.count + self.cotangents)}
+    + return self.of.apart | {*range(self.count, self.count + self.cotangents)}
+a cache may go into a block that is computed again
+    Note.refuse_objects_with_tensors, checkpointed_blocks
+    - if type(x).__module__ != "builtins" and everything_held([x]).tensors:
+    + if False:
+
+# where stored states wait
+a place in the file is given out twice
+    _File.place, offload
+    - return self.free_places[size].pop()
+    + return self.free_places[size][-1]
+a place in the file overlaps the next one
+    _File.place, offload
+    - self._end += size
+    + self._end += size // 2
+a written state stays in memory
+    _OnDisk.wait, offload
+    -         self._unwritten = self._writing = None
+    +         self._writing = None
+writing goes on behind the solve
+    Keeper.finish, offload
+    -             self.states.settle()
+    +             pass
+what is stored later goes to the file of before
+    Disk.settle, offload
+    - self._thread = self._file = None
+    + self._thread = None
+a state that was brought ahead outlives another with its number
+    Store.__setitem__, offload
+    -         self._ahead = None  # else
+    +         pass  # else
+a state that was brought ahead is handed out for any
+    Store.__getitem__, offload
+    - if ahead is not None and ahead[0] == step
+    + if ahead is not None
+graphs of offloaded blocks are linked
+    Trajectory._blocks_backwards, offload
+    - kept.kept.slots is None and not states.elsewhere
+    + kept.kept.slots is None
+a file that was cut is read
+    _File.read, offload
+    - raise EOFError("the file is shorter than what was written to it")
+    + break
+the disk is asked for what may never come
+    Keeper._store, offload
+    - if step == self.first and not self._stops:
+    + if step == self.first:
+one state less than will be stored is expected
+    Disk.expect, offload
+    - if count * nbytes > free:
+    + if (count - 1) * nbytes > free:
+
+# inner data over ranks: the pair of collectives, and what is compared between ranks
+the cotangents of what is copied are not summed
+    _Copied.backward, inner_data
+    - return None, *_where_needed(_Summed, ctx, cotangents)
+    + return None, *_where_needed(_Copied, ctx, cotangents)
+the cotangent of a sum is summed once more
+    _Summed.backward, inner_data
+    - return None, *_where_needed(_Copied, ctx, cotangents)
+    + return None, *_where_needed(_Summed, ctx, cotangents)
+under vmap a sum over ranks is each rank's own
+    _Summed.vmap, inner_data
+    - return transforms.apply(_Summed, group, *tensors), in_dims[1:]
+    + return transforms.apply(_Copied, group, *tensors), in_dims[1:]
+tensors that differ are copied
+    refuse_other_copies, inner_data
+    - if worst <= tolerance(tensors):
+    + if worst <= 10 * worst:
+a collective in place is not heard
+    FirstStep.gradient, inner_data
+    - if "c10d::" in said and
+    + if "c10d::!" in said and
+a gradient that is summed twice is not noticed
+    FirstStep._refuse, inner_data
+    - naive = _sums_twice(losses)
+    + naive = _sums_twice(losses)[:0]
+params that were not copied are not noticed
+    FirstStep._refuse, inner_data
+    - if not alike and _sums_a_scalar(losses):
+    + if not alike and False and _sums_a_scalar(losses):
+a sum in the midst of a model is taken for a loss
+    _sums_a_scalar, inner_data
+    - return bool(nodes) and all(size == losses.numel() for node
+    + return bool(nodes) and all(size >= losses.numel() for node
+updates that differ between ranks are not noticed
+    FirstStep.refuse_other_updates, inner_data
+    - if apart > replicas.tolerance(state):
+    + if apart < 0:
+outer losses that differ between ranks are not noticed
+    refuse_other_cotangents, inner_data
+    - if apart > replicas.tolerance(cotangents):
+    + if apart < 0:
+what each rank holds is moved on all ranks at once
+    refuse_held_apart, inner_data
+    - if groups.is_running() and reaches_a_sum(
+    + if groups.is_running() and not reaches_a_sum(
+ranks take the same tasks
+    Ranks.share, training
+    - return slice(ends[self.rank], ends[self.rank + 1])
+    + return slice(ends[0], ends[1])
+a rank with fewer tasks weighs them more
+    meta_gradient, training
+    - torch.autograd.backward(losses.sum() / tasks)
+    + torch.autograd.backward(losses.mean() / ranks.count)
+episodes are evaluated on every rank, and added up
+    _over_episodes, training
+    - if number % ranks.count == ranks.rank:
+    + if number % ranks.count >= 0:
+a wrong mean over sharded numbers is not refused
+    refuse_wrong_means, sharded
+    - if name in _MEANS and node
+    + if name in () and node
+DTensors are copied over ranks
+    _refuse_unusual, sharded
+    -         if is_spread(x):
+    +         if is_spread(x) and x.ndim > 9:
+
+# programs: a solve as two scans
+a traced sweep forgets the direct terms of earlier steps
+    TracedSweep._body, compiled_programs
+    - sums = [x + direct[place] for x, place in
+    + sums = [direct[place] for x, place in
+a traced sweep gives the terms of steps in the wrong order
+    TracedSweep._loop, compiled_programs
+    - return carry, [x.flip(0) for x in terms]
+    + return carry, terms
+a traced step of a continued solve counts from one
+    Reading.rows, compiled_programs
+    - first, window = self._layout.first_update(stretch.first), self._layout.window
+    + first, window = self._layout.first_update(1), self._layout.window
+a traced window reads the batch of another
+    Reading.stacked, compiled_programs
+    - axis, first = layout.step_axis(place), (stretch.first - 1) * layout.window
+    + axis, first = layout.step_axis(place), stretch.first - 1
+traced running costs are those of the steps before
+    TracedSweep._rows, compiled_programs
+    - running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
+    + running = [x.roll(1, 0)[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
+a traced scan freezes what is captured
+    _finishing, compiled_programs
+    - if constant is not None:
+    + if False:
+a program does not tell that numbers are not finite
+    Trace.unsound, compiled_programs
+    - total = total + number.to(like.device)
+    + total = total + 0 * number.to(like.device).nan_to_num()
+a program's key has no autocast
+    _Given.key, compiled_outer
+    - tuple(map(_kind, self.leaves)), casts, state
+    + tuple(map(_kind, self.leaves)), state
+one is as good as True to a program
+    _kind, compiled_outer
+    - return (type(leaf), repr(leaf)) if plain else _Same(leaf)
+    + return leaf if plain else _Same(leaf)
+a number that is read by closure is not looked at
+    Reads._values, compiled_outer
+    - yield from map(content_of, self._cells)
+    + yield from ()
+a program is never compared again
+    Compiled._run, compiled_outer
+    - if unsound.isfinite().item() and entry.calls & (entry.calls - 1):
+    + if unsound.isfinite().item():
+
+# what a program's function reads besides its arguments
+a function with other code is the same function
+    Reads._values, compiled_reads
+    - yield from (function.__code__, function.__defaults__)
+    + yield from (function.__defaults__,)
+defaults that were replaced are the same ones
+    Reads._values, compiled_reads
+    - yield from (function.__code__, function.__defaults__)
+    + yield from (function.__code__,)
+what stands behind a weak reference is not looked at
+    Reads._besides, compiled_reads
+    - yield value()
+    + yield None
+zeros of both signs are one to a program
+    _kind, compiled_reads
+    - return (type(leaf), repr(leaf)) if plain else _Same(leaf)
+    + return (type(leaf), leaf) if plain else _Same(leaf)
+zeros of both signs that a function reads are one
+    Reads.unchanged, compiled_reads
+    - and repr(value) == repr(old)
+    + and value == old
+what a function reads of an imported module is not looked at
+    Reads._of_modules, compiled_reads
+    - spaces += [vars(found)] if not any(vars(found) is known for known in spaces) else []
+    + pass
+slots of what a function reads are not looked at
+    Reads._values, compiled_reads
+    - yield _in_slot(owner, slot)
+    + yield 0
+classes of what a function reads are not looked at
+    Reads._of_class, compiled_reads
+    - self._names.append((vars(part), name))
+    + pass
+numbers of small arrays are not looked at
+    Reads._values, compiled_reads
+    - yield array.tobytes()
+    + yield 0
+a tensor that an outer loss has captured gets no gradient, silently
+    Compiled._function, compiled_reads
+    - if given.alone and roots and trace is None:
+    + if False:
+a captured tensor that has come to require grad is not noticed
+    Program.fits, compiled_reads
+    - return list(map(_kind, self._captured)) == self._kinds
+    + return True
+a trace freezes a captured tensor that is given for a number
+    _refusing_numbers, compiled_reads
+    - if func is torch.ops.aten._local_scalar_dense.default and _is_captured(args[0]):
+    + if False:
+a trace freezes numbers that are gathered
+    _refusing_numbers, compiled_reads
+    - if func in _GATHERING and any(map(_is_captured, _within([*args, *(kwargs or {}).values()]))):
+    + if False:
+a trace freezes numbers that are gathered from keywords
+    _refusing_numbers, compiled_reads
+    - _within([*args, *(kwargs or {}).values()])
+    + _within(args)
+a trace freezes numbers that are gathered the old way
+    _GATHERING, compiled_reads
+    - , Tensor.new_tensor, Tensor.new}
+    + , Tensor.new_tensor}
+a trace freezes a number that is calculated from captured tensors
+    _refuse_frozen, compiled_reads
+    - if read and not isinstance
+    + if False and not isinstance
+
+# a solve with compile=True as two programs
+a program is used though what its loss reads has changed
+    Known.unchanged, whole_programs
+    - return self._reads is not None and self._reads.unchanged
+    + return True
+a program is never compared with the plain way
+    Known.is_due, whole_programs
+    - return not self._calls & (self._calls - 1)
+    + return False
+a program goes on to read the tensors of then
+    Known.settle, whole_programs
+    - if self.program is not None and self.program.captures:
+    + if False:
+whole programs have no dtype, shape or autocast in their key
+    kind_of, whole_programs
+    - return (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
+    + return (*what, *kind, layout.levels, structures, optimizer)
+a program of a schedule serves every part of it
+    kind_of_steps, whole_programs
+    - layout.start if any(layout.stepped.hyperparameters) else None
+    + None
+a program counts steps from one, wherever a solve goes on
+    numbers_of, whole_programs
+    - return _numbers(layout.first_update(1), layout.steps
+    + return _numbers(1, layout.steps
+a program that is not finite passes
+    roll_out_wholly, whole_programs
+    - if not unchanged or (watch.values and (due or not sound)):
+    + if not unchanged or (watch.values and due):
+a loss that keeps a state has a program
+    _is_right, whole_programs
+    - if plain.hidden_state is not None or plain.copied_to
+    + if plain.copied_to
+a program of the backward pass serves other inputs
+    _sweep, whole_programs
+    - key = ("sweep", trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
+    + key = ("sweep", trajectory.rollout.key)
+a stack of states is used twice
+    sweeps, whole_programs
+    - record.usable, record.rollout = False, replace(rollout, stack=None)
+    + record.usable, record.rollout = True, replace(rollout, stack=None)
+
+# threads that share a module, and numbers that are given as tensors
+threads may call one module at once
+    functional, functional
+    - with nullcontext() if torch.compiler.is_compiling() else lock:
+    + with nullcontext():
+a scale that is a tensor is taken for a constant
+    attention, attention
+    - if isinstance(number, Tensor):
+    + if False:
+a block may read a tensor with a tangent from elsewhere
+    Note.first, checkpointed_blocks
+    - rates = transforms.has_tangent(found)
+    + rates = False
+
+# what blocks that are computed again leave behind
+an output of a block is the tensor that is kept for it
+    _Recomputed.forward, checkpointed_blocks
+    - return _of_their_own(function(*tensors), tensors)
+    + return function(*tensors)
+a block may change its inputs
+    Note.first, checkpointed_blocks
+    - if versions != list(map(transforms.version, given)):
+    + if False:
+what a block leaves behind is a constant
+    _Gate.backward, checkpointed_blocks
+    - raise ctx.refusal()
+    + return None, *cotangents
+what a block leaves behind is a constant under a transform
+    Note.first, checkpointed_blocks
+    - raise self.left_behind()
+    + pass
+a block may keep a state that depends on its inputs in a buffer
+    _Forward._run, checkpointed_blocks
+    - raise self.note.left_behind()
+    + pass
+a block may give other numbers when it is computed again
+    Note.refuse_others_than_the_first, checkpointed_blocks
+    - if self.marks is not None and not self.marks.are_of(outputs, levels):
+    + if False:
+the precision of autocast does not count where numbers are compared
+    Marks.are_of, checkpointed_blocks
+    - max(self._eps, torch.finfo(x.dtype).eps) ** _POWER
+    + torch.finfo(x.dtype).eps ** _POWER
+numbers that are computed again under one more vmap are others
+    Marks.are_of, checkpointed_blocks
+    - found = [_mark(x[(0,) * more]) for x in floating]
+    + found = [_mark(x) for x in floating]
+a dictionary of blocks stands for nothing
+    _entries, checkpointed_blocks
+    - isinstance(block, nn.ModuleList | nn.ModuleDict)
+    + isinstance(block, nn.ModuleList)
+a list of blocks that is called itself stands for its entries
+    _entries, checkpointed_blocks
+    -  or _has_forward(block):
+    + :
+a class is taken for a function of a name
+    _blocks, checkpointed_blocks
+    - isinstance(checkpoint, str | nn.Module | type)
+    + isinstance(checkpoint, str | nn.Module)
+
+# what round-off hides, and what else is told of a solve
+the round-off to expect is a hundredth
+    _slopes, smoothness
+    - noise = 100 * torch.finfo(
+    + noise = 1 * torch.finfo(
+a move that is rounded to none agrees
+    _lost, smoothness
+    - (larger > 0 or math.isinf(noise))
+    + larger > 0
+two moves above round-off make a wrong derivative
+    _settled, check_solve
+    - return enough and all(
+    + return all(
+what round-off hides is the end's roughness
+    probe_smoothness, check_solve
+    - if worst.cut_short:
+    + if False:
+other random numbers in float64 are lost precision
+    probe_precision, check_solve
+    - if own.drawn != reference.drawn:
+    + if False:
+whatever draws is not set beside float64
+    probe_precision, check_solve
+    - if own.drawn != reference.drawn:
+    + if own.drawn:
+other random numbers in float64 are lost precision to compare
+    worth, compare_worth
+    - drawn = torch.float64 in kinds and _drawn(run, estimator) != kinds
+    + drawn = False
+meta-parameters change their precision, and lose the hooks of their accumulators
+    _at, compare_worth
+    -             leaf.data = value
+    +             leaf.data = value if raised is None else value.double()
+every entry moves by the mean size of its leaf
+    _random_moves, smoothness
+    - torch.where(mean > 0, mean, 1), x.abs())
+    + torch.where(mean > 0, mean, 1), torch.where(mean > 0, mean, 1))
+an outer loss that is not defined is called rough
+    Worth.notes, compare_worth
+    - elif self.smoothness.undefined:
+    + elif False:
+
+# what ranks hold apart, fields over ranks, and DTensors that are spread unevenly
+what a rank wants beside the states is its own
+    slots_within, inner_data
+    - given = largest(sum(map(nbytes, inputs.params)) + direct, nodes, inputs.params)
+    + given = sum(map(nbytes, inputs.params)) + direct
+tensors of other shapes are compared over ranks
+    deviations, inner_data
+    - if not _alike(plain, group):
+    + if not _alike(plain[:0] or plain, group) and False:
+a penalty of shards is taken for a loss
+    _sums_a_scalar, inner_data
+    - return bool(nodes) and all(size
+    + return bool(nodes) and any(size
+a field that is not copied is not noticed
+    FirstStep._refuse, inner_data
+    - if alike and self._pulled:
+    + if alike and self._pulled[9:]:
+what comes back along an unrolled solve is not compared
+    _Watched.backward, inner_data
+    - refuse_other_cotangents(ctx.copied_to, cotangents)
+    + refuse_other_cotangents(ctx.copied_to, cotangents[:1])
+tasks are told of another optimizer
+    FirstStep._refuse, inner_data
+    - self._sums = any([is_summed(node)
+    + self._sums = not any([is_summed(node) and False
+a graph of DTensors weighs nothing
+    _add_storage, sharded
+    - storage = (tensor if type(tensor) is Tensor else _on_this_rank(tensor)).untyped_storage()
+    + storage = tensor.untyped_storage()
+the largest entry is that of a rank
+    largest_modulus, sharded
+    - torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    + pass
+losses that are spread in other ways are stacked
+    placed_alike, sharded
+    - return [x.redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim) for x in tensors]
+    + return list(tensors)
+too many open files are a lack of room
+    _errors_named, offload
+    - in (errno.EMFILE, errno.ENFILE):
+    + in (errno.ENFILE,):
+a block is computed again while another thread calls the module
+    _Turn.taken, checkpointed_blocks
+    - return self._lock if self.has_ended else nullcontext()
+    + return nullcontext()
+a block that a call differentiates waits for the end of the call
+    _Turn.taken, checkpointed_blocks
+    - return self._lock if self.has_ended else nullcontext()
+    + return self._lock
+what a block leaves behind when it is computed again is a constant
+    _Pulled.__call__, checkpointed_blocks
+    - (given[i],) = gated(self.left_behind, given[i])
+    + given[i] = given[i].detach().requires_grad_()
+a first step under a transform keeps the numbers that an empty vmap draws
+    Checks._apart, randomness
+    - if not levels or not random_state.changed(before, random_state.snapshot(device)):
+    + if True:
+what is evaluated a second time returns both
+    Checks.losses, randomness
+    - aux.clear()  # of what
+    + pass  # of what
+
+# Claims of the experiments, and the intervals they are answered from.
+an interval over starts leaves the episodes out that they share
+    two_level, claims
+    - if crossed and len(values[0]) > 1:
+    + if False:
+one start has an interval of no width
+    two_level, claims
+    - return Effect(mean, -math.inf, math.inf, starts)
+    + return Effect(mean, mean, mean, starts)
+an effect whose interval reaches to both sides is shown in part
+    judged, claims
+    - return "partly" if zero < margin and low > zero else "not decided"
+    + return "partly"
+numbers of different starts are compared
+    Formula.effects, claims
+    - both = group.merge(here, on=["seed", "draw"],
+    + both = group.assign(k=0).merge(here.assign(k=0), on=["k", "draw"],
+what holds in one setting holds
+    together, claims
+    - if all(answer == "yes" for answer in known):
+    + if any(answer == "yes" for answer in known):
+every start has the same random numbers
+    of_start, claims
+    - work.seed += STRIDE * number
+    + work.seed += 0 * number
+a loss that diverges with the number of inner steps saturates
+    saturation, anil_experiment
+    - return abs(last) / first if first > 0
+    + return last / first if first > 0
+tasks of many ways come in batches of few
+    learn, few_shot_experiment
+    - settings.tasks if way <= 10 else settings.wide_tasks
+    + settings.tasks
+what no gain is shown for is lost
+    _of_accuracy, meta_transfer_experiment
+    - _gains(runs[runs["kind"] == kind])
+    + True
+
+# one frame of runs: what is stored of one, its budget, and where Ctrl-C leaves it
+a resumed training forgets the time before
+    Training.train, cli
+    - work.is_late(before + lasted + cost)
+    + work.is_late(lasted + cost)
+a training keeps no time for its next iteration
+    Training.train, cli
+    - work.is_late(before + lasted + cost)
+    + work.is_late(before + cost)
+a training keeps no time for its evaluation
+    Training.train, cli
+    - work.is_late(before + lasted + cost)
+    + work.is_late(before + lasted)
+lines after the checkpoint stay in the log
+    Training.train, resume
+    - self.log.cut()
+    + pass
+Ctrl-C saves nothing
+    Work.step, cli
+    - if out_of_time or heard or
+    + if out_of_time or
+what is said after Ctrl-C forgets the data
+    Run.run, cli
+    - [] if data is None else
+    + [] if True else
+a run of other versions is resumed
+    Header.check_same, reproduce
+    - if (here := getattr(self, name)) != there:
+    + if (here := getattr(self, name)) is None:
+a stored option may be a text where the command line makes a number
+    _check_value, resume
+    - parse(str(value)) == value
+    + str(parse(str(value))) == str(value)
+an option given again replaces that of the run to resume
+    read, resume
+    - if name in before and before[name] != value:
+    + if False:
+
+# data sets found by one entry, residual networks of one block
+a form of a data set is read where only one of its files is
+    KnownSet.find, every_set
+    - if all(is_there(place / name) for name in form.files):
+    + if any(is_there(place / name) for name in form.files):
+a data set is looked for in its own folder only
+    KnownSet.find, every_set
+    - places = [root / self.folder, root] if self.folder else [root]
+    + places = [root / self.folder]
+a data set is looked for in the data folder only
+    KnownSet.find, mini_imagenet
+    - places = [root / self.folder, root] if self.folder else [root]
+    + places = [root]
+the default size of images is that of other sets
+    KnownSet.find, mini_imagenet
+    - size = self.size if size is None else size
+    + size = 32 if size is None else size
+a file larger than its limit is opened
+    open_file, damaged_data
+    - if limit is not None and size > limit:
+    + if limit is not None and size > 2 * limit:
+what is damaged is an error of the standard library
+    whole, damaged_data
+    -     except broken as error:
+    +     except () as error:
+a residual block ends before its sum
+    ResidualBlock.forward, models
+    - self.end(self.residual(inputs) + self.shortcut(inputs))
+    + self.end(self.residual(inputs)) + self.shortcut(inputs)
+the last layer of a residual block keeps its activation
+    ResidualBlock.__init__, models
+    - convolutions(channels, activation, generator)[:-1]
+    + convolutions(channels, activation, generator)
+every block of a stage projects its shortcut
+    ResidualStages.__init__, models
+    - project=s[0] != m
+    + project=True
+the first stage is behind a pooling, too
+    _staged, models
+    - stage(pool(hidden, 2) if i else hidden)
+    + stage(pool(hidden, 2))
+examples that a smaller class does not have are drawn
+    _drawn, episodes
+    - example_keys.masked_fill_(torch.arange(most, device=device) >= counts[class_index], -1.0)
+    + example_keys.masked_fill_(torch.arange(most, device=device) > counts[class_index], -1.0)
+
+# what is written, counted and looked at together, so that a solve is short
+losses that were written together all go to the beginning
+    Tables._write_waiting, losses_of_many_steps
+    - narrow(self._axis, last - count, count)
+    + narrow(self._axis, 0, count)
+losses that wait when a solve ends early are left out
+    Tables.until, losses_of_many_steps
+    - if self._waiting:
+    + if self._waiting and step % 2:
+losses that have become wider are rounded to the first
+    Tables._write_waiting, losses_of_many_steps
+    - if self._tensors[0].dtype != rows.dtype:
+    + if False:
+what has been compiled since is not looked for
+    _anything_compiled, torch_errors
+    - if count != _seen[0] or _counter is None:
+    + if _counter is None:
+a torch that does not count its functions has never compiled any
+    _anything_compiled, torch_errors
+    - if count != _seen[0] or _counter is None:
+    + if count != _seen[0]:
+an argument that is no tree is not looked into for tensors of a transform
+    Dynamics.without_names, captures
+    - if not isinstance(x, Slot)
+    + if x is None
+
+# the public yardsticks, the decay in L, and MAML itself
+influence balancing has one sign more
+    POSITIVE, yardsticks_experiment
+    - POSITIVE = 10
+    + POSITIVE = 11
+a descent is not stopped where it leaves
+    measure, yardsticks_experiment
+    - if abs(path[-1]) > FAR:
+    + if path[-1] > 1e9 * FAR:
+the slope of the toy lacks the gate's own derivative
+    slope, yardsticks_experiment
+    - turn.cos() * (1 - gate)
+    + turn.cos()
+images are standardised by a sample's deviation
+    load, yardsticks_experiment
+    - pairs[0][0].std(0, correction=0)
+    + pairs[0][0].std(0)
+ties do not count half
+    Cleaning.told_apart, yardsticks_experiment
+    - for side in (False, True)
+    + for side in (True, True)
+cleaning's table has the sum over the draws
+    _cleaning_table, yardsticks_experiment
+    - loss, error, told, seconds = (fmean(each)
+    + loss, error, told, seconds = (sum(each)
+the decay is fitted against L log L
+    slope, bounds_decay
+    - kept = [(level + 1.0, error)
+    + kept = [(level + 2.0, error)
+an exponential decay counts as super-exponential
+    BEND, bounds_decay
+    - BEND = -0.5
+    + BEND = 0.5
+(34a) forgets that the last steps contract
+    bounds, bounds_decay
+    - 1 + (1 + x) ** dropped * kept
+    + 1 + (1 + x) ** dropped
+ANIL adapts the first layer
+    learn, maml_experiment
+    - >= LAYERS - run.adapted]
+    + < run.adapted]
+every inner gradient reads the same part of the support images
+    learn, maml_experiment
+    - batches = torch.stack(orders)[:, : run.batch]
+    + batches = torch.stack(orders)[:1, : run.batch].expand(settings.steps, run.batch)
+every number of steps gets a program of its own, without end
+    _is_one_of_many, whole_programs
+    - return len(alike) >= _MOST_ALIKE
+    + return False
+
+# few-shot: Reptile's own algorithm, falling outer steps, equal time, which methods come first
+Reptile steps by the sum of the tasks' directions
+    outer_steps, few_shot_experiment
+    - lr=rate / tasks
+    + lr=rate
+batches of Reptile lose the labels of their images
+    in_batches, few_shot_experiment
+    - for x in (inputs, targets)
+    + for x in (inputs, targets.roll(1, 1))
+a batch of Reptile holds an image twice
+    in_batches, few_shot_experiment
+    - keys.argsort(dim=2)
+    + keys.argsort(dim=2) // 2
+outer steps of few-shot fall by half only
+    learn, few_shot_experiment
+    - math.cos(math.pi * share)
+    + math.cos(math.pi * share / 2)
+accuracies in equal time are those before the first look
+    between, few_shot_experiment
+    - left=math.nan
+    + left=None
+the fastest method of the other group says what equal time is
+    table_of, few_shot_experiment
+    - data.groupby(["seed", *HERE])["seconds"]
+    + data.groupby("seed")["seconds"]
+second levels come before further starts
+    turn, few_shot_experiment
+    - keys["L"] > 1
+    + keys["L"] > 2
+no start has all of the windows first
+    turn, few_shot_experiment
+    - int(second and keys["seed"] > 0)
+    + int(second)
+images that are averaged down lose half a grey level
+    _shrunk, few_shot_experiment
+    - .round().to(torch.uint8)
+    + .to(torch.uint8)
+the characters of Vinyals are never turned
+    _vinyals, few_shot_experiment
+    - rotations=rotations
+    + rotations=False
+seconds of few-shot training hold the validations before them
+    Validation.left_out, few_shot_experiment
+    - if after <= i)
+    + if after > i)
+
+# meta-transfer's images and steps, and the theorems of the memory-reduced algorithm
+images to train with are tested too
+    Transfer, meta_transfer_experiment
+    - [row[settings.per_class :] for row in rows]
+    + list(rows)
+a problem is chosen on the classes of the test
+    domains, meta_transfer_experiment
+    - image_sets.load(problem, part, data_dir) for part in ("train", _split(split))]
+    + image_sets.load(problem, part, data_dir) for part in ("train", "test")]
+runs of other steps take the standard number
+    _of_steps, meta_transfer_experiment
+    - partial(learn, replace(settings, steps=steps), name, "adam", seed)
+    + partial(learn, settings, name, "adam", seed)
+nothing is kept of a task from one visit to the next
+    descend, memory_rates_experiment
+    - all_tasks[rows] = seen
+    + seen.add_(all_tasks[rows], alpha=0)
+targets are numbers, not parts of the first
+    reached, memory_rates_experiment
+    - value <= target * values[0]
+    + value <= target
+a floor that rises counts as one that falls
+    exponents_of, memory_rates_experiment
+    - -slope(group["tasks"], group["floor"])
+    + slope(group["tasks"], group["floor"])
+features that are computed once are still part of the inner loss
+    Embedding._fitted, esj_experiment
+    - of_features if rule.once else of_images
+    + of_images
+ANIL's head starts from zero
+    Embedding._one, esj_experiment
+    - self.learned_head if rule.learned else self.head
+    + self.head
+the slides' own form takes central differences
+    rules, esj_experiment
+    - sampling="gaussian", antithetic=False, generator=source)
+    + sampling="gaussian", antithetic=True, generator=source)
+
+# how long work takes on a GPU
+on a GPU the processor's own time is taken, which ends when all is queued
+    seconds_of, timing
+    - if device.type != "cuda":
+    + if True:
+milliseconds between events are taken for seconds
+    seconds_of, timing
+    - return float(first.elapsed_time(last)) / 1e3
+    + return float(first.elapsed_time(last))
+compare times every problem as one of the CPU's, wherever its outer loss is
+    _timed, timing
+    - seconds = seconds_of(work, expected.device)
+    + seconds = seconds_of(work, torch.device("meta"))
+
+# the params of a linked step, and what is looked for where nothing is computed again
+under a vmap, params that an update has computed from each other are no views
+    Block.__init__, params_of_a_block
+    - bool(layout.levels) and dynamics.own_update and
+    + bool(layout.levels) and
+without a vmap, params that a loss may hook are no views
+    Block.__init__, solution
+    - bool(layout.levels) and dynamics.own_update and
+    + dynamics.own_update and
+params that are observed are no views, and reach a later loss
+    Block.__init__, params_of_a_block
+    - dynamics.own_update and dynamics.observer is None
+    + dynamics.own_update
+the first inner gradient is taken of what is read, too
+    Block.__init__, params_of_a_block
+    - *derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])
+    + derivatives.make_roots([*state, *map(inputs.at, self._shared)])
+state of a loss is looked for where no backward pass reads it
+    Adjoint.run, params_of_a_block
+    - recomputed = keep.evaluates and
+    + recomputed =
+an estimator that evaluates the loss at the end says that it does not
+    Implicit.keep, params_of_a_block
+    - Keep(first=steps + 1)
+    + Keep(first=steps + 1, evaluates=False)
+of a generator its place alone is compared, not its numbers
+    changed, params_of_a_block
+    - a.numpy().tobytes() != b.numpy().tobytes()
+    + a.numpy().tobytes()[:24] != b.numpy().tobytes()[:24]
+
+# the quick look at what a loss has captured, of each step
+what waits to be looked at for captured tensors is forgotten by a quick look
+    Checks._note_captured, captures_at_some_step
+    - if at_once and start is not None and not self._noted:
+    + if at_once and start is not None:
+a quick look takes every leaf for a given one
+    ends_in_given, captures_at_some_step
+    - if not behind and id(getattr(node, "variable", None)) not in leaves:
+    + if not behind and not leaves:
+of some graphs a quick look for captured tensors is enough for all
+    captured_nodes, captures_at_some_step
+    - if all([part.start is not None and
+    + if any([part.start is not None and
+
+# programs that keep every so-manieth state
+a block of a program is taken again from the next one's state
+    TracedSweep._pull_blocks, compiled_programs
+    - states = [x[begin : begin + part.number] for
+    + states = [x.roll(-1, 0)[begin : begin + part.number] for
+a short last block of a program is pulled back from the first state
+    TracedSweep._pull_blocks, compiled_programs
+    - begin = -(-(part.first - self._first) // parts[0].length)
+    + begin = 0
+what runs over the steps of blocks is read in the order of the first block
+    TracedSweep._pull_blocks, compiled_programs
+    - backwards = [x.flip(0) for x in (*states, *rows)]
+    + backwards = [*[x.flip(0) for x in states], *rows]
+the direct terms of blocks stay in the order of the backward pass
+    TracedSweep._pull_blocks, compiled_programs
+    - [x.flip(0).flatten(0, 1) for x in own]
+    + [x.flatten(0, 1) for x in own]
+a block's last state is that before the one before it
+    TracedSweep._states, compiled_programs
+    - made = [torch.cat([x, y[None]]) for x, y in zip(before, after, strict=True)]
+    + made = [torch.cat([x, x[-1:]]) for x, y in zip(before, after, strict=True)]
+a captured tensor that blocks read is an input of the inner graph
+    Trace.given, compiled_programs
+    - if self.inside:
+    + if False:
+a program of all states serves checkpoints
+    roll_out_wholly, whole_programs
+    - ("rollout", (first, block), *kind_of_steps(layout))
+    + ("rollout", first, *kind_of_steps(layout))
+steps that a program takes again are not counted
+    count_in, whole_programs
+    - again = steps - trajectory.rollout.kept.states
+    + again = 0
+compiled, all states are kept however large they are
+    Keep.within, whole_programs
+    - checkpoint=1 if size <= budget else "sqrt"
+    + checkpoint=1
+a plain backward pass over blocks takes every state for the next step's
+    _plainly, whole_programs
+    - range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)
+    + range(first, trajectory.steps + 1, 1)
+
+# what is read of which no change can be seen
+a loss that reads a file has a program
+    _is_reader, unseen_reads
+    - return any([value is reader for reader in _READERS])
+    + return False
+an iterator counts as something that stays as it is
+    _changes_unseen, unseen_reads
+    - return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
+    + return False
+what other methods of an object read counts as read
+    Unseen._is_called, unseen_reads
+    - return by_itself or key not in self._methods or name in mentioned
+    + return True
+what the methods read that a loss calls is not looked at
+    Unseen._is_called, unseen_reads
+    - return by_itself or key not in self._methods or name in mentioned
+    + return by_itself or key not in self._methods
+attributes that no code names count as read
+    Unseen.what, unseen_reads
+    - if key in mentioned and _changes_unseen(x)]
+    + if _changes_unseen(x)]
+a whole solve has a program though it reads an iterator
+    _made, whole_programs
+    - if _functions[code] > _MOST or _reads(dynamics).unseen is not None:
+    + if _functions[code] > _MOST:
+unsafe code of the compiler is stored, and found by the next process
+    _looked_through, compiled_outer
+    - if place.type == "cpu" and frees_in_a_loop(code):
+    + if False:
+a compiler that does not show its code is trusted
+    _looked_through, compiled_outer
+    - if place.type == "cpu" and not seen and _from_store(counters) == found:
+    + if False:
+
+# what is left out altogether
+a checkpoint without a seal is believed whatever its members' checksums
+    check_seal, run_files
+    -  or members.testzip() is not None
+the text of an error leaves out its fix
+    DiffoptError.__str__, error_fields
+    - {f'; {self.fix}' if self.fix else ''}
+a raised copy takes what is written into a tensor
+    InDouble.__torch_function__, check_solve
+    - and not _needs_itself(func)
+a program of one observer serves another
+    Known.serves, whole_programs
+    - and self._observes == _identity(dynamics)
+the descent of the toy is not held within its bounds
+    measure, yardsticks_experiment
+    - .clamp(LOW, HIGH)
+"""
+
+# What ends in white space would not show in the table.
 FAULTS = [
-    Fault(
-        "the adjoint of the first step is dropped",
-        "Replay.block",
-        "for step in range(first, last + 1):",
-        "for step in range(first + (first == 1), last + 1):",
-        "estimators",
-    ),
-    Fault(
-        "direct terms keep the last step's instead of the sum",
-        "DirectTerms.add",
-        "self._sums[place] + term if place in self._sums else term",
-        "term",
-        "binomial",
-    ),
-    Fault(
-        "the direct term of a batch goes to the step after it",
-        "DirectTerms.add",
-        "self._layout.slice_at(place, self._sums[place], step).copy_",
-        "self._layout.slice_at(place, self._sums[place], min(step + 1, self._trajectory.steps)).copy_",
-        "estimators",
-    ),
-    Fault(
-        "a checkpointed block starts one state late",
-        "Keeper._store",
-        "self.states[step] = state",
-        "self.states[step + 1] = state",
-        "estimators",
-    ),
-    Fault(
-        "the gradient inside a recorded step is a constant (no curvature)",
-        "take_step",
-        "losses, params, step, differentiable=ground.linked",
-        "losses, params, step, differentiable=False",
-        "estimators",
-    ),
-    Fault(
-        "every step sees the first batch",
-        "Layout.slice_at",
-        "            return tensor.select(axis, first)",
-        "            return tensor.select(axis, 0)",
-        "estimators",
-    ),
-    Fault(
-        "truncation keeps one step too many",
-        "Truncated._first",
-        "return max(1, trajectory.steps - self.steps + 1)",
-        "return max(1, trajectory.steps - self.steps)",
-        "estimators",
-    ),
-    Fault(
-        "the sign of weight decay is wrong",
-        "decayed",
-        "grads + weight_decay",
-        "grads - weight_decay",
-        "checks",
-    ),
-    Fault(
-        "the first momentum step is dampened",
-        "SGD._dampened",
-        "return direction if first else (1 - self.dampening) * direction",
-        "return (1 - self.dampening) * direction",
-        "optimizers",
-    ),
-    Fault(
-        "Adam's bias correction is one step behind",
-        "_adam_move",
-        "mean / (1 - beta1**step)",
-        "mean / (1 - beta1 ** (step + 1))",
-        "optimizers",
-    ),
-    Fault(
-        "the root has an infinite slope at zero",
-        "root",
-        "torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())",
-        "x.sqrt()",
-        "optimizers",
-    ),
-    Fault(
-        "a Kronecker factor is transposed",
-        "_multiply_axes",
-        "(matrix @ moved",
-        "(matrix.mT @ moved",
-        "optimizers",
-    ),
-    Fault(
-        "forward mode leaves out the mixed derivative",
-        "MovingProblem.take_step",
-        "tangents = [*layout.params(moving), *([rate] if of_loss else [])]",
-        "tangents = [*layout.params(moving), *([0 * rate] if of_loss else [])]",
-        "estimators",
-    ),
-    Fault(
-        "forward mode leaves out the tangent of the hyperparameters",
-        "MovingProblem.take_step",
-        "*(rate for _ in of_update)",
-        "*(0 * rate for _ in of_update)",
-        "estimators",
-    ),
-    Fault(
-        "shared inputs of a vmapped pullback are not given a task axis",
-        "_Pullback.vmap",
-        "own = call.wanted | set(range(count)) | set(range(inputs, len(tensors)))",
-        "own = set(range(count)) | set(range(inputs, len(tensors)))",
-        "composition",
-    ),
-    Fault(
-        "hyperparameters batched by the inner vmap only are aligned with the outer one",
-        "Dynamics._aligned",
-        "enumerate(reversed(self.layout.levels))",
-        "enumerate(self.layout.levels)",
-        "levels",
-    ),
-    Fault(
-        "random numbers are drawn anew in the backward pass",
-        "Replay._take",
-        "with self._rollout.replay(step, losses.device):",
-        "with self._rollout.replay(None, losses.device):",
-        "randomness",
-    ),
-    Fault(
-        "a used-up record is used again",
-        "Trajectory._blocks_backwards",
-        "while end >= first:\n            self.record.usable = False",
-        "while end >= first:\n            self.record.usable = True",
-        "randomness",
-    ),
-    Fault(
-        "Reptile points away from the solution",
-        "Reptile.pullback",
-        "trajectory.inputs.params - layout.params(trajectory.final)",
-        "layout.params(trajectory.final) - trajectory.inputs.params",
-        "every_rule",
-    ),
-    Fault(
-        "an order of the binomial rule leaves out its earliest step",
-        "Binomial.pullback",
-        "low, high = first + last - order, steps - order + 1",
-        "low, high = first + last - order + (order == 1), steps - order + 1",
-        "binomial",
-    ),
-    Fault(
-        "the binomial rule forgets its scale",
-        "Binomial.pullback",
-        "self.scale * updates.to_gradient(",
-        "updates.to_gradient(",
-        "binomial",
-    ),
-    Fault(
-        "the binomial rule takes mixed products at every order",
-        "Binomial.pullback",
-        "mixed, before = order == last and curvature.reads_wanted,",
-        "mixed, before = curvature.reads_wanted,",
-        "binomial",
-    ),
-    Fault(
-        "the binomial window is one step too long",
-        "Binomial.pullback",
-        "first, last = steps - curved + 1,",
-        "first, last = max(1, steps - curved),",
-        "binomial",
-    ),
-    Fault(
-        "E' is taken without its curvature's step (C instead of E)",
-        "DiagonalBlocks.to_gradient",
-        "adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)",
-        "adjoints[self._part(out)]",
-        "every_rule",
-    ),
-    Fault(
-        "the hyperparameters' terms of parallel rules are dropped",
-        "UpdateGraph.to_hyperparameters",
-        "return dict(zip(self.hypers, terms, strict=True))",
-        "return {}",
-        "binomial",
-    ),
+    *read(TABLE),
     Fault(
         "the Krylov rule leaves out its free last step",
         "Krylov.pullback",
         "stack = stack + residual ",
         "stack = stack + 0 * residual ",
         "krylov",
-    ),
-    Fault(
-        "the Krylov system has the wrong sign",
-        "AdjointSystem.matvec",
-        "return x - self.tasks_first(self.scan(",
-        "return x + self.tasks_first(self.scan(",
-        "krylov",
-    ),
-    Fault(
-        "a window's updates all count as its first step",
-        "Dynamics.updates",
-        "hyperparameters, i), first + i)",
-        "hyperparameters, i), first)",
-        "multi_step",
-    ),
-    Fault(
-        "the last window is not short",
-        "Layout.length",
-        "return min(self.window, self.inner_steps - (step - 1) * self.window)",
-        "return self.window",
-        "multi_step",
-    ),
-    Fault(
-        "the implicit system lacks the identity",
-        "LastStep.system",
-        "return through if self._root else (v - past) - through",
-        "return through",
-        "implicit",
-    ),
-    Fault(
-        "the implicit system forgets what its update hands on",
-        "LastStep.system",
-        "return through if self._root else (v - past) - through",
-        "return through if self._root else v - through",
-        "implicit",
-    ),
-    Fault(
-        "a minimiser may be far away if the loss's units are small",
-        "refuse_long_step",
-        "if not bool((step <= 10 * allowed",
-        "if False and not bool((step <= 10 * allowed",
-        "stationarity",
-    ),
-    Fault(
-        "the gradient of implicit is differentiated with the wrong sign",
-        "LastStep.cotangents",
-        "solution[i] = -x if self._root else x",
-        "solution[i] = x",
-        "implicit",
-    ),
-    Fault(
-        "the implicit rule gives the proximal center no hypergradient",
-        "LastStep.cotangents",
-        "initial[i] = cotangent[i] + term",
-        "initial[i] = cotangent[i]",
-        "implicit",
     ),
     Fault(
         "conjugate gradients take the old residual for the direction",
@@ -273,759 +2833,11 @@ FAULTS = [
         "linear_solve",
     ),
     Fault(
-        "the Neumann series adds what it should subtract",
-        "Neumann.iterate",
-        "x, r = x + move, r - matvec(move)",
-        "x, r = x + move, r + matvec(move)",
-        "linear_solve",
-    ),
-    Fault(
-        "orthonormal directions lack their factor",
-        "directions",
-        "return frame.movedim(-1, 0).to(base.device), float(size)",
-        "return frame.movedim(-1, 0).to(base.device), 1.0",
-        "es_jacobian",
-    ),
-    Fault(
-        "central differences are divided by one radius",
-        "ESJacobian.pullback",
-        "group.rolled_out(-self.radius * z)) / (2 * self.radius)",
-        "group.rolled_out(-self.radius * z)) / self.radius",
-        "es_jacobian",
-    ),
-    Fault(
-        "lifting: no_grad in a step cuts",
-        "AsPureFunction.__torch_function__",
-        'if name == "_set_grad_enabled"',
-        'if name == "never"',
-        "lift_third_party",
-    ),
-    Fault(
-        "lifting: a root's slope at zero is infinite",
-        "RULES",
-        '"sqrt": root',
-        '"sqrt": torch.sqrt',
-        "from_torch",
-    ),
-    Fault(
-        "lifting: a learned zero is left out",
-        "_answer_about",
-        'return question == "ne"',
-        'return question == "eq"',
-        "from_torch",
-    ),
-    Fault(
-        "lifting: a changed view goes unnoticed",
-        "_put",
-        "if any(source is not target and",
-        "if any(False and",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: an old view goes unnoticed",
-        "_read",
-        "if source.value is not seen and",
-        "if False and",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: a number loses its derivative",
-        "_number",
-        "value.double() if",
-        "value.detach().double() if",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: an option's derivative is lost in alpha",
-        "_add",
-        "else input + alpha * other",
-        "else input + alpha.detach() * other",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: tasks take the first one's branch",
-        "_decide",
-        "!= bool(plain.any())",
-        "!= bool(plain.all())",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: all leaves get the first one's option",
-        "_updated",
-        "learned_cell(x, part[0])",
-        "learned_cell(x, 0)",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: the count of steps is one ahead",
-        "restore",
-        "value = _expected(memory, step - 1)",
-        "value = _expected(memory, step)",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: state is given back at the first step too",
-        "_updated",
-        "if step > 1:\n            for store",
-        "if step > 0:\n            for store",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: a changed attribute goes unnoticed",
-        "TorchClass.observe",
-        "before.get(name) != after.get(name)",
-        "False",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: values are not compared",
-        "compare_values",
-        "if not error <= allowed:",
-        "if error > 9:",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: dead coordinates are not looked at",
-        "_check_derivatives",
-        "for dead in (False, True)",
-        "for dead in (False,)",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: derivatives are not compared",
-        "_compare_with_differences",
-        "if abs(got - expected) <=",
-        "if 0 <=",
-        "from_torch",
-    ),
-    Fault(
-        "lifting: batches are not compared",
-        "_check_batches",
-        "if not error <= 1e-6",
-        "if error > 9",
-        "from_torch",
-    ),
-    Fault(
-        "the last order of the binomial rule leaves out its latest step",
-        "Binomial.pullback",
-        "low, high = first + last - order, steps - order + 1",
-        "low, high = first + last - order, steps - order + (order < last)",
-        "binomial",
-    ),
-    Fault(
-        "the loss's terms of the Krylov rule belong to the adjoints after the free step",
-        "Krylov.pullback",
-        "system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)",
-        "system.curvature.product(system.to_gradient(stack + residual, cotangent), 1, direct)",
-        "krylov",
-    ),
-    Fault(
-        "products that are not needed are counted",
-        "ParallelCurvature.product",
-        "len(steps) if counted is None else counted",
-        "len(steps)",
-        "costs",
-    ),
-    Fault(
-        "the mixed derivatives of a batch of steps are dropped",
-        "ParallelCurvature._pull",
-        "direct.add(steps[0], {place: term})",
-        "pass",
-        "binomial",
-    ),
-    Fault(
-        "GMRES does not orthogonalise",
-        "minimal_residual",
-        "w = tasks.plus(w, -column[-1], q)",
-        "w = tasks.plus(w, 0 * column[-1], q)",
-        "linear_solve",
-    ),
-    Fault(
-        "GMRES believes its recurrence instead of the residual",
-        "GMRES.iterate",
-        "size = tasks.norm(b - matvec(x)) if used",
-        "size = 0 * tasks.norm(b - matvec(x)) if used",
-        "linear_solve",
-    ),
-    Fault(
-        "a task that has converged moves on with the others",
-        "ConjugateGradient.iterate",
-        "alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0)",
-        "alpha = rr / curvature",
-        "linear_solve",
-    ),
-    Fault(
-        "the Neumann series steps by the largest eigenvalue instead of its inverse",
-        "Neumann.iterate",
-        "step, used = 1 / largest_eigenvalue(",
-        "step, used = largest_eigenvalue(",
-        "linear_solve",
-    ),
-    Fault(
-        "a diverging Neumann series is a solution",
-        "Neumann.iterate",
-        "breakdown = ~(residual <= first)",
-        "breakdown = residual != residual",
-        "linear_solve",
-    ),
-    Fault(
-        "Nystrom's small system lacks the damping",
-        "Nystrom.iterate",
-        "c.mT @ c / rho",
-        "c.mT @ c",
-        "linear_solve",
-    ),
-    Fault(
-        "in half precision the recurrence's residual stands for the true one",
-        "ConjugateGradient._judged",
-        "if precision or (rr.dtype",
-        "if (rr.dtype",
-        "half_precision",
-    ),
-    Fault(
-        "in single precision the recurrence's residual stands for the true one",
-        "ConjugateGradient._judged",
-        "(rr.dtype != torch.float64 and not all_stopped(converged))",
-        "False",
-        "linear_solve",
-    ),
-    Fault(
-        "compiled pullbacks leave the curvature out",
-        "Pullbacks._evaluate",
-        "derivatives.filled(found, params), now.hyperparameters",
-        "derivatives.or_zeros(found, params), now.hyperparameters",
-        "compiled",
-    ),
-    Fault(
-        "compiled steps of one optimizer serve another",
-        "kind_of",
-        "structures, autocast, optimizer)",
-        "structures, autocast)",
-        "compiled",
-    ),
-    Fault(
-        "compiled steps of one window serve another",
-        "_Lookup.__call__",
-        "(*self._what, self._dynamics.layout.window, updates)",
-        "(*self._what, updates)",
-        "compiled",
-    ),
-    Fault(
-        "step by step, the push is taken away",
-        "StepByStep.through",
-        "self._trajectory.layout.pushed(before, push)",
-        "self._trajectory.layout.pushed(before, -push)",
-        "step_by_step",
-    ),
-    Fault(
-        "step by step, the mixed products are lost",
-        "StepByStep.curvature",
-        "self._direct.add(step, dict(zip(read, terms[len(params) :], strict=True)))",
-        "pass",
-        "step_by_step",
-    ),
-    Fault(
-        "compiled pullbacks forget the rollout's autocast",
-        "Trajectory._compiled_sweep",
-        "with self.rollout.replay(None, device):",
-        "if True:",
-        "compiled",
-    ),
-    Fault(
-        "chunks of tasks draw their own numbers where all should draw the same",
-        "_Mean.forward",
-        'random_state.snapshot(device) if call.randomness == "same" else None',
-        "None",
-        "over_tasks",
-    ),
-    Fault(
-        "a linked step's gradient runs through the update before it",
-        "Block.slice",
-        "x.view_as(x) if x.requires_grad else x.detach().requires_grad_()",
-        "x if x.requires_grad else x.detach().requires_grad_()",
-        "update_blocks",
-    ),
-    Fault(
-        "squares are summed in half precision",
-        "Tasks.dot",
-        "pairs = zip(a.widened(), b.widened(), strict=True)",
-        "pairs = zip(a, b, strict=True)",
-        "inner_products",
-    ),
-    Fault(
-        "the fixed point is never that of the whole state",
-        "LastStep.__init__",
-        "range(count if whole_state else params)",
-        "range(params)",
-        "implicit",
-    ),
-    Fault(
-        "stationarity is measured against the whole way, not the average step",
-        "LastStep._report",
-        "self._layout.steps * distance / way",
-        "distance / way",
-        "compare_notes",
-    ),
-    Fault(
-        "a copy that watches hides from the problem what rule it is given",
-        "_watched",
-        "steps = copy.copy(rule), list[int]()",
-        "steps = Reverse(1), list[int]()",
-        "compare",
-    ),
-    Fault(
-        "a comparison looks once whether the problem repeats itself",
-        "_timed",
-        "_refuse_change(expected, losses[0])",
-        "pass",
-        "compare",
-    ),
-    Fault(
-        "a picture draws what failed",
-        "Comparison.plot",
-        "rows = [row for row in self.rows if row.failure is None]",
-        "rows = list(self.rows)",
-        "compare",
-    ),
-    Fault(
-        "a comparison in which everything failed is a table",
-        "compare",
-        "if rows and all(row.failure for row in rows):",
-        "if False:",
-        "compare",
-    ),
-    Fault(
-        "an implicit rule's residual is taken for Krylov's",
-        "krylov_residual",
-        'if "stationarity" not in record.diagnostics]',
-        "]",
-        "compare",
-    ),
-    Fault(
-        "what is no better than zero is said of some rules only",
-        "_row_notes",
-        "elif row.relative_error >= 1:",
-        'elif row.relative_error >= 1 and row.estimator.startswith("MultiStep"):',
-        "compare",
-    ),
-    Fault(
-        "no rule counts as random",
-        "_row",
-        "random=estimator.claims(max(solves, default=1)).random",
-        "random=False",
-        "compare",
-    ),
-    Fault(
-        "every rule counts as used",
-        "_row",
-        "used=bool(solves)",
-        "used=True",
-        "compare",
-    ),
-    Fault(
-        "tasks share their random directions",
-        "directions",
-        "frame = q * r.diagonal",
-        "frame = q.reshape(-1, *q.shape[-2:])[0].expand(q.shape) * r.diagonal",
-        "es_jacobian",
-    ),
-    # the files of a run and of a data folder
-    Fault(
-        "a checkpoint is believed whatever its checksum",
-        "load_tensors",
-        "        check_seal(content)",
-        "        len(content)",
-        "run_files",
-    ),
-    Fault(
-        "a checkpoint without a seal is believed whatever its members' checksums",
-        "check_seal",
-        " or members.testzip() is not None",
-        "",
-        "run_files",
-    ),
-    Fault(
-        "a file is written where it lies",
-        "replacing",
-        'partial = path.with_name(path.name + ".partial")',
-        "partial = path",
-        "run_files",
-    ),
-    Fault(
-        "two processes write one run",
-        "lock",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "run_files",
-    ),
-    Fault(
-        "the second process of a job writes the folder of the first",
-        "check_alone",
-        "int(rank) > 0",
-        "int(rank) > 1",
-        "run_files",
-    ),
-    Fault(
-        "a changed log is taken for that of the checkpoint",
-        "MetricsLog.read",
-        'if digest not in ("", self.digest):',
-        "if False:",
-        "run_files",
-    ),
-    Fault(
-        "a line without its end counts as one",
-        "MetricsLog.read",
-        'content[: content.rfind(b"\\n") + 1].splitlines',
-        "content.splitlines",
-        "run_files",
-    ),
-    Fault(
-        "a changed run.json is believed",
-        "Reproduction.begin",
-        "if digest not in (None, self.fingerprint):",
-        "if False:",
-        "run_files",
-    ),
-    Fault(
-        "a unit's line belongs to any run",
-        "check_rows",
-        'if (sealed or "checksum" in row) and row.get("checksum")',
-        'if False and row.get("checksum")',
-        "run_files",
-    ),
-    Fault(
-        "the results of a run that was lost are overwritten",
-        "RunFolder.check_unused",
-        "for path in self._kept:",
-        "for path in self._kept[:1]:",
-        "run_files",
-    ),
-    Fault(
-        "a unit goes on from the state of another run",
-        "UnitFile.read",
-        'content.get("run", self.run) != self.run',
-        "False",
-        "run_files",
-    ),
-    Fault(
-        "a member of a zip is unpacked whatever its size",
-        "_content",
-        "if member.file_size > LARGEST_DRAWING:",
-        "if False:",
-        "damaged_data",
-    ),
-    Fault(
-        "every decoder is tried on a drawing",
-        "_decode",
-        'formats=("PNG",)',
-        "formats=None",
-        "damaged_data",
-    ),
-    # arguments, means over tasks, minimisers, lifted spellings
-    Fault(
-        "the tasks of mean_over_tasks add up in their own half precision",
-        "_wide",
-        "return torch.promote_types(dtype, torch.float32)",
-        "return dtype",
-        "over_tasks",
-    ),
-    Fault(
-        "a task loss may write into its arguments",
-        "_refuse_changes",
-        "if transforms.version(x) != version:",
-        "if False:",
-        "over_tasks",
-    ),
-    Fault(
-        "in_dims given as a dict is read by its keys",
-        "_dims_of_leaves",
-        "listed = isinstance(given, Sequence) and not isinstance(given, str)",
-        "listed = isinstance(given, Sequence | dict) and not isinstance(given, str)",
-        "bad_inputs",
-    ),
-    Fault(
-        "a kink at zero is taken for a smooth minimiser",
-        "refuse_kink",
-        "if any([bool((x.abs() <= y).any())",
-        "if False and any([bool((x.abs() <= y).any())",
-        "stationarity",
-    ),
-    Fault(
-        "any gradient that a step turns around is a kink's",
-        "Point.at_a_kink",
-        "turned = turned & ((self._slope(tasks, down, factor * length) - first).abs() < size / 10)",
-        "turned = turned & (self._slope(tasks, down, factor * length) < size / 2)",
-        "stationarity",
-    ),
-    Fault(
-        "the squares of small numbers vanish in a norm",
-        "Tasks.norm",
-        "scale = power_of_two(self.largest(wide))",
-        "scale = torch.ones_like(self.largest(wide))",
-        "stationarity",
-    ),
-    Fault(
-        "Nystrom does not look whether its matrix is symmetric",
-        "Nystrom.iterate",
-        "| ~residual.isfinite() | asymmetric",
-        "| ~residual.isfinite()",
-        "stationarity",
-    ),
-    Fault(
-        "the root of a negative number is zero",
-        "root",
-        "zero = x == 0",
-        "zero = x <= 0",
-        "arguments",
-    ),
-    Fault(
-        "a number that the dtype cannot hold goes to torch as alpha",
-        "Leaves.minus",
-        "(abs(scale) > _LEAST_MAXIMUM and self._cannot_hold(scale))",
-        "False",
-        "arguments",
-    ),
-    Fault(
-        "numpy's numbers stay what they are",
-        "plain",
-        "return float(value) if isinstance(value, numpy.longdouble) else value.item()",
-        "return value",
-        "arguments",
-    ),
-    Fault(
-        "a list of batches is read across",
-        "check_batches",
-        "if _is_one_batch_per_step(batches, steps):",
-        "if False:",
-        "arguments",
-    ),
-    Fault(
-        "a tuple of stacked tensors is taken for a list of batches",
-        "_is_one_batch_per_step",
-        "return listed and alike and steps > 1 if isinstance(batches[0], Tensor)",
-        "return alike and steps > 1 if isinstance(batches[0], Tensor)",
-        "arguments",
-    ),
-    Fault(
-        "a lifted step may not use torch's old orders of arguments",
-        "apply_rule",
-        "if len(values) == len(old) and not",
-        "if False and not",
-        "lift_spellings",
-    ),
-    Fault(
-        "a first gradient that is NaN is called a divergence",
-        "refuse_divergence",
-        'if step == 1 and what == "the state after" and not reason:',
-        "if False:",
-        "checks",
-    ),
-    # what the fuzz of the public interface found
-    Fault(
-        "the imaginary parts' directions change their sign",
-        "Group._at_places",
-        "torch.complex(x[..., 0], x[..., 1]) if complexes",
-        "torch.complex(x[..., 0], -x[..., 1]) if complexes",
-        "complex",
-    ),
-    Fault(
-        "a conjugate argument is taken as it lies in memory",
-        "Group.inputs",
-        "torch.view_as_real(x.resolve_conj())",
-        "torch.view_as_real(x.conj().resolve_conj())",
-        "complex",
-    ),
-    Fault(
-        "losses that autocast gives another dtype under vmap are written as they are",
-        "ParallelCurvature._record",
-        "movedim(0, -1).to(again.dtype)",
-        "movedim(0, -1)",
-        "solution",
-    ),
-    # what another processor, or a path with a space, must not decide
-    Fault(
-        "in single precision nothing is solved whose true residual is above rtol",
-        "ConjugateGradient._judged",
-        "torch.finfo(rr.dtype).eps ** 0.5)",
-        "0.0)",
-        "linear_solve",
-    ),
-    Fault(
-        "a path with a space is not recognised on the compiler's command line",
-        "explanation",
-        "place.path.split()[0]",
-        "place.path",
-        "compiler_paths",
-    ),
-    Fault(
-        "whatever the compiler stumbles over is put down to a path with a space",
-        "explanation",
-        "if any(word",
-        "if words or any(word",
-        "compiler_paths",
-    ),
-    Fault(
         "the warning of what was not compiled does not name the path",
         "warn",
         "reason = compiler_paths.explanation(error)\n",
         "reason = None\n",
         "compiler_paths",
-    ),
-    # odd arguments, the validator of options, and tensors without arithmetic
-    Fault(
-        "True is taken for an integer",
-        "is_integer",
-        "return isinstance(value, int) and not isinstance(value, bool)",
-        "return isinstance(value, int)",
-        "odd_arguments",
-    ),
-    Fault(
-        "an integer beyond all floats ends the check of a number",
-        "as_float",
-        "except OverflowError:",
-        "except ZeroDivisionError:",
-        "odd_arguments",
-    ),
-    Fault(
-        "an integer beyond 64 bits stays one",
-        "check_number",
-        "return found if abs(number) > _LARGEST else number",
-        "return number",
-        "unusable_tensors",
-    ),
-    Fault(
-        "a message trusts the repr of what it shows",
-        "brief",
-        "except Exception:  # a repr of the user's own, too deep, or of too many digits; no message is about that",
-        "except ValueError:",
-        "odd_arguments",
-    ),
-    Fault(
-        "an option is compared before its type is looked at",
-        "_is_among",
-        "return (value is None and None in also) or (isinstance(value, str) and str(value) in also)",
-        "return value in also",
-        "odd_arguments",
-    ),
-    Fault(
-        "a tensor that has left its vmap is taken",
-        "has_escaped",
-        "if _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) > transform_level():",
-        "if False:",
-        "unusable_tensors",
-    ),
-    Fault(
-        "a tensor of an outer vmap is taken for one that has left its vmap",
-        "has_escaped",
-        "_functorch.maybe_get_level(tensor) > transform_level():",
-        "_functorch.maybe_get_level(tensor) >= transform_level():",
-        "unusable_tensors",
-    ),
-    Fault(
-        "a tensor of inference mode is kept as it is",
-        "usable",
-        "return tensor.clone() if made_there else tensor",
-        "return tensor",
-        "unusable_tensors",
-    ),
-    Fault(
-        "a number for a leaf is made from the leaf, whatever its bits",
-        "_Binder._leafwise",
-        "torch.tensor(slot, dtype=x.dtype, device=x.device)",
-        "x.new_tensor(slot)",
-        "unusable_tensors",
-    ),
-    Fault(
-        "implicit reads check before it is checked",
-        "implicit",
-        'check_flag("check", check)',
-        "pass",
-        "odd_arguments",
-    ),
-    Fault(
-        "cite takes whatever it is given",
-        "_refuse_what_is_not_cited",
-        'if not rule and named.__module__.split(".")[0] != "diffopt":',
-        "if False:",
-        "odd_arguments",
-    ),
-    Fault(
-        "a class is called as if it were a loss",
-        "check_function",
-        "if not callable(value) or isinstance(value, type):",
-        "if not callable(value):",
-        "odd_arguments",
-    ),
-    # a module as a function, and the names that a program finds
-    Fault(
-        "a module's frozen parameters are trained",
-        "_parameters",
-        "for name, parameter in named.items() if parameter.requires_grad}",
-        "for name, parameter in named.items()}",
-        "functional",
-    ),
-    Fault(
-        "a parameter unfrozen after functional() is a silent constant",
-        "functional",
-        "if any(parameter.requires_grad for parameter in frozen.values()):",
-        "if False:",
-        "functional",
-    ),
-    Fault(
-        "a layer writes into the buffers that the next call reads",
-        "functional",
-        "{name: buffer.clone() for name, buffer in buffers.items()}",
-        "dict(buffers)",
-        "functional",
-    ),
-    Fault(
-        "a module's buffers are read when its function is called",
-        "functional",
-        "{name: buffer.detach().clone() for name, buffer in module.named_buffers()}",
-        "{name: buffer.detach() for name, buffer in module.named_buffers()}",
-        "functional",
-    ),
-    Fault(
-        "a module's function takes fewer names than the module has",
-        "functional",
-        "params.keys() != named.keys()",
-        "not params.keys() <= named.keys()",
-        "functional",
-    ),
-    Fault(
-        "functional() hands out the module's own parameters",
-        "functional",
-        "parameter.detach().clone().requires_grad_()",
-        "parameter.detach().requires_grad_()",
-        "functional",
-    ),
-    Fault(
-        "inputs by name do not reach the module",
-        "functional_call",
-        "functional_call(module, tensors, inputs, named_inputs)",
-        "functional_call(module, tensors, inputs, {})",
-        "functional",
-    ),
-    Fault(
-        "a lazy module's buffers are not looked at",
-        "_parameters",
-        "in (*module.named_parameters(), *module.named_buffers()):",
-        "in module.named_parameters():",
-        "functional",
-    ),
-    Fault(
-        "an optimizer that is given a module's parameters is told nothing",
-        "for_hyperparameter",
-        '    if _is_of_module(value):\n        return "an',
-        '    if False:\n        return "an',
-        "functional",
-    ),
-    Fault(
-        "dir() shows the modules of the inside",
-        "__dir__",
-        'if name.startswith("__"))}',
-        "if name)}",
-        "public_names",
     ),
     Fault(
         "an error cannot be imported from the package",
@@ -1033,42 +2845,6 @@ FAULTS = [
         '    "GradModeError",\n',
         "",
         "public_names",
-    ),
-    # modes, hooks, threads and transforms around a solve, and derivatives in its loss
-    Fault(
-        "a backward pass runs in the caller's inference mode",
-        "_Solve.backward",
-        "if torch.is_inference_mode_enabled() else nullcontext()",
-        "if False else nullcontext()",
-        "modes",
-    ),
-    Fault(
-        "a cotangent that was made in inference mode is recorded as it is",
-        "_Solve.backward",
-        "c.clone() if c.is_inference() else c for c in given",
-        "c for c in given",
-        "modes",
-    ),
-    Fault(
-        "batched gradients meet the old vmap",
-        "_Solve.backward",
-        "transforms.over_batched_grads(pullback, ordinary, level) if level else",
-        "transforms.over_batched_grads(pullback, ordinary, level) if False else",
-        "gradient_batches",
-    ),
-    Fault(
-        "the old vmap's level is forgotten where its gradients are handed back",
-        "over_batched_grads",
-        "tuple(old._add_batch_dim(result, 0, level) for result in results)",
-        "tuple(result[0] for result in results)",
-        "gradient_batches",
-    ),
-    Fault(
-        "a change between solve and backward is torch's own error",
-        "_saved_tensors",
-        "        if not is_in_place(error):\n            raise\n        raise InPlaceError(",
-        "        if error:\n            raise\n        raise InPlaceError(",
-        "changes_before_backward",
     ),
     Fault(
         "torch.compile traces into a solve",
@@ -1078,76 +2854,6 @@ FAULTS = [
         "modes",
     ),
     Fault(
-        "ForwardMode forgets the imaginary part",
-        "ForwardMode._derivative",
-        "_rate(trajectory, place, 1j * tangent, cotangent)",
-        "0 * part",
-        "complex",
-    ),
-    Fault(
-        "ForwardMode gives the imaginary part the other sign",
-        "ForwardMode._derivative",
-        "1j * tangent",
-        "-1j * tangent",
-        "complex",
-    ),
-    Fault(
-        "a learned argument is expanded in place of copied",
-        "MovingProblem.of",
-        ".expand(tangent.shape).contiguous()",
-        ".expand(tangent.shape)",
-        "derivatives_in_the_loss",
-    ),
-    Fault(
-        "complex inputs are read off the memory of a flat vector",
-        "Group._at_places",
-        "torch.complex(x[..., 0], x[..., 1]) if complexes",
-        "torch.view_as_complex(x.contiguous()) if complexes",
-        "complex",
-    ),
-    Fault(
-        "compiled arguments that are one tensor are one object",
-        "_Lookup.__call__",
-        "x.contiguous().view_as(x) for x in tensors",
-        "x.contiguous() for x in tensors",
-        "compiled_arguments",
-    ),
-    Fault(
-        "compiled arguments keep the layout they are given in",
-        "_Lookup.__call__",
-        "x.contiguous().view_as(x) for x in tensors",
-        "x.view_as(x) for x in tensors",
-        "compiled_arguments",
-    ),
-    Fault(
-        "a sparse argument is given to the compiler",
-        "_Lookup.__call__",
-        "if any(x.layout != torch.strided for x in tensors):",
-        "if False:",
-        "compiled_arguments",
-    ),
-    Fault(
-        "beside a thread the global generator is set back all the same",
-        "replayed",
-        "elif threading.active_count() > 1:",
-        "elif False:",
-        "random_threads",
-    ),
-    Fault(
-        "what fills like another tensor draws from the global generator",
-        "_OwnGenerators.__torch_dispatch__",
-        "like = _LIKE.get(func.overloadpacket.__name__)",
-        "like = None",
-        "random_threads",
-    ),
-    Fault(
-        "an operation with a generator of the caller's draws from another",
-        "_OwnGenerators.__torch_dispatch__",
-        'func.tags or given.get("generator") is not None:',
-        "func.tags:",
-        "random_threads",
-    ),
-    Fault(
         "a generator's own state is not taken on by what takes none",
         "_drawing_globally",
         "        generator.set_state(snapshot(device)[-1])\n",
@@ -1155,52 +2861,10 @@ FAULTS = [
         "random_threads",
     ),
     Fault(
-        "integers like another tensor begin at zero",
-        "_bounds",
-        "(0, args[1]) if len(args) == 2 else (args[1], args[2])",
-        "(0, args[-1])",
-        "random_threads",
-    ),
-    Fault(
-        "what the last order adds is measured at the step before",
-        "Binomial.pullback",
-        "norm(row(adjoints, first) - before)",
-        "norm(row(adjoints, first - 1) - before)",
-        "warnings_of_estimates",
-    ),
-    Fault(
-        "a bad estimate is told of without checks too",
-        "Trajectory.warn_if_bad",
-        "if self.check and bool((measured > limit).any()):",
-        "if bool((measured > limit).any()):",
-        "warnings_of_estimates",
-    ),
-    Fault(
-        "an estimate is bad only if that of every task is",
-        "Trajectory.warn_if_bad",
-        "(measured > limit).any()",
-        "(measured > limit).all()",
-        "warnings_of_estimates",
-    ),
-    Fault(
-        "first-order rules are warned of half precision",
-        "_Solve.forward",
-        "if low and call.rule.claims(layout.inner_steps).second_derivatives:",
-        "if low:",
-        "precision_warning",
-    ),
-    Fault(
         "autocast is not half precision",
         "_precision",
         "    if torch.is_autocast_enabled(place):\n",
         "    if False:\n",
-        "precision_warning",
-    ),
-    Fault(
-        "Unrolled warns of half precision where nothing is differentiated",
-        "unroll",
-        "if problem.check and recorded and is_imprecise",
-        "if problem.check and is_imprecise",
         "precision_warning",
     ),
     Fault(
@@ -1212,13 +2876,6 @@ FAULTS = [
         "torch_errors",
     ),
     Fault(
-        "whatever torch.compile has made is refused, on the way to params or not",
-        "_refuse_compiled",
-        "any(_leads_to(node, edges) for node in compiled)",
-        "compiled",
-        "torch_errors",
-    ),
-    Fault(
         "class weights get the advice for any operation",
         "_SECOND_DERIVATIVES",
         "    \"with respect to argument 'weight'\": ",
@@ -1226,196 +2883,11 @@ FAULTS = [
         "torch_errors",
     ),
     Fault(
-        "an iterator that has ended is Python's own error",
-        "Dynamics.losses",
-        "        except StopIteration as error:\n            raise torch_errors.ended_iterator() from error",
-        "        except StopIteration as error:\n            raise error",
-        "torch_errors",
-    ),
-    Fault(
-        "a loss is given the argument itself to mark",
-        "Dynamics.losses",
-        "seen = [x.view_as(x) if x.requires_grad else x.detach() for x in read]",
-        "seen = [x if x.requires_grad else x.detach() for x in read]",
-        "derivatives_in_the_loss",
-    ),
-    Fault(
-        "without a step Unrolled returns the caller's tensor",
-        "unroll",
-        "tuple(final) if steps else tuple(x.clone() for x in final)",
-        "tuple(final)",
-        "unrolled",
-    ),
-    Fault(
-        "Unrolled does not look at its hypergradient",
-        "unroll",
-        "    if problem.check and not transforms.transforms_active():\n        inputs",
-        "    if False:\n        inputs",
-        "unrolled",
-    ),
-    Fault(
-        "a loss without params has a gradient under torch.func",
-        "functional_gradient",
-        "tuple(gradients) if depends else (None,) * len(params), values",
-        "tuple(gradients), values",
-        "unrolled",
-    ),
-    Fault(
-        "a rollout that is taken again keeps what another thread drew",
-        "Draws.look",
-        "self.known.setdefault(step, self._now)",
-        "self.known[step] = self._now",
-        "random_threads",
-    ),
-    Fault(
-        "in a replay beside a thread it is the global generator that is looked at",
-        "snapshot",
-        '[own["cpu"].get_state() if "cpu" in own else torch.get_rng_state()]',
-        "[torch.get_rng_state()]",
-        "random_threads",
-    ),
-    Fault(
-        "what is preserved within a replay is the global generator",
-        "restore",
-        "        if place in own:\n            own[place].set_state(state)\n        elif",
-        "        if",
-        "random_threads",
-    ),
-    # reports, tables, and advice that belongs to the solver or the estimator
-    Fault(
-        "a finding forgets what an error expected",
-        "Finding.of",
-        "error.got or str(error), error.expected, error.fix, error)",
-        'error.got or str(error), "", error.fix, error)',
-        "reports",
-    ),
-    Fault(
-        "a failed check raises another error than its own",
-        "Report.raise_if_failed",
-        "raise finding.error or self._broken_claims()",
-        "raise self._broken_claims()",
-        "reports",
-    ),
-    Fault(
-        "the fix of a note is not printed",
-        "Report.__str__",
-        'finding.outcome != "ok" else []',
-        'finding.outcome == "FAIL" else []',
-        "reports",
-    ),
-    Fault(
-        "a pipe ends a cell in Markdown",
-        "table",
-        'cell.replace("|", "\\\\|")',
-        "cell",
-        "reports",
-    ),
-    Fault(
-        "a wide letter takes one column of a table",
-        "_width",
-        '(unicodedata.east_asian_width(x) in "WF")',
-        "0",
-        "reports",
-    ),
-    Fault(
-        "a remark widens the column that it starts in",
-        "table",
-        "line if len(line) == len(columns) else line[:-1] for line",
-        "line for line",
-        "reports",
-    ),
-    Fault(
-        "a table takes the last column's side for all",
-        "table",
-        "align = align.ljust(len(columns), align[-1])",
-        "align = align[-1] * len(columns)",
-        "reports",
-    ),
-    Fault(
-        "every solver that breaks down needs the same matrix",
-        "refuse_unsolved",
-        "            solver.needs,",
-        "            LinearSolver.needs,",
-        "solver_advice",
-    ),
-    Fault(
-        "every solver that does not converge gets the same advice",
-        "refuse_unsolved",
-        'f"{solver.if_unsolved}, or pass',
-        'f"{LinearSolver.if_unsolved}, or pass',
-        "solver_advice",
-    ),
-    Fault(
-        "why a rule is wrong is said only where zero would do as well",
-        "_row_notes",
-        "row.rule.if_wrong and row.relative_error > 0.5",
-        "row.rule.if_wrong and row.relative_error >= 1",
-        "compare_notes",
-    ),
-    Fault(
-        "every rule with a residual is taken for Krylov's",
-        "_row_notes",
-        'fix = row.rule.if_unsolved if row.rule is not None else ""',
-        'fix = "take more orders"',
-        "compare_notes",
-    ),
-    Fault(
-        "a small curvature is warned of",
-        "_problem_notes",
-        "    if curvature > 1:",
-        "    if curvature > 0:",
-        "compare_notes",
-    ),
-    Fault(
         "a row does not hold its rule",
         "_row",
         "        rule=estimator,\n",
         "",
         "compare_notes",
-    ),
-    # errors keep their parts
-    Fault(
-        "the text of an error leaves out its fix",
-        "DiffoptError.__str__",
-        "{f'; {self.fix}' if self.fix else ''}",
-        "",
-        "error_fields",
-    ),
-    Fault(
-        "an error is copied by its text alone",
-        "DiffoptError.__reduce__",
-        "return copyreg.__newobj__, (type(self), *self.args), self.__dict__",
-        "return type(self), self.args",
-        "error_fields",
-    ),
-    Fault(
-        "an error that a subclass made without parts has no text",
-        "DiffoptError.__str__",
-        "            return super().__str__()",
-        '            return ""',
-        "error_fields",
-    ),
-    Fault(
-        "a lifted optimizer's error loses what was expected",
-        "named",
-        'cannot be lifted: {error.got}", error.expected,',
-        'cannot be lifted: {error.got}", "",',
-        "lift_refusals",
-    ),
-    Fault(
-        "an option's error is one sentence",
-        "check_flag",
-        'raise HyperparameterError(f"{where} is {describe(value)}", "True or False")',
-        'raise HyperparameterError(f"{where} is {describe(value)}, expected True or False")',
-        "error_fields",
-    ),
-    # recomputation inside a loss, and hooks around a solve
-    Fault(
-        "a recomputation reads the module's own weights",
-        "_Unpack.__call__",
-        "            members[name] = x\n        reads",
-        "            members[name] = members.get(name)\n        reads",
-        "recomputation",
     ),
     Fault(
         "modules keep the weights of a recomputation",
@@ -1425,590 +2897,11 @@ FAULTS = [
         "recomputation",
     ),
     Fault(
-        "modules that run are not looked for",
-        "RecomputingAsBefore.opened",
-        "for running in _running_modules():",
-        "for running in ():",
-        "recomputation",
-    ),
-    Fault(
-        "a recomputation may read any parameter",
-        "_Unpack.__call__",
-        "        self._refuse_others(list(reads.read.values()))\n        return",
-        "        return",
-        "recomputation",
-    ),
-    Fault(
-        "what a recomputation makes for itself is refused",
-        "_Reads.__torch_dispatch__",
-        "makes = func is torch.ops.aten.lift_fresh.default",
-        "makes = False",
-        "recomputation",
-    ),
-    Fault(
-        "a recomputation may not read what the loss was given",
-        "RecomputingAsBefore.opened",
-        "reads.known.update(_address(x) for part in self._given for x in part)",
-        "reads.known.update(())",
-        "recomputation",
-    ),
-    Fault(
-        "a checkpoint of another shape is torch's own error",
-        "_Unpack.__call__",
-        "except CheckpointError as error:",
-        "except ZeroDivisionError as error:",
-        "recomputation",
-    ),
-    Fault(
-        "hooks around a solve pack its graphs",
-        "kept_out",
-        "while (pair := _top()) is not None:",
-        "while (pair := None) is not None:",
-        "recomputation",
-    ),
-    Fault(
-        "hooks around a solve are gone after it",
-        "kept_out",
-        "in reversed(outer):",
-        "in ():",
-        "recomputation",
-    ),
-    Fault(
-        "torch's functions stay replaced",
-        "RecomputingAsBefore.__exit__",
-        "if _evaluations == 0:",
-        "if _evaluations < 0:",
-        "recomputation",
-    ),
-    # state that a loss keeps
-    Fault(
-        "a state that moves is not judged",
-        "Checks.gradient",
-        "step in (1, self._last) and self._held.has_moved()",
-        "step < 0",
-        "hidden_state",
-    ),
-    Fault(
-        "a state is judged at the first step only",
-        "Checks.gradient",
-        "step in (1, self._last) and self._held.has_moved()",
-        "step == 1 and self._held.has_moved()",
-        "hidden_state",
-    ),
-    Fault(
-        "a large graph is given up although the loss keeps a state",
-        "Keeper._is_too_large",
-        "if large and not (isinstance(steps, Checks) and steps.keeps_state(block.before, losses)):",
-        "if large:",
-        "hidden_state",
-    ),
-    Fault(
-        "a second backward pass computes steps of any loss again",
-        "_rolled_out_again",
-        "watch=Watch(state=call.watch.values)",
-        "watch=Watch()",
-        "hidden_state",
-    ),
-    Fault(
-        "numbers and objects are no state",
-        "HiddenState.has_moved",
-        "list(map(id, self._in_places())) != self._addresses",
-        "False",
-        "hidden_state",
-    ),
-    Fault(
-        "running statistics are no state",
-        "HiddenState.has_moved",
-        "or not all(torch.equal(x, before)",
-        "or not all(True",
-        "hidden_state",
-    ),
-    Fault(
         "a generator of the loss's own is no state",
         "HiddenState.has_moved",
         "            or self._have_drawn()\n",
         "hidden_state",
         "hidden_state",
-    ),
-    Fault(
-        "a look at a state moves it on",
-        "HiddenState.matters",
-        "                x.data.copy_(numbers)",
-        "                pass",
-        "hidden_state",
-    ),
-    Fault(
-        "a look at a state leaves its lists and attributes moved",
-        "HiddenState.matters",
-        "                _refill(container, old)",
-        "                pass",
-        "hidden_state",
-    ),
-    Fault(
-        "a look at a state leaves a variable moved",
-        "HiddenState.matters",
-        "                    cell.cell_contents = content",
-        "                    pass",
-        "hidden_state",
-    ),
-    Fault(
-        "a look at a state leaves a generator moved",
-        "HiddenState.matters",
-        "                generator.set_state(state)",
-        "                pass",
-        "hidden_state",
-    ),
-    Fault(
-        "a state is compared loosely",
-        "HiddenState.matters",
-        "_same(value, losses, True)",
-        "torch.allclose(value, losses, rtol=1e-6)",
-        "hidden_state",
-    ),
-    # captured tensors
-    Fault(
-        "captured tensors are looked for at the first step only",
-        "Checks.gradient",
-        "            if watch.captures:\n                wanted =",
-        "            if watch.captures and step == 1:\n                wanted =",
-        "captures",
-    ),
-    Fault(
-        "wrapped tensors are looked for at the first step only",
-        "Checks.levels_at",
-        "return self._watch.levels if self._wrapped_are_held else _NO_LEVELS",
-        "return _NO_LEVELS",
-        "captures",
-    ),
-    Fault(
-        "a user's update is looked at in the first step only",
-        "Checks.update",
-        "raise changed_in_place()\n            self._refuse_captured(after, [*state",
-        "raise changed_in_place()\n            step == 1 and self._refuse_captured(after, [*state",
-        "captures",
-    ),
-    Fault(
-        "captured tangents are passed over",
-        "Checks.__init__",
-        "watch.values and not passes_tangents and transforms.in_dual_level()",
-        "False",
-        "captures",
-    ),
-    Fault(
-        "captured results of operations are passed over",
-        "captured_nodes",
-        "if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):",
-        "if at >= _NEVER and _is_leaf_besides(node, leaves):",
-        "captures",
-    ),
-    Fault(
-        "a leaf that the loss makes for itself is captured",
-        "_captured",
-        "if sys.getrefcount(leaf) > _references_of_a_forgotten_leaf():",
-        "if True:",
-        "captures",
-    ),
-    Fault(
-        "a compiled function is compared where it was traced",
-        "_checked",
-        "others = [agreement.moved(x, i) for i, x in enumerate(arguments)]",
-        "others = list(arguments)",
-        "compiled",
-    ),
-    Fault(
-        "a binomial estimate outside its range is not warned of",
-        "Binomial.pullback",
-        "norm(before), 1.0, what",
-        "norm(before), 1e9, what",
-        "warnings_of_estimates",
-    ),
-    # integers that nothing can count up to
-    Fault(
-        "an option counts beyond all integers",
-        "check_integer",
-        "not low <= number < high:\n        most",
-        "not low <= number:\n        most",
-        "odd_arguments",
-    ),
-    Fault(
-        "the power method may take any number of products",
-        "Neumann.__post_init__",
-        '"power_iterations", 1, high=MOST + 1,',
-        '"power_iterations", 1,',
-        "linear_solve_refusals",
-    ),
-    # the layout, the loop and the records of the core
-    Fault(
-        "a shared hyperparameter is taken for a task's own",
-        "Layout.level",
-        "Flags(own[first:second], own[second:])",
-        "Flags(tuple(own[first:second]), (True,) * len(own[second:]))",
-        "levels",
-    ),
-    Fault(
-        "a task's own hyperparameter is taken for a shared one",
-        "Layout.level",
-        "Flags(own[first:second], own[second:])",
-        "Flags(tuple(own[first:second]), (False,) * len(own[second:]))",
-        "levels",
-    ),
-    Fault(
-        "in a row, the hyperparameters come before what the loss reads",
-        "Inputs.flat",
-        "(*self.params, *self.buffers, *self.read, *self.hyperparameters)",
-        "(*self.params, *self.buffers, *self.hyperparameters, *self.read)",
-        "binomial",
-    ),
-    Fault(
-        "by name, what the loss reads is the hyperparameters",
-        "Layout.inputs",
-        "Leaves(plain[second:third]), Leaves(plain[third:])",
-        "Leaves(plain[third:]), Leaves(plain[second:third])",
-        "binomial",
-    ),
-    Fault(
-        "a push goes away from the params",
-        "Layout.pushed",
-        "x + y for x, y in zip(state, push",
-        "x - y for x, y in zip(state, push",
-        "step_by_step",
-    ),
-    Fault(
-        "one more axis is one that every input has",
-        "Layout.over",
-        "Place(part, i) in places for i",
-        "True for i",
-        "es_jacobian",
-    ),
-    Fault(
-        "a window's hyperparameters are those of the update with its number",
-        "Layout.slice_at",
-        "self.step_axis(place), (step - 1) * self.window",
-        "self.step_axis(place), step - 1",
-        "multi_step",
-    ),
-    Fault(
-        "the axis of steps comes before those of tasks",
-        "Layout.step_axis",
-        "return sum([level.has(place) for level in self.levels])",
-        "return 0",
-        "estimators",
-    ),
-    Fault(
-        "every update of a window takes the hyperparameters of its first",
-        "Dynamics.updates",
-        "self._of_update(hyperparameters, i), first",
-        "self._of_update(hyperparameters, 0), first",
-        "multi_step",
-    ),
-    Fault(
-        "any update counts as one of this library's",
-        "_Binder.whole",
-        ".__module__.startswith(_OWN)",
-        '.__module__.startswith("")',
-        "captures",
-    ),
-    Fault(
-        "a record that has been used up is taken for usable",
-        "_usable",
-        "if record.usable and not call.restacked and",
-        "if not call.restacked and",
-        "randomness",
-    ),
-    Fault(
-        "a record of fewer tasks serves a pullback of more",
-        "_usable",
-        "if record.usable and not call.restacked and",
-        "if record.usable and",
-        "nesting",
-    ),
-    Fault(
-        "a pullback is plain although gradients are batched",
-        "_Solve.backward",
-        "plainly = not (level or torch.is_grad_enabled() or",
-        "plainly = not (torch.is_grad_enabled() or",
-        "gradient_batches",
-    ),
-    Fault(
-        "a pullback is plain although it is recorded",
-        "_Solve.backward",
-        "plainly = not (level or torch.is_grad_enabled() or",
-        "plainly = not (level or",
-        "nesting",
-    ),
-    Fault(
-        "a second rollout draws anew",
-        "_rolled_out_again",
-        "draws=old.draws,",
-        "draws=None,",
-        "randomness",
-    ),
-    Fault(
-        "a second rollout forgets the first one's autocast",
-        "_rolled_out_again",
-        "with old.replay(None, inputs.params[0].device):",
-        "if True:",
-        "solution",
-    ),
-    Fault(
-        "a second rollout is not compared with the first",
-        "_usable",
-        "refuse_other_losses(again.losses, old.losses, old.autocast)",
-        "pass",
-        "randomness",
-    ),
-    Fault(
-        "without a step a solve returns the caller's tensor",
-        "_Solve.forward",
-        "x.clone() if transforms.storage(x) in taken else x for x in final",
-        "x for x in final",
-        "solution",
-    ),
-    Fault(
-        "what a rule has found of the initial state is left out",
-        "Cotangents.of",
-        "Leaves([found.get(place, torch.zeros_like(x)) for place, x in leaves])",
-        "Leaves([torch.zeros_like(x) for place, x in leaves])",
-        "complex",
-    ),
-    Fault(
-        "the adjoint ends where the initial state is not wanted",
-        "Trajectory._sweep_of_blocks",
-        "state_count if start > first or self.wants_initial else 0",
-        "state_count if self.wants_initial else 0",
-        "derivatives_in_the_loss",
-    ),
-    Fault(
-        "a compiled sweep leaves its record usable",
-        "Trajectory._compiled_sweep",
-        "            self.record.usable = False\n            with",
-        "            with",
-        "compiled",
-    ),
-    Fault(
-        "updates of a window are differentiated as one",
-        "_graph_of_any",
-        "    if layout.window > 1:\n        raise",
-        "    if False:\n        raise",
-        "multi_step",
-    ),
-    Fault(
-        "the last state is not stored",
-        "Keeper.before",
-        "(step - self.first) % self._checkpoint == 0):",
-        "(step - self.first) % self._checkpoint == 0 and step < self._last):",
-        "memory",
-    ),
-    Fault(
-        "graphs given up leave the state after the first step",
-        "Keeper.after",
-        "self._store(step, ground.before)",
-        "self._store(step, ground.state)",
-        "memory",
-    ),
-    Fault(
-        "the graph of one step is measured for all",
-        "Keeper._is_too_large",
-        "expected = graph_bytes(graph, self._inputs) * (self._last - self.first + 1)",
-        "expected = graph_bytes(graph, self._inputs)",
-        "memory",
-    ),
-    Fault(
-        "given draws are not drawn",
-        "roll_out",
-        "with random_state.replayed(known[step], device) if step in known else nullcontext():",
-        "with nullcontext():",
-        "randomness",
-    ),
-    Fault(
-        "a compiled loss is not compared with the loss",
-        "roll_out",
-        "compiled.refuse_stale(made.losses, rows[0])",
-        "pass",
-        "compiled",
-    ),
-    Fault(
-        "which nodes are older than a step is forgotten",
-        "Checks._look_at",
-        "self._born = max([self._born, *newest])",
-        "self._born = -1",
-        "captures",
-    ),
-    Fault(
-        "a user's first update without a graph is not looked at",
-        "Checks.update",
-        "if step > 1 or not self._watch.values or self._own_update:",
-        "if True:",
-        "captures",
-    ),
-    Fault(
-        "updates that are taken again are not looked at",
-        "Replay.__init__",
-        "Checks(dynamics, Watch(captures=True)) if check else dynamics",
-        "dynamics",
-        "captures",
-    ),
-    Fault(
-        "what keeps a state is computed again",
-        "Rollout.replay",
-        "if self.hidden_state is not None:",
-        "if False:",
-        "hidden_state",
-    ),
-    Fault(
-        "a replay forgets the rollout's autocast",
-        "Rollout.replay",
-        "nullcontext() if self.autocast is None else self.autocast.entered()",
-        "nullcontext()",
-        "solution",
-    ),
-    Fault(
-        "the params of a step are no views",
-        "Block.slice",
-        "x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in own",
-        "x if x.requires_grad else x.detach().requires_grad_() for x in own",
-        "solution",
-    ),
-    Fault(
-        "terms of single steps are those of all",
-        "Block.pullback",
-        "dict(zip(self._slices_at, rest[len(self._shared) :], strict=False))",
-        "dict(zip(self._slices_at, rest, strict=False))",
-        "estimators",
-    ),
-    Fault(
-        "the step that is not finite is named one late",
-        "refuse_divergence",
-        "enumerate(sound, 1)",
-        "enumerate(sound, 2)",
-        "checks",
-    ),
-    Fault(
-        "an argument that is also the params is differentiated twice by Unrolled",
-        "roll_out_recorded",
-        "p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in before",
-        "p if p.requires_grad else p.detach().requires_grad_() for p in before",
-        "solution",
-    ),
-    Fault(
-        "no state of a loss is looked for",
-        "Adjoint.run",
-        "state = check and (dynamics.compile or recomputed)",
-        "state = False",
-        "hidden_state",
-    ),
-    Fault(
-        "perturbed rollouts draw anew",
-        "Group.rolled_out",
-        "inputs, counts=counts, draws=rollout.draws)\n        counts",
-        "inputs, counts=counts)\n        counts",
-        "es_jacobian_losses",
-    ),
-    Fault(
-        "what is below a vmap leaves torch without it",
-        "below_vmap",
-        "        _functorch.push_dynamic_layer_stack(layer)",
-        "        pass",
-        "nesting",
-    ),
-    Fault(
-        "an error below a vmap leaves torch without it",
-        "below_vmap",
-        "    finally:\n        _functorch.push_dynamic",
-        "    except ZeroDivisionError:\n        raise\n    else:\n        _functorch.push_dynamic",
-        "levels",
-    ),
-    Fault(
-        "the axis of tasks stays where it is",
-        "stacked",
-        "stacked[i] = tensor.movedim(dim, 0)",
-        "stacked[i] = tensor",
-        "levels",
-    ),
-    Fault(
-        "what tasks share comes out with an axis of tasks",
-        "below_vmap",
-        "if all([dim is None for dim in dims]):",
-        "if False:",
-        "levels",
-    ),
-    # what the short way leaves out, and looks at late
-    Fault(
-        "params that a later loss has written to are taken as they are",
-        "Checks.gradient",
-        "if self._versions != [x._version for x in params]:",
-        "if step == 1 and self._versions != [x._version for x in params]:",
-        "update_blocks",
-    ),
-    Fault(
-        "only the last of some losses is looked at",
-        "Checks._look_at_noted",
-        "noted, self._noted = self._noted, []",
-        "noted, self._noted = self._noted[-1:], []",
-        "captures",
-    ),
-    Fault(
-        "one problem's conjugate gradients take the old residual's size",
-        "ConjugateGradient._iterate_alone",
-        "            rr = new\n        size",
-        "        size",
-        "linear_solve",
-    ),
-    Fault(
-        "one problem's negative curvature goes unnoticed",
-        "ConjugateGradient._iterate_alone",
-        "breakdown, rr = True, rr if",
-        "breakdown, rr = False, rr if",
-        "linear_solve",
-    ),
-    Fault(
-        "a chunk of tasks counts as all of them to a rule that does not look at the outer loss",
-        "_of_chunk",
-        "scale = weight if losses.dtype is torch.float16 else 1.0",
-        "scale = weight",
-        "over_tasks",
-    ),
-    Fault(
-        "a loss may not mark its arguments under a transform that is no vmap",
-        "Checks.losses",
-        "marking = not self._dynamics.layout.levels",
-        "marking = False",
-        "derivatives_in_the_loss",
-    ),
-    Fault(
-        "a kink is looked for at zero only",
-        "refuse_kink",
-        "reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)",
-        "reach = tasks.like(0 * at.length(tasks, 1e-6), at.params)",
-        "stationarity",
-    ),
-    Fault(
-        "conjugate gradients in plain numbers although somebody differentiates",
-        "_is_plain",
-        "torch.is_grad_enabled() or transforms.transforms_active() or transforms.in_dual_level()",
-        "transforms.transforms_active()",
-        "linear_solve",
-    ),
-    Fault(
-        "direct terms by anything but places are dropped",
-        "_terms",
-        "if not all([type(place) is Place for place in result.direct]):",
-        "if False:",
-        "solution",
-    ),
-    Fault(
-        "buffers that an update hands on are the caller's own",
-        "_Solve.forward",
-        "layout.steps and not layout.buffers_layout)",
-        "layout.steps)",
-        "solution",
-    ),
-    Fault(
-        "beside a thread a checkpoint draws whatever comes",
-        "RecomputingAsBefore.opened",
-        "place = random_state.standing() if _draws_again(pack) else None",
-        "place = None",
-        "recomputation",
     ),
     Fault(
         "a step is judged on the random numbers of the first",
@@ -2017,26 +2910,11 @@ FAULTS = [
         "",
         "hidden_state",
     ),
-    # Going on from a state.
-    Fault(
-        "the optimizer counts its steps from one again",
-        "Dynamics.update",
-        "hyperparameters, self.layout.start + step)",
-        "hyperparameters, step)",
-        "going_on",
-    ),
     Fault(
         "a schedule begins anew where a solve goes on",
         "Layout.slice_at",
         "        first += self.start\n",
         "",
-        "going_on",
-    ),
-    Fault(
-        "a window counts its updates from one again",
-        "Layout.first_update",
-        "return self.start + (step - 1) * self.window + 1",
-        "return (step - 1) * self.window + 1",
         "going_on",
     ),
     Fault(
@@ -2047,74 +2925,10 @@ FAULTS = [
         "going_on",
     ),
     Fault(
-        "a solution's state does not say how many steps led to it",
-        "_solution",
-        "layout.start + steps",
-        "steps",
-        "going_on",
-    ),
-    Fault(
-        "a detached state keeps the history of its buffers",
-        "State.detach",
-        "return self._map(Tensor.detach)",
-        "return self._map(lambda x: x)",
-        "going_on",
-    ),
-    Fault(
-        "a live optimizer's buffers are not copied",
-        "read",
-        "copied = [x.detach().clone() for x in tensors]",
-        "copied = [x.detach() for x in tensors]",
-        "going_on",
-    ),
-    Fault(
-        "a state is written without the number of its step",
-        "_write_buffers",
-        'if "step" not in values and ("step" in store or (live.exact and counts)):',
-        "if False:",
-        "going_on",
-    ),
-    # What is handed out along the way, and where it ends.
-    Fault(
-        "the cotangent of an inner loss is that of the step before",
-        "Running.at",
-        "return [None if x is None else x.select(self.axis, step - 1)",
-        "return [None if x is None else x.select(self.axis, max(0, step - 2))",
-        "along",
-    ),
-    Fault(
-        "what is observed is no output of a block that is taken again",
-        "Trajectory._blocks_backwards",
-        "(state, step, step, again, observes=observes)",
-        "(state, step, step, again, observes=False)",
-        "along",
-    ),
-    Fault(
         "an estimator drops what happens along the way without a word",
         "_Solve.backward",
         "            _refuse_running_costs(call.rule)\n",
         "",
-        "along",
-    ),
-    Fault(
-        "forward mode leaves out the inner losses",
-        "MovingProblem.take_step",
-        "along = _weighed([losses], roots, tangents, cotangents[:1])",
-        "along = _weighed([], roots, tangents, cotangents[:1])",
-        "along",
-    ),
-    Fault(
-        "forward mode leaves out how the observer reads the arguments",
-        "MovingProblem.take_step",
-        "rates = [*layout.params(after_moving), *([rate] if of_loss else [])]",
-        "rates = [*layout.params(after_moving), *([0 * rate] if of_loss else [])]",
-        "along",
-    ),
-    Fault(
-        "unrolled losses are cut off",
-        "roll_out_recorded",
-        "loss = loss if recorded and as_written(dynamics.loss) is dynamics.loss else loss.detach()",
-        "loss = loss.detach()",
         "along",
     ),
     Fault(
@@ -2125,372 +2939,11 @@ FAULTS = [
         "along",
     ),
     Fault(
-        "a field's norm is differentiated",
-        "_Solve.setup_context",
-        "constant = 0 if isinstance(ctx.call.dynamics.loss, VectorField) else -1",
-        "constant = -1",
-        "along",
-    ),
-    Fault(
-        "the backward pass of a stopped solve takes all steps",
-        "pull_back",
-        "call = call.until_its_end()\n    end",
-        "end",
-        "along",
-    ),
-    Fault(
-        "tasks stop where one of them is done",
-        "take_step",
-        "    if enough is not None and bool(enough.all()):\n        return",
-        "    if enough is not None and bool(enough.any()):\n        return",
-        "along",
-    ),
-    Fault(
         "a stopped solve keeps the states of the first steps instead of the last",
         "Keeper.finish",
         "            self.first = max(1, steps - self._window + 1)\n",
         "",
         "along",
-    ),
-    Fault(
-        "on_step cannot stop",
-        "Stop.told",
-        "        return answer is True",
-        "        return False",
-        "along",
-    ),
-    Fault(
-        "aux keeps its graph",
-        "Dynamics.losses",
-        "aux += [x.detach() for x in found[1:]]",
-        "aux += found[1:]",
-        "along",
-    ),
-    Fault(
-        "a stopped solve does not look at the losses that it put off",
-        "Checks.stopped",
-        "        self._look_at_noted()\n        if self._held is not None and self._latest",
-        "        if self._held is not None and self._latest",
-        "along",
-    ),
-    # Many cotangents of one solve.
-    Fault(
-        "the adjoint of every cotangent goes on from the first one's",
-        "Trajectory._sweep_of_blocks",
-        "adjoints[i] = terms.state",
-        "adjoints[i if len(adjoints) < 3 else 0] = terms.state",
-        "many_cotangents",
-    ),
-    Fault(
-        "direct terms of many cotangents are added up",
-        "Trajectory._sweep_of_blocks",
-        "direct[i].add_block(terms)",
-        "direct[0].add_block(terms)",
-        "many_cotangents",
-    ),
-    Fault(
-        "each of many cotangents has its steps taken again",
-        "_LARGE",
-        "_LARGE = 2**15",
-        "_LARGE = 2**60",
-        "many_cotangents",
-    ),
-    # vector fields: what stands in the place of a loss, and what takes its Jacobian for symmetric
-    Fault(
-        "the tangents of a field go through its transpose",
-        "MovingProblem.take_step",
-        "field = stands_behind(losses)",
-        "field = False",
-        "vector_field",
-    ),
-    Fault(
-        "a field is a constant to its second derivative",
-        "_Norm.backward",
-        "field, axes = ctx.saved_tensors, ctx.shape.axes",
-        "field, axes = [x.detach() for x in ctx.saved_tensors], ctx.shape.axes",
-        "vector_field",
-    ),
-    Fault(
-        "the norm of a field is minimised as well",
-        "_Norm.backward",
-        "*(None,) * len(field))",
-        "*field)",
-        "vector_field",
-    ),
-    Fault(
-        "a field without its graph passes",
-        "refuse_constant",
-        "if not depends or nonzero:",
-        "if False:",
-        "vector_field",
-    ),
-    Fault(
-        "an entry of a field without its graph passes",
-        "refuse_constant",
-        "if not depends or nonzero:",
-        "if not depends:",
-        "vector_field",
-    ),
-    Fault(
-        "what is compiled for a loss serves a field",
-        "kind_of",
-        'type(loss), getattr(as_written(loss), "__func__", None)',
-        'None, getattr(as_written(loss), "__func__", None)',
-        "vector_field",
-    ),
-    Fault(
-        "conjugate gradients for a field by default",
-        "chosen_solver",
-        "return GMRES(max_iterations=100)",
-        "return ConjugateGradient()",
-        "field_solutions",
-    ),
-    Fault(
-        "a solver of symmetric systems is taken for a field",
-        "chosen_solver",
-        "if solver.symmetric:",
-        "if False:",
-        "field_solutions",
-    ),
-    Fault(
-        "the way to a field's root is judged by its slope along itself",
-        "refuse_long_step",
-        "tasks.norm(product) if at.is_field else tasks.dot(direction, product)",
-        "tasks.dot(direction, product)",
-        "field_solutions",
-    ),
-    Fault(
-        "a fixed point is run away from",
-        "_Residual.__call__",
-        "[x - y for x, y in zip(leaves, moved, strict=True)]",
-        "[y - x for x, y in zip(leaves, moved, strict=True)]",
-        "field_solutions",
-    ),
-    Fault(
-        "tasks that share a player share its gradient",
-        "_Gradient._below",
-        "vmap.batch_size, set(range(self.players))",
-        "vmap.batch_size, set()",
-        "games",
-    ),
-    Fault(
-        "a linear loss of a game is refused",
-        "_joined",
-        "return gradient if gradient.requires_grad else gradient + 0 * param",
-        "return gradient",
-        "games",
-    ),
-    Fault(
-        "problems that share an argument share its hypergradient",
-        "_Solved.vmap",
-        'place.part in ("params", "buffers") or place in call.wanted',
-        'place.part in ("params", "buffers")',
-        "implicit_gradients",
-    ),
-    Fault(
-        "check compares differences of a field with its transpose",
-        "_products",
-        "if stands_behind(loss):",
-        "if False:",
-        "check_fields",
-    ),
-    Fault(
-        "check looks at no second derivative under vmap",
-        "check",
-        "partial(probe_vmap, products=second_derivative)",
-        "partial(probe_vmap, products=False)",
-        "check_fields",
-    ),
-    # optimizers of optimizers, proximal maps, Muon
-    Fault(
-        "a clipped norm lacks its small number",
-        "Clip._clipped",
-        "/ (total + _EPS)",
-        "/ (total + 0 * _EPS)",
-        "clip",
-    ),
-    Fault(
-        "the norm of gradients of zero has no derivative",
-        "norm",
-        "return root(first)",
-        "return first.sqrt()",
-        "clip",
-    ),
-    Fault(
-        "clipping by norm counts as elementwise",
-        "Clip.elementwise",
-        "return self.value is not None and self.optimizer.elementwise",
-        "return self.optimizer.elementwise",
-        "clip",
-    ),
-    Fault(
-        "the name of a group begins a longer key",
-        "Groups._group",
-        'path.startswith(f"{name}.")]',
-        "path.startswith(name)]",
-        "groups",
-    ),
-    Fault(
-        "a group gets the first gradients",
-        "Groups.update",
-        "part.of(grads), own, step",
-        "grads[: len(part.places)], own, step",
-        "groups",
-    ),
-    Fault(
-        "the step size of every leaf is that of the first",
-        "Groups.proximal_step_size",
-        "sizes[i] for i in range",
-        "sizes[0] for i in range",
-        "prox",
-    ),
-    Fault(
-        "of a tree like params a group takes the first entries",
-        "Branches.entries",
-        "return [named[i] for i in places]",
-        "return named[: len(places)]",
-        "groups",
-    ),
-    Fault(
-        "what an optimizer holds may mix coordinates unseen",
-        "_Binder.whole",
-        "self.found.elementwise &= bool",
-        "self.found.elementwise = bool",
-        "nested",
-    ),
-    Fault(
-        "an optimizer within is not looked at for captured tensors",
-        "_Binder.whole",
-        "self.found.own &= type",
-        "self.found.own = type",
-        "nested",
-    ),
-    Fault(
-        "buffers of groups are taken for copies of the params",
-        "Updates.blocks",
-        "alike = all([count == params for _, count in layout.buffers_layout])",
-        "alike = True",
-        "groups",
-    ),
-    Fault(
-        "a prox takes a step size of one",
-        "Proximal.update",
-        "for_each(self.optimizer.proximal_step_size, moved)",
-        "for_each(1.0, moved)",
-        "prox",
-    ),
-    Fault(
-        "L1 without strength has no derivative at zero",
-        "_soft_threshold",
-        "(x.abs() <= threshold) & (threshold > 0)",
-        "x.abs() <= threshold",
-        "prox",
-    ),
-    Fault(
-        "the shift of the simplex is a constant",
-        "Simplex._of_leaf",
-        "shift = (inside.sum(-1, keepdim=True) - 1)",
-        "shift = (inside.detach().sum(-1, keepdim=True) - 1)",
-        "prox",
-    ),
-    Fault(
-        "the bound of a box is not learned",
-        "_bounded",
-        "torch.where(beyond(x, y), y, x)",
-        "torch.where(beyond(x, y), y.detach(), x)",
-        "prox",
-    ),
-    Fault(
-        "the norm of a group is a constant",
-        "GroupL1._of_leaf",
-        "x * (1 - threshold / safe)",
-        "x * (1 - threshold / safe.detach())",
-        "prox",
-    ),
-    Fault(
-        "Muon scales wide matrices for tall ones",
-        "Muon._factor",
-        "math.sqrt(max(1.0, rows / columns))",
-        "math.sqrt(max(1.0, columns / rows))",
-        "muon",
-    ),
-    Fault(
-        "Muon's weight decay forgets the learning rate",
-        "Muon.update",
-        "params.minus(self.lr * self.weight_decay, params)",
-        "params.minus(self.weight_decay, params)",
-        "muon",
-    ),
-    Fault(
-        "the average lags by a step",
-        "EMA.update",
-        "(1 - self.decay) * after",
-        "(1 - self.decay) * params",
-        "averaging",
-    ),
-    Fault(
-        "look ahead comes back a step late",
-        "Lookahead.update",
-        "due: Any = step % self.period == 0",
-        "due: Any = (step - 1) % self.period == 0",
-        "averaging",
-    ),
-    Fault(
-        "what look ahead comes back to stays where it was",
-        "Lookahead.update",
-        "slow = fast + 0.0",
-        "slow = slow + 0.0",
-        "averaging",
-    ),
-    Fault(
-        "optimizers within others are compiled as one",
-        "_kind",
-        "return _without_tensors(leaf)",
-        "return type(leaf)",
-        "nested",
-    ),
-    Fault(
-        "compiled steps of a dict are the same in any order",
-        "_without_tensors",
-        "tuple(value) if isinstance(value, dict) else ()",
-        "()",
-        "nested",
-    ),
-    Fault(
-        "compiled steps of other groups are the same",
-        "kind_of",
-        "(dynamics.optimizer.template), dynamics.optimizer.placed",
-        "(dynamics.optimizer.template), ()",
-        "nested",
-    ),
-    Fault(
-        "the battery does not look into optimizers within",
-        "_changed",
-        'return changed(leaf, change, f"{name}.")',
-        "return leaf",
-        "nested_optimizers",
-    ),
-    Fault(
-        "optimizers in a dict are not cited",
-        "_names",
-        "for value in held for part in tree.flatten(value)[0]]",
-        "for value in held for part in [value]]",
-        "nested",
-    ),
-    # the cost of checks
-    Fault(
-        "a sum that overflows is a bad number",
-        "all_finite",
-        "cmath.isfinite(total) or all([bool(x.isfinite().all()) for x in numbers])",
-        "cmath.isfinite(total)",
-        "finite",
-    ),
-    Fault(
-        "only the first tensor is looked at for bad numbers",
-        "all_finite",
-        "map(Tensor.sum, numbers)",
-        "map(Tensor.sum, numbers[:1])",
-        "finite",
     ),
     Fault(
         "a graph that is kept is not looked at for missing derivatives",
@@ -2500,1053 +2953,11 @@ FAULTS = [
         "checks",
     ),
     Fault(
-        "a graph of missing derivatives is only looked at if its first node lacks one",
-        "refuse_broken",
-        "for node in graph if suspects else ():",
-        "for node in graph[:1]:",
-        "checks",
-    ),
-    Fault(
-        "what the losses of the last steps capture is not looked at",
-        "Checks._note_captured",
-        "if at_once or step == self._last or len(self._noted) == _AT_ONCE:",
-        "if at_once or len(self._noted) == _AT_ONCE:",
-        "captures",
-    ),
-    Fault(
-        "only the params are given to a loss, its args are captured",
-        "Checks.gradient",
-        "self._note_captured(losses, [*params, *wanted], step",
-        "self._note_captured(losses, [*params], step",
-        "captures",
-    ),
-    Fault(
-        "an update's write to its state goes unnoticed where a graph is kept",
-        "Checks.update",
-        "if versions != [leaf._version for leaf in state]:",
-        "if False:",
-        "in_place",
-    ),
-    # batches as a function of the step, in pieces, and what is attributed to them
-    Fault(
-        "a stream begins anew where a state goes on",
-        "Layout.at_step",
-        "self.stream.at(self.start + (step - 1) * self.window)",
-        "self.stream.at((step - 1) * self.window)",
-        "streams",
-    ),
-    Fault(
-        "steps taken together share the first one's batch of a stream",
-        "Layout.read_at_steps",
-        "stepped = [*self.stepped.read, *(True,) *",
-        "stepped = [*self.stepped.read, *(False,) *",
-        "streams",
-    ),
-    Fault(
-        "a batch of a stream may require grad",
-        "Stream._refuse_bad",
-        "if self._recorded and leaf.requires_grad:",
-        "if False:",
-        "streams",
-    ),
-    Fault(
-        "a batch of a stream may hold a tensor of a transform",
-        "Stream.__init__",
-        "self._levels = range(1, level + 1)",
-        "self._levels = range(0)",
-        "streams",
-    ),
-    Fault(
-        "a stream may draw random numbers",
-        "Stream._asked",
-        "if random_state.changed(before, random_state.snapshot(self._device)):",
-        "if False:",
-        "streams",
-    ),
-    Fault(
-        "another batch in a compiled pullback passes",
-        "Trajectory._compiled_sweep",
-        "self.refuse_other_losses(seen)",
-        "self.refuse_other_losses(again)",
-        "streams",
-    ),
-    Fault(
-        "a compiled step of a stream is taken for one of any shape",
-        "_Lookup.__call__",
-        "if self._dynamics.layout.stream is not None:",
-        "if False:",
-        "streams",
-    ),
-    Fault(
-        "all epochs have one order",
-        "Batches._order",
-        'f"{self.seed} {epoch}"',
-        'f"{self.seed}"',
-        "batches",
-    ),
-    Fault(
-        "the kept order serves any epoch",
-        "Batches._order",
-        "if known == epoch:",
-        "if known >= 0:",
-        "batches",
-    ),
-    Fault(
-        "pieces of a batch count alike whatever their sizes",
-        "Layout.pieces",
-        "(last - first) / size)",
-        "1 / parts)",
-        "micro_batches",
-    ),
-    Fault(
-        "pieces draw other random numbers in the backward pass",
-        "pieced",
-        "_Taken(dynamics, before if drawn else None,",
-        "_Taken(dynamics, None,",
-        "micro_batches",
-    ),
-    Fault(
-        "the pullback of a piece is not weighted",
-        "_Pieced.backward",
-        "_add(sums, every, weight)",
-        "_add(sums, every, 1.0)",
-        "micro_batches",
-    ),
-    Fault(
-        "only the first loss is compared with its pieces",
-        "pieced",
-        "(step & (step - 1) == 0 or step == dynamics.layout.steps)",
-        "step == 1",
-        "micro_batches",
-    ),
-    Fault(
-        "metrics are attributed in sum",
-        "_rows",
-        "torch.eye(len(measured), dtype",
-        "torch.ones(len(measured), len(measured), dtype",
-        "attribution",
-    ),
-    # few states and one graph: schedules, checkpoints, offloading
-    Fault(
-        "a state is stored where a piece is too long",
-        "split",
-        "longest = comb(slots + rounds - 1, slots)",
-        "longest = comb(slots + rounds - 1, slots) + 1",
-        "schedules",
-    ),
-    Fault(
-        "as many states are stored as steps want",
-        "stored",
-        "free -= 1",
-        "free -= 0",
-        "schedules",
-    ),
-    Fault(
-        "the state before the last step is not kept",
-        "Keeper._plan",
-        "schedules.stored(count, slots)] + [self._last])",
-        "schedules.stored(count, slots)])",
-        "schedules",
-    ),
-    Fault(
-        "a state that has been handed out is kept",
-        "Replay.backwards",
-        "states.take(step) if step == end else states[step]",
-        "states[step]",
-        "schedules",
-    ),
-    Fault(
-        "steps of a second rollout are not counted",
-        "_rolled_out_again",
-        "counts.extra_steps += old.steps",
-        "counts.extra_steps += 0",
-        "schedules",
-    ),
-    Fault(
-        "slots of stored states are used twice",
-        "Replay.backwards",
-        "slots - len(states) + 1",
-        "slots",
-        "schedules",
-    ),
-    Fault(
-        "graphs larger than states are linked in a block",
-        "Replay.block_of_small",
-        "> largest(sum(map(nbytes, state)), graph, self._inputs.params):",
-        "> 99 * largest(sum(map(nbytes, state)), graph, self._inputs.params):",
-        "memory",
-    ),
-    Fault(
-        "the first step of a block is begun again",
-        "Trajectory._blocks_backwards",
-        "linked, states[start], states[start + 1] = False, state, after",
-        "linked, states[start] = False, state",
-        "memory",
-    ),
-    Fault(
-        "the graph is left out of the budget",
-        "slots_within",
-        "5 * state + 2 * graph + 2",
-        "5 * state + 2",
-        "schedules",
-    ),
-    Fault(
-        "more states are stored than help",
-        "Keeper._choose",
-        "self._plan(min(found, max(1, self._last - self.first)))",
-        "self._plan(found)",
-        "schedules",
-    ),
-    Fault(
-        "compiled first steps are not looked at on a graph",
-        "roll_out",
-        "looks = step == 1 and watch.values and ground.linked",
-        "looks = False",
-        "schedules",
-    ),
-    # buffers held fixed, and ends that are no fixed point
-    Fault(
-        "a velocity under a penalty is held fixed",
-        "refuse_held_buffers",
-        "if layout.buffers_layout and any(",
-        "if not layout.buffers_layout and any(",
-        "prox_at_rest",
-    ),
-    Fault(
-        "slow weights are held fixed where a step goes back to them",
-        "refuse_held_buffers",
-        "if last // optimizer.period >",
-        "if last // optimizer.period > 1 +",
-        "prox_at_rest",
-    ),
-    Fault(
-        "a loss of buffers that are held fixed is not told",
-        "_warn_of_held_buffers",
-        "if trajectory.check and any(bool(x.any()) for x in cotangents):",
-        "if False:",
-        "implicit_rule",
-    ),
-    Fault(
-        "a buffer that moves counts as an input of the step",
-        "LastStep.__init__",
-        "if _same(self._after[i], trajectory.final[i])]",
-        "if not whole_state or _same(self._after[i], trajectory.final[i])]",
-        "implicit_rule",
-    ),
-    Fault(
-        "an end that is no fixed point is not told",
-        "_UNFINISHED",
-        "_UNFINISHED = 0.5",
-        "_UNFINISHED = 500.0",
-        "prox_at_rest",
-    ),
-    Fault(
-        "a prox may end at a small gradient",
-        "_stop",
-        "if tol is not None and any(",
-        "if tol is not None and not any(",
-        "prox_at_rest",
-    ),
-    # whose buffers a state has: written into a live optimizer, and given to a solve
-    Fault(
-        "a state of another optimizer is written",
-        "_keys",
-        "if sorted(keys.values()) != expected:",
-        "if False:",
-        "going_on",
-    ),
-    Fault(
-        "what a live optimizer keeps besides is left as it was",
-        "_compare_with_store",
-        'if not (kept - {"step"} <= keys <= there):',
-        "if not keys <= there:",
-        "going_on",
-    ),
-    Fault(
-        "a buffer is not looked up by the keys of params",
-        "buffer_leaves",
-        "leaves, form = tree.flatten_up_to(structure, buffer), structure",
-        "leaves, form = leaves, form",
-        "going_on",
-    ),
-    Fault(
-        "the dtype of a written buffer is that of the state",
-        "_write_buffers",
-        "store[key] = value.detach().clone().to(live.targets[i])",
-        "store[key] = value.detach().clone()",
-        "going_on",
-    ),
-    Fault(
-        "a subclass of a known class is not read by its names",
-        "read",
-        "names = {} if isinstance(ours, TorchRule) else keys_of(optimizer)",
-        "names = {} if type(optimizer) not in KEYS else keys_of(optimizer)",
-        "going_on",
-    ),
-    Fault(
-        "a tangent that observe captures is dropped",
-        "Checks._observed_without_tangents",
-        "if transforms.has_tangent(observed):",
-        "if False:",
-        "along",
-    ),
-    # pickles: what a data set's file may name, call, or have taken
-    Fault(
-        "a name that is not listed is let in",
-        "_Reader.find_class",
-        "if usual not in _NAMES.split():",
-        "if False:",
-        "pickle",
-    ),
-    Fault(
-        "the type of a reconstructed array is not looked at",
-        "_Reader._reduce",
-        '_reconstruct"), (_Named("numpy.ndarray"), _, _)',
-        '_reconstruct"), (_, _, _)',
-        "pickle",
-    ),
-    Fault(
-        "fields of records are passed over",
-        "_Reader._build",
-        "(_, order, None, None, None, _, _, _, *_)",
-        "(_, order, _, _, _, _, _, _, *_)",
-        "pickle",
-    ),
-    Fault(
-        "objects may be built without a call",
-        "_OPCODES",
-        "    BINPUT LONG_BINPUT MEMOIZE",
-        "    NEWOBJ BINPUT LONG_BINPUT MEMOIZE",
-        "pickle",
-    ),
-    Fault(
-        "a string is encoded as often as it is asked for",
-        "_Reader._reduce",
-        "if self._unencoded < 0:",
-        "if False:",
-        "pickle_bombs",
-    ),
-    Fault(
-        "integers of any size are keys",
-        "_Reader._fill",
-        "(isinstance(key, int) and abs(key) < _LARGE)",
-        "isinstance(key, int)",
-        "pickle_bombs",
-    ),
-    Fault(
-        "tuples are keys",
-        "_Reader._fill",
-        "isinstance(key, (str, bytes)) or",
-        "isinstance(key, (str, bytes, tuple)) or",
-        "pickle_bombs",
-    ),
-    Fault(
-        "places in the memo may be of any size",
-        "_Reader._put",
-        "if not 0 <= index < _LARGE:",
-        "if index < 0:",
-        "pickle_bombs",
-    ),
-    Fault(
-        "the bytes of a buffer are taken before they are read",
-        "_Reader",
-        "pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]",
-        "pickle._Unpickler.dispatch[pickle.BYTEARRAY8[0]]",
-        "pickle",
-    ),
-    Fault(
-        "lengths beyond the file are believed",
-        "_Window.read",
-        'self._stream.read(size) if size <= self._left else b""',
-        "self._stream.read(size)",
-        "pickle",
-    ),
-    Fault(
-        "values that a pickle leaves behind are passed over",
-        "read_pickle",
-        "if reader.stack or reader.metastack:",
-        "if reader.metastack:",
-        "pickle",
-    ),
-    Fault(
-        "the name of a kind of number is not looked at",
-        "PickledNumber.dtype",
-        "if code not in _KINDS or order",
-        "if order",
-        "pickle",
-    ),
-    Fault(
-        "long names are kept whole",
-        "text",
-        "value[:_LONGEST].decode",
-        "value.decode",
-        "pickle_bombs",
-    ),
-    Fault(
         "the places of all classes are taken before one is counted",
         "pickled_images",
         "    for label in listed:\n",
         "    rows = {one: array(listed[one], name) for one in listed}\n    for label in listed:\n",
         "pickle_bombs",
-    ),
-    # training again without some of the examples: what is predicted, what is measured, and the file of it
-    Fault(
-        "a weight that is not one is taken away as one",
-        "predictions",
-        "(scores.detach() * weights.to(scores))",
-        "scores.detach()",
-        "datamodeling",
-    ),
-    Fault(
-        "the predicted change has the sign of the score",
-        "predictions",
-        "torch.stack([-effects[:, chosen]",
-        "torch.stack([effects[:, chosen]",
-        "datamodeling",
-    ),
-    Fault(
-        "a training may change the weights of the next",
-        "measure",
-        "metric(train(weights.detach().clone()))",
-        "metric(train(weights.detach()))",
-        "datamodeling",
-    ),
-    Fault(
-        "what is known is trained again",
-        "retrain",
-        "enumerate(left_out) if number not in known]",
-        "enumerate(left_out)]",
-        "datamodeling",
-    ),
-    Fault(
-        "after a training that failed, the others go on",
-        "retrain",
-        "            future.cancel()",
-        "            future.done()",
-        "datamodeling",
-    ),
-    Fault(
-        "a metric that is not finite is taken",
-        "finite",
-        "if not all_finite([measured]):",
-        "if False:",
-        "datamodeling",
-    ),
-    Fault(
-        "ties have the highest of their ranks",
-        "_ranks",
-        "below + 0.5 * equal.double()",
-        "below + equal.double()",
-        "rank_correlation",
-    ),
-    Fault(
-        "a sample with a constant column has no mean",
-        "score_and_interval",
-        ".nanmean(1)",
-        ".mean(1)",
-        "rank_correlation",
-    ),
-    Fault(
-        "the interval leaves out twice as much",
-        "score_and_interval",
-        "[(1 - confidence) / 2, 0.5, (1 + confidence) / 2]",
-        "[1 - confidence, 0.5, confidence]",
-        "rank_correlation",
-    ),
-    Fault(
-        "the interval lies where its samples do",
-        "score_and_interval",
-        "min(1.0, score + high - middle)",
-        "min(1.0, high)",
-        "rank_correlation",
-    ),
-    Fault(
-        "half a line of a killed run is kept",
-        "RetrainingFile.__init__",
-        "self._file.truncate(sum(map(len, lines)))",
-        "self._file.tell()",
-        "datamodeling",
-    ),
-    Fault(
-        "trainings of another training are gone on with",
-        "RetrainingFile._compare",
-        "if not distance <= slack:",
-        "if False:",
-        "datamodeling",
-    ),
-    Fault(
-        "trainings of another seed are gone on with",
-        "RetrainingFile._compare",
-        "differ = [name for name in header if found.get(name) != header[name]]",
-        "differ: list[str] = []",
-        "datamodeling",
-    ),
-    Fault(
-        "no difference is allowed to a training that is not repeatable",
-        "datamodeling_score",
-        "slack = 10 * float(difference.max())",
-        "slack = 0.0",
-        "datamodeling",
-    ),
-    Fault(
-        "the training of other processes is not compared with that here",
-        "datamodeling_score",
-        "if elsewhere is None else",
-        "if True else",
-        "datamodeling",
-    ),
-    Fault("noise is not warned of", "_warn_of", "if noise > NOISE:", "if False:", "datamodeling"),
-    Fault(
-        "changes that are all alike are ordered",
-        "_refuse_alike",
-        "if alike.any():",
-        "if False:",
-        "datamodeling",
-    ),
-    Fault(
-        "scores of other metrics are taken",
-        "check_scores",
-        "or (metric is not None and own != tuple(metric)):",
-        "or False:",
-        "datamodeling",
-    ),
-    Fault(
-        "the least helpful examples are called the most",
-        "helpful",
-        "descending=not most",
-        "descending=most",
-        "attribution_experiment",
-    ),
-    Fault(
-        "gradient products have the other sign",
-        "gradient_products",
-        "return -products",
-        "return products",
-        "attribution_experiment",
-    ),
-    Fault(
-        "the damping of an influence function is doubled",
-        "influences",
-        "+ damping / 2 * away",
-        "+ damping * away",
-        "attribution_experiment",
-    ),
-    Fault(
-        "a changed label may be the same",
-        "changed_labels",
-        "torch.randint(1, 10, labels.shape",
-        "torch.randint(0, 10, labels.shape",
-        "attribution_experiment",
-    ),
-    # whether a hypergradient is worth anything
-    Fault(
-        "a move has not the size of what is moved",
-        "_random_moves",
-        "return size * torch.randn(",
-        "return torch.ones_like(size) * torch.randn(",
-        "smoothness",
-    ),
-    Fault(
-        "one-sided differences of the outer loss",
-        "_slopes",
-        "for sign in (size, -size))",
-        "for sign in (size, 0.0))",
-        "smoothness",
-    ),
-    Fault(
-        "round-off counts as roughness",
-        "_lost",
-        "return larger < noise / CLOSE and (larger > 0 or math.isinf(noise))",
-        "return False",
-        "smoothness",
-    ),
-    Fault(
-        "a wrong derivative is taken for roughness",
-        "smoothness",
-        "False if _settled(seen, smallest) else None",
-        "None",
-        "smoothness",
-    ),
-    Fault(
-        "chaos is judged by moves that no outer optimizer makes",
-        "Smoothness.error",
-        "for size, error in self.errors.items() if size >= _MOVES[-1])",
-        "for size, error in self.errors.items())",
-        "smoothness",
-    ),
-    Fault(
-        "chaos is a note",
-        "probe_smoothness",
-        "if worst.error > WORTHLESS and max(found.ratios) > _GROWN:",
-        "if False:",
-        "check_solve",
-    ),
-    Fault(
-        "kinks are taken for chaos",
-        "probe_smoothness",
-        "if worst.error > WORTHLESS and max(found.ratios) > _GROWN:",
-        "if worst.error > CLOSE:",
-        "check_solve",
-    ),
-    Fault(
-        "a hypergradient that half precision loses is a note",
-        "probe_precision",
-        "if worst > WORTHLESS:",
-        "if False:",
-        "check_solve",
-    ),
-    Fault(
-        "what has no influence left counts in the precision",
-        "_error",
-        "least = _SHRUNK * reference.adjoints[-1] if",
-        "least = 0.0 * reference.adjoints[-1] if",
-        "check_solve",
-    ),
-    Fault(
-        "the pieces of a solve all begin at its first step",
-        "Whole.derivatives",
-        "start=layout.start + first, inner_steps",
-        "start=layout.start, inner_steps",
-        "check_solve",
-    ),
-    Fault(
-        "the growth of the adjoint is read off at the wrong end",
-        "Found.ratios",
-        "norm / self.adjoints[-1]",
-        "norm / self.adjoints[0]",
-        "check_solve",
-    ),
-    Fault(
-        "the moved solve draws other random numbers",
-        "Whole._taken",
-        "random_state.replayed(self.generators, device), warnings",
-        "warnings.catch_warnings(), warnings",
-        "check_solve",
-    ),
-    Fault(
-        "a raised copy takes what is written into a tensor",
-        "InDouble.__torch_function__",
-        "and not _needs_itself(func)",
-        "",
-        "check_solve",
-    ),
-    Fault(
-        "a cast within the loss makes double precision a lower one",
-        "InDouble.__torch_function__",
-        "if func in _CASTS",
-        "if False and func in _CASTS",
-        "check",
-    ),
-    Fault(
-        "moved meta-parameters keep their new values",
-        "_at",
-        'stack.callback(setattr, leaf, "data", leaf.data)',
-        "pass",
-        "compare_worth",
-    ),
-    Fault(
-        "a solve in double precision starts in a lower one",
-        "problem_in_double",
-        "Leaves(map(doubled, part)) for part in problem.inputs",
-        "Leaves(part) for part in problem.inputs",
-        "compare_worth",
-    ),
-    Fault(
-        "a loss that is evaluated again in the backward pass is in its own precision",
-        "problem_in_double",
-        "else run_in_double(loss)",
-        "else loss",
-        "check_solve",
-    ),
-    Fault(
-        "a learned rate of double precision meets params of a lower one",
-        "_in_double",
-        "for raised in (leaves, ()):",
-        "for raised in (leaves,):",
-        "compare_worth",
-    ),
-    Fault(
-        "a raised copy is looked for in the graph",
-        "_needs_itself",
-        "return func in _DIFFERENTIATING or name",
-        "return name",
-        "compare_worth",
-    ),
-    Fault(
-        "estimates report their quality in no unit",
-        "Trajectory.report",
-        "torch.where(whole > 0, part / whole, 0)",
-        "part",
-        "krylov",
-    ),
-    # the estimators, read from top to bottom
-    Fault(
-        "the binomial window counts steps that were not made",
-        "Binomial._curved",
-        "else min(self.window, steps)",
-        "else self.window",
-        "binomial",
-    ),
-    Fault(
-        "an estimate of which no order is missing is reported as a bad one",
-        "Binomial.pullback",
-        '["last_order"] = 0 * norm(cotangent)',
-        '["last_order"] = norm(cotangent)',
-        "warnings_of_estimates",
-    ),
-    # attention with second derivatives, and blocks that are computed again
-    Fault(
-        "attention's second derivative forgets that the scores move with the direction",
-        "second",
-        "total.add(chunk, p * h, p, along_x)",
-        "total.add(chunk, p * h, 0 * p, along_x)",
-        "attention",
-    ),
-    Fault(
-        "attention's curvature is not centred",
-        "second",
-        "by_scores = p * _centred(p, h * y + w)",
-        "by_scores = p * (h * y + w)",
-        "attention",
-    ),
-    Fault(
-        "attention's third derivative drops the pairs of a cumulant",
-        "third",
-        "by_scores = p * (_centred(p, products) - pairs)",
-        "by_scores = p * _centred(p, products)",
-        "attention",
-    ),
-    Fault(
-        "a direction of the mask is dropped",
-        "_moving",
-        "return rates if x.mask is None else rates + x.mask",
-        "return rates",
-        "attention",
-    ),
-    Fault(
-        "a query that sees no key gets NaN",
-        "Chunk.weights",
-        "return weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)",
-        "return weights",
-        "attention",
-    ),
-    Fault(
-        "causal attention sees one key too many",
-        "Chunk.weights",
-        "torch.arange(self.keys, device=scores.device) > query, -torch.inf",
-        "torch.arange(self.keys, device=scores.device) > query + 1, -torch.inf",
-        "attention",
-    ),
-    Fault(
-        "what is dropped depends on the chunk",
-        "Chunk._kept",
-        "query = torch.arange(self.first, self.last, device=noise.device)[:, None]",
-        "query = torch.arange(self.last - self.first, device=noise.device)[:, None]",
-        "attention",
-    ),
-    Fault(
-        "all heads drop the same",
-        "_noise",
-        "torch.arange(math.prod(batch), device=device)",
-        "torch.zeros(math.prod(batch), dtype=torch.int64, device=device)",
-        "attention",
-    ),
-    Fault(
-        "tasks that share a mask get the sum of its gradients",
-        "_in_front",
-        "return x.expand(size, *x.shape) if x.is_floating_point() else x.unsqueeze(0)",
-        "return x.unsqueeze(0)",
-        "attention",
-    ),
-    Fault(
-        "the Hessian's own derivative by its direction is zero",
-        "_Second.backward",
-        "        if any(needs[5:]):",
-        "        if False:",
-        "attention",
-    ),
-    Fault(
-        "half precision is computed in half",
-        "_wide",
-        "return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x",
-        "return x",
-        "attention",
-    ),
-    Fault(
-        "modules that call torch's function of many heads are not reached",
-        "_with_ours",
-        '"scaled_dot_product_attention" in function.__code__.co_names',
-        '"attention" in function.__code__.co_names',
-        "attention_in_modules",
-    ),
-    Fault(
-        "another mode takes the place of attention's",
-        "_copied",
-        "ours[function.__name__] = copy",
-        "ours[function.__name__] = function",
-        "attention_in_modules",
-    ),
-    Fault(
-        "a block is computed again with the module's own weights",
-        "_Forward._run",
-        "outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)",
-        "state = state if self.note.is_first else {}\n"
-        "        outputs, buffers = transforms.functional_call(self.inside, state, inputs, named)",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block draws other numbers when it is computed again",
-        "Surroundings.entered",
-        "stack.enter_context(random_state.replayed(self._drawn, self._device))",
-        "stack.enter_context(random_state.replayed(None, self._device))",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block is computed again without the function modes of the loss",
-        "_under",
-        "missing = [mode for mode in modes if id(mode) not in there]",
-        "missing: list[Any] = []",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block is computed again by other kernels of attention",
-        "Surroundings.entered",
-        "if _kernels() != self._kernels:",
-        "if False:",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block is computed again in another mode than it was in",
-        "Surroundings.entered",
-        "stack.enter_context(_training(self._training))",
-        "stack.enter_context(_training([]))",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "what a block writes to a buffer is lost",
-        "_Block.__call__",
-        "buffer.copy_(written)",
-        "buffer.copy_(buffer)",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block may read a tensor that requires grad from elsewhere",
-        "Note.first",
-        "if rates or leads_past(gate, found):",
-        "if rates:",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block may read a tensor of a transform from elsewhere",
-        "Note.first",
-        "            if self._levels:",
-        "            if False:",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a gradient of a block keeps the graph of its recomputation",
-        "_Pulled.__call__",
-        "        again = torch.is_grad_enabled()",
-        "        again = True",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "tasks that share a weight of a block get the sum of its gradients",
-        "_Pulled.apart",
-        "return self.of.apart | {*self.wanted, *range(self.count, self.count + self.cotangents)}",
-        "return self.of.apart | {*range(self.count, self.count + self.cotangents)}",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a cache may go into a block that is computed again",
-        "Note.refuse_objects_with_tensors",
-        'if type(x).__module__ != "builtins" and everything_held([x]).tensors:',
-        "if False:",
-        "checkpointed_blocks",
-    ),
-    # where stored states wait
-    Fault(
-        "a place in the file is given out twice",
-        "_File.place",
-        "return self.free_places[size].pop()",
-        "return self.free_places[size][-1]",
-        "offload",
-    ),
-    Fault(
-        "a place in the file overlaps the next one",
-        "_File.place",
-        "self._end += size",
-        "self._end += size // 2",
-        "offload",
-    ),
-    Fault(
-        "a written state stays in memory",
-        "_OnDisk.wait",
-        "        self._unwritten = self._writing = None",
-        "        self._writing = None",
-        "offload",
-    ),
-    Fault(
-        "writing goes on behind the solve",
-        "Keeper.finish",
-        "            self.states.settle()",
-        "            pass",
-        "offload",
-    ),
-    Fault(
-        "what is stored later goes to the file of before",
-        "Disk.settle",
-        "self._thread = self._file = None",
-        "self._thread = None",
-        "offload",
-    ),
-    Fault(
-        "a state that was brought ahead outlives another with its number",
-        "Store.__setitem__",
-        "        self._ahead = None  # else",
-        "        pass  # else",
-        "offload",
-    ),
-    Fault(
-        "a state that was brought ahead is handed out for any",
-        "Store.__getitem__",
-        "if ahead is not None and ahead[0] == step",
-        "if ahead is not None",
-        "offload",
-    ),
-    Fault(
-        "graphs of offloaded blocks are linked",
-        "Trajectory._blocks_backwards",
-        "kept.kept.slots is None and not states.elsewhere",
-        "kept.kept.slots is None",
-        "offload",
-    ),
-    Fault(
-        "a file that was cut is read",
-        "_File.read",
-        'raise EOFError("the file is shorter than what was written to it")',
-        "break",
-        "offload",
-    ),
-    Fault(
-        "the disk is asked for what may never come",
-        "Keeper._store",
-        "if step == self.first and not self._stops:",
-        "if step == self.first:",
-        "offload",
-    ),
-    Fault(
-        "one state less than will be stored is expected",
-        "Disk.expect",
-        "if count * nbytes > free:",
-        "if (count - 1) * nbytes > free:",
-        "offload",
-    ),
-    # inner data over ranks: the pair of collectives, and what is compared between ranks
-    Fault(
-        "the cotangents of what is copied are not summed",
-        "_Copied.backward",
-        "return None, *_where_needed(_Summed, ctx, cotangents)",
-        "return None, *_where_needed(_Copied, ctx, cotangents)",
-        "inner_data",
-    ),
-    Fault(
-        "the cotangent of a sum is summed once more",
-        "_Summed.backward",
-        "return None, *_where_needed(_Copied, ctx, cotangents)",
-        "return None, *_where_needed(_Summed, ctx, cotangents)",
-        "inner_data",
-    ),
-    Fault(
-        "under vmap a sum over ranks is each rank's own",
-        "_Summed.vmap",
-        "return transforms.apply(_Summed, group, *tensors), in_dims[1:]",
-        "return transforms.apply(_Copied, group, *tensors), in_dims[1:]",
-        "inner_data",
-    ),
-    Fault(
-        "tensors that differ are copied",
-        "refuse_other_copies",
-        "if worst <= tolerance(tensors):",
-        "if worst <= 10 * worst:",
-        "inner_data",
-    ),
-    Fault(
-        "a collective in place is not heard",
-        "FirstStep.gradient",
-        'if "c10d::" in said and',
-        'if "c10d::!" in said and',
-        "inner_data",
-    ),
-    Fault(
-        "a gradient that is summed twice is not noticed",
-        "FirstStep._refuse",
-        "naive = _sums_twice(losses)",
-        "naive = _sums_twice(losses)[:0]",
-        "inner_data",
-    ),
-    Fault(
-        "params that were not copied are not noticed",
-        "FirstStep._refuse",
-        "if not alike and _sums_a_scalar(losses):",
-        "if not alike and False and _sums_a_scalar(losses):",
-        "inner_data",
-    ),
-    Fault(
-        "a sum in the midst of a model is taken for a loss",
-        "_sums_a_scalar",
-        "return bool(nodes) and all(size == losses.numel() for node",
-        "return bool(nodes) and all(size >= losses.numel() for node",
-        "inner_data",
-    ),
-    Fault(
-        "updates that differ between ranks are not noticed",
-        "FirstStep.refuse_other_updates",
-        "if apart > replicas.tolerance(state):",
-        "if apart < 0:",
-        "inner_data",
-    ),
-    Fault(
-        "outer losses that differ between ranks are not noticed",
-        "refuse_other_cotangents",
-        "if apart > replicas.tolerance(cotangents):",
-        "if apart < 0:",
-        "inner_data",
-    ),
-    Fault(
-        "what each rank holds is moved on all ranks at once",
-        "refuse_held_apart",
-        "if groups.is_running() and reaches_a_sum(",
-        "if groups.is_running() and not reaches_a_sum(",
-        "inner_data",
-    ),
-    Fault(
-        "ranks take the same tasks",
-        "Ranks.share",
-        "return slice(ends[self.rank], ends[self.rank + 1])",
-        "return slice(ends[0], ends[1])",
-        "training",
-    ),
-    Fault(
-        "a rank with fewer tasks weighs them more",
-        "meta_gradient",
-        "torch.autograd.backward(losses.sum() / tasks)",
-        "torch.autograd.backward(losses.mean() / ranks.count)",
-        "training",
-    ),
-    Fault(
-        "episodes are evaluated on every rank, and added up",
-        "_over_episodes",
-        "if number % ranks.count == ranks.rank:",
-        "if number % ranks.count >= 0:",
-        "training",
-    ),
-    Fault(
-        "a wrong mean over sharded numbers is not refused",
-        "refuse_wrong_means",
-        "if name in _MEANS and node",
-        "if name in () and node",
-        "sharded",
     ),
     Fault(
         "functional takes a module within hooks",
@@ -3556,716 +2967,6 @@ FAULTS = [
         "sharded",
     ),
     Fault(
-        "DTensors are copied over ranks",
-        "_refuse_unusual",
-        "        if is_spread(x):",
-        "        if is_spread(x) and x.ndim > 9:",
-        "sharded",
-    ),
-    # programs: a solve as two scans
-    Fault(
-        "a traced sweep forgets the direct terms of earlier steps",
-        "TracedSweep._body",
-        "sums = [x + direct[place] for x, place in",
-        "sums = [direct[place] for x, place in",
-        "compiled_programs",
-    ),
-    Fault(
-        "a traced sweep gives the terms of steps in the wrong order",
-        "TracedSweep._loop",
-        "return carry, [x.flip(0) for x in terms]",
-        "return carry, terms",
-        "compiled_programs",
-    ),
-    Fault(
-        "a traced step of a continued solve counts from one",
-        "Reading.rows",
-        "first, window = self._layout.first_update(stretch.first), self._layout.window",
-        "first, window = self._layout.first_update(1), self._layout.window",
-        "compiled_programs",
-    ),
-    Fault(
-        "a traced window reads the batch of another",
-        "Reading.stacked",
-        "axis, first = layout.step_axis(place), (stretch.first - 1) * layout.window",
-        "axis, first = layout.step_axis(place), stretch.first - 1",
-        "compiled_programs",
-    ),
-    Fault(
-        "traced running costs are those of the steps before",
-        "TracedSweep._rows",
-        "running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]",
-        "running = [x.roll(1, 0)[stretch.first - 1 : stretch.last] for x in self._running if x is not None]",
-        "compiled_programs",
-    ),
-    Fault(
-        "a traced scan freezes what is captured",
-        "_finishing",
-        "if constant is not None:",
-        "if False:",
-        "compiled_programs",
-    ),
-    Fault(
-        "a program does not tell that numbers are not finite",
-        "Trace.unsound",
-        "total = total + number.to(like.device)",
-        "total = total + 0 * number.to(like.device).nan_to_num()",
-        "compiled_programs",
-    ),
-    Fault(
-        "a program's key has no autocast",
-        "_Given.key",
-        "tuple(map(_kind, self.leaves)), casts, state",
-        "tuple(map(_kind, self.leaves)), state",
-        "compiled_outer",
-    ),
-    Fault(
-        "one is as good as True to a program",
-        "_kind",
-        "return (type(leaf), repr(leaf)) if plain else _Same(leaf)",
-        "return leaf if plain else _Same(leaf)",
-        "compiled_outer",
-    ),
-    Fault(
-        "a number that is read by closure is not looked at",
-        "Reads._values",
-        "yield from map(content_of, self._cells)",
-        "yield from ()",
-        "compiled_outer",
-    ),
-    Fault(
-        "a program is never compared again",
-        "Compiled._run",
-        "if unsound.isfinite().item() and entry.calls & (entry.calls - 1):",
-        "if unsound.isfinite().item():",
-        "compiled_outer",
-    ),
-    # what a program's function reads besides its arguments
-    Fault(
-        "a function with other code is the same function",
-        "Reads._values",
-        "yield from (function.__code__, function.__defaults__)",
-        "yield from (function.__defaults__,)",
-        "compiled_reads",
-    ),
-    Fault(
-        "defaults that were replaced are the same ones",
-        "Reads._values",
-        "yield from (function.__code__, function.__defaults__)",
-        "yield from (function.__code__,)",
-        "compiled_reads",
-    ),
-    Fault(
-        "what stands behind a weak reference is not looked at",
-        "Reads._besides",
-        "yield value()",
-        "yield None",
-        "compiled_reads",
-    ),
-    Fault(
-        "zeros of both signs are one to a program",
-        "_kind",
-        "return (type(leaf), repr(leaf)) if plain else _Same(leaf)",
-        "return (type(leaf), leaf) if plain else _Same(leaf)",
-        "compiled_reads",
-    ),
-    Fault(
-        "zeros of both signs that a function reads are one",
-        "Reads.unchanged",
-        "and repr(value) == repr(old)",
-        "and value == old",
-        "compiled_reads",
-    ),
-    Fault(
-        "what a function reads of an imported module is not looked at",
-        "Reads._of_modules",
-        "spaces += [vars(found)] if not any(vars(found) is known for known in spaces) else []",
-        "pass",
-        "compiled_reads",
-    ),
-    Fault(
-        "slots of what a function reads are not looked at",
-        "Reads._values",
-        "yield _in_slot(owner, slot)",
-        "yield 0",
-        "compiled_reads",
-    ),
-    Fault(
-        "classes of what a function reads are not looked at",
-        "Reads._of_class",
-        "self._names.append((vars(part), name))",
-        "pass",
-        "compiled_reads",
-    ),
-    Fault(
-        "numbers of small arrays are not looked at",
-        "Reads._values",
-        "yield array.tobytes()",
-        "yield 0",
-        "compiled_reads",
-    ),
-    Fault(
-        "a tensor that an outer loss has captured gets no gradient, silently",
-        "Compiled._function",
-        "if given.alone and roots and trace is None:",
-        "if False:",
-        "compiled_reads",
-    ),
-    Fault(
-        "a captured tensor that has come to require grad is not noticed",
-        "Program.fits",
-        "return list(map(_kind, self._captured)) == self._kinds",
-        "return True",
-        "compiled_reads",
-    ),
-    Fault(
-        "a trace freezes a captured tensor that is given for a number",
-        "_refusing_numbers",
-        "if func is torch.ops.aten._local_scalar_dense.default and _is_captured(args[0]):",
-        "if False:",
-        "compiled_reads",
-    ),
-    Fault(
-        "a trace freezes numbers that are gathered",
-        "_refusing_numbers",
-        "if func in _GATHERING and any(map(_is_captured, _within([*args, *(kwargs or {}).values()]))):",
-        "if False:",
-        "compiled_reads",
-    ),
-    Fault(
-        "a trace freezes numbers that are gathered from keywords",
-        "_refusing_numbers",
-        "_within([*args, *(kwargs or {}).values()])",
-        "_within(args)",
-        "compiled_reads",
-    ),
-    Fault(
-        "a trace freezes numbers that are gathered the old way",
-        "_GATHERING",
-        ", Tensor.new_tensor, Tensor.new}",
-        ", Tensor.new_tensor}",
-        "compiled_reads",
-    ),
-    Fault(
-        "a trace freezes a number that is calculated from captured tensors",
-        "_refuse_frozen",
-        "if read and not isinstance",
-        "if False and not isinstance",
-        "compiled_reads",
-    ),
-    # a solve with compile=True as two programs
-    Fault(
-        "a program is used though what its loss reads has changed",
-        "Known.unchanged",
-        "return self._reads is not None and self._reads.unchanged",
-        "return True",
-        "whole_programs",
-    ),
-    Fault(
-        "a program is never compared with the plain way",
-        "Known.is_due",
-        "return not self._calls & (self._calls - 1)",
-        "return False",
-        "whole_programs",
-    ),
-    Fault(
-        "a program of one observer serves another",
-        "Known.serves",
-        "and self._observes == _identity(dynamics)",
-        "",
-        "whole_programs",
-    ),
-    Fault(
-        "a program goes on to read the tensors of then",
-        "Known.settle",
-        "if self.program is not None and self.program.captures:",
-        "if False:",
-        "whole_programs",
-    ),
-    Fault(
-        "whole programs have no dtype, shape or autocast in their key",
-        "kind_of",
-        "return (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)",
-        "return (*what, *kind, layout.levels, structures, optimizer)",
-        "whole_programs",
-    ),
-    Fault(
-        "a program of a schedule serves every part of it",
-        "kind_of_steps",
-        "layout.start if any(layout.stepped.hyperparameters) else None",
-        "None",
-        "whole_programs",
-    ),
-    Fault(
-        "a program counts steps from one, wherever a solve goes on",
-        "numbers_of",
-        "return _numbers(layout.first_update(1), layout.steps",
-        "return _numbers(1, layout.steps",
-        "whole_programs",
-    ),
-    Fault(
-        "a program that is not finite passes",
-        "roll_out_wholly",
-        "if not unchanged or (watch.values and (due or not sound)):",
-        "if not unchanged or (watch.values and due):",
-        "whole_programs",
-    ),
-    Fault(
-        "a loss that keeps a state has a program",
-        "_is_right",
-        "if plain.hidden_state is not None or plain.copied_to",
-        "if plain.copied_to",
-        "whole_programs",
-    ),
-    Fault(
-        "a program of the backward pass serves other inputs",
-        "_sweep",
-        'key = ("sweep", trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))',
-        'key = ("sweep", trajectory.rollout.key)',
-        "whole_programs",
-    ),
-    Fault(
-        "a stack of states is used twice",
-        "sweeps",
-        "record.usable, record.rollout = False, replace(rollout, stack=None)",
-        "record.usable, record.rollout = True, replace(rollout, stack=None)",
-        "whole_programs",
-    ),
-    # threads that share a module, and numbers that are given as tensors
-    Fault(
-        "threads may call one module at once",
-        "functional",
-        "with nullcontext() if torch.compiler.is_compiling() else lock:",
-        "with nullcontext():",
-        "functional",
-    ),
-    Fault(
-        "a scale that is a tensor is taken for a constant",
-        "attention",
-        "if isinstance(number, Tensor):",
-        "if False:",
-        "attention",
-    ),
-    Fault(
-        "a block may read a tensor with a tangent from elsewhere",
-        "Note.first",
-        "rates = transforms.has_tangent(found)",
-        "rates = False",
-        "checkpointed_blocks",
-    ),
-    # what blocks that are computed again leave behind
-    Fault(
-        "an output of a block is the tensor that is kept for it",
-        "_Recomputed.forward",
-        "return _of_their_own(function(*tensors), tensors)",
-        "return function(*tensors)",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block may change its inputs",
-        "Note.first",
-        "if versions != list(map(transforms.version, given)):",
-        "if False:",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "what a block leaves behind is a constant",
-        "_Gate.backward",
-        "raise ctx.refusal()",
-        "return None, *cotangents",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "what a block leaves behind is a constant under a transform",
-        "Note.first",
-        "raise self.left_behind()",
-        "pass",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block may keep a state that depends on its inputs in a buffer",
-        "_Forward._run",
-        "raise self.note.left_behind()",
-        "pass",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block may give other numbers when it is computed again",
-        "Note.refuse_others_than_the_first",
-        "if self.marks is not None and not self.marks.are_of(outputs, levels):",
-        "if False:",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "the precision of autocast does not count where numbers are compared",
-        "Marks.are_of",
-        "max(self._eps, torch.finfo(x.dtype).eps) ** _POWER",
-        "torch.finfo(x.dtype).eps ** _POWER",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "numbers that are computed again under one more vmap are others",
-        "Marks.are_of",
-        "found = [_mark(x[(0,) * more]) for x in floating]",
-        "found = [_mark(x) for x in floating]",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a dictionary of blocks stands for nothing",
-        "_entries",
-        "isinstance(block, nn.ModuleList | nn.ModuleDict)",
-        "isinstance(block, nn.ModuleList)",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a list of blocks that is called itself stands for its entries",
-        "_entries",
-        " or _has_forward(block):",
-        ":",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a class is taken for a function of a name",
-        "_blocks",
-        "isinstance(checkpoint, str | nn.Module | type)",
-        "isinstance(checkpoint, str | nn.Module)",
-        "checkpointed_blocks",
-    ),
-    # what round-off hides, and what else is told of a solve
-    Fault(
-        "the round-off to expect is a hundredth",
-        "_slopes",
-        "noise = 100 * torch.finfo(",
-        "noise = 1 * torch.finfo(",
-        "smoothness",
-    ),
-    Fault(
-        "a move that is rounded to none agrees",
-        "_lost",
-        "(larger > 0 or math.isinf(noise))",
-        "larger > 0",
-        "smoothness",
-    ),
-    Fault(
-        "two moves above round-off make a wrong derivative",
-        "_settled",
-        "return enough and all(",
-        "return all(",
-        "check_solve",
-    ),
-    Fault(
-        "what round-off hides is the end's roughness",
-        "probe_smoothness",
-        "if worst.cut_short:",
-        "if False:",
-        "check_solve",
-    ),
-    Fault(
-        "other random numbers in float64 are lost precision",
-        "probe_precision",
-        "if own.drawn != reference.drawn:",
-        "if False:",
-        "check_solve",
-    ),
-    Fault(
-        "whatever draws is not set beside float64",
-        "probe_precision",
-        "if own.drawn != reference.drawn:",
-        "if own.drawn:",
-        "check_solve",
-    ),
-    Fault(
-        "other random numbers in float64 are lost precision to compare",
-        "worth",
-        "drawn = torch.float64 in kinds and _drawn(run, estimator) != kinds",
-        "drawn = False",
-        "compare_worth",
-    ),
-    Fault(
-        "meta-parameters change their precision, and lose the hooks of their accumulators",
-        "_at",
-        "            leaf.data = value",
-        "            leaf.data = value if raised is None else value.double()",
-        "compare_worth",
-    ),
-    Fault(
-        "every entry moves by the mean size of its leaf",
-        "_random_moves",
-        "torch.where(mean > 0, mean, 1), x.abs())",
-        "torch.where(mean > 0, mean, 1), torch.where(mean > 0, mean, 1))",
-        "smoothness",
-    ),
-    Fault(
-        "an outer loss that is not defined is called rough",
-        "Worth.notes",
-        "elif self.smoothness.undefined:",
-        "elif False:",
-        "compare_worth",
-    ),
-    # what ranks hold apart, fields over ranks, and DTensors that are spread unevenly
-    Fault(
-        "what a rank wants beside the states is its own",
-        "slots_within",
-        "given = largest(sum(map(nbytes, inputs.params)) + direct, nodes, inputs.params)",
-        "given = sum(map(nbytes, inputs.params)) + direct",
-        "inner_data",
-    ),
-    Fault(
-        "tensors of other shapes are compared over ranks",
-        "deviations",
-        "if not _alike(plain, group):",
-        "if not _alike(plain[:0] or plain, group) and False:",
-        "inner_data",
-    ),
-    Fault(
-        "a penalty of shards is taken for a loss",
-        "_sums_a_scalar",
-        "return bool(nodes) and all(size",
-        "return bool(nodes) and any(size",
-        "inner_data",
-    ),
-    Fault(
-        "a field that is not copied is not noticed",
-        "FirstStep._refuse",
-        "if alike and self._pulled:",
-        "if alike and self._pulled[9:]:",
-        "inner_data",
-    ),
-    Fault(
-        "what comes back along an unrolled solve is not compared",
-        "_Watched.backward",
-        "refuse_other_cotangents(ctx.copied_to, cotangents)",
-        "refuse_other_cotangents(ctx.copied_to, cotangents[:1])",
-        "inner_data",
-    ),
-    Fault(
-        "tasks are told of another optimizer",
-        "FirstStep._refuse",
-        "self._sums = any([is_summed(node)",
-        "self._sums = not any([is_summed(node) and False",
-        "inner_data",
-    ),
-    Fault(
-        "a graph of DTensors weighs nothing",
-        "_add_storage",
-        "storage = (tensor if type(tensor) is Tensor else _on_this_rank(tensor)).untyped_storage()",
-        "storage = tensor.untyped_storage()",
-        "sharded",
-    ),
-    Fault(
-        "the largest entry is that of a rank",
-        "largest_modulus",
-        "torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)",
-        "pass",
-        "sharded",
-    ),
-    Fault(
-        "losses that are spread in other ways are stacked",
-        "placed_alike",
-        "return [x.redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim) for x in tensors]",
-        "return list(tensors)",
-        "sharded",
-    ),
-    Fault(
-        "too many open files are a lack of room",
-        "_errors_named",
-        "in (errno.EMFILE, errno.ENFILE):",
-        "in (errno.ENFILE,):",
-        "offload",
-    ),
-    Fault(
-        "a block is computed again while another thread calls the module",
-        "_Turn.taken",
-        "return self._lock if self.has_ended else nullcontext()",
-        "return nullcontext()",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a block that a call differentiates waits for the end of the call",
-        "_Turn.taken",
-        "return self._lock if self.has_ended else nullcontext()",
-        "return self._lock",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "what a block leaves behind when it is computed again is a constant",
-        "_Pulled.__call__",
-        "(given[i],) = gated(self.left_behind, given[i])",
-        "given[i] = given[i].detach().requires_grad_()",
-        "checkpointed_blocks",
-    ),
-    Fault(
-        "a first step under a transform keeps the numbers that an empty vmap draws",
-        "Checks._apart",
-        "if not levels or not random_state.changed(before, random_state.snapshot(device)):",
-        "if True:",
-        "randomness",
-    ),
-    Fault(
-        "what is evaluated a second time returns both",
-        "Checks.losses",
-        "aux.clear()  # of what",
-        "pass  # of what",
-        "randomness",
-    ),
-    # Claims of the experiments, and the intervals they are answered from.
-    Fault(
-        "an interval over starts leaves the episodes out that they share",
-        "two_level",
-        "if crossed and len(values[0]) > 1:",
-        "if False:",
-        "claims",
-    ),
-    Fault(
-        "one start has an interval of no width",
-        "two_level",
-        "return Effect(mean, -math.inf, math.inf, starts)",
-        "return Effect(mean, mean, mean, starts)",
-        "claims",
-    ),
-    Fault(
-        "an effect whose interval reaches to both sides is shown in part",
-        "judged",
-        'return "partly" if zero < margin and low > zero else "not decided"',
-        'return "partly"',
-        "claims",
-    ),
-    Fault(
-        "numbers of different starts are compared",
-        "Formula.effects",
-        'both = group.merge(here, on=["seed", "draw"],',
-        'both = group.assign(k=0).merge(here.assign(k=0), on=["k", "draw"],',
-        "claims",
-    ),
-    Fault(
-        "what holds in one setting holds",
-        "together",
-        'if all(answer == "yes" for answer in known):',
-        'if any(answer == "yes" for answer in known):',
-        "claims",
-    ),
-    Fault(
-        "every start has the same random numbers",
-        "of_start",
-        "work.seed += STRIDE * number",
-        "work.seed += 0 * number",
-        "claims",
-    ),
-    Fault(
-        "a loss that diverges with the number of inner steps saturates",
-        "saturation",
-        "return abs(last) / first if first > 0",
-        "return last / first if first > 0",
-        "experiments",
-    ),
-    Fault(
-        "tasks of many ways come in batches of few",
-        "learn",
-        "settings.tasks if way <= 10 else settings.wide_tasks",
-        "settings.tasks",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "what no gain is shown for is lost",
-        "_of_accuracy",
-        '_gains(runs[runs["kind"] == kind])',
-        "True",
-        "meta_transfer_experiment",
-    ),
-    # one frame of runs: what is stored of one, its budget, and where Ctrl-C leaves it
-    Fault(
-        "a resumed training forgets the time before",
-        "Training.train",
-        "work.is_late(before + lasted + cost)",
-        "work.is_late(lasted + cost)",
-        "cli",
-    ),
-    Fault(
-        "a training keeps no time for its next iteration",
-        "Training.train",
-        "work.is_late(before + lasted + cost)",
-        "work.is_late(before + cost)",
-        "cli",
-    ),
-    Fault(
-        "a training keeps no time for its evaluation",
-        "Training.train",
-        "work.is_late(before + lasted + cost)",
-        "work.is_late(before + lasted)",
-        "cli",
-    ),
-    Fault(
-        "lines after the checkpoint stay in the log",
-        "Training.train",
-        "self.log.cut()",
-        "pass",
-        "resume",
-    ),
-    Fault(
-        "Ctrl-C saves nothing",
-        "Work.step",
-        "if out_of_time or heard or",
-        "if out_of_time or",
-        "cli",
-    ),
-    Fault(
-        "what is said after Ctrl-C forgets the data",
-        "Run.run",
-        "[] if data is None else",
-        "[] if True else",
-        "cli",
-    ),
-    Fault(
-        "a run of other versions is resumed",
-        "Header.check_same",
-        "if (here := getattr(self, name)) != there:",
-        "if (here := getattr(self, name)) is None:",
-        "reproduce",
-    ),
-    Fault(
-        "a stored option may be a text where the command line makes a number",
-        "_check_value",
-        "parse(str(value)) == value",
-        "str(parse(str(value))) == str(value)",
-        "resume",
-    ),
-    Fault(
-        "an option given again replaces that of the run to resume",
-        "read",
-        "if name in before and before[name] != value:",
-        "if False:",
-        "resume",
-    ),
-    # data sets found by one entry, residual networks of one block
-    Fault(
-        "a form of a data set is read where only one of its files is",
-        "KnownSet.find",
-        "if all(is_there(place / name) for name in form.files):",
-        "if any(is_there(place / name) for name in form.files):",
-        "every_set",
-    ),
-    Fault(
-        "a data set is looked for in its own folder only",
-        "KnownSet.find",
-        "places = [root / self.folder, root] if self.folder else [root]",
-        "places = [root / self.folder]",
-        "every_set",
-    ),
-    Fault(
-        "a data set is looked for in the data folder only",
-        "KnownSet.find",
-        "places = [root / self.folder, root] if self.folder else [root]",
-        "places = [root]",
-        "mini_imagenet",
-    ),
-    Fault(
-        "the default size of images is that of other sets",
-        "KnownSet.find",
-        "size = self.size if size is None else size",
-        "size = 32 if size is None else size",
-        "mini_imagenet",
-    ),
-    Fault(
         "the checksum of a file is that of its beginning",
         "KnownFile._compare",
         "            digest.update(part)\n",
@@ -4273,558 +2974,10 @@ FAULTS = [
         "every_set",
     ),
     Fault(
-        "a file larger than its limit is opened",
-        "open_file",
-        "if limit is not None and size > limit:",
-        "if limit is not None and size > 2 * limit:",
-        "damaged_data",
-    ),
-    Fault(
-        "what is damaged is an error of the standard library",
-        "whole",
-        "    except broken as error:",
-        "    except () as error:",
-        "damaged_data",
-    ),
-    Fault(
-        "a residual block ends before its sum",
-        "ResidualBlock.forward",
-        "self.end(self.residual(inputs) + self.shortcut(inputs))",
-        "self.end(self.residual(inputs)) + self.shortcut(inputs)",
-        "models",
-    ),
-    Fault(
-        "the last layer of a residual block keeps its activation",
-        "ResidualBlock.__init__",
-        "convolutions(channels, activation, generator)[:-1]",
-        "convolutions(channels, activation, generator)",
-        "models",
-    ),
-    Fault(
-        "every block of a stage projects its shortcut",
-        "ResidualStages.__init__",
-        "project=s[0] != m",
-        "project=True",
-        "models",
-    ),
-    Fault(
-        "the first stage is behind a pooling, too",
-        "_staged",
-        "stage(pool(hidden, 2) if i else hidden)",
-        "stage(pool(hidden, 2))",
-        "models",
-    ),
-    Fault(
-        "examples that a smaller class does not have are drawn",
-        "_drawn",
-        "example_keys.masked_fill_(torch.arange(most, device=device) >= counts[class_index], -1.0)",
-        "example_keys.masked_fill_(torch.arange(most, device=device) > counts[class_index], -1.0)",
-        "episodes",
-    ),
-    # what is written, counted and looked at together, so that a solve is short
-    Fault(
-        "losses that were written together all go to the beginning",
-        "Tables._write_waiting",
-        "narrow(self._axis, last - count, count)",
-        "narrow(self._axis, 0, count)",
-        "losses_of_many_steps",
-    ),
-    Fault(
-        "losses that wait when a solve ends early are left out",
-        "Tables.until",
-        "if self._waiting:",
-        "if self._waiting and step % 2:",
-        "losses_of_many_steps",
-    ),
-    Fault(
-        "losses that have become wider are rounded to the first",
-        "Tables._write_waiting",
-        "if self._tensors[0].dtype != rows.dtype:",
-        "if False:",
-        "losses_of_many_steps",
-    ),
-    Fault(
-        "what has been compiled since is not looked for",
-        "_anything_compiled",
-        "if count != _seen[0] or _counter is None:",
-        "if _counter is None:",
-        "torch_errors",
-    ),
-    Fault(
-        "a torch that does not count its functions has never compiled any",
-        "_anything_compiled",
-        "if count != _seen[0] or _counter is None:",
-        "if count != _seen[0]:",
-        "torch_errors",
-    ),
-    Fault(
-        "an argument that is no tree is not looked into for tensors of a transform",
-        "Dynamics.without_names",
-        "if not isinstance(x, Slot)",
-        "if x is None",
-        "captures",
-    ),
-    # the public yardsticks, the decay in L, and MAML itself
-    Fault(
-        "influence balancing has one sign more",
-        "POSITIVE",
-        "POSITIVE = 10",
-        "POSITIVE = 11",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "a descent is not stopped where it leaves",
-        "measure",
-        "if abs(path[-1]) > FAR:",
-        "if path[-1] > 1e9 * FAR:",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "the slope of the toy lacks the gate's own derivative",
-        "slope",
-        "turn.cos() * (1 - gate)",
-        "turn.cos()",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "the descent of the toy is not held within its bounds",
-        "measure",
-        ".clamp(LOW, HIGH)",
-        "",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "images are standardised by a sample's deviation",
-        "load",
-        "pairs[0][0].std(0, correction=0)",
-        "pairs[0][0].std(0)",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "ties do not count half",
-        "Cleaning.told_apart",
-        "for side in (False, True)",
-        "for side in (True, True)",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "cleaning's table has the sum over the draws",
-        "_cleaning_table",
-        "loss, error, told, seconds = (fmean(each)",
-        "loss, error, told, seconds = (sum(each)",
-        "yardsticks_experiment",
-    ),
-    Fault(
-        "the decay is fitted against L log L",
-        "slope",
-        "kept = [(level + 1.0, error)",
-        "kept = [(level + 2.0, error)",
-        "bounds_decay",
-    ),
-    Fault(
-        "an exponential decay counts as super-exponential",
-        "BEND",
-        "BEND = -0.5",
-        "BEND = 0.5",
-        "bounds_decay",
-    ),
-    Fault(
-        "(34a) forgets that the last steps contract",
-        "bounds",
-        "1 + (1 + x) ** dropped * kept",
-        "1 + (1 + x) ** dropped",
-        "bounds_decay",
-    ),
-    Fault(
-        "ANIL adapts the first layer",
-        "learn",
-        ">= LAYERS - run.adapted]",
-        "< run.adapted]",
-        "maml_experiment",
-    ),
-    Fault(
-        "every inner gradient reads the same part of the support images",
-        "learn",
-        "batches = torch.stack(orders)[:, : run.batch]",
-        "batches = torch.stack(orders)[:1, : run.batch].expand(settings.steps, run.batch)",
-        "maml_experiment",
-    ),
-    Fault(
-        "every number of steps gets a program of its own, without end",
-        "_is_one_of_many",
-        "return len(alike) >= _MOST_ALIKE",
-        "return False",
-        "whole_programs",
-    ),
-    # few-shot: Reptile's own algorithm, falling outer steps, equal time, which methods come first
-    Fault(
-        "Reptile steps by the sum of the tasks' directions",
-        "outer_steps",
-        "lr=rate / tasks",
-        "lr=rate",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "batches of Reptile lose the labels of their images",
-        "in_batches",
-        "for x in (inputs, targets)",
-        "for x in (inputs, targets.roll(1, 1))",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "a batch of Reptile holds an image twice",
-        "in_batches",
-        "keys.argsort(dim=2)",
-        "keys.argsort(dim=2) // 2",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "outer steps of few-shot fall by half only",
-        "learn",
-        "math.cos(math.pi * share)",
-        "math.cos(math.pi * share / 2)",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "accuracies in equal time are those before the first look",
-        "between",
-        "left=math.nan",
-        "left=None",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "the fastest method of the other group says what equal time is",
-        "table_of",
-        'data.groupby(["seed", *HERE])["seconds"]',
-        'data.groupby("seed")["seconds"]',
-        "few_shot_experiment",
-    ),
-    Fault(
-        "second levels come before further starts",
-        "turn",
-        'keys["L"] > 1',
-        'keys["L"] > 2',
-        "few_shot_experiment",
-    ),
-    Fault(
-        "no start has all of the windows first",
-        "turn",
-        'int(second and keys["seed"] > 0)',
-        "int(second)",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "images that are averaged down lose half a grey level",
-        "_shrunk",
-        ".round().to(torch.uint8)",
-        ".to(torch.uint8)",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "the characters of Vinyals are never turned",
-        "_vinyals",
-        "rotations=rotations",
-        "rotations=False",
-        "few_shot_experiment",
-    ),
-    Fault(
-        "seconds of few-shot training hold the validations before them",
-        "Validation.left_out",
-        "if after <= i)",
-        "if after > i)",
-        "few_shot_experiment",
-    ),
-    # meta-transfer's images and steps, and the theorems of the memory-reduced algorithm
-    Fault(
-        "images to train with are tested too",
-        "Transfer",
-        "[row[settings.per_class :] for row in rows]",
-        "list(rows)",
-        "meta_transfer_experiment",
-    ),
-    Fault(
-        "a problem is chosen on the classes of the test",
-        "domains",
-        'image_sets.load(problem, part, data_dir) for part in ("train", _split(split))]',
-        'image_sets.load(problem, part, data_dir) for part in ("train", "test")]',
-        "meta_transfer_experiment",
-    ),
-    Fault(
-        "runs of other steps take the standard number",
-        "_of_steps",
-        'partial(learn, replace(settings, steps=steps), name, "adam", seed)',
-        'partial(learn, settings, name, "adam", seed)',
-        "meta_transfer_experiment",
-    ),
-    Fault(
-        "nothing is kept of a task from one visit to the next",
-        "descend",
-        "all_tasks[rows] = seen",
-        "seen.add_(all_tasks[rows], alpha=0)",
-        "memory_rates_experiment",
-    ),
-    Fault(
-        "targets are numbers, not parts of the first",
-        "reached",
-        "value <= target * values[0]",
-        "value <= target",
-        "memory_rates_experiment",
-    ),
-    Fault(
-        "a floor that rises counts as one that falls",
-        "exponents_of",
-        '-slope(group["tasks"], group["floor"])',
-        'slope(group["tasks"], group["floor"])',
-        "memory_rates_experiment",
-    ),
-    Fault(
-        "features that are computed once are still part of the inner loss",
-        "Embedding._fitted",
-        "of_features if rule.once else of_images",
-        "of_images",
-        "experiments",
-    ),
-    Fault(
-        "ANIL's head starts from zero",
-        "Embedding._one",
-        "self.learned_head if rule.learned else self.head",
-        "self.head",
-        "experiments",
-    ),
-    Fault(
-        "the slides' own form takes central differences",
-        "rules",
-        'sampling="gaussian", antithetic=False, generator=source)',
-        'sampling="gaussian", antithetic=True, generator=source)',
-        "experiments",
-    ),
-    # how long work takes on a GPU
-    Fault(
-        "on a GPU the processor's own time is taken, which ends when all is queued",
-        "seconds_of",
-        'if device.type != "cuda":',
-        "if True:",
-        "timing",
-    ),
-    Fault(
-        "milliseconds between events are taken for seconds",
-        "seconds_of",
-        "return float(first.elapsed_time(last)) / 1e3",
-        "return float(first.elapsed_time(last))",
-        "timing",
-    ),
-    Fault(
-        "compare times every problem as one of the CPU's, wherever its outer loss is",
-        "_timed",
-        "seconds = seconds_of(work, expected.device)",
-        'seconds = seconds_of(work, torch.device("meta"))',
-        "timing",
-    ),
-    # the params of a linked step, and what is looked for where nothing is computed again
-    Fault(
-        "under a vmap, params that an update has computed from each other are no views",
-        "Block.__init__",
-        "bool(layout.levels) and dynamics.own_update and",
-        "bool(layout.levels) and",
-        "params_of_a_block",
-    ),
-    Fault(
-        "without a vmap, params that a loss may hook are no views",
-        "Block.__init__",
-        "bool(layout.levels) and dynamics.own_update and",
-        "dynamics.own_update and",
-        "solution",
-    ),
-    Fault(
-        "params that are observed are no views, and reach a later loss",
-        "Block.__init__",
-        "dynamics.own_update and dynamics.observer is None",
-        "dynamics.own_update",
-        "params_of_a_block",
-    ),
-    Fault(
-        "the first inner gradient is taken of what is read, too",
-        "Block.__init__",
-        "*derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])",
-        "derivatives.make_roots([*state, *map(inputs.at, self._shared)])",
-        "params_of_a_block",
-    ),
-    Fault(
-        "state of a loss is looked for where no backward pass reads it",
-        "Adjoint.run",
-        "recomputed = keep.evaluates and",
-        "recomputed =",
-        "params_of_a_block",
-    ),
-    Fault(
-        "an estimator that evaluates the loss at the end says that it does not",
-        "Implicit.keep",
-        "Keep(first=steps + 1)",
-        "Keep(first=steps + 1, evaluates=False)",
-        "params_of_a_block",
-    ),
-    Fault(
-        "of a generator its place alone is compared, not its numbers",
-        "changed",
-        "a.numpy().tobytes() != b.numpy().tobytes()",
-        "a.numpy().tobytes()[:24] != b.numpy().tobytes()[:24]",
-        "params_of_a_block",
-    ),
-    # the quick look at what a loss has captured, of each step
-    Fault(
-        "what waits to be looked at for captured tensors is forgotten by a quick look",
-        "Checks._note_captured",
-        "if at_once and start is not None and not self._noted:",
-        "if at_once and start is not None:",
-        "captures_at_some_step",
-    ),
-    Fault(
         "a quick look for captured tensors does not say when it was",
         "Checks._note_captured",
         "                self._born = max(self._born, autograd_graph.number(start))\n",
         "",
         "captures_at_some_step",
-    ),
-    Fault(
-        "a quick look takes every leaf for a given one",
-        "ends_in_given",
-        'if not behind and id(getattr(node, "variable", None)) not in leaves:',
-        "if not behind and not leaves:",
-        "captures_at_some_step",
-    ),
-    Fault(
-        "of some graphs a quick look for captured tensors is enough for all",
-        "captured_nodes",
-        "if all([part.start is not None and",
-        "if any([part.start is not None and",
-        "captures_at_some_step",
-    ),
-    # programs that keep every so-manieth state
-    Fault(
-        "a block of a program is taken again from the next one's state",
-        "TracedSweep._pull_blocks",
-        "states = [x[begin : begin + part.number] for",
-        "states = [x.roll(-1, 0)[begin : begin + part.number] for",
-        "compiled_programs",
-    ),
-    Fault(
-        "a short last block of a program is pulled back from the first state",
-        "TracedSweep._pull_blocks",
-        "begin = -(-(part.first - self._first) // parts[0].length)",
-        "begin = 0",
-        "compiled_programs",
-    ),
-    Fault(
-        "what runs over the steps of blocks is read in the order of the first block",
-        "TracedSweep._pull_blocks",
-        "backwards = [x.flip(0) for x in (*states, *rows)]",
-        "backwards = [*[x.flip(0) for x in states], *rows]",
-        "compiled_programs",
-    ),
-    Fault(
-        "the direct terms of blocks stay in the order of the backward pass",
-        "TracedSweep._pull_blocks",
-        "[x.flip(0).flatten(0, 1) for x in own]",
-        "[x.flatten(0, 1) for x in own]",
-        "compiled_programs",
-    ),
-    Fault(
-        "a block's last state is that before the one before it",
-        "TracedSweep._states",
-        "made = [torch.cat([x, y[None]]) for x, y in zip(before, after, strict=True)]",
-        "made = [torch.cat([x, x[-1:]]) for x, y in zip(before, after, strict=True)]",
-        "compiled_programs",
-    ),
-    Fault(
-        "a captured tensor that blocks read is an input of the inner graph",
-        "Trace.given",
-        "if self.inside:",
-        "if False:",
-        "compiled_programs",
-    ),
-    Fault(
-        "a program of all states serves checkpoints",
-        "roll_out_wholly",
-        '("rollout", (first, block), *kind_of_steps(layout))',
-        '("rollout", first, *kind_of_steps(layout))',
-        "whole_programs",
-    ),
-    Fault(
-        "steps that a program takes again are not counted",
-        "count_in",
-        "again = steps - trajectory.rollout.kept.states",
-        "again = 0",
-        "whole_programs",
-    ),
-    Fault(
-        "compiled, all states are kept however large they are",
-        "Keep.within",
-        'checkpoint=1 if size <= budget else "sqrt"',
-        "checkpoint=1",
-        "whole_programs",
-    ),
-    Fault(
-        "a plain backward pass over blocks takes every state for the next step's",
-        "_plainly",
-        "range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)",
-        "range(first, trajectory.steps + 1, 1)",
-        "whole_programs",
-    ),
-    # what is read of which no change can be seen
-    Fault(
-        "a loss that reads a file has a program",
-        "_is_reader",
-        "return any([value is reader for reader in _READERS])",
-        "return False",
-        "unseen_reads",
-    ),
-    Fault(
-        "an iterator counts as something that stays as it is",
-        "_changes_unseen",
-        'return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")',
-        "return False",
-        "unseen_reads",
-    ),
-    Fault(
-        "what other methods of an object read counts as read",
-        "Unseen._is_called",
-        "return by_itself or key not in self._methods or name in mentioned",
-        "return True",
-        "unseen_reads",
-    ),
-    Fault(
-        "what the methods read that a loss calls is not looked at",
-        "Unseen._is_called",
-        "return by_itself or key not in self._methods or name in mentioned",
-        "return by_itself or key not in self._methods",
-        "unseen_reads",
-    ),
-    Fault(
-        "attributes that no code names count as read",
-        "Unseen.what",
-        "if key in mentioned and _changes_unseen(x)]",
-        "if _changes_unseen(x)]",
-        "unseen_reads",
-    ),
-    Fault(
-        "a whole solve has a program though it reads an iterator",
-        "_made",
-        "if _functions[code] > _MOST or _reads(dynamics).unseen is not None:",
-        "if _functions[code] > _MOST:",
-        "whole_programs",
-    ),
-    Fault(
-        "unsafe code of the compiler is stored, and found by the next process",
-        "_looked_through",
-        'if place.type == "cpu" and frees_in_a_loop(code):',
-        "if False:",
-        "compiled_outer",
-    ),
-    Fault(
-        "a compiler that does not show its code is trusted",
-        "_looked_through",
-        'if place.type == "cpu" and not seen and _from_store(counters) == found:',
-        "if False:",
-        "compiled_outer",
     ),
 ]

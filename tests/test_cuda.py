@@ -78,9 +78,8 @@ def test_offloaded_states_do_not_stay_on_the_gpu() -> None:
     def held(offload: Any) -> int:
         w = torch.ones(1_000_000, device="cuda", requires_grad=True)
         before = torch.cuda.memory_allocated()
-        solution = diffopt.solve(
-            lambda w: (w**2).mean(), w, optimizer=diffopt.SGD(0.1), steps=20, estimator=Reverse(1, offload=offload)
-        )
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 20, "estimator": Reverse(1, offload=offload)}
+        solution = diffopt.solve(lambda w: (w**2).mean(), w, **options)
         assert solution.kept.bytes == 20 * 4_000_000
         return torch.cuda.memory_allocated() - before
 

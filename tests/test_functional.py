@@ -249,10 +249,7 @@ def without(params: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (without, r"params\['head\.weight'\] is missing, expected the 3 names"),
         (lambda params: {**params, "head.bias": torch.ones(2)}, r"params\['head\.bias'\] is unknown, expected the 3"),
-        (
-            lambda params: {**without(params), "a": torch.ones(2, 4)},
-            r"'head\.weight'\] is missing, .*'a'\] is unknown",
-        ),
+        (lambda params: {**without(params), "a": torch.ones(2, 4)}, r"'head\.weight'\] is missing, .*'a'\] is unknown"),
         (lambda params: list(params.values()), "params is list .*, expected the 3 names .*in a dictionary"),
     ],
     ids=["missing", "unknown", "renamed", "a list"],

@@ -10,15 +10,8 @@ import diffopt
 from diffopt import DisconnectedError, GradModeError, LeafError, LossError, NonFiniteGradientError
 from diffopt.estimators import Binomial, Implicit, Krylov, Reverse, Truncated, Unrolled
 
+pytestmark = pytest.mark.usefixtures("float64_by_default")
 SAMPLES, FEATURES = 7, 3
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Ridge:
@@ -35,9 +28,8 @@ class Ridge:
 
     def trained(self, weights: Tensor, steps: int = 400, rule=None) -> Tensor:
         optimizer, start = diffopt.SGD(0.08), torch.zeros(FEATURES)
-        return diffopt.solve(
-            self.loss, start, weights, self.x, self.y, optimizer=optimizer, steps=steps, estimator=rule
-        ).params
+        options = {"optimizer": optimizer, "steps": steps, "estimator": rule}
+        return diffopt.solve(self.loss, start, weights, self.x, self.y, **options).params
 
     def minimiser(self, weights: Tensor) -> Tensor:
         curvature = self.x.T @ (weights[:, None] * self.x) + torch.eye(FEATURES)

@@ -48,9 +48,8 @@ def test_batches_per_step_under_vmap(rule):
         return (torch.tanh(batch[0] @ w) - batch[1]).square().mean()
 
     def run(w, x, y):
-        solution = diffopt.solve(
-            loss, w, optimizer=diffopt.SGD(0.3, momentum=0.5), steps=STEPS, batches=(x, y), estimator=rule
-        )
+        options = {"optimizer": diffopt.SGD(0.3, momentum=0.5), "steps": STEPS, "batches": (x, y), "estimator": rule}
+        solution = diffopt.solve(loss, w, **options)
         return solution.params.square().sum()
 
     got = vmap(grad(run, argnums=(0, 1, 2)), in_dims=(None, 1, None))(w, x, y)

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fields import normal, soft
+from fields import CLOSED, DOUBLE, leaf, normal, number, soft
 from oracles import relative_error
 from sklearn.linear_model import ElasticNet, Lasso
 from sklearn.svm import SVC
 from torch import Tensor
 
 import diffopt
-from diffopt.linear_solve import GMRES, Dense, Neumann
+from diffopt.linear_solve import GMRES, Dense
 
-CLOSED = 1e-10  # systems are solved to 1e-13 and have condition numbers below 100
 SPARSE = 1e-8  # scikit-learn's solutions, to which its own tolerance lets them be exact
-SOLVERS = [GMRES(30, rtol=1e-13), Dense(), Neumann(3000, step_size=0.3, rtol=1e-13)]
-DOUBLE = torch.float64
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
-
-
-def number(x: float) -> Tensor:
-    return torch.tensor(x, dtype=DOUBLE, requires_grad=True)
 
 
 Q = torch.eye(4, dtype=DOUBLE) + 0.3 * normal(15, 4, 4) @ normal(15, 4, 4).T

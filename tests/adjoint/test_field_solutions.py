@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fields import jacobian, normal, soft
+from fields import CLOSED, DOUBLE, jacobian, leaf, normal, number, soft
 from oracles import relative_error
 from torch import Tensor
 from torch.func import grad, vmap
@@ -13,18 +13,8 @@ import diffopt
 from diffopt.estimators import Implicit
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense, Neumann, Nystrom
 
-CLOSED = 1e-10  # systems are solved to 1e-13 and have condition numbers below 100
 SOLVERS = [GMRES(30, rtol=1e-13), Dense(), Neumann(3000, step_size=0.3, rtol=1e-13)]
 TIGHT = SOLVERS[0]
-DOUBLE = torch.float64
-
-
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
-
-
-def number(x: float) -> Tensor:
-    return torch.tensor(x, dtype=DOUBLE, requires_grad=True)
 
 
 # ------------------------------------------------------------------------------------------ games

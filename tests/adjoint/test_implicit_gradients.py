@@ -50,9 +50,8 @@ def test_implicit_gradients_is_the_same_as_a_plain_function():
     matrix = hessian(lambda w: 2 * RIDGE.loss(w, PENALTIES[0]), solution)
     assert relative_error([first.multiplier["w"]], [torch.linalg.solve(matrix, cotangent)]) < CLOSED
     options["solver"] = ConjugateGradient(rtol=1e-10)
-    again = diffopt.implicit_gradients(
-        loss, {"w": solution}, {"p": PENALTIES[0]}, index, 2.0, **options, start=first.multiplier
-    )
+    given = {**options, "start": first.multiplier}
+    again = diffopt.implicit_gradients(loss, {"w": solution}, {"p": PENALTIES[0]}, index, 2.0, **given)
     assert (int(again.system.iterations), bool(again.system.converged)) == (1, True)
 
 
@@ -87,9 +86,8 @@ def test_the_memory_reduced_algorithm(warm, low, high):
             start, multiplier = (phi[i], v[i]) if warm else (zero, zero)
             inner = diffopt.solve(loss, start, theta, i, optimizer=diffopt.SGD(0.7), steps=2)
             phi[i] = inner.params
-            found = diffopt.implicit_gradients(
-                loss, phi[i], theta, i, cotangent=phi[i] - targets[i], solver=one_iteration, start=multiplier
-            )
+            options = {"cotangent": phi[i] - targets[i], "solver": one_iteration, "start": multiplier}
+            found = diffopt.implicit_gradients(loss, phi[i], theta, i, **options)
             v[i] = found.multiplier
             hypergradient = hypergradient + found.args[0] / 3
         theta = theta - 0.1 * hypergradient
@@ -174,13 +172,8 @@ def test_beside_what_a_transform_differentiates():
 
 def test_a_batch_with_an_unsolved_system_is_refused():
     def one(theta, throw):
-        return diffopt.implicit_gradients(
-            RIDGE.loss,
-            RIDGE.solution(theta),
-            theta,
-            cotangent=TARGET,
-            solver=ConjugateGradient(max_iterations=1, throw=throw),
-        ).system.converged
+        options = {"cotangent": TARGET, "solver": ConjugateGradient(max_iterations=1, throw=throw)}
+        return diffopt.implicit_gradients(RIDGE.loss, RIDGE.solution(theta), theta, **options).system.converged
 
     with pytest.raises(diffopt.LinearSolveError, match="did not converge"):
         torch.func.vmap(lambda theta: one(theta, True))(PENALTIES)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
+from stateless import Stateless
 from torch import Tensor
 from torch.func import vmap
 
@@ -118,14 +119,11 @@ def test_any_update_is_taken_apart_rightly(kind: str, tasks: int | None) -> None
 
 
 @dataclass(frozen=True)
-class Linked(diffopt.Optimizer):
+class Linked(Stateless):
     """Gradient descent that computes one new leaf from another, or cuts it off."""
 
     lr: float
     cut_off: bool
-
-    def init(self, params: Leaves) -> dict[str, Leaves]:
-        return {}
 
     def update(self, params: Leaves, grads: Leaves, buffers: dict[str, Leaves], step: int) -> Any:
         first, second = params - self.lr * grads

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from check_cases import learned, numbers
+from stateless import Stateless
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -97,13 +98,8 @@ CHAOTIC = {
 @pytest.mark.parametrize("name", CHAOTIC)
 def test_chaos_is_found(name: str) -> None:
     loss, args, optimizer, steps, rate = CHAOTIC[name]
-    report = check(
-        loss,
-        torch.rand(8, generator=torch.Generator().manual_seed(3)).double(),
-        *args,
-        optimizer=optimizer,
-        steps=steps,
-    )
+    options = {"optimizer": optimizer, "steps": steps}
+    report = check(loss, torch.rand(8, generator=torch.Generator().manual_seed(3)).double(), *args, **options)
     assert [f.check for f in report.failures] == ["smooth"]
     assert isinstance(report["smooth"].error, diffopt.errors.SmoothnessError)
     assert "chaotic" in report["smooth"].fix
@@ -135,11 +131,8 @@ def test_the_adjoint_is_that_of_the_closed_form() -> None:
 
 
 @dataclass(frozen=True)
-class Cut(diffopt.Optimizer):
+class Cut(Stateless):
     """Gradient descent whose update takes half of the gradient as a constant."""
-
-    def init(self, params: diffopt.Leaves) -> dict[str, diffopt.Leaves]:
-        return {}
 
     def update(self, params: Any, grads: Any, buffers: Any, step: int) -> Any:
         return params - 0.05 * grads - 0.05 * diffopt.Leaves([g.detach() for g in grads]), buffers

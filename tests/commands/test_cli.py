@@ -119,20 +119,8 @@ def test_minutes_stop_in_time_and_still_evaluate(tmp_path, monkeypatch, lasts):
 
 @pytest.mark.data
 def test_omniglot_from_real_drawings(tmp_path, data_folder):
-    argv = [
-        "train",
-        "omniglot",
-        "--data-dir",
-        str(data_folder),
-        "--out",
-        str(tmp_path),
-        *SMALL,
-        "--filters",
-        "4",
-        "--iterations",
-        "2",
-    ]
-    assert main([*argv, "--no-rotations"]) == 0
+    argv = ["train", "omniglot", "--data-dir", str(data_folder), "--out", str(tmp_path), *SMALL, "--no-rotations"]
+    assert main([*argv, "--filters", "4", "--iterations", "2"]) == 0
     last = rows(tmp_path)[-1]
     assert last["kind"] == "evaluation"
     assert 0 <= last["accuracy"] <= 1
@@ -153,9 +141,10 @@ def test_images_by_name_of_their_set(tmp_path, fails):
     assert "expected one of" in fails([*argv, "--dataset", "imagenet", "--out", str(tmp_path / "other")])
 
 
-@pytest.mark.parametrize(
-    "name", ["unrolled", "reverse:graph", "reverse:sqrt", "reverse:2", "truncated:2", "forward-mode"]
-)
+EXACT_NAMES = ["unrolled", "reverse:graph", "reverse:sqrt", "reverse:2", "truncated:2", "forward-mode"]
+
+
+@pytest.mark.parametrize("name", EXACT_NAMES)
 def test_exact_estimators_by_name_give_the_meta_gradient_of_a_plain_loop(name):
     problem = sinusoid(shot=3, queries=3, generator=torch.Generator().manual_seed(0), device="cpu")
     double = {key: value.detach().double().requires_grad_() for key, value in problem.params.items()}
@@ -180,43 +169,36 @@ def test_exact_estimators_by_name_give_the_meta_gradient_of_a_plain_loop(name):
 
 
 def test_estimator_names():
-    assert estimator("reverse") == Reverse()
-    assert estimator("reverse:graph") == Reverse("graph")
-    assert estimator("reverse:sqrt") == Reverse("sqrt")
-    assert estimator("reverse:7") == Reverse(7)
-    assert estimator("truncated:3") == Truncated(3)
-    assert estimator("unrolled") == Unrolled()
-    assert estimator("first-order") == FirstOrder()
-    assert estimator("reptile") == Reptile()
+    by_reverse = {"reverse": Reverse(), **{f"reverse:{x}": Reverse(x) for x in ("graph", "sqrt", 7)}}
+    others = {"truncated:3": Truncated(3), "unrolled": Unrolled(), "first-order": FirstOrder(), "reptile": Reptile()}
+    for name, expected in {**by_reverse, **others}.items():
+        assert estimator(name) == expected
     assert isinstance(estimator("forward-mode"), ForwardMode)
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", ":", "truncated 2", "Reverse"])
 def test_an_unknown_estimator_name_lists_the_known_ones(name):
-    with pytest.raises(
-        EstimatorNameError, match=re.escape(f"there is no estimator {name!r}, expected one of {KNOWN_NAMES}")
-    ):
+    says = f"there is no estimator {name!r}, expected one of {KNOWN_NAMES}"
+    with pytest.raises(EstimatorNameError, match=re.escape(says)):
         estimator(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        *((f"{rule}:", f"lacks its argument, expected {rule}:") for rule in [*NUMBERED, "reverse"]),
-        *((rule, f"lacks its argument, expected {rule}:K") for rule in NUMBERED),
-        *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
-        *((f"{rule}:{x}", f"has an argument, expected none; write {rule}") for rule in BARE for x in ("", "2")),
-        (
-            "reverse:0",
-            "cannot be: Reverse: checkpoint is int 0, expected None, 'graph', 'sqrt', 'log' or an integer >= 1",
-        ),
-        ("truncated:-1", "cannot be: Truncated: steps is int -1, expected an integer >= 0"),
-        ("binomial:-1", "cannot be: Binomial: order is int -1, expected an integer >= 0"),
-        ("krylov:-1", "cannot be: Krylov: order is int -1, expected an integer >= 0"),
-        ("multi-step:0", "cannot be: MultiStep: window is int 0, expected an integer >= 1"),
-        ("es:0", "cannot be: ESJacobian: directions is int 0, expected an integer >= 1"),
-    ],
-)
+CHECKPOINTS = "None, 'graph', 'sqrt', 'log' or an integer >= 1"
+WRONG_ARGUMENTS = [
+    *((f"{rule}:", f"lacks its argument, expected {rule}:") for rule in [*NUMBERED, "reverse"]),
+    *((rule, f"lacks its argument, expected {rule}:K") for rule in NUMBERED),
+    *((f"{rule}:{x}", f"has the argument '{x}'") for rule in [*NUMBERED, "reverse"] for x in ("x", "2.5", "1,2")),
+    *((f"{rule}:{x}", f"has an argument, expected none; write {rule}") for rule in BARE for x in ("", "2")),
+    ("reverse:0", f"cannot be: Reverse: checkpoint is int 0, expected {CHECKPOINTS}"),
+    ("truncated:-1", "cannot be: Truncated: steps is int -1, expected an integer >= 0"),
+    ("binomial:-1", "cannot be: Binomial: order is int -1, expected an integer >= 0"),
+    ("krylov:-1", "cannot be: Krylov: order is int -1, expected an integer >= 0"),
+    ("multi-step:0", "cannot be: MultiStep: window is int 0, expected an integer >= 1"),
+    ("es:0", "cannot be: ESJacobian: directions is int 0, expected an integer >= 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG_ARGUMENTS)
 def test_a_wrong_argument_of_an_estimator_says_what_is_wrong_with_it(name, message):
     with pytest.raises(EstimatorNameError, match=re.escape(f"the estimator {name!r} {message}")):
         estimator(name)
@@ -270,11 +252,9 @@ def test_wrong_checksum(fails, tmp_path):
     [("train", "einops", "einops"), ("train", "matplotlib", "matplotlib"), ("demo", "sklearn", "scikit-learn")],
 )
 def test_missing_optional_package(fails, tmp_path, monkeypatch, command, package, shown):
+    ours = ("diffopt.commands.", "diffopt.experiments.", "diffopt.tasks")
     for name in list(sys.modules):  # what other tests have imported must be imported again
-        if (
-            name.startswith(("diffopt.commands.", "diffopt.experiments.", "diffopt.tasks"))
-            or name.partition(".")[0] == package
-        ):
+        if name.startswith(ours) or name.partition(".")[0] == package:
             folder, _, own = name.rpartition(".")
             if hasattr(sys.modules.get(folder), own):  # where a new import puts another one
                 monkeypatch.setattr(sys.modules[folder], own, sys.modules[name])

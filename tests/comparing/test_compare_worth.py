@@ -158,9 +158,8 @@ def test_a_large_outer_loss_does_not_make_a_wrong_derivative_right(cut: bool) ->
         def problem(estimator: Any) -> Tensor:
             rate = (lr + lr.detach()) / 2 if cut else lr
             start, options = torch.ones(4, dtype=torch.float64), {"optimizer": SGD(rate), "steps": 3}
-            solution = diffopt.solve(
-                lambda w: (x.double() @ w - y.double()).square().mean(), start, **options, estimator=estimator
-            )
+            given = {**options, "estimator": estimator}
+            solution = diffopt.solve(lambda w: (x.double() @ w - y.double()).square().mean(), start, **given)
             return (x.double() @ solution.params - y.double()).square().mean() + offset
 
         return problem

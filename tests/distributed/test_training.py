@@ -28,8 +28,4 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 iterations in") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint.pt",
-        "curve.png",
-        "metrics.jsonl",
-    ]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "curve.png", "metrics.jsonl"]

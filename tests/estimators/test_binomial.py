@@ -5,33 +5,28 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from cases import OPTIMIZERS, MetaParameters, expected_hypergradient, hypergradient, small_network, solved
 from hypothesis import given
 from hypothesis import strategies as st
 from limits import sampled
-from oracles import relative_error
+from oracles import relative_error, taylor
 
 import diffopt
 from diffopt.estimators import Binomial
 
 STEPS = 4
-# The Taylor coefficients come from solving a 5 by 5 Vandermonde system; its condition number is about 30.
-TAYLOR = 1e-8
+TAYLOR = 1e-8  # of the system that the coefficients are the solution of
 
 
 def graded(problem, case, order, window=STEPS, scale=1.0, steps=STEPS):
     """The sum of the Taylor coefficients up to ``order`` in a factor on the curvature of the last ``window`` steps."""
-    points = np.cos(np.pi * (np.arange(steps + 1) + 0.5) / (steps + 1))
-    rows = [
-        expected_hypergradient(problem, case, steps, curvature=lambda t, e=e: e if t > steps - window else 0.0)
-        for e in points
-    ]
-    weights = np.linalg.inv(np.vander(points, increasing=True))[: order + 1]
-    total = (weights * scale ** np.arange(len(weights))[:, None]).sum(0)
-    return [sum(w * x for w, x in zip(total, column, strict=True)) for column in zip(*rows, strict=True)]
+
+    def of(e):
+        return expected_hypergradient(problem, case, steps, curvature=lambda t: e if t > steps - window else 0.0)
+
+    return taylor(of, steps)(order, scale)
 
 
 @pytest.mark.parametrize("order", range(STEPS + 2))
@@ -76,9 +71,8 @@ def test_a_window_of_a_solve_that_its_caller_stops(order, window, made):
 def test_a_window_of_a_solve_that_ends_at_a_small_gradient(order, window, tol, made):
     """On ``2 w**2 / 2`` each step of 0.1 takes a fifth off: curvature in ``n`` steps is ``n`` factors ``1 - 0.2``."""
     w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    solution = diffopt.solve(
-        lambda w: w.square(), w, optimizer=diffopt.SGD(0.1), steps=9, tol=tol, estimator=Binomial(order, window)
-    )
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 9, "tol": tol, "estimator": Binomial(order, window)}
+    solution = diffopt.solve(torch.square, w, **options)
     assert solution.steps == made  # the gradient before step t is 2 * 0.8**(t - 1)
     (got,) = torch.autograd.grad(solution.params, w)
     curved = min(window, made)

@@ -65,11 +65,7 @@ def tail(steps, first, x):
 
 def bounded(steps, order, x):
     """(11a), (11b), (11c)."""
-    return (
-        (1 + x) ** steps - 1,
-        ((1 + x) ** (steps - order) - 1) * (1 + x) ** order,
-        tail(steps, order + 1, x),
-    )
+    return ((1 + x) ** steps - 1, ((1 + x) ** (steps - order) - 1) * (1 + x) ** order, tail(steps, order + 1, x))
 
 
 def below(found, bound):

@@ -7,36 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from estimator_names import exact
 from torch import Tensor
 from torch.func import grad, vmap
 
 import diffopt
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    Estimator,
-    ForwardMode,
-    Implicit,
-    Krylov,
-    MultiStep,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import Binomial, ESJacobian, Estimator, Implicit, Krylov, Truncated
 
 STEPS, LR = 4, 0.15
 EXACT: dict[str, Estimator] = {
-    "default": Reverse(),
-    "graph": Reverse("graph"),
-    "states": Reverse(1),
-    "sqrt": Reverse("sqrt"),
-    "forward": ForwardMode(),
-    "forward in chunks": ForwardMode(chunk_size=2),
-    "truncated at all": Truncated(STEPS),
-    "binomial of all": Binomial(STEPS),
-    "krylov of all": Krylov(STEPS),
-    "window of one": MultiStep(1),
-    "unrolled": Unrolled(),
+    **exact(STEPS, "default", "graph", "states", "sqrt", "forward", "forward in chunks", "truncated at all"),
+    **exact(STEPS, "binomial of all", "krylov of all", "window of one", "unrolled"),
 }
 ROUND_OFF = 1e-10
 
@@ -68,12 +49,7 @@ def conjugated(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return squared(w, a.conj() * 0.7, b.conj()) + (a.mH @ b).real @ w.tanh()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "squared": squared,
-    "phases": phases,
-    "spectrum": spectrum,
-    "conjugated": conjugated,
-}
+LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in (squared, phases, spectrum, conjugated)}
 
 
 def loop(loss: Callable[..., Tensor], w: Tensor, *args: Tensor) -> Tensor:

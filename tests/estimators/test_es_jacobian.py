@@ -45,9 +45,8 @@ class Linear:
         """The hypergradient in ``w`` and ``b``, where the solve is given ``b / scale``."""
         w, b = self.w.clone().requires_grad_(), self.b.clone().requires_grad_()
         optimizer = diffopt.SGD(0.2, momentum=momentum)
-        solution = diffopt.solve(
-            lambda w, b: self.loss(w, scale * b), w, b / scale, optimizer=optimizer, steps=4, estimator=rule
-        )
+        options = {"optimizer": optimizer, "steps": 4, "estimator": rule}
+        solution = diffopt.solve(lambda w, b: self.loss(w, scale * b), w, b / scale, **options)
         return torch.cat(torch.autograd.grad(solution.params @ self.target, [w, b]))
 
 
@@ -172,9 +171,8 @@ def test_dtypes_are_kept(dtypes):
     lr = torch.tensor(0.1, dtype=rate, requires_grad=True)
     x, found = torch.tensor([[1.0, 2.0], [0.5, -0.3]], dtype=params), []
     for rule in (ESJacobian(1000, 5e-3, generator=generator()), Reverse()):
-        solution = diffopt.solve(
-            lambda w, x: (x @ w - 1).square().sum(), w, x, optimizer=diffopt.SGD(lr), steps=3, estimator=rule
-        )
+        options = {"optimizer": diffopt.SGD(lr), "steps": 3, "estimator": rule}
+        solution = diffopt.solve(lambda w, x: (x @ w - 1).square().sum(), w, x, **options)
         found.append(torch.autograd.grad(solution.params.square().sum(), [w, lr]))
     assert [g.dtype for g in found[0]] == [params, rate]
     assert relative_error(*found) < 1e-2, "radius**2 of third derivatives, and 1e-7 / radius"

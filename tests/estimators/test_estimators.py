@@ -38,12 +38,7 @@ def test_so_does_forward_mode_in_chunks(case):
     test_exact_rules_equal_autograd_through_a_plain_loop(case, EXACT[-1])
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    steps=st.integers(1, 12),
-    definite=st.booleans(),
-    estimator=st.sampled_from(EXACT),
-)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), definite=st.booleans(), estimator=st.sampled_from(EXACT))
 def test_quadratics_have_their_closed_form_hypergradient(seed, steps, definite, estimator):
     generator = torch.Generator().manual_seed(seed)
     problem = Quadratic.random(4, definite=definite, generator=generator)
@@ -89,9 +84,8 @@ def test_a_sparse_constant_is_read_like_a_dense_one(rule):
 @pytest.mark.parametrize("rule", EXACT, ids=str)
 def test_an_empty_input_gets_an_empty_hypergradient(rule):
     w, empty = (torch.ones(n, dtype=torch.float64, requires_grad=True) for n in (2, 0))
-    final = diffopt.solve(
-        lambda w, x: w.square().sum() + x.sum(), w, empty, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule
-    ).params
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+    final = diffopt.solve(lambda w, x: w.square().sum() + x.sum(), w, empty, **options).params
     got = torch.autograd.grad(final.sum(), (w, empty), materialize_grads=True)
     assert got[1].shape == (0,)
     assert relative_error(got[0], torch.full_like(w, 0.8**2)) < ROUND_OFF

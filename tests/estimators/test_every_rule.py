@@ -102,11 +102,7 @@ def rules(T: int, L: int) -> Rules:
         "FirstOrder": (FirstOrder(), 1, oracle.first_order),
         "Reptile": (Reptile(), 1, oracle.reptile),
         "Binomial": (Binomial(L), 1, lambda b: oracle.enumerated(b, L)),
-        "Binomial, window and scale": (
-            Binomial(L, window, 0.5, chunk_size=2),
-            1,
-            lambda b: oracle.enumerated(b, L, window, 0.5),
-        ),
+        "Binomial, window and scale": (Binomial(L, window, 0.5, 2), 1, lambda b: oracle.enumerated(b, L, window, 0.5)),
         "Krylov": (Krylov(L), 1, krylov),
         "MultiStep": (MultiStep(2), 2, exact),
         "MultiStep, Truncated": (MultiStep(2, Truncated(1, 1)), 2, lambda b: oracle.swept(b, 1)),
@@ -181,14 +177,13 @@ def test_every_optimizer_with_every_rule(way, case):
             assert relative_error(got, answer(b)) < ROUND_OFF, name
 
 
-@given(
-    kind=st.sampled_from(list(PROBLEMS)),
-    case=st.sampled_from(OPTIMIZERS),
-    name=st.sampled_from(NAMES),
-    way=st.sampled_from([plain, batched]),
-    sizes=st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda s: s[1] <= s[0]),
-    seed=st.integers(0, 2**31),
-)
+KIND_AND_WAY = {"kind": st.sampled_from(list(PROBLEMS)), "way": st.sampled_from([plain, batched])}
+ANY = {**KIND_AND_WAY, "case": st.sampled_from(OPTIMIZERS), "seed": st.integers(0, 2**31)}
+STEPS_AND_ORDER = st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda s: s[1] <= s[0])
+WITH_MOMENTUM = [case for case in OPTIMIZERS if case.name in {"momentum", "dampened", "nesterov", "ascent"}]
+
+
+@given(name=st.sampled_from(NAMES), sizes=STEPS_AND_ORDER, **ANY)
 def test_random_problems(kind, case, name, way, sizes, seed):
     steps, order = sizes
     assume(name != "Implicit" or case.name != "adamw")  # which is refused
@@ -200,12 +195,7 @@ def test_random_problems(kind, case, name, way, sizes, seed):
         assert relative_error(got, answer(b)) < ROUND_OFF
 
 
-@given(
-    kind=st.sampled_from(list(PROBLEMS)),
-    case=st.sampled_from([c for c in OPTIMIZERS if c.name in {"momentum", "dampened", "nesterov", "ascent"}]),
-    way=st.sampled_from([plain, batched]),
-    seed=st.integers(0, 2**31),
-)
+@given(**{**ANY, "case": st.sampled_from(WITH_MOMENTUM)})
 def test_the_whole_state_of_momentum(kind, case, way, seed):
     rule = Implicit(Dense(throw=False), whole_state=True)
     tasks = some_tasks(kind, seed, 3)
@@ -215,12 +205,7 @@ def test_the_whole_state_of_momentum(kind, case, way, seed):
         assert relative_error(got, answer) < ROUND_OFF
 
 
-@given(
-    kind=st.sampled_from(list(PROBLEMS)),
-    case=st.sampled_from(OPTIMIZERS),
-    way=st.sampled_from([plain, batched]),
-    seed=st.integers(0, 2**31),
-)
+@given(**ANY)
 def test_directions_that_are_a_full_frame(kind, case, way, seed):
     rule = ESJacobian(10_000, 1e-5, generator=torch.Generator().manual_seed(0))
     tasks = some_tasks(kind, seed, 2)

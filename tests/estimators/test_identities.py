@@ -49,9 +49,8 @@ def test_orders_of_a_long_proximal_run_are_the_neumann_series_of_implicit_maml(s
     start = normal(seed, 4).requires_grad_()
     # lr * strength is at least a half: what is left of the start at order 8 is below 0.5**72 times 80 choose 8, 1e-11
     optimizer = diffopt.ProximalGD(0.5, strength)
-    solution = diffopt.solve(
-        lambda w: w @ quadratic.hessian @ w / 2, start, optimizer=optimizer, steps=80, estimator=Binomial(order)
-    )
+    options = {"optimizer": optimizer, "steps": 80, "estimator": Binomial(order)}
+    solution = diffopt.solve(lambda w: w @ quadratic.hessian @ w / 2, start, **options)
     v = normal(seed + 1, 4)
     (got,) = torch.autograd.grad(solution.params @ v, start)
     terms = [torch.linalg.matrix_power(-quadratic.hessian / strength, power) @ v for power in range(order + 1)]

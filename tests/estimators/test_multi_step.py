@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, InnerProblem, MetaParameters, hypergradient, small_network, solved
+from cases import OPTIMIZERS, InnerProblem, expected_hypergradient, hypergradient, small_network, solved
 from limits import sampled
-from oracles import relative_error
+from oracles import relative_error, taylor, unrolled
 from torch.func import grad, vmap
 
 import diffopt
@@ -16,51 +16,16 @@ from diffopt.estimators import Binomial, ForwardMode, Krylov, MultiStep, Reverse
 STEPS = 7
 WINDOWS = [1, 2, 3, 7]  # 2 and 3 leave a short window at the end
 ROUND_OFF = 1e-9  # as in test_estimators.py
-# Taylor coefficients come from a Vandermonde system of up to 5 Chebyshev points; its condition number is about 30.
-TAYLOR = 1e-8
+TAYLOR = 1e-8  # of the system that the coefficients are the solution of
 
 
 def count(window, steps=STEPS):
     return -(-steps // window)
 
 
-def with_reused_gradients(case, loss, params, options, window, steps=STEPS, skipped=0, curvature=1.0):
-    """The last params and the losses of a plain loop; ``loss(params, t)`` with ``t`` the window's first step, from 1.
-
-    The first ``skipped`` windows are a constant plus the identity; ``curvature`` is a factor on second derivatives.
-    """
-
-    def options_at(t):
-        per_leaf = [{k: v[i] if isinstance(v, list) else v for k, v in options.items()} for i in range(len(params))]
-        return [{k: v(t) if callable(v) else v for k, v in o.items()} for o in per_leaf]
-
-    now, losses = [p + 0 for p in params], []
-    first = [case.buffers(p, **o) for p, o in zip(params, options_at(1), strict=True)]
-    buffers = [dict(b) for b in first]
-    for number, start in enumerate(range(1, steps + 1, window), start=1):
-        now = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
-        value = loss(now, start)
-        grads = torch.autograd.grad(value, now, create_graph=True)
-        grads = [g.detach() + curvature * (g - g.detach()) for g in grads]
-        losses.append(float(value.detach()))
-        for t in range(start, min(start + window, steps + 1)):
-            now = [case.step(p, g, b, t, **o) for p, g, b, o in zip(now, grads, buffers, options_at(t), strict=True)]
-        if number <= skipped:
-            now = [p.detach() + (s - s.detach()) for p, s in zip(now, params, strict=True)]
-            for b, s in zip(buffers, first, strict=True):
-                b.update({k: v.detach() + (s[k] - s[k].detach() if k in s else 0) for k, v in b.items()})
-    return now, losses
-
-
-def expected(problem, case, window, skipped=0, curvature=1.0):
-    meta = MetaParameters.of(problem, case)
-
-    def loss(p, t):
-        return problem.loss(p, meta.weights, (meta.inputs[t - 1], meta.targets[t - 1]))
-
-    options = case.options(meta.hyperparameters)
-    final, _ = with_reused_gradients(case, loss, meta.params, options, window, STEPS, skipped, curvature)
-    return torch.autograd.grad(problem.outer_loss(final), meta.leaves(), allow_unused=True, materialize_grads=True)
+def expected(problem, case, window, **more):
+    """The hypergradient of the loop in which so many updates share a gradient."""
+    return expected_hypergradient(problem, case, STEPS, window=window, **more)
 
 
 @pytest.fixture(scope="module", params=sampled(OPTIMIZERS, 2), ids=lambda case: case.name)
@@ -86,18 +51,15 @@ def test_exact_rules(problem, case, window):
 def test_truncation_counts_windows(problem, case, window):
     for kept in range(min(count(window), 3)):
         got = hypergradient(problem, case, STEPS, MultiStep(window, Truncated(kept)))
-        assert relative_error(got, expected(problem, case, window, skipped=count(window) - kept)) < ROUND_OFF
+        assert relative_error(got, expected(problem, case, window, detach_until=count(window) - kept)) < ROUND_OFF
 
 
 @pytest.mark.parametrize("window", WINDOWS[1:])
 def test_orders_of_curvature_count_windows(problem, case, window):
     degree = count(window)
-    points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
-    rows = [expected(problem, case, window, curvature=float(e)) for e in points]
-    coefficients = np.linalg.inv(np.vander(points, increasing=True))
+    graded = taylor(lambda e: expected(problem, case, window, curvature=lambda t: e), degree)
     for order in {0, 1, 2, degree - 1, degree}:
-        weights = coefficients[: order + 1].sum(0)
-        answer = [sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+        answer = graded(order)
         for rule in [Binomial(order), *([Krylov(order)] if order <= 1 else [])]:
             assert relative_error(hypergradient(problem, case, STEPS, MultiStep(window, rule)), answer) < TAYLOR
 
@@ -111,7 +73,9 @@ def test_losses_counts_and_windows_longer_than_the_problem(problem, case):
         def loss(p, t):
             return problem.loss(p, problem.weights, (x[t - 1], y[t - 1]))
 
-        final, losses = with_reused_gradients(case, loss, problem.params, case.options(case.learned), window)
+        losses: list[float] = []
+        more = {"batch": lambda t: (t,), "initial_buffers": case.buffers, "window": window, "losses": losses}
+        final = unrolled(case.step, loss, problem.params, STEPS, case.options(case.learned), **more)
         assert relative_error(solution.params, final) < 1e-12
         assert solution.losses.tolist() == pytest.approx(losses, rel=1e-12)
         assert solution.counts.gradients == count(window)
@@ -129,13 +93,13 @@ def test_schedules_inside_windows_are_each_updates_own(problem, name, n, per_lea
     values = [0.02 + 0.1 * torch.rand(STEPS, *shape, generator=g, dtype=torch.float64) for shape in shapes]
     data = tuple(batch[0] for batch in problem.batches)
 
-    def loss(params, t=0):
+    def loss(params):
         return problem.loss(params, problem.weights, data)
 
     leaves = [x.requires_grad_() for x in values]
     at = [lambda t, x=x: x[t - 1] for x in leaves]
     options = {**case.options(case.learned), "lr": at if per_leaf else at[0]}
-    final, _ = with_reused_gradients(case, loss, problem.params, options, n)
+    final = unrolled(case.step, loss, problem.params, STEPS, options, initial_buffers=case.buffers, window=n)
     answer = torch.autograd.grad(problem.outer_loss(final), leaves)
     assert min(float(x.abs().min()) for x in answer) > 1e-7, "an entry without effect proves nothing"
     for rule in [Reverse("graph"), Reverse(2), ForwardMode(), Binomial(4, scale=1.0), Krylov(4), Truncated(count(n))]:
@@ -215,11 +179,8 @@ class TestPropositionOne:
         assert (other[2], b7) == pytest.approx((-1.883740, -1.782909), abs=5e-7)  # the third cannot
 
 
-TOO_LONG = [
-    (MultiStep(2, Truncated(3)), 4, 2),
-    (MultiStep(4, Truncated(5)), 10, 3),
-    (MultiStep(3, Binomial(1, 3)), 5, 2),
-]
+LONG_ENDS = (MultiStep(2, Truncated(3)), 4, 2), (MultiStep(4, Truncated(5)), 10, 3)
+TOO_LONG = [*LONG_ENDS, (MultiStep(3, Binomial(1, 3)), 5, 2)]
 
 
 @pytest.mark.parametrize(("rule", "steps", "windows"), TOO_LONG, ids=str)

@@ -47,10 +47,7 @@ _UP = {"maximize": True}
 KINDS: dict[str, Kind] = {
     "gd": Kind(diffopt.SGD, oracles.sgd_step, {"lr": 0.1}),
     "sgd": Kind(
-        diffopt.SGD,
-        oracles.sgd_step,
-        {"lr": 0.07, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.04},
-        ({}, _UP),
+        diffopt.SGD, oracles.sgd_step, {"lr": 0.07, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.04}, ({}, _UP)
     ),
     "nesterov": Kind(
         diffopt.SGD, oracles.sgd_step, {"lr": 0.06, "momentum": 0.7, "weight_decay": 0.02}, ({"nesterov": True},)
@@ -71,10 +68,7 @@ KINDS: dict[str, Kind] = {
         oracles.adagrad_buffers,
     ),
     "proximal": Kind(
-        diffopt.ProximalGD,
-        oracles.proximal_step,
-        {"lr": 0.1, "strength": 0.4},
-        buffers=oracles.proximal_buffers,
+        diffopt.ProximalGD, oracles.proximal_step, {"lr": 0.1, "strength": 0.4}, buffers=oracles.proximal_buffers
     ),
     "centered": Kind(diffopt.ProximalGD, _centered, {"lr": 0.1, "strength": 0.4, "center": 0.2}),
     "diagonal": Kind(diffopt.Preconditioned, oracles.preconditioned_step, {"lr": 0.1, "diagonal": 0.7}),

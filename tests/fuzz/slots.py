@@ -133,11 +133,7 @@ CALLS: dict[str, Slot] = {
         check=FLAGS,
     ),
     **_by_option(
-        implicit,
-        params=frozenset[str](),
-        solver=frozenset({"none"}),
-        stationarity=NUMBERS | {"none"},
-        check=FLAGS,
+        implicit, params=frozenset[str](), solver=frozenset({"none"}), stationarity=NUMBERS | {"none"}, check=FLAGS
     ),
     "implicit(loss)": Slot(lambda x: diffopt.implicit(x, torch.ones(2)), own_errors=True),
     **_by_option(

@@ -96,9 +96,8 @@ class TestNothingIsShared:
     """A lifted optimizer is a value: what one solve does is unknown to the next."""
 
     def run(self, optimizer):
-        return diffopt.solve(
-            wavy, tensors(SHAPES, 0), torch.tensor(0.7, dtype=torch.float64), optimizer=optimizer, steps=5
-        )
+        options = {"optimizer": optimizer, "steps": 5}
+        return diffopt.solve(wavy, tensors(SHAPES, 0), torch.tensor(0.7, dtype=torch.float64), **options)
 
     @pytest.mark.parametrize("name", ["SGD", "NAdam", "Adagrad", "ASGD"])
     def test_solves_do_not_see_each_other(self, name):

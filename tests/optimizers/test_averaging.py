@@ -50,9 +50,8 @@ def test_look_ahead_on_a_line(estimator):
 
 
 def test_the_momentum_of_the_inner_optimizer_goes_on():
-    solution = diffopt.solve(
-        lambda w: w, torch.tensor(0.0).double(), optimizer=Lookahead(SGD(1.0, 0.5), period=1, ratio=0.5), steps=2
-    )
+    options = {"optimizer": Lookahead(SGD(1.0, 0.5), period=1, ratio=0.5), "steps": 2}
+    solution = diffopt.solve(lambda w: w, torch.tensor(0.0).double(), **options)
     assert float(solution.params) == -(0.5 * 1 + 0.5 * 1.5)
     assert float(solution.state.buffers["inner.velocity"]) == 1.5
 

@@ -53,9 +53,8 @@ def test_at_gradients_of_zero_derivatives_are_those_of_the_plain_step(estimator)
     w = torch.zeros(3, dtype=DOUBLE, requires_grad=True)
     slope = torch.zeros(3, dtype=DOUBLE, requires_grad=True)
     for most, expected in [(1.0, -0.5), (0.0, 0.0)]:
-        solution = diffopt.solve(
-            lambda w, a: a @ w, w, slope, optimizer=Clip(SGD(0.5), max_norm=most), steps=1, estimator=estimator
-        )
+        options = {"optimizer": Clip(SGD(0.5), max_norm=most), "steps": 1, "estimator": estimator}
+        solution = diffopt.solve(lambda w, a: a @ w, w, slope, **options)
         got = torch.autograd.grad(solution.params.sum(), [w, slope])
         assert got[0].tolist() == [1.0] * 3
         assert got[1].tolist() == [expected] * 3
@@ -63,9 +62,8 @@ def test_at_gradients_of_zero_derivatives_are_those_of_the_plain_step(estimator)
 
 def test_the_second_derivative_at_gradients_of_zero_is_finite():
     slope = torch.zeros(2, dtype=DOUBLE, requires_grad=True)
-    solution = diffopt.solve(
-        lambda w, a: a @ w, torch.ones(2).double(), slope, optimizer=Clip(SGD(0.5), 1.0), steps=1, estimator=Unrolled()
-    )
+    options = {"optimizer": Clip(SGD(0.5), 1.0), "steps": 1, "estimator": Unrolled()}
+    solution = diffopt.solve(lambda w, a: a @ w, torch.ones(2).double(), slope, **options)
     (first,) = torch.autograd.grad(solution.params.square().sum(), slope, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), slope)
     assert second.tolist() == [0.5, 0.5]
@@ -89,13 +87,8 @@ def test_a_norm_over_leaves_of_several_precisions():
     """The sum of squares of half precision would overflow."""
     params = [torch.zeros(2, dtype=torch.float16), torch.zeros(1, dtype=torch.float32)]
     slopes = [torch.tensor([600.0, 0.0], dtype=torch.float16), torch.tensor([800.0])]
-    solution = diffopt.solve(
-        lambda p, a: (p[0] * a[0]).float().sum() + (p[1] * a[1]).sum(),
-        params,
-        slopes,
-        optimizer=Clip(SGD(1.0), max_norm=torch.tensor(10.0)),
-        steps=1,
-    )
+    options = {"optimizer": Clip(SGD(1.0), max_norm=torch.tensor(10.0)), "steps": 1}
+    solution = diffopt.solve(lambda p, a: (p[0] * a[0]).float().sum() + (p[1] * a[1]).sum(), params, slopes, **options)
     assert [p.dtype for p in solution.params] == [torch.float16, torch.float32]
     assert solution.params[0].tolist() == pytest.approx([-6.0, 0.0], rel=1e-3)
     assert solution.params[1].tolist() == pytest.approx([-8.0])
@@ -132,7 +125,6 @@ def test_bounds_that_make_no_sense_are_refused(make, error, match):
 def test_numbers_of_numpy_and_schedules_are_bounds():
     numpy = pytest.importorskip("numpy")
     assert Clip(SGD(0.1), numpy.float32(0.5)).max_norm == 0.5
-    end = diffopt.solve(
-        lambda w: 10 * w, torch.tensor(0.0), optimizer=Clip(SGD(1.0), value=Schedule([1.0, 0.5])), steps=2
-    )
+    options = {"optimizer": Clip(SGD(1.0), value=Schedule([1.0, 0.5])), "steps": 2}
+    end = diffopt.solve(lambda w: 10 * w, torch.tensor(0.0), **options)
     assert float(end.params) == -1.5

@@ -12,6 +12,7 @@ from oracles import relative_error
 
 import diffopt
 from diffopt import SGD, Adam, Clip, Groups, Schedule
+from diffopt.errors import HyperparameterError, OptimizerError, ShapeError, StepsError, StructureError
 from diffopt.estimators import Binomial
 
 DOUBLE = torch.float64
@@ -41,20 +42,11 @@ def rates(params):
 
 def test_names_begin_paths_of_nested_params_and_of_those_of_modules():
     got = one_step(NESTED, Groups({"body": SGD(0.1), "head": SGD(0.2)}))
-    assert {"b": rates(got["body"]["b"]), "w": rates(got["body"]["w"]), "head": rates(got["head"])} == {
-        "b": [0.1],
-        "w": [0.1],
-        "head": [0.2, 0.2],
-    }
+    assert rates([got["body"]["b"], got["body"]["w"], *got["head"]]) == [0.1, 0.1, 0.2, 0.2]
     got = one_step(NESTED, Groups({"body.w": SGD(0.1), "body.b": SGD(0.3), "head.0": SGD(0.2), "head.1": SGD(0.4)}))
     assert rates([got["body"]["w"], got["body"]["b"], *got["head"]]) == [0.1, 0.3, 0.2, 0.4]
     got = one_step(FLAT, Groups({"body.1": SGD(0.1), "body.10": SGD(0.3), "head": SGD(0.2)}))
-    assert {name: rates(x)[0] for name, x in got.items()} == {
-        "body.1.w": 0.1,
-        "body.1.b": 0.1,
-        "body.10.w": 0.3,
-        "head.w": 0.2,
-    }
+    assert {name: rates(x)[0] for name, x in got.items()} == dict(zip(FLAT, [0.1, 0.1, 0.3, 0.2], strict=True))
 
 
 def test_a_function_of_the_path_says_whose_a_leaf_is():
@@ -91,9 +83,11 @@ def test_a_module_in_parts():
     x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
     function, params = diffopt.functional(net)
     groups = Groups({"0": SGD(0.05, 0.9, weight_decay=0.1), "2": Adam(0.02)})
-    end = diffopt.solve(
-        lambda p, x, y: (function(p, x) - y).square().mean(), params, x, y, optimizer=groups, steps=15
-    ).params
+
+    def loss(p, x, y):
+        return (function(p, x) - y).square().mean()
+
+    end = diffopt.solve(loss, params, x, y, optimizer=groups, steps=15).params
     body = torch.optim.SGD(net[0].parameters(), 0.05, 0.9, weight_decay=0.1)
     head = torch.optim.Adam(net[2].parameters(), 0.02)
     for _ in range(15):
@@ -150,20 +144,15 @@ def test_buffers_are_named_after_their_group():
     assert buffers["b.b.mean"][0].tolist() == pytest.approx([0.1, 0.1])
 
 
-def cosines(p, scale):
-    return scale * ((p["a"] * p["b"]).sin().sum() + 0.5 * p["a"].square().sum() + p["b"].square().sum())
+PAIRS = {
+    "Adam first": lambda lr: {"a": Adam(lr, (0.8, 0.9), 0.05), "b": SGD(lr)},
+    "Adam last": lambda lr: {"a": SGD(lr), "b": Adam(lr, (0.8, 0.9), 0.05)},
+    "two momenta": lambda lr: {"a": SGD(lr, 0.8), "b": SGD(lr, 0.3)},
+}
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda lr: {"a": Adam(lr, (0.8, 0.9), 0.05), "b": SGD(lr)},
-        lambda lr: {"a": SGD(lr), "b": Adam(lr, (0.8, 0.9), 0.05)},
-        lambda lr: {"a": SGD(lr, 0.8), "b": SGD(lr, 0.3)},
-    ],
-    ids=["Adam first", "Adam last", "two momenta"],
-)
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 def test_buffers_of_parts_are_no_copies_of_the_params(order, make):
     """Two leaves of one shape, and as many buffers as would be one for each: they are not, in rules without graphs."""
     start = [torch.tensor(x, dtype=DOUBLE, requires_grad=True) for x in ([0.4, -1.0, 0.7], [1.1, 0.3, -0.6])]
@@ -194,65 +183,42 @@ class Mixing(diffopt.Optimizer):
         return self.optimizer.update(params, grads, buffers, step)
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: Groups({}), diffopt.HyperparameterError, "Groups: got dict {}, expected a dict from names"),
-        (lambda: Groups(SGD(0.1)), diffopt.HyperparameterError, "Groups: got SGD"),
-        (lambda: Groups(lambda path: "a"), diffopt.HyperparameterError, "Groups: got function"),
-        (lambda: Groups({"a": SGD(0.1)}, {"a": SGD(0.1)}), diffopt.HyperparameterError, "by is dict"),
-        (lambda: Groups({"a": 0.1}), diffopt.OptimizerError, r"Groups: optimizers\['a'\] is float 0.1"),
-        (lambda: Groups({"a": SGD}), diffopt.OptimizerError, "call it, as in SGD"),
-        (lambda: Groups({0: SGD(0.1)}), diffopt.HyperparameterError, "Groups: int 0 names a group, expected a string"),
-        (
-            lambda: Groups({"a": SGD(0.1), "a.b": SGD(0.1)}),
-            diffopt.HyperparameterError,
-            "the name 'a' begins 'a.b'.*a parameter would be in both",
-        ),
-    ],
-)
-def test_what_is_no_dict_of_optimizers_is_refused(make, error, match):
-    with pytest.raises(error, match=match):
-        make()
+ONE = SGD(0.1)
+NO_GROUPS = [
+    ([{}], HyperparameterError, "Groups: got dict {}, expected a dict from names"),
+    ([ONE], HyperparameterError, "Groups: got SGD"),
+    ([lambda path: "a"], HyperparameterError, "Groups: got function"),
+    ([{"a": ONE}, {"a": ONE}], HyperparameterError, "by is dict"),
+    ([{"a": 0.1}], OptimizerError, r"Groups: optimizers\['a'\] is float 0.1"),
+    ([{"a": SGD}], OptimizerError, "call it, as in SGD"),
+    ([{0: ONE}], HyperparameterError, "Groups: int 0 names a group, expected a string"),
+    ([{"a": ONE, "a.b": ONE}], HyperparameterError, "the name 'a' begins 'a.b'.*a parameter would be in both"),
+]
 
 
-@pytest.mark.parametrize(
-    ("groups", "error", "match"),
-    [
-        (Groups({"body": SGD(0.1)}), diffopt.StructureError, "the parameter 'head.0' is in none of the groups 'body'"),
-        (
-            Groups({"body": SGD(0.1), "head": SGD(0.1), "tail": SGD(0.1)}),
-            diffopt.StructureError,
-            "no parameter is in group 'tail'.*the paths of params are 'body.b', 'body.w', 'head.0', ...",
-        ),
-        (
-            Groups(lambda path: None, {"a": SGD(0.1)}),
-            diffopt.StructureError,
-            "the parameter 'body.b' is in none of the groups 'a'",
-        ),
-        (
-            Groups(lambda path: "other", {"a": SGD(0.1)}),
-            diffopt.StructureError,
-            r"the function returned 'other' for 'body\.b', expected one of \['a'\]",
-        ),
-        (
-            Groups({"body": SGD({"w": 0.1}), "head": SGD(0.1)}),
-            diffopt.StructureError,
-            r"optimizers\['body'\]\.lr is dict .*of params, or of the group's part of them",
-        ),
-        (
-            Groups({"body": SGD({"w": torch.ones(3).double(), "b": 0.1}), "head": SGD(0.1)}),
-            diffopt.ShapeError,
-            r"optimizers\['body'\]\.lr\['w'\] has shape \(3,\)",
-        ),
-        (
-            Groups({"body": SGD(Schedule([])), "head": SGD(0.1)}),
-            diffopt.StepsError,
-            r"the schedule of optimizers\['body'\]\.lr has 0 entries",
-        ),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-def test_groups_that_do_not_fit_the_params_are_refused(groups, error, match):
+@pytest.mark.parametrize(("given", "error", "match"), NO_GROUPS)
+def test_what_is_no_dict_of_optimizers_is_refused(given, error, match):
     with pytest.raises(error, match=match):
-        one_step(NESTED, groups)
+        Groups(*given)
+
+
+IN_NONE = "the parameter '{}' is in none of the groups '{}'"
+PATHS = "the paths of params are 'body.b', 'body.w', 'head.0', ..."
+OTHER = r"the function returned 'other' for 'body\.b', expected one of \['a'\]"
+LR = r"optimizers\['body'\]\.lr"
+THREE = torch.ones(3, dtype=DOUBLE)
+MISFITS = [
+    ([{"body": ONE}], StructureError, IN_NONE.format("head.0", "body")),
+    ([{"body": ONE, "head": ONE, "tail": ONE}], StructureError, f"no parameter is in group 'tail'.*{PATHS}"),
+    ([lambda path: None, {"a": ONE}], StructureError, IN_NONE.format("body.b", "a")),
+    ([lambda path: "other", {"a": ONE}], StructureError, OTHER),
+    ([{"body": SGD({"w": 0.1}), "head": ONE}], StructureError, f"{LR} is dict .*of params, or of the group's part"),
+    ([{"body": SGD({"w": THREE, "b": 0.1}), "head": ONE}], ShapeError, rf"{LR}\['w'\] has shape \(3,\)"),
+    ([{"body": SGD(Schedule([])), "head": ONE}], StepsError, f"the schedule of {LR} has 0 entries"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "match"), MISFITS)
+def test_groups_that_do_not_fit_the_params_are_refused(given, error, match):
+    with pytest.raises(error, match=match):
+        one_step(NESTED, Groups(*given))

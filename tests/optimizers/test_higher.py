@@ -34,13 +34,7 @@ def test_hypergradients_agree_with_higher(options, estimator):
         return torch.func.functional_call(net, params, (inputs,))
 
     params = dict(net.named_parameters())
-    solution = diffopt.solve(
-        lambda p, s: s * (predict(p) - targets).square().mean(),
-        params,
-        scale,
-        optimizer=diffopt.SGD(**options),
-        steps=4,
-        estimator=estimator,
-    )
+    given = {"optimizer": diffopt.SGD(**options), "steps": 4, "estimator": estimator}
+    solution = diffopt.solve(lambda p, s: s * (predict(p) - targets).square().mean(), params, scale, **given)
     got = torch.autograd.grad(outer(predict(solution.params)), [*params.values(), scale])
     assert relative_error(got, expected) < 1e-12

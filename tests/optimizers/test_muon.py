@@ -77,9 +77,8 @@ def test_a_move_is_a_polynomial_of_the_singular_values():
     s = s / s.norm()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    got = diffopt.solve(
-        lambda w, a: (a * w).sum(), torch.zeros_like(slope), slope, optimizer=Muon(0.5, weight_decay=0.0), steps=1
-    ).params
+    options = {"optimizer": Muon(0.5, weight_decay=0.0), "steps": 1}
+    got = diffopt.solve(lambda w, a: (a * w).sum(), torch.zeros_like(slope), slope, **options).params
     assert relative_error([got], [-0.5 * u @ torch.diag(s) @ vt]) < 1e-12
 
 
@@ -113,9 +112,8 @@ def test_of_a_network_the_matrices_and_the_rest_have_optimizers_of_their_own():
         lambda path: "matrices" if path.endswith("weight") else "rest",
         {"matrices": Muon(Schedule([0.02, 0.01])), "rest": AdamW(1e-2)},
     )
-    solution = diffopt.solve(
-        lambda p, x, y: (function(p, x) - y).square().mean(), params, x, y, optimizer=groups, steps=2
-    )
+    options = {"optimizer": groups, "steps": 2}
+    solution = diffopt.solve(lambda p, x, y: (function(p, x) - y).square().mean(), params, x, y, **options)
     assert sorted(solution.state.buffers) == ["matrices.momentum", "rest.mean", "rest.square"]
     assert float(solution.losses[1].detach()) < float(solution.losses[0].detach())
 
@@ -167,7 +165,6 @@ def test_where_an_optimizer_of_torch_was_given_the_native_one_is_named():
 
 def test_a_group_of_another_optimizer_may_hold_what_is_no_matrix():
     params = {"w": torch.ones(2, 2), "b": torch.ones(2)}
-    end = diffopt.solve(
-        lambda p: p["w"].sum() + p["b"].sum(), params, optimizer=Groups({"w": Muon(), "b": SGD(0.5)}), steps=1
-    ).params
+    options = {"optimizer": Groups({"w": Muon(), "b": SGD(0.5)}), "steps": 1}
+    end = diffopt.solve(lambda p: p["w"].sum() + p["b"].sum(), params, **options).params
     assert end["b"].tolist() == [0.5, 0.5]

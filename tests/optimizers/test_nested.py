@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
+from stateless import Stateless
 
 import diffopt
 from diffopt import EMA, SGD, Adam, Clip, Groups, Leaves, Lookahead, Proximal, Schedule
@@ -83,14 +84,12 @@ def test_optimizers_in_any_field_are_learned(estimator, kind, form):
     leaves = [leaf(0.1), leaf([0.5, 0.3, 0.6]), leaf([0.2, 0.1]), leaf(0.6), leaf(1.1), *map(leaf, START.values())]
     lr, mu, tree_lr, weight, scale, a, b = leaves
     parts = form([SGD(lr, Schedule(mu)), EMA(SGD({"a": tree_lr, "b": 0.3}), 0.5)])
-    end = diffopt.solve(
-        loss, {"a": a, "b": b}, scale, optimizer=kind(parts, weight), steps=3, estimator=estimator
-    ).params
+    options = {"optimizer": kind(parts, weight), "steps": 3, "estimator": estimator}
+    end = diffopt.solve(loss, {"a": a, "b": b}, scale, **options).params
     now, velocity = {"a": a, "b": b}, {"a": 0.0, "b": 0.0}
     for t in range(3):
-        grads = dict(
-            zip("ab", torch.autograd.grad(loss(now, scale), list(now.values()), create_graph=True), strict=True)
-        )
+        slopes = torch.autograd.grad(loss(now, scale), list(now.values()), create_graph=True)
+        grads = dict(zip("ab", slopes, strict=True))
         velocity = {k: mu[t] * velocity[k] + grads[k] for k in now}
         other = {"a": tree_lr, "b": 0.3}
         now = {k: weight * (now[k] - lr * velocity[k]) + (1 - weight) * (now[k] - other[k] * grads[k]) for k in now}
@@ -121,15 +120,12 @@ def test_init_sees_inner_hyperparameters_that_are_ready():
 
 
 @dataclass(frozen=True)
-class Scaled(diffopt.Optimizer):
+class Scaled(Stateless):
     """Descent whose rate goes through a function, which is no hyperparameter."""
 
     lr: Any
     function: Any = field(default=torch.tanh, metadata=OPTION)
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(self.function), buffers
@@ -144,14 +140,11 @@ def test_a_function_may_be_an_option():
 
 
 @dataclass(frozen=True)
-class Capturing(diffopt.Optimizer):
+class Capturing(Stateless):
     """One that reads a tensor from elsewhere, of which nobody is told."""
 
     lr: Any
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.lr * SECRET * grads, buffers
@@ -168,13 +161,10 @@ class CapturingProx(Prox):
 
 
 @dataclass(frozen=True)
-class InPlace(diffopt.Optimizer):
+class InPlace(Stateless):
     """One that writes into its gradients."""
 
     lr: Any
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         for p in params:
@@ -185,22 +175,25 @@ class InPlace(diffopt.Optimizer):
 SECRET = torch.tensor(2.0, requires_grad=True)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        EMA(Capturing(0.1)),
-        Clip(Capturing(0.1), max_norm=1.0),
-        Groups({"a": SGD(0.1), "b": Lookahead(Capturing(0.1))}),
-        Mixture([SGD(0.1), Clip(Capturing(0.1), value=1.0)]),
-        EMA(Mixture([Capturing(0.1), SGD(0.1)])),
-        Proximal(SGD(0.1), CapturingProx()),
-    ],
-    ids=lambda o: type(o).__name__,
-)
-def test_a_tensor_captured_at_any_depth_is_found(optimizer):
+def two_steps(optimizer):
     params = {"a": torch.ones(2), "b": torch.ones(1)}
+    diffopt.solve(lambda p: p["a"].sum() + p["b"].sum(), params, optimizer=optimizer, steps=2)
+
+
+AT_ANY_DEPTH = [
+    EMA(Capturing(0.1)),
+    Clip(Capturing(0.1), max_norm=1.0),
+    Groups({"a": SGD(0.1), "b": Lookahead(Capturing(0.1))}),
+    Mixture([SGD(0.1), Clip(Capturing(0.1), value=1.0)]),
+    EMA(Mixture([Capturing(0.1), SGD(0.1)])),
+    Proximal(SGD(0.1), CapturingProx()),
+]
+
+
+@pytest.mark.parametrize("optimizer", AT_ANY_DEPTH, ids=lambda o: type(o).__name__)
+def test_a_tensor_captured_at_any_depth_is_found(optimizer):
     with pytest.raises(diffopt.CapturedTensorError):
-        diffopt.solve(lambda p: p["a"].sum() + p["b"].sum(), params, optimizer=optimizer, steps=2)
+        two_steps(optimizer)
 
 
 def test_what_an_inner_optimizer_writes_in_place_is_found():
@@ -208,37 +201,29 @@ def test_what_an_inner_optimizer_writes_in_place_is_found():
         diffopt.solve(lambda w: w.sum(), torch.ones(2), optimizer=EMA(InPlace(0.1)), steps=2)
 
 
-class NotADataclass(diffopt.Optimizer):
+class NotADataclass(Stateless):
     """One that forgot its decorator."""
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params, buffers
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "error", "match"),
-    [
-        (EMA(NotADataclass()), diffopt.OptimizerError, "NotADataclass is not a dataclass"),
-        (Clip(SGD({"c": 0.1}), 1.0), diffopt.StructureError, r"^optimizer\.lr is dict"),
-        (
-            Clip(EMA(SGD(torch.ones(2, dtype=torch.int64)[0])), 1.0),
-            diffopt.DtypeError,
-            r"^optimizer\.optimizer\.lr is a",
-        ),
-        (EMA(SGD(Schedule([0.1])), 0.5), diffopt.StepsError, r"^the schedule of optimizer\.lr has 1 entries"),
-        (Mixture([SGD(0.1), SGD(Schedule([0.1]))]), diffopt.StepsError, r"^the schedule of parts\[1\]\.lr has 1"),
-        (Proximal(SGD(0.1), L1({"a": 0.1})), diffopt.StructureError, r"^prox\.strength is dict"),
-        (Proximal(SGD(0.1), L1(Schedule([0.1]))), diffopt.StepsError, r"^the schedule of prox\.strength has 1 entries"),
-    ],
-    ids=lambda x: getattr(x, "__name__", type(x).__name__),
-)
+INTEGER, SHORT = SGD(torch.tensor(1)), Schedule([0.1])
+WRONG_WITHIN = [
+    (EMA(NotADataclass()), diffopt.OptimizerError, "NotADataclass is not a dataclass"),
+    (Clip(SGD({"c": 0.1}), 1.0), diffopt.StructureError, r"^optimizer\.lr is dict"),
+    (Clip(EMA(INTEGER), 1.0), diffopt.DtypeError, r"^optimizer\.optimizer\.lr is a"),
+    (EMA(SGD(SHORT), 0.5), diffopt.StepsError, r"^the schedule of optimizer\.lr has 1 entries"),
+    (Mixture([SGD(0.1), SGD(SHORT)]), diffopt.StepsError, r"^the schedule of parts\[1\]\.lr has 1"),
+    (Proximal(SGD(0.1), L1({"a": 0.1})), diffopt.StructureError, r"^prox\.strength is dict"),
+    (Proximal(SGD(0.1), L1(SHORT)), diffopt.StepsError, r"^the schedule of prox\.strength has 1 entries"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "error", "match"), WRONG_WITHIN)
 def test_errors_name_the_field_with_its_way(optimizer, error, match):
-    params = {"a": torch.ones(2), "b": torch.ones(1)}
     with pytest.raises(error, match=match):
-        diffopt.solve(lambda p: p["a"].sum() + p["b"].sum(), params, optimizer=optimizer, steps=2)
+        two_steps(optimizer)
 
 
 def test_citations_of_optimizers_within_others():
@@ -255,11 +240,11 @@ def energy(params, scale):
     return scale * (params["a"].square().sum() + (params["b"] * params["a"].sum()).sin().sum())
 
 
-def compiled_end(optimizer, steps=4):
+def end_of(optimizer, **options):
+    """The final params, and their derivative by the initial ones."""
     a, b = leaf([0.3, -0.8]), leaf([1.2])
-    end = diffopt.solve(
-        energy, {"a": a, "b": b}, torch.tensor(0.9, dtype=DOUBLE), optimizer=optimizer, steps=steps, compile=True
-    ).params
+    options.update(optimizer=optimizer, steps=4)
+    end = diffopt.solve(energy, {"a": a, "b": b}, torch.tensor(0.9, dtype=DOUBLE), **options).params
     return [end["a"].detach(), end["b"].detach(), *torch.autograd.grad(end["a"].sum() + end["b"].sum(), [a, b])]
 
 
@@ -272,13 +257,7 @@ def test_what_differs_within_is_compiled_anew_and_what_does_not_is_found_again(m
 
     def count(optimizer):
         before = len(made)
-        got = compiled_end(optimizer)
-        a, b = leaf([0.3, -0.8]), leaf([1.2])
-        end = diffopt.solve(
-            energy, {"a": a, "b": b}, torch.tensor(0.9, dtype=DOUBLE), optimizer=optimizer, steps=4
-        ).params
-        plain = [end["a"].detach(), end["b"].detach(), *torch.autograd.grad(end["a"].sum() + end["b"].sum(), [a, b])]
-        assert relative_error(got, plain) < 1e-11
+        assert relative_error(end_of(optimizer, compile=True), end_of(optimizer)) < 1e-11
         return len(made) - before
 
     def grouped(swap, first, second):
@@ -300,14 +279,7 @@ def test_entries_of_a_dict_in_another_order_are_not_mixed_up():
         return Each({name: {"x": SGD(leaf(0.1)), "y": SGD(leaf(0.4))}[name] for name in names}, 0.25)
 
     for optimizer in (both("xy"), both("yx")):
-        end = diffopt.solve(
-            energy,
-            {"a": leaf([0.3, -0.8]), "b": leaf([1.2])},
-            torch.tensor(0.9, dtype=DOUBLE),
-            optimizer=optimizer,
-            steps=4,
-        ).params
-        assert relative_error(compiled_end(optimizer)[:2], [end["a"].detach(), end["b"].detach()]) < 1e-11
+        assert relative_error(end_of(optimizer, compile=True), end_of(optimizer)) < 1e-11
 
 
 def test_leaves_of_a_part_are_in_their_order():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
+from stateless import Stateless
 
 import diffopt
 from diffopt import Leaves, Schedule
@@ -55,14 +56,11 @@ def test_a_users_optimizer_is_right_under_vmap_even_if_it_mixes_coordinates(esti
 
 
 @dataclass(frozen=True)
-class Learned(diffopt.Optimizer):
+class Learned(Stateless):
     """A learned optimizer: a small network applied to every coordinate; it claims to be elementwise, which it is."""
 
     weights: Any = field(metadata=TREE)
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         first, second = self.weights
@@ -89,14 +87,11 @@ def test_the_weights_of_a_learned_optimizer_may_differ_from_task_to_task():
 
 
 @dataclass(frozen=True)
-class Named(diffopt.Optimizer):
+class Named(Stateless):
     """Gradient descent with its rates in a dictionary."""
 
     rates: dict[str, Any] = field(metadata=EACH)
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.rates["slow"] * grads - self.rates["fast"] * grads, buffers

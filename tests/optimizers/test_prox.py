@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import sampled
 from oracles import relative_error
+from stateless import Stateless
 
 import diffopt
 from diffopt import SGD, Adam, AdamW, Clip, Groups, Lookahead, Muon, Proximal, ProximalGD, RMSprop, Schedule
@@ -69,13 +70,8 @@ def test_a_prox_is_the_minimiser_that_defines_it(seed, entry, step, size):
     least = height(found)
     assert least < float("inf"), "outside the set"
     for k in range(40):
-        direction = normal(2, 3, seed=seed % 1000 + k)
-        for other in (
-            found + 1e-3 * direction,
-            found + 0.1 * direction,
-            found * (1 - 0.05 * (k % 5)),
-            prox(found + direction, step),
-        ):
+        way, shorter = normal(2, 3, seed=seed % 1000 + k), 1 - 0.05 * (k % 5)
+        for other in (found + 1e-3 * way, found + 0.1 * way, found * shorter, prox(found + way, step)):
             assert height(other) >= least - 1e-12
 
 
@@ -160,15 +156,8 @@ def test_a_prox_takes_trees_and_step_sizes_for_each_leaf():
 
 # ------------------------------------------------------------------------------------------- inner problems with a kink
 
-EXACT = [
-    Reverse(),
-    Reverse(1),
-    Reverse("sqrt"),
-    Unrolled(),
-    ForwardMode(),
-    Implicit(GMRES(60, rtol=1e-12)),
-    Implicit(Dense()),
-]
+BY_STEPS = [Reverse(), Reverse(1), Reverse("sqrt"), Unrolled(), ForwardMode()]
+EXACT = [*BY_STEPS, Implicit(GMRES(60, rtol=1e-12)), Implicit(Dense())]
 
 
 def squares(w, inputs, targets):
@@ -181,6 +170,11 @@ class Lasso:
     def __init__(self, ridge: float = 0.0) -> None:
         self.inputs, self.targets, self.ridge = normal(20, 6, seed=1), normal(20, seed=2), ridge
         self.strength, self.weights = 0.15, normal(6, seed=3)
+
+    def solved(self, optimizer: Any, steps: int = 600, targets: Any = None, **options: Any) -> torch.Tensor:
+        targets = self.targets if targets is None else targets
+        options.update(optimizer=optimizer, steps=steps)
+        return diffopt.solve(squares, torch.zeros(6, dtype=DOUBLE), self.inputs, targets, **options).params
 
     def expected(self, w: torch.Tensor) -> list[torch.Tensor]:
         """The derivative of ``weights @ w`` by the strength and by the targets."""
@@ -198,15 +192,7 @@ def test_the_hypergradient_of_a_lasso_is_that_of_its_active_set(estimator, ridge
     strength = torch.tensor(problem.strength, dtype=DOUBLE, requires_grad=True)
     targets = problem.targets.clone().requires_grad_()
     optimizer = Proximal(SGD(0.4, weight_decay=ridge), L1(strength))
-    w = diffopt.solve(
-        squares,
-        torch.zeros(6, dtype=DOUBLE),
-        problem.inputs,
-        targets,
-        optimizer=optimizer,
-        steps=600,
-        estimator=estimator,
-    ).params
+    w = problem.solved(optimizer, targets=targets, estimator=estimator)
     assert 1 <= int((w == 0).sum()) <= 4, "some weights are exactly zero"
     got = torch.autograd.grad(problem.weights @ w, [strength, targets])
     assert relative_error(got, problem.expected(w.detach())) < 1e-9
@@ -216,14 +202,10 @@ def test_a_lasso_and_an_elastic_net_are_those_of_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     for ridge in (0.0, 0.3):
         problem = Lasso(ridge)
-        total = problem.strength + ridge
-        model = linear_model.ElasticNet(
-            alpha=total, l1_ratio=problem.strength / total, fit_intercept=False, tol=1e-14, max_iter=100_000
-        ).fit(problem.inputs.numpy(), problem.targets.numpy())
-        optimizer = Proximal(SGD(0.4, weight_decay=ridge), L1(problem.strength))
-        w = diffopt.solve(
-            squares, torch.zeros(6, dtype=DOUBLE), problem.inputs, problem.targets, optimizer=optimizer, steps=600
-        ).params
+        total, options = problem.strength + ridge, {"fit_intercept": False, "tol": 1e-14, "max_iter": 100_000}
+        model = linear_model.ElasticNet(alpha=total, l1_ratio=problem.strength / total, **options)
+        model.fit(problem.inputs.numpy(), problem.targets.numpy())
+        w = problem.solved(Proximal(SGD(0.4, weight_decay=ridge), L1(problem.strength)))
         assert relative_error([w], [torch.from_numpy(model.coef_)]) < 1e-8
 
 
@@ -234,14 +216,12 @@ def test_bounds_that_hold_are_learned_and_the_rest_is_solved_again(estimator):
     hessian, linear = a.T @ a / 8 + 0.2 * torch.eye(4, dtype=DOUBLE), 2 * normal(4, seed=7)
     low = torch.tensor(-0.3, dtype=DOUBLE, requires_grad=True)
     high = {"w": torch.full((4,), 0.4, dtype=DOUBLE, requires_grad=True)}
-    w = diffopt.solve(
-        lambda p, b: p["w"] @ hessian @ p["w"] / 2 - b @ p["w"],
-        {"w": torch.zeros(4, dtype=DOUBLE)},
-        linear,
-        optimizer=Proximal(SGD(0.3), Box(low, high)),
-        steps=400,
-        estimator=estimator,
-    ).params["w"]
+    options = {"optimizer": Proximal(SGD(0.3), Box(low, high)), "steps": 400, "estimator": estimator}
+
+    def loss(p, b):
+        return p["w"] @ hessian @ p["w"] / 2 - b @ p["w"]
+
+    w = diffopt.solve(loss, {"w": torch.zeros(4, dtype=DOUBLE)}, linear, **options).params["w"]
     got = torch.autograd.grad(weights @ w, [low, high["w"]])
     below, above = w.detach() == -0.3, w.detach() == 0.4
     free = ~(below | above)
@@ -256,18 +236,12 @@ def test_the_nearest_point_of_a_ball_and_of_a_simplex_by_descent(estimator):
     target, weights = 2 * normal(5, seed=8), normal(5, seed=9)
     radius = torch.tensor(0.7, dtype=DOUBLE, requires_grad=True)
     for prox, nearest in [(L2Ball(radius), lambda t: radius * t / t.norm()), (Simplex(), on_simplex)]:
-        leaf = target.clone().requires_grad_()
-        w = diffopt.solve(
-            lambda w, t: (w - t).square().sum() / 2,
-            torch.full((5,), 0.1, dtype=DOUBLE),
-            leaf,
-            optimizer=Proximal(SGD(0.3), prox),
-            steps=300,
-            estimator=estimator,
-        ).params
-        got = torch.autograd.grad(weights @ w, [leaf, radius], allow_unused=True, materialize_grads=True)
-        expected = torch.autograd.grad(
-            weights @ nearest(leaf), [leaf, radius], allow_unused=True, materialize_grads=True
+        leaf, start = target.clone().requires_grad_(), torch.full((5,), 0.1, dtype=DOUBLE)
+        options = {"optimizer": Proximal(SGD(0.3), prox), "steps": 300, "estimator": estimator}
+        w = diffopt.solve(lambda w, t: (w - t).square().sum() / 2, start, leaf, **options).params
+        got, expected = (
+            torch.autograd.grad(weights @ end, [leaf, radius], allow_unused=True, materialize_grads=True)
+            for end in (w, nearest(leaf))
         )
         assert relative_error(got, expected) < 1e-8
 
@@ -293,13 +267,8 @@ def test_the_step_size_of_the_prox_is_the_inner_one_of_that_step():
 def test_with_momentum_the_limit_has_a_smaller_strength():
     """As the page says: a velocity at rest is ``1 / (1 - momentum)`` gradients."""
     problem = Lasso()
-
-    def limit(optimizer):
-        start = torch.zeros(6, dtype=DOUBLE)
-        return diffopt.solve(squares, start, problem.inputs, problem.targets, optimizer=optimizer, steps=800).params
-
-    heavy = limit(Proximal(SGD(0.2, momentum=0.5), L1(2 * problem.strength)))
-    assert relative_error([heavy], [limit(Proximal(SGD(0.4), L1(problem.strength)))]) < 1e-9
+    heavy = problem.solved(Proximal(SGD(0.2, momentum=0.5), L1(2 * problem.strength)), 800)
+    assert relative_error([heavy], [problem.solved(Proximal(SGD(0.4), L1(problem.strength)), 800)]) < 1e-9
 
 
 @dataclass(frozen=True)
@@ -327,15 +296,12 @@ def test_a_prox_of_a_users_own_is_learned_like_the_others():
 
 
 @dataclass(frozen=True)
-class Halved(diffopt.Optimizer):
+class Halved(Stateless):
     """A user's descent that says its step size."""
 
     rate: Any
     elementwise = True
     proximal_step_size = property(lambda self: self.rate)
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.rate * grads, buffers
@@ -370,12 +336,8 @@ def test_optimizers_without_one_step_size_are_refused_when_it_is_made(optimizer)
 
 
 def test_those_that_have_one_are_taken():
-    for optimizer in (
-        ProximalGD(0.1, 0.2),
-        diffopt.EMA(SGD(0.1)),
-        Clip(SGD(0.1), max_norm=1.0),
-        Proximal(SGD(0.1), L1(0.1)),
-    ):
+    around = diffopt.EMA(SGD(0.1)), Clip(SGD(0.1), max_norm=1.0), Proximal(SGD(0.1), L1(0.1))
+    for optimizer in (ProximalGD(0.1, 0.2), *around):
         assert Proximal(optimizer, Nonnegative()).proximal_step_size == 0.1
 
 
@@ -414,15 +376,12 @@ def test_step_sizes_that_differ_within_a_parameter_are_refused_where_coordinates
 
 
 @dataclass(frozen=True)
-class Stepping(diffopt.Optimizer):
+class Stepping(Stateless):
     """A user's descent whose fields have names that the library might want to have."""
 
     step_size: float
     prox: float
     places: float = 1.0
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.step_size * self.prox * self.places * grads, buffers

@@ -22,15 +22,11 @@ def slopes(make, estimator, steps=600):
     """The derivative of a weighted sum of the end, by the strength and by the aim."""
     strength = torch.tensor(0.2, dtype=DOUBLE, requires_grad=True)
     aim = torch.tensor(AIM, dtype=DOUBLE, requires_grad=True)
-    scales, weights = torch.tensor([1.0, 2.0, 0.5], dtype=DOUBLE), torch.tensor([1.0, -0.5, 2.0], dtype=DOUBLE)
-    end = diffopt.solve(
-        lambda w, aim: (scales * (w - aim).square()).sum() / 2,
-        torch.tensor([0.1, 0.2, 0.3], dtype=DOUBLE),
-        aim,
-        optimizer=make(strength),
-        steps=steps,
-        estimator=estimator,
-    ).params
+    start, scales, weights = (
+        torch.tensor(x, dtype=DOUBLE) for x in ([0.1, 0.2, 0.3], [1.0, 2.0, 0.5], [1.0, -0.5, 2.0])
+    )
+    options = {"optimizer": make(strength), "steps": steps, "estimator": estimator}
+    end = diffopt.solve(lambda w, aim: (scales * (w - aim).square()).sum() / 2, start, aim, **options).params
     return torch.autograd.grad(weights @ end, [strength, aim], allow_unused=True, materialize_grads=True)
 
 
@@ -88,34 +84,28 @@ def test_a_decoupled_decay_is_not_held_with_its_statistics():
     slopes(lambda s: AdamW(0.05, betas=(0.5, 0.9), eps=0.1, weight_decay=0.0), Implicit(GMRES()))
 
 
+def derivative(optimizer, steps, start=0.0, **options):
+    """Of the end by the aim, which is 1 at the fixed point."""
+    aim, start = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True), torch.tensor(start, dtype=DOUBLE)
+    options.update(optimizer=optimizer, steps=steps, estimator=Implicit())
+    return torch.autograd.grad(diffopt.solve(lambda w, aim: (w - aim).square() / 2, start, aim, **options).params, aim)[
+        0
+    ]
+
+
 def test_a_lookahead_that_is_stopped_is_judged_by_the_step_it_ended_at():
     def end(last):
-        aim = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
-        found = diffopt.solve(
-            lambda w, aim: (w - aim).square() / 2,
-            torch.tensor(0.0, dtype=DOUBLE),
-            aim,
-            optimizer=Lookahead(SGD(0.5), 5),
-            steps=200,
-            estimator=Implicit(),
-            on_step=lambda step, loss: step == last,
-        )
-        return torch.autograd.grad(found.params, aim)[0]
+        return derivative(Lookahead(SGD(0.5), 5), 200, on_step=lambda step, loss: step == last)
 
     assert float(end(99)) == pytest.approx(1.0)
     with pytest.raises(diffopt.EstimatorError, match="goes back at the last step, 100"):
         end(100)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        Proximal(SGD(0.1), L1(0.1)),
-        EMA(Proximal(SGD(0.1), Box(0.0, 1.0)), 0.9),
-        Groups({"": Proximal(SGD(0.1), L1(1.0))}),
-    ],
-    ids=["prox", "EMA", "Groups"],
-)
+BY_L1, IN_A_BOX = Proximal(SGD(0.1), L1(0.1)), Proximal(SGD(0.1), Box(0.0, 1.0))
+
+
+@pytest.mark.parametrize("optimizer", [BY_L1, EMA(IN_A_BOX, 0.9), Groups({"": BY_L1})], ids=["prox", "EMA", "Groups"])
 def test_no_solve_with_a_prox_ends_at_a_small_gradient(optimizer):
     with pytest.raises(diffopt.OptimizerError, match=r"tol=0\.001 with Proximal.*stationarity"):
         diffopt.solve(lambda w: w.square().sum(), torch.ones(2), optimizer=optimizer, steps=3, tol=1e-3)
@@ -124,34 +114,20 @@ def test_no_solve_with_a_prox_ends_at_a_small_gradient(optimizer):
 # ---------------------------------------------------------------------------------- ends that are no fixed point
 
 
-def derivative(lr, steps, start=0.0, check=True):
-    aim = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
-    w = diffopt.solve(
-        lambda w, aim: (w - aim).square() / 2,
-        torch.tensor(start, dtype=DOUBLE),
-        aim,
-        optimizer=SGD(lr),
-        steps=steps,
-        estimator=Implicit(),
-        check=check,
-    ).params
-    return torch.autograd.grad(w, aim)[0]
-
-
 @pytest.mark.parametrize(("lr", "steps"), [(3.0, 300), (0.01, 20), (2.0, 7), (0.1, 1)])
 def test_an_end_that_is_no_fixed_point_is_told(lr, steps):
     with pytest.warns(diffopt.EstimateWarning, match="is no fixed point"):
-        derivative(lr, steps)
+        derivative(SGD(lr), steps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        derivative(lr, steps, check=False)
+        derivative(SGD(lr), steps, check=False)
 
 
 @pytest.mark.parametrize(
     ("lr", "steps", "start"), [(0.1, 400, 0.0), (0.1, 60, 9.0), (0.5, 9, 0.0), (0.1, 3, 1.9), (0.1, 5, 2.0)]
 )
 def test_an_end_near_one_is_not(lr, steps, start):
-    assert float(derivative(lr, steps, start)) == pytest.approx(1.0)
+    assert float(derivative(SGD(lr), steps, start)) == pytest.approx(1.0)
 
 
 # ------------------------------------------------------------------------------------------------------- odd prox calls

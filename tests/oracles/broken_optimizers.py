@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from stateless import Stateless
 
 import diffopt
 from diffopt import Leaves
@@ -34,13 +35,10 @@ def torch_dampened(params):
 
 
 @dataclass(frozen=True)
-class Descent(diffopt.Optimizer):
+class Descent(Stateless):
     """Gradient descent, in the ways that follow not quite."""
 
     lr: Any = 0.1
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads, buffers
@@ -175,11 +173,8 @@ class Impure(Descent):
 
 @broken("is a frozen dataclass: got no")
 @dataclass
-class Thawed(diffopt.Optimizer):
+class Thawed(Stateless):
     lr: Any = 0.1
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads, buffers

@@ -16,19 +16,17 @@ from diffopt.tensors.leaves import Leaves
 EXACT, BIASED = Claims(), Claims("never")
 RANDOM = Claims(random=True, tolerance=1e-3)
 NOT_LINEAR = Claims("never", linear=False)
+GRAPHS, STATES = Keep(1, "graph"), Keep(1, 1)
 FIXED_POINT = Claims("at the fixed point")
 BROKEN: dict[str, tuple[Estimator, tuple[str, ...]]] = {}
 """By name: a rule, and the findings that must say what is wrong with it."""
 
 
-def broken(*findings, before=False, **options):
-    """What follows makes a broken rule: a class without arguments, or a change of the result, or of the input."""
+def broken(*findings, of="after", **options):
+    """What follows makes a broken rule: a class without arguments, or a change of a part of :class:`Changed`."""
 
     def add(made):
-        if isinstance(made, type):
-            rule = made(**options)
-        else:
-            rule = Changed(**{"before" if before else "after": made}, **options)
+        rule = made(**options) if isinstance(made, type) else Changed(**{of: made}, **options)
         BROKEN[f"{made.__name__}: {findings[0]}"] = (rule, findings)
         return made
 
@@ -55,21 +53,22 @@ def saying(rule, **other):
 
 @dataclass(frozen=True)
 class Changed(Adjoint):
-    """The exact rule with its input or its result changed; ``checkpoint`` as in Reverse."""
+    """The exact rule with its input, its sweep or its result changed."""
 
     after: Callable = lambda trajectory, result: result
     before: Callable = lambda trajectory, cotangent: cotangent
+    sweep: Callable = lambda trajectory, cotangent: trajectory.sweep(cotangent)
     said: Claims = EXACT
-    checkpoint: object = "graph"
+    kept: Keep = GRAPHS
 
     def claims(self, steps):
         return self.said
 
     def keep(self, steps):
-        return Keep(1, self.checkpoint)
+        return self.kept
 
     def pullback(self, trajectory, cotangent):
-        return self.after(trajectory, trajectory.sweep(self.before(trajectory, cotangent)))
+        return self.after(trajectory, self.sweep(trajectory, self.before(trajectory, cotangent)))
 
 
 @broken("exact for a vector field: got")
@@ -120,7 +119,7 @@ def without_last_batch(trajectory, result):
     return Cotangents(result.initial, direct)
 
 
-@broken("exact in the final buffers, and for sched", before=True)
+@broken("exact in the final buffers, and for sched", of="before")
 def without_buffers(trajectory, cotangent):
     return trajectory.layout.padded(trajectory.layout.params(cotangent), cotangent)
 
@@ -231,24 +230,21 @@ def constant_added(trajectory, result):
     return Cotangents(initial, result.direct)
 
 
-@broken("\nlinear in the outer gradient", before=True, said=BIASED)
+@broken("\nlinear in the outer gradient", of="before", said=BIASED)
 def clipped(trajectory, cotangent):
     return cotangent.map(lambda x: x.clamp(-0.1, 0.1))
 
 
-@broken("linearity: got NonFiniteGradientError, expected no error; ", before=True, said=NOT_LINEAR)
+@broken("linearity: got NonFiniteGradientError, expected no error; ", of="before", said=NOT_LINEAR)
 def normalised_by_leaf(trajectory, cotangent):
     count = trajectory.layout.params_count
     return Leaves([*(x / x.norm() for x in cotangent[:count]), *cotangent[count:]])
 
 
-@broken(
-    "vmap, then backward: as in",
-    "vmap of grad: as in",
-    "vmap of vmap, on other axes: as in",
-    before=True,
-    said=NOT_LINEAR,
-)
+OVER_TASKS = ("vmap, then backward: as in", "vmap of grad: as in", "vmap of vmap, on other axes: as in")
+
+
+@broken(*OVER_TASKS, of="before", said=NOT_LINEAR)
 def normalised_over_all_tasks(trajectory, cotangent):
     return cotangent.map(lambda x: x / (1 + x.square().sum()))
 
@@ -262,50 +258,30 @@ def leaking(trajectory, result):
     return result
 
 
-@broken("exact: got")
-@dataclass(frozen=True)
-class ShortSweep(Adjoint):
-    """Forgets the first step's Jacobian, and says it is exact."""
-
-    def keep(self, steps):
-        return Keep(2, "graph")
-
-    def pullback(self, trajectory, cotangent):
-        return trajectory.sweep(cotangent, first=2)
+@broken("exact: got", of="sweep", kept=Keep(2, "graph"))
+def without_the_first_step(trajectory, cotangent):
+    return trajectory.sweep(cotangent, first=2)
 
 
-@broken("repeats itself to the bit")
-class WarmStarted(Adjoint):
-    """Averages with the last call's adjoint."""
-
-    def __init__(self):
-        self.last = None
-
-    def keep(self, steps):
-        return Keep(1, "graph")
-
-    def pullback(self, trajectory, cotangent):
-        last, self.last = self.last, cotangent
-        usable = last is not None and [x.shape for x in last] == [x.shape for x in cotangent]
-        return trajectory.sweep(
-            0.9 * cotangent + 0.1 * last.map(lambda x, y: x.to(y.dtype), cotangent) if usable else cotangent
-        )
+LAST: list[Leaves] = []
 
 
-@broken(
-    "a loss with dropout: exact or refused: got",
-    "a loss with dropout: the generator moves on as in a loop: got no",
-)
-@dataclass(frozen=True)
-class OtherNumbers(Adjoint):
+@broken("repeats itself to the bit", of="before")
+def averaged_with_the_last_call(trajectory, cotangent):
+    last = LAST.pop() if LAST else cotangent
+    LAST.append(cotangent)
+    usable = [x.shape for x in last] == [x.shape for x in cotangent]
+    return 0.9 * cotangent + 0.1 * last.map(lambda x, y: x.to(y.dtype), cotangent) if usable else cotangent
+
+
+OTHER_NUMBERS = ("exact or refused: got", "the generator moves on as in a loop: got no")
+
+
+@broken(*(f"a loss with dropout: {finding}" for finding in OTHER_NUMBERS), of="sweep", kept=STATES)
+def with_other_numbers(trajectory, cotangent):
     """Draws the loss's random numbers anew in the backward pass, unnoticed."""
-
-    def keep(self, steps):
-        return Keep(1, 1)
-
-    def pullback(self, trajectory, cotangent):
-        trajectory.rollout.draws.clear()
-        return replace(trajectory, check=False).sweep(cotangent)
+    trajectory.rollout.draws.clear()
+    return replace(trajectory, check=False).sweep(cotangent)
 
 
 @broken(
@@ -325,51 +301,34 @@ class Eager(Estimator):
         return Reverse().run(problem)
 
 
-@broken("needs no second derivatives")
-@dataclass(frozen=True)
-class FallsBack(Adjoint):
+@broken("needs no second derivatives", of="sweep", said=Claims(second_derivatives=False), kept=STATES)
+def falling_back(trajectory, cotangent):
     """Says that it needs no second derivatives, and is another rule where there are none."""
+    try:
+        return trajectory.sweep(cotangent)
+    except MissingDerivativeError:
+        return Cotangents(cotangent, {})
 
-    def claims(self, steps):
-        return Claims(second_derivatives=False)
 
-    def keep(self, steps):
-        return Keep(1, 1)
-
-    def pullback(self, trajectory, cotangent):
-        try:
-            return trajectory.sweep(cotangent)
-        except MissingDerivativeError:
-            return Cotangents(cotangent, {})
+def same(x):
+    return x
 
 
 @dataclass(frozen=True)
-class AfterUnrolling(Estimator):
-    """Unrolled, with something done to its final state."""
+class AroundUnrolling(Estimator):
+    """Unrolled, with something done to its initial state, where no check of the library looks, and to its final one."""
 
-    change: Callable
-
-    def claims(self, steps):
-        return Claims(twice=True, reports=False)
-
-    def run(self, problem):
-        outcome = Unrolled().run(problem)
-        return replace(outcome, state=tuple(self.change(x) for x in outcome.state))
-
-
-@dataclass(frozen=True)
-class BeforeUnrolling(Estimator):
-    """Unrolled, with something done to its initial state, where no check of the library looks."""
-
-    change: Callable
+    before: Callable = same
+    after: Callable = same
 
     def claims(self, steps):
         return Claims(twice=True, reports=False)
 
     def run(self, problem):
         inputs, layout = problem.inputs, problem.dynamics.layout
-        changed = layout.with_state(inputs, [self.change(x) for x in inputs.state])
-        return Unrolled().run(replace(problem, inputs=changed))
+        changed = layout.with_state(inputs, [self.before(x) for x in inputs.state])
+        outcome = Unrolled().run(replace(problem, inputs=changed))
+        return replace(outcome, state=tuple(self.after(x) for x in outcome.state))
 
 
 def with_infinite_slope(x):
@@ -413,8 +372,7 @@ class RefusesBatches(Adjoint):
 
 
 NOT_FINITE = (
-    "float64: derivatives are finite: got no",
-    "float32: derivatives are finite: got no",
+    *(f"{dtype}: derivatives are finite: got no" for dtype in ("float64", "float32")),
     "uses nothing or one leaf: got no",
 )
 BROKEN |= {
@@ -423,8 +381,11 @@ BROKEN |= {
     "negated, said to be the fixed point's": (Saying(Changed(negated), FIXED_POINT), ("exact at the fixed point",)),
     "negated, said to be random": (Saying(Changed(negated), RANDOM), ("exact: got 2",)),
     "does not run": (Truncated(9), ("does not run on 4 steps (StepsError)",)),
-    "infinite slope": (BeforeUnrolling(with_infinite_slope), NOT_FINITE),
-    "another second order": (AfterUnrolling(Forgetful.apply), ("its derivative is that of central differences",)),
+    "infinite slope": (AroundUnrolling(before=with_infinite_slope), NOT_FINITE),
+    "another second order": (
+        AroundUnrolling(same, Forgetful.apply),
+        ("its derivative is that of central differences",),
+    ),
     "refuses tasks, untyped": (RefusesBatches(ValueError), ("refuses vmap of grad: got ValueError",)),
     "refuses tasks, unsaid": (Saying(RefusesBatches(), EXACT), ("tasks: got GradModeError, expected no error; ",)),
 }

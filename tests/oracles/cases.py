@@ -136,12 +136,8 @@ def small_network(seed: int, steps: int, dtype: torch.dtype = torch.float64) -> 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    return InnerProblem(
-        [normal(2, 3), normal(3), normal(3, 1)],
-        normal(4),
-        (normal(steps, 4, 2), normal(steps, 4, 1)),
-        (normal(5, 2), normal(5, 1)),
-    )
+    params, weights = [normal(2, 3), normal(3), normal(3, 1)], normal(4)
+    return InnerProblem(params, weights, (normal(steps, 4, 2), normal(steps, 4, 1)), (normal(5, 2), normal(5, 1)))
 
 
 @dataclass(frozen=True)
@@ -159,14 +155,8 @@ class MetaParameters:
         def leaf(x: Tensor) -> Tensor:
             return x.detach().clone().requires_grad_()
 
-        dtype = problem.weights.dtype
-        return cls(
-            [leaf(p) for p in problem.params],
-            leaf(problem.weights),
-            leaf(problem.batches[0]),
-            leaf(problem.batches[1]),
-            {name: leaf(torch.tensor(value, dtype=dtype)) for name, value in case.learned.items()},
-        )
+        values = {k: leaf(torch.tensor(x, dtype=problem.weights.dtype)) for k, x in case.learned.items()}
+        return cls([*map(leaf, problem.params)], leaf(problem.weights), *map(leaf, problem.batches), values)
 
     def leaves(self) -> list[Tensor]:
         return [*self.params, self.weights, self.inputs, self.targets, *self.hyperparameters.values()]
@@ -201,19 +191,16 @@ def expected_hypergradient(
     steps: int,
     detach_until: int = 0,
     curvature: Callable[[int], float] = lambda t: 1.0,
+    window: int = 1,
 ) -> list[Tensor]:
     """The same by plain autograd through the oracle's loop."""
     meta = MetaParameters.of(problem, case)
-    final = oracles.unrolled(
-        case.step,
-        lambda p, x, y: problem.loss(p, meta.weights, (x, y)),
-        meta.params,
-        steps,
-        case.options(meta.hyperparameters),
-        batch=lambda t: (meta.inputs[t - 1], meta.targets[t - 1]),
-        detach_until=detach_until,
-        curvature=curvature,
-        initial_buffers=case.buffers,
-    )
+
+    def loss(p: list[Tensor], *batch: Tensor) -> Tensor:
+        return problem.loss(p, meta.weights, batch)
+
+    options = {"detach_until": detach_until, "curvature": curvature, "initial_buffers": case.buffers, "window": window}
+    options["batch"] = lambda t: (meta.inputs[t - 1], meta.targets[t - 1])
+    final = oracles.unrolled(case.step, loss, meta.params, steps, case.options(meta.hyperparameters), **options)
     outer = problem.outer_loss(final)
     return list(torch.autograd.grad(outer, meta.leaves(), allow_unused=True, materialize_grads=True))

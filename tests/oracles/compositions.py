@@ -117,24 +117,36 @@ def in_ball(ps: list[Tensor], radius: Any) -> list[Tensor]:
     return [p * radius / size for p in ps] if bool((size > radius).detach()) else ps
 
 
-def averaged(inner: Update, decay: Any) -> Update:
+def averaged(inner: Update, decays: list[Any]) -> Update:
     def update(ps, gs, memory, t):
         before = memory.get("average", ps)
         after = inner(ps, gs, memory.setdefault("inner", {}), t)
-        memory["average"] = [decay * a + (1 - decay) * p for a, p in zip(before, after, strict=True)]
+        memory["average"] = [d * a + (1 - d) * p for d, a, p in zip(decays, before, after, strict=True)]
         return after
 
     return update
 
 
-def ahead(inner: Update, period: int, ratio: Any) -> Update:
+def ahead(inner: Update, period: int, ratios: list[Any]) -> Update:
     def update(ps, gs, memory, t):
         slow = memory.setdefault("slow", ps)
         fast = inner(ps, gs, memory.setdefault("inner", {}), t)
         if t % period:
             return fast
-        memory["slow"] = [(1 - ratio) * s + ratio * f for s, f in zip(slow, fast, strict=True)]
+        memory["slow"] = [(1 - r) * s + r * f for s, r, f in zip(slow, ratios, fast, strict=True)]
         return memory["slow"]
+
+    return update
+
+
+def from_start(step: Callable[..., Tensor], buffers: Callable[..., dict[str, Tensor]], **options: Any) -> Update:
+    """A rule whose memory holds the initial params."""
+    inner = leafwise(step, **options)
+
+    def update(ps, gs, memory, t):
+        for i, p in enumerate(ps):
+            memory.setdefault(i, buffers(p))
+        return inner(ps, gs, memory, t)
 
     return update
 
@@ -163,11 +175,10 @@ def muon(
 
 @dataclass(frozen=True)
 class Composition:
-    """An optimizer and its oracle, as functions of the hyperparameters, which are all learned."""
+    """An optimizer and its oracle, both made of the hyperparameters, which are all learned."""
 
     name: str
-    make: Callable[[Hypers], diffopt.Optimizer]
-    oracle: Callable[[Hypers], Update]
+    made: Callable[..., tuple[diffopt.Optimizer, Update]]
     learned: dict[str, Any]
     averages: bool = False
     """Whether the outer loss reads the buffer ``average`` too."""
@@ -179,6 +190,19 @@ class Composition:
         return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in self.learned.items()}
 
 
+COMPOSITIONS: list[Composition] = []
+
+
+def composition(averages: bool = False, **learned: Any) -> Callable[[Any], Any]:
+    """A function that makes an optimizer and its oracle goes into the table, with the values of what it is given."""
+
+    def entered(made: Any) -> Any:
+        COMPOSITIONS.append(Composition(made.__name__, made, learned, averages))
+        return made
+
+    return entered
+
+
 def body(b: Any, w: Any) -> dict[str, Any]:
     return {"b": b, "w": w}
 
@@ -187,239 +211,137 @@ def whole(b: Any, w: Any, h: Any) -> dict[str, Any]:
     return {"body": {"b": b, "w": w}, "head": {"h": h}}
 
 
-_rates = [0.03, 0.08, 0.05, 0.1]
-_adam = {"lr": 0.05, "beta": 0.8, "eps": 0.05}
-
-COMPOSITIONS = [
-    Composition(
-        "clip by norm, momentum",
-        lambda v: Clip(SGD(v["lr"], v["mu"], weight_decay=v["decay"]), max_norm=v["most"]),
-        lambda v: clipped_norm(sgd(lr=v["lr"], momentum=v["mu"], weight_decay=v["decay"]), v["most"]),
-        {"lr": 0.1, "mu": 0.7, "decay": 0.05, "most": 0.8},
-    ),
-    Composition(
-        "clip by a scheduled norm, Adam with a scheduled lr",
-        lambda v: Clip(Adam(Schedule(v["lr"]), (v["beta"], 0.9), v["eps"]), max_norm=Schedule(v["most"])),
-        lambda v: clipped_norm(adam(lr=at(v["lr"]), betas=(v["beta"], 0.9), eps=v["eps"]), at(v["most"])),
-        {**_adam, "lr": _rates, "most": [0.4, 0.9, 2.0, 0.3]},
-    ),
-    Composition(
-        "clip by a tree of values, a tree of lrs",
-        lambda v: Clip(SGD(whole(v["b"], v["w"], 0.1), momentum=0.5), value=whole(v["p"], v["q"], 0.2)),
-        lambda v: clipped_value(
-            sgd(lr=[v["b"], v["w"], 0.1], momentum=0.5), [v["p"], v["q"], torch.tensor(0.2, dtype=torch.float64)]
-        ),
-        {"b": 0.1, "w": [[0.1, 0.2, 0.15], [0.05, 0.1, 0.12]], "p": 0.3, "q": [[0.1, 0.3, 0.2], [0.5, 0.1, 0.2]]},
-    ),
-    Composition(
-        "clip by norm around clip by value",
-        lambda v: Clip(Clip(SGD(v["lr"]), value=v["value"]), max_norm=v["norm"]),
-        lambda v: clipped_norm(clipped_value(sgd(lr=v["lr"]), [v["value"]] * 3), v["norm"]),
-        {"lr": 0.2, "value": 0.15, "norm": 0.6},
-    ),
-    Composition(
-        "groups: a tree for the part and Adam",
-        lambda v: Groups(
-            {"body": SGD(body(v["b"], v["w"]), v["mu"]), "head": Adam(v["lr"], (v["beta"], 0.9), v["eps"])}
-        ),
-        lambda v: grouped(
-            ([0, 1], sgd(lr=[v["b"], v["w"]], momentum=v["mu"])),
-            ([2], adam(lr=v["lr"], betas=(v["beta"], 0.9), eps=v["eps"])),
-        ),
-        {"b": 0.1, "w": [[0.1, 0.2, 0.15], [0.05, 0.1, 0.12]], "mu": 0.6, **_adam},
-    ),
-    Composition(
-        "groups by a function, a tree like params and a schedule of trees",
-        lambda v: Groups(
-            lambda path: "vectors" if path.endswith((".b", ".h")) else "matrices",
-            {
-                "vectors": SGD(whole(v["b"], 9.0, v["h"]), momentum=Schedule(v["mu"])),
-                "matrices": AdamW(Schedule({"w": v["w"]}), (0.7, 0.8), 0.05, v["decay"]),
-            },
-        ),
-        lambda v: grouped(
-            ([0, 2], sgd(lr=[v["b"], v["h"]], momentum=at(v["mu"]))),
-            ([1], adamw(lr=at(v["w"]), betas=(0.7, 0.8), eps=0.05, weight_decay=v["decay"])),
-        ),
-        {"b": 0.1, "h": [[0.1], [0.05], [0.2]], "mu": [0.2, 0.5, 0.6, 0.3], "w": _rates, "decay": 0.1},
-    ),
-    Composition(
-        "clip by norm around groups, and within one",
-        lambda v: Clip(
-            Groups({"body": Clip(SGD(v["lr"], v["mu"]), max_norm=v["body"]), "head": SGD(v["fast"])}), v["all"]
-        ),
-        lambda v: clipped_norm(
-            grouped(([0, 1], clipped_norm(sgd(lr=v["lr"], momentum=v["mu"]), v["body"])), ([2], sgd(lr=v["fast"]))),
-            v["all"],
-        ),
-        {"lr": 0.2, "mu": 0.5, "fast": 0.3, "body": 0.3, "all": 0.9},
-    ),
-    Composition(
-        "L1 with a scheduled lr",
-        lambda v: Proximal(SGD(Schedule(v["lr"]), weight_decay=v["decay"]), L1(v["strength"])),
-        lambda v: then(
-            sgd(lr=at(v["lr"]), weight_decay=v["decay"]),
-            lambda ps, t: [soft(p, v["lr"][t - 1] * v["strength"]) for p in ps],
-        ),
-        {"lr": [0.1, 0.3, 0.2, 0.1], "decay": 0.1, "strength": 0.7},
-    ),
-    Composition(
-        "L1 of a tree around groups with lrs of their own",
-        lambda v: Proximal(
-            Groups({"body": SGD(v["lr"]), "head": ProximalGD({"h": v["h"]}, v["pull"])}), L1(whole(v["s"], v["t"], 0.6))
-        ),
-        lambda v: then(
-            grouped(
-                ([0, 1], sgd(lr=v["lr"])),
-                ([2], from_start(oracles.proximal_step, oracles.proximal_buffers, lr=v["h"], strength=v["pull"])),
-            ),
-            lambda ps, t: [soft(ps[0], v["lr"] * v["s"]), soft(ps[1], v["lr"] * v["t"]), soft(ps[2], v["h"] * 0.6)],
-        ),
-        {"lr": 0.2, "h": [[0.1], [0.05], [0.2]], "pull": 0.3, "s": 0.4, "t": [[0.4, 0.2, 1.0], [0.3, 0.8, 0.1]]},
-    ),
-    Composition(
-        "groups of proxes: rows, a simplex, with momentum and clipping",
-        lambda v: Groups(
-            lambda path: path[-1],
-            {
-                "b": Proximal(Clip(SGD(v["lr"]), v["most"]), Simplex()),
-                "w": Proximal(SGD(v["fast"], v["mu"]), GroupL1(v["strength"], axis=1)),
-                "h": Proximal(SGD(v["lr"]), L2Ball(v["radius"])),
-            },
-        ),
-        lambda v: grouped(
-            ([0], then(clipped_norm(sgd(lr=v["lr"]), v["most"]), lambda ps, t: [on_simplex(ps[0][0])[None]])),
-            ([2], then(sgd(lr=v["lr"]), lambda ps, t: in_ball(ps, v["radius"]))),
-            (
-                [1],
-                then(
-                    sgd(lr=v["fast"], momentum=v["mu"]),
-                    lambda ps, t: [row_soft(p, v["fast"] * v["strength"]) for p in ps],
-                ),
-            ),
-        ),
-        {"lr": 0.3, "fast": 0.4, "most": 0.5, "mu": 0.5, "strength": 0.7, "radius": 0.6},
-    ),
-    Composition(
-        "a box with learned bounds, then no negative numbers",
-        lambda v: Proximal(
-            Proximal(SGD(v["lr"]), Box(whole(v["low"], -0.3, -0.5), Schedule(v["high"]))), Nonnegative()
-        ),
-        lambda v: then(
-            sgd(lr=v["lr"]),
-            lambda ps, t: [
-                torch.relu(torch.minimum(torch.maximum(p, low * torch.ones_like(p)), v["high"][t - 1]))
-                for p, low in zip(ps, [v["low"], -0.3, -0.5], strict=True)
-            ],
-        ),
-        {"lr": 0.3, "low": [[0.05, -0.1, 0.2]], "high": [0.8, 0.6, 0.7, 0.5]},
-    ),
-    Composition(
-        "the ball of all leaves together",
-        lambda v: Proximal(SGD(v["lr"], v["mu"]), L2Ball(Schedule(v["radius"]))),
-        lambda v: then(sgd(lr=v["lr"], momentum=v["mu"]), lambda ps, t: in_ball(ps, v["radius"][t - 1])),
-        {"lr": 0.2, "mu": 0.4, "radius": [1.5, 9.0, 1.4, 1.3]},
-    ),
-    Composition(
-        "an average of iterates",
-        lambda v: EMA(SGD(v["lr"], v["mu"]), whole(v["b"], v["w"], 0.5)),
-        lambda v: averaged_leaves(sgd(lr=v["lr"], momentum=v["mu"]), [v["b"], v["w"], 0.5]),
-        {"lr": 0.2, "mu": 0.4, "b": 0.6, "w": [[0.1, 0.2, 0.9], [0.5, 0.7, 0.3]]},
-        averages=True,
-    ),
-    Composition(
-        "look ahead with Adam",
-        lambda v: Lookahead(Adam(v["lr"], (v["beta"], 0.9), v["eps"]), period=2, ratio=v["ratio"]),
-        lambda v: ahead(adam(lr=v["lr"], betas=(v["beta"], 0.9), eps=v["eps"]), 2, v["ratio"]),
-        {**_adam, "ratio": 0.4},
-    ),
-    Composition(
-        "Muon",
-        lambda v: Muon(v["lr"], v["decay"], v["mu"], True, (v["a"], v["b"], v["c"])),
-        lambda v: muon(v["lr"], v["decay"], v["mu"], True, (v["a"], v["b"], v["c"])),
-        {"lr": 0.1, "decay": 0.2, "mu": 0.7, "a": 3.4445, "b": -4.7750, "c": 2.0315},
-    ),
-    Composition(
-        "everything: an average of look ahead of groups of Muon, clipped, and of L1",
-        lambda v: EMA(
-            Lookahead(
-                Groups(
-                    {
-                        "body.w": Clip(Muon(v["slow"], momentum=v["mu"], adjust_lr_fn="match_rms_adamw"), v["most"]),
-                        "body.b": Proximal(SGD(Schedule(v["lr"]), v["mu"]), L1(v["strength"])),
-                        "head": AdamW({"h": v["h"]}, (0.7, 0.8), 0.05),
-                    }
-                ),
-                period=3,
-                ratio=whole(v["ratio"], 0.3, 0.8),
-            ),
-            v["decay"],
-        ),
-        lambda v: averaged(
-            ahead_leaves(
-                grouped(
-                    ([1], clipped_norm(muon(v["slow"], momentum=v["mu"], rms=True), v["most"])),
-                    (
-                        [0],
-                        then(
-                            sgd(lr=at(v["lr"]), momentum=v["mu"]),
-                            lambda ps, t: [soft(p, v["lr"][t - 1] * v["strength"]) for p in ps],
-                        ),
-                    ),
-                    ([2], adamw(lr=v["h"], betas=(0.7, 0.8), eps=0.05, weight_decay=1e-2)),
-                ),
-                3,
-                [v["ratio"], 0.3, 0.8],
-            ),
-            v["decay"],
-        ),
-        {
-            "slow": 0.1,
-            "mu": 0.6,
-            "most": 0.4,
-            "lr": [0.2, 0.1, 0.3, 0.2],
-            "strength": 0.3,
-            "h": [[0.1], [0.05], [0.2]],
-            "ratio": [[0.4, 0.5, 0.6]],
-            "decay": 0.7,
-        },
-        averages=True,
-    ),
-]
+RATES, COLUMN = [0.03, 0.08, 0.05, 0.1], [[0.1], [0.05], [0.2]]
+MATRIX = [[0.1, 0.2, 0.15], [0.05, 0.1, 0.12]]
 
 
-def from_start(step: Callable[..., Tensor], buffers: Callable[..., dict[str, Tensor]], **options: Any) -> Update:
-    """A rule whose memory holds the initial params."""
-    inner = leafwise(step, **options)
-
-    def update(ps, gs, memory, t):
-        for i, p in enumerate(ps):
-            memory.setdefault(i, buffers(p))
-        return inner(ps, gs, memory, t)
-
-    return update
+@composition(lr=0.1, mu=0.7, decay=0.05, most=0.8)
+def clip_by_norm_with_momentum(lr, mu, decay, most):
+    options = {"lr": lr, "momentum": mu, "weight_decay": decay}
+    return Clip(SGD(**options), max_norm=most), clipped_norm(sgd(**options), most)
 
 
-def averaged_leaves(inner: Update, decays: list[Any]) -> Update:
-    def update(ps, gs, memory, t):
-        before = memory.get("average", ps)
-        after = inner(ps, gs, memory.setdefault("inner", {}), t)
-        memory["average"] = [d * a + (1 - d) * p for d, a, p in zip(decays, before, after, strict=True)]
-        return after
-
-    return update
+@composition(lr=RATES, beta=0.8, eps=0.05, most=[0.4, 0.9, 2.0, 0.3])
+def clip_by_a_scheduled_norm_adam_with_a_scheduled_lr(lr, beta, eps, most):
+    made = Clip(Adam(Schedule(lr), (beta, 0.9), eps), max_norm=Schedule(most))
+    return made, clipped_norm(adam(lr=at(lr), betas=(beta, 0.9), eps=eps), at(most))
 
 
-def ahead_leaves(inner: Update, period: int, ratios: list[Any]) -> Update:
-    def update(ps, gs, memory, t):
-        slow = memory.setdefault("slow", ps)
-        fast = inner(ps, gs, memory.setdefault("inner", {}), t)
-        if t % period:
-            return fast
-        memory["slow"] = [s + r * (f - s) for s, r, f in zip(slow, ratios, fast, strict=True)]
-        return memory["slow"]
+@composition(b=0.1, w=MATRIX, p=0.3, q=[[0.1, 0.3, 0.2], [0.5, 0.1, 0.2]])
+def clip_by_a_tree_of_values_a_tree_of_lrs(b, w, p, q):
+    made = Clip(SGD(whole(b, w, 0.1), momentum=0.5), value=whole(p, q, 0.2))
+    return made, clipped_value(sgd(lr=[b, w, 0.1], momentum=0.5), [p, q, torch.tensor(0.2, dtype=torch.float64)])
 
-    return update
+
+@composition(lr=0.2, value=0.15, norm=0.6)
+def clip_by_norm_around_clip_by_value(lr, value, norm):
+    return Clip(Clip(SGD(lr), value=value), max_norm=norm), clipped_norm(clipped_value(sgd(lr=lr), [value] * 3), norm)
+
+
+@composition(b=0.1, w=MATRIX, mu=0.6, lr=0.05, beta=0.8, eps=0.05)
+def groups_of_a_tree_for_the_part_and_adam(b, w, mu, lr, beta, eps):
+    of_head = adam(lr=lr, betas=(beta, 0.9), eps=eps)
+    made = Groups({"body": SGD(body(b, w), mu), "head": Adam(lr, (beta, 0.9), eps)})
+    return made, grouped(([0, 1], sgd(lr=[b, w], momentum=mu)), ([2], of_head))
+
+
+@composition(b=0.1, h=COLUMN, mu=[0.2, 0.5, 0.6, 0.3], w=RATES, decay=0.1)
+def groups_by_a_function_a_tree_like_params_and_a_schedule_of_trees(b, h, mu, w, decay):
+    vectors = SGD(whole(b, 9.0, h), momentum=Schedule(mu))
+    matrices = AdamW(Schedule({"w": w}), (0.7, 0.8), 0.05, decay)
+    by = lambda path: "vectors" if path.endswith((".b", ".h")) else "matrices"  # noqa: E731
+    of_matrices = adamw(lr=at(w), betas=(0.7, 0.8), eps=0.05, weight_decay=decay)
+    oracle = grouped(([0, 2], sgd(lr=[b, h], momentum=at(mu))), ([1], of_matrices))
+    return Groups(by, {"vectors": vectors, "matrices": matrices}), oracle
+
+
+@composition(lr=0.2, mu=0.5, fast=0.3, part=0.3, most=0.9)
+def clip_by_norm_around_groups_and_within_one(lr, mu, fast, part, most):
+    made = Clip(Groups({"body": Clip(SGD(lr, mu), max_norm=part), "head": SGD(fast)}), most)
+    of_body = clipped_norm(sgd(lr=lr, momentum=mu), part)
+    return made, clipped_norm(grouped(([0, 1], of_body), ([2], sgd(lr=fast))), most)
+
+
+@composition(lr=[0.1, 0.3, 0.2, 0.1], decay=0.1, strength=0.7)
+def l1_with_a_scheduled_lr(lr, decay, strength):
+    made = Proximal(SGD(Schedule(lr), weight_decay=decay), L1(strength))
+    return made, then(sgd(lr=at(lr), weight_decay=decay), lambda ps, t: [soft(p, lr[t - 1] * strength) for p in ps])
+
+
+@composition(lr=0.2, h=COLUMN, pull=0.3, s=0.4, t=[[0.4, 0.2, 1.0], [0.3, 0.8, 0.1]])
+def l1_of_a_tree_around_groups_with_lrs_of_their_own(lr, h, pull, s, t):
+    made = Proximal(Groups({"body": SGD(lr), "head": ProximalGD({"h": h}, pull)}), L1(whole(s, t, 0.6)))
+    of_head = from_start(oracles.proximal_step, oracles.proximal_buffers, lr=h, strength=pull)
+
+    def shrunk(ps, step):
+        return [soft(ps[0], lr * s), soft(ps[1], lr * t), soft(ps[2], h * 0.6)]
+
+    return made, then(grouped(([0, 1], sgd(lr=lr)), ([2], of_head)), shrunk)
+
+
+@composition(lr=0.3, fast=0.4, most=0.5, mu=0.5, strength=0.7, radius=0.6)
+def groups_of_proxes_rows_a_simplex_with_momentum_and_clipping(lr, fast, most, mu, strength, radius):
+    made = {
+        "b": Proximal(Clip(SGD(lr), most), Simplex()),
+        "w": Proximal(SGD(fast, mu), GroupL1(strength, axis=1)),
+        "h": Proximal(SGD(lr), L2Ball(radius)),
+    }
+    of_b = then(clipped_norm(sgd(lr=lr), most), lambda ps, t: [on_simplex(ps[0][0])[None]])
+    of_w = then(sgd(lr=fast, momentum=mu), lambda ps, t: [row_soft(p, fast * strength) for p in ps])
+    of_h = then(sgd(lr=lr), lambda ps, t: in_ball(ps, radius))
+    return Groups(lambda path: path[-1], made), grouped(([0], of_b), ([2], of_h), ([1], of_w))
+
+
+@composition(lr=0.3, low=[[0.05, -0.1, 0.2]], high=[0.8, 0.6, 0.7, 0.5])
+def a_box_with_learned_bounds_then_no_negative_numbers(lr, low, high):
+    made = Proximal(Proximal(SGD(lr), Box(whole(low, -0.3, -0.5), Schedule(high))), Nonnegative())
+
+    def boxed(ps, t):
+        pairs = zip(ps, [low, -0.3, -0.5], strict=True)
+        return [torch.relu(torch.minimum(torch.maximum(p, x * torch.ones_like(p)), high[t - 1])) for p, x in pairs]
+
+    return made, then(sgd(lr=lr), boxed)
+
+
+@composition(lr=0.2, mu=0.4, radius=[1.5, 9.0, 1.4, 1.3])
+def the_ball_of_all_leaves_together(lr, mu, radius):
+    made = Proximal(SGD(lr, mu), L2Ball(Schedule(radius)))
+    return made, then(sgd(lr=lr, momentum=mu), lambda ps, t: in_ball(ps, radius[t - 1]))
+
+
+@composition(averages=True, lr=0.2, mu=0.4, b=0.6, w=[[0.1, 0.2, 0.9], [0.5, 0.7, 0.3]])
+def an_average_of_iterates(lr, mu, b, w):
+    return EMA(SGD(lr, mu), whole(b, w, 0.5)), averaged(sgd(lr=lr, momentum=mu), [b, w, 0.5])
+
+
+@composition(lr=0.05, beta=0.8, eps=0.05, ratio=0.4)
+def look_ahead_with_adam(lr, beta, eps, ratio):
+    made = Lookahead(Adam(lr, (beta, 0.9), eps), period=2, ratio=ratio)
+    return made, ahead(adam(lr=lr, betas=(beta, 0.9), eps=eps), 2, [ratio] * 3)
+
+
+@composition(lr=0.1, decay=0.2, mu=0.7, a=3.4445, b=-4.7750, c=2.0315)
+def muon_with_all_learned(lr, decay, mu, a, b, c):
+    return Muon(lr, decay, mu, True, (a, b, c)), muon(lr, decay, mu, True, (a, b, c))
+
+
+@composition(
+    **{"slow": 0.1, "mu": 0.6, "most": 0.4, "lr": [0.2, 0.1, 0.3, 0.2], "strength": 0.3, "h": COLUMN},
+    **{"ratio": [[0.4, 0.5, 0.6]], "decay": 0.7, "averages": True},
+)
+def everything(slow, mu, most, lr, strength, h, ratio, decay):
+    """An average of look ahead of groups of Muon, clipped, and of L1."""
+    parts = {
+        "body.w": Clip(Muon(slow, momentum=mu, adjust_lr_fn="match_rms_adamw"), most),
+        "body.b": Proximal(SGD(Schedule(lr), mu), L1(strength)),
+        "head": AdamW({"h": h}, (0.7, 0.8), 0.05),
+    }
+    of_w = clipped_norm(muon(slow, momentum=mu, rms=True), most)
+    of_b = then(sgd(lr=at(lr), momentum=mu), lambda ps, t: [soft(p, lr[t - 1] * strength) for p in ps])
+    of_head = adamw(lr=h, betas=(0.7, 0.8), eps=0.05, weight_decay=1e-2)
+    made = EMA(Lookahead(Groups(parts), period=3, ratio=whole(ratio, 0.3, 0.8)), decay)
+    oracle = ahead(grouped(([1], of_w), ([0], of_b), ([2], of_head)), 3, [ratio, 0.3, 0.8])
+    return made, averaged(oracle, [decay] * 3)
 
 
 # -------------------------------------------------------------------------------------------------------- the problem
@@ -460,24 +382,16 @@ class Setting:
     def value(self, case: Composition, inputs: list[Tensor], estimator: Any, query: Tensor, **options: Any) -> Tensor:
         """The outer loss by the library."""
         b, w, h, weights, x, y, *values = inputs
-        hypers = dict(zip(case.learned, values, strict=True))
-        solution = diffopt.solve(
-            self.loss,
-            whole(b, w, h),
-            weights,
-            (x, y),
-            optimizer=case.make(hypers),
-            steps=STEPS,
-            estimator=estimator,
-            **options,
-        )
+        optimizer, _ = case.made(**dict(zip(case.learned, values, strict=True)))
+        options.update(optimizer=optimizer, steps=STEPS, estimator=estimator)
+        solution = diffopt.solve(self.loss, whole(b, w, h), weights, (x, y), **options)
         ends = [solution.params, *([solution.state.buffers["average"]] if case.averages else [])]
         return sum(self.outer([e["body"]["b"], e["body"]["w"], e["head"]["h"]], query) for e in ends)
 
     def expected(self, case: Composition, inputs: list[Tensor], query: Tensor, curvature: float = 1.0) -> Tensor:
         """The outer loss by a plain loop; ``curvature`` is a factor on every second derivative of the inner loss."""
         b, w, h, weights, x, y, *values = inputs
-        update, memory = case.oracle(dict(zip(case.learned, values, strict=True))), {}
+        (_, update), memory = case.made(**dict(zip(case.learned, values, strict=True))), {}
         now = [b, w, h]
         for t in range(1, STEPS + 1):
             now = [p if p.requires_grad else p.detach().requires_grad_() for p in now]

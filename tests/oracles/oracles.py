@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,12 +88,15 @@ def unrolled(
     detach_until: int = 0,
     curvature: Callable[[int], float] = lambda t: 1.0,
     initial_buffers: Callable[..., dict[str, Tensor]] = lambda p, **options: {},
+    window: int = 1,
+    losses: list[float] | None = None,
 ) -> list[Tensor]:
     """``steps`` steps by a plain loop that autograd records; ``loss(list of tensors, *batch(t))``.
 
     Up to step ``detach_until`` the state, buffers and all, is replaced by a constant plus the identity in the initial
     state: the straight-through form of truncation. ``curvature(t)`` is a factor on every second derivative of step
-    ``t``'s loss, values unchanged: the surrogate gradient ``sg(g) + e (g - sg(g))``.
+    ``t``'s loss, values unchanged: the surrogate gradient ``sg(g) + e (g - sg(g))``. One gradient serves ``window``
+    steps, of which ``t`` is the first; such a window is then what counts as a step. ``losses`` gets the inner losses.
     """
     start, now = list(params), [p + 0 for p in params]
 
@@ -102,16 +106,35 @@ def unrolled(
 
     first = [initial_buffers(p, **o) for p, o in zip(start, options_at(1), strict=True)]
     buffers = [dict(b) for b in first]
-    for t in range(1, steps + 1):
-        leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
-        grads = torch.autograd.grad(loss(leaves, *batch(t)), leaves, create_graph=True)
-        grads = [g.detach() + curvature(t) * (g - g.detach()) for g in grads]
-        now = [step(p, g, b, t, **o) for p, g, b, o in zip(leaves, grads, buffers, options_at(t), strict=True)]
-        if t <= detach_until:
+    for number, first_step in enumerate(range(1, steps + 1, window), start=1):
+        now = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
+        value = loss(now, *batch(first_step))
+        grads = torch.autograd.grad(value, now, create_graph=True)
+        grads = [g.detach() + curvature(first_step) * (g - g.detach()) for g in grads]
+        if losses is not None:
+            losses.append(float(value.detach()))
+        for t in range(first_step, min(first_step + window, steps + 1)):
+            now = [step(p, g, b, t, **o) for p, g, b, o in zip(now, grads, buffers, options_at(t), strict=True)]
+        if number <= detach_until:
             now = [p.detach() + (s - s.detach()) for p, s in zip(now, start, strict=True)]
             for b, s in zip(buffers, first, strict=True):
                 b.update({k: v.detach() + (s[k] - s[k].detach() if k in s else 0) for k, v in b.items()})
     return now
+
+
+def taylor(function: Callable[[float], Sequence[Tensor]], degree: int) -> Callable[..., list[Tensor]]:
+    """The terms of a polynomial in one number, of so high a degree, up to an order; each times a power of ``scale``.
+
+    From its values at Chebyshev points: of five, the Vandermonde system has a condition number of about 30.
+    """
+    points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    coefficients, rows = np.linalg.inv(np.vander(points, increasing=True)), [function(float(e)) for e in points]
+
+    def up_to(order: int, scale: float = 1.0) -> list[Tensor]:
+        weights = (coefficients[: order + 1] * scale ** np.arange(degree + 1)[: order + 1, None]).sum(0)
+        return [sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+
+    return up_to
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -6,28 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from estimator_names import exact
 from torch import Tensor
 
 import diffopt
-from diffopt.estimators import Binomial, ForwardMode, Krylov, MultiStep, Reverse, Truncated, Unrolled
+from diffopt.estimators import Truncated
 
 STEPS, MOMENTUM = 4, 0.6
 Loss = Callable[..., Tensor]
 EXACT: dict[str, Any] = {
-    "default": Reverse(),
-    "graph": Reverse("graph"),
-    "every_state": Reverse(1),
-    "every_third": Reverse(3),
-    "sqrt": Reverse("sqrt"),
-    "offloaded": Reverse(2, offload=True),
-    "forward": ForwardMode(),
-    "forward_in_chunks": ForwardMode(chunk_size=2),
-    "truncated_at_all": Truncated(4),
-    "truncated_in_states": Truncated(4, 1),
-    "binomial_of_all": Binomial(4),
-    "krylov_of_all": Krylov(4),
-    "window_of_one": MultiStep(1),
-    "unrolled": Unrolled(),
+    **exact(STEPS, "default", "graph", "states", "every third", "sqrt", "offloaded", "forward", "forward in chunks"),
+    **exact(STEPS, "truncated at all", "binomial of all", "krylov of all", "window of one", "unrolled"),
+    "truncated in states": Truncated(STEPS, 1),
 }
 """What is exact on so many steps."""
 

@@ -75,11 +75,7 @@ class Program:
 
 
 def program(
-    peer: str,
-    case: str,
-    problem: Callable[[], Any],
-    tolerance: float = 1e-8,
-    gap: str = "",
+    peer: str, case: str, problem: Callable[[], Any], tolerance: float = 1e-8, gap: str = ""
 ) -> Callable[[Callable[[Any], Any]], Program]:
     """Make a row of the table of a function."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from bad_row import Refused, backward, product, solve, square, tensor
+from check_cases import OnceOnly
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812  (its usual name)
@@ -70,18 +71,6 @@ MATH = r"run it under diffopt.nn.second_order_attention\(\) or sdpa_kernel\(\[SD
 ELEMENTARY = r"write it in elementary operations, or use FirstOrder\(\) or ESJacobian"
 AGAIN = r"differentiated again, expected once; .*first derivatives only; use estimator=diffopt.estimators.Unrolled\(\)"
 TANGENT = "carries a tangent of forward-mode differentiation, expected none; .*Use backward"
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return 2 * cotangents[0] * ctx.saved_tensors[0]
 
 
 @refused(MissingDerivativeError, SECOND + MATH, path="flash_attention")

@@ -13,6 +13,7 @@ import optree
 import pytest
 import torch
 from bad_habits import BATCHES
+from stateless import Stateless
 from torch import Tensor
 
 import diffopt
@@ -74,14 +75,11 @@ def test_integers_of_numpy_do_not_wrap_around() -> None:
 
 
 @dataclass(frozen=True)
-class Own(diffopt.Optimizer):
+class Own(Stateless):
     """An optimizer of a user's own, which converts nothing."""
 
     lr: Any
     scale: Any = 1.0
-
-    def init(self, params: Leaves) -> dict[str, Leaves]:
-        return {}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Any, step: int) -> tuple[Leaves, Any]:
         assert isinstance(self.lr, float | Leaves)

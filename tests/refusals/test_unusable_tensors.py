@@ -15,14 +15,7 @@ from torch.func import vmap
 
 import diffopt
 from diffopt import SGD, Adam, DiffoptError, Preconditioned, ProximalGD, Schedule
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    ForwardMode,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import Binomial, ESJacobian, ForwardMode, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import ConjugateGradient, Dense, Neumann, Nystrom
 
 MOST = 300

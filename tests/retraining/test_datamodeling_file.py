@@ -34,15 +34,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, after):
         file.write(b'{"subset": 7, "measu')  # as a kill leaves it
     scores, ridge.calls = ridge.scores(), 0
     rest = []
-    again = datamodeling_score(
-        ridge.minimiser,
-        ridge.predicted,
-        ONES,
-        scores,
-        path=str(path),
-        on_retraining=lambda *x: rest.append(x),
-        **call,
-    )
+    options = {"path": str(path), "on_retraining": lambda *x: rest.append(x), **call}
+    again = datamodeling_score(ridge.minimiser, ridge.predicted, ONES, scores, **options)
     assert same(whole, again)
     assert ridge.calls == 2 + 8 - after
     assert told + rest == [(done, 8) for done in range(1, 9)]

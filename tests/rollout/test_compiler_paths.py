@@ -73,10 +73,7 @@ def spaced(tmp_path):
 @pytest.mark.compiler
 @pytest.mark.parametrize(
     ("variable", "told"),
-    [
-        ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR is"),
-        ("TMPDIR", "temporary files go to"),
-    ],
+    [("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR is"), ("TMPDIR", "temporary files go to")],
 )
 def test_folders_of_the_compiler(tmp_path, spaced, variable, told):
     _, warned = run(tmp_path, **{variable: str(spaced)})

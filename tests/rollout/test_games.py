@@ -31,10 +31,7 @@ def critic(params, price, data):
 
 
 def start():
-    return (
-        {"w": normal(1, 2, 2), "b": normal(2, 2)},
-        {"w": normal(3, 2), "c": normal(4)},
-    )
+    return ({"w": normal(1, 2, 2), "b": normal(2, 2)}, {"w": normal(3, 2), "c": normal(4)})
 
 
 def outer(players):

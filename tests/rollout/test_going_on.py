@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from estimator_names import exact
 from hypothesis import given
 from hypothesis import strategies as st
 from limits import sampled
@@ -16,7 +17,7 @@ from oracles import relative_error
 
 import diffopt
 from diffopt import Schedule, State, solve, state_of
-from diffopt.estimators import ForwardMode, MultiStep, Reverse, Truncated, Unrolled
+from diffopt.estimators import MultiStep, Reverse, Truncated
 from diffopt.tensors import tree
 
 STEPS = 6
@@ -31,15 +32,7 @@ OPTIMIZERS = {
     "proximal": lambda lr, other: diffopt.ProximalGD(lr, other),
     "lifted": lambda lr, other: diffopt.from_torch(torch.optim.NAdam, lr=lr, betas=(0.7, 0.9)),
 }
-EXACT = {
-    "graph": Reverse("graph"),
-    "states": Reverse(1),
-    "every second": Reverse(2),
-    "sqrt": Reverse("sqrt"),
-    "forward": ForwardMode(),
-    "unrolled": Unrolled(),
-    "all of it": MultiStep(1),
-}
+EXACT = exact(STEPS, "graph", "states", "every second", "sqrt", "forward", "unrolled", "window of one")
 
 
 def loss(params, slope, batch):
@@ -64,11 +57,8 @@ def chain(given, make, parts, rule, **options):
     """The solution after the parts one after the other, each from the state after the one before."""
     optimizer, state, done = make(Schedule(given["lr"]), given["other"]), given["params"], 0
     for steps in parts:
-        batches = given["batches"][done : done + steps]
-        found = solve(
-            loss, state, given["slope"], batches=batches, optimizer=optimizer, steps=steps, estimator=rule, **options
-        )
-        state, done = found.state, done + steps
+        options.update(batches=given["batches"][done : done + steps], optimizer=optimizer, steps=steps, estimator=rule)
+        state, done = solve(loss, state, given["slope"], **options).state, done + steps
     return state
 
 
@@ -158,17 +148,8 @@ def test_a_detached_state_truncates():
     optimizer = OPTIMIZERS["dampened"](Schedule(values["lr"]), values["other"])
     first = chain(values, OPTIMIZERS["dampened"], [4], None).detach()
     assert not any(x.requires_grad for x in tree.flatten(first)[0])
-    rest = {"optimizer": optimizer, "batches": values["batches"][4:]}
-    found = solve(loss, first, values["slope"], steps=2, **rest).state
-    whole = solve(
-        loss,
-        values["params"],
-        values["slope"],
-        steps=STEPS,
-        optimizer=optimizer,
-        batches=values["batches"],
-        estimator=Truncated(2),
-    ).state
+    found = solve(loss, first, values["slope"], steps=2, optimizer=optimizer, batches=values["batches"][4:]).state
+    whole = chain(values, OPTIMIZERS["dampened"], [STEPS], Truncated(2))
     wanted = [values["slope"], values["lr"], values["other"]]
     found, expected = (torch.autograd.grad(measured(state), wanted) for state in (found, whole))
     assert relative_error(found, expected) < 1e-10
@@ -207,42 +188,28 @@ def test_a_state_unpacks_moves_and_is_stored(tmp_path):
     torch.testing.assert_close(going_on[0], going_on[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda s: (s.params, diffopt.SGD(0.1, momentum=0.9)), None),
-        (
-            lambda s: (s, diffopt.SGD(0.1, momentum=0.9)),
-            r"the state's buffers are .*expected those of SGD: \['velocity'\]",
-        ),
-        (lambda s: (State(s.params, None), diffopt.Adam()), "the state's buffers are NoneType"),
-        (
-            lambda s: (replace(s, buffers={"mean": 0, "square": 1}), diffopt.Adam()),
-            "the state's buffer 'mean' is int 0",
-        ),
-        (
-            lambda s: (State(s.params, {**s.buffers, "mean": torch.ones(2)}, 2), diffopt.Adam()),
-            "buffer 'mean'",
-        ),
-        (
-            lambda s: (s.to(torch.float32), diffopt.Adam(Schedule([0.1, 0.1]))),
-            "at least one per step since the first: 4",
-        ),
-    ],
-)
-def test_a_state_of_something_else_is_refused(wrong, told):
-    start = {"a": torch.ones(3, dtype=torch.float64)}
-    state = solve(lambda w: w["a"].square().sum(), start, optimizer=diffopt.Adam(), steps=2).state
-    given, optimizer = wrong(state)
+MOMENTUM = diffopt.SGD(0.1, momentum=0.9)
+SHORT = diffopt.Adam(Schedule([0.1, 0.1]))
+OF_SOMETHING_ELSE = [
+    (lambda s: s, MOMENTUM, r"the state's buffers are .*expected those of SGD: \['velocity'\]"),
+    (lambda s: State(s.params, None), diffopt.Adam(), "the state's buffers are NoneType"),
+    (lambda s: replace(s, buffers={"mean": 0, "square": 1}), diffopt.Adam(), "the state's buffer 'mean' is int 0"),
+    (lambda s: State(s.params, {**s.buffers, "mean": torch.ones(2)}, 2), diffopt.Adam(), "buffer 'mean'"),
+    (lambda s: s.to(torch.float32), SHORT, "at least one per step since the first: 4"),
+]
 
-    def going_on():
-        return solve(lambda w: w["a"].square().sum(), given, optimizer=optimizer, steps=2)
 
+@pytest.mark.parametrize(("wrong", "optimizer", "told"), [(lambda s: s.params, MOMENTUM, None), *OF_SOMETHING_ELSE])
+def test_a_state_of_something_else_is_refused(wrong, optimizer, told):
+    def going_on(start, optimizer):
+        return solve(lambda w: w["a"].square().sum(), start, optimizer=optimizer, steps=2).state
+
+    given = wrong(going_on({"a": torch.ones(3, dtype=torch.float64)}, diffopt.Adam()))
     if told is None:
-        assert going_on().state.step == 2
+        assert going_on(given, optimizer).step == 2
         return
     with pytest.raises(diffopt.DiffoptError, match=told):
-        going_on()
+        going_on(given, optimizer)
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "2", None])
@@ -260,23 +227,24 @@ def test_a_dictionary_of_something_else_is_no_state(wrong):
 ONES, TWOS = torch.ones(2), torch.full((2,), 2.0)
 
 
-@pytest.mark.parametrize(
-    ("params", "velocity", "told"),
-    [
-        ({"a": ONES, "b": ONES}, {"b": ONES, "c": TWOS}, r"\['a'\] is missing, .*\['c'\] is too many"),
-        ({"a": ONES, "b": ONES}, (ONES, TWOS), r"\['a'\] is missing"),
-        ([ONES, ONES], {"x": ONES, "y": TWOS}, r"a tree like params"),
-        ({"a": {"x": ONES}, "b": ONES}, {"a": ONES, "b": {"x": TWOS}}, r"\['a'\]\['x'\] is missing"),
-        ({"a": ONES, "b": ONES}, {"a": ONES}, "or a tuple of other length"),
-    ],
-)
+PAIR = {"a": ONES, "b": ONES}
+OF_OTHERS = [
+    (PAIR, {"b": ONES, "c": TWOS}, r"\['a'\] is missing, .*\['c'\] is too many"),
+    (PAIR, (ONES, TWOS), r"\['a'\] is missing"),
+    ([ONES, ONES], {"x": ONES, "y": TWOS}, r"a tree like params"),
+    ({"a": {"x": ONES}, "b": ONES}, {"a": ONES, "b": {"x": TWOS}}, r"\['a'\]\['x'\] is missing"),
+    (PAIR, {"a": ONES}, "or a tuple of other length"),
+]
+
+
+@pytest.mark.parametrize(("params", "velocity", "told"), OF_OTHERS)
 def test_a_buffer_of_other_keys_belongs_to_other_parameters(params, velocity, told):
     """As many tensors of the same shapes, which would go to one another's parameters."""
     state = State(params, {"velocity": velocity}, 1)
     live = [ONES.clone().requires_grad_() for _ in range(2)]
     training = torch.optim.SGD(live, 0.1, momentum=0.9)
     with pytest.raises(diffopt.OptimizerError, match=told):
-        solve(lambda p: p["a"].sum(), state, optimizer=diffopt.SGD(0.1, momentum=0.9), steps=1)
+        solve(lambda p: p["a"].sum(), state, optimizer=MOMENTUM, steps=1)
     with pytest.raises(diffopt.OptimizerError, match=told):
         state.into(training)
     assert not training.state
@@ -285,42 +253,42 @@ def test_a_buffer_of_other_keys_belongs_to_other_parameters(params, velocity, to
 
 def test_buffers_are_found_by_their_keys():
     """A dictionary that keeps its order is the same tree, and a group's buffers stay a tuple or a list."""
-    params = {"a": ONES, "b": ONES}
+
+    def moved(state, optimizer):
+        """Where the buffers alone lead."""
+        return solve(lambda p: 0 * p["a"].sum() + 0 * p["b"].sum(), state, optimizer=optimizer, steps=1).params
+
     velocity = OrderedDict(b=TWOS, a=torch.zeros(2))
-    for start in (params, OrderedDict(b=ONES, a=ONES)):
-        state = State(start, {"velocity": velocity}, 1)
-        found = solve(lambda p: 0 * p["a"].sum() + 0 * p["b"].sum(), state, optimizer=diffopt.SGD(1.0, 1.0), steps=1)
-        assert {key: float(x[0]) for key, x in found.params.items()} == {"a": 1, "b": -1}
+    for start in (PAIR, OrderedDict(b=ONES, a=ONES)):
+        found = moved(State(start, {"velocity": velocity}, 1), diffopt.SGD(1.0, 1.0))
+        assert {key: float(x[0]) for key, x in found.items()} == {"a": 1, "b": -1}
     groups = diffopt.Groups({"a": diffopt.SGD(1.0, 1.0), "b": diffopt.SGD(1.0)})
     for kind in (tuple, list):
-        state = State(params, {"a.velocity": kind([TWOS])}, 1)
-        found = solve(lambda p: 0 * p["a"].sum() + 0 * p["b"].sum(), state, optimizer=groups, steps=1)
-        assert float(found.params["a"][0]) == -1
+        assert float(moved(State(PAIR, {"a.velocity": kind([TWOS])}, 1), groups)["a"][0]) == -1
 
 
 # ------------------------------------------------------------------------------------------------ live optimizers
 
+
+def native(name, **options):
+    """A class of torch's with options, and the library's own of that name."""
+    return getattr(torch.optim, name), options, getattr(diffopt, name)(**options)
+
+
+def lifted(name, **options):
+    """A class of torch's with options, and what it is lifted to."""
+    return getattr(torch.optim, name), options, diffopt.from_torch(getattr(torch.optim, name), **options)
+
+
 LIVE = {
-    "sgd": (torch.optim.SGD, {"lr": 0.05}, diffopt.SGD(0.05)),
-    "momentum": (
-        torch.optim.SGD,
-        {"lr": 0.05, "momentum": 0.9, "dampening": 0.3},
-        diffopt.SGD(0.05, momentum=0.9, dampening=0.3),
-    ),
-    "adam": (torch.optim.Adam, {"lr": 0.05, "amsgrad": True}, diffopt.Adam(0.05, amsgrad=True)),
-    "adamw": (torch.optim.AdamW, {"lr": 0.05}, diffopt.AdamW(0.05)),
-    "rmsprop": (
-        torch.optim.RMSprop,
-        {"lr": 0.01, "momentum": 0.5, "centered": True},
-        diffopt.RMSprop(0.01, momentum=0.5, centered=True),
-    ),
-    "adagrad": (
-        torch.optim.Adagrad,
-        {"lr": 0.1, "initial_accumulator_value": 0.2, "lr_decay": 0.1},
-        diffopt.Adagrad(0.1, initial_accumulator_value=0.2, lr_decay=0.1),
-    ),
-    "nadam": (torch.optim.NAdam, {"lr": 0.05}, diffopt.from_torch(torch.optim.NAdam, lr=0.05)),
-    "radam": (torch.optim.RAdam, {"lr": 0.05}, diffopt.from_torch(torch.optim.RAdam, lr=0.05)),
+    "sgd": native("SGD", lr=0.05),
+    "momentum": native("SGD", lr=0.05, momentum=0.9, dampening=0.3),
+    "adam": native("Adam", lr=0.05, amsgrad=True),
+    "adamw": native("AdamW", lr=0.05),
+    "rmsprop": native("RMSprop", lr=0.01, momentum=0.5, centered=True),
+    "adagrad": native("Adagrad", lr=0.1, initial_accumulator_value=0.2, lr_decay=0.1),
+    "nadam": lifted("NAdam", lr=0.05),
+    "radam": lifted("RAdam", lr=0.05),
 }
 
 
@@ -338,7 +306,7 @@ class Training:
         self.named = named
         self.optimizer = self.anew()
         self.params = dict(self.net.named_parameters())
-        self.like = None if name in ("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad") else self.ours
+        self.like = self.ours if name in ("nadam", "radam") else None
 
     def anew(self):
         return self.kind(self.net.named_parameters() if self.named else self.net.parameters(), **self.options)
@@ -459,9 +427,9 @@ def walk(training, params, steps):
         training.step()
 
 
-def solved(optimizer, steps=2):
+def solved(optimizer, steps=2, start=NET):
     """A state after some steps along the same gradients."""
-    return solve(lambda p: -(p["a"].cos().sum() + p["b"].cos().sum()), NET, optimizer=optimizer, steps=steps).state
+    return solve(lambda p: -(p["a"].cos().sum() + p["b"].cos().sum()), start, optimizer=optimizer, steps=steps).state
 
 
 SGD, ADAM, RMSPROP, ADAGRAD = torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad
@@ -532,10 +500,9 @@ def test_buffers_of_other_shapes_are_not_written():
     training, _ = pair(ADAM)
     state = solved(diffopt.Adam())
     turned = replace(state, buffers={**state.buffers, "mean": {"a": torch.ones(3, 2), "b": torch.ones(3)}})
+    told = r"buffer for 'exp_avg' of Adam is .*expected tensors of shapes"
     for wrong in (turned, replace(state, buffers={**state.buffers, "mean": {"a": 1, "b": 2}})):
-        with pytest.raises(
-            diffopt.OptimizerError, match=r"buffer for 'exp_avg' of Adam is .*expected tensors of shapes"
-        ):
+        with pytest.raises(diffopt.OptimizerError, match=told):
             wrong.into(training)
     with pytest.raises(diffopt.OptimizerError, match="buffers are NoneType"):
         State(state.params, None, 1).into(training)
@@ -599,9 +566,7 @@ def test_a_subclass_is_read_and_written_as_what_it_is(name):
     training, params = pair(kind, options, 2)
     with pytest.raises(diffopt.OptimizerError, match="or like="):
         state_of(training, params)
-    state = state_of(training, params, like=ours)
-    ahead = solve(lambda p: -(p["a"].cos().sum() + p["b"].cos().sum()), state, optimizer=ours, steps=2)
-    ahead.state.into(training)
+    solved(ours, start=state_of(training, params, like=ours)).into(training)
     walk(training, params, 1)
     torch.testing.assert_close(params, pair(kind, options, 5)[1])
 

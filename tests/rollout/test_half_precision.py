@@ -198,8 +198,7 @@ def test_gradients_whose_squares_are_not_in_float16_are_seen():
 def test_a_coordinate_without_gradient_stays_finite_where_eps_is_no_zero(kind):
     """float16 holds no 1e-8, the default of most; it holds 1e-7, and bfloat16 both."""
     for eps, dtype in ((1e-7, torch.float16), (1e-8, torch.bfloat16)):
-        end = diffopt.solve(
-            lambda w: w[0] ** 2, torch.ones(2, dtype=dtype), optimizer=kind(0.1, eps=eps, weight_decay=0.0), steps=3
-        ).params
+        options = {"optimizer": kind(0.1, eps=eps, weight_decay=0.0), "steps": 3}
+        end = diffopt.solve(lambda w: w[0] ** 2, torch.ones(2, dtype=dtype), **options).params
         assert bool(end.isfinite().all())
         assert float(end[0]) < float(end[1]) == 1.0

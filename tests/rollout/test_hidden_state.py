@@ -12,22 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from estimator_names import biased, exact
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import diffopt
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    FirstOrder,
-    ForwardMode,
-    Implicit,
-    Krylov,
-    MultiStep,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import Binomial, FirstOrder, ForwardMode, Reverse, Truncated
 from diffopt.rollout import keeper
 
 STEPS, LR, MOMENTUM = 4, 0.1, 0.3
@@ -175,23 +165,10 @@ KEPT: dict[str, Callable[[], Loss]] = {
     "history": of_history,
     "spectral_norm": spectral,
 }
-ONCE: dict[str, Any] = {
-    "default": Reverse(),
-    "graph": Reverse("graph"),
-    "unrolled": Unrolled(),
-    "truncated": Truncated(STEPS),
-    "one_window": MultiStep(1),
-}
-AGAIN: dict[str, Any] = {
-    "every_state": Reverse(1),
-    "every_second": Reverse(2),
-    "sqrt": Reverse("sqrt"),
-    "truncated": Truncated(2, checkpoint=1),
-    "binomial": Binomial(2),
-    "krylov": Krylov(2),
-    "forward": ForwardMode(),
-    "differences": ESJacobian(3, 1e-4),
-    "implicit": Implicit(),
+ONCE = exact(STEPS, "default", "graph", "unrolled", "truncated at all", "window of one")
+AGAIN = {
+    **exact(STEPS, "states", "every second", "sqrt", "forward"),
+    **biased(2, "truncated", "binomial", "krylov", "evolution", "implicit"),
 }
 
 
@@ -311,19 +288,6 @@ class Normed(nn.Module):
         return self.linear(self.norm(x).tanh())
 
 
-def normed(net: nn.Module, rule: Any) -> list[Tensor]:
-    params = dict(net.named_parameters())
-    optimizer = diffopt.SGD(LR, momentum=MOMENTUM)
-    end = diffopt.solve(
-        lambda p: functional_call(net, p, (X,)).sub(1).square().mean(),
-        params,
-        optimizer=optimizer,
-        steps=STEPS,
-        estimator=rule,
-    ).params
-    return list(torch.autograd.grad(sum(x.pow(3).sum() for x in end.values()), list(params.values())))
-
-
 @pytest.mark.parametrize("budget", [2**30, 0])
 @pytest.mark.parametrize("rule", [*ONCE.values(), Reverse(1), Reverse(2), FirstOrder(), Truncated(2, 1)], ids=repr)
 def test_batch_norm_is_exact_and_its_statistics_are_those_of_a_plain_loop(
@@ -343,13 +307,8 @@ def test_batch_norm_is_exact_and_its_statistics_are_those_of_a_plain_loop(
         now = {name: x - LR * velocity[name] for name, x in now.items()}
     wanted = torch.autograd.grad(sum(x.pow(3).sum() for x in now.values()), list(nets[0].parameters()))
     params = dict(nets[1].named_parameters())
-    end = diffopt.solve(
-        lambda p: functional_call(nets[1], p, (X,)).sub(1).square().mean(),
-        params,
-        optimizer=diffopt.SGD(LR, momentum=MOMENTUM),
-        steps=STEPS,
-        estimator=rule,
-    ).params
+    options = {"optimizer": diffopt.SGD(LR, momentum=MOMENTUM), "steps": STEPS, "estimator": rule}
+    end = diffopt.solve(lambda p: functional_call(nets[1], p, (X,)).sub(1).square().mean(), params, **options).params
     for name, buffer in nets[1].named_buffers():
         torch.testing.assert_close(buffer, nets[0].get_buffer(name), rtol=1e-12, atol=0)
     got = torch.autograd.grad(sum(x.pow(3).sum() for x in end.values()), list(params.values()))
@@ -415,11 +374,6 @@ def test_random_numbers_are_no_state_where_graphs_are_too_large(rule: Any, monke
     monkeypatch.setattr(keeper, "GRAPH_BUDGET", 0)
     w = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).requires_grad_()
     torch.manual_seed(0)
-    solution = diffopt.solve(
-        lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(),
-        w,
-        optimizer=diffopt.SGD(0.1),
-        steps=9,
-        estimator=rule,
-    )
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 9, "estimator": rule}
+    solution = diffopt.solve(lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(), w, **options)
     assert isinstance(solution.kept.checkpoint, int)

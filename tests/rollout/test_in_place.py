@@ -27,12 +27,7 @@ CHANGES: dict[str, Change] = {
     "sin_": lambda x: x.sin_(),
     "detached": lambda x: x.detach().mul_(2),
 }
-RULES = {
-    "reverse": Reverse(),
-    "states": Reverse(1),
-    "unrolled": Unrolled(),
-    "window": MultiStep(2),
-}
+RULES = {"reverse": Reverse(), "states": Reverse(1), "unrolled": Unrolled(), "window": MultiStep(2)}
 
 
 def plain(run: Any, *given: Tensor) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from stateless import Stateless
 from torch import Tensor
 from torch.func import vmap
 
@@ -31,13 +32,10 @@ RULES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Normalised(diffopt.Optimizer):
+class Normalised(Stateless):
     """An update that mixes coordinates, and so runs under the vmaps itself."""
 
     lr: Any
-
-    def init(self, params: Leaves) -> dict[str, Leaves]:
-        return {}
 
     def update(self, params: Leaves, grads: Leaves, buffers: Any, step: int) -> Any:
         return params - self.lr * grads.map(lambda g: g / (1 + g.square().sum())), buffers
@@ -93,9 +91,8 @@ def test_a_learning_rate_is_each_tasks_own_or_shared(rule: str, update: str, rat
 @pytest.mark.parametrize("rule", RULES)
 def test_arguments_and_batches_are_each_tasks_own_or_shared(rule: str, dims: tuple[int | None, int | None]) -> None:
     def run(w: Tensor, scale: Tensor, batches: Tensor) -> Tensor:
-        return diffopt.solve(
-            distance, w, scale, batches=batches, optimizer=diffopt.SGD(0.1), steps=SIZE, estimator=RULES[rule]
-        ).params
+        options = {"batches": batches, "optimizer": diffopt.SGD(0.1), "steps": SIZE, "estimator": RULES[rule]}
+        return diffopt.solve(distance, w, scale, **options).params
 
     scale = numbers(1, *[SIZE] * (1 + (dims[0] is not None)))
     batches = numbers(2, *[SIZE] * (2 + (dims[1] is not None)))
@@ -109,9 +106,8 @@ def test_of_two_vmaps_either_may_have_the_learning_rate(rule: str, learned: str)
 
     def run(inner: Tensor, outer: Tensor) -> Tensor:
         lr, target = (inner, outer) if learned == "inner" else (outer, inner)
-        return diffopt.solve(
-            distance, w, w, target, optimizer=diffopt.SGD(lr), steps=SIZE, estimator=RULES[rule]
-        ).params
+        options = {"optimizer": diffopt.SGD(lr), "steps": SIZE, "estimator": RULES[rule]}
+        return diffopt.solve(distance, w, w, target, **options).params
 
     leaves = [inner.requires_grad_(), outer.requires_grad_()]
     ends = vmap(vmap(run, (0, None)), (None, 0))(*leaves)

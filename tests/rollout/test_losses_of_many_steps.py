@@ -48,9 +48,8 @@ def test_losses_and_their_gradient_are_those_of_a_loop(steps: int, rule: Any) ->
 @pytest.mark.parametrize("last", [1, 16, 17, 31, 32, 33])
 def test_losses_up_to_an_early_end(last: int, rule: Any) -> None:
     w, target = start()
-    found = diffopt.solve(
-        bowl, w, target, optimizer=diffopt.SGD(LR), steps=40, estimator=rule, on_step=lambda step, loss: step == last
-    )
+    options = {"optimizer": diffopt.SGD(LR), "steps": 40, "estimator": rule, "on_step": lambda step, loss: step == last}
+    found = diffopt.solve(bowl, w, target, **options)
     assert found.steps == last
     torch.testing.assert_close(found.losses, by_hand(w, target, last))
 

@@ -117,14 +117,8 @@ def test_no_bit_of_any_layout(form: str, where: Any) -> None:
         w = {"transposed": whole.t(), "with holes": whole[::2, ::3], "a number": whole[1, 2]}.get(form, whole)
         _, scale = inputs()
         params = (w, whole[:1].sum()) if form == "an empty buffer" else (w,)
-        end = diffopt.solve(
-            lambda params, scale: sum(loss(x, scale) for x in params),
-            params,
-            scale,
-            optimizer=diffopt.SGD(0.1, momentum=0.5),
-            steps=7,
-            estimator=Reverse(2, offload=place),
-        ).params
+        options = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": 7, "estimator": Reverse(2, offload=place)}
+        end = diffopt.solve(lambda params, scale: sum(loss(x, scale) for x in params), params, scale, **options).params
         return torch.autograd.grad(sum(x.square().sum() for x in end), [whole, scale])
 
     assert same(of(where), of(False))

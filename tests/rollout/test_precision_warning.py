@@ -8,37 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from estimator_names import biased, exact
 from torch import Tensor
 from torch.func import grad, vmap
 
 import diffopt
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    FirstOrder,
-    ForwardMode,
-    Implicit,
-    Krylov,
-    MultiStep,
-    Reptile,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import ESJacobian, ForwardMode, Implicit, MultiStep, Reverse, Unrolled
 
 SECOND: list[Any] = [
-    Reverse(),
-    Reverse(1),
-    Unrolled(),
-    ForwardMode(),
-    Truncated(1),
-    Binomial(1),
-    Krylov(1),
-    MultiStep(2),
-    MultiStep(2, Unrolled()),
-    Implicit(),
+    *exact(4, "default", "states", "unrolled", "forward").values(),
+    *biased(1, "truncated", "binomial", "krylov", "windows").values(),
+    *(MultiStep(2, Unrolled()), Implicit()),
 ]
-FIRST: list[Any] = [FirstOrder(), Reptile(), Truncated(0), Binomial(0), ESJacobian(2, 0.1)]
+FIRST: list[Any] = [*biased(0, "first order", "reptile", "truncated", "binomial").values(), ESJacobian(2, 0.1)]
 
 
 def loss(w: Tensor, a: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import oracles
 import pytest
 import torch
 from cases import OPTIMIZERS as CASES
+from estimator_names import exact
 from fields import BATCHES, STEPS, arguments, normal, outer, start, turning, walked
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,22 +20,21 @@ from diffopt.estimators import Binomial, ESJacobian, ForwardMode, Krylov, MultiS
 
 ROUND_OFF = 1e-10
 FIELD = diffopt.VectorField(turning)
+BY_STEPS = (
+    "default",
+    "graph",
+    "states",
+    "every third",
+    "sqrt",
+    "offloaded",
+    "unrolled",
+    "forward",
+    "forward in chunks",
+)
 EXACT = [
-    Reverse(),
-    Reverse("graph"),
-    Reverse(1),
-    Reverse(3),
-    Reverse("sqrt"),
-    Reverse(2, offload=True),
-    Unrolled(),
-    ForwardMode(),
-    ForwardMode(chunk_size=2),
-    Truncated(STEPS),
-    Truncated(STEPS, checkpoint=2),
-    Binomial(STEPS),
-    Binomial(STEPS, chunk_size=2),
-    MultiStep(1),
-    MultiStep(1, Binomial(STEPS)),
+    *exact(STEPS, *BY_STEPS, "forward in chunks").values(),
+    *exact(STEPS, "truncated at all", "truncated in states", "binomial of all", "window of one").values(),
+    *(Binomial(STEPS, chunk_size=2), MultiStep(1, Binomial(STEPS))),
 ]
 OPTIMIZERS = {
     "descent": (diffopt.SGD, oracles.sgd_step, {"lr": 0.1}, {}),
@@ -61,11 +61,8 @@ def sides(optimizer: str, *tensors: torch.Tensor):
 
 def by_library(optimizer: str, estimator, *tensors: torch.Tensor, compile: bool = False) -> torch.Tensor:
     params, args, batches, options = sides(optimizer, *tensors)
-    made = OPTIMIZERS[optimizer][0](**options)
-    solution = diffopt.solve(
-        FIELD, params, *args, optimizer=made, steps=STEPS, batches=batches, estimator=estimator, compile=compile
-    )
-    return outer(solution.params)
+    given = {"optimizer": OPTIMIZERS[optimizer][0](**options), "steps": STEPS, "batches": batches, "compile": compile}
+    return outer(diffopt.solve(FIELD, params, *args, estimator=estimator, **given).params)
 
 
 def by_hand(optimizer: str, *tensors: torch.Tensor) -> torch.Tensor:
@@ -112,12 +109,7 @@ def test_truncated_goes_back_through_the_last_steps_only(steps):
     assert relative_error(got, answer) < ROUND_OFF
 
 
-@given(
-    seed=st.integers(0, 2**20),
-    case=st.sampled_from(CASES),
-    estimator=st.sampled_from(EXACT),
-    batched=st.booleans(),
-)
+@given(seed=st.integers(0, 2**20), case=st.sampled_from(CASES), estimator=st.sampled_from(EXACT), batched=st.booleans())
 def test_random_fields_under_every_optimizer(seed, case, estimator, batched):
     """A field with a random coupling; batched: beside other tasks, which take no part in the answer."""
     names, values = zip(*case.learned.items(), strict=True)
@@ -126,12 +118,8 @@ def test_random_fields_under_every_optimizer(seed, case, estimator, batched):
     made = [x.requires_grad_() for x in made]
 
     def parts(w, b, coupling, pull_w, pull_b, batches, *hypers):
-        return (
-            {"w": w, "in": {"b": b}},
-            (coupling, {"w": pull_w, "b": pull_b}),
-            batches,
-            dict(zip(names, hypers, strict=True)),
-        )
+        args, values = (coupling, {"w": pull_w, "b": pull_b}), dict(zip(names, hypers, strict=True))
+        return {"w": w, "in": {"b": b}}, args, batches, values
 
     def library(*tensors):
         params, args, batches, values = parts(*tensors)
@@ -262,14 +250,8 @@ def test_a_field_of_zeros_is_no_fault():
     """At a root the norm has no derivative; the field has."""
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     for rule in (Reverse(), ForwardMode(), Unrolled()):
-        w = diffopt.solve(
-            diffopt.VectorField(lambda w, a: w**2 - a**2),
-            torch.tensor([2.0, -2.0], dtype=torch.float64),
-            a,
-            optimizer=diffopt.SGD(0.1),
-            steps=1,
-            estimator=rule,
-        ).params
+        field, start = diffopt.VectorField(lambda w, a: w**2 - a**2), torch.tensor([2.0, -2.0], dtype=torch.float64)
+        w = diffopt.solve(field, start, a, optimizer=diffopt.SGD(0.1), steps=1, estimator=rule).params
         assert torch.autograd.grad(w.sum(), a)[0].item() == pytest.approx(2 * 0.1 * 2 * 2)
 
 
@@ -293,14 +275,8 @@ def test_a_field_that_autocast_has_lowered():
     matrix = normal(21, 3, 3).float().requires_grad_()
     for rule in (Reverse(1), ForwardMode(), Unrolled()):
         with torch.autocast("cpu", torch.bfloat16):
-            w = diffopt.solve(
-                diffopt.VectorField(lambda w, m: m @ w),
-                torch.ones(3),
-                matrix,
-                optimizer=diffopt.SGD(0.1),
-                steps=2,
-                estimator=rule,
-            ).params
+            options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+            w = diffopt.solve(diffopt.VectorField(lambda w, m: m @ w), torch.ones(3), matrix, **options).params
         assert w.dtype == torch.float32
         got = torch.autograd.grad(w.sum(), matrix)[0]
         now = torch.ones(3)
@@ -352,9 +328,8 @@ def test_dropout_is_drawn_again():
     found = []
     for rule in (Reverse("graph"), Reverse(2), ForwardMode(), Unrolled()):
         torch.manual_seed(3)
-        w = diffopt.solve(
-            diffopt.VectorField(field), normal(51, 6), a, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule
-        ).params
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": rule}
+        w = diffopt.solve(diffopt.VectorField(field), normal(51, 6), a, **options).params
         found.append(torch.autograd.grad(w.square().sum(), a)[0].item())
     assert found == pytest.approx([found[0]] * 4, rel=1e-12)
 
@@ -373,7 +348,7 @@ def test_unrolled_gives_second_derivatives():
     assert relative_error([twice], [answer]) < ROUND_OFF
 
 
-@pytest.mark.parametrize("estimator", EXACT[:9], ids=str)
+@pytest.mark.parametrize("estimator", EXACT[: len(BY_STEPS) + 1], ids=str)
 def test_sharpness_aware_steps(estimator):
     """The gradient at a point that is a learned way uphill; its Jacobian is no Hessian's."""
     target = normal(61, 3)

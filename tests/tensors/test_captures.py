@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stateless import Stateless
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, vjp, vmap
@@ -422,14 +423,10 @@ def test_frozen_parameters_among_others_are_refused() -> None:
 
     with pytest.raises(diffopt.LeafError, match=r"params\['0.bias'\] is a frozen parameter .* in \*args"):
         diffopt.solve(loss, params, {}, **given)
-    split: tuple[dict[str, Tensor], ...] = tuple(
-        {name: x for name, x in params.items() if name.startswith(layer)} for layer in "10"
-    )
-    ends = [
-        diffopt.solve(loss, *split, **given).params,
-        diffopt.solve(loss, {name: x.detach() for name, x in params.items()}, {}, **given).params,
-        diffopt.solve(loss, params, {}, check=False, **given).params,
-    ]
+    split = [{name: x for name, x in params.items() if name.startswith(layer)} for layer in "10"]
+    detached = {name: x.detach() for name, x in params.items()}
+    ends = [diffopt.solve(loss, *each, **given).params for each in (split, (detached, {}))]
+    ends.append(diffopt.solve(loss, params, {}, check=False, **given).params)
     assert [set(end) for end in ends] == [set(split[0]), set(params), set(params)]
     net.requires_grad_(False)
     assert torch.equal(diffopt.solve(loss, params, {}, **given).params["0.weight"], ends[1]["0.weight"])
@@ -460,20 +457,27 @@ def descended(loss: Any, params: Any, batches: Tensor, rule: Any = None, *args: 
     return diffopt.solve(loss, params, *args, **given).params
 
 
-def from_step(first: int, c: Tensor) -> tuple[Any, Tensor]:
-    """A loss that captures ``c`` from a step on, and the batches that tell it which step it is."""
-    return lambda w, flag: distance(w, c) if float(flag) else w.square().sum(), (torch.arange(1, 5) >= first).double()
+def where_told(w: Tensor, c: Tensor, flag: Tensor) -> Tensor:
+    """The distance from ``c`` in the steps whose batch says so."""
+    return distance(w, c) if float(flag) else w.square().sum()
+
+
+def from_step(first: int) -> Tensor:
+    """Batches that say so from a step on."""
+    return (torch.arange(1, 5) >= first).double()
+
+
+def reading(c: Tensor) -> Callable[..., Tensor]:
+    """A loss that captures ``c``, in the steps whose batch says so."""
+    return lambda w, flag: where_told(w, c, flag)
 
 
 def capturing_update(first: int, c: Tensor) -> Any:
     """An optimizer whose update captures ``c`` from a step on."""
 
     @dataclass(frozen=True)
-    class Shifted(diffopt.Optimizer):
+    class Shifted(Stateless):
         lr: float = 0.1
-
-        def init(self, params: Leaves) -> dict[str, Leaves]:
-            return {}
 
         def update(self, params: Leaves, grads: Leaves, buffers: Any, step: int) -> Any:
             shift = params.map(lambda x: x + 0.01 * c) if step >= first else params
@@ -495,9 +499,8 @@ LATER: dict[str, Any] = {**RULES, "graph": Reverse("graph"), "sqrt": Reverse("sq
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("rule", LATER)
 def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first: int) -> None:
-    loss, flags = from_step(first, MADE[made]())
     with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
-        descended(loss, start(), flags, LATER[rule]).sum().backward()
+        descended(reading(MADE[made]()), start(), from_step(first), LATER[rule]).sum().backward()
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -506,32 +509,17 @@ def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first:
 @pytest.mark.parametrize("rule", LATER)
 def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: str, only: int, learned: bool) -> None:
     """Not at the first step, nor at the last, nor where several are looked at together."""
-    c = MADE[made]()
     flags = torch.zeros(24, dtype=torch.float64)
     flags[only - 1] = 1.0
-
-    def loss(w: Tensor, flag: Tensor) -> Tensor:
-        return distance(w, c) if float(flag) else w.square().sum()
-
     with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
-        descended(loss, start().requires_grad_(learned), flags, LATER[rule]).sum().backward()
+        descended(reading(MADE[made]()), start().requires_grad_(learned), flags, LATER[rule]).sum().backward()
 
 
-@pytest.mark.parametrize("style", ["vmap", "grad", "vmap_of_grad", "grad_of_vmap"])
+@pytest.mark.parametrize("style", TRANSFORMS)
 @pytest.mark.parametrize("first", [1, 2, 4])
 def test_so_is_what_a_transform_has_wrapped(style: str, first: int) -> None:
-    def end(c: Tensor) -> Tensor:
-        loss, flags = from_step(first, c)
-        return descended(loss, start(), flags)
-
-    calls: dict[str, Callable[[], Any]] = {
-        "vmap": lambda: vmap(end)(rows(3)),
-        "grad": lambda: grad(lambda c: end(c).sum())(start()),
-        "vmap_of_grad": lambda: vmap(grad(lambda c: end(c).sum()))(rows(3)),
-        "grad_of_vmap": lambda: grad(lambda c: vmap(end)(c).sum())(rows(3)),
-    }
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
-        calls[style]()
+        TRANSFORMS[style](lambda c: descended(reading(c), start(), from_step(first)))
 
 
 class Box:
@@ -541,30 +529,23 @@ class Box:
         self.held = held
 
 
-HELD: dict[str, Callable[[Tensor], Box]] = {
-    "as it is": Box,
-    "in a list": lambda c: Box([c]),
-    "two deep": lambda c: Box({"inner": Box(c)}),
+HELD: dict[str, tuple[Callable[[Tensor], Box], Callable[[Box], Tensor]]] = {
+    "as it is": (Box, lambda box: box.held),
+    "in a list": (lambda c: Box([c]), lambda box: box.held[0]),
+    "two deep": (lambda c: Box({"inner": Box(c)}), lambda box: box.held["inner"].held),
 }
 
 
 @pytest.mark.parametrize("first", [1, 2, 4])
 @pytest.mark.parametrize("kind", HELD)
 def test_so_is_what_a_transform_has_wrapped_within_an_argument(kind: str, first: int) -> None:
-    def read(box: Box) -> Tensor:
-        held = box.held
-        c: Tensor = held["inner"].held if kind == "two deep" else held[0] if kind == "in a list" else held
-        return c
+    held, read = HELD[kind]
 
     def loss(w: Tensor, box: Box, flag: Tensor) -> Tensor:
-        return distance(w, read(box)) if float(flag) else w.square().sum()
-
-    def end(c: Tensor) -> Tensor:
-        flags = (torch.arange(1, 5) >= first).double()
-        return diffopt.solve(loss, start(), HELD[kind](c), optimizer=diffopt.SGD(0.1), steps=4, batches=flags).params
+        return where_told(w, read(box), flag)
 
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
-        vmap(end)(rows(3))
+        vmap(lambda c: descended(loss, start(), from_step(first), None, held(c)))(rows(3))
 
 
 @pytest.mark.parametrize("first", [1, 2, 4])
@@ -588,18 +569,12 @@ def test_an_update_that_captures_a_tensor_at_the_first_step_is_refused_by_the_so
 
 @pytest.mark.parametrize("rule", LATER)
 def test_constants_and_arguments_that_are_read_later_are_right(rule: str) -> None:
-    c = leaf()
-    for captured, given in ((c.detach(), ()), (None, (c,))):
-
-        def loss(w: Tensor, *args: Tensor, captured: Any = captured) -> Tensor:
-            target = args[0] if captured is None else captured
-            return distance(w, target) if float(args[-1]) else w.square().sum()
-
-        flags = torch.tensor([0, 1, 0, 1], dtype=torch.float64)
-        end = descended(loss, start(), flags, LATER[rule], *given)
-        now = start()
-        for flag in flags:
-            now = now - 0.2 * (now - flag * c.detach())
+    c, flags = leaf(), torch.tensor([0, 1, 0, 1], dtype=torch.float64)
+    now = start()
+    for flag in flags:
+        now = now - 0.2 * (now - flag * c.detach())
+    for loss, args in ((reading(c.detach()), ()), (where_told, (c,))):
+        end = descended(loss, start(), flags, LATER[rule], *args)
         torch.testing.assert_close(end.detach(), now, rtol=1e-12, atol=0)
 
 
@@ -609,9 +584,9 @@ def test_a_captured_tangent_is_refused(rule: Any, first: int) -> None:
     """Of plain forward-mode differentiation, whose tensors no transform has wrapped."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        loss, flags = from_step(first, forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
+        loss = reading(forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
         with pytest.raises(diffopt.MissingDerivativeError, match="loss reads a tensor that carries a tangent"):
-            descended(loss, start(), flags, rule)
+            descended(loss, start(), from_step(first), rule)
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -619,11 +594,10 @@ def test_plain_unrolling_passes_a_captured_tangent_on(first: int) -> None:
     """Each of the steps that read ``c`` adds a fifth of its tangent, and keeps four fifths of what was there."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        loss, flags = from_step(first, forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
-        end = descended(loss, start(), flags, Unrolled())
-        tangent = forward_ad.unpack_dual(end).tangent
+        loss = reading(forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
+        tangent = forward_ad.unpack_dual(descended(loss, start(), from_step(first), Unrolled())).tangent
     expected = 0.0
-    for flag in flags:
+    for flag in from_step(first):
         expected = 0.8 * expected + 0.2 * float(flag)
     torch.testing.assert_close(tangent, torch.full((2,), expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
@@ -644,11 +618,9 @@ def test_a_loss_may_ask_for_the_gradient_of_what_it_is_given() -> None:
     (expected,) = torch.autograd.grad(now.pow(3).sum(), factor)
     for rule in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled()):
         for wanted in (x, x.clone().requires_grad_()):
-            w = start()
-            argument = diffopt.solve(
-                loss, w, factor, wanted, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule
-            ).params
-            for end in (argument, descended(loss, w, torch.stack([wanted] * 3), rule, factor)):
+            options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": rule}
+            argument = diffopt.solve(loss, start(), factor, wanted, **options).params
+            for end in (argument, descended(loss, start(), torch.stack([wanted] * 3), rule, factor)):
                 (got,) = torch.autograd.grad(end.pow(3).sum(), factor)
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert not x.requires_grad

@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from estimator_names import exact
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
-from diffopt.estimators import ForwardMode, Reverse, Truncated
+from diffopt.estimators import Reverse
 from diffopt.tensors import random_state
 
 CPU = torch.device("cpu")
-RECOMPUTING: dict[str, Any] = {
-    "states": Reverse(1),
-    "every second": Reverse(2),
-    "sqrt": Reverse("sqrt"),
-    "forward": ForwardMode(),
-    "truncated": Truncated(5, checkpoint=2),
-}
+RECOMPUTING = exact(5, "states", "every second", "sqrt", "forward", "truncated in states")
 
 
 @contextmanager
@@ -44,13 +39,7 @@ def waiting_thread() -> Iterator[None]:
         thread.join()
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """No thread besides those that the tests run in."""
-    yield
-
-
-BESIDE = {"beside a thread": waiting_thread, "alone": alone}
+BESIDE = {"beside a thread": waiting_thread, "alone": nullcontext}
 
 
 def zeros(*shape: int, **options: Any) -> Tensor:
@@ -195,6 +184,17 @@ def by_loop(w: Tensor, x: Tensor) -> Tensor:
     return w
 
 
+def seeded(function: Callable[..., Any], *inputs: Any) -> Any:
+    torch.manual_seed(5)
+    return function(*inputs)
+
+
+def by_plain_loop() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """What is learned, and its hypergradient."""
+    inputs = list(given())
+    return inputs, torch.autograd.grad(seeded(by_loop, *inputs).pow(3).sum(), inputs)
+
+
 class Drawer:
     """A thread that draws from the global generator for as long as it is entered, and keeps what it drew."""
 
@@ -223,15 +223,10 @@ class Drawer:
 @pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
 def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from_it(rule: Any) -> None:
     """The solve is alone; only its backward passes run while another thread draws."""
-    w, x = given()
-    torch.manual_seed(5)
-    expected = torch.autograd.grad(by_loop(w, x).pow(3).sum(), [w, x])
-    values = []
-    for _ in range(8):
-        torch.manual_seed(5)
-        values.append(solution(w, x, rule).pow(3).sum())
+    inputs, expected = by_plain_loop()
+    values = [seeded(solution, *inputs, rule).pow(3).sum() for _ in range(8)]
     with Drawer() as drawer:
-        found = [torch.autograd.grad(value, [w, x]) for value in values]
+        found = [torch.autograd.grad(value, inputs) for value in values]
     assert len(drawer.seen) > 10
     assert drawer.repeats == 0
     for got in found:
@@ -241,13 +236,10 @@ def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from
 @pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
 def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(rule: Any) -> None:
     """All but the first roll out again."""
-    w, x = given()
-    torch.manual_seed(5)
-    expected = torch.autograd.grad(by_loop(w, x).pow(3).sum(), [w, x])
-    torch.manual_seed(5)
-    value = solution(w, x, rule).pow(3).sum()
+    inputs, expected = by_plain_loop()
+    value = seeded(solution, *inputs, rule).pow(3).sum()
     with Drawer() as drawer:
-        found = [torch.autograd.grad(value, [w, x], retain_graph=True) for _ in range(8)]
+        found = [torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(8)]
     assert drawer.repeats == 0
     for got in found:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
@@ -255,14 +247,11 @@ def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(rul
 
 @pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
 def test_a_backward_pass_beside_a_quiet_thread_is_that_without(rule: Any) -> None:
-    w, x = given()
-    torch.manual_seed(5)
-    expected = torch.autograd.grad(by_loop(w, x).pow(3).sum(), [w, x])
-    torch.manual_seed(5)
-    value = solution(w, x, rule).pow(3).sum()
+    inputs, expected = by_plain_loop()
+    value = seeded(solution, *inputs, rule).pow(3).sum()
     stand = torch.get_rng_state()
     with waiting_thread():
-        found = torch.autograd.grad(value, [w, x])
+        found = torch.autograd.grad(value, inputs)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     assert torch.equal(torch.get_rng_state(), stand)
 
@@ -272,14 +261,11 @@ def test_a_backward_pass_beside_a_quiet_thread_is_that_without(rule: Any) -> Non
 def test_tasks_beside_a_thread(rule: Any, randomness: str) -> None:
     w, x = (leaf.detach() for leaf in given())
     tasks = torch.stack([x, 2 * x])
-    each = vmap(
-        grad(lambda w, x: solution(w, x, rule).pow(3).sum(), argnums=(0, 1)), in_dims=(None, 0), randomness=randomness
-    )
-    torch.manual_seed(5)
-    expected = each(w, tasks)
-    torch.manual_seed(5)
+    of_one = grad(lambda w, x: solution(w, x, rule).pow(3).sum(), argnums=(0, 1))
+    each = vmap(of_one, in_dims=(None, 0), randomness=randomness)
+    expected = seeded(each, w, tasks)
     with waiting_thread():
-        found = each(w, tasks)
+        found = seeded(each, w, tasks)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 

@@ -14,35 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from estimator_names import biased, exact
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
 import diffopt
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    FirstOrder,
-    ForwardMode,
-    Implicit,
-    Krylov,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import FirstOrder, ForwardMode, Reverse, Truncated, Unrolled
 
 STEPS, TASKS, LR, MOMENTUM, SEED = 7, 3, 0.1, 0.6, 5
 EXACT: dict[str, Any] = {
-    "default": Reverse(),
-    "graph": Reverse("graph"),
-    "every_state": Reverse(1),
-    "every_third": Reverse(3),
-    "sqrt": Reverse("sqrt"),
-    "log": Reverse("log"),
-    "forward": ForwardMode(),
-    "forward_in_chunks": ForwardMode(chunk_size=2),
-    "truncated_at_all": Truncated(STEPS, checkpoint=2),
-    "unrolled": Unrolled(),
+    **exact(STEPS, "default", "graph", "states", "every third", "sqrt", "log", "forward", "forward in chunks"),
+    **exact(STEPS, "truncated in states", "unrolled"),
 }
 
 
@@ -226,10 +209,10 @@ def test_under_vmap_the_masks_are_those_of_vmapped_draws(estimator: Any, randomn
     assert torch.equal(torch.get_rng_state(), stand)
 
 
-AT_ONCE = ["forward", "forward_in_chunks"]
+AT_ONCE = ["forward", "forward in chunks"]
 """They compute steps again under a vmap, where torch draws in another order for a tensor that is turned."""
 
-OTHERS = {"unrolled", "truncated_at_all", *AT_ONCE}  # (truncation refuses an outer loss of what was observed)
+OTHERS = {"unrolled", "truncated in states", *AT_ONCE}  # (truncation refuses an outer loss of what was observed)
 STEP_BY_STEP = [pytest.param(rule, id=name) for name, rule in EXACT.items() if name not in OTHERS]
 
 
@@ -246,9 +229,8 @@ def test_under_grad_a_tensor_that_is_turned_is_dropped_as_in_a_plain_loop(estima
 
     def outer(w: Tensor, x: Tensor, lr: Tensor) -> tuple[Tensor, Any]:
         optimizer = diffopt.SGD(lr, momentum=MOMENTUM)
-        found = diffopt.solve(
-            turned, w, x, optimizer=optimizer, steps=STEPS, estimator=estimator, has_aux=True, observe=observe
-        )
+        options = {"optimizer": optimizer, "steps": STEPS, "estimator": estimator, "has_aux": True, "observe": observe}
+        found = diffopt.solve(turned, w, x, **options)
         return found.params.pow(3).sum() + found.observed.sum(), found.aux
 
     def by_hand(w: Tensor, x: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +282,10 @@ def test_jacrev_over_a_random_loss_is_refused(name: str) -> None:
         jacrev(lambda w: solved(w, x, lr, EXACT[name]))(w)
 
 
-@pytest.mark.parametrize("rule", [ESJacobian(2, 1e-3), Binomial(1), Krylov(2), Implicit(), Reverse(1)], ids=str)
+AGAIN = [*biased(2, "evolution", "binomial", "krylov", "implicit").values(), Reverse(1)]
+
+
+@pytest.mark.parametrize("rule", AGAIN, ids=str)
 def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_evaluates_it_again(rule):
     own = np.random.default_rng(0)
     w = torch.ones(4, dtype=torch.float64, requires_grad=True)

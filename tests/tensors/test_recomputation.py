@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from estimator_names import exact
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, vmap
@@ -245,14 +246,7 @@ TASKS: dict[str, Callable[[bool, torch.dtype], Task]] = {
     "in_a_set": functools.partial(kept_in, of_set),
     "in_an_iterator": functools.partial(kept_in, of_iterator),
 }
-EXACT: dict[str, Any] = {
-    "default": Reverse(),
-    "graph": Reverse("graph"),
-    "every_state": Reverse(1),
-    "sqrt": Reverse("sqrt"),
-    "unrolled": Unrolled(),
-    "truncated": Truncated(STEPS),
-}
+EXACT = exact(STEPS, "default", "graph", "states", "sqrt", "unrolled", "truncated at all")
 
 
 def hypergradient(task: Task, rule: Any, steps: int = STEPS, **options: Any) -> list[Tensor]:
@@ -316,7 +310,7 @@ def test_beside_another_thread_a_checkpoint_changes_nothing_either(name: str, ru
     assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[rule]), wanted)
 
 
-@pytest.mark.parametrize("rule", ["default", "every_state"])
+@pytest.mark.parametrize("rule", ["default", "states"])
 @pytest.mark.parametrize("name", ["layers", "adapters_alone", "layers_that_call_themselves"])
 def test_nor_does_it_in_single_precision(name: str, rule: str) -> None:
     wanted = unrolled(TASKS[name](False, torch.float64))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stateless import Stateless
 
 import diffopt
 from diffopt import EMA, SGD, Adam, Clip, Groups, Lookahead, Muon, Proximal
@@ -61,14 +62,11 @@ class Outer(diffopt.Optimizer):
 
 
 @dataclass(frozen=True)
-class Cut(diffopt.Optimizer):
+class Cut(Stateless):
     """Forgets the derivative in its rate."""
 
     lr: Any
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         rate = self.lr if isinstance(self.lr, float) else self.lr.map(torch.Tensor.detach)
@@ -76,14 +74,11 @@ class Cut(diffopt.Optimizer):
 
 
 @dataclass(frozen=True)
-class Mixing(diffopt.Optimizer):
+class Mixing(Stateless):
     """Claims to be elementwise, and divides by a norm."""
 
     lr: Any
     elementwise = True
-
-    def init(self, params):
-        return {}
 
     def update(self, params, grads, buffers, step):
         return params - self.lr * grads.map(lambda g: g / (1 + g.square().sum())), buffers

@@ -92,7 +92,7 @@ def test_nothing_shipped_is_left_out():
     concrete = {c for c in rules if issubclass(c, diffopt.estimators.Estimator) and not inspect.isabstract(c)}
     assert {type(estimator) for estimator in ESTIMATORS} == concrete
     shipped = [c for c in vars(diffopt).values() if inspect.isclass(c) and issubclass(c, diffopt.Optimizer)]
-    composed = {kind for case in COMPOSITIONS for kind in kinds(case.make(case.hypers()))}
+    composed = {kind for case in COMPOSITIONS for kind in kinds(case.made(**case.hypers())[0])}
     shipped += [getattr(diffopt.prox, name) for name in diffopt.prox.__all__]
     assert {case.make for case in OPTIMIZERS} | composed == {c for c in shipped if not inspect.isabstract(c)}
 

@@ -149,9 +149,8 @@ def check_outer_losses_of_other_results_are_refused() -> None:
             penalty = problem.penalty.clone().requires_grad_()
             args = problem.weights[problem.own], penalty, problem.x[problem.own], problem.y[problem.own]
             options: dict[str, Any] = {"observe": lambda p, *_: p["w"].square().sum()}
-            solution = diffopt.solve(
-                problem.spread, problem.start, *args, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule, **options
-            )
+            given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule, **options}
+            solution = diffopt.solve(problem.spread, problem.start, *args, **given)
             try:
                 torch.autograd.grad(of_all(solution), penalty)
             except diffopt.RanksError as error:

@@ -87,9 +87,8 @@ def check_implicit_hypergradients() -> None:
         weights = problem.weights[own].clone().requires_grad_()
         penalty = problem.penalty.clone().requires_grad_()
         args = weights, penalty, problem.x[own], problem.y[own]
-        solution = diffopt.solve(
-            strong(loss), start, *args, optimizer=diffopt.SGD(0.05), steps=1000, estimator=Implicit(), tol=1e-10
-        )
+        options = {"optimizer": diffopt.SGD(0.05), "steps": 1000, "estimator": Implicit(), "tol": 1e-10}
+        solution = diffopt.solve(strong(loss), start, *args, **options)
         found = list(torch.autograd.grad(outer(solution.params), (weights, penalty)))
         point = {k: x.detach() for k, x in solution.params.items()}
         attached = diffopt.implicit(strong(loss), point, *args)
@@ -157,15 +156,8 @@ def check_micro_batches() -> None:
     def gradient(loss: Any, own: slice, pieces: int | None) -> list[Tensor]:
         w, penalty = problem.start["w"].clone().requires_grad_(), problem.penalty.clone().requires_grad_()
         data = problem.x[own], problem.y[own]
-        solution = diffopt.solve(
-            lambda p, penalty, batch: loss(p, penalty, *batch),
-            w,
-            penalty,
-            batches=lambda step: data,
-            optimizer=diffopt.SGD(0.1),
-            steps=3,
-            micro_batches=pieces,
-        )
+        options = {"batches": lambda step: data, "optimizer": diffopt.SGD(0.1), "steps": 3, "micro_batches": pieces}
+        solution = diffopt.solve(lambda p, penalty, batch: loss(p, penalty, *batch), w, penalty, **options)
         return list(torch.autograd.grad(solution.params.pow(3).sum(), (w, penalty)))
 
     def local(p: Tensor, penalty: Tensor, x: Tensor, y: Tensor) -> Tensor:

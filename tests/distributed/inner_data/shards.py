@@ -12,16 +12,7 @@ from torch import Tensor, distributed
 
 import diffopt
 from diffopt.distributed import copied, summed
-from diffopt.estimators import (
-    Binomial,
-    ESJacobian,
-    ForwardMode,
-    Implicit,
-    Krylov,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import Binomial, ESJacobian, ForwardMode, Implicit, Krylov, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES, Neumann
 
 
@@ -39,9 +30,8 @@ def check_shards_of_other_sizes() -> None:
     same([found], [gradient_of(local, start, x)[mine]])
     parts = start[mine].split(2)  # two leaves on the first rank, one on the others
     leaves = [p.clone().requires_grad_() for p in parts]
-    solution = diffopt.solve(
-        lambda ps, x: shards(torch.cat(ps), x), leaves, x[:, mine], optimizer=diffopt.SGD(0.1), steps=3
-    )
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 3}
+    solution = diffopt.solve(lambda ps, x: shards(torch.cat(ps), x), leaves, x[:, mine], **options)
     same(torch.autograd.grad(torch.cat(solution.params).pow(3).sum(), leaves), found.split(2))
     with pytest.raises(diffopt.RanksError, match="copied was given 1 tensor") as refused:
         gradient_of(lambda w, x: shards(copied(w), x), start[mine], x[:, mine])

@@ -44,9 +44,8 @@ def check_fully_sharded_modules() -> None:
 
     def hypergradient(params: Any, x: Tensor, y: Tensor) -> list[Tensor]:
         start = {name: p.detach().requires_grad_() for name, p in params.items()}
-        solution = diffopt.solve(
-            lambda p, x, y: (function(p, x) - y).square().mean(), start, x, y, optimizer=diffopt.Adam(0.01), steps=3
-        )
+        options = {"optimizer": diffopt.Adam(0.01), "steps": 3}
+        solution = diffopt.solve(lambda p, x, y: (function(p, x) - y).square().mean(), start, x, y, **options)
         outer = sum(p.pow(3).sum() for p in solution.params.values())
         return [full(g) for g in torch.autograd.grad(outer, list(start.values()))]
 

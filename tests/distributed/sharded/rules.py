@@ -11,16 +11,7 @@ from sharded.layouts import COLUMNS, PARAMS, PLACES, ROWS, TWO, WHOLE, Layout, f
 from torch import Tensor
 
 import diffopt
-from diffopt.estimators import (
-    FirstOrder,
-    ForwardMode,
-    Implicit,
-    MultiStep,
-    Reptile,
-    Reverse,
-    Truncated,
-    Unrolled,
-)
+from diffopt.estimators import FirstOrder, ForwardMode, Implicit, MultiStep, Reptile, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES, ConjugateGradient, Dense
 
 

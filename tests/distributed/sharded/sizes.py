@@ -22,9 +22,8 @@ def check_graphs_are_measured() -> None:
         found = []
         for rule in (Reverse(), Reverse(memory="800kB")):
             w = Layout(placements).spread(start, placements).requires_grad_()
-            solution = diffopt.solve(
-                lambda w: w.sin().pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=20, estimator=rule
-            )
+            options = {"optimizer": diffopt.SGD(0.05), "steps": 20, "estimator": rule}
+            solution = diffopt.solve(lambda w: w.sin().pow(4).sum(), w, **options)
             found.append(solution.kept)
         return found[0].bytes, found[1].slots
 
