@@ -4440,7 +4440,7 @@ FAULTS = [
         "a batch of Reptile holds an image twice",
         "in_batches",
         "keys.argsort(dim=2)",
-        "keys.argsort(dim=2) // 2",
+        "(keys.argsort(dim=2) // 2)",
         "few_shot_experiment",
     ),
     Fault(
