@@ -2584,7 +2584,7 @@ batches of Reptile lose the labels of their images
 a batch of Reptile holds an image twice
     in_batches, few_shot_experiment
     - keys.argsort(dim=2)
-    + keys.argsort(dim=2) // 2
+    + (keys.argsort(dim=2) // 2)
 outer steps of few-shot fall by half only
     learn, few_shot_experiment
     - math.cos(math.pi * share)

@@ -32,6 +32,8 @@ NOTES = (
     "Binomial and hybrid have scale 1, as in the theorems; the paper's tables are of the scale L/K, which `--scale "
     "paper` takes. iMAML here descends on the proximal objective, from which its L iterations of conjugate gradients "
     "take the gradient. Multi-step estimation changes the forward pass and is tested with its windows.",
-    "Krylov of level 1 is binomial of level 1 in exact arithmetic. In float32 the two runs part by rounding alone: "
-    "their difference is the noise floor, below which methods cannot be told apart. A run that diverged counts as 0 %.",
+    "Krylov of level 1 is binomial of level 1 in exact arithmetic. Where the two runs part by rounding alone, their "
+    "difference is the noise floor, below which methods cannot be told apart. Where it is 0 in every start, both did "
+    "the same arithmetic to the last bit, and chance shows in the intervals over starts alone. A run that diverged "
+    "counts as 0 %.",
 )

@@ -169,7 +169,7 @@ def _style(name: str) -> dict[str, Any]:
     kind = name.removeprefix("momentum: ").rpartition(" ")[0] or name.removeprefix("momentum: ")
     known = {"MAML": "exact", "FOMAML": "first-order", "Reptile": "reptile", "iMAML": "implicit"}
     found = STYLES.get(known.get(kind, kind), {"color": SEQUENCE[0], "marker": "o"})
-    line = ":" if name.startswith("momentum") else "--" if name.rpartition(" ")[2] in ("2", "4") else "-"
+    line = ":" if name.startswith("momentum") else {"2": "--", "3": ":", "4": "-."}.get(name.rpartition(" ")[2], "-")
     return {"color": found["color"], "marker": found["marker"], "linestyle": line}
 
 
