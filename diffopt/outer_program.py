@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffopt.errors import CompileWarning, GradModeError, HyperparameterError, LeafError, LossError
 from diffopt.rollout import compiler_paths
+from diffopt.rollout.hidden_state import left_alone
 from diffopt.rollout.program import Program
 from diffopt.rollout.refusals import refuse_captures
 from diffopt.tensors import autograd_graph, derivatives, hints, tracing, transforms, tree
@@ -235,8 +236,9 @@ class Compiled:
     def _made(self, given: _Given) -> Program | None:
         function = self._function(given)
         try:
-            program = Program(function, given.tensors)
-            program.check(function, given.tensors)
+            with left_alone([self._outer]):
+                program = Program(function, given.tensors)
+                program.check(function, given.tensors)
         except Exception as error:  # whatever the compiler stumbles over: the plain way is always there
             _warn(error, "")
             return None

@@ -2790,6 +2790,16 @@ a compiler that does not show its code is trusted
     - if place.type == "cpu" and not seen and _from_store(counters) == found:
     + if False:
 
+# what a trace does to what functions hold
+a trace leaves tensors without numbers behind
+    left_alone, whole_programs
+    - stack.enter_context(HiddenState(function).put_back())
+    + pass
+tensors that a program's check has written to stay as they are
+    HiddenState.put_back, whole_programs
+    - if tensors is not None or not torch.equal(x, numbers):
+    + if tensors is not None:
+
 # what is left out altogether
 a checkpoint without a seal is believed whatever its members' checksums
     check_seal, run_files

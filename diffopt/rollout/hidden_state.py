@@ -6,7 +6,8 @@ statistics and reads none of them, so it is computed again to the bit; spectral 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
 import torch
@@ -41,6 +42,33 @@ class HiddenState:
             or self._have_drawn()
         )
 
+    @contextmanager
+    def put_back(self, tensors: Sequence[Tensor] | None = None) -> Iterator[None]:
+        """Whatever a block does to what is held, it is afterwards as it is now.
+
+        ``tensors``: those whose numbers are put back, too; ``None``: all of them.
+        """
+        kept = [(x, x.detach().clone()) for x in (self._tensors if tensors is None else tensors)]
+        contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
+        cells, spaces = [content_of(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
+        drawn = [generator.get_state() for generator in self._held.generators]
+        try:
+            yield
+        finally:
+            for container, old in zip(self._held.containers, contents, strict=True):
+                _refill(container, old)
+            for cell, content in zip(self._held.cells, cells, strict=True):
+                if content_of(cell) is not content:
+                    cell.cell_contents = content
+            for (space, name), content in zip(self._held.names, spaces, strict=True):
+                if space.get(name) is not content:
+                    space[name] = content
+            for generator, state in zip(self._held.generators, drawn, strict=True):
+                generator.set_state(state)
+            for x, numbers in kept:
+                if tensors is not None or not torch.equal(x, numbers):
+                    x.data.copy_(numbers)
+
     def matters(
         self,
         again: Callable[[], tuple[Tensor, Sequence[Tensor]]],
@@ -55,25 +83,8 @@ class HiddenState:
         (past autograd, which may have saved it, as the loss's next evaluation will find it written to).
         ``exactly``: the gradients come from the same operations, so that their bits are the same.
         """
-        kept = [(x, x.detach().clone()) for x in (*self._written(), *self._buffers())]
-        contents = [dict(x) if isinstance(x, dict) else list(x) for x in self._held.containers]
-        cells, spaces = [content_of(cell) for cell in self._held.cells], [d.get(name) for d, name in self._held.names]
-        drawn = [generator.get_state() for generator in self._held.generators]
-        try:
+        with self.put_back((*self._written(), *self._buffers())):
             value, gradients = again()
-        finally:
-            for container, old in zip(self._held.containers, contents, strict=True):
-                _refill(container, old)
-            for cell, content in zip(self._held.cells, cells, strict=True):
-                if content_of(cell) is not content:
-                    cell.cell_contents = content
-            for (space, name), content in zip(self._held.names, spaces, strict=True):
-                if space.get(name) is not content:
-                    space[name] = content
-            for generator, state in zip(self._held.generators, drawn, strict=True):
-                generator.set_state(state)
-            for x, numbers in kept:
-                x.data.copy_(numbers)
         pairs = zip(grads, gradients, strict=True)
         return not (_same(value, losses, True) and all(_same(a, b, exactly) for a, b in pairs))
 
@@ -121,6 +132,18 @@ class HiddenState:
             found += container.values() if isinstance(container, dict) else container
         found += map(content_of, self._held.cells)
         return found + [space.get(name) for space, name in self._held.names]
+
+
+@contextmanager
+def left_alone(functions: Iterable[object]) -> Iterator[None]:
+    """What functions hold is afterwards as it is now.
+
+    A trace calls them with tensors that have no numbers, which must not stay in a list of the user's.
+    """
+    with ExitStack() as stack:
+        for function in functions:
+            stack.enter_context(HiddenState(function).put_back())
+        yield
 
 
 _SMALL = 2**16

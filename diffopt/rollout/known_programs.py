@@ -15,6 +15,7 @@ from diffopt.optimizers.held import held
 from diffopt.rollout.compiled import kind_of, owner, warn
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import as_written
+from diffopt.rollout.hidden_state import left_alone
 from diffopt.rollout.program import Program
 from diffopt.tensors.captures import Given
 from diffopt.tensors.reads import Reads
@@ -154,8 +155,9 @@ def _made(
     if _functions[code] > _MOST or _reads(dynamics).unseen is not None:
         return None
     try:
-        program = Program(function, tensors)
-        program.check(function, tensors)
+        with left_alone(_functions_of(dynamics)):
+            program = Program(function, tensors)
+            program.check(function, tensors)
     except (
         Exception
     ):  # whatever the compiler stumbles over: steps are compiled one by one, or not at all, with a warning
@@ -164,9 +166,14 @@ def _made(
 
 
 def _reads(dynamics: Dynamics) -> Reads:
+    return Reads([*_functions_of(dynamics), Given(dynamics.layout.constants())])
+
+
+def _functions_of(dynamics: Dynamics) -> list[object]:
+    """What a program of a problem calls that is not the library's."""
     own = () if dynamics.own_update else [type(x).update for x in held(dynamics.optimizer.template)]
     observe = () if dynamics.observer is None else (dynamics.observer.function,)
-    return Reads([as_written(dynamics.loss), *observe, *own, Given(dynamics.layout.constants())])
+    return [as_written(dynamics.loss), *observe, *own]
 
 
 def _forms(dynamics: Dynamics) -> list[Any]:

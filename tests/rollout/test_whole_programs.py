@@ -436,3 +436,58 @@ def test_numbers_of_steps_and_shapes_that_keep_changing_get_no_programs_without_
         assert Interpreted.made == 2
         solve(loss, optimizer=diffopt.SGD(0.02))
     assert Interpreted.made == 3
+
+
+@pytest.mark.parametrize("rule", [Reverse(1), FirstOrder(), Reptile()], ids=repr)
+@pytest.mark.parametrize("place", ["a list", "an attribute", "a tensor written to"])
+def test_a_trace_leaves_nothing_of_its_own_in_what_the_loss_holds(rule: Any, place: str, falls_back: None) -> None:
+    """Tensors without numbers, which a later evaluation would stumble over."""
+    held, box, running = [torch.ones(2)], Box(), torch.zeros(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        if place == "a list":
+            held.append(w.detach())
+        elif place == "an attribute":
+            box.last = w.detach()
+        else:
+            running.copy_(w.detach())
+        return quadratic(w, a)
+
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", diffopt.CompileWarning)
+            _, found = solve(loss, steps=2, estimator=rule)
+            found.params.sum().backward()
+        _, plain = solve(quadratic, steps=2, compile=False, estimator=rule)
+        torch.testing.assert_close(found.params, plain.params)
+    kept = [held[-1], running, *([box.last] if place == "an attribute" else [])]
+    assert all([type(x) is Tensor for x in (*held, *kept)])
+    assert all([bool(torch.isfinite(x).all()) for x in kept])
+
+
+class Box:
+    """Something with an attribute."""
+
+    last: Tensor
+
+
+def test_a_state_that_a_step_replaces_is_right_or_refused(falls_back: None) -> None:
+    box = [torch.zeros(2, dtype=torch.float64)]
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        box[0] = 0.5 * box[0] + w.detach()
+        return quadratic(w, a) + (w * box[0]).sum()
+
+    def numbers(compile: bool) -> Tensor:
+        box[0] = torch.zeros(2, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", diffopt.CompileWarning)
+            found: Tensor = solve(loss, steps=2, estimator=FirstOrder(), compile=compile)[1].params.detach()
+        return found
+
+    for _ in range(3):
+        try:
+            found = numbers(True)
+        except diffopt.CapturedTensorError:  # a step that was compiled by itself
+            continue
+        torch.testing.assert_close(found, numbers(False))
