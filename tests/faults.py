@@ -2791,6 +2791,10 @@ a compiler that does not show its code is trusted
     + if False:
 
 # what a trace does to what functions hold
+packages of the system are the user's own code
+    _is_installed, compiled_reads
+    - {"site-packages", "dist-packages"}.isdisjoint
+    + {"site-packages"}.isdisjoint
 a trace leaves tensors without numbers behind
     left_alone, whole_programs
     - stack.enter_context(HiddenState(function).put_back())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,6 +167,26 @@ def test_what_is_read_again_and_has_not_changed_counts_as_the_same() -> None:
     nan, scale = float("nan"), float("0.5")
     MODULE.part(W)
     assert reads.unchanged
+
+
+@pytest.mark.parametrize("place", ["lib/python3/dist-packages", "opt/lib/python3.11/site-packages"])
+def test_installed_packages_keep_nothing_that_changes_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    """An environment may see those of the system, too; what is beside them is the user's own."""
+    there, own = module(calls=0), module(calls=0)
+    there.__file__, own.__file__ = str(tmp_path / place / "a_package.py"), str(tmp_path / "mine" / "a_module.py")
+    monkeypatch.setitem(sys.modules, f"a_package_{len(place)}", there)
+    monkeypatch.setitem(sys.modules, f"a_module_{len(place)}", own)
+    there.__name__, own.__name__ = f"a_package_{len(place)}", f"a_module_{len(place)}"
+
+    def of(space: Any) -> Any:
+        exec("def function(w):\n    return w * space.calls", names := {"space": space})
+        return names["function"]
+
+    reads = Reads([of(there)]), Reads([of(own)])
+    there.calls = own.calls = 1
+    assert [found.unchanged for found in reads] == [True, False]
 
 
 class Plain:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 import types
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -159,5 +159,6 @@ def _is_installed(module: str) -> bool:
     root = (module or "").partition(".")[0]
     if root == "diffopt" or root in sys.stdlib_module_names:
         return True
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return file.startswith((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    file = Path(getattr(sys.modules.get(root), "__file__", None) or "")
+    # (a virtual environment may also see the packages of the system, and each system names their folder so)
+    return not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
