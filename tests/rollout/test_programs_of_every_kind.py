@@ -5,6 +5,7 @@ What is checked and noticed is tested in ``test_whole_programs.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,10 @@ def quadratic(w: Tensor, a: Tensor) -> Tensor:
         ("adam", torch.float64, Reverse(2)),
     ],
 )
-def test_programs_that_inductor_has_made(inductor: None, name: str, dtype: torch.dtype, rule: Any) -> None:
+def test_programs_that_inductor_has_made(
+    inductor: None, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, rule: Any
+) -> None:
+    monkeypatch.setattr(known_programs, "_functions", Counter())  # the loss is made anew in each of these tests
     case = CASES[name]
     weights = torch.linspace(0.5, 1.5, 6, dtype=dtype).reshape(3, 2)
 
@@ -95,11 +99,10 @@ def test_programs_that_inductor_has_made(inductor: None, name: str, dtype: torch
         total = vmap(of_task)(weights).sum()
         return [total.detach(), *torch.autograd.grad(total, [w, batches, *hypers.values()], allow_unused=True)]
 
-    made = len([1 for x in known_programs._known.values() for y in x.values() if y.program is not None])
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # float32: these steps make some 300 of its rounding errors
     for factor in (1.0, 1.1, 0.9):
         found, expected = (outer(torch.tensor(factor, dtype=dtype), compile) for compile in (True, False))
         pairs = [(x, y) for x, y in zip(found, expected, strict=True) if y is not None]
-        assert relative_error([x for x, _ in pairs], [y for _, y in pairs]) < (
-            1e-10 if dtype == torch.float64 else 1e-5
-        )
-    assert len([1 for x in known_programs._known.values() for y in x.values() if y.program is not None]) == made + 2
+        assert relative_error([x for x, _ in pairs], [y for _, y in pairs]) < tolerance
+    known = known_programs._known[compiled.owner(loss)].values()
+    assert [one.program is not None for one in known] == [True, True]
