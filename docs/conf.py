@@ -46,7 +46,7 @@ html_show_sourcelink = False
 
 # Every cell runs when the site is built, and an error in one stops the build.
 nb_execution_mode = "cache" if os.environ.get("DIFFOPT_DOCS_CACHE") else "force"
-nb_execution_timeout = 120
+nb_execution_timeout = 900  # seconds, only against hanging: a busy machine takes minutes for a page
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove-warn"
 nb_merge_streams = True
