@@ -55,8 +55,8 @@ def cannot_compile() -> str | None:
     w = torch.ones(1, requires_grad=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # between checkpoints, where steps are compiled one by one, as no program is that stands in for inductor's
-        by = {"optimizer": diffopt.SGD(0.1), "estimator": diffopt.estimators.Reverse(2)}
+        # between these checkpoints steps are compiled one by one, as no program is that stands in for inductor's
+        by = {"optimizer": diffopt.SGD(0.1), "estimator": diffopt.estimators.Reverse("log")}
         diffopt.solve(lambda w: w.square().sum(), w, steps=3, compile=True, **by)
     told = (str(warned.message) for warned in caught)
     return next((message for message in told if "a path with a space" in message), None)
