@@ -24,6 +24,7 @@ from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Uni
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
+from diffopt.experiments.meta_transfer_draw import pictures
 from diffopt.experiments.meta_transfer_problem import (
     BASELINE,
     FIXED,
@@ -36,7 +37,7 @@ from diffopt.experiments.meta_transfer_problem import (
     annealing,
     methods,
 )
-from diffopt.experiments.meta_transfer_report import pictures, summary
+from diffopt.experiments.meta_transfer_report import summary
 from diffopt.experiments.meta_transfer_source import PROBLEMS, SPLITS
 from diffopt.tensors import tree
 from diffopt.tensors.memory import peak_bytes

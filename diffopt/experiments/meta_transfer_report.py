@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
 from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
 from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
-from diffopt.experiments.framework.pictures import STYLES, curves, panels, save
 from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.meta_transfer_notes import NOTES
 from diffopt.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH, annealing
 
 PAPER, HERE = "multi-step paper", "this library"
@@ -33,41 +32,6 @@ SAID: dict[tuple[str, str], str] = {
     ("multi-step", "adam"): "66.51 ± 1.08",
 }
 """Bird: tables 2 and 3, section 5.1, appendix H."""
-NOTES = (
-    "The paper transfers from ImageNet to six sets of thousands of images, with ResNet-34 and ResNet-18; none can be "
-    "had here. Ours goes from the 964 background characters of Omniglot at 14x14, all 20 drawings of each, to 50 "
-    "characters of other alphabets with three drawings of each, other ones at every start, from a small residual to a "
-    "small VGG-like network. A linear layer on the source's features says how much there is to gain. The paper's "
-    "figures in the table are those on Bird.",
-    "The problem was chosen on validation alphabets by a rule that was written down first (in the module "
-    "`meta_transfer_source`): a source that is worth more to a linear layer than scratch comes to; the inner step "
-    "sizes that are best for scratch; the paper's beta of 0.5 if, at three starts, transfer at fixed weights then "
-    "gains five points or more, with 5 or else 3 images per class. What was seen there, accuracies by start: with 5 "
-    "images scratch 59.6 and transfer at fixed weights 64.0 (one start, Adam); with 3 images scratch 42.4, 41.9, 45.2 "
-    "with Adam and 44.6, 40.6, 44.6 with momentum SGD, transfer at fixed weights 51.3, 52.0, 53.1 and 52.4, 48.7, "
-    "51.9; with beta 2 it was 54.5, 52.5, 56.8 and 52.1, 52.6, 54.5. A linear layer on the source's features: 74.0 "
-    "(the first start).",
-    "The outer step size is the paper's for small images, 0.001. On validation alphabets learned transfer with 0.003 "
-    "came to 43.9 at the first start, and the weights of the three pairs fell from 1 to 0.60, 0.26 and 0.00: the outer "
-    "loss is that of the training images, which the target soon knows by heart, and with three images per class it "
-    "says that there is nothing to match. The paper has thousands of images.",
-    "Pairs of stages of equal number are matched, three in all, where the paper matches all with all: with nine pairs "
-    "at weight one an iteration of the baseline takes twice the time (`--set pairs=all`), and transfer at fixed "
-    "weights came to 52.4, 52.7, 51.2 on the validation alphabets (Adam): as much.",
-    "No augmentation, and no validation images to select a model by: accuracy is that after the last iteration. "
-    "Normalisation is by batch statistics, the test images being one batch.",
-    "The paper's 0.65 is of a whole epoch on a GPU, loading included. Ours is processor time of one iteration: the "
-    "source's features, the step on the total loss, both kinds of inner steps and the hypergradient. Counting predicts "
-    "about 2/3 at best at T=2: the baseline takes three Hessian-vector products, one of them on the task's loss, the "
-    "estimate two; and what both do besides does not shrink.",
-    "The step size is annealed to zero, and with it the difference of Fig. 1; divided by the step size, it says how "
-    "fast the gradient turns.",
-    "The windowed solve and the step on the task's loss are two calls of diffopt.solve, the second started from the "
-    "first's parameters and buffers; errors of hypergradients are beside the exact one of T steps, at one point and "
-    "on one batch. First order's is that of the total loss, as in the paper: the task's loss after the steps does "
-    "not read the meta-networks.",
-)
-
 
 GAIN = ask(
     "learned transfer beats training from scratch",
@@ -183,6 +147,18 @@ def steps_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
     data = data.assign(rule=data["rule"].mask(data["rule"] == "multi-step " + names, WINDOW))
     data = data.assign(rule=data["rule"].mask(data["rule"] == "one step, " + names + " lr", ONE_STEP))
     return data[data["rule"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values("T", kind="stable")
+
+
+def pairs_of(units: Sequence[Unit], results: Results) -> Frame:
+    """One row per run that learns and pair of stages: the weight it ends with, mean over the test images."""
+
+    def records(row: Row) -> Iterator[Row]:
+        for pair, weight in row["pairs"].items():
+            source, target = map(int, pair.split("-"))
+            yield {"pair": f"({source}, {target})", "source": source, "target": target, "weight": weight}
+
+    data = long_table(units, results, records, part="learn")
+    return data[data["rule"] != FIXED] if len(data) else data
 
 
 def costs_of(units: Sequence[Unit], results: Results) -> Frame:
@@ -310,84 +286,3 @@ def _of_differences(data: Frame) -> Iterator[Claim]:
         text = f"the difference of consecutive inner gradients goes to zero in training ({words})"
         note = "the last over the first; counted from a half on"
         yield ask(text, f"{PAPER}, Fig. 1", "left: * < 0.5 by kind", note=note).answer(left)
-
-
-def _style(name: str) -> dict[str, Any]:
-    """One for every method, windows from light to dark."""
-    known = {
-        BASELINE: STYLES["exact"],
-        FIRST_ORDER: STYLES["first-order"],
-        SCRATCH: {"color": STYLES["truncated"]["color"], "marker": "s", "linestyle": "--"},
-        FIXED: {"color": STYLES["hybrid"]["color"], "marker": "^", "linestyle": "--"},
-        "multi-step 2": {"color": "#E39AC6", "marker": "*", "linestyle": "-"},
-        "multi-step 3": {"color": "#CC78AF", "marker": "*", "linestyle": "-"},
-        "multi-step 4": {"color": "#B5528F", "marker": "*", "linestyle": "-"},
-        "multi-step 8": {"color": "#6F2355", "marker": "*", "linestyle": "-"},
-    }
-    return known.get(name, {"color": STYLES["binomial"]["color"], "marker": "o", "linestyle": "-."})
-
-
-def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
-    """``training.png``, ``differences.png`` (Fig. 1), ``pairs.png`` (what goes where), ``costs.png`` (over T)."""
-
-    def accuracies(row: Row) -> Iterator[Row]:
-        for after, accuracy in zip(row["after"], row["accuracy"], strict=True):
-            yield {"after": after, "accuracy": accuracy}
-
-    labels = {"after": "outer iteration", "accuracy": "test accuracy [%]", "T": "steps T on the transfer loss"}
-    labels |= {"seconds": "processor time [s]", "ratio": "time / baseline's", "error": "error of the hypergradient"}
-    labels |= {"value": "change of the inner gradient"}
-    look: dict[str, Any] = {"labels": labels, "panel": "kind", "size": (4.2, 3.2)}
-    runs = long_table(units, results, accuracies, part="learn")
-    found = curves(runs, folder / "training.png", x="after", y="accuracy", hue="rule", style=_style, **look)
-    changes, path = differences_of(settings, units, results), folder / "differences.png"
-    if len(changes):
-        changes = changes.melt(["seed", "kind", "after"], list(DIFFERENCES), "normalised", "value")
-    found += curves(changes, path, x="after", y="value", hue="normalised", scales={"value": "log"}, **look)
-    found += _draw_pairs(settings, units, results, folder)
-    costs = costs_of(units, results)
-    costs = costs[(costs["error"] != 0) | (costs["rule"] == BASELINE)] if len(costs) else costs
-    costs = (
-        costs[~costs["rule"].str.startswith(("one step, 2", "one step, 3", "one step, 4", "one step, 8", WINDOW))]
-        if len(costs)
-        else costs
-    )
-    costs = costs.assign(error=costs["error"].where(costs["error"] > 0)) if len(costs) else costs
-    sides: dict[str, Any] = {"x": "T", "y": ("seconds", "ratio", "error"), "hue": "rule", "scales": {"error": "log"}}
-
-    def paper(axes: Any, kind: Any) -> None:
-        if axes.get_ylabel() == labels["ratio"]:
-            axes.axhline(0.65, color="0.5", linewidth=0.8, linestyle=":")
-            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": "small"}
-            axes.annotate("the paper, T=2", (0.98, 0.66), **place)
-
-    return found + curves(costs, folder / "costs.png", **sides, style=_style, finish=paper, **look)
-
-
-def pairs_of(units: Sequence[Unit], results: Results) -> Frame:
-    """One row per run that learns and pair of stages: the weight it ends with, mean over the test images."""
-
-    def records(row: Row) -> Iterator[Row]:
-        for pair, weight in row["pairs"].items():
-            source, target = map(int, pair.split("-"))
-            yield {"pair": f"({source}, {target})", "source": source, "target": target, "weight": weight}
-
-    data = long_table(units, results, records, part="learn")
-    return data[data["rule"] != FIXED] if len(data) else data
-
-
-def _draw_pairs(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
-    """The weights of the pairs of stages that the baseline ends with, means over the starts."""
-    data = pairs_of(units, results)
-    data = data[data["rule"] == BASELINE] if len(data) else data
-    if not len(data):
-        return []
-    figure, (grid,) = panels(1, len(KINDS), 4.2, 3.2)
-    for axes, kind in zip(grid, KINDS, strict=True):
-        means = data[data["kind"] == kind].groupby(["source", "target"])["weight"].mean()
-        sides = range(len(settings.source_channels)), range(len(settings.target_channels))
-        matrix = [[means.get((m, n), math.nan) for n in sides[1]] for m in sides[0]]
-        figure.colorbar(axes.imshow(matrix, vmin=0, cmap="viridis"), ax=axes, label="weight of the pair", shrink=0.8)
-        axes.set(xticks=sides[1], yticks=sides[0], title=f"{kind}: the baseline, in the end")
-        axes.set(xlabel="target's stage", ylabel="source's stage")
-    return [save(figure, folder / "pairs.png")]
