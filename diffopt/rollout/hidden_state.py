@@ -66,7 +66,7 @@ class HiddenState:
             for generator, state in zip(self._held.generators, drawn, strict=True):
                 generator.set_state(state)
             for x, numbers in kept:
-                if tensors is not None or not torch.equal(x, numbers):
+                if not torch.equal(x, numbers):
                     x.data.copy_(numbers)
 
     def matters(
