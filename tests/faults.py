@@ -2799,6 +2799,10 @@ tensors that a program's check has written to stay as they are
     HiddenState.put_back, whole_programs
     - self._tensors if tensors is None else tensors
     + () if tensors is None else tensors
+terms of blocks of steps are written in the wrong order
+    TracedSweep._pull_blocks, whole_programs
+    - x.flip(0).flatten(0, 1)
+    + x.flatten(0, 1)
 
 # what is left out altogether
 a checkpoint without a seal is believed whatever its members' checksums

@@ -60,7 +60,7 @@ class TracedSweep:
         """From the states before blocks of steps, each of which is taken again."""
         shared = [inputs.at(place) for place in self._reading.shared]
         for part in reversed(parts):
-            begin = -(-(part.first - self._first) // parts[0].length)
+            begin = (part.first - self._first) // parts[0].length  # (whole blocks come before a short one)
             states = [x[begin : begin + part.number] for x in self._trajectory.rollout.stack or ()]
             rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
             backwards = [x.flip(0) for x in (*states, *rows)]

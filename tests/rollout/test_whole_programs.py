@@ -20,6 +20,7 @@ from torch.func import vmap
 import diffopt
 from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
 from diffopt.rollout import compiled, known_programs
+from diffopt.rollout.hidden_state import left_alone
 
 pytestmark = pytest.mark.compiler
 
@@ -491,3 +492,36 @@ def test_a_state_that_a_step_replaces_is_right_or_refused(falls_back: None) -> N
         except diffopt.CapturedTensorError:  # a step that was compiled by itself
             continue
         torch.testing.assert_close(found, numbers(False))
+
+
+def test_what_functions_hold_is_as_it_was_whatever_is_done_to_it() -> None:
+    numbers, items, box = torch.zeros(2), [1], Box()
+    box.last = numbers
+
+    def loss(w: Tensor) -> Tensor:
+        return (w * numbers).sum() * len(items) * box.last.sum()
+
+    with left_alone([loss]):
+        numbers.add_(1)
+        items.append(2)
+        box.last = start()
+    assert (items, box.last is numbers, numbers.tolist()) == ([1], True, [0, 0])
+
+
+def test_terms_of_what_runs_over_steps_are_put_where_their_steps_are() -> None:
+    """Blocks of 3 of 8 steps: batches and a schedule of which no two entries are alike, in either order."""
+    batches = torch.arange(1.0, 17.0, dtype=torch.float64).reshape(8, 2).div(10).requires_grad_()
+    rates = torch.linspace(0.01, 0.08, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(w: Tensor, a: Tensor, batch: Tensor) -> Tensor:
+        return quadratic(w, a) + (w * batch).sin().sum()
+
+    def terms(compile: bool, rule: Any) -> list[Tensor]:
+        given = {"optimizer": diffopt.SGD(diffopt.Schedule(rates)), "steps": 8, "batches": batches}
+        w, found = solve(loss, A, estimator=rule, compile=compile, **given)
+        outer = found.params.square().sum() + (found.losses.prod() if isinstance(rule, Reverse) else 0)
+        return list(torch.autograd.grad(outer, [w, batches, rates]))
+
+    for rule in (Reverse(3), Truncated(5, 2)):
+        for got, expected in zip(terms(True, rule), terms(False, rule), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
