@@ -2717,7 +2717,7 @@ a block of a program is taken again from the next one's state
     + states = [x.roll(-1, 0)[begin : begin + part.number] for
 a short last block of a program is pulled back from the first state
     TracedSweep._pull_blocks, compiled_programs
-    - begin = -(-(part.first - self._first) // parts[0].length)
+    - begin = (part.first - self._first) // parts[0].length
     + begin = 0
 what runs over the steps of blocks is read in the order of the first block
     TracedSweep._pull_blocks, compiled_programs
