@@ -252,7 +252,7 @@ lifting: derivatives are not compared
     - if abs(got - expected) <=
     + if 0 <=
 lifting: batches are not compared
-    _check_batches, from_torch
+    _check_batches, lift_refusals
     - if not error <= 1e-6
     + if error > 9
 the last order of the binomial rule leaves out its latest step
