@@ -109,9 +109,7 @@ LIFTED = [as_case(BY_NAME["nesterov"], torch.optim.SGD), as_case(BY_NAME["amsgra
 
 @pytest.fixture(scope="module", params=LIFTED, ids=lambda case: case.name)
 def setting(request):
-    made = Setting(request.param)
-    made.rows = made.expected()
-    return made
+    return Setting(request.param)
 
 
 @every_case
