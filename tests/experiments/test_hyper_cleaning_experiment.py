@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experiment_answers import gone_on
 from torch.nn.functional import cross_entropy
 
 from diffopt.experiments import hyper_cleaning
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
-from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.framework.unit_context import Work
 
 SETTINGS = replace(catalogue.experiment("hyper-cleaning").quick, iterations=3, seeds=2)
 
@@ -97,11 +98,7 @@ def test_the_baselines_are_plain_fits(rows):
 
 def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
     name = "ES Jacobian, Q=2"
-    stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
-    for _ in range(2):
-        with pytest.raises(OutOfTime):
-            hyper_cleaning.learn(SETTINGS, name, stopped)
-    again, whole = hyper_cleaning.learn(SETTINGS, name, stopped), rows[f"seed=0 learn, {name}"]
+    again, whole = gone_on(tmp_path, 2, hyper_cleaning.learn, SETTINGS, name), rows[f"seed=0 learn, {name}"]
     assert [again[key] for key in ("losses", "accuracy", "f1", "final")] == [
         whole[key] for key in ("losses", "accuracy", "f1", "final")
     ]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from experiment_answers import gone_on
 from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
 from torch.nn.functional import cross_entropy
@@ -18,7 +19,7 @@ from diffopt.experiments import yardsticks_influence as influence
 from diffopt.experiments import yardsticks_toy as toy
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
-from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.yardsticks_report import plain_fit, summarise
 
 SETTINGS = catalogue.experiment("yardsticks").quick
@@ -221,11 +222,7 @@ class TestCleaning:
     @pytest.mark.parametrize("name", ["ES Jacobian, Q=2", "implicit, 5 Neumann"])
     def test_a_unit_that_was_stopped_goes_on_to_the_last_bit(self, data, inner, name, tmp_path):
         whole = cleaning.learn(data, name, inner, 3, 0.5, Work(0))
-        stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
-        for _ in range(2):
-            with pytest.raises(OutOfTime):
-                cleaning.learn(data, name, inner, 3, 0.5, stopped)
-        again = cleaning.learn(data, name, inner, 3, 0.5, stopped)
+        again = gone_on(tmp_path, 2, cleaning.learn, data, name, inner, 3, 0.5)
         assert {**again, "seconds": None} == {**whole, "seconds": None}
 
 
