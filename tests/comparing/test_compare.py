@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from compared import STEPS, quadratic_problem
+from compared import STEPS
 
 import diffopt
 from diffopt.adjoint.autograd_function import solves_behind
@@ -17,11 +17,6 @@ from diffopt.comparing.curvature import curvature_number
 from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reverse, Truncated, Unrolled
 from diffopt.linear_solve import GMRES
 from diffopt.tensors.memory import peak_bytes
-
-
-@pytest.fixture
-def problem():
-    return quadratic_problem()
 
 
 def test_errors_cosines_and_counts(problem):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from compared import STEPS, quadratic_problem
+from compared import STEPS
 
 import diffopt
 from diffopt.comparing.comparison import Row, brief
@@ -26,11 +26,6 @@ from diffopt.estimators import (
 )
 from diffopt.linear_solve import GMRES
 from diffopt.rollout.record import Record
-
-
-@pytest.fixture
-def problem():
-    return quadratic_problem()
 
 
 def test_what_to_beware_of_is_said(problem):

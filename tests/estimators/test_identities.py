@@ -7,6 +7,7 @@ import torch
 from cases import OPTIMIZERS, hypergradient, small_network
 from hypothesis import given
 from hypothesis import strategies as st
+from implicit_problems import normal
 from oracles import relative_error
 from torch.func import vmap
 
@@ -15,10 +16,6 @@ from diffopt.estimators import Binomial, FirstOrder, Krylov, Reverse, Truncated
 from diffopt.tasks import Quadratic
 
 STEPS, ROUND_OFF = 6, 1e-9  # as in test_estimators.py
-
-
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("order", range(STEPS + 1))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from bad_row import Refused, backward, product, solve, square, tensor
-from check_cases import OnceOnly
+from check_cases import OnceOnly, Slot
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812  (its usual name)
@@ -234,15 +234,6 @@ def spectral_norm() -> None:
     net = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)).double().requires_grad_(False)
     net.parametrizations.weight[0]._v.copy_(tensor(1, 0))  # from where it has some way to go
     backward(lambda w: w.sum(), lambda w: net(w).square().sum(), tensor(1, 2), estimator=Reverse(1))
-
-
-class Slot:
-    """Holds a module where nobody finds it."""
-
-    __slots__ = ("module",)
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
 
 
 @refused(diffopt.RecomputationError, OTHER_WEIGHTS, moves=True)
