@@ -277,7 +277,7 @@ stationarity is measured against the whole way, not the average step (LastStep._
     - self._layout.steps * distance / way
     + distance / way
 a copy that watches hides from the problem what rule it is given (_watched, compare)
-    - steps = copy.copy(rule), list[int]()
+    - steps = copy.copy(estimator), list[int]()
     + steps = Reverse(1), list[int]()
 a comparison looks once whether the problem repeats itself (_timed, compare)
     - _refuse_change(expected, losses[0])
@@ -440,7 +440,7 @@ implicit reads check before it is checked (implicit, odd_arguments)
     - check_flag("check", check)
     + pass
 cite takes whatever it is given (_refuse_what_is_not_cited, odd_arguments)
-    - if not rule and named.__module__.split(".")[0] != "diffopt":
+    - if not known and named.__module__.split(".")[0] != "diffopt":
     + if False:
 a class is called as if it were a loss (check_function, odd_arguments)
     - if not callable(value) or isinstance(value, type):
@@ -543,7 +543,7 @@ an estimate is bad only if that of every task is (Trajectory.warn_if_bad, warnin
     - (measured > limit).any()
     + (measured > limit).all()
 first-order rules are warned of half precision (_Solve.forward, precision_warning)
-    - if low and call.rule.claims(layout.inner_steps).second_derivatives:
+    - if low and call.estimator.claims(layout.inner_steps).second_derivatives:
     + if low:
 Unrolled warns of half precision where nothing is differentiated (unroll, precision_warning)
     - if problem.check and recorded and is_imprecise
@@ -1241,7 +1241,7 @@ the dtype of a written buffer is that of the state (_write_buffers, going_on)
     - store[key] = value.detach().clone().to(live.targets[i])
     + store[key] = value.detach().clone()
 a subclass of a known class is not read by its names (read, going_on)
-    - names = {} if isinstance(ours, TorchRule) else keys_of(optimizer)
+    - names = {} if isinstance(ours, LiftedClass) else keys_of(optimizer)
     + names = {} if type(optimizer) not in KEYS else keys_of(optimizer)
 a tangent that observe captures is dropped (Checks._observed_without_tangents, along)
     - if transforms.has_tangent(observed):
@@ -2031,12 +2031,12 @@ a floor that rises counts as one that falls (exponents_of, memory_rates_experime
     - -slope(group["tasks"], group["floor"])
     + slope(group["tasks"], group["floor"])
 features that are computed once are still part of the inner loss (Embedding._fitted, esj_experiment)
-    - of_features if rule.once else of_images
+    - of_features if method.once else of_images
     + of_images
 ANIL's head starts from zero (Embedding._one, esj_experiment)
-    - self.learned_head if rule.learned else self.head
+    - self.learned_head if method.learned else self.head
     + self.head
-the slides' own form takes central differences (rules, esj_experiment)
+the slides' own form takes central differences (methods, esj_experiment)
     - sampling="gaussian", antithetic=False, generator=source)
     + sampling="gaussian", antithetic=True, generator=source)
 
@@ -2210,7 +2210,7 @@ the buffers of a state are dropped (checked_problem, going_on)
     - buffers = _given_buffers(given, buffers, bound, structure)
     + _given_buffers(given, buffers, bound, structure)
 an estimator drops what happens along the way without a word (_Solve.backward, along)
-    -             _refuse_running_costs(call.rule)
+    -             _refuse_running_costs(call.estimator)
 what an observer captures is let through (Checks.observed, along)
     -         self._refuse_captured(observed, [*params, *read], "observe")
 a stopped solve keeps the states of the first steps instead of the last (Keeper.finish, along)

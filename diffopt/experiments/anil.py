@@ -83,15 +83,15 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
         penalty = sum((value.square().sum() for value in head.values()), torch.zeros((), device=inputs.device))
         return cross_entropy(apply({**body, **head}, inputs.flatten(1)), labels) + settings.decay / 2 * penalty
 
-    def outer_loss(rule: Estimator, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
+    def outer_loss(estimator: Estimator, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
         head = {name: params[name] for name in moved}
         body = {name: value for name, value in params.items() if name not in head}
         optimizer = diffopt.SGD(rate)
-        found = diffopt.solve(loss, head, body, inputs, labels, optimizer=optimizer, steps=steps, estimator=rule)
+        found = diffopt.solve(loss, head, body, inputs, labels, optimizer=optimizer, steps=steps, estimator=estimator)
         return cross_entropy(apply({**body, **found.params}, queries.flatten(1)), wanted)
 
-    def mean_loss(rule: Estimator, episodes: Episodes) -> Tensor:
-        losses: Tensor = torch.func.vmap(partial(outer_loss, rule))(*episodes)
+    def mean_loss(estimator: Estimator, episodes: Episodes) -> Tensor:
+        losses: Tensor = torch.func.vmap(partial(outer_loss, estimator))(*episodes)
         return losses.mean()
 
     def sample() -> Episodes:
@@ -108,7 +108,7 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
     except (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError) as error:
         return {"diverged": type(error).__name__}
     episodes = sample()
-    number = diffopt.compare(lambda rule: mean_loss(rule, episodes), []).curvature
+    number = diffopt.compare(lambda estimator: mean_loss(estimator, episodes), []).curvature
     return {"losses": losses, "seconds": seconds, "curvature": None if number is None else number / steps}
 
 

@@ -105,10 +105,10 @@ def table_of(units: Sequence[Unit], results: Results, over: str) -> Frame:
     def records(row: Row) -> Iterator[Row]:
         exact = row["rules"]["MAML"]
         for name, cost in row["rules"].items():
-            rule, _, level = name.rpartition(" ")
+            estimator, _, level = name.rpartition(" ")
             numbered = level.isdecimal()
             beside = {"share": cost["seconds"] / exact["seconds"], "memory": cost["megabytes"] / exact["megabytes"]}
-            key = {"method": name, "rule": rule if numbered else name, "L": int(level) if numbered else 0}
+            key = {"method": name, "rule": estimator if numbered else name, "L": int(level) if numbered else 0}
             yield {**key, **cost, **beside}
 
     return long_table(units, results, records, over=over)
@@ -142,9 +142,9 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     return Summary(found, claims, NOTES)
 
 
-def _said_of_level(rule: str, steps: int) -> str | None:
+def _said_of_level(estimator: str, steps: int) -> str | None:
     """What the binomial paper says in words."""
-    name, _, level = rule.rpartition(" ")
+    name, _, level = estimator.rpartition(" ")
     if name != "binomial":
         return None
     if int(level) in (0, steps):
@@ -206,7 +206,7 @@ LABELS = {
 def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``levels.png``: costs over L; ``steps.png``: costs over K."""
     levels, steps = (table_of(units, results, over) for over in ("levels", "steps"))
-    look: dict[str, Any] = {"labels": LABELS, "style": lambda rule: {**STYLES, **STEP_STYLES}[rule]}
+    look: dict[str, Any] = {"labels": LABELS, "style": lambda estimator: {**STYLES, **STEP_STYLES}[estimator]}
     if len(levels):  # estimators without levels are lines from one side to the other
         constant = levels[levels["rule"] == levels["method"]]
         levels = pd.concat([levels, constant.assign(L=settings.levels_steps)])

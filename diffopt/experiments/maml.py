@@ -117,18 +117,18 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
     ) -> Tensor:
         return cross_entropy(apply({**body, **head}, inputs[chosen].flatten(1)), labels[chosen])
 
-    def answers(rule: Estimator, batches: Tensor, inputs: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    def answers(estimator: Estimator, batches: Tensor, inputs: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         head = {name: params[name] for name in adapted}
         body = {name: value for name, value in params.items() if name not in head}
         found = diffopt.solve(
             loss, head, body, inputs, labels,
-            optimizer=diffopt.SGD(run.rate), steps=settings.steps, batches=batches, estimator=rule,
+            optimizer=diffopt.SGD(run.rate), steps=settings.steps, batches=batches, estimator=estimator,
         )  # fmt: skip
         scores: Tensor = apply({**body, **found.params}, queries.flatten(1))
         return scores
 
-    def each(rule: Estimator, episodes: Episodes, batches: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.func.vmap(partial(answers, rule, batches))(*episodes[:3])
+    def each(estimator: Estimator, episodes: Episodes, batches: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.func.vmap(partial(answers, estimator, batches))(*episodes[:3])
         return cross_entropy(scores.flatten(0, 1), episodes[3].flatten()), scores
 
     def sample(images: Tensor, count: int, generator: torch.Generator) -> Episodes:
@@ -140,8 +140,8 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
         if run.batch is not None:
             orders = [torch.randperm(support, generator=drawn) for _ in range(settings.steps)]
             batches = torch.stack(orders)[:, : run.batch]
-        rule = FirstOrder() if run.first_order else Reverse()
-        mean, _ = each(rule, sample(images[:seen], run.tasks, tasks), batches)
+        estimator = FirstOrder() if run.first_order else Reverse()
+        mean, _ = each(estimator, sample(images[:seen], run.tasks, tasks), batches)
         torch.autograd.backward(mean)
         return mean.item()
 

@@ -40,7 +40,7 @@ def test_answers_follow_the_numbers():
         results = {}
         for unit in cost.units(settings):
             noise, over = 1 + 0.01 * unit.keys["seed"], unit.keys["over"] == "levels"
-            rules = cost.level_rules(2) if over else cost.step_rules(unit.keys["K"])
+            rules = cost.level_estimators(2) if over else cost.step_estimators(unit.keys["K"])
             of = {name: seconds.get(re.sub(r"\W", "_", name), 1.0) * noise for name in rules}
             size = {name: 1.0 if name in ("MAML", "first-order") else 0.5 * value for name, value in of.items()}
             counts = {"gradients": 1, "products": 1, "depth": 1}
@@ -56,4 +56,4 @@ def test_answers_follow_the_numbers():
 
 
 def test_windows_are_counted():
-    assert [rule for rule in cost.step_rules(4) if rule.startswith("multi")] == ["multi-step 2", "multi-step 4"]
+    assert [rule for rule in cost.step_estimators(4) if rule.startswith("multi")] == ["multi-step 2", "multi-step 4"]

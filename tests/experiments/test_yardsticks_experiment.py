@@ -115,7 +115,7 @@ class TestToy:
                 y = y.detach().requires_grad_()
         outer = torch.cos(4 * y + 2) / (1 + torch.exp(2 - 4 * x)) + torch.log((4 * x - 2) ** 2 + 1) / 2
         (expected,) = torch.autograd.grad(outer.sum(), x)
-        rule = toy.rules(7, torch.Generator())[name]
+        rule = toy.estimators(7, torch.Generator())[name]
         torch.testing.assert_close(toy.hypergradients(rule, x.detach(), start, 7), expected, rtol=1e-10, atol=1e-12)
 
     def test_errors_vanish_with_the_steps_and_descents_end_in_minima(self):

@@ -133,7 +133,7 @@ class Misaligned(Adjoint):
 @pytest.mark.parametrize("checkpoint", ["graph", 1, 2])
 def test_a_sweep_to_another_step_than_was_kept_is_refused(checkpoint):
     with pytest.raises(
-        diffopt.ConformanceError, match=r"\(EstimatorError\), .*; sweep\(first=3\): the rule keeps steps from 1 on"
+        diffopt.ConformanceError, match=r"\(EstimatorError\), .*; sweep\(first=3\): the estimator keeps steps from 1 on"
     ):
         check_estimator(Misaligned(checkpoint))
 
