@@ -2031,12 +2031,12 @@ a floor that rises counts as one that falls (exponents_of, memory_rates_experime
     - -slope(group["tasks"], group["floor"])
     + slope(group["tasks"], group["floor"])
 features that are computed once are still part of the inner loss (Embedding._fitted, esj_experiment)
-    - of_features if method.once else of_images
+    - of_features if rule.once else of_images
     + of_images
 ANIL's head starts from zero (Embedding._one, esj_experiment)
-    - self.learned_head if method.learned else self.head
+    - self.learned_head if rule.learned else self.head
     + self.head
-the slides' own form takes central differences (methods, esj_experiment)
+the slides' own form takes central differences (rules, esj_experiment)
     - sampling="gaussian", antithetic=False, generator=source)
     + sampling="gaussian", antithetic=True, generator=source)
 

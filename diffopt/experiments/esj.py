@@ -44,7 +44,7 @@ class Settings:
     measured: tuple[int, ...] = option((1, 10, 100), "directions Q whose error is measured", listed(whole(1)))
     radius: float = option(0.01, "length of a perturbation's entries", real(0))
     draws: int = option(5, "sets of directions whose errors are averaged", whole(1))
-    seeds: int = option(3, "runs of each method, from different starts on different tasks", whole(1))
+    seeds: int = option(3, "runs of each rule, from different starts on different tasks", whole(1))
     iterations: int = option(200, "outer iterations", whole(2))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
     steps: int = option(20, "inner steps", whole(1))
@@ -58,7 +58,7 @@ class Settings:
     maml_lr: float = option(0.1, "inner step size of MAML, which has no momentum", real(0))
 
 
-class Method(NamedTuple):
+class Rule(NamedTuple):
     """How a task is adapted to, and how the hypergradient is taken.
 
     Attributes:
@@ -86,7 +86,7 @@ def units(settings: Settings) -> list[Unit]:
             keys = {"seed": seed, "embedding": size}
             run = partial(measure, settings, size, seed)
             found.append(Unit(f"errors, {size}, seed {seed}", run, 20.0 * settings.draws, keys=keys))
-            for name in methods(settings, Work(0)):
+            for name in rules(settings, Work(0)):
                 run = partial(learn, settings, size, name, seed)
                 cost = settings.iterations * (3.0 if name.startswith("ESJ") else 1.0)
                 unit = f"{size}, {name}, seed {seed}"
@@ -94,7 +94,7 @@ def units(settings: Settings) -> list[Unit]:
     return found
 
 
-def methods(settings: Settings, work: Work) -> dict[str, Method]:
+def rules(settings: Settings, work: Work) -> dict[str, Rule]:
     """The ways to train by name."""
     source = work.generator("directions")
     exact, implicit = Reverse("graph"), Implicit(ConjugateGradient(max_iterations=10, throw=False))
@@ -107,18 +107,18 @@ def methods(settings: Settings, work: Work) -> dict[str, Method]:
         return ESJacobian(directions, settings.radius, sampling="gaussian", antithetic=False, generator=source)
 
     return {
-        "direct part only": Method(FirstOrder()),
-        "ITD": Method(exact),
-        "AID, 10 CG": Method(implicit),
-        **{f"ESJ, Q={directions}": Method(central(directions)) for directions in settings.directions},
+        "direct part only": Rule(FirstOrder()),
+        "ITD": Rule(exact),
+        "AID, 10 CG": Rule(implicit),
+        **{f"ESJ, Q={directions}": Rule(central(directions)) for directions in settings.directions},
         # the scale of the authors' code: unit directions without the factor p that makes them unbiased
-        "ESJ, Q=1, divided by p": Method(central(1, "sphere"), divided=True),
-        "ESJ, Q=1, forward": Method(forward(1), check=False),
-        "ITD, features once": Method(exact, once=True),
-        "AID, features once": Method(implicit, once=True),
-        **{f"ESJ, Q={q}, features once": Method(forward(q), once=True, check=False) for q in settings.directions},
-        "ANIL": Method(exact, once=True, learned=True),
-        "MAML": Method(exact, learned=True, whole=True),
+        "ESJ, Q=1, divided by p": Rule(central(1, "sphere"), divided=True),
+        "ESJ, Q=1, forward": Rule(forward(1), check=False),
+        "ITD, features once": Rule(exact, once=True),
+        "AID, features once": Rule(implicit, once=True),
+        **{f"ESJ, Q={q}, features once": Rule(forward(q), once=True, check=False) for q in settings.directions},
+        "ANIL": Rule(exact, once=True, learned=True),
+        "MAML": Rule(exact, learned=True, whole=True),
     }
 
 
@@ -144,13 +144,13 @@ class Embedding:
         shape = {"way": s.way, "shot": s.shot, "query": s.queries, "tasks": s.tasks}
         return sample_episodes(self.images, **shape, generator=self.generator)
 
-    def leaves(self, method: Method) -> dict[str, Tensor]:
+    def leaves(self, rule: Rule) -> dict[str, Tensor]:
         """What is trained: the embedding, and the start of the head where it is learned."""
-        return {**self.params, "head": self.learned_head} if method.learned else dict(self.params)
+        return {**self.params, "head": self.learned_head} if rule.learned else dict(self.params)
 
-    def outer_loss(self, method: Method, episodes: Episodes) -> Tensor:
+    def outer_loss(self, rule: Rule, episodes: Episodes) -> Tensor:
         """The mean over the tasks."""
-        one: Callable[..., Tensor] = partial(self._one, method)
+        one: Callable[..., Tensor] = partial(self._one, rule)
         losses: Tensor = torch.func.vmap(one)(*episodes)
         return losses.mean()
 
@@ -158,18 +158,18 @@ class Embedding:
         """Of images."""
         return torch.relu(self.apply(params, inputs.flatten(1)))
 
-    def _one(self, method: Method, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
-        params, head = self.params, self.learned_head if method.learned else self.head
-        if method.whole:
-            params, head = self._adapted(method, (params, head), inputs, labels)
+    def _one(self, rule: Rule, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
+        params, head = self.params, self.learned_head if rule.learned else self.head
+        if rule.whole:
+            params, head = self._adapted(rule, (params, head), inputs, labels)
         else:
-            seen = self.features(params, inputs) if method.once else inputs
-            head = self._fitted(method, head, seen, labels)
-        if method.divided:  # the same head, its response a fraction of what the estimator says
+            seen = self.features(params, inputs) if rule.once else inputs
+            head = self._fitted(rule, head, seen, labels)
+        if rule.divided:  # the same head, its response a fraction of what the estimator says
             head = head.detach() + (head - head.detach()) / self.count
         return cross_entropy(linear(head, self.features(params, queries)), wanted)
 
-    def _fitted(self, method: Method, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
+    def _fitted(self, rule: Rule, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
         """A head fitted to features, or to images whose features are part of the inner loss."""
         s = self.settings
 
@@ -179,20 +179,20 @@ class Embedding:
         def of_images(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
             return of_features(head, self.features(params, inputs), labels)
 
-        loss: Callable[..., Tensor] = of_features if method.once else of_images
-        args: tuple[Any, ...] = (seen, labels) if method.once else (self.params, seen, labels)
+        loss: Callable[..., Tensor] = of_features if rule.once else of_images
+        args: tuple[Any, ...] = (seen, labels) if rule.once else (self.params, seen, labels)
         return diffopt.solve(
             loss,
             start,
             *args,
             optimizer=diffopt.SGD(s.lr, momentum=0.9),
             steps=s.steps,
-            estimator=method.estimator,
-            check=method.check,
+            estimator=rule.estimator,
+            check=rule.check,
         ).params
 
     def _adapted(
-        self, method: Method, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
+        self, rule: Rule, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The embedding and the head adapted together."""
 
@@ -200,7 +200,7 @@ class Embedding:
             return cross_entropy(linear(now[1], self.features(now[0], inputs)), labels)
 
         sgd, steps = diffopt.SGD(self.settings.maml_lr), self.settings.steps
-        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=method.estimator)
+        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=rule.estimator)
         return found.params[0], found.params[1]
 
 
@@ -214,17 +214,17 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
     problem = Embedding(settings, size, seed, work)
     episodes = problem.sample()
 
-    def hypergradient(method: Method) -> Tensor:
-        found = torch.autograd.grad(problem.outer_loss(method, episodes), list(problem.params.values()))
+    def hypergradient(rule: Rule) -> Tensor:
+        found = torch.autograd.grad(problem.outer_loss(rule, episodes), list(problem.params.values()))
         return torch.cat([leaf.flatten() for leaf in found])
 
-    exact, direct = hypergradient(Method(Reverse("graph"))), hypergradient(Method(FirstOrder()))
+    exact, direct = hypergradient(Rule(Reverse("graph"))), hypergradient(Rule(FirstOrder()))
     every = replace(settings, directions=tuple(dict.fromkeys((*settings.directions, *settings.measured))))
-    chosen = {name: method for name, method in methods(every, work).items() if not method.learned}  # another outer loss
+    chosen = {name: rule for name, rule in rules(every, work).items() if not rule.learned}  # another outer loss
     response = float((exact - direct).norm() / exact.norm())
     found = {}
-    for name, method in chosen.items():
-        draws = [hypergradient(method) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
+    for name, rule in chosen.items():
+        draws = [hypergradient(rule) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
         squares = [float(((draw - exact).norm() / exact.norm()) ** 2) for draw in draws]
         cosines = [float(torch.cosine_similarity(draw, exact, dim=0)) for draw in draws]
         found[name] = {"error": (sum(squares) / len(draws)) ** 0.5, "cosine": sum(cosines) / len(draws)}
@@ -234,15 +234,15 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
 def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Row:
     """Train the embedding; every estimator sees the same start and the same tasks."""
     problem = Embedding(settings, size, seed, work)
-    method = methods(settings, work)[name]
-    leaves = problem.leaves(method)
+    rule = rules(settings, work)[name]
+    leaves = problem.leaves(rule)
     outer = torch.optim.Adam(leaves.values(), lr=settings.meta_lr)
     generators = {"tasks": problem.generator}
-    if isinstance(method.estimator, ESJacobian) and method.estimator.generator is not None:
-        generators["directions"] = method.estimator.generator
+    if isinstance(rule.estimator, ESJacobian) and rule.estimator.generator is not None:
+        generators["directions"] = rule.estimator.generator
 
     def iterate(iteration: int) -> float:
-        loss = problem.outer_loss(method, problem.sample())
+        loss = problem.outer_loss(rule, problem.sample())
         torch.autograd.backward(loss)
         return loss.item()
 

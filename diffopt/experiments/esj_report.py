@@ -106,27 +106,27 @@ MEASURED = (
 )
 
 
-def unbiased(method: str) -> bool:
+def unbiased(rule: str) -> bool:
     """Whether it is ESJ with the factor that makes it unbiased, by differences in the parameters."""
-    return method.startswith("ESJ") and method != SCALED and not method.endswith(ONCE)
+    return rule.startswith("ESJ") and rule != SCALED and not rule.endswith(ONCE)
 
 
-def directions(method: str) -> int:
-    """``Q``, of a method's name."""
-    return int(method.partition("Q=")[2].partition(",")[0])
+def directions(rule: str) -> int:
+    """``Q``, of a rule's name."""
+    return int(rule.partition("Q=")[2].partition(",")[0])
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:
     """One row per start, embedding and estimator: the hypergradient beside the exact one."""
 
     def records(row: Row) -> Iterator[Row]:
-        for method, found in row.get("rules", {}).items():
-            predicted = row["response"] if method == DIRECT else None
-            if unbiased(method):
-                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / directions(method))
-            factors = {"of_response": found["error"] / row["response"], "unbiased": unbiased(method)}
+        for rule, found in row.get("rules", {}).items():
+            predicted = row["response"] if rule == DIRECT else None
+            if unbiased(rule):
+                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / directions(rule))
+            factors = {"of_response": found["error"] / row["response"], "unbiased": unbiased(rule)}
             factors |= {"predicted": predicted, "of_predicted": found["error"] / (predicted or math.nan)}
-            yield {"rule": method, "parameters": row["parameters"], **found, **factors}
+            yield {"rule": rule, "parameters": row["parameters"], **found, **factors}
 
     return long_table(units, results, records)
 
@@ -182,17 +182,17 @@ def _rose(row: Row) -> bool:
     return "losses" in row and smoothed(row["losses"], WINDOW)[-1] > row["losses"][0]
 
 
-def _looks(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+def _looks(rules: Iterable[str]) -> dict[str, dict[str, str]]:
     """A colour for each way to take the hypergradient, a line for each form of it."""
     spare = cycle((STYLES["binomial, scale L/K"]["color"], STYLES["binomial"]["color"], "#7F7F00"))
     colours, found = dict(COLOURS), {}
-    for method in methods:
-        base = method.removesuffix(ONCE).removesuffix(FORWARD)
+    for rule in rules:
+        base = rule.removesuffix(ONCE).removesuffix(FORWARD)
         base = AID if base == "AID" else base
         if base not in colours:
             colours[base] = next(spare)
-        line = ":" if method.endswith(ONCE) else "-." if method.endswith(FORWARD) else "-"
-        found[method] = {"color": colours[base], "linestyle": "--" if method in (DIRECT, SCALED) else line}
+        line = ":" if rule.endswith(ONCE) else "-." if rule.endswith(FORWARD) else "-"
+        found[rule] = {"color": colours[base], "linestyle": "--" if rule in (DIRECT, SCALED) else line}
     return found
 
 

@@ -31,7 +31,7 @@ def gradient(problem, rule, episodes):
 def test_direct_part_and_response(problem):
     """Plain loops with the heads detached, and not."""
     episodes, s = problem.sample(), problem.settings
-    direct, exact = (gradient(problem, esj.Method(rule), episodes) for rule in (FirstOrder(), Reverse()))
+    direct, exact = (gradient(problem, esj.Rule(rule), episodes) for rule in (FirstOrder(), Reverse()))
 
     def plain(detached):
         total = 0.0
@@ -49,9 +49,9 @@ def test_direct_part_and_response(problem):
 
     torch.testing.assert_close(direct, plain(True), rtol=1e-4, atol=1e-6)  # float32
     torch.testing.assert_close(exact, plain(False), rtol=1e-4, atol=1e-6)
-    fraction = gradient(problem, esj.Method(Reverse(), divided=True), episodes)
+    fraction = gradient(problem, esj.Rule(Reverse(), divided=True), episodes)
     torch.testing.assert_close(fraction, direct + (exact - direct) / problem.count, rtol=1e-4, atol=1e-6)
-    once = gradient(problem, esj.Method(Reverse(), once=True), episodes)
+    once = gradient(problem, esj.Rule(Reverse(), once=True), episodes)
     torch.testing.assert_close(once, exact, rtol=1e-4, atol=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_the_rivals_are_plain_loops(problem, name):
     episodes, s = problem.sample(), problem.settings
     with torch.no_grad():  # a head of zeros has no gradient for the embedding
         problem.learned_head.add_(0.3 * torch.randn(problem.head.shape, generator=torch.Generator().manual_seed(1)))
-    found = gradient(problem, esj.methods(s, Work(0))[name], episodes)
+    found = gradient(problem, esj.rules(s, Work(0))[name], episodes)
     leaves = [*problem.params.values(), problem.learned_head]
     total = 0.0
     for x, y, query_x, query_y in zip(*episodes, strict=True):
@@ -89,7 +89,7 @@ def test_features_once_are_what_is_perturbed(problem, monkeypatch):
     monkeypatch.setattr(
         perturbation.Group, "rolled_out", lambda self, moves: (sizes.append(moves.shape), group(self, moves))[1]
     )
-    rules = esj.methods(replace(problem.settings, directions=(3,)), Work(0))
+    rules = esj.rules(replace(problem.settings, directions=(3,)), Work(0))
     gradient(problem, rules["ESJ, Q=3, features once"], episodes)
     assert [(size[0], size[-1]) for size in sizes] == [(3, 5 * 4)]  # five images of four features
     sizes.clear()
@@ -100,8 +100,8 @@ def test_features_once_are_what_is_perturbed(problem, monkeypatch):
 def test_features_once_estimate_the_response(problem):
     """So many directions that the noise is a small part: the error is far below that of leaving it out."""
     episodes = problem.sample()
-    direct, exact = (gradient(problem, esj.Method(rule), episodes) for rule in (FirstOrder(), Reverse()))
-    rules = esj.methods(replace(problem.settings, directions=(2000,), radius=1e-2), Work(0))
+    direct, exact = (gradient(problem, esj.Rule(rule), episodes) for rule in (FirstOrder(), Reverse()))
+    rules = esj.rules(replace(problem.settings, directions=(2000,), radius=1e-2), Work(0))
     found = gradient(problem, rules["ESJ, Q=2000, features once"], episodes)
     assert (found - exact).norm() < 0.3 * (direct - exact).norm()
 
@@ -109,7 +109,7 @@ def test_features_once_estimate_the_response(problem):
 def test_rules_see_the_same_tasks_and_new_directions(problem):
     again = esj.Embedding(problem.settings, "linear", 0, Work(0))
     assert all(torch.equal(a, b) for a, b in zip(problem.sample(), again.sample(), strict=True))
-    episodes, rule = problem.sample(), esj.methods(problem.settings, Work(0))["ESJ, Q=1"]
+    episodes, rule = problem.sample(), esj.rules(problem.settings, Work(0))["ESJ, Q=1"]
     first, second = (gradient(problem, rule, episodes) for _ in range(2))
     assert not torch.allclose(first, second)
 
