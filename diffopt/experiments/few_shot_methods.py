@@ -13,15 +13,15 @@ import diffopt
 from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated
 from diffopt.experiments.few_shot_reptile import outer_steps
 from diffopt.experiments.framework.few_shot_problem import Adaptation
+from diffopt.experiments.framework.tables import levelled
 from diffopt.linear_solve import ConjugateGradient
 
 
 def keys_of(name: str) -> dict[str, Any]:
     """A method's estimator and level, and the group that it belongs to."""
-    method, _, level = name.rpartition(" ")
-    numbered = level.isdecimal()
+    kind, level = levelled(name)
     group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
-    return {"rule": method if numbered else name, "L": int(level) if numbered else 0, "group": group}
+    return {"rule": kind, "L": level, "group": group}
 
 
 def turn(keys: Mapping[str, Any]) -> int:

@@ -29,7 +29,7 @@ from diffopt.estimators import (
 )
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.hyper_cleaning_report import pictures, summary
 from diffopt.linear_solve import ConjugateGradient
@@ -38,7 +38,6 @@ from diffopt.tasks.hyper_cleaning import redrawn
 
 FRACTION = 0.5
 """Of the labels that are drawn again."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final

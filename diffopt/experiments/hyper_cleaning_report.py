@@ -12,7 +12,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
-from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.framework.tables import Value, levelled, listed
 
 HERE = "this library"
 GOAL = 100 * 6 / 7.8
@@ -97,8 +97,7 @@ def runs_of(units: Sequence[Unit], results: Results) -> Frame:
 
 def estimator_of(method: str) -> str:
     """A method without its number."""
-    name = method.partition(",")[0]
-    return name.rpartition(" ")[0] if name.rpartition(" ")[2].isdecimal() else name
+    return levelled(method.partition(",")[0])[0]
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:

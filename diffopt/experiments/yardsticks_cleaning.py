@@ -26,14 +26,13 @@ import diffopt
 from diffopt.estimators import Binomial, ESJacobian, Estimator, FirstOrder, Implicit, Krylov, MultiStep, Reverse
 from diffopt.estimators import Truncated as TruncatedRule
 from diffopt.experiments.framework.experiment import Row
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient, Neumann, Nystrom
 from diffopt.tasks import HyperCleaning
 from diffopt.tasks.hyper_cleaning import redrawn
 
 RIDGE, START = 0.2, -2.0
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final

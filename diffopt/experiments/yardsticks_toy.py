@@ -29,6 +29,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.experiments.framework.experiment import Row
+from diffopt.experiments.framework.outer_loop import FAILED
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient, Neumann, Nystrom
 
@@ -37,7 +38,6 @@ INNER_LR = 0.1
 """Curvature at the solutions is 2 + 2x, at most 8."""
 CLOSE = 0.01
 """An end within so much of a local minimiser has reached it."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 def estimators(steps: int, source: torch.Generator) -> dict[str, Estimator]:
