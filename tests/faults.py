@@ -1966,9 +1966,9 @@ an exponential decay counts as super-exponential (BEND, bounds_decay)
 (34a) forgets that the last steps contract (bounds, bounds_decay)
     - 1 + (1 + x) ** dropped * kept
     + 1 + (1 + x) ** dropped
-ANIL adapts the first layer (learn, maml_experiment)
-    - >= LAYERS - run.adapted]
-    + < run.adapted]
+ANIL adapts the first layer (network, maml_experiment)
+    - >= LAYERS - adapted]
+    + < adapted]
 every inner gradient reads the same part of the support images (learn, maml_experiment)
     - batches = torch.stack(orders)[:, : run.batch]
     + batches = torch.stack(orders)[:1, : run.batch].expand(settings.steps, run.batch)
@@ -2214,7 +2214,8 @@ an estimator drops what happens along the way without a word (_Solve.backward, a
 what an observer captures is let through (Checks.observed, along)
     -         self._refuse_captured(observed, [*params, *read], "observe")
 a stopped solve keeps the states of the first steps instead of the last (Keeper.finish, along)
-    -             self.first = max(1, steps - self._window + 1)
+    - self.first = max(1, steps - self._window + 1)
+    + pass
 a graph that is kept is not looked at for missing derivatives (Checks.look_at_graph, checks)
     -         autograd_graph.refuse_broken(graph)
 the places of all classes are taken before one is counted (pickled_images, pickle_bombs)

@@ -198,6 +198,8 @@ def test_every_deliberate_fault_has_one_line_to_stand_in(checkout):
     """``tests/mutations.py``, which is run by hand, stops at the first that has not."""
     places = Places(checkout)
     assert [fault.what for fault in FAULTS if len(places.found(fault)) != 1] == []
+    for fault in FAULTS:
+        assert ast.parse(places.planted(*places.found(fault), fault)), f"{fault.what}: no program"
 
 
 def test_every_deliberate_fault_has_tests_that_go_first():
