@@ -19,18 +19,18 @@ def setting(request):
     return Setting(request.param)
 
 
-@pytest.mark.parametrize("rule", EXACT, ids=str)
-def test_several_solves_in_one_outer_loss(rule):
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
+def test_several_solves_in_one_outer_loss(estimator):
     setting = Setting(OPTIMIZERS[1])
     made, (*meta, data, query) = setting.leaves(setting.data, setting.query)
-    first, second = (setting.run(rule, *meta, data[i], query[i]) for i in (0, 1))
+    first, second = (setting.run(estimator, *meta, data[i], query[i]) for i in (0, 1))
     got = torch.autograd.grad(first * second, made[:-2], retain_graph=True)
     expected = [second.detach() * a + first.detach() * b for a, b in zip(*setting.by_loops()[:2], strict=True)]
     assert relative_error(got, expected[:-2]) < TestEveryWay.round_off
 
 
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
-def test_batches_per_step_under_vmap(rule):
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(2), Unrolled(), ForwardMode()], ids=str)
+def test_batches_per_step_under_vmap(estimator):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(STEPS, TASKS, 4, 2, generator=generator, dtype=torch.float64)  # tasks on axis 1
     y = torch.randn(STEPS, 4, dtype=torch.float64, generator=generator)  # shared by the tasks
@@ -40,7 +40,12 @@ def test_batches_per_step_under_vmap(rule):
         return (torch.tanh(batch[0] @ w) - batch[1]).square().mean()
 
     def run(w, x, y):
-        options = {"optimizer": diffopt.SGD(0.3, momentum=0.5), "steps": STEPS, "batches": (x, y), "estimator": rule}
+        options = {
+            "optimizer": diffopt.SGD(0.3, momentum=0.5),
+            "steps": STEPS,
+            "batches": (x, y),
+            "estimator": estimator,
+        }
         solution = diffopt.solve(loss, w, **options)
         return solution.params.square().sum()
 

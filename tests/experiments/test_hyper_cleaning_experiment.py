@@ -84,7 +84,7 @@ def test_the_baselines_are_plain_fits(rows):
     )
 
 
-def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
+def test_an_estimator_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
     name = "ES Jacobian, Q=2"
     again, whole = gone_on(tmp_path, 2, hyper_cleaning.learn, SETTINGS, name), rows[f"seed=0 learn, {name}"]
     assert [again[key] for key in ("losses", "accuracy", "f1", "final")] == [

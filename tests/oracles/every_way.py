@@ -35,10 +35,10 @@ class Setting:
     def outer(self, params, query):
         return (self.problem.predict(params, query) - self.problem.query[1]).square().mean()
 
-    def run(self, rule, params, weights, hypers, data, query):
+    def run(self, estimator, params, weights, hypers, data, query):
         """The outer loss of one task; ``data`` is one batch of inputs, or with one more axis, one per step."""
         inputs, batches = ((), data) if data.ndim == 3 else ((data,), None)
-        options = {"optimizer": self.case.optimizer(hypers), "steps": STEPS, "batches": batches, "estimator": rule}
+        options = {"optimizer": self.case.optimizer(hypers), "steps": STEPS, "batches": batches, "estimator": estimator}
         return self.outer(diffopt.solve(self.loss, params, weights, self.targets, *inputs, **options).params, query)
 
     def leaves(self, data, query):
@@ -46,10 +46,10 @@ class Setting:
         made = [x.detach().clone().requires_grad_() for x in [*flat(self.meta), data, query]]
         return made, (made[:3], made[3], dict(zip(self.hypers, made[4:-2], strict=True)), *made[-2:])
 
-    def alone(self, rule, i, data):
+    def alone(self, estimator, i, data):
         """The gradient of task ``i``, by plain autograd on a plain call."""
         made, given = self.leaves(data, self.query[i])
-        return torch.autograd.grad(self.run(rule, *given), made, materialize_grads=True)
+        return torch.autograd.grad(self.run(estimator, *given), made, materialize_grads=True)
 
     def by_loops(self):
         """The gradient of each task, by a plain loop."""
@@ -79,8 +79,8 @@ class EveryWay:
 
     round_off = 1e-9  # as in test_estimators.py
 
-    def derivative(self, setting, rule):
-        return grad(lambda *inputs: setting.run(rule, *inputs), argnums=(0, 1, 2, 3, 4))
+    def derivative(self, setting, estimator):
+        return grad(lambda *inputs: setting.run(estimator, *inputs), argnums=(0, 1, 2, 3, 4))
 
     def agree(self, found, expected):
         assert relative_error(found, expected) < self.round_off
@@ -89,37 +89,37 @@ class EveryWay:
         for i, row in enumerate(rows):
             self.agree([g[i] for g in found], row)
 
-    def test_loop_then_backward(self, setting, rule, rows):
+    def test_loop_then_backward(self, setting, estimator, rows):
         made, (*meta, data, query) = setting.leaves(setting.data, setting.query)
-        total = sum(setting.run(rule, *meta, data[i], query[i]) for i in range(TASKS))
+        total = sum(setting.run(estimator, *meta, data[i], query[i]) for i in range(TASKS))
         self.agree(torch.autograd.grad(total, made, materialize_grads=True), summed(rows))
 
-    def test_vmap_then_backward(self, setting, rule, rows):
+    def test_vmap_then_backward(self, setting, estimator, rows):
         made, given = setting.leaves(setting.data, setting.query)
-        total = vmap(lambda *inputs: setting.run(rule, *inputs), in_dims=DIMS)(*given).sum()
+        total = vmap(lambda *inputs: setting.run(estimator, *inputs), in_dims=DIMS)(*given).sum()
         self.agree(torch.autograd.grad(total, made, materialize_grads=True), summed(rows))
 
-    def test_grad_of_one_task(self, setting, rule, rows):
-        got = self.derivative(setting, rule)(*setting.meta, setting.data[1], setting.query[1])
+    def test_grad_of_one_task(self, setting, estimator, rows):
+        got = self.derivative(setting, estimator)(*setting.meta, setting.data[1], setting.query[1])
         self.agree(flat(got), rows[1])
 
-    def test_vmap_of_grad(self, setting, rule, rows):
-        per_task = vmap(self.derivative(setting, rule), in_dims=DIMS)
+    def test_vmap_of_grad(self, setting, estimator, rows):
+        per_task = vmap(self.derivative(setting, estimator), in_dims=DIMS)
         self.agree_by_task(flat(per_task(*setting.meta, setting.data, setting.query)), rows)
 
-    def test_grad_of_vmap(self, setting, rule, rows):
+    def test_grad_of_vmap(self, setting, estimator, rows):
         def total(*inputs):
-            return vmap(lambda *each: setting.run(rule, *each), in_dims=DIMS)(*inputs).sum()
+            return vmap(lambda *each: setting.run(estimator, *each), in_dims=DIMS)(*inputs).sum()
 
         got = grad(total, argnums=(0, 1, 2, 3, 4))(*setting.meta, setting.data, setting.query)
         self.agree(flat(got), summed(rows))
 
-    def test_nested_vmap_over_hyperparameters_and_tasks(self, setting, rule, rows):
+    def test_nested_vmap_over_hyperparameters_and_tasks(self, setting, estimator, rows):
         """Outside two values of one or of all hyperparameters and of one params leaf, on its last axis; inside tasks.
 
         The second values are the true ones; tasks are not first.
         """
-        inner = vmap(self.derivative(setting, rule), in_dims=(None, None, None, 1, 0))
+        inner = vmap(self.derivative(setting, estimator), in_dims=(None, None, None, 1, 0))
         (first, *others), weights, hypers = setting.meta
         params, data = [torch.stack([-first, first], dim=-1), *others], setting.data.movedim(0, 1)
         for some in (list(hypers)[:1], list(hypers)):
@@ -128,15 +128,15 @@ class EveryWay:
             got = flat(vmap(inner, in_dims=dims)(params, weights, stacked, data, setting.query))
             self.agree_by_task([g[1] for g in got], rows)
 
-    def test_everything_batched(self, setting, rule, rows):
+    def test_everything_batched(self, setting, estimator, rows):
         shared = [x.expand(TASKS, *x.shape) for x in flat(setting.meta)]
         meta = (shared[:3], shared[3], dict(zip(setting.hypers, shared[4:], strict=True)))
-        self.agree_by_task(flat(vmap(self.derivative(setting, rule))(*meta, setting.data, setting.query)), rows)
+        self.agree_by_task(flat(vmap(self.derivative(setting, estimator))(*meta, setting.data, setting.query)), rows)
 
 
-@pytest.mark.parametrize("rule", EXACT, ids=str)
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
 class TestEveryWay(EveryWay):
-    """Of exact rules, against plain loops; runs where it is imported, for the fixture ``setting`` there."""
+    """Of exact estimators, against plain loops; runs where it is imported, for the fixture ``setting`` there."""
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -93,8 +93,8 @@ def ctc() -> None:
 
 @refused(MissingDerivativeError, SECOND, Reverse(1), path="multi_margin_loss_backward")
 @refused(MissingDerivativeError, SECOND, Unrolled(), path="multi_margin_loss_backward")
-def multi_margin(rule: Any) -> None:
-    backward(loss=lambda w: F.multi_margin_loss(w[None], torch.tensor([0])), estimator=rule)
+def multi_margin(estimator: Any) -> None:
+    backward(loss=lambda w: F.multi_margin_loss(w[None], torch.tensor([0])), estimator=estimator)
 
 
 @refused(MissingDerivativeError, SECOND, path="_embedding_bag_backward")
@@ -200,8 +200,8 @@ def changed_since(name: str, value: Any) -> None:
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Binomial(1), moves=True)
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Krylov(1), moves=True)
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Implicit(), moves=True)
-def dropout_of(rule: Any) -> None:
-    backward(loss=dropout, estimator=rule, steps=9)
+def dropout_of(estimator: Any) -> None:
+    backward(loss=dropout, estimator=estimator, steps=9)
 
 
 @refused(RandomnessError, r"a vmap that the solve did not run under \(jacrev\?\), expected the same", moves=True)
