@@ -20,14 +20,14 @@ import diffopt
 from diffopt.estimators import Estimator, FirstOrder, Reverse
 from diffopt.tasks import MLP, Sinusoid, functional
 
-RULES: dict[str, Estimator] = {
+ESTIMATORS: dict[str, Estimator] = {
     "Reverse()": Reverse(),
     "Reverse(1)": Reverse(1),
     "FirstOrder()": FirstOrder(),
 }
 
 
-def hypergradient(rule: Estimator) -> Callable[[bool], None]:
+def hypergradient(estimator: Estimator) -> Callable[[bool], None]:
     """The work to be timed, as a function of ``check``."""
     generator = torch.Generator().manual_seed(0)
     apply, params = functional(MLP((1, 40, 40, 1), generator=generator))
@@ -38,7 +38,9 @@ def hypergradient(rule: Estimator) -> Callable[[bool], None]:
         return (apply(params, inputs) - targets).square().mean()
 
     def work(check: bool) -> None:
-        solution = diffopt.solve(loss, params, x, y, optimizer=diffopt.SGD(lr), steps=5, estimator=rule, check=check)
+        solution = diffopt.solve(
+            loss, params, x, y, optimizer=diffopt.SGD(lr), steps=5, estimator=estimator, check=check
+        )
         torch.autograd.grad(loss(solution.params, query_x, query_y), [*params.values(), lr])
 
     return work
@@ -56,8 +58,8 @@ def main(pairs: int = 1000) -> None:
     torch.set_num_threads(1)
     order = random.Random(0)
     print(f"{'rule':14s}{'unchecked':>12s}{'checked':>12s}{'checks cost':>14s}   (medians of {pairs} pairs)")
-    for name, rule in RULES.items():
-        work, times = hypergradient(rule), {True: list[float](), False: list[float]()}
+    for name, estimator in ESTIMATORS.items():
+        work, times = hypergradient(estimator), {True: list[float](), False: list[float]()}
         for pair in range(-50, pairs):  # the first fifty are not counted
             for check in order.sample([True, False], 2):
                 taken = seconds(work, check)

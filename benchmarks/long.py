@@ -130,7 +130,7 @@ class Row:
 
     Attributes:
         problem, width: the solve and its backward pass.
-        rule: its options of :class:`Reverse`.
+        estimator: its options of :class:`Reverse`.
         goal: what is to hold, in words.
         logged: whether torch's allocations are logged.
     """
@@ -138,7 +138,7 @@ class Row:
     problem: Callable[..., Any]
     width: int
     steps: int
-    rule: dict[str, Any]
+    estimator: dict[str, Any]
     goal: str = ""
     more: dict[str, Any] = field(default_factory=dict)
     logged: bool = False
@@ -146,8 +146,8 @@ class Row:
     @property
     def name(self) -> str:
         """How it is called in the table."""
-        options = [repr(self.rule["checkpoint"])] if "checkpoint" in self.rule else []
-        options += [f"{key}={value!r}" for key, value in self.rule.items() if key != "checkpoint"]
+        options = [repr(self.estimator["checkpoint"])] if "checkpoint" in self.estimator else []
+        options += [f"{key}={value!r}" for key, value in self.estimator.items() if key != "checkpoint"]
         more = "".join(f", {key}={value}" for key, value in self.more.items())
         return (
             f"{self.problem.__name__} of width {self.width:,}, T = {self.steps:,}, Reverse({', '.join(options)}){more}"
@@ -179,10 +179,10 @@ def resident() -> float:
 def measure(row: Row) -> dict[str, Any]:
     """Run one row in this process."""
     torch.set_num_threads(1)
-    options = {"estimator": Reverse(**row.rule), **row.more}
+    options = {"estimator": Reverse(**row.estimator), **row.more}
     # loads what torch loads late, on a problem that takes no memory
-    offload = row.rule.get("offload", False)
-    row.problem(9, 32, estimator=Reverse(row.rule.get("checkpoint", "log"), offload=offload), **row.more)
+    offload = row.estimator.get("offload", False)
+    row.problem(9, 32, estimator=Reverse(row.estimator.get("checkpoint", "log"), offload=offload), **row.more)
     before, start, clock = resident(), time.process_time(), time.perf_counter()
     solution = row.problem(row.steps, row.width, **options)
     slots = solution.kept.slots

@@ -13,7 +13,7 @@ import sys
 import time
 
 STEPS = (10, 100, 1000)
-RULES = (
+ESTIMATORS = (
     "FirstOrder()",
     "Reptile()",
     "ForwardMode()",
@@ -31,7 +31,7 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(rule: str, steps: int) -> None:
+def measure(name: str, steps: int) -> None:
     """One cell: prints megabytes above the start and seconds of processor time."""
     import torch
 
@@ -43,12 +43,12 @@ def measure(rule: str, steps: int) -> None:
     weight = torch.randn(447, 447) / 447**0.5
     inputs = torch.randn(8, 447)
     log_decay = torch.tensor(-3.0, requires_grad=True)
-    initial = weight.clone() if rule.startswith("Forward") else weight.clone().requires_grad_()
+    initial = weight.clone() if name.startswith("Forward") else weight.clone().requires_grad_()
 
     def loss(w: torch.Tensor, log_decay: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return (x @ w).tanh().square().mean() + log_decay.exp() * w.square().sum()
 
-    estimator = eval(rule, vars(estimators))
+    estimator = eval(name, vars(estimators))
 
     def run(count: int) -> None:
         solution = diffopt.solve(
@@ -65,13 +65,13 @@ def measure(rule: str, steps: int) -> None:
 def main() -> None:
     """Print the table."""
     print(f"{'rule':20s}" + "".join(f"{f'T = {steps}':>22s}" for steps in STEPS))
-    for rule in RULES:
+    for estimator in ESTIMATORS:
         cells = []
         for steps in STEPS:
-            command = [sys.executable, "-m", "benchmarks.memory", rule, str(steps)]
+            command = [sys.executable, "-m", "benchmarks.memory", estimator, str(steps)]
             out = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             cells.append(f"{out['megabytes']:10.1f} MB {out['seconds']:6.2f} s")
-        print(f"{rule:20s}" + "".join(f"{cell:>22s}" for cell in cells), flush=True)
+        print(f"{estimator:20s}" + "".join(f"{cell:>22s}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

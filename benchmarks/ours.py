@@ -16,7 +16,7 @@ from diffopt.linear_solve import ConjugateGradient
 
 
 def adapt(
-    problem: Problem, initial: Params, hyper: Params, support: Data, rule: Estimator, *, compiled: bool = False
+    problem: Problem, initial: Params, hyper: Params, support: Data, estimator: Estimator, *, compiled: bool = False
 ) -> Params:
     """The params of one task at the end of the inner loop."""
     return diffopt.solve(
@@ -26,17 +26,17 @@ def adapt(
         support,
         optimizer=diffopt.SGD(problem.lr, momentum=problem.momentum),
         steps=problem.steps,
-        estimator=rule,
+        estimator=estimator,
         compile=compiled,
     ).params
 
 
-def vmapped(problem: Problem, rule: Estimator, *, compiled: bool = False) -> Gradients:
+def vmapped(problem: Problem, estimator: Estimator, *, compiled: bool = False) -> Gradients:
     """All tasks in one ``vmap``, inner loop and outer loss alike."""
     initial, hyper, leaves = problem.fresh()
 
     def task_loss(support: Data, query: Data) -> Tensor:
-        return problem.outer(adapt(problem, initial, hyper, support, rule, compiled=compiled), query)
+        return problem.outer(adapt(problem, initial, hyper, support, estimator, compiled=compiled), query)
 
     return torch.autograd.grad(vmap(task_loss)(problem.support, problem.query).mean(), leaves)
 
@@ -59,18 +59,18 @@ def program(problem: Problem) -> Callable[[], Gradients]:
     return lambda: tuple(made.value_and_grad(wanted, given, problem.support, problem.query)[1].values())
 
 
-def looped(problem: Problem, rule: Estimator, *, compiled: bool = False) -> Gradients:
+def looped(problem: Problem, estimator: Estimator, *, compiled: bool = False) -> Gradients:
     """One task after the other."""
     initial, hyper, leaves = problem.fresh()
     mean = MeanGradient(leaves, problem.count)
     for support, query in problem.tasks():
         start = initial if problem.hyper == {} else problem.initial
-        params = adapt(problem, start, hyper, support, rule, compiled=compiled)
+        params = adapt(problem, start, hyper, support, estimator, compiled=compiled)
         mean.add(problem.outer(params, query))
     return mean.result()
 
 
-def chunked(problem: Problem, rule: Estimator, chunk: int) -> Gradients:
+def chunked(problem: Problem, estimator: Estimator, chunk: int) -> Gradients:
     """The inner loops of ``chunk`` tasks at a time in one ``vmap``; the outer losses, on larger batches, one by one."""
     initial, hyper, leaves = problem.fresh()
     total = [torch.zeros_like(x) for x in leaves]
@@ -80,7 +80,7 @@ def chunked(problem: Problem, rule: Estimator, chunk: int) -> Gradients:
             support=tuple(x[start : start + chunk] for x in problem.support),
             query=tuple(x[start : start + chunk] for x in problem.query),
         )
-        adapted = vmap(lambda support: adapt(problem, initial, hyper, support, rule))(part.support)
+        adapted = vmap(lambda support: adapt(problem, initial, hyper, support, estimator))(part.support)
         cotangents = []
         for i, (_, query) in enumerate(part.tasks()):
             params = {name: p[i].detach().requires_grad_() for name, p in adapted.items()}

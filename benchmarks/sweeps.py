@@ -61,8 +61,10 @@ def errors(size: Size) -> dict[str, list[dict[str, Any]]]:
 
 
 def _rows(problem: str, families: Families, repeats: int) -> list[dict[str, Any]]:
-    named = [(family, member, rule) for family, members in families.items() for member, rule in members.items()]
-    rows = diffopt.compare(TASKS[problem](), [rule for _, _, rule in named], repeats=repeats).rows
+    named = [
+        (family, member, estimator) for family, members in families.items() for member, estimator in members.items()
+    ]
+    rows = diffopt.compare(TASKS[problem](), [estimator for _, _, estimator in named], repeats=repeats).rows
     return [
         {"family": family, "member": member, **dataclasses.asdict(row)}
         for (family, member, _), row in zip(named, rows, strict=True)

@@ -51,8 +51,8 @@ def cite(*subjects: Any) -> str:
 def _refuse_what_is_not_cited(subject: Any) -> None:
     kinds = (Estimator, Bindable, LinearSolver)
     named = subject if isinstance(subject, type | FunctionType) else type(subject)
-    rule = issubclass(named, kinds) if isinstance(named, type) else False
-    if not rule and named.__module__.split(".")[0] != "diffopt":
+    known = issubclass(named, kinds) if isinstance(named, type) else False
+    if not known and named.__module__.split(".")[0] != "diffopt":
         each = "give them one by one: cite(*them)" if isinstance(subject, list | tuple | set) else ""
         raise EstimatorError(
             f"cite was given {tree.describe(subject)}",
@@ -85,7 +85,7 @@ def _behind(solution: Solution[Any]) -> set[str]:
     calls = [node.call for node in nodes]
     # windows are a property of the steps: what went down into autograd is the estimator within MultiStep
     names = {"MultiStep"} if any(call.dynamics.layout.window > 1 for call in calls) else set()
-    return names.union(*(_names(call.rule) | _names(call.dynamics.optimizer.template) for call in calls))
+    return names.union(*(_names(call.estimator) | _names(call.dynamics.optimizer.template) for call in calls))
 
 
 @cache

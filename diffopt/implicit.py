@@ -131,14 +131,14 @@ def implicit(
     """
     stationarity = check_number("implicit: stationarity", stationarity, 0, also=(None,))
     check_flag("check", check)
-    rule = _AtSolution(_checked_solver(solver, loss), stationarity if check else None)
+    estimator = _AtSolution(_checked_solver(solver, loss), stationarity if check else None)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
-    outcome = _run(rule, problem)
+    outcome = _run(estimator, problem)
     layout = problem.dynamics.layout
     if not transforms.transforms_active():
         detached = Leaves(x.detach() for x in outcome.state)
         at = Point.of(problem.dynamics, problem.inputs, detached, outcome.record.rollout)
-        refuse_far_from_stationary(at, Tasks(0), rule.stationarity)
+        refuse_far_from_stationary(at, Tasks(0), estimator.stationarity)
     result: Params = tree.unflatten(layout.params_structure, layout.params(outcome.state))
     return result
 
@@ -197,9 +197,9 @@ def implicit_gradients(
     return ImplicitGradients(gradients, multiplier, found.system._replace(value=multiplier))
 
 
-def _run(rule: Adjoint, problem: Problem) -> Outcome:
+def _run(estimator: Adjoint, problem: Problem) -> Outcome:
     before = versions(problem)
-    outcome = rule.run(problem)
+    outcome = estimator.run(problem)
     refuse_changes(problem, before)
     return outcome
 

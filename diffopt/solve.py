@@ -190,8 +190,8 @@ def solve(
         >>> lr.grad
         tensor(-3.2000)
     """
-    rule = _EXACT if estimator is None else estimator
-    check_estimator(rule)
+    chosen = _EXACT if estimator is None else estimator
+    check_estimator(chosen)
     check_flag("compile", compile)
     if has_aux is not False:
         check_flag("has_aux", has_aux)
@@ -209,10 +209,10 @@ def solve(
         problem = replace(problem, dynamics=replace(problem.dynamics, micro_batches=count))
     if tol is not None or on_step is not None:
         problem = replace(problem, stop=_stop(tol, on_step, optimizer))
-    if not rule.traced:
-        tracing.refuse(f"a solve by {rule!r}")
+    if not chosen.traced:
+        tracing.refuse(f"a solve by {chosen!r}")
     before = versions(problem)
-    outcome = rule.run(problem)
+    outcome = chosen.run(problem)
     refuse_changes(problem, before)
     return _solution(problem.dynamics, outcome)
 

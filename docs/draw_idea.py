@@ -26,7 +26,7 @@ from diffopt.estimators import (
 
 STEPS = 5
 FORWARD, BACKWARD, DROPPED = "#37474f", "#c62828", "#d6dadd"
-RULES: dict[str, tuple[Estimator, str]] = {
+ESTIMATORS: dict[str, tuple[Estimator, str]] = {
     "Reverse()": (Reverse(), "every path"),
     "ForwardMode()": (ForwardMode(), "every path, summed from the left"),
     "Truncated(2)": (Truncated(2), "curvature of the last 2 steps,\nwhatever its order"),
@@ -90,7 +90,7 @@ def draw_terms(axes: Axes, found: dict[tuple[int, ...], float], title: str, text
 def estimators() -> Figure:
     """All estimators, by what they do to a problem of one parameter."""
     figure, grid = plt.subplots(2, 4, figsize=(11, 6.4), layout="constrained")
-    for axes, (title, (estimator, text)) in zip(grid.flat, RULES.items(), strict=True):
+    for axes, (title, (estimator, text)) in zip(grid.flat, ESTIMATORS.items(), strict=True):
         draw_terms(axes, terms(estimator), title, text)
     for axes in grid[:, 0]:
         axes.set_ylabel("factors of curvature", fontsize=8)

@@ -98,7 +98,8 @@ def measure(case: Case) -> Row:
 
     def over_steps() -> str:
         together, alone = (
-            grad(partial(p.outer, rule))(p.params, p.inputs[0]) for rule in (Binomial(1), Binomial(1, chunk_size=1))
+            grad(partial(p.outer, estimator))(p.params, p.inputs[0])
+            for estimator in (Binomial(1), Binomial(1, chunk_size=1))
         )
         return _agreement(together, alone)
 

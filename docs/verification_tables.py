@@ -32,7 +32,7 @@ from diffopt.testing import Finding, check_estimator, check_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, RESULTS = ROOT / "tests", ROOT / "docs" / "_build" / "tests"
-RULES = {
+ESTIMATORS = {
     'Reverse("graph")': Reverse("graph"),
     "Reverse(1)": Reverse(1),
     'Reverse("sqrt")': Reverse("sqrt"),
@@ -78,8 +78,8 @@ def _cell(findings: Sequence[Finding], claim: str) -> str:
 def estimators() -> str:
     """Every estimator through the public battery; raises where a claim is broken."""
     rows = []
-    for name, rule in RULES.items():
-        findings = check_estimator(rule).findings
+    for name, estimator in ESTIMATORS.items():
+        findings = check_estimator(estimator).findings
         held = f"{sum(f.held for f in findings)} of {len(findings)}"
         rows.append((f"`{name}`", held, *(_cell(findings, claim) for claim in ("exact", "vmap of grad", "linear"))))
     header = ("estimator", "claims that hold", "exact", "`vmap` beside a loop", "linear in the outer gradient")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from interpreted import Interpreted
 
 import diffopt
+from diffopt.cli import main
 from diffopt.rollout import compiler_paths, known_programs
 
 # One thread: the tensors are small, several test processes share the machine, and sums keep their order.
@@ -85,6 +87,20 @@ def inductor() -> None:
 def steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No solve is a program as a whole: its steps are compiled one by one."""
     monkeypatch.setattr(known_programs, "find", lambda *given: None)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail, with exit code 2 and one line on stderr, which it returns."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"diffopt[^\n]*: error: [^\n]+\n", error), error
+        return error
+
+    return run
 
 
 @pytest.fixture

@@ -69,14 +69,14 @@ def test_a_solution_that_does_not_remember_is_refused(estimator, learned):
         cite(solution)
 
 
-def test_a_rule_of_ones_own_brings_the_library_alone():
-    class Truncated(Reverse.__base__):  # type: ignore[misc, name-defined]  # the name of a shipped rule
+def test_an_estimator_of_ones_own_brings_the_library_alone():
+    class Truncated(Reverse.__base__):  # type: ignore[misc, name-defined]  # the name of a shipped estimator
         pass
 
     assert keys(cite(Truncated)) == ["diffopt"]
 
 
-def test_every_rule_and_every_solver_has_a_paper():
+def test_every_estimator_and_every_solver_has_a_paper():
     bases = (diffopt.estimators.Estimator, diffopt.linear_solve.LinearSolver)
     for module in (diffopt.estimators, diffopt.linear_solve):
         values = {name: getattr(module, name) for name in module.__all__}

@@ -21,7 +21,7 @@ from diffopt.tensors import tracing
 
 STEPS = 4
 CASES = {case.name: case for case in OPTIMIZERS}
-RULES = (Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1)))
+ESTIMATORS = (Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1)))
 pytestmark = pytest.mark.compiler
 
 
@@ -55,7 +55,7 @@ def compared(outer: Callable[..., Tensor], tensors: Sequence[Tensor], count: int
     return relative_error([found[0], *found[2:]], [expected[0], *expected[2:]])
 
 
-def meta_loss(case: Any, rule: Any, tasks: int | None = None) -> tuple[Callable[..., Tensor], list]:
+def meta_loss(case: Any, estimator: Any, tasks: int | None = None) -> tuple[Callable[..., Tensor], list]:
     """The outer loss of a small network, and all that it is differentiated by."""
     problem, names = small_network(0, STEPS), list(case.learned)
     meta = MetaParameters.of(problem, case)
@@ -70,7 +70,7 @@ def meta_loss(case: Any, rule: Any, tasks: int | None = None) -> tuple[Callable[
                 optimizer=optimizer,
                 steps=STEPS,
                 batches=(x, y),
-                estimator=rule,
+                estimator=estimator,
             )
             return problem.outer_loss(solution.params)
 
@@ -85,12 +85,12 @@ def meta_loss(case: Any, rule: Any, tasks: int | None = None) -> tuple[Callable[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("name", list(CASES))
-def test_every_optimizer_under_every_rule_has_the_numbers_of_the_plain_way(name: str, rule: Any) -> None:
+def test_every_optimizer_under_every_estimator_has_the_numbers_of_the_plain_way(name: str, estimator: Any) -> None:
     """By the initial params, a loss argument, the batches and every hyperparameter; each task has its own."""
     for tasks in (None, 3):
-        outer, tensors = meta_loss(CASES[name], rule, tasks)
+        outer, tensors = meta_loss(CASES[name], estimator, tasks)
         assert compared(outer, tensors) < 1e-10
 
 
@@ -122,14 +122,14 @@ def test_few_steps(steps: int) -> None:
     assert compared(lambda w, a: squares(solved(w, a, steps=steps).params) + a.sum(), [W, A]) < 1e-12
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Truncated(2), MultiStep(2), MultiStep(3)], ids=repr)
-def test_what_runs_over_steps_and_goes_on_from_a_state(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Truncated(2), MultiStep(2), MultiStep(3)], ids=repr)
+def test_what_runs_over_steps_and_goes_on_from_a_state(estimator: Any) -> None:
     """A schedule and batches, of which the last window may be short, and a state that has gone on."""
 
     def outer(w: Tensor, rows: Tensor, lr: Tensor) -> Tensor:
         first = solved(w, rows[0], 0.05, steps=1).state
         optimizer = diffopt.SGD(diffopt.Schedule(torch.cat([lr, lr])), momentum=0.5)
-        end = diffopt.solve(with_batches, first, optimizer=optimizer, steps=5, batches=rows, estimator=rule)
+        end = diffopt.solve(with_batches, first, optimizer=optimizer, steps=5, batches=rows, estimator=estimator)
         return squares(end.params)
 
     assert compared(outer, [W, ROWS, LR]) < 1e-12
@@ -145,16 +145,16 @@ BLOCKS = [*FEW, *[pytest.param(*case, marks=pytest.mark.slow) for case in MORE]]
 """Blocks that steps and windows fill, and last ones that are short; of which the last window may be short, too."""
 
 
-@pytest.mark.parametrize(("steps", "rule"), BLOCKS, ids=repr)
-def test_blocks_of_steps_of_which_one_state_is_kept(steps: int, rule: Any) -> None:
+@pytest.mark.parametrize(("steps", "estimator"), BLOCKS, ids=repr)
+def test_blocks_of_steps_of_which_one_state_is_kept(steps: int, estimator: Any) -> None:
     """What runs over steps, counts them and is handed out on the way, on from a state."""
 
     def outer(w: Tensor, rows: Tensor, rates: Tensor) -> Tensor:
         optimizer = diffopt.Adam(diffopt.Schedule(rates), eps=0.1)
         first = diffopt.solve(with_batches, w, optimizer=optimizer, steps=1, batches=rows[:1]).state
-        given = {"steps": steps, "batches": rows[1:], "estimator": rule, "observe": lambda w, b: (b * w).sin()}
+        given = {"steps": steps, "batches": rows[1:], "estimator": estimator, "observe": lambda w, b: (b * w).sin()}
         end = diffopt.solve(with_batches, first, optimizer=optimizer, **given)
-        if isinstance(getattr(rule, "adjoint", rule), Truncated):
+        if isinstance(getattr(estimator, "adjoint", estimator), Truncated):
             return squares(end.params)
         return squares(end.params) + end.losses.prod() + end.observed[-1].prod()
 
@@ -306,14 +306,14 @@ def test_inner_problems_of_other_kinds(outer: Callable[..., Tensor]) -> None:
     assert compared(outer, [W, torch.tensor([[1.0, 0.3], [-0.4, 0.8]], dtype=torch.float64)]) < 1e-12
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(3)], ids=repr)
-def test_captured_tensors_are_read_anew_at_every_call(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(3)], ids=repr)
+def test_captured_tensors_are_read_anew_at_every_call(estimator: Any) -> None:
     """Real ones, which are inputs of the graph; and what the outer loss itself computes, inside an inner loss."""
     target = torch.ones(2, dtype=torch.float64)
 
     def outer(w: Tensor, a: Tensor) -> Tensor:
         scale = 2 * a.detach()
-        given = {"optimizer": diffopt.SGD(0.05), "steps": 6, "estimator": rule}
+        given = {"optimizer": diffopt.SGD(0.05), "steps": 6, "estimator": estimator}
         end = diffopt.solve(lambda w: quadratic(w, scale * target), w, **given)
         return (end.params * target).sum()
 

@@ -31,10 +31,10 @@ TO_THE_CPU = [Reverse(2, offload=True), Reverse("sqrt", offload=True), Reverse("
 TO_THE_DISK = [Reverse(1, offload="disk"), Reverse("sqrt", offload="disk")]
 OFFLOADING = [*TO_THE_CPU, *TO_THE_DISK, Truncated(3, checkpoint=1, offload=True)]
 OTHERS = [Unrolled(), ForwardMode(), FirstOrder(), Binomial(2), Krylov(3), MultiStep(2)]
-RULES = [Reverse("graph"), Reverse(1), *OFFLOADING, *OTHERS, Implicit(GMRES(max_iterations=20, throw=False))]
+ESTIMATORS = [Reverse("graph"), Reverse(1), *OFFLOADING, *OTHERS, Implicit(GMRES(max_iterations=20, throw=False))]
 
 
-def hypergradient(rule: Any, device: str, tasks: int | None = None) -> list[torch.Tensor]:
+def hypergradient(estimator: Any, device: str, tasks: int | None = None) -> list[torch.Tensor]:
     problem = small_network(0, 6)
 
     def move(x: Any) -> Any:
@@ -45,7 +45,7 @@ def hypergradient(rule: Any, device: str, tasks: int | None = None) -> list[torc
     query = move(problem.query)
 
     def outer(weights: torch.Tensor) -> torch.Tensor:
-        options = {"optimizer": diffopt.SGD(lr, momentum=0.5), "steps": 6, "batches": batches, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(lr, momentum=0.5), "steps": 6, "batches": batches, "estimator": estimator}
         end = diffopt.solve(problem.loss, params, weights, **options).params
         return (problem.predict(end, query[0]) - query[1]).square().mean()
 
@@ -57,19 +57,19 @@ def hypergradient(rule: Any, device: str, tasks: int | None = None) -> list[torc
 
 @cuda
 @pytest.mark.parametrize("tasks", [None, 3])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_numbers_are_those_of_the_cpu(rule: Any, tasks: int | None) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_the_numbers_are_those_of_the_cpu(estimator: Any, tasks: int | None) -> None:
     """In float64, to the round-off of sums in another order."""
-    found = hypergradient(rule, "cuda", tasks)
-    assert relative_error([x.cpu() for x in found], hypergradient(rule, "cpu", tasks)) < 1e-9
+    found = hypergradient(estimator, "cuda", tasks)
+    assert relative_error([x.cpu() for x in found], hypergradient(estimator, "cpu", tasks)) < 1e-9
 
 
 @pytest.mark.parametrize("tasks", [None, 3])
-@pytest.mark.parametrize("rule", [Reverse(2, offload="cpu"), Truncated(4, 1, offload="disk")], ids=str)
-def test_offload_changes_no_number(rule: Any, tasks: int | None) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(2, offload="cpu"), Truncated(4, 1, offload="disk")], ids=str)
+def test_offload_changes_no_number(estimator: Any, tasks: int | None) -> None:
     """On any device; here on the CPU."""
-    kept = type(rule)(**{**vars(rule), "offload": False})
-    for a, b in zip(hypergradient(rule, "cpu", tasks), hypergradient(kept, "cpu", tasks), strict=True):
+    kept = type(estimator)(**{**vars(estimator), "offload": False})
+    for a, b in zip(hypergradient(estimator, "cpu", tasks), hypergradient(kept, "cpu", tasks), strict=True):
         assert torch.equal(a, b)
 
 
@@ -94,9 +94,9 @@ def test_dropout_draws_the_same_numbers_again() -> None:
         return torch.nn.functional.dropout(x @ w, 0.5).square().mean()
 
     found = []
-    for rule in (Reverse("graph"), Reverse(1), Reverse(2, offload=True)):
+    for estimator in (Reverse("graph"), Reverse(1), Reverse(2, offload=True)):
         torch.manual_seed(0)
-        end = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.01), steps=5, estimator=rule).params
+        end = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(0.01), steps=5, estimator=estimator).params
         found.append(torch.autograd.grad(end.sum(), w)[0])
     assert relative_error(found[1:2], found[:1]) < 1e-4
     assert relative_error(found[2:], found[:1]) < 1e-4
@@ -104,5 +104,5 @@ def test_dropout_draws_the_same_numbers_again() -> None:
 
 @cuda
 def test_es_directions_from_a_generator_of_the_cpu() -> None:
-    rule = ESJacobian(4, 0.1, generator=torch.Generator().manual_seed(0))
-    assert all(bool(x.isfinite().all()) for x in hypergradient(rule, "cuda"))
+    estimator = ESJacobian(4, 0.1, generator=torch.Generator().manual_seed(0))
+    assert all(bool(x.isfinite().all()) for x in hypergradient(estimator, "cuda"))

@@ -229,7 +229,7 @@ def test_what_docstrings_cite_of_the_derivations_exists(module, checkout: Path, 
 
 
 @pytest.mark.parametrize(
-    ("rule", "amount"),
+    ("estimator", "amount"),
     [
         (Reverse("sqrt"), lambda s: 1),
         (Truncated(2), lambda s: set(s) <= {3, 4}),
@@ -240,15 +240,15 @@ def test_what_docstrings_cite_of_the_derivations_exists(module, checkout: Path, 
     ],
     ids=lambda x: brief(x) if isinstance(x, Estimator) else "",
 )
-def test_the_pictures_show_the_terms_of_the_definitions(module, rule, amount):
+def test_the_pictures_show_the_terms_of_the_definitions(module, estimator, amount):
     idea = module("draw_idea")
-    found = idea.terms(rule, steps=4)
+    found = idea.terms(estimator, steps=4)
     assert set(found) == {s for size in range(5) for s in combinations(range(1, 5), size)}
     for s, value in found.items():
         assert value == pytest.approx(float(amount(s)), abs=1e-12)
 
 
-def test_the_terms_of_a_rule_that_weighs_them_are_not_zero_and_one(module):
+def test_the_terms_of_an_estimator_that_weighs_them_are_not_zero_and_one(module):
     found = module("draw_idea").terms(Krylov(2), steps=4)
     assert any(abs(value - round(value)) > 1e-3 for value in found.values())
 

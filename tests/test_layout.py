@@ -183,21 +183,25 @@ SHORT = ["truncated", "first_order", "reptile", "implicit", "multi_step", "unrol
 LONG = ["binomial", "krylov", "forward_mode", "es_jacobian"]
 
 
-@pytest.mark.parametrize(("rule", "most"), [*((rule, 90) for rule in SHORT), *((rule, 110) for rule in LONG)])
-def test_a_rule_is_short(files, rule, most):
+@pytest.mark.parametrize(
+    ("estimator", "most"), [*((estimator, 90) for estimator in SHORT), *((estimator, 110) for estimator in LONG)]
+)
+def test_an_estimator_is_short(files, estimator, most):
     """Docstrings and checks of options included; Neumann's is ``Implicit(Neumann())``."""
-    assert len(files[f"diffopt.estimators.{rule}"].read_text(encoding="utf-8").splitlines()) <= most
+    assert len(files[f"diffopt.estimators.{estimator}"].read_text(encoding="utf-8").splitlines()) <= most
 
 
-def test_every_rule_has_a_length(files):
-    rules = {name.removeprefix("diffopt.estimators.") for name in files if name.startswith("diffopt.estimators.")}
-    assert rules == {*SHORT, *LONG}
+def test_every_estimator_has_a_length(files):
+    estimators = {name.removeprefix("diffopt.estimators.") for name in files if name.startswith("diffopt.estimators.")}
+    assert estimators == {*SHORT, *LONG}
 
 
 def test_every_deliberate_fault_has_one_line_to_stand_in(checkout):
     """``tests/mutations.py``, which is run by hand, stops at the first that has not."""
     places = Places(checkout)
     assert [fault.what for fault in FAULTS if len(places.found(fault)) != 1] == []
+    for fault in FAULTS:
+        assert ast.parse(places.planted(*places.found(fault), fault)), f"{fault.what}: no program"
 
 
 def test_every_deliberate_fault_has_tests_that_go_first():

@@ -26,10 +26,10 @@ def test_the_way_to_the_number_is_short(check: bool, monkeypatch: pytest.MonkeyP
     assert exact.to_loss <= 9
 
 
-@pytest.mark.parametrize("rule", ["Reverse", "FirstOrder", "Binomial", "Implicit", "Unrolled"])
-def test_without_checks_no_check_is_called(rule: str) -> None:
+@pytest.mark.parametrize("estimator", ["Reverse", "FirstOrder", "Binomial", "Implicit", "Unrolled"])
+def test_without_checks_no_check_is_called(estimator: str) -> None:
     """Not one function of the files that hold them."""
-    seen = way.ours(way.Binomial(2) if rule == "Binomial" else getattr(way, rule)(), False)
+    seen = way.ours(way.Binomial(2) if estimator == "Binomial" else getattr(way, estimator)(), False)
     checks = ("rollout/checks.py", "rollout/refusals.py", "rollout/hidden_state.py")
     names = {name for file, name, _ in seen.functions if file.endswith(checks)}
     assert names == set()

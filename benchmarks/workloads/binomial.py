@@ -13,17 +13,17 @@ from benchmarks.workloads.sinusoid import problem
 from diffopt.estimators import Binomial, Estimator
 
 
-def biased(name: str, rule: Estimator) -> Method:
-    return Method(f"ours, {name}", Role.BIASED, lambda problem: ours.vmapped(problem, rule))
+def biased(name: str, estimator: Estimator) -> Method:
+    return Method(f"ours, {name}", Role.BIASED, lambda problem: ours.vmapped(problem, estimator))
 
 
 def cells(size: Size) -> list[Cell]:
     steps, tasks = (6, 2) if size is Size.SMOKE else (100, 4)
-    rules = (
+    estimators = (
         methods.PLAIN_LOOP,
         *methods.OURS_VMAPPED,
         biased("Binomial(3)", Binomial(3)),
         biased("Binomial(3), chunks of 10", Binomial(3, chunk_size=10)),
     )
     make = functools.partial(problem, steps=steps, lr=1e-5)
-    return [Cell("Binomial", f"T={steps} B={tasks}", make, rules, tasks, seconds=20 if size is Size.FULL else 0)]
+    return [Cell("Binomial", f"T={steps} B={tasks}", make, estimators, tasks, seconds=20 if size is Size.FULL else 0)]

@@ -85,9 +85,11 @@ def plain(problem: Problem) -> Problem:
     return dataclasses.replace(problem, inner=losses.inner, outer=losses.outer)
 
 
-def chunks(name: str, rule: Estimator, chunk: int) -> Method:
+def chunks(name: str, estimator: Estimator, chunk: int) -> Method:
     """Ours: the inner loops of ``chunk`` tasks at a time, the outer losses in a loop."""
-    return Method(f"ours, {name}, chunks of {chunk}", Role.OURS, lambda problem: ours.chunked(problem, rule, chunk))
+    return Method(
+        f"ours, {name}, chunks of {chunk}", Role.OURS, lambda problem: ours.chunked(problem, estimator, chunk)
+    )
 
 
 WRONG = dataclasses.replace(methods.FUNCTORCH, role=Role.WRONG_PEER)

@@ -64,13 +64,13 @@ def one_by_one(run: Callable[[Problem], Sequence[Tensor]], problems: list[Proble
     return tuple(torch.cat(gradients) for gradients in zip(*map(run, problems), strict=True))
 
 
-def all_at_once(rule: Estimator, problems: list[Problem]) -> Gradients:
+def all_at_once(estimator: Estimator, problems: list[Problem]) -> Gradients:
     first = problems[0]
     support, query = next(first.tasks())
     penalties = torch.stack([p.hyper["log_penalty"] for p in problems]).requires_grad_()
 
     def validation_loss(log_penalty: Tensor) -> Tensor:
-        return outer(ours.adapt(first, first.initial, {"log_penalty": log_penalty}, support, rule), query)
+        return outer(ours.adapt(first, first.initial, {"log_penalty": log_penalty}, support, estimator), query)
 
     (gradients,) = torch.autograd.grad(vmap(validation_loss)(penalties).sum(), [penalties])
     return (gradients.flatten(),)
@@ -104,9 +104,9 @@ def cells(size: Size) -> list[Cell]:
     scale, steps, vectors = (20, 4, 3) if size is Size.SMOKE else (2000, 100, 16)
     sizes = {"size": scale, "steps": steps}
     seconds = {Size.FULL: (40, 15, 60), Size.QUICK: (10, 5, 0), Size.SMOKE: (0, 0, 0)}[size]
-    rule, many = f"reverse T={steps}", f"{vectors} at once T={steps}"
+    estimator, many = f"reverse T={steps}", f"{vectors} at once T={steps}"
     ways = REVERSE if size is Size.SMOKE else (*REVERSE, methods.PROGRAM, methods.LOOP_COMPILED)
-    reverse = Cell("W4", rule, functools.partial(problem, **sizes), ways, seconds=seconds[0])
+    reverse = Cell("W4", estimator, functools.partial(problem, **sizes), ways, seconds=seconds[0])
     implicit = Cell("W4", "CG(20)", functools.partial(solved, **sizes), CONJUGATE_GRADIENT, seconds=seconds[1])
     tiny = functools.partial(solved, size=scale // 40 or 3, steps=steps)
     small = Cell("W4", "CG(20) n=50", tiny, CONJUGATE_GRADIENT, seconds=seconds[1])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.call import Call, Rule
+from diffopt.adjoint.call import Call, PullsBack
 from diffopt.adjoint.pull_back import pull_back, pull_back_together
 from diffopt.errors import EstimatorError, InPlaceError, SecondDerivativeError
 from diffopt.rollout.field import VectorField
@@ -54,7 +54,7 @@ class _Solve(torch.autograd.Function):
     def forward(call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         record, layout = call.record, call.dynamics.layout
         low = bool(call.wanted) and call.watch.values and is_imprecise(call.dynamics, inputs)
-        if low and call.rule.claims(layout.inner_steps).second_derivatives:
+        if low and call.estimator.claims(layout.inner_steps).second_derivatives:
             warn_of_precision(call.dynamics, inputs)
         final, record.rollout = roll_out(
             call.dynamics,
@@ -99,7 +99,7 @@ class _Solve(torch.autograd.Function):
         given = [x.new_zeros(()).expand_as(x) if c is None else c for c, x in zip(cotangents, final, strict=False)]
         along = {i: c for i, c in enumerate(cotangents[call.state_count :]) if c is not None}
         if along:
-            _refuse_running_costs(call.rule)
+            _refuse_running_costs(call.estimator)
             call, given = replace(call, running=tuple(along)), [*given, *along.values()]
         # in inference mode no gradient is taken, and what was made in it cannot be recorded
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
@@ -161,11 +161,11 @@ class _Pullback(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _refuse_running_costs(rule: Rule) -> None:
+def _refuse_running_costs(estimator: PullsBack) -> None:
     """Refuse an outer loss that depends on what happens along the way, where the estimator would drop that."""
-    if not rule.takes_running_costs:
+    if not estimator.takes_running_costs:
         raise EstimatorError(
-            f"the outer loss depends on Solution.losses or Solution.observed, by {rule!r}",
+            f"the outer loss depends on Solution.losses or Solution.observed, by {estimator!r}",
             "an estimator that differentiates what happens along the way: Reverse, Unrolled, ForwardMode, MultiStep",
             "use one of them; numbers without a derivative are solution.losses.detach()",
         )

@@ -16,7 +16,7 @@ from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.tensors.leaves import Leaves
 
 
-class Rule(Protocol):
+class PullsBack(Protocol):
     """What an estimator is to these functions."""
 
     takes_running_costs: ClassVar[bool]
@@ -47,7 +47,7 @@ class Call:
     """
 
     dynamics: Dynamics
-    rule: Rule
+    estimator: PullsBack
     keep: Keep
     record: Record
     watch: Watch

@@ -37,9 +37,9 @@ def pull_back(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         if call.record.rollout.copied_to:
             refuse_other_cotangents(call.record.rollout.copied_to, (*cotangent, *along))
         try:
-            result = call.rule.pullback(trajectory, Leaves(cotangent))
+            result = call.estimator.pullback(trajectory, Leaves(cotangent))
         except RuntimeError as error:
-            mixed = mixed_error(error, type(call.rule).__name__, "use Reverse() or Truncated()")
+            mixed = mixed_error(error, type(call.estimator).__name__, "use Reverse() or Truncated()")
             if mixed is None:
                 raise
             raise mixed from error
@@ -61,7 +61,7 @@ def pull_back_together(
     with torch.no_grad(), derivatives.named_in_place_changes():
         for row in rows:
             refuse_other_cotangents(call.record.rollout.copied_to, row)
-        results = call.rule.pullbacks(_trajectory(call, given, ()), [Leaves(row) for row in rows])
+        results = call.estimator.pullbacks(_trajectory(call, given, ()), [Leaves(row) for row in rows])
         if results is None:
             return None
         return [_terms(call, result, given, row) for result, row in zip(results, rows, strict=True)]
@@ -83,7 +83,7 @@ def _terms(call: Call, result: Cotangents, given: Sequence[Tensor], cotangents: 
     """What an estimator has found, for the wanted inputs."""
     if not all([type(place) is Place for place in result.direct]):
         raise EstimatorError(
-            f"{type(call.rule).__name__}.pullback returned direct terms of {[*result.direct][:3]}",
+            f"{type(call.estimator).__name__}.pullback returned direct terms of {[*result.direct][:3]}",
             "their places, as in trajectory.wanted",
             "return Cotangents(initial, {place: term for place in trajectory.wanted})",
         )

@@ -36,7 +36,7 @@ def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> 
     rollout, record = trajectory.rollout, trajectory.record
     if first != rollout.first:
         raise EstimatorError(
-            f"sweep(first={first}): the rule keeps steps from {rollout.first} on",
+            f"sweep(first={first}): the estimator keeps steps from {rollout.first} on",
             "the same number",
             f"return Keep(first={first}) from keep()",
         )

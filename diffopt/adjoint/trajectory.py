@@ -150,7 +150,7 @@ class Trajectory:
             return Cotangents(*sweep_program.sweeps(self, [cotangent], first)[0])
         if first != rollout.first:
             raise EstimatorError(
-                f"sweep(first={first}): the rule keeps steps from {rollout.first} on",
+                f"sweep(first={first}): the estimator keeps steps from {rollout.first} on",
                 "the same number",
                 f"return Keep(first={first}) from keep()",
             )

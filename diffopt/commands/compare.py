@@ -53,9 +53,9 @@ def picture(text: str) -> Path:
 
 def run(given: argparse.Namespace) -> int:
     """Run the comparison."""
-    rules = [estimator(name.strip()) for name in given.estimators.split(",")]
+    estimators = [estimator(name.strip()) for name in given.estimators.split(",")]
     torch.set_num_threads(1)
-    comparison = diffopt.compare(TASKS[given.task](), rules, repeats=given.repeats)
+    comparison = diffopt.compare(TASKS[given.task](), estimators, repeats=given.repeats)
     print(comparison.to_markdown() if given.markdown else comparison)
     if given.out is not None:
         print(f"Picture: {comparison.plot(given.out)}")
@@ -81,9 +81,9 @@ def _sinusoid() -> Problem:
         errors: Tensor = apply(params, inputs) - targets
         return errors.square().mean()
 
-    def problem(rule: Estimator) -> Tensor:
+    def problem(estimator: Estimator) -> Tensor:
         def one(x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-            adapted = diffopt.solve(loss, params, x, y, optimizer=diffopt.SGD(lr), steps=10, estimator=rule)
+            adapted = diffopt.solve(loss, params, x, y, optimizer=diffopt.SGD(lr), steps=10, estimator=estimator)
             return loss(adapted.params, query_x, query_y)
 
         return torch.func.vmap(one)(*waves).mean()
@@ -100,9 +100,9 @@ def _quadratic() -> Problem:
     start, linear = (torch.randn(20, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
-    def problem(rule: Estimator) -> Tensor:
+    def problem(estimator: Estimator) -> Tensor:
         optimizer = diffopt.SGD(lr, momentum=0.5)
-        solution = diffopt.solve(quadratic.loss, start, linear, optimizer=optimizer, steps=20, estimator=rule)
+        solution = diffopt.solve(quadratic.loss, start, linear, optimizer=optimizer, steps=20, estimator=estimator)
         return quadratic.outer_loss(solution.params)
 
     return problem

@@ -40,7 +40,7 @@ from diffopt.experiments.framework.penalties import STEPS, Penalties
 from diffopt.linear_solve import ConjugateGradient
 from diffopt.reports import table
 
-RULES = (
+ESTIMATORS = (
     Unrolled(),
     Reverse("graph"),
     Reverse(1),
@@ -75,7 +75,7 @@ def show(folder: Path) -> None:
     console.print(
         f"2. Hypergradients of 30 penalties of a logistic regression on breast-cancer data, {STEPS} steps of SGD"
     )
-    comparison = diffopt.compare(Penalties.breast_cancer(), RULES, repeats=3)
+    comparison = diffopt.compare(Penalties.breast_cancer(), ESTIMATORS, repeats=3)
     console.print(str(comparison), soft_wrap=True)
 
     path = folder / "demo.png"

@@ -21,7 +21,7 @@ IMAGE_SETS = tuple(name for name in SETS if not name.startswith("omniglot"))
 class TrainOptions(RunOptions):
     """What every problem shares."""
 
-    estimator: str = option("reverse", f"rule of the hypergradient: {KNOWN_NAMES}", estimator_name)
+    estimator: str = option("reverse", f"estimator of the hypergradient: {KNOWN_NAMES}", estimator_name)
     steps: int = option(5, "inner steps in training", whole(1, MOST))
     eval_steps: int = option(10, "inner steps in evaluation", whole(1, MOST))
     inner_lr: float = option(0.1, "step size of the inner SGD", real(0))

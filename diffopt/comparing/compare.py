@@ -93,11 +93,11 @@ def compare(
         >>> round(first_order.relative_error, 4), round(truncated.relative_error, 4)  # 1 / 0.8**3 - 1
         (0.9531, 0.0)
     """
-    run, reference_rule = _checked(problem, estimators, exact, repeats)
+    run, reference_estimator = _checked(problem, estimators, exact, repeats)
     directions = check_integer("compare: directions", directions, 0, high=MOST + 1, note=f" (and at most {MOST})")
-    watched, solves = _watched(reference_rule)
+    watched, solves = _watched(reference_estimator)
     loss = _outer_loss(run, watched)
-    again = run(reference_rule)
+    again = run(reference_estimator)
     # what is made anew in every call is no meta-parameter
     lasting = {id(leaf) for leaf in leaves_behind(again)}
     leaves = [leaf for leaf in leaves_behind(loss) if id(leaf) in lasting]
@@ -109,7 +109,7 @@ def compare(
         )
     if not solves:
         raise EstimatorError(
-            f"the problem ran no solve with the estimator that it was given ({brief(reference_rule)})",
+            f"the problem ran no solve with the estimator that it was given ({brief(reference_estimator)})",
             "it to pass the estimator on",
             "write diffopt.solve(..., estimator=estimator)",
         )
@@ -129,7 +129,7 @@ def compare(
             "one that this problem can be differentiated by",
             f"{rows[0].estimator}: {rows[0].failure}",
         )
-    found = worth(run, reference_rule, leaves, reference, directions, loss.dtype) if directions else None
+    found = worth(run, reference_estimator, leaves, reference, directions, loss.dtype) if directions else None
     return Comparison(rows, curvature, (*notes(rows, curvature), *(found.notes() if found else ())), found)
 
 
@@ -149,10 +149,10 @@ def _checked(
     return cast("Callable[[Estimator], Tensor]", problem), exact or Reverse()
 
 
-def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
+def _outer_loss(run: Callable[[Estimator], Tensor], estimator: Estimator) -> Tensor:
     """What a problem returns, once it is found to be a scalar."""
     try:
-        loss = run(rule)
+        loss = run(estimator)
     except TypeError as error:
         wrong = signature_error(error, "the problem", run, 1, "one argument, the estimator")
         if wrong is None:
@@ -163,18 +163,18 @@ def _outer_loss(run: Callable[[Estimator], Tensor], rule: Estimator) -> Tensor:
     return loss
 
 
-def _watched(rule: Estimator) -> tuple[Estimator, list[int]]:
+def _watched(estimator: Estimator) -> tuple[Estimator, list[int]]:
     """A copy of an estimator, and the list in which it notes how many steps each solve has that is run with it.
 
     # NOTE [a copy, not a wrapper]
     A problem may look at what it is given: at its class, at its fields. So this is an object of the same class, whose
     own ``run`` stands before that of the class; the solve is then run with the estimator itself.
     """
-    watched, steps = copy.copy(rule), list[int]()
+    watched, steps = copy.copy(estimator), list[int]()
 
     def run(problem: Problem) -> Outcome:
         steps.append(problem.dynamics.layout.steps)
-        return rule.run(problem)
+        return estimator.run(problem)
 
     object.__setattr__(watched, "run", run)
     return watched, steps

@@ -18,8 +18,8 @@ def _problem_notes(rows: Sequence[Row], curvature: float | None) -> Iterator[str
         return
     yield f"curvature over the rollout, T * lr * lambda_max or its like: {curvature:.2g}"
     if curvature > 1:
-        rules = {type(row.rule).__name__: row.rule.if_curved(curvature) for row in rows if row.rule is not None}
-        yield from (f"{name}: {text}" for name, text in rules.items() if text)
+        said = {type(row.rule).__name__: row.rule.if_curved(curvature) for row in rows if row.rule is not None}
+        yield from (f"{name}: {text}" for name, text in said.items() if text)
 
 
 def _row_notes(row: Row) -> Iterator[str]:

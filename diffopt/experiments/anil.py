@@ -21,9 +21,9 @@ from diffopt.experiments.anil_report import adapted, pictures, summary
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.tasks import MLP, Episodes, functional, sample_episodes
+from diffopt.tasks import Episodes, sample_episodes
 
 
 @final
@@ -72,10 +72,7 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
         tasks: above 2, gradient descent on a convex inner loss is unstable.
     """
     images = small_images.load(settings.problem, work).to(work.device)
-    sizes = (small_images.PIXELS, settings.width, settings.width, settings.way)
-    apply, params = functional(MLP(sizes, torch.tanh, generator=work.generator(f"start {seed}")))
-    params = {name: value.detach().to(work.device).requires_grad_() for name, value in params.items()}
-    moved = [name for name in params if int(name.split(".")[1]) >= 3 - layers]  # layers.0.weight ... layers.2.bias
+    apply, params, moved = small_images.network(settings.width, settings.way, layers, f"start {seed}", work)
     tasks = work.generator(f"tasks {seed}")
     outer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
 
@@ -83,15 +80,15 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
         penalty = sum((value.square().sum() for value in head.values()), torch.zeros((), device=inputs.device))
         return cross_entropy(apply({**body, **head}, inputs.flatten(1)), labels) + settings.decay / 2 * penalty
 
-    def outer_loss(rule: Estimator, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
+    def outer_loss(estimator: Estimator, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
         head = {name: params[name] for name in moved}
         body = {name: value for name, value in params.items() if name not in head}
         optimizer = diffopt.SGD(rate)
-        found = diffopt.solve(loss, head, body, inputs, labels, optimizer=optimizer, steps=steps, estimator=rule)
+        found = diffopt.solve(loss, head, body, inputs, labels, optimizer=optimizer, steps=steps, estimator=estimator)
         return cross_entropy(apply({**body, **found.params}, queries.flatten(1)), wanted)
 
-    def mean_loss(rule: Estimator, episodes: Episodes) -> Tensor:
-        losses: Tensor = torch.func.vmap(partial(outer_loss, rule))(*episodes)
+    def mean_loss(estimator: Estimator, episodes: Episodes) -> Tensor:
+        losses: Tensor = torch.func.vmap(partial(outer_loss, estimator))(*episodes)
         return losses.mean()
 
     def sample() -> Episodes:
@@ -105,10 +102,10 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
 
     try:
         losses, seconds = train(work, params, outer, {"tasks": tasks}, settings.iterations, iterate)
-    except (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError) as error:
+    except FAILED as error:
         return {"diverged": type(error).__name__}
     episodes = sample()
-    number = diffopt.compare(lambda rule: mean_loss(rule, episodes), []).curvature
+    number = diffopt.compare(lambda estimator: mean_loss(estimator, episodes), []).curvature
     return {"losses": losses, "seconds": seconds, "curvature": None if number is None else number / steps}
 
 

@@ -202,7 +202,7 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
     look: dict[str, Any] = {"hue": "line", "panel": "images", "scales": {"share": "log"}}
     path = folder / "leave-out.png"
     found += curves(lines, path, x="share", y="change", labels=names, style=_look, finish=zero, size=(5, 4), **look)
-    look = {"hue": "rule", "style": lambda rule: {**_look(rule), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
+    look = {"hue": "rule", "style": lambda name: {**_look(name), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
     return found + curves(labels, folder / "labels.png", x="percent", y="found", labels=names, **look)
 
 

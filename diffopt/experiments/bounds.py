@@ -119,12 +119,15 @@ def turn(settings: Settings, steps: int, work: Work) -> Row:
 
 def errors(hessians: Tensor, level: int) -> dict[str, Tensor]:
     """Norms of the error matrices of three estimators, ``[sequences]``, from ``[sequences, steps, size, size]``."""
-    rules = {"first-order": FirstOrder(), "truncated": Truncated(level), "binomial": Binomial(level)}
+    estimators = {"first-order": FirstOrder(), "truncated": Truncated(level), "binomial": Binomial(level)}
     exact = hypergradients(hessians, Reverse())
-    return {name: torch.linalg.matrix_norm(hypergradients(hessians, rule) - exact, 2) for name, rule in rules.items()}
+    return {
+        name: torch.linalg.matrix_norm(hypergradients(hessians, estimator) - exact, 2)
+        for name, estimator in estimators.items()
+    }
 
 
-def hypergradients(hessians: Tensor, rule: Estimator) -> Tensor:
+def hypergradients(hessians: Tensor, estimator: Estimator) -> Tensor:
     """The hypergradient of the start for every unit vector as outer gradient: ``[sequences, size, size]``."""
     size = hessians.shape[-1]
 
@@ -135,7 +138,7 @@ def hypergradients(hessians: Tensor, rule: Estimator) -> Tensor:
             optimizer=diffopt.SGD(LR),
             steps=len(sequence),
             batches=sequence,
-            estimator=rule,
+            estimator=estimator,
         )
         return solution.params @ outer_gradient
 

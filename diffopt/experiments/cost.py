@@ -48,7 +48,7 @@ class Settings:
     levels_steps: int = option(5, "inner steps K of the comparison over levels", whole(2))
     steps: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "numbers of inner steps of the other one", listed(whole(1)))
     seeds: int = option(3, "starts: rounds in which everything is measured, on other images", whole(1))
-    repeats: int = option(3, "runs of each rule in a start, of which the median time counts", whole(1))
+    repeats: int = option(3, "runs of each estimator in a start, of which the median time counts", whole(1))
     way: int = option(5, "classes", whole(2))
     shot: int = option(1, "support images per class", whole(1))
     queries: int = option(5, "query images per class", whole(1))
@@ -62,17 +62,17 @@ def units(settings: Settings) -> list[Unit]:
 
     def of_one_start() -> list[Unit]:
         most = settings.levels_steps
-        run = partial(measure, settings, 0.0, most, level_rules(most))
+        run = partial(measure, settings, 0.0, most, level_estimators(most))
         found = [Unit(f"levels K={most}", run, 4 * most, keys={"over": "levels", "K": most})]
         for steps in settings.steps:
-            run = partial(measure, settings, 0.9, steps, step_rules(steps))
+            run = partial(measure, settings, 0.9, steps, step_estimators(steps))
             found.append(Unit(f"steps K={steps}", run, 4 + steps, keys={"over": "steps", "K": steps}))
         return found
 
     return starts(settings.seeds, of_one_start)
 
 
-def level_rules(steps: int) -> dict[str, Estimator]:
+def level_estimators(steps: int) -> dict[str, Estimator]:
     """The binomial paper's Fig. 4, with Krylov and recomputation beside it; ``MAML`` is what all is measured by."""
     found: dict[str, Estimator] = {
         "MAML": Reverse("graph"),
@@ -88,7 +88,7 @@ def level_rules(steps: int) -> dict[str, Estimator]:
     return found
 
 
-def step_rules(steps: int) -> dict[str, Estimator]:
+def step_estimators(steps: int) -> dict[str, Estimator]:
     """The multi-step paper's Fig. 2 and 5, the memory-reduced paper's Fig. 2."""
     solver = ConjugateGradient(max_iterations=5, throw=False)
     found: dict[str, Estimator] = {"MAML": Reverse("graph"), "MAML, sqrt checkpoints": Reverse("sqrt")}
@@ -96,7 +96,7 @@ def step_rules(steps: int) -> dict[str, Estimator]:
     return {**found, "first-order": FirstOrder(), "reptile": Reptile(), "implicit, 5 CG": Implicit(solver)}
 
 
-def measure(settings: Settings, momentum: float, steps: int, rules: dict[str, Estimator], work: Work) -> Row:
+def measure(settings: Settings, momentum: float, steps: int, estimators: dict[str, Estimator], work: Work) -> Row:
     """The cost of every estimator; it depends on nothing random but the machine."""
     generator = work.generator("problem")
     network = Conv4(1, settings.way, settings.filters, settings.image_size, generator=generator)
@@ -113,17 +113,17 @@ def measure(settings: Settings, momentum: float, steps: int, rules: dict[str, Es
     def loss(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(apply(params, data[0]), data[1])
 
-    def problem(rule: Estimator) -> Tensor:
+    def problem(estimator: Estimator) -> Tensor:
         # an implicit estimator knows the start only as the center of a proximal term: that is iMAML
         proximal = diffopt.ProximalGD(settings.lr, strength=1.0)
-        optimizer = proximal if isinstance(rule, Implicit) else diffopt.SGD(settings.lr, momentum=momentum)
-        adapted = diffopt.solve(loss, params, support, optimizer=optimizer, steps=steps, estimator=rule)
+        optimizer = proximal if isinstance(estimator, Implicit) else diffopt.SGD(settings.lr, momentum=momentum)
+        adapted = diffopt.solve(loss, params, support, optimizer=optimizer, steps=steps, estimator=estimator)
         return loss(adapted.params, query)
 
     began = time.process_time()
-    rows = diffopt.compare(problem, list(rules.values()), repeats=settings.repeats).complete()
+    rows = diffopt.compare(problem, list(estimators.values()), repeats=settings.repeats).complete()
     measured = {}
-    for name, row in zip(rules, rows, strict=True):
+    for name, row in zip(estimators, rows, strict=True):
         kept = asdict(row)
         measured[name] = {key: kept[key] for key in ("gradients", "products", "depth", "seconds", "megabytes")}
     return {"rules": measured, "processor seconds": round(time.process_time() - began, 1)}

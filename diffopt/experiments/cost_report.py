@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table, side_by_side
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
 from diffopt.experiments.framework.pictures import STYLES, curves
-from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.framework.tables import Value, levelled, listed
 
 BINOMIAL, MULTI_STEP, REDUCED = "binomial paper", "multi-step paper", "memory-reduced paper"
 IMPLICIT = "implicit, 5 CG"
@@ -105,11 +105,9 @@ def table_of(units: Sequence[Unit], results: Results, over: str) -> Frame:
     def records(row: Row) -> Iterator[Row]:
         exact = row["rules"]["MAML"]
         for name, cost in row["rules"].items():
-            rule, _, level = name.rpartition(" ")
-            numbered = level.isdecimal()
+            kind, level = levelled(name)
             beside = {"share": cost["seconds"] / exact["seconds"], "memory": cost["megabytes"] / exact["megabytes"]}
-            key = {"method": name, "rule": rule if numbered else name, "L": int(level) if numbered else 0}
-            yield {**key, **cost, **beside}
+            yield {"method": name, "rule": kind, "L": level, **cost, **beside}
 
     return long_table(units, results, records, over=over)
 
@@ -142,13 +140,13 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     return Summary(found, claims, NOTES)
 
 
-def _said_of_level(rule: str, steps: int) -> str | None:
+def _said_of_level(estimator: str, steps: int) -> str | None:
     """What the binomial paper says in words."""
-    name, _, level = rule.rpartition(" ")
+    name, level = levelled(estimator)
     if name != "binomial":
         return None
-    if int(level) in (0, steps):
-        return f"time of {'MAML' if int(level) else 'first order'}"
+    if level in (0, steps):
+        return f"time of {'MAML' if level else 'first order'}"
     return "time slightly above truncated's, memory markedly below MAML's"
 
 
@@ -206,7 +204,7 @@ LABELS = {
 def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
     """``levels.png``: costs over L; ``steps.png``: costs over K."""
     levels, steps = (table_of(units, results, over) for over in ("levels", "steps"))
-    look: dict[str, Any] = {"labels": LABELS, "style": lambda rule: {**STYLES, **STEP_STYLES}[rule]}
+    look: dict[str, Any] = {"labels": LABELS, "style": lambda estimator: {**STYLES, **STEP_STYLES}[estimator]}
     if len(levels):  # estimators without levels are lines from one side to the other
         constant = levels[levels["rule"] == levels["method"]]
         levels = pd.concat([levels, constant.assign(L=settings.levels_steps)])

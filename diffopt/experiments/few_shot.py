@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
-import diffopt
 from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, outer_optimizer, turn, work_of
 from diffopt.experiments.few_shot_papers import OMNIGLOT
 from diffopt.experiments.few_shot_report import pictures, summary
@@ -28,11 +27,9 @@ from diffopt.experiments.framework.few_shot_problem import (
     meta_gradient,
 )
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole, yes_or_no
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import Conv4
-
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final

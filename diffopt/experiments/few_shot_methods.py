@@ -13,15 +13,15 @@ import diffopt
 from diffopt.estimators import Binomial, FirstOrder, Implicit, Krylov, MultiStep, Reptile, Reverse, Truncated
 from diffopt.experiments.few_shot_reptile import outer_steps
 from diffopt.experiments.framework.few_shot_problem import Adaptation
+from diffopt.experiments.framework.tables import levelled
 from diffopt.linear_solve import ConjugateGradient
 
 
 def keys_of(name: str) -> dict[str, Any]:
     """A method's estimator and level, and the group that it belongs to."""
-    rule, _, level = name.rpartition(" ")
-    numbered = level.isdecimal()
+    kind, level = levelled(name)
     group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
-    return {"rule": rule if numbered else name, "L": int(level) if numbered else 0, "group": group}
+    return {"rule": kind, "L": level, "group": group}
 
 
 def turn(keys: Mapping[str, Any]) -> int:
@@ -55,7 +55,7 @@ def methods(settings: Any) -> dict[str, Adaptation]:
         return min(level / s.steps, 1.0) if s.scale == "paper" else 1.0
 
     first = {"MAML": Reverse("graph"), "FOMAML": FirstOrder()}
-    found = {name: Adaptation(plain, s.steps, rule) for name, rule in first.items()}
+    found = {name: Adaptation(plain, s.steps, estimator) for name, estimator in first.items()}
     found["Reptile"] = Adaptation(diffopt.SGD(s.reptile_lr), s.reptile_steps, Reptile(), batched=True)
     for level in s.levels:
         solver = ConjugateGradient(max_iterations=level, rtol=0.0, throw=False)

@@ -29,7 +29,7 @@ from diffopt.estimators import (
 )
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.hyper_cleaning_report import pictures, summary
 from diffopt.linear_solve import ConjugateGradient
@@ -38,7 +38,6 @@ from diffopt.tasks.hyper_cleaning import redrawn
 
 FRACTION = 0.5
 """Of the labels that are drawn again."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final
@@ -56,8 +55,8 @@ class Settings:
     outer_lr: float = option(0.5, "step size of the outer Adam", real(0))
     fit_steps: int = option(200, "steps of the fit that is tested", whole(1))
     truncated: int = option(10, "steps that truncated back-propagation keeps", whole(1))
-    orders: tuple[int, ...] = option((1, 2), "orders of the binomial rule", listed(whole(1)))
-    krylov: int = option(5, "order of the Krylov rule", whole(1))
+    orders: tuple[int, ...] = option((1, 2), "orders of the binomial estimator", listed(whole(1)))
+    krylov: int = option(5, "order of the Krylov estimator", whole(1))
     windows: tuple[int, ...] = option((2, 5), "windows of multi-step estimation", listed(whole(1)))
     products: int = option(10, "products of conjugate gradients", whole(1))
     directions: int = option(2, "directions of the ES Jacobian", whole(1))
@@ -80,15 +79,15 @@ def units(settings: Settings) -> list[Unit]:
                     resumable=True,
                     keys={"part": "learn", "method": name},
                 )
-                for name, rule in rules(settings, Work(0)).items()
-                if not isinstance(rule, FirstOrder)
+                for name, estimator in estimators(settings, Work(0)).items()
+                if not isinstance(estimator, FirstOrder)
             ),
         ]
 
     return starts(settings.seeds, of_one_start)
 
 
-def rules(settings: Settings, work: Work) -> dict[str, Estimator]:
+def estimators(settings: Settings, work: Work) -> dict[str, Estimator]:
     """The estimators by name. First order is there for its error only: it does not reach what the loss reads."""
     source = work.generator("directions")
     solver = ConjugateGradient(max_iterations=settings.products, throw=False)
@@ -156,7 +155,9 @@ def baselines(settings: Settings, work: Work) -> Row:
     }
 
 
-def outer_loss(settings: Settings, problem: HyperCleaning, logits: Tensor, rule: Estimator) -> tuple[Tensor, float]:
+def outer_loss(
+    settings: Settings, problem: HyperCleaning, logits: Tensor, estimator: Estimator
+) -> tuple[Tensor, float]:
     """The loss on the validation set after the inner steps, and the test accuracy in per cent."""
     found = diffopt.solve(
         problem.loss,
@@ -164,16 +165,16 @@ def outer_loss(settings: Settings, problem: HyperCleaning, logits: Tensor, rule:
         logits,
         optimizer=diffopt.SGD(settings.lr, momentum=settings.momentum),
         steps=settings.steps,
-        estimator=rule,
+        estimator=estimator,
     )
     return problem.outer_loss(found.params), 100 * problem.accuracy(found.params)
 
 
 def measure(settings: Settings, work: Work) -> Row:
     """Error, cosine, cost and memory of every estimator's first hypergradient, and ``T * lr * curvature``."""
-    problem, chosen = load(settings, work), rules(settings, work)
+    problem, chosen = load(settings, work), estimators(settings, work)
     compared = diffopt.compare(
-        lambda rule: outer_loss(settings, problem, problem.logits, rule)[0], list(chosen.values()), repeats=1
+        lambda estimator: outer_loss(settings, problem, problem.logits, estimator)[0], list(chosen.values()), repeats=1
     )
     kept = ("relative_error", "cosine", "gradients", "products", "depth", "megabytes")
     rows = zip(chosen, compared.complete(), strict=True)
@@ -189,13 +190,15 @@ def learn(settings: Settings, name: str, work: Work) -> Row:
         seconds; accuracy of the long fit, F1 and the share of labels told right from wrong in the end.
     """
     problem = load(settings, work)
-    rule, logits = rules(settings, work)[name], problem.logits
+    estimator, logits = estimators(settings, work)[name], problem.logits
     outer = torch.optim.Adam([logits], lr=settings.outer_lr)
-    generators = {"directions": rule.generator} if isinstance(rule, ESJacobian) and rule.generator else {}
+    generators = (
+        {"directions": estimator.generator} if isinstance(estimator, ESJacobian) and estimator.generator else {}
+    )
     curves: dict[str, list[float]] = {"accuracy": [], "f1": []}
 
     def iterate(iteration: int) -> float:
-        loss, accuracy = outer_loss(settings, problem, logits, rule)
+        loss, accuracy = outer_loss(settings, problem, logits, estimator)
         curves["accuracy"].append(accuracy)
         curves["f1"].append(problem.f1(logits))
         torch.autograd.backward(loss)

@@ -12,7 +12,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
-from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.framework.tables import Value, levelled, listed
 
 HERE = "this library"
 GOAL = 100 * 6 / 7.8
@@ -43,8 +43,8 @@ LITTLE = (
 """Estimators that are claimed to lose little, and of some that they take less time."""
 
 
-def _little(rule: str, words: str, source: str, faster: bool) -> Compare:
-    formulas = (f"accuracy: {rule} - exact >= -1 by ; method", f"seconds: {rule} / exact < 1 by ; method")
+def _little(estimator: str, words: str, source: str, faster: bool) -> Compare:
+    formulas = (f"accuracy: {estimator} - exact >= -1 by ; method", f"seconds: {estimator} / exact < 1 by ; method")
     text = f"{words} loses little (up to 1 point)" + (" and takes less time" if faster else "")
     return ask(text, source, formulas[: 1 + faster])
 
@@ -92,13 +92,12 @@ def runs_of(units: Sequence[Unit], results: Results) -> Frame:
     gain = data["accuracy"] - data["validation images only"]
     won = 100 * (data["accuracy"] - data["noisy"]) / lost
     best = data["accuracy"] == data.groupby("seed")["accuracy"].transform("max")
-    return data.assign(won=won, gain=gain, best=best, rule=data["method"].map(rule_of))
+    return data.assign(won=won, gain=gain, best=best, rule=data["method"].map(estimator_of))
 
 
-def rule_of(method: str) -> str:
+def estimator_of(method: str) -> str:
     """A method without its number."""
-    name = method.partition(",")[0]
-    return name.rpartition(" ")[0] if name.rpartition(" ")[2].isdecimal() else name
+    return levelled(method.partition(",")[0])[0]
 
 
 def errors_of(units: Sequence[Unit], results: Results) -> Frame:
@@ -110,7 +109,7 @@ def errors_of(units: Sequence[Unit], results: Results) -> Frame:
             if method.startswith("ES Jacobian"):
                 predicted = math.sqrt((row["hyperparameters"] + 1) / int(method.rpartition("=")[2]))
             factor = (found["relative_error"] or 0.0) / (predicted or math.nan)
-            known = {"method": method, "rule": rule_of(method), "curvature": row["curvature"]}
+            known = {"method": method, "rule": estimator_of(method), "curvature": row["curvature"]}
             yield {**known, **found, "of_predicted": factor}
 
     return long_table(units, results, records, part="errors")
@@ -168,12 +167,12 @@ def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path
     base = long_table(units, results, lambda row: [row], part="baselines")
     seen: dict[str, list[str]] = {}
     for method in dict.fromkeys(data["method"]) if len(data) else ():
-        seen.setdefault(rule_of(method), []).append(method)
+        seen.setdefault(estimator_of(method), []).append(method)
 
     def style(method: str) -> dict[str, Any]:
-        rule = rule_of(method)
-        found = STYLES.get(rule, {"color": SEQUENCE[1]})
-        return {"color": found["color"], "linestyle": "-" if seen[rule][0] == method else "--"}
+        estimator = estimator_of(method)
+        found = STYLES.get(estimator, {"color": SEQUENCE[1]})
+        return {"color": found["color"], "linestyle": "-" if seen[estimator][0] == method else "--"}
 
     def fits(axes: Any, where: Any) -> None:
         if axes.get_ylabel().startswith("test accuracy") and len(base):

@@ -20,15 +20,14 @@ from diffopt.estimators import Estimator, FirstOrder, Reverse
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.maml_report import draw, summarise
-from diffopt.tasks import MLP, Episodes, functional, sample_episodes
+from diffopt.tasks import Episodes, sample_episodes
 
-LAYERS = 3
+LAYERS = small_images.LAYERS
 TRAINED = 0.8
 """The share of the classes that is trained on; the others are for tests."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final
@@ -103,10 +102,8 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
     """
     images = small_images.load(settings.problem, work).to(work.device)
     seen = int(TRAINED * len(images))
-    sizes = (small_images.PIXELS, settings.width, settings.width, run.way)
-    apply, params = functional(MLP(sizes, torch.tanh, generator=work.generator(f"start {run.seed} {run.way}")))
-    params = {name: value.detach().to(work.device).requires_grad_() for name, value in params.items()}
-    adapted = [name for name in params if int(name.split(".")[1]) >= LAYERS - run.adapted]  # layers.0.weight ...
+    start = f"start {run.seed} {run.way}"
+    apply, params, adapted = small_images.network(settings.width, run.way, run.adapted, start, work)
     tasks, drawn = work.generator(f"tasks {run.seed}"), work.generator(f"batches {run.seed}")
     outer = torch.optim.Adam(params.values(), lr=settings.meta_lr)
     support = run.way * settings.shot
@@ -117,18 +114,18 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
     ) -> Tensor:
         return cross_entropy(apply({**body, **head}, inputs[chosen].flatten(1)), labels[chosen])
 
-    def answers(rule: Estimator, batches: Tensor, inputs: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    def answers(estimator: Estimator, batches: Tensor, inputs: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         head = {name: params[name] for name in adapted}
         body = {name: value for name, value in params.items() if name not in head}
         found = diffopt.solve(
             loss, head, body, inputs, labels,
-            optimizer=diffopt.SGD(run.rate), steps=settings.steps, batches=batches, estimator=rule,
+            optimizer=diffopt.SGD(run.rate), steps=settings.steps, batches=batches, estimator=estimator,
         )  # fmt: skip
         scores: Tensor = apply({**body, **found.params}, queries.flatten(1))
         return scores
 
-    def each(rule: Estimator, episodes: Episodes, batches: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.func.vmap(partial(answers, rule, batches))(*episodes[:3])
+    def each(estimator: Estimator, episodes: Episodes, batches: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.func.vmap(partial(answers, estimator, batches))(*episodes[:3])
         return cross_entropy(scores.flatten(0, 1), episodes[3].flatten()), scores
 
     def sample(images: Tensor, count: int, generator: torch.Generator) -> Episodes:
@@ -140,8 +137,8 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
         if run.batch is not None:
             orders = [torch.randperm(support, generator=drawn) for _ in range(settings.steps)]
             batches = torch.stack(orders)[:, : run.batch]
-        rule = FirstOrder() if run.first_order else Reverse()
-        mean, _ = each(rule, sample(images[:seen], run.tasks, tasks), batches)
+        estimator = FirstOrder() if run.first_order else Reverse()
+        mean, _ = each(estimator, sample(images[:seen], run.tasks, tasks), batches)
         torch.autograd.backward(mean)
         return mean.item()
 

@@ -90,10 +90,10 @@ def exponents_of(units: Sequence[Unit], results: Results) -> Frame:
 
     def records(row: Row) -> Iterator[Row]:
         yield {"rule": "all", "left": row["left"]}
-        for rule in PROCESSES:
-            found = [(1 / eps, at) for eps, at in zip(TARGETS, row[rule], strict=True) if at is not None]
+        for process in PROCESSES:
+            found = [(1 / eps, at) for eps, at in zip(TARGETS, row[process], strict=True) if at is not None]
             if len(found) > 1:
-                yield {"rule": rule, "exponent": slope(*zip(*found, strict=True))}
+                yield {"rule": process, "exponent": slope(*zip(*found, strict=True))}
 
     return pd.concat([pd.DataFrame(rows), long_table(units, results, records, tasks=0)])
 
@@ -102,8 +102,8 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     """Tables and claims."""
 
     def times(row: Row) -> Iterator[Row]:
-        for rule, words in zip(PROCESSES, ("mean of all so far", "last"), strict=True):
-            for eps, at in zip(TARGETS, row[rule], strict=True):
+        for process, words in zip(PROCESSES, ("mean of all so far", "last"), strict=True):
+            for eps, at in zip(TARGETS, row[process], strict=True):
                 yield {"what": words, "eps": eps, "iterations": at}
 
     columns: dict[str, Value] = {

@@ -38,14 +38,14 @@ class Method:
 
     Attributes:
         steps: on the transfer loss; 0: the meta-networks stay as they are.
-        rule: the estimator for these steps.
+        estimator: the estimator for these steps.
         factor: what the step size is multiplied by in them.
         total: the outer loss is the total loss, which reads the meta-networks itself.
         transfer: the target is trained on the total loss, not the task's.
     """
 
     steps: int
-    rule: Estimator
+    estimator: Estimator
     factor: float = 1.0
     total: bool = False
     transfer: bool = True
@@ -160,7 +160,7 @@ class Transfer:
             batch.source,
             optimizer=optimizer,
             steps=method.steps,
-            estimator=method.rule,
+            estimator=method.estimator,
         ).state
 
     def outer_loss(

@@ -59,7 +59,7 @@ def levels(steps: int) -> list[int]:
     return sorted({level for level in chosen if level < steps})
 
 
-def rules(steps: int, level: int) -> dict[str, Estimator]:
+def estimators(steps: int, level: int) -> dict[str, Estimator]:
     """What is compared at one level."""
     window = hybrid_window(steps)
     found: dict[str, Estimator] = {
@@ -90,26 +90,26 @@ def measure(settings: Settings, steps: int, rate: float, work: Work) -> Row:
         errors: Tensor = apply(params, inputs) - targets
         return errors.square().mean()
 
-    def outer_loss(rule: Estimator, params: dict[str, Tensor], *wave: Tensor) -> Tensor:
+    def outer_loss(estimator: Estimator, params: dict[str, Tensor], *wave: Tensor) -> Tensor:
         inputs, targets, query_inputs, query_targets = wave
         optimizer = diffopt.SGD(rate)
-        adapted = diffopt.solve(loss, params, inputs, targets, optimizer=optimizer, steps=steps, estimator=rule)
+        adapted = diffopt.solve(loss, params, inputs, targets, optimizer=optimizer, steps=steps, estimator=estimator)
         return loss(adapted.params, query_inputs, query_targets)
 
-    def gradients(rule: Estimator, batch: Episodes) -> Tensor:
-        of_each = torch.func.vmap(torch.func.grad(partial(outer_loss, rule)), in_dims=(None, 0, 0, 0, 0))
+    def gradients(estimator: Estimator, batch: Episodes) -> Tensor:
+        of_each = torch.func.vmap(torch.func.grad(partial(outer_loss, estimator)), in_dims=(None, 0, 0, 0, 0))
         return torch.cat([leaf.flatten(1) for leaf in of_each(start, *batch).values()], dim=1)
 
     exact = [gradients(Reverse(), batch) for batch in waves]  # [tasks, parameters] each
 
-    def errors(rule: Estimator) -> list[float]:
+    def errors(estimator: Estimator) -> list[float]:
         pairs = zip(waves, exact, strict=True)
-        return [float((gradients(rule, batch) - right).norm(dim=1).mean()) for batch, right in pairs]
+        return [float((gradients(estimator, batch) - right).norm(dim=1).mean()) for batch, right in pairs]
 
     found: dict[str, dict[str, list[float]]] = {"first-order": {"0": errors(FirstOrder())}}
     for level in levels(steps)[1:]:
-        for name, rule in rules(steps, level).items():
-            found.setdefault(name, {})[str(level)] = errors(rule)
+        for name, estimator in estimators(steps, level).items():
+            found.setdefault(name, {})[str(level)] = errors(estimator)
     return {
         "curvature": [curvature(partial(_mean, outer_loss, params, batch)) for batch in waves],
         "norm": [float(right.norm(dim=1).mean()) for right in exact],
@@ -117,8 +117,10 @@ def measure(settings: Settings, steps: int, rate: float, work: Work) -> Row:
     }
 
 
-def _mean(outer_loss: Callable[..., Tensor], params: dict[str, Tensor], batch: Episodes, rule: Estimator) -> Tensor:
-    losses: Tensor = torch.func.vmap(partial(outer_loss, rule), in_dims=(None, 0, 0, 0, 0))(params, *batch)
+def _mean(
+    outer_loss: Callable[..., Tensor], params: dict[str, Tensor], batch: Episodes, estimator: Estimator
+) -> Tensor:
+    losses: Tensor = torch.func.vmap(partial(outer_loss, estimator), in_dims=(None, 0, 0, 0, 0))(params, *batch)
     return losses.mean()
 
 

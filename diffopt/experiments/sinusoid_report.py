@@ -40,10 +40,10 @@ def table_of(units: Sequence[Unit], results: Results) -> Frame:
 
     def records(row: Row) -> Iterator[Row]:
         norm = fmean(row["norm"])
-        for rule, levels in row["errors"].items():
+        for estimator, levels in row["errors"].items():
             for level, errors in levels.items():
                 for draw, error in enumerate(errors):
-                    known = {"rule": rule, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
+                    known = {"rule": estimator, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
                     yield {**known, "error": max(error, ROUND_OFF * norm), "share": error / norm}
 
     return long_table(units, results, records)
@@ -150,7 +150,7 @@ def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path
     data["setting"] = [f"K={k} lr={lr:g}" for k, lr in zip(data["K"], data["lr"], strict=True)]
     data["batch"] = data["seed"] * (data["draw"].max() + 1) + data["draw"] + 1
     rates, few = data["lr"].nunique(), data[data["K"] == data["K"].min()]
-    looks: dict[str, Any] = {"hue": "rule", "style": lambda rule: STYLES[rule], "legend": len(ORDER) + 1}
+    looks: dict[str, Any] = {"hue": "rule", "style": lambda estimator: STYLES[estimator], "legend": len(ORDER) + 1}
     shown = data[data["share"] > 10 * ROUND_OFF]
     found = curves(shown, folder / "levels.png", x="L", y="share", panel="setting", wrap=rates, finish=_levels, **looks)
     at = few[(few["L"] == few["K"] - 1) & (few["rule"] != "hybrid")]

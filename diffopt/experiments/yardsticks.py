@@ -61,14 +61,14 @@ def units(settings: Settings) -> list[Unit]:
 def of_influence(s: Settings) -> Iterator[Unit]:
     """One per estimator."""
     cost = 4e-4 * s.influence_steps * s.influence_iterations
-    for name in influence.rules(s.influence_steps, torch.Generator()):
+    for name in influence.estimators(s.influence_steps, torch.Generator()):
         run = partial(influence.measure, name, s.influence_steps, s.influence_iterations, s.influence_lr)
         yield Unit(f"influence, {name}", run, cost=cost)
 
 
 def of_toy(s: Settings) -> Iterator[Unit]:
     """One per estimator."""
-    for name in toy.rules(s.toy_steps[-1], torch.Generator()):
+    for name in toy.estimators(s.toy_steps[-1], torch.Generator()):
         run = partial(toy.measure, name, s.toy_steps, s.toy_points, s.toy_starts, s.toy_iterations, s.toy_lr)
         yield Unit(f"toy, {name}", run, cost=8e-4 * s.toy_steps[-1] * s.toy_iterations)
 

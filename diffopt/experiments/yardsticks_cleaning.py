@@ -26,14 +26,13 @@ import diffopt
 from diffopt.estimators import Binomial, ESJacobian, Estimator, FirstOrder, Implicit, Krylov, MultiStep, Reverse
 from diffopt.estimators import Truncated as TruncatedRule
 from diffopt.experiments.framework.experiment import Row
-from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient, Neumann, Nystrom
 from diffopt.tasks import HyperCleaning
 from diffopt.tasks.hyper_cleaning import redrawn
 
 RIDGE, START = 0.2, -2.0
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final
@@ -122,7 +121,7 @@ def load(problem: str, sizes: tuple[int, int], corruption: float, seed: int, wor
     return Cleaning(inputs[0], noisy, noisy == inputs[1], validation, test, classes)
 
 
-def rules(inner: Inner, source: torch.Generator) -> dict[str, Estimator]:
+def estimators(inner: Inner, source: torch.Generator) -> dict[str, Estimator]:
     """The estimators by their names. Of the last two only the first hypergradient is shown."""
     series: list[tuple[str, Callable[[int], Estimator], int]] = [
         ("truncated", lambda kept: TruncatedRule(kept, "graph"), 3),
@@ -147,13 +146,13 @@ LEARNED = ("exact", "truncated", "binomial", "krylov", "multi-step", "implicit",
 
 def learned(inner: Inner) -> list[str]:
     """The names of the estimators that learn weights."""
-    return [name for name in rules(inner, torch.Generator()) if name.startswith(LEARNED)]
+    return [name for name in estimators(inner, torch.Generator()) if name.startswith(LEARNED)]
 
 
-def after_steps(data: Cleaning, x: Tensor, inner: Inner, rule: Estimator) -> Tensor:
+def after_steps(data: Cleaning, x: Tensor, inner: Inner, estimator: Estimator) -> Tensor:
     """``z`` after the inner steps, differentiable by an estimator."""
     optimizer = diffopt.SGD(inner.lr)
-    return diffopt.solve(data.loss, data.start(), x, optimizer=optimizer, steps=inner.steps, estimator=rule).params
+    return diffopt.solve(data.loss, data.start(), x, optimizer=optimizer, steps=inner.steps, estimator=estimator).params
 
 
 def fitted(data: Cleaning, weights: Tensor, inner: Inner) -> Tensor:
@@ -183,10 +182,10 @@ def first_hypergradients(data: Cleaning, inner: Inner, work: Work) -> Row:
     point = diffopt.implicit(data.loss, at, x, solver=ConjugateGradient(200, 1e-5))
     true = torch.autograd.grad(data.outer_loss(point), x)[0]
     found = {}
-    for name, rule in rules(inner, work.generator("directions")).items():
+    for name, estimator in estimators(inner, work.generator("directions")).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", diffopt.EstimateWarning)
-            z = after_steps(data, x, inner, rule)
+            z = after_steps(data, x, inner, estimator)
             ours = torch.autograd.grad(data.outer_loss(z), x)[0]
         cosine = torch.cosine_similarity(ours, true, dim=0) if ours.any() else torch.zeros(())
         found[name] = [float((ours - true).norm() / true.norm()), float(cosine)]
@@ -201,13 +200,13 @@ def learn(data: Cleaning, name: str, inner: Inner, iterations: int, lr: float, w
         solution under the learned weights, and how well these tell right labels from wrong ones.
     """
     source = work.generator("directions")
-    rule, x = rules(inner, source)[name], torch.full((len(data.labels),), START, requires_grad=True)
+    estimator, x = estimators(inner, source)[name], torch.full((len(data.labels),), START, requires_grad=True)
     outer = torch.optim.Adam([x], lr=lr)
 
     def iterate(iteration: int) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", diffopt.EstimateWarning)
-            loss = data.outer_loss(after_steps(data, x, inner, rule))
+            loss = data.outer_loss(after_steps(data, x, inner, estimator))
             torch.autograd.backward(loss)
         return loss.item()
 

@@ -31,6 +31,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.experiments.framework.experiment import Row
+from diffopt.experiments.framework.outer_loop import FAILED
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolver, Neumann, Nystrom
 
@@ -39,12 +40,11 @@ POSITIVE = 10
 THETA, OPTIMUM = 0.5, -1 / 6
 PUBLISHED = {"exact": 24.0, "truncated 1": -4.0, "truncated 10": -40.0, "truncated 20": -65.9}
 """At ``THETA``; those of longer windows follow from :func:`of_window`."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 FAR = 100.0
 """Where a descent of ``theta`` has left for good, 300 times as far from the optimum as it began."""
 
 
-def rules(steps: int, source: torch.Generator) -> dict[str, Estimator]:
+def estimators(steps: int, source: torch.Generator) -> dict[str, Estimator]:
     """Every estimator that applies and the two solvers that refuse; windows and orders no longer than the rollout."""
     series: list[tuple[str, Callable[[int], Estimator], tuple[int, ...]]] = [
         ("truncated", Truncated, (1, 10, 20, 50, 100)),
@@ -94,13 +94,13 @@ def of_window(steps: int, theta: float) -> float:
     return influence * (-6 * theta - 1)
 
 
-def hypergradient(rule: Estimator, theta: Tensor, steps: int) -> float:
+def hypergradient(estimator: Estimator, theta: Tensor, steps: int) -> float:
     """The derivative in ``theta`` of the loss after so many steps from ones, by an estimator."""
     matrix, signs = system()
     field = diffopt.fixed_point(lambda s, theta: matrix @ s + theta * signs)
     theta = theta.detach().requires_grad_()
     start = torch.ones(SIZE, dtype=torch.float64)
-    found = diffopt.solve(field, start, theta, optimizer=diffopt.SGD(1.0), steps=steps, estimator=rule)
+    found = diffopt.solve(field, start, theta, optimizer=diffopt.SGD(1.0), steps=steps, estimator=estimator)
     return float(torch.autograd.grad((found.params[0] - 1).square() / 2, theta)[0])
 
 
@@ -111,18 +111,20 @@ def measure(name: str, steps: int, iterations: int, lr: float, work: Work) -> Ro
         ``gradient``; ``warned``, the warnings' names; ``path``, ``theta`` before and after every iteration up to where
         it leaves. Of an estimator that refuses: ``refused``, the error's name. Of one that diverges: ``diverged``.
     """
-    rule = rules(steps, work.generator("directions"))[name]
+    estimator = estimators(steps, work.generator("directions"))[name]
     theta = torch.tensor(THETA, dtype=torch.float64)
     try:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            gradient = hypergradient(rule, theta, steps)
+            gradient = hypergradient(estimator, theta, steps)
         warned = sorted({w.category.__name__ for w in heard if w.category.__module__.startswith("diffopt")})
         path = [THETA]
         for _ in range(iterations):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of every iteration the same
-                path.append(path[-1] - lr * hypergradient(rule, torch.tensor(path[-1], dtype=torch.float64), steps))
+                path.append(
+                    path[-1] - lr * hypergradient(estimator, torch.tensor(path[-1], dtype=torch.float64), steps)
+                )
             if abs(path[-1]) > FAR:
                 break
     except diffopt.LinearSolveError as error:

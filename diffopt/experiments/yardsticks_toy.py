@@ -29,6 +29,7 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.experiments.framework.experiment import Row
+from diffopt.experiments.framework.outer_loop import FAILED
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient, Neumann, Nystrom
 
@@ -37,10 +38,9 @@ INNER_LR = 0.1
 """Curvature at the solutions is 2 + 2x, at most 8."""
 CLOSE = 0.01
 """An end within so much of a local minimiser has reached it."""
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
-def rules(steps: int, source: torch.Generator) -> dict[str, Estimator]:
+def estimators(steps: int, source: torch.Generator) -> dict[str, Estimator]:
     """Every estimator by its name; windows and orders no longer than the rollout."""
     found: dict[str, Estimator] = {"exact": Reverse(), "forward mode": ForwardMode()}
     found |= {f"truncated {kept}": Truncated(kept) for kept in (1, 5) if kept <= steps}
@@ -82,12 +82,12 @@ def minimisers() -> Tensor:
     return torch.cat([found, torch.tensor(ends, dtype=torch.float64)])
 
 
-def hypergradients(rule: Estimator, x: Tensor, y: Tensor, steps: int) -> Tensor:
+def hypergradients(estimator: Estimator, x: Tensor, y: Tensor, steps: int) -> Tensor:
     """The derivative of the outer loss at every ``x``, the inner problem starting at ``y``; both ``[starts]``."""
 
     def outer(x: Tensor, y: Tensor) -> Tensor:
         optimizer = diffopt.SGD(INNER_LR)
-        found = diffopt.solve(inner_loss, y, x, optimizer=optimizer, steps=steps, estimator=rule)
+        found = diffopt.solve(inner_loss, y, x, optimizer=optimizer, steps=steps, estimator=estimator)
         return outer_loss(x, found.params)
 
     with warnings.catch_warnings():
@@ -107,23 +107,23 @@ def measure(name: str, steps: tuple[int, ...], points: int, starts: int, iterati
     x = torch.linspace(LOW, HIGH, points, dtype=torch.float64)
     errors: dict[str, list[float]] = {}
     for number in steps:
-        rule = rules(number, work.generator("directions")).get(name)
-        if rule is None:
+        estimator = estimators(number, work.generator("directions")).get(name)
+        if estimator is None:
             continue
         try:
-            found = hypergradients(rule, x, y, number)
+            found = hypergradients(estimator, x, y, number)
         except FAILED:
             continue
         off, steep = (found - slope(x)).abs(), slope(x).abs() > 0.1
         wrong = (found * slope(x) < 0)[steep].double().mean()
         errors[str(number)] = [float(off.median()), float(off.max()), float(wrong)]
-    rule = rules(steps[-1], work.generator("directions"))[name]
+    estimator = estimators(steps[-1], work.generator("directions"))[name]
     generator = work.generator("starts")
     x, y = (torch.rand(2, starts, generator=generator, dtype=torch.float64) * torch.tensor([[3.0], [6.0]])).unbind()
     y, first = y - 3, x
     try:
         for _ in range(iterations):
-            x = (x - lr * hypergradients(rule, x, y, steps[-1])).clamp(LOW, HIGH)
+            x = (x - lr * hypergradients(estimator, x, y, steps[-1])).clamp(LOW, HIGH)
     except FAILED as error:
         return {"errors": errors, "diverged": type(error).__name__}
     return {"errors": errors, "starts": first.tolist(), "ends": x.tolist()}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffopt.errors import HyperparameterError, LiftError, OptimizerError
 from diffopt.lifting import verification
+from diffopt.lifting.lifted_class import LiftedClass, TorchClass
 from diffopt.lifting.options import defaults_of, taken_apart
-from diffopt.lifting.torch_rule import TorchClass, TorchRule
 from diffopt.optimizers.base import Optimizer
 from diffopt.tensors import hints, tree
 
@@ -83,7 +83,7 @@ def from_torch(optimizer: type[torch.optim.Optimizer], /, **options: Any) -> Opt
     taken, learned = taken_apart(options, defaults)
     original = TorchClass(optimizer, taken)
     _check(original)
-    return TorchRule(original, learned)
+    return LiftedClass(original, learned)
 
 
 def _refuse_by_name(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
@@ -111,12 +111,16 @@ def _check(original: TorchClass) -> None:
     """Compare the rule with its class, once for each class and set of options."""
     verification.check(
         verification.Lift(
-            original.name, original.advice, original.run, functools.partial(_rule, original), original.options.samples()
+            original.name,
+            original.advice,
+            original.run,
+            functools.partial(_lifted, original),
+            original.options.samples(),
         )
     )
 
 
-def _rule(original: TorchClass, values: dict[str, Tensor]) -> TorchRule:
+def _lifted(original: TorchClass, values: dict[str, Tensor]) -> LiftedClass:
     """The rule with these scalars as learned options."""
     leaves, learned = len(verification.FORM), original.options.learned()
-    return TorchRule(original, {k: [values[k]] * leaves if x.per_leaf else values[k] for k, x in learned.items()})
+    return LiftedClass(original, {k: [values[k]] * leaves if x.per_leaf else values[k] for k, x in learned.items()})

@@ -72,7 +72,7 @@ def from_torchopt(transformation: Any, /, **options: Any) -> Optimizer:
             )
     original = Pair(transformation, taken)
     _check(original)
-    return PairRule(original, learned)
+    return LiftedPair(original, learned)
 
 
 def _is_pair(value: Any) -> bool:
@@ -134,7 +134,7 @@ def _store(state: Any) -> Store:
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class PairRule(Optimizer):
+class LiftedPair(Optimizer):
     """One step of a pair ``(init, update)``; made by :func:`diffopt.from_torchopt`."""
 
     original: Pair = field(metadata=TREE)
@@ -206,7 +206,7 @@ def _examined(original: Pair, form: verification.Form) -> tuple[kept_buffers.Mem
 @functools.lru_cache(maxsize=64)
 def _check(original: Pair) -> None:
     """Compare the rule with its pair, once for each."""
-    rule = functools.partial(PairRule, original)
+    made = functools.partial(LiftedPair, original)
     verification.check(
-        verification.Lift(original.name, original.advice, original.run, rule, original.options.samples())
+        verification.Lift(original.name, original.advice, original.run, made, original.options.samples())
     )

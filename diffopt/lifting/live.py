@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from diffopt.errors import OptimizerError
+from diffopt.lifting.lifted_class import LiftedClass
 from diffopt.lifting.live_names import GROUP, KEYS, class_name, counterpart, group_of, keys_of
-from diffopt.lifting.torch_rule import TorchRule
 from diffopt.optimizers.base import Optimizer
 from diffopt.tensors import tree
 from diffopt.tensors.arguments import check_instance
@@ -28,7 +28,7 @@ def read(optimizer: Any, params: Any, like: Any) -> tuple[Any, dict[str, Any], i
     copies = [x.detach().clone() for x in leaves]
     made = ours.init(Leaves(copies))
     stores: list[Mapping[str, Any]] = [optimizer.state.get(x, {}) for x in leaves]
-    names = {} if isinstance(ours, TorchRule) else keys_of(optimizer)  # a lifted class has its own names
+    names = {} if isinstance(ours, LiftedClass) else keys_of(optimizer)  # a lifted class has its own names
     step = _steps_made(optimizer, stores, [names.get(name, name) for name in made], tree.paths(structure))
     buffers: dict[str, Any] = {}
     for name, initial in made.items():

@@ -45,26 +45,26 @@ def refuse_other_directions(copied_to: Sequence[groups.Group], directions: Tenso
             )
 
 
-def refuse_shards(shards: bool, rule: str) -> None:
+def refuse_shards(shards: bool, estimator: str) -> None:
     """Refuse params of which each rank holds its own part, for an estimator that takes inner products of them."""
     if shards:
         raise EstimatorError(
-            f"{rule} with params that each rank holds for itself: they enter what is summed over ranks, and are not "
-            "copied to them, and the rule takes inner products of them",
+            f"{estimator} with params that each rank holds for itself: they enter what is summed over ranks, and are "
+            "not copied to them, and the estimator takes inner products of them",
             "params that all ranks share, or DTensors",
             "use Reverse(); if they share them, put copied() of diffopt.distributed around them in the loss",
         )
 
 
-def refuse_held_apart(losses: Tensor, given: Tensor, name: str, rule: str) -> None:
+def refuse_held_apart(losses: Tensor, given: Tensor, name: str, estimator: str) -> None:
     """Refuse an argument that each rank holds for itself, for an estimator that moves it on all ranks at once.
 
     It is one that reaches what is summed over ranks, and has not been copied to them. (Their directions would add up.)
     """
     if groups.is_running() and reaches_a_sum(losses, [given]):
         raise EstimatorError(
-            f"{rule} with {name}, which each rank holds for itself: it enters what is summed over ranks, and is not "
-            "copied to them",
+            f"{estimator} with {name}, which each rank holds for itself: it enters what is summed over ranks, and is "
+            "not copied to them",
             "arguments that all ranks share",
             "use Reverse(); if they share it, put copied() of diffopt.distributed around it in the loss",
         )

@@ -26,9 +26,9 @@ class Ridge:
     def loss(self, p, weights, x, y):
         return (weights * (x @ p - y).square()).sum() / 2 + p.square().sum() / 2
 
-    def trained(self, weights: Tensor, steps: int = 400, rule=None) -> Tensor:
+    def trained(self, weights: Tensor, steps: int = 400, estimator=None) -> Tensor:
         optimizer, start = diffopt.SGD(0.08), torch.zeros(FEATURES)
-        options = {"optimizer": optimizer, "steps": steps, "estimator": rule}
+        options = {"optimizer": optimizer, "steps": steps, "estimator": estimator}
         return diffopt.solve(self.loss, start, weights, self.x, self.y, **options).params
 
     def minimiser(self, weights: Tensor) -> Tensor:
@@ -53,12 +53,12 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("rule", [None, Reverse("sqrt"), Implicit()], ids=str)
+@pytest.mark.parametrize("estimator", [None, Reverse("sqrt"), Implicit()], ids=str)
 @pytest.mark.parametrize("name", METRICS)
-def test_ridge_regression_is_as_in_the_closed_form(name, rule):
+def test_ridge_regression_is_as_in_the_closed_form(name, estimator):
     ridge, ones = Ridge(), torch.ones(SAMPLES)
     metric = METRICS[name](ridge)
-    found = diffopt.attribute(lambda w: ridge.trained(w, rule=rule), metric, ones)
+    found = diffopt.attribute(lambda w: ridge.trained(w, estimator=estimator), metric, ones)
     at = ridge.minimiser(ones)
     slope = torch.autograd.functional.jacobian(metric, at)
     assert found.shape == (*metric(at).shape, SAMPLES)
@@ -76,16 +76,16 @@ def test_it_predicts_what_leaving_a_little_of_a_sample_out_does():
         torch.testing.assert_close(-found[:, i] * little, change, rtol=1e-3, atol=1e-12)
 
 
-RULES = [Reverse("graph"), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled(), Binomial(3), Krylov(2)]
+ESTIMATORS = [Reverse("graph"), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled(), Binomial(3), Krylov(2)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("shape", [(SAMPLES,), (SAMPLES, 1), ()], ids=str)
-def test_many_metrics_are_a_loop_over_them(rule, shape):
+def test_many_metrics_are_a_loop_over_them(estimator, shape):
     ridge = Ridge()
 
     def train(weights):
-        return ridge.trained(weights.reshape(-1).expand(SAMPLES), 6, rule)
+        return ridge.trained(weights.reshape(-1).expand(SAMPLES), 6, estimator)
 
     weights = torch.full(shape, 0.8)
     found = diffopt.attribute(train, ridge.predicted, weights)

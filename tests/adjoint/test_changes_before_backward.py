@@ -26,7 +26,7 @@ def stepped(optimizer: torch.optim.Optimizer, leaf: Tensor) -> None:
     optimizer.step()
 
 
-RULES: dict[str, Any] = {name: rule for name, rule in EXACT.items() if name != "unrolled"} | {
+ESTIMATORS: dict[str, Any] = {name: estimator for name, estimator in EXACT.items() if name != "unrolled"} | {
     "first_order": FirstOrder(),
     "reptile": Reptile(),
     "shortened": Truncated(1),
@@ -37,10 +37,10 @@ RULES: dict[str, Any] = {name: rule for name, rule in EXACT.items() if name != "
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_change_between_solve_and_backward_is_named(name: str, change: str) -> None:
     inputs = leaves()
-    end = solved(*inputs, estimator=RULES[name])
+    end = solved(*inputs, estimator=ESTIMATORS[name])
     CHANGES[change](end, inputs)
     with pytest.raises(
         diffopt.InPlaceError, match=r"changed in place before the backward pass .*step\(\) before backw"

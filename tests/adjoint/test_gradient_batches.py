@@ -42,12 +42,12 @@ def test_a_vectorised_jacobian_is_that_of_the_loop(exact: Any) -> None:
 BIASED = [FirstOrder(), Reptile(), Truncated(2), Binomial(1), Krylov(1), Implicit()]
 
 
-@pytest.mark.parametrize("rule", BIASED, ids=lambda rule: type(rule).__name__)
-def test_estimates_of_a_batch_of_gradients_are_those_of_a_loop(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", BIASED, ids=lambda estimator: type(estimator).__name__)
+def test_estimates_of_a_batch_of_gradients_are_those_of_a_loop(estimator: Any) -> None:
     inputs = leaves()
-    kept = inputs[:1] if isinstance(rule, FirstOrder | Reptile) else inputs[:2]
-    found = by_batched_grads(solved(*inputs, estimator=rule), kept)
-    assert_same(found, by_loop(solved(*inputs, estimator=rule), kept))
+    kept = inputs[:1] if isinstance(estimator, FirstOrder | Reptile) else inputs[:2]
+    found = by_batched_grads(solved(*inputs, estimator=estimator), kept)
+    assert_same(found, by_loop(solved(*inputs, estimator=estimator), kept))
 
 
 def test_differences_along_random_directions_have_batches_too() -> None:

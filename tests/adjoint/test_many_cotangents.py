@@ -10,7 +10,15 @@ from diffopt import SGD, Schedule, solve
 from diffopt.estimators import FirstOrder, ForwardMode, Krylov, Reverse, Truncated
 
 STEPS = 4
-RULES = [Reverse("graph"), Reverse(1), Reverse(2), Truncated(2), Truncated(2, checkpoint=1), FirstOrder(), Krylov(2)]
+ESTIMATORS = [
+    Reverse("graph"),
+    Reverse(1),
+    Reverse(2),
+    Truncated(2),
+    Truncated(2, checkpoint=1),
+    FirstOrder(),
+    Krylov(2),
+]
 
 
 def problem(size):
@@ -22,9 +30,9 @@ def problem(size):
     def loss(w, slope, batch):
         return (slope * batch * w).sin().square().sum() + (w.sum() * slope) ** 2 / size**2
 
-    def outer(rule, counts, w, slope, batches, lr):
+    def outer(estimator, counts, w, slope, batches, lr):
         optimizer = SGD(Schedule(lr), momentum=0.5)
-        solution = solve(loss, w, slope, batches=batches, optimizer=optimizer, steps=STEPS, estimator=rule)
+        solution = solve(loss, w, slope, batches=batches, optimizer=optimizer, steps=STEPS, estimator=estimator)
         counts.append(solution.counts)
         final = solution.params
         return torch.stack([final.sum(), final[: size // 2].square().sum(), final[-1] * slope])
@@ -33,34 +41,34 @@ def problem(size):
 
 
 @pytest.mark.parametrize("size", [50, 40_000], ids=["stacked", "one by one"])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_many_cotangents_give_what_each_gives(size, rule):
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_many_cotangents_give_what_each_gives(size, estimator):
     outer, values = problem(size)
     leaves = [x.requires_grad_() for x in values]
-    value = outer(rule, [], *leaves)
+    value = outer(estimator, [], *leaves)
     rows = [torch.autograd.grad(x, leaves, retain_graph=True, materialize_grads=True) for x in value]
     expected = [torch.stack(column) for column in zip(*rows, strict=True)]
-    assert all(x.abs().max() > 1e-3 for x in expected[: 1 if isinstance(rule, FirstOrder) else 4])
+    assert all(x.abs().max() > 1e-3 for x in expected[: 1 if isinstance(estimator, FirstOrder) else 4])
     found = torch.autograd.grad(
-        outer(rule, [], *leaves), leaves, torch.eye(3).double(), is_grads_batched=True, materialize_grads=True
+        outer(estimator, [], *leaves), leaves, torch.eye(3).double(), is_grads_batched=True, materialize_grads=True
     )
     assert relative_error(found, expected) < 1e-10
     plain = [x.detach() for x in values]
-    found = torch.func.jacrev(lambda *x: outer(rule, [], *x), argnums=(0, 1, 2, 3))(*plain)
+    found = torch.func.jacrev(lambda *x: outer(estimator, [], *x), argnums=(0, 1, 2, 3))(*plain)
     assert relative_error(found, expected) < 1e-10
 
 
 @pytest.mark.parametrize(
-    ("rule", "gradients"), [(Reverse("graph"), 4), (Reverse(1), 8), (Truncated(2, checkpoint=1), 6)]
+    ("estimator", "gradients"), [(Reverse("graph"), 4), (Reverse(1), 8), (Truncated(2, checkpoint=1), 6)]
 )
-def test_a_large_problem_takes_its_steps_again_once(rule, gradients):
+def test_a_large_problem_takes_its_steps_again_once(estimator, gradients):
     """Counted per task: as many gradients as for one cotangent, and three times the products."""
     outer, values = problem(40_000)
     leaves, counts = [x.requires_grad_() for x in values], []
-    value = outer(rule, counts, *leaves)
+    value = outer(estimator, counts, *leaves)
     torch.autograd.grad(value, leaves, torch.eye(3).double(), is_grads_batched=True)
     assert counts[0].gradients == gradients
-    assert counts[0].products == 3 * (2 if isinstance(rule, Truncated) else 4)
+    assert counts[0].products == 3 * (2 if isinstance(estimator, Truncated) else 4)
 
 
 def test_under_a_vmap_around_it_all_is_stacked():

@@ -29,17 +29,17 @@ def exact(request: pytest.FixtureRequest) -> Any:
 # ------------------------------------------------------------------------------------------------ inference mode
 
 
-def hypergradient(rule: Any, *, inference: bool, again: bool = False, tasks: bool = False) -> list[Tensor]:
+def hypergradient(estimator: Any, *, inference: bool, again: bool = False, tasks: bool = False) -> list[Tensor]:
     """By a backward pass that runs in inference mode or not; ``again``: the second one through the same graph."""
     torch.manual_seed(0)
-    inputs, rule = leaves(), copy.copy(rule)
-    if getattr(rule, "generator", None) is not None:
-        rule.generator.manual_seed(0)
+    inputs, estimator = leaves(), copy.copy(estimator)
+    if getattr(estimator, "generator", None) is not None:
+        estimator.generator.manual_seed(0)
     if tasks:
-        each = vmap(lambda penalty: outer(solved(inputs[0], penalty, inputs[2], estimator=rule)))
+        each = vmap(lambda penalty: outer(solved(inputs[0], penalty, inputs[2], estimator=estimator)))
         value = each(inputs[1] * torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)).sum()
     else:
-        value = outer(solved(*inputs, estimator=rule))
+        value = outer(solved(*inputs, estimator=estimator))
     with torch.inference_mode(inference):
         for more in [True] * again + [False]:
             found = torch.autograd.grad(value, inputs, retain_graph=more, allow_unused=True, materialize_grads=True)
@@ -47,19 +47,21 @@ def hypergradient(rule: Any, *, inference: bool, again: bool = False, tasks: boo
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
-@pytest.mark.parametrize("rule", ESTIMATORS, ids=lambda rule: type(rule).__name__)
-def test_a_backward_pass_in_inference_mode_gives_the_same_numbers(rule: Any, again: bool) -> None:
-    expected = hypergradient(rule, inference=False, again=again)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: type(estimator).__name__)
+def test_a_backward_pass_in_inference_mode_gives_the_same_numbers(estimator: Any, again: bool) -> None:
+    expected = hypergradient(estimator, inference=False, again=again)
     assert any(bool(x.any()) for x in expected)
-    assert_same(hypergradient(rule, inference=True, again=again), expected)
+    assert_same(hypergradient(estimator, inference=True, again=again), expected)
 
 
-@pytest.mark.parametrize("rule", ESTIMATORS[::3], ids=lambda rule: type(rule).__name__)
-def test_a_backward_pass_of_tasks_in_inference_mode_gives_the_same_numbers(rule: Any) -> None:
-    assert_same(hypergradient(rule, inference=True, tasks=True), hypergradient(rule, inference=False, tasks=True))
+@pytest.mark.parametrize("estimator", ESTIMATORS[::3], ids=lambda estimator: type(estimator).__name__)
+def test_a_backward_pass_of_tasks_in_inference_mode_gives_the_same_numbers(estimator: Any) -> None:
+    assert_same(
+        hypergradient(estimator, inference=True, tasks=True), hypergradient(estimator, inference=False, tasks=True)
+    )
 
 
-def test_exact_rules_are_exact_in_inference_mode(exact: Any) -> None:
+def test_exact_estimators_are_exact_in_inference_mode(exact: Any) -> None:
     assert_same(hypergradient(exact, inference=True), wanted())
 
 
@@ -89,7 +91,7 @@ def test_a_cotangent_that_was_made_in_inference_mode_is_taken(exact: Any, cotang
 
 
 class Recording(Adjoint):
-    """A rule of somebody's own, first order, that lets autograd save the cotangent."""
+    """An estimator of somebody's own, first order, that lets autograd save the cotangent."""
 
     def keep(self, steps: int) -> Keep:
         return Keep(first=steps + 1)
@@ -101,7 +103,7 @@ class Recording(Adjoint):
         return Cotangents(Leaves(torch.autograd.grad(total, roots)), {})
 
 
-def test_a_rule_of_ones_own_may_record_in_inference_mode() -> None:
+def test_an_estimator_of_ones_own_may_record_in_inference_mode() -> None:
     assert_same(hypergradient(Recording(), inference=True), hypergradient(FirstOrder(), inference=False))
 
 
@@ -158,14 +160,14 @@ def test_two_tasks_inside_hooks_of_their_own(exact: Any, style: str) -> None:
     assert_same(torch.autograd.grad(value, inputs), torch.autograd.grad(outer(end) + end.sum(), inputs))
 
 
-@pytest.mark.parametrize("rule", [FirstOrder(), Truncated(2), Binomial(1), Krylov(2)], ids=str)
+@pytest.mark.parametrize("estimator", [FirstOrder(), Truncated(2), Binomial(1), Krylov(2)], ids=str)
 @pytest.mark.parametrize("style", HOOKED)
-def test_an_estimate_inside_hooks_is_the_one_outside(rule: Any, style: str) -> None:
+def test_an_estimate_inside_hooks_is_the_one_outside(estimator: Any, style: str) -> None:
     inputs = leaves()
     expected = torch.autograd.grad(
-        outer(solved(*inputs, estimator=rule)), inputs, allow_unused=True, materialize_grads=True
+        outer(solved(*inputs, estimator=estimator)), inputs, allow_unused=True, materialize_grads=True
     )
-    HOOKED[style](lambda *given: outer(solved(*given, estimator=rule)), inputs).backward()
+    HOOKED[style](lambda *given: outer(solved(*given, estimator=estimator)), inputs).backward()
     assert_same([torch.zeros_like(x) if x.grad is None else x.grad for x in inputs], expected)
 
 

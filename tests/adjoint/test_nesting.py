@@ -18,9 +18,9 @@ class TestNesting:
     def innermost(v, u):
         return (v - u).square().sum() + 0.1 * v.pow(4).sum()
 
-    def middle(self, rule):
+    def middle(self, estimator):
         def loss(u, z):
-            inner = diffopt.solve(self.innermost, 0.5 * u, u, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
+            inner = diffopt.solve(self.innermost, 0.5 * u, u, optimizer=diffopt.SGD(0.1), steps=2, estimator=estimator)
             return inner.params.square().sum() + (u - z).square().sum()
 
         return loss
@@ -38,20 +38,20 @@ class TestNesting:
             u = u - 0.1 * g
         return u.square().sum()
 
-    def outer(self, z, inner_rule, outer_rule):
-        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": outer_rule}
-        end = diffopt.solve(self.middle(inner_rule), torch.full_like(z, 0.3), z, **options).params
+    def outer(self, z, inner_estimator, outer_estimator):
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": outer_estimator}
+        end = diffopt.solve(self.middle(inner_estimator), torch.full_like(z, 0.3), z, **options).params
         return end.square().sum()
 
-    @pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+    @pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
     @pytest.mark.parametrize("way", ["backward", "grad", "vmap then backward", "vmap of grad"])
-    def test_three_levels(self, rule, way):
+    def test_three_levels(self, estimator, way):
         z = torch.tensor([[1.0, -0.5], [0.2, 0.9]], dtype=torch.float64)
         leaf = z.clone().requires_grad_()
         (expected,) = torch.autograd.grad(self.expected(leaf[0]) + self.expected(leaf[1]), leaf)
 
         def run(z):
-            return self.outer(z, Unrolled(), rule)
+            return self.outer(z, Unrolled(), estimator)
 
         leaf = z.clone().requires_grad_()
         if way == "backward":
@@ -64,7 +64,7 @@ class TestNesting:
             got = vmap(grad(run))(z)
         assert relative_error([got], [expected]) < 1e-12
 
-    def test_a_first_derivative_rule_inside_needs_an_outer_rule_without_second_derivatives(self):
+    def test_a_first_derivative_estimator_inside_needs_an_outer_estimator_without_second_derivatives(self):
         z = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
         outer = self.outer(z, Reverse(), FirstOrder())
         with torch.no_grad():
@@ -89,8 +89,8 @@ def test_second_derivatives_of_unrolled_are_exact():
     assert abs(float(torch.func.jacrev(torch.func.jacrev(final))(a.detach())) - 8 * 1.7) < 1e-12
 
 
-def quartic(w, rule):
-    return diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=3, estimator=rule).params
+def quartic(w, estimator):
+    return diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=diffopt.SGD(0.05), steps=3, estimator=estimator).params
 
 
 def quartic_by_hand(w):
@@ -99,20 +99,20 @@ def quartic_by_hand(w):
     return w
 
 
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
-def test_jacobians_and_repeated_backward_passes(rule):
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), Unrolled(), ForwardMode()], ids=str)
+def test_jacobians_and_repeated_backward_passes(estimator):
     w = torch.tensor([0.4, -0.8, 1.1], dtype=torch.float64)
     expected = torch.autograd.functional.jacobian(quartic_by_hand, w)
     leaf = w.clone().requires_grad_()
-    out = quartic(leaf, rule)
+    out = quartic(leaf, estimator)
     rows = [torch.autograd.grad(out[i], leaf, retain_graph=True)[0] for i in range(3)]
     assert relative_error([torch.stack(rows)], [expected]) < 1e-12
-    assert relative_error([torch.func.jacrev(quartic)(w, rule)], [expected]) < 1e-12
+    assert relative_error([torch.func.jacrev(quartic)(w, estimator)], [expected]) < 1e-12
 
 
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), ForwardMode()], ids=str)
-def test_a_jacobian_of_many_tasks(rule):
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), ForwardMode()], ids=str)
+def test_a_jacobian_of_many_tasks(estimator):
     w = torch.tensor([[0.4, -0.8], [1.1, 0.3]], dtype=torch.float64)
-    got = vmap(torch.func.jacrev(lambda w: quartic(w, rule)))(w)
+    got = vmap(torch.func.jacrev(lambda w: quartic(w, estimator)))(w)
     expected = [torch.autograd.functional.jacobian(quartic_by_hand, task) for task in w]
     assert relative_error(list(got), expected) < 1e-12

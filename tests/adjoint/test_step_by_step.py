@@ -1,4 +1,4 @@
-"""A rule of one's own, written step by step, against plain autograd through a loop."""
+"""An estimator of one's own, written step by step, against plain autograd through a loop."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_random_numbers_of_the_loss_are_drawn_again() -> None:
         return ((w + torch.randn(2, dtype=torch.float64)) ** 4).sum() / 4
 
     found = []
-    for rule in (Reverse("graph"), Exact()):
+    for estimator in (Reverse("graph"), Exact()):
         torch.manual_seed(0)
         w = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
-        end = diffopt.solve(noisy, w, optimizer=diffopt.SGD(0.02), steps=3, estimator=rule).params
+        end = diffopt.solve(noisy, w, optimizer=diffopt.SGD(0.02), steps=3, estimator=estimator).params
         found.append(torch.autograd.grad(end.sum(), w)[0])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
@@ -85,9 +85,9 @@ def test_counts() -> None:
     assert (solution.counts.gradients, solution.counts.products, solution.counts.depth) == (5, 4, 4)
 
 
-def test_a_rule_that_does_not_keep_what_it_needs_is_told_so() -> None:
+def test_an_estimator_that_does_not_keep_what_it_needs_is_told_so() -> None:
     w = torch.ones(2, requires_grad=True)
-    rule: Any = Exact(gradients=False)
-    end = diffopt.solve(lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule).params
+    estimator: Any = Exact(gradients=False)
+    end = diffopt.solve(lambda w: w.square().sum(), w, optimizer=diffopt.SGD(0.1), steps=2, estimator=estimator).params
     with pytest.raises(diffopt.EstimatorError, match="2 states and 0 gradients were kept, expected 2 of each"):
         end.sum().backward()

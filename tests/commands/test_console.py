@@ -26,7 +26,7 @@ def wide(monkeypatch):
 @pytest.mark.usefixtures("wide")
 def test_the_demo_prints_the_table_that_compare_returns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_parts, "ITERATIONS", 2)
-    monkeypatch.setattr(demo_parts, "RULES", (Reverse(1),))
+    monkeypatch.setattr(demo_parts, "ESTIMATORS", (Reverse(1),))
     demo_parts.show(tmp_path / "a [b]")
     told = capsys.readouterr().out
     assert "  ".join(_HEADERS[-2:]) == "time [ms]  peak [MB]"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from limits import PATIENCE
+from killed import killed_twice
 
 from diffopt.cli import main
 from diffopt.experiments.framework.few_shot_problem import meta_gradient
@@ -26,8 +23,12 @@ ARGV = [
 ]
 
 
+def argv(out: Path, *more: str) -> list[str]:
+    return [*ARGV, "--out", str(out), *more]
+
+
 def run(out: Path, *more: str) -> int:
-    return main([*ARGV, "--out", str(out), *more])
+    return main(argv(out, *more))
 
 
 def content(out: Path) -> tuple[dict[str, bytes], list[dict[str, object]]]:
@@ -52,37 +53,9 @@ def copy(uninterrupted, tmp_path):
     return Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
 
 
-@pytest.fixture
-def error_of(capsys):
-    def run_and_read(out: Path, *more: str) -> str:
-        assert run(out, *more) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    return run_and_read
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(uninterrupted, tmp_path):
-    moments, command = random.Random(0), [sys.executable, "-m", "diffopt", *ARGV, "--out", str(tmp_path)]
-    kills, resume, checkpoint = 0, [], tmp_path / "checkpoint.pt"
-    while True:
-        process = subprocess.Popen([*command, *resume, "--save-every", "0"], stdout=subprocess.DEVNULL)
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while kills < 2 and process.poll() is None:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:  # it has begun to iterate
-                time.sleep(moments.uniform(0, 0.3))
-                process.kill()
-                kills += 1
-                break
-            time.sleep(0.01)
-        code = process.wait(timeout=PATIENCE)
-        if code == 0:
-            break
-        assert code < 0, "it ended by itself, with an error"
-        resume = ["--resume"]
-    assert kills == 2
+    killed_twice([sys.executable, "-m", "diffopt", *argv(tmp_path, "--save-every", "0")], tmp_path, (".pt",), 0.3)
     assert content(tmp_path) == content(uninterrupted)
 
 
@@ -128,8 +101,8 @@ def test_resuming_needs_no_options_and_a_finished_run_stays_as_it_is(uninterrupt
         (["--threads", "2"], "--threads is 2, expected 1, with which"),
     ],
 )
-def test_other_options_are_refused_by_name(copy, error_of, changed, message):
-    error = error_of(copy, "--resume", *changed)
+def test_other_options_are_refused_by_name(copy, fails, changed, message):
+    error = fails(*argv(copy, "--resume", *changed))
     assert re.search(message, error)
 
 
@@ -143,15 +116,15 @@ def test_other_options_are_refused_by_name(copy, error_of, changed, message):
         ("meta_lr_decay", "linear", "'meta_lr_decay' is linear .of another kind., expected one that --meta-lr-decay"),
     ],
 )
-def test_stored_options_are_what_the_command_line_makes(copy, error_of, name, value, message):
+def test_stored_options_are_what_the_command_line_makes(copy, fails, name, value, message):
     content = torch.load(copy / "checkpoint.pt", weights_only=True)
     content["options"][name] = value
     torch.save(content, copy / "checkpoint.pt")
-    assert re.search(f"the stored option {message}", error_of(copy, "--resume"))
+    assert re.search(f"the stored option {message}", fails(*argv(copy, "--resume")))
 
 
-def test_a_log_that_lost_lines(copy, error_of):
+def test_a_log_that_lost_lines(copy, fails):
     (copy / "metrics.jsonl").write_text('{"kind": "training"}\n')
-    assert "metrics.jsonl has 1 lines" in error_of(copy, "--resume")
+    assert "metrics.jsonl has 1 lines" in fails(*argv(copy, "--resume"))
     (copy / "metrics.jsonl").unlink()
-    assert "metrics.jsonl" in error_of(copy, "--resume")
+    assert "metrics.jsonl" in fails(*argv(copy, "--resume"))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from compared import STEPS, quadratic_problem
+from compared import STEPS
 
 import diffopt
 from diffopt.adjoint.autograd_function import solves_behind
@@ -19,14 +19,9 @@ from diffopt.linear_solve import GMRES
 from diffopt.tensors.memory import peak_bytes
 
 
-@pytest.fixture
-def problem():
-    return quadratic_problem()
-
-
 def test_errors_cosines_and_counts(problem):
-    rules = [Reverse(1), Truncated(1), FirstOrder(), Binomial(2), Krylov(2), Unrolled()]
-    found = dict(zip(rules, diffopt.compare(problem, rules, repeats=1).rows, strict=True))
+    estimators = [Reverse(1), Truncated(1), FirstOrder(), Binomial(2), Krylov(2), Unrolled()]
+    found = dict(zip(estimators, diffopt.compare(problem, estimators, repeats=1).rows, strict=True))
     assert found[Reverse(1)].relative_error < 1e-12
     assert found[Unrolled()].relative_error < 1e-12
     assert found[Unrolled()].products is None
@@ -37,7 +32,7 @@ def test_errors_cosines_and_counts(problem):
     row = found[FirstOrder()]
     assert abs(row.relative_error - float((estimate - exact).norm() / exact.norm())) < 1e-10
     assert abs(row.cosine - float(estimate @ exact / estimate.norm() / exact.norm())) < 1e-10
-    counts = {rule: (r.gradients, r.products, r.depth, r.states) for rule, r in found.items()}
+    counts = {estimator: (r.gradients, r.products, r.depth, r.states) for estimator, r in found.items()}
     assert counts[Reverse(1)] == (2 * STEPS, STEPS, STEPS, STEPS)
     assert counts[Truncated(1)] == (STEPS, 1, 1, 0)
     assert counts[FirstOrder()] == (STEPS, 0, 0, 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from compared import STEPS, quadratic_problem
+from compared import STEPS
 
 import diffopt
 from diffopt.comparing.comparison import Row, brief
@@ -28,11 +28,6 @@ from diffopt.linear_solve import GMRES
 from diffopt.rollout.record import Record
 
 
-@pytest.fixture
-def problem():
-    return quadratic_problem()
-
-
 def test_what_to_beware_of_is_said(problem):
     text = str(diffopt.compare(problem, [Binomial(1), Truncated(0), Implicit(GMRES())], repeats=1))
     assert "Binomial: its terms grow until about order" in text
@@ -40,14 +35,14 @@ def test_what_to_beware_of_is_said(problem):
     assert "Implicit(solver=GMRES()): the inner problem is far from its fixed point" in text
 
 
-def test_what_is_no_better_than_zero_is_said_of_every_rule(problem):
-    """Judged by the measured error, whatever the rule; zero itself has an error of one."""
+def test_what_is_no_better_than_zero_is_said_of_every_estimator(problem):
+    """Judged by the measured error, whatever the estimator; zero itself has an error of one."""
 
-    def linear_term_only(rule):
-        return problem.quadratic.outer_loss(problem.solve(rule, torch.ones(5).double(), lr=2.0).params)
+    def linear_term_only(estimator):
+        return problem.quadratic.outer_loss(problem.solve(estimator, torch.ones(5).double(), lr=2.0).params)
 
-    rules = [Binomial(1), Krylov(1), MultiStep(STEPS), FirstOrder(), Reptile(), Reverse(), Implicit(GMRES())]
-    table = diffopt.compare(linear_term_only, rules, repeats=1)
+    estimators = [Binomial(1), Krylov(1), MultiStep(STEPS), FirstOrder(), Reptile(), Reverse(), Implicit(GMRES())]
+    table = diffopt.compare(linear_term_only, estimators, repeats=1)
     zero, text = "no nearer to the exact hypergradient than zero is (error", "\n".join(table.notes)
     errors = [row.relative_error for row in table.rows]
     assert errors[3] == errors[4] == 1
@@ -61,12 +56,12 @@ def test_what_is_no_better_than_zero_is_said_of_every_rule(problem):
     assert text.count(zero) == sum(error >= 1 for error in errors)
 
 
-def test_the_row_of_a_random_rule_says_that_it_is_one_draw(problem):
-    rules = [ESJacobian(4, 1e-3), MultiStep(1, ESJacobian(4, 1e-3)), Truncated(1)]
-    table = diffopt.compare(problem, rules, repeats=1)
+def test_the_row_of_a_random_estimator_says_that_it_is_one_draw(problem):
+    estimators = [ESJacobian(4, 1e-3), MultiStep(1, ESJacobian(4, 1e-3)), Truncated(1)]
+    table = diffopt.compare(problem, estimators, repeats=1)
     assert [row.random for row in table.rows] == [True, True, False]
     marked = [note for note in table.notes if "one random draw" in note]
-    assert [note.partition(": ")[0] for note in marked] == [brief(rule) for rule in rules[:2]]
+    assert [note.partition(": ")[0] for note in marked] == [brief(estimator) for estimator in estimators[:2]]
 
 
 @pytest.mark.slow
@@ -95,9 +90,9 @@ def test_a_minimiser_that_the_problem_differentiates_itself_is_no_rows_fixed_poi
     """Whatever found it: ``implicit`` takes no steps, so it is neither near nor far, and its system is not Krylov's."""
     a = torch.ones(2, dtype=torch.float64, requires_grad=True)
 
-    def with_minimiser(rule):
+    def with_minimiser(estimator):
         found = diffopt.implicit(lambda v, a: (v - a).square().sum() + v.square().sum(), a.detach() / 2, a)
-        return problem(rule) + found.square().sum()
+        return problem(estimator) + found.square().sum()
 
     rows = diffopt.compare(with_minimiser, [Reverse(1), Krylov(STEPS)], repeats=1).rows
     assert [(row.stationarity, row.residual) for row in rows] == [(None, None), (None, 0.0)]
@@ -113,16 +108,16 @@ def test_stationarity_is_judged_by_the_next_step(problem, tasks):
     def run(steps, learn_start):
         inputs = start.clone().requires_grad_(learn_start), linear.clone().requires_grad_(not learn_start)
 
-        def one(scale, rule):
-            options = {"optimizer": diffopt.SGD(0.5), "steps": steps, "estimator": rule}
+        def one(scale, estimator):
+            options = {"optimizer": diffopt.SGD(0.5), "steps": steps, "estimator": estimator}
             w, b = inputs
             return quadratic.outer_loss(diffopt.solve(quadratic.loss, w, scale * b, **options).params)
 
-        def outer(rule):
+        def outer(estimator):
             if tasks == 0:
-                return one(1.0, rule)
+                return one(1.0, estimator)
             scales = torch.linspace(1, 2, tasks, dtype=torch.float64)
-            return torch.func.vmap(lambda scale: one(scale, rule))(scales).sum()
+            return torch.func.vmap(lambda scale: one(scale, estimator))(scales).sum()
 
         comparison = diffopt.compare(outer, [Implicit(GMRES(rtol=1e-10)), Reverse()], repeats=1)
         assert comparison.rows[1].stationarity is None
@@ -150,7 +145,7 @@ def test_stationarity_is_judged_by_the_next_step(problem, tasks):
 
 @dataclass(frozen=True)
 class TruncatedOtherwise(Estimator):
-    """A user's own rule, whose name begins as that of a shipped one does."""
+    """A user's own estimator, whose name begins as that of a shipped one does."""
 
     def run(self, problem):
         return Truncated(0).run(problem)
@@ -166,11 +161,11 @@ class BinomialLike(TruncatedOtherwise):
         return f"rounds off {number:.1f} digits" if number > 2 else ""
 
 
-def row(rule, error=0.1, **numbers):
-    return replace(Row(brief(rule), error, 1.0, 0, 0, 0, 0, 0.0, 0.0, rule=rule), **numbers)
+def row(estimator, error=0.1, **numbers):
+    return replace(Row(brief(estimator), error, 1.0, 0, 0, 0, 0, 0.0, 0.0, rule=estimator), **numbers)
 
 
-def test_a_users_own_rule_is_noted_in_its_own_words(problem):
+def test_a_users_own_estimator_is_noted_in_its_own_words(problem):
     found = diffopt.compare(problem, [BinomialLike(), TruncatedOtherwise(), Truncated(0)], repeats=1)
     error = found.rows[0].relative_error
     zero = f"no nearer to the exact hypergradient than zero is (error {error:.0%}, cosine {found.rows[0].cosine:+.2f})"
@@ -184,16 +179,16 @@ def test_a_users_own_rule_is_noted_in_its_own_words(problem):
 
 
 @pytest.mark.parametrize(("error", "said"), [(0.4, False), (0.6, True), (2.0, True)])
-@pytest.mark.parametrize("rule", [BinomialLike(), Truncated(1), FirstOrder(), MultiStep(2)], ids=brief)
-def test_why_a_rule_is_wrong_is_said_where_it_is_more_than_half_off(rule, error, said):
-    (text,) = notes([row(rule, error)], None) or ("",)
-    assert (f"{rule.if_wrong} (error 60%" in text or f"{rule.if_wrong}: no nearer" in text) == said
+@pytest.mark.parametrize("estimator", [BinomialLike(), Truncated(1), FirstOrder(), MultiStep(2)], ids=brief)
+def test_why_an_estimator_is_wrong_is_said_where_it_is_more_than_half_off(estimator, error, said):
+    (text,) = notes([row(estimator, error)], None) or ("",)
+    assert (f"{estimator.if_wrong} (error 60%" in text or f"{estimator.if_wrong}: no nearer" in text) == said
     (text,) = notes([row(TruncatedOtherwise(), error)], None) or ("",)
     assert (text != "") == (error >= 1)
 
 
-def test_what_a_rule_says_of_the_curvature_is_said_once_for_all_of_its_rows():
-    rows = [row(rule) for rule in (Binomial(1), Binomial(2), BinomialLike(), TruncatedOtherwise(), Reverse())]
+def test_what_an_estimator_says_of_the_curvature_is_said_once_for_all_of_its_rows():
+    rows = [row(estimator) for estimator in (Binomial(1), Binomial(2), BinomialLike(), TruncatedOtherwise(), Reverse())]
     first, *said = notes(rows, 3.14)
     assert first.endswith(": 3.1")
     assert said == [
@@ -206,17 +201,17 @@ def test_what_a_rule_says_of_the_curvature_is_said_once_for_all_of_its_rows():
 
 
 @pytest.mark.parametrize(
-    ("rule", "fix"),
+    ("estimator", "fix"),
     [(Krylov(1), ", or take more orders"), (BinomialLike(), ", or sum up more rows"), (TruncatedOtherwise(), "")],
     ids=["Krylov", "advised", "silent"],
 )
-def test_what_to_do_about_a_residual_is_the_rules_own(rule, fix):
-    (text,) = notes([row(rule, residual=0.25)], None)
-    assert text == f"{brief(rule)}: its own residual is 0.25; trust it below 0.01{fix}"
-    assert notes([row(rule, residual=0.005)], None) == ()
+def test_what_to_do_about_a_residual_is_the_estimators_own(estimator, fix):
+    (text,) = notes([row(estimator, residual=0.25)], None)
+    assert text == f"{brief(estimator)}: its own residual is 0.25; trust it below 0.01{fix}"
+    assert notes([row(estimator, residual=0.005)], None) == ()
 
 
-def test_a_row_without_its_rule_is_judged_by_its_numbers():
+def test_a_row_without_its_estimator_is_judged_by_its_numbers():
     """As a program may make one, or keep it from before."""
     plain = replace(row(Truncated(0), 2.0, residual=0.5), rule=None)
     assert notes([plain], 3.0)[1:] == (
@@ -225,6 +220,6 @@ def test_a_row_without_its_rule_is_judged_by_its_numbers():
     )
 
 
-def test_a_row_of_a_failed_rule_holds_the_rule_too(problem):
+def test_a_row_of_a_failed_estimator_holds_the_estimator_too(problem):
     rows = diffopt.compare(problem, [Truncated(STEPS + 1), Reverse()], repeats=1).rows
     assert [row.rule for row in rows] == [Truncated(STEPS + 1), Reverse()]

@@ -6,17 +6,12 @@ import math
 
 import pytest
 import torch
-from compared import STEPS, quadratic_problem
+from compared import STEPS
 from matplotlib.figure import Figure
 
 import diffopt
 from diffopt.comparing.comparison import brief
 from diffopt.estimators import FirstOrder, MultiStep, Reverse, Truncated, Unrolled
-
-
-@pytest.fixture
-def problem():
-    return quadratic_problem()
 
 
 @pytest.mark.parametrize("exact", [None, Unrolled(), MultiStep(1)])

@@ -1,4 +1,4 @@
-"""Params that are DTensors: every rule is that of one process, or a typed error."""
+"""Params that are DTensors: every estimator is that of one process, or a typed error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The binomial rule against the Taylor coefficients of a surrogate, and against enumeration of Hessian factors."""
+"""The binomial estimator against the Taylor coefficients of a surrogate, and against enumeration of Hessian factors."""
 
 from __future__ import annotations
 
@@ -101,8 +101,10 @@ def test_for_gradient_descent_it_enumerates_subsets_of_hessians(order):
     assert relative_error([got], [expected]) < 1e-12
 
 
-@pytest.mark.parametrize("rule", [Binomial(0), Binomial(1, scale=0.5), Binomial(2, window=0, scale=0.5)], ids=str)
-def test_without_a_step_the_outer_gradient_is_the_hypergradient(rule):
+@pytest.mark.parametrize("estimator", [Binomial(0), Binomial(1, scale=0.5), Binomial(2, window=0, scale=0.5)], ids=str)
+def test_without_a_step_the_outer_gradient_is_the_hypergradient(estimator):
     w = torch.tensor(3.0, requires_grad=True)
-    diffopt.solve(lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=rule).params.square().backward()
+    diffopt.solve(
+        lambda w: w**2, w, optimizer=diffopt.SGD(0.1), steps=0, estimator=estimator
+    ).params.square().backward()
     assert float(w.grad) == 6.0

@@ -1,4 +1,4 @@
-"""The error bounds of derivations section 4, as properties of the library's own rules on random quadratics."""
+"""The error bounds of derivations section 4, as properties of the library's own estimators on random quadratics."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def init_gradient(hessians, target, estimator, shift=0.0):
     return torch.autograd.grad(end @ torch.as_tensor(target), w)[0].numpy()
 
 
-def matrix_of(hessians, rule, shift=0.0):
+def matrix_of(hessians, estimator, shift=0.0):
     """The hypergradients of the start, for every direction of the outer gradient a column."""
-    return np.column_stack([init_gradient(hessians, e, rule, shift) for e in np.eye(hessians.shape[-1])])
+    return np.column_stack([init_gradient(hessians, e, estimator, shift) for e in np.eye(hessians.shape[-1])])
 
 
 def errors(hessians, order, g):
     """Of first order, truncation and the expansion, relative to the outer gradient and for its worst direction.
 
-    They are norms of error matrices, column by column from the rules; ``g`` is another outer gradient.
+    They are norms of error matrices, column by column from the estimators; ``g`` is another outer gradient.
     """
-    rules = [FirstOrder(), Truncated(order), Binomial(order)]
-    exact, *matrices = (matrix_of(hessians, rule) for rule in [Reverse(), *rules])
-    assert init_gradient(hessians, g, rules[2]) == pytest.approx(matrices[2] @ g)  # linear in the outer gradient
+    estimators = [FirstOrder(), Truncated(order), Binomial(order)]
+    exact, *matrices = (matrix_of(hessians, estimator) for estimator in [Reverse(), *estimators])
+    assert init_gradient(hessians, g, estimators[2]) == pytest.approx(matrices[2] @ g)  # linear in the outer gradient
     return [np.linalg.norm(exact - matrix, 2) for matrix in matrices]
 
 
@@ -69,7 +69,7 @@ def bounded(steps, order, x):
 
 
 def below(found, bound):
-    # 1e-12: the error of a rule that is exact is round-off, its bound zero
+    # 1e-12: the error of an estimator that is exact is round-off, its bound zero
     return found <= bound * SLACK + 1e-12
 
 
@@ -92,7 +92,7 @@ def test_negative_curvature_attains_all_three(order, x):
     steps = 5
     hessians = np.stack([-x / LR * np.eye(SIZE)] * steps)
     found = errors(hessians, order, np.ones(SIZE))
-    # the bounds cancel by hundreds; exact rules have an error of round-off and a bound of zero
+    # the bounds cancel by hundreds; exact estimators have an error of round-off and a bound of zero
     assert found == pytest.approx(bounded(steps, order, x), rel=1e-11, abs=1e-12)
 
 
@@ -212,5 +212,5 @@ class TestWhatThePaperClaims:
     def test_low_orders_of_the_expansion_can_be_worse_than_dropping_steps(self):
         hessians = np.stack([0.9 / LR * np.eye(1)] * 5)
         one = np.ones(1)
-        found = [init_gradient(hessians, one, rule)[0] for rule in (Reverse(), Truncated(1), Binomial(1))]
+        found = [init_gradient(hessians, one, estimator)[0] for estimator in (Reverse(), Truncated(1), Binomial(1))]
         assert found == pytest.approx([1e-5, 0.1, -3.5], rel=1e-10)

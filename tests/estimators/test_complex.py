@@ -59,8 +59,8 @@ def loop(loss: Callable[..., Tensor], w: Tensor, *args: Tensor) -> Tensor:
     return w
 
 
-def solved(loss: Callable[..., Tensor], rule: Any, w: Tensor, *args: Tensor) -> Tensor:
-    return diffopt.solve(loss, w, *args, optimizer=diffopt.SGD(LR), steps=STEPS, estimator=rule).params
+def solved(loss: Callable[..., Tensor], estimator: Any, w: Tensor, *args: Tensor) -> Tensor:
+    return diffopt.solve(loss, w, *args, optimizer=diffopt.SGD(LR), steps=STEPS, estimator=estimator).params
 
 
 def error(got: Any, expected: Any) -> float:
@@ -76,27 +76,27 @@ def hypergradient(run: Callable[..., Tensor], leaves: Any) -> tuple[Tensor, ...]
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_exact_rules_are_the_plain_loop(rule: Estimator, loss: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_exact_estimators_are_the_plain_loop(estimator: Estimator, loss: Callable[..., Tensor]) -> None:
     leaves = given()
     expected = hypergradient(lambda *x: loop(loss, *x), leaves)
     assert all(bool(x.real.any() and (not x.is_complex() or x.imag.any())) for x in expected)
-    assert error(hypergradient(lambda *x: solved(loss, rule, *x), leaves), expected) < ROUND_OFF
+    assert error(hypergradient(lambda *x: solved(loss, estimator, *x), leaves), expected) < ROUND_OFF
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_vmap_and_func_grad(rule: Estimator) -> None:
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_vmap_and_func_grad(estimator: Estimator) -> None:
     tasks = [given(seed) for seed in range(3)]
     stacked = [torch.stack(column) for column in zip(*tasks, strict=True)]
     expected = [hypergradient(lambda *x: loop(phases, *x), task) for task in tasks]
     columns = [torch.stack(column) for column in zip(*expected, strict=True)]
-    each = grad(lambda *x: solved(phases, rule, *x).pow(3).sum(), argnums=(0, 1, 2))
+    each = grad(lambda *x: solved(phases, estimator, *x).pow(3).sum(), argnums=(0, 1, 2))
     assert error(vmap(each)(*stacked), columns) < ROUND_OFF
-    assert error(hypergradient(vmap(lambda *x: solved(phases, rule, *x)), stacked), columns) < ROUND_OFF
+    assert error(hypergradient(vmap(lambda *x: solved(phases, estimator, *x)), stacked), columns) < ROUND_OFF
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_a_complex_argument_that_tasks_share(rule: Estimator) -> None:
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_a_complex_argument_that_tasks_share(estimator: Estimator) -> None:
     w, a, b = given()
     starts = torch.stack([w, 2 * w, -w])
 
@@ -104,12 +104,12 @@ def test_a_complex_argument_that_tasks_share(rule: Estimator) -> None:
         return lambda starts, a, b: torch.stack([run(start, a, b) for start in starts])
 
     expected = hypergradient(total(lambda *x: loop(phases, *x)), (starts, a, b))
-    shared = vmap(lambda *x: solved(phases, rule, *x), in_dims=(0, None, None))
+    shared = vmap(lambda *x: solved(phases, estimator, *x), in_dims=(0, None, None))
     assert error(hypergradient(shared, (starts, a, b)), expected) < ROUND_OFF
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_complex_batches_and_a_conjugate_argument(rule: Estimator) -> None:
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_complex_batches_and_a_conjugate_argument(estimator: Estimator) -> None:
     w, a, b = given()
     a, b = a.conj(), torch.stack([b * (1 + 0.2j * t) for t in range(STEPS)])
 
@@ -119,7 +119,7 @@ def test_complex_batches_and_a_conjugate_argument(rule: Estimator) -> None:
         return w
 
     def by_solve(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        options = {"optimizer": diffopt.SGD(LR), "steps": STEPS, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(LR), "steps": STEPS, "estimator": estimator}
         return diffopt.solve(squared, w, a, batches=b, **options).params
 
     assert error(hypergradient(by_solve, (w, a, b)), hypergradient(by_loop, (w, a, b))) < ROUND_OFF
@@ -134,22 +134,24 @@ def test_es_jacobian_in_all_directions_is_the_plain_loop(antithetic: bool, loss:
     """With as many directions as there are real numbers only the difference's own error is left."""
     leaves = given()
     numbers = sum(x.numel() * (2 if x.is_complex() else 1) for x in leaves)
-    rule = ESJacobian(numbers, 1e-5 if antithetic else 1e-7, antithetic=antithetic)
+    estimator = ESJacobian(numbers, 1e-5 if antithetic else 1e-7, antithetic=antithetic)
     expected = hypergradient(lambda *x: loop(loss, *x), leaves)
-    assert error(hypergradient(lambda *x: solved(loss, rule, *x), leaves), expected) < (1e-6 if antithetic else 1e-4)
+    assert error(hypergradient(lambda *x: solved(loss, estimator, *x), leaves), expected) < (
+        1e-6 if antithetic else 1e-4
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_es_jacobian_of_tasks_in_all_directions_is_the_plain_loop(shared: bool) -> None:
     w, a, b = given()
     starts, matrices = torch.stack([w, 2 * w]), a if shared else torch.stack([a, 1j * a])
-    rule, dims = ESJacobian(80, 1e-5), (0, None if shared else 0, None)
+    estimator, dims = ESJacobian(80, 1e-5), (0, None if shared else 0, None)
 
     def by_loop(starts: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.stack([loop(phases, starts[i], a if shared else a[i], b) for i in range(2)])
 
     expected = hypergradient(by_loop, (starts, matrices, b))
-    got = hypergradient(vmap(lambda *x: solved(phases, rule, *x), in_dims=dims), (starts, matrices, b))
+    got = hypergradient(vmap(lambda *x: solved(phases, estimator, *x), in_dims=dims), (starts, matrices, b))
     assert error(got, expected) < 1e-6
 
 
@@ -157,26 +159,26 @@ def test_es_jacobian_of_tasks_in_all_directions_is_the_plain_loop(shared: bool) 
 def test_es_jacobian_with_many_directions_comes_near(sampling: Any) -> None:
     """The squared relative error is at most (p + 1) / Q in the mean, p = 35: here below a tenth by far."""
     leaves = given()
-    rule = ESJacobian(20_000, 1e-4, sampling, generator=torch.Generator().manual_seed(1))
+    estimator = ESJacobian(20_000, 1e-4, sampling, generator=torch.Generator().manual_seed(1))
     expected = hypergradient(lambda *x: loop(phases, *x), leaves)
-    got = hypergradient(lambda *x: solved(phases, rule, *x), leaves)
+    got = hypergradient(lambda *x: solved(phases, estimator, *x), leaves)
     size = sum(float(x.abs().square().sum()) for x in expected) ** 0.5
     off = sum(float((x - y).abs().square().sum()) for x, y in zip(got, expected, strict=True)) ** 0.5
     assert off < 0.2 * size
 
 
-@pytest.mark.parametrize("rule", [Implicit(), Krylov(2), Binomial(2), Truncated(2)], ids=str)
-def test_biased_rules_see_the_imaginary_part_as_they_see_the_real_one(rule: Estimator) -> None:
+@pytest.mark.parametrize("estimator", [Implicit(), Krylov(2), Binomial(2), Truncated(2)], ids=str)
+def test_biased_estimators_see_the_imaginary_part_as_they_see_the_real_one(estimator: Estimator) -> None:
     """The same problem written in real numbers has the same estimate."""
     leaves = given()
 
     def in_real_numbers(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return phases(w, torch.view_as_complex(a), torch.view_as_complex(b))
 
-    options = {"optimizer": diffopt.SGD(LR), "steps": 600 if isinstance(rule, Implicit) else STEPS}
+    options = {"optimizer": diffopt.SGD(LR), "steps": 600 if isinstance(estimator, Implicit) else STEPS}
     found = []
     for loss, args in ((phases, leaves[1:]), (in_real_numbers, [torch.view_as_real(x) for x in leaves[1:]])):
         inputs = [x.detach().requires_grad_() for x in args]
-        end = diffopt.solve(loss, leaves[0], *inputs, estimator=rule, **options).params
+        end = diffopt.solve(loss, leaves[0], *inputs, estimator=estimator, **options).params
         found.append(torch.autograd.grad(end.pow(3).sum(), inputs))
     assert error(found[0], [torch.view_as_complex(x) for x in found[1]]) < 1e-9

@@ -1,4 +1,4 @@
-"""What rules cost: the counters against formulas, against what a loss sees of them, and the page that shows them."""
+"""What estimators cost: the counters against formulas, against what a loss sees of them, and the page of them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def loss(w: Tensor, penalty: Tensor, inputs: Tensor) -> Tensor:
     return torch.nn.functional.softplus(inputs @ w).mean() + (penalty.exp() * w.square()).sum()
 
 
-def run(rule: Any, steps: int, learned: str, tasks: int = 0) -> diffopt.Solution[Tensor]:
+def run(estimator: Any, steps: int, learned: str, tasks: int = 0) -> diffopt.Solution[Tensor]:
     """One hypergradient of the start, the penalties or ``"all"``, of one problem or of a batch."""
     generator = torch.Generator().manual_seed(0)
     start, penalty = torch.randn(2, SIZE, generator=generator, dtype=torch.float64) / 10
@@ -83,7 +83,7 @@ def run(rule: Any, steps: int, learned: str, tasks: int = 0) -> diffopt.Solution
 
     def outer(inputs: Tensor) -> Tensor:
         optimizer = diffopt.SGD(0.3, momentum=0.5)
-        kept.append(diffopt.solve(loss, start, penalty, inputs, optimizer=optimizer, steps=steps, estimator=rule))
+        kept.append(diffopt.solve(loss, start, penalty, inputs, optimizer=optimizer, steps=steps, estimator=estimator))
         return kept[-1].params.square().sum()
 
     value = vmap(outer)(inputs).sum() if tasks else outer(inputs[0])
@@ -98,7 +98,7 @@ def counted(solution: diffopt.Solution[Tensor]) -> tuple[int, int, int]:
 
 
 def by_hand(T: int, L: int) -> list[tuple[Any, str, tuple[int, int, int, int]]]:
-    """Rules of order L, what is learned, and the gradients, products, depth and stored states of T steps."""
+    """Estimators of order L, what is learned, and the gradients, products, depth and stored states of T steps."""
     return [
         (Reverse("graph"), "all", (T, T, T, 0)),
         (Reverse(1), "all", (2 * T, T, T, T)),
@@ -119,9 +119,11 @@ def by_hand(T: int, L: int) -> list[tuple[Any, str, tuple[int, int, int, int]]]:
     ]
 
 
-@pytest.mark.parametrize(("steps", "rule", "learned", "counts"), [(T, *row) for T, L in SIZES for row in by_hand(T, L)])
-def test_the_counters_are_the_formulas(steps, rule, learned, counts):
-    solution = run(rule, steps, learned)
+@pytest.mark.parametrize(
+    ("steps", "estimator", "learned", "counts"), [(T, *row) for T, L in SIZES for row in by_hand(T, L)]
+)
+def test_the_counters_are_the_formulas(steps, estimator, learned, counts):
+    solution = run(estimator, steps, learned)
     assert (*counted(solution), solution.kept.states) == counts
     assert (Seen.products, Seen.batches) == counts[1:3]
 
@@ -148,14 +150,14 @@ def test_orders_of_curvature(steps, order, tasks, learned):
     assert (Seen.products, Seen.batches) == (each * (order + again) * steps, order + again)
 
 
-@pytest.mark.parametrize("rule", [Binomial(0), Krylov(0)], ids=str)
-def test_without_an_order_no_product_is_taken(rule):
-    assert counted(run(rule, 5, "all")) == (5, 0, 0)
+@pytest.mark.parametrize("estimator", [Binomial(0), Krylov(0)], ids=str)
+def test_without_an_order_no_product_is_taken(estimator):
+    assert counted(run(estimator, 5, "all")) == (5, 0, 0)
 
 
-@pytest.mark.parametrize("rule", [Binomial(6), Krylov(6), Krylov(9)], ids=str)
-def test_as_many_orders_as_steps_cost_what_the_exact_rule_costs(rule):
-    assert counted(run(rule, 6, "all")) == (2 * 6, 6, 6)
+@pytest.mark.parametrize("estimator", [Binomial(6), Krylov(6), Krylov(9)], ids=str)
+def test_as_many_orders_as_steps_cost_what_the_exact_estimator_costs(estimator):
+    assert counted(run(estimator, 6, "all")) == (2 * 6, 6, 6)
     assert (Seen.products, Seen.batches) == (6, 6)
 
 
@@ -179,7 +181,7 @@ def test_windows_and_chunks(steps, order, learned):
     assert counted(run(MultiStep(2), steps, learned)) == (count, count, count)
 
 
-def peak_trees(rule: Any, steps: int, learned: int = 1, start: bool = False) -> float:
+def peak_trees(estimator: Any, steps: int, learned: int = 1, start: bool = False) -> float:
     """The peak memory of one hypergradient, in trees of parameters; a state of momentum is two."""
     w = torch.linspace(-1, 1, 10_000, dtype=torch.float64, requires_grad=start)
     scales = torch.full((learned,), 0.5, dtype=torch.float64, requires_grad=True)
@@ -187,7 +189,7 @@ def peak_trees(rule: Any, steps: int, learned: int = 1, start: bool = False) -> 
     def work():
         optimizer = diffopt.SGD(0.01, momentum=0.5)
         function = lambda w, scales: (w.tanh() * scales.sum()).square().sum()  # noqa: E731
-        solution = diffopt.solve(function, w, scales, optimizer=optimizer, steps=steps, estimator=rule)
+        solution = diffopt.solve(function, w, scales, optimizer=optimizer, steps=steps, estimator=estimator)
         solution.params.square().sum().backward()
 
     work()
@@ -213,9 +215,9 @@ def test_binomial_holds_some_trees_per_step_whatever_the_order():
     assert peak_trees(Binomial(4, chunk_size=1), 10) <= fewer
 
 
-@pytest.mark.parametrize("rule", [ForwardMode(), ESJacobian(4, 1e-3), Implicit(GMRES(4, 0.0, False))], ids=str)
-def test_what_does_not_store_the_rollout_needs_the_same_for_any_number_of_steps(rule):
-    assert peak_trees(rule, 40, 4) == pytest.approx(peak_trees(rule, 10, 4), abs=ROUGHLY)
+@pytest.mark.parametrize("estimator", [ForwardMode(), ESJacobian(4, 1e-3), Implicit(GMRES(4, 0.0, False))], ids=str)
+def test_what_does_not_store_the_rollout_needs_the_same_for_any_number_of_steps(estimator):
+    assert peak_trees(estimator, 40, 4) == pytest.approx(peak_trees(estimator, 10, 4), abs=ROUGHLY)
 
 
 def test_a_column_of_nystrom_and_a_direction_of_gmres_are_one_tree():

@@ -41,11 +41,11 @@ class Linear:
     def loss(self, w, b):
         return w @ self.hessian @ w / 2 - w @ self.mix @ b
 
-    def gradient(self, rule, momentum=0.0, scale=1.0):
+    def gradient(self, estimator, momentum=0.0, scale=1.0):
         """The hypergradient in ``w`` and ``b``, where the solve is given ``b / scale``."""
         w, b = self.w.clone().requires_grad_(), self.b.clone().requires_grad_()
         optimizer = diffopt.SGD(0.2, momentum=momentum)
-        options = {"optimizer": optimizer, "steps": 4, "estimator": rule}
+        options = {"optimizer": optimizer, "steps": 4, "estimator": estimator}
         solution = diffopt.solve(lambda w, b: self.loss(w, scale * b), w, b / scale, **options)
         return torch.cat(torch.autograd.grad(solution.params @ self.target, [w, b]))
 
@@ -79,8 +79,8 @@ def test_mean_and_variance(sampling):
     linear, directions, samples = Linear(), 2, 200
     p, exact = linear.p, linear.gradient(Reverse())
     relative = {"gaussian": (p + 1) / 2, "rademacher": (p - 1) / 2, "sphere": (p - 1) / 2, "orthonormal": p / 2 - 1}
-    rule = ESJacobian(directions, 0.1, sampling, generator=generator(3))
-    found = torch.stack([linear.gradient(rule) for _ in range(samples)])
+    estimator = ESJacobian(directions, 0.1, sampling, generator=generator(3))
+    found = torch.stack([linear.gradient(estimator) for _ in range(samples)])
     variance = relative[sampling] * float(exact.square().sum())
     # the seed is fixed; five standard errors of the mean, and a quarter of the variance, whose own error is a tenth
     assert float((found.mean(0) - exact).norm()) < 5 * math.sqrt(variance / samples)
@@ -91,8 +91,8 @@ def test_mixed_scales_cost_more_than_the_formula():
     """What the solve is given counts: the second moment of a Haar frame's projection, seen through the scaling."""
     linear, directions, samples, scale = Linear(), 2, 400, 30.0
     p, exact = linear.p, linear.gradient(Reverse())
-    rule = ESJacobian(directions, 0.1, generator=generator(4))
-    found = torch.stack([linear.gradient(rule, scale=scale) for _ in range(samples)])
+    estimator = ESJacobian(directions, 0.1, generator=generator(4))
+    found = torch.stack([linear.gradient(estimator, scale=scale) for _ in range(samples)])
     before = torch.tensor([1.0] * 3 + [1 / scale] * 3, dtype=torch.float64)  # the solve is given b / scale
     given = exact / before
     shared = directions * (p - directions) / (p * (p - 1) * (p + 2))
@@ -110,26 +110,26 @@ def test_the_differences_error_is_of_second_or_first_order_in_the_radius(antithe
     exact = torch.cat([x.reshape(-1) for x in expected_hypergradient(problem, case, STEPS)])
     sizes = []
     for radius in (4e-3, 1e-3):
-        rule = ESJacobian(1000, radius, antithetic=antithetic, generator=generator())  # the same frame
-        got = torch.cat([x.reshape(-1) for x in hypergradient(problem, case, STEPS, rule)])
+        estimator = ESJacobian(1000, radius, antithetic=antithetic, generator=generator())  # the same frame
+        got = torch.cat([x.reshape(-1) for x in hypergradient(problem, case, STEPS, estimator)])
         sizes.append(float((got - exact).norm()))
     assert sizes[0] / sizes[1] == pytest.approx(16 if antithetic else 4, rel=0.05)
 
 
 class TestTasks:
     @staticmethod
-    def run(w, lr, x, rule):
+    def run(w, lr, x, estimator):
         def loss(w, x):
             return (torch.tanh(x @ w) - 1).square().mean()
 
-        solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(lr, momentum=0.5), steps=STEPS, estimator=rule)
+        solution = diffopt.solve(loss, w, x, optimizer=diffopt.SGD(lr, momentum=0.5), steps=STEPS, estimator=estimator)
         return solution.params.square().sum()
 
     @pytest.mark.parametrize("sampling", SAMPLINGS)
     def test_each_task_draws_directions_of_its_own(self, sampling):
-        rule = ESJacobian(1, RADIUS, sampling, generator=generator())
+        estimator = ESJacobian(1, RADIUS, sampling, generator=generator())
         x, lr = INPUTS[:1].expand(3, 4, 2), torch.tensor(0.3, dtype=torch.float64)  # three times the same task
-        got = vmap(grad(lambda w, x: self.run(w, lr, x, rule), argnums=(0, 1)), in_dims=(None, 0))(WEIGHTS, x)
+        got = vmap(grad(lambda w, x: self.run(w, lr, x, estimator), argnums=(0, 1)), in_dims=(None, 0))(WEIGHTS, x)
         for part in got:
             assert not torch.allclose(part[0], part[1], rtol=1e-2)
             assert not torch.allclose(part[1], part[2], rtol=1e-2)
@@ -137,8 +137,8 @@ class TestTasks:
     @pytest.mark.parametrize("way", ["vmap then backward", "vmap of grad", "nested"])
     def test_a_full_frame_is_exact_for_each_task(self, way):
         rates, found = torch.tensor([0.1, 0.3], dtype=torch.float64), []
-        for rule in (ESJacobian(1000, RADIUS, generator=generator()), Reverse()):
-            run = partial(self.run, rule=rule)
+        for estimator in (ESJacobian(1000, RADIUS, generator=generator()), Reverse()):
+            run = partial(self.run, estimator=estimator)
             over_tasks = vmap(grad(run, argnums=(0, 1, 2)), in_dims=(None, None, 0))
             if way == "vmap of grad":
                 found.append(over_tasks(WEIGHTS, rates[0], INPUTS))
@@ -170,8 +170,8 @@ def test_dtypes_are_kept(dtypes):
     w = torch.tensor([0.5, -1.0], dtype=params, requires_grad=True)
     lr = torch.tensor(0.1, dtype=rate, requires_grad=True)
     x, found = torch.tensor([[1.0, 2.0], [0.5, -0.3]], dtype=params), []
-    for rule in (ESJacobian(1000, 5e-3, generator=generator()), Reverse()):
-        options = {"optimizer": diffopt.SGD(lr), "steps": 3, "estimator": rule}
+    for estimator in (ESJacobian(1000, 5e-3, generator=generator()), Reverse()):
+        options = {"optimizer": diffopt.SGD(lr), "steps": 3, "estimator": estimator}
         solution = diffopt.solve(lambda w, x: (x @ w - 1).square().sum(), w, x, **options)
         found.append(torch.autograd.grad(solution.params.square().sum(), [w, lr]))
     assert [g.dtype for g in found[0]] == [params, rate]
@@ -181,9 +181,9 @@ def test_dtypes_are_kept(dtypes):
 def test_the_number_of_gradients():
     for antithetic, runs in ((True, 2 * 5), (False, 5)):
         w = torch.ones(8, dtype=torch.float64, requires_grad=True)
-        rule = ESJacobian(5, 1e-3, antithetic=antithetic)
+        estimator = ESJacobian(5, 1e-3, antithetic=antithetic)
         loss = lambda w: w.square().sum()  # noqa: E731
-        solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule)
+        solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=estimator)
         solution.params.sum().backward()
         assert solution.counts.gradients == STEPS * (2 + runs)  # and one to check the loss
         assert solution.counts.products == 0

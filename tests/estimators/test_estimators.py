@@ -1,4 +1,4 @@
-"""Every rule against plain autograd through a plain loop, for every optimizer and every kind of meta-parameter."""
+"""Every estimator against plain autograd through a plain loop, for every optimizer and every kind of meta-parameter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_name(case: OptimizerCase) -> str:
 
 @pytest.mark.parametrize("estimator", EXACT[:-1], ids=str)
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=by_name)
-def test_exact_rules_equal_autograd_through_a_plain_loop(case, estimator):
+def test_exact_estimators_equal_autograd_through_a_plain_loop(case, estimator):
     problem = small_network(seed=1, steps=5)
     expected = expected_hypergradient(problem, case, 5)
     assert min(float(g.abs().max()) for g in expected) > 1e-7, "a meta-parameter without effect proves nothing"
@@ -35,7 +35,7 @@ def test_exact_rules_equal_autograd_through_a_plain_loop(case, estimator):
 
 @pytest.mark.parametrize("case", sampled(OPTIMIZERS, 4), ids=by_name)
 def test_so_does_forward_mode_in_chunks(case):
-    test_exact_rules_equal_autograd_through_a_plain_loop(case, EXACT[-1])
+    test_exact_estimators_equal_autograd_through_a_plain_loop(case, EXACT[-1])
 
 
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), definite=st.booleans(), estimator=st.sampled_from(EXACT))
@@ -61,8 +61,8 @@ def test_truncation_equals_a_straight_through_plain_loop(case, last, checkpoint)
     assert relative_error(hypergradient(problem, case, steps, Truncated(last, checkpoint)), expected) < ROUND_OFF
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(3), FirstOrder(), Unrolled()], ids=str)
-def test_a_sparse_constant_is_read_like_a_dense_one(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(3), FirstOrder(), Unrolled()], ids=str)
+def test_a_sparse_constant_is_read_like_a_dense_one(estimator):
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(4, 3, generator=generator, dtype=torch.float64).clamp(min=0)
     w, target = torch.ones(3, dtype=torch.float64), torch.randn(4, generator=generator, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_a_sparse_constant_is_read_like_a_dense_one(rule):
 
     def gradients(matrix, target=target):
         leaves = [x.clone().requires_grad_() for x in (w, target)]
-        options = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": estimator}
         final = diffopt.solve(loss, leaves[0], matrix, leaves[1], **options).params
         return torch.autograd.grad(final.sum(), leaves, materialize_grads=True)
 
@@ -81,10 +81,10 @@ def test_a_sparse_constant_is_read_like_a_dense_one(rule):
         gradients(dense.to_sparse(), target / 0)
 
 
-@pytest.mark.parametrize("rule", EXACT, ids=str)
-def test_an_empty_input_gets_an_empty_hypergradient(rule):
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
+def test_an_empty_input_gets_an_empty_hypergradient(estimator):
     w, empty = (torch.ones(n, dtype=torch.float64, requires_grad=True) for n in (2, 0))
-    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": estimator}
     final = diffopt.solve(lambda w, x: w.square().sum() + x.sum(), w, empty, **options).params
     got = torch.autograd.grad(final.sum(), (w, empty), materialize_grads=True)
     assert got[1].shape == (0,)

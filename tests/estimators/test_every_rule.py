@@ -1,7 +1,7 @@
-"""Every rule, for every optimizer and every kind of meta-parameter, plain and under vmap, against dense matrices.
+"""Every estimator, for every optimizer and every kind of meta-parameter, plain and under vmap, against dense matrices.
 
 Inner problems are small networks, whose curvature changes with the step and its batch, and quadratics with another
-random matrix at every step, definite or indefinite. The oracle (``blocks.py``) shares no code with the rules.
+random matrix at every step, definite or indefinite. The oracle (``blocks.py``) shares no code with the estimators.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ PROBLEMS: dict[str, Callable[[int, int], Any]] = {
 Rules = dict[str, tuple[Estimator, int, Callable[[Blocks], list[Tensor]]]]
 
 
-def rules(T: int, L: int) -> Rules:
-    """By name: the rule, how many updates share a gradient in its dynamics, and its answer."""
+def estimators(T: int, L: int) -> Rules:
+    """By name: the estimator, how many updates share a gradient in its dynamics, and its answer."""
 
     def exact(b: Blocks) -> list[Tensor]:
         return oracle.swept(b, b.T)
@@ -112,7 +112,7 @@ def rules(T: int, L: int) -> Rules:
     }
 
 
-NAMES = list(rules(2, 1))
+NAMES = list(estimators(2, 1))
 
 
 def merged(found: list[Tensor], params: int) -> list[Tensor]:
@@ -121,17 +121,17 @@ def merged(found: list[Tensor], params: int) -> list[Tensor]:
     return [torch.cat(vectors[:params]), *found[params : params + 3], torch.cat(vectors[params + 3 :])]
 
 
-def plain(tasks: list[Any], case: OptimizerCase, steps: int, rule: Estimator) -> list[list[Tensor]]:
+def plain(tasks: list[Any], case: OptimizerCase, steps: int, estimator: Estimator) -> list[list[Tensor]]:
     """Each task's hypergradient, by a call of its own."""
-    return [merged(hypergradient(task, case, steps, rule), len(task.params)) for task in tasks]
+    return [merged(hypergradient(task, case, steps, estimator), len(task.params)) for task in tasks]
 
 
-def batched(tasks: list[Any], case: OptimizerCase, steps: int, rule: Estimator) -> list[list[Tensor]]:
+def batched(tasks: list[Any], case: OptimizerCase, steps: int, estimator: Estimator) -> list[list[Tensor]]:
     """Each task's hypergradient, all of them at once; they share the hyperparameters and the loss's argument."""
 
     def one(params: list[Tensor], weights: Tensor, x: Tensor, y: Tensor, hypers: dict[str, Tensor]) -> Tensor:
         optimizer = case.optimizer(hypers)
-        options = {"optimizer": optimizer, "steps": steps, "batches": (x, y), "estimator": rule}
+        options = {"optimizer": optimizer, "steps": steps, "batches": (x, y), "estimator": estimator}
         return tasks[0].outer_loss(diffopt.solve(tasks[0].loss, params, weights, **options).params)
 
     params = [torch.stack(leaves) for leaves in zip(*(task.params for task in tasks), strict=True)]
@@ -165,15 +165,15 @@ MORE = [(batched, case) for case in OPTIMIZERS if case not in OPTIMIZERS[::3]]
     [*WAYS, *[pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE]],
     ids=lambda x: "vmap" if x is batched else getattr(x, "name", "plain"),
 )
-def test_every_optimizer_with_every_rule(way, case):
+def test_every_optimizer_with_every_estimator(way, case):
     steps, order = 4, 2
     tasks, known = some_tasks("network", 71, steps), known_blocks(OPTIMIZERS.index(case))
-    for name, (rule, window, answer) in rules(steps, order).items():
+    for name, (estimator, window, answer) in estimators(steps, order).items():
         if name == "Implicit" and case.name == "adamw":  # whose decay depends on buffers that are held fixed
             with pytest.raises(EstimatorError, match="whole_state"):
-                way(tasks, case, steps, rule)
+                way(tasks, case, steps, estimator)
             continue
-        for got, b in zip(way(tasks, case, steps, rule), known[window], strict=True):
+        for got, b in zip(way(tasks, case, steps, estimator), known[window], strict=True):
             assert relative_error(got, answer(b)) < ROUND_OFF, name
 
 
@@ -187,9 +187,9 @@ WITH_MOMENTUM = [case for case in OPTIMIZERS if case.name in {"momentum", "dampe
 def test_random_problems(kind, case, name, way, sizes, seed):
     steps, order = sizes
     assume(name != "Implicit" or case.name != "adamw")  # which is refused
-    rule, window, answer = rules(steps, order)[name]
+    estimator, window, answer = estimators(steps, order)[name]
     tasks = some_tasks(kind, seed, steps)
-    for got, task in zip(way(tasks, case, steps, rule), tasks, strict=True):
+    for got, task in zip(way(tasks, case, steps, estimator), tasks, strict=True):
         b = blocks(task, case, steps, window)
         assume(name != "Implicit" or oracle.at_the_fixed_point(b, range)[1] < 1e6)
         assert relative_error(got, answer(b)) < ROUND_OFF
@@ -197,9 +197,9 @@ def test_random_problems(kind, case, name, way, sizes, seed):
 
 @given(**{**ANY, "case": st.sampled_from(WITH_MOMENTUM)})
 def test_the_whole_state_of_momentum(kind, case, way, seed):
-    rule = Implicit(Dense(throw=False), whole_state=True)
+    estimator = Implicit(Dense(throw=False), whole_state=True)
     tasks = some_tasks(kind, seed, 3)
-    for got, task in zip(way(tasks, case, 3, rule), tasks, strict=True):
+    for got, task in zip(way(tasks, case, 3, estimator), tasks, strict=True):
         answer, condition = oracle.at_the_fixed_point(blocks(task, case, 3), lambda params: range(2 * params))
         assume(condition < 1e6)
         assert relative_error(got, answer) < ROUND_OFF
@@ -207,9 +207,9 @@ def test_the_whole_state_of_momentum(kind, case, way, seed):
 
 @given(**ANY)
 def test_directions_that_are_a_full_frame(kind, case, way, seed):
-    rule = ESJacobian(10_000, 1e-5, generator=torch.Generator().manual_seed(0))
+    estimator = ESJacobian(10_000, 1e-5, generator=torch.Generator().manual_seed(0))
     tasks = some_tasks(kind, seed, 2)
-    for got, task in zip(way(tasks, case, 2, rule), tasks, strict=True):
+    for got, task in zip(way(tasks, case, 2, estimator), tasks, strict=True):
         b = blocks(task, case, 2)
         got, answer = (torch.cat([x.reshape(-1) for x in tensors]) for tensors in (got, oracle.swept(b, 2)))
         # radius**2 of third derivatives, which are up to some thousand times the first; round-off 1e-16 / 1e-5

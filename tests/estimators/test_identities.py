@@ -1,4 +1,4 @@
-"""Identities between rules, and between a rule and another method: derivations, sections 3.3, 3.4, 6.2 and 8."""
+"""Identities between estimators, and between one and another method: derivations, sections 3.3, 3.4, 6.2 and 8."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from cases import OPTIMIZERS, hypergradient, small_network
 from hypothesis import given
 from hypothesis import strategies as st
+from implicit_problems import normal
 from oracles import relative_error
 from torch.func import vmap
 
@@ -15,10 +16,6 @@ from diffopt.estimators import Binomial, FirstOrder, Krylov, Reverse, Truncated
 from diffopt.tasks import Quadratic
 
 STEPS, ROUND_OFF = 6, 1e-9  # as in test_estimators.py
-
-
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("order", range(STEPS + 1))
@@ -69,9 +66,9 @@ class TestOnlyTheHeadIsAdapted:
     def loss(head, body, x, y):
         return (torch.tanh(x @ body) @ head - y).square().mean()
 
-    def meta_loss(self, head, body, rule, optimizer):
+    def meta_loss(self, head, body, estimator, optimizer):
         def one(x, y, query_x, query_y):
-            options = {"optimizer": optimizer, "steps": STEPS, "estimator": rule}
+            options = {"optimizer": optimizer, "steps": STEPS, "estimator": estimator}
             return self.loss(diffopt.solve(self.loss, head, body, x, y, **options).params, body, query_x, query_y)
 
         return vmap(one)(*self.SUPPORT, *self.QUERY).mean()
@@ -81,8 +78,8 @@ class TestOnlyTheHeadIsAdapted:
         return torch.autograd.grad(value_of(head, body), [head, body])
 
     @pytest.mark.parametrize("momentum", [0.0, 0.6])
-    @pytest.mark.parametrize("rule", [Reverse(), Binomial(STEPS), Krylov(STEPS), Truncated(STEPS)], ids=str)
-    def test_exact_rules_are_plain_autograd(self, rule, momentum):
+    @pytest.mark.parametrize("estimator", [Reverse(), Binomial(STEPS), Krylov(STEPS), Truncated(STEPS)], ids=str)
+    def test_exact_estimators_are_plain_autograd(self, estimator, momentum):
         def unrolled(head, body):
             total = 0.0
             for x, y, query_x, query_y in zip(*self.SUPPORT, *self.QUERY, strict=True):
@@ -95,11 +92,11 @@ class TestOnlyTheHeadIsAdapted:
             return total
 
         optimizer = diffopt.SGD(0.2, momentum=momentum)
-        got = self.gradients(lambda head, body: self.meta_loss(head, body, rule, optimizer))
+        got = self.gradients(lambda head, body: self.meta_loss(head, body, estimator, optimizer))
         assert relative_error(got, self.gradients(unrolled)) < 1e-12
 
-    @pytest.mark.parametrize("rule", [FirstOrder(), Binomial(0), Krylov(0)], ids=str)
-    def test_without_curvature_the_body_gets_its_explicit_term_only(self, rule):
+    @pytest.mark.parametrize("estimator", [FirstOrder(), Binomial(0), Krylov(0)], ids=str)
+    def test_without_curvature_the_body_gets_its_explicit_term_only(self, estimator):
         optimizer = diffopt.SGD(0.2)
 
         def cut_off(head, body):
@@ -110,5 +107,5 @@ class TestOnlyTheHeadIsAdapted:
                 total = total + self.loss(adapted, body, query_x, query_y) / len(self.SUPPORT[0])
             return total
 
-        got = self.gradients(lambda head, body: self.meta_loss(head, body, rule, optimizer))
+        got = self.gradients(lambda head, body: self.meta_loss(head, body, estimator, optimizer))
         assert relative_error(got, self.gradients(cut_off)) < 1e-12

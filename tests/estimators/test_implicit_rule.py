@@ -1,4 +1,4 @@
-"""The rule ``Implicit``, against closed forms, dense linear algebra, and long unrolled loops."""
+"""The estimator ``Implicit``, against closed forms, dense linear algebra, and long unrolled loops."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OPTIMIZERS = {
 }
 
 
-RULES = [
+ESTIMATORS = [
     *((name, Implicit(GMRES(rtol=1e-12) if name == "adam" else EXACT)) for name in OPTIMIZERS),
     *((name, Implicit(GMRES(rtol=1e-12), whole_state=True)) for name in ("gd", "momentum", "dampened", "nesterov")),
     ("momentum", Implicit(Neumann(2000, step_size=1.0, rtol=1e-13), whole_state=True)),
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "estimator"), RULES)
+@pytest.mark.parametrize(("optimizer", "estimator"), ESTIMATORS)
 def test_the_fixed_point_of_an_optimizer(optimizer, estimator):
     theta, start, decay = leaf(THETA), leaf(START), leaf(torch.tensor(0.1, dtype=torch.float64))
     options = {"optimizer": OPTIMIZERS[optimizer](decay), "steps": 400, "estimator": estimator}
@@ -107,9 +107,9 @@ def test_the_error_bound_of_approximate_implicit_differentiation(seed, steps, te
     b = normal(seed, 4)
     q = 1 - lr * float(torch.linalg.eigvalsh(problem.hessian)[0])
     w, theta = problem.minimiser(b), leaf(b)
-    rule = Implicit(Neumann(terms, step_size=1.0, rtol=None, throw=False))
+    estimator = Implicit(Neumann(terms, step_size=1.0, rtol=None, throw=False))
     zero = torch.zeros(4, dtype=torch.float64)
-    found = diffopt.solve(problem.loss, zero, theta, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule)
+    found = diffopt.solve(problem.loss, zero, theta, optimizer=diffopt.SGD(lr), steps=steps, estimator=estimator)
     (got,) = torch.autograd.grad(problem.outer_loss(found.params), theta)
     exact = torch.linalg.solve(problem.hessian, w - problem.target)
     slope = float(max((w - problem.target).norm(), (found.params.detach() - problem.target).norm()))

@@ -1,4 +1,4 @@
-"""The Krylov rule against dense linear algebra in numpy, against Binomial where both agree, and where they do not."""
+"""The Krylov estimator against dense linear algebra in numpy, against Binomial where both agree and where not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEAST_SQUARES = 1e-8
 
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_orders_zero_and_one_are_the_binomial_rules(case, order):
+def test_orders_zero_and_one_are_the_binomial_estimators(case, order):
     problem = small_network(seed=41, steps=STEPS)
     got = hypergradient(problem, case, STEPS, Krylov(order))
     assert relative_error(got, hypergradient(problem, case, STEPS, Binomial(order))) < ROUND_OFF
@@ -138,7 +138,9 @@ def test_it_stays_bounded_where_the_binomial_series_diverges(momentum):
     dense = Dense(3, momentum, lr=0.1, top=15.0, steps=20)  # T * lr * top is 30
     size = np.linalg.norm(dense.target)
     for order in (3, 5, 8, 11):
-        series, krylov = (np.linalg.norm(dense.solve(rule(order), False)[0][0]) for rule in (Binomial, Krylov))
+        series, krylov = (
+            np.linalg.norm(dense.solve(estimator(order), False)[0][0]) for estimator in (Binomial, Krylov)
+        )
         assert series > 200 * size
         assert krylov < 10 * size
 
@@ -149,13 +151,13 @@ def test_it_is_never_clearly_worse_than_the_series(case, seed):
     """The start's hypergradient; smallest residual is not smallest error, so not never worse at all."""
     steps = 8
 
-    def start(problem, rule):
-        return torch.cat([x.flatten() for x in hypergradient(problem, case, steps, rule)[:3]])
+    def start(problem, estimator):
+        return torch.cat([x.flatten() for x in hypergradient(problem, case, steps, estimator)[:3]])
 
     problem = small_network(seed, steps)
     exact = start(problem, Reverse())
     for order in range(2, steps):
-        series, krylov = (float((start(problem, rule(order)) - exact).norm()) for rule in (Binomial, Krylov))
+        series, krylov = (float((start(problem, estimator(order)) - exact).norm()) for estimator in (Binomial, Krylov))
         assert krylov <= 2 * series + 1e-10 * float(exact.norm()), order
 
 

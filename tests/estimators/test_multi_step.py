@@ -39,12 +39,12 @@ def problem() -> InnerProblem:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_exact_rules(problem, case, window):
+def test_exact_estimators(problem, case, window):
     answer = expected(problem, case, window)
     slow = [ForwardMode()] if window == 3 else []
-    for rule in [Reverse("graph"), Reverse(2), Unrolled(), Krylov(99), *slow]:
-        got = hypergradient(problem, case, STEPS, MultiStep(window, rule))
-        assert relative_error(got, answer) < ROUND_OFF, rule
+    for estimator in [Reverse("graph"), Reverse(2), Unrolled(), Krylov(99), *slow]:
+        got = hypergradient(problem, case, STEPS, MultiStep(window, estimator))
+        assert relative_error(got, answer) < ROUND_OFF, estimator
 
 
 @pytest.mark.parametrize("window", WINDOWS[1:])
@@ -60,8 +60,8 @@ def test_orders_of_curvature_count_windows(problem, case, window):
     graded = taylor(lambda e: expected(problem, case, window, curvature=lambda t: e), degree)
     for order in {0, 1, 2, degree - 1, degree}:
         answer = graded(order)
-        for rule in [Binomial(order), *([Krylov(order)] if order <= 1 else [])]:
-            assert relative_error(hypergradient(problem, case, STEPS, MultiStep(window, rule)), answer) < TAYLOR
+        for estimator in [Binomial(order), *([Krylov(order)] if order <= 1 else [])]:
+            assert relative_error(hypergradient(problem, case, STEPS, MultiStep(window, estimator)), answer) < TAYLOR
 
 
 def test_losses_counts_and_windows_longer_than_the_problem(problem, case):
@@ -102,16 +102,23 @@ def test_schedules_inside_windows_are_each_updates_own(problem, name, n, per_lea
     final = unrolled(case.step, loss, problem.params, STEPS, options, initial_buffers=case.buffers, window=n)
     answer = torch.autograd.grad(problem.outer_loss(final), leaves)
     assert min(float(x.abs().min()) for x in answer) > 1e-7, "an entry without effect proves nothing"
-    for rule in [Reverse("graph"), Reverse(2), ForwardMode(), Binomial(4, scale=1.0), Krylov(4), Truncated(count(n))]:
+    for estimator in [
+        Reverse("graph"),
+        Reverse(2),
+        ForwardMode(),
+        Binomial(4, scale=1.0),
+        Krylov(4),
+        Truncated(count(n)),
+    ]:
         optimizer = case.optimizer({**case.learned, "lr": diffopt.Schedule(leaves if per_leaf else leaves[0])})
-        inputs = {"optimizer": optimizer, "steps": STEPS, "estimator": MultiStep(n, rule)}
+        inputs = {"optimizer": optimizer, "steps": STEPS, "estimator": MultiStep(n, estimator)}
         solution = diffopt.solve(loss, problem.params, **inputs)
         assert relative_error(torch.autograd.grad(problem.outer_loss(solution.params), leaves), answer) < ROUND_OFF
 
 
 @pytest.mark.parametrize("name", ["momentum", "diagonal"])  # an elementwise one, and one that is not
-@pytest.mark.parametrize("rule", [Reverse(2), Binomial(2, chunk_size=2), Krylov(2), ForwardMode()], ids=str)
-def test_schedules_and_batches_of_windows_per_task(problem, name, rule):
+@pytest.mark.parametrize("estimator", [Reverse(2), Binomial(2, chunk_size=2), Krylov(2), ForwardMode()], ids=str)
+def test_schedules_and_batches_of_windows_per_task(problem, name, estimator):
     case, tasks = next(c for c in OPTIMIZERS if c.name == name), 2
     g = torch.Generator().manual_seed(5)
     lr = 0.02 + 0.1 * torch.rand(STEPS, tasks, generator=g, dtype=torch.float64)  # tasks on the last axis
@@ -119,7 +126,7 @@ def test_schedules_and_batches_of_windows_per_task(problem, name, rule):
 
     def run(lr, x):
         values, batches = {**case.learned, "lr": diffopt.Schedule(lr)}, (x, problem.batches[1])
-        solution = solved(problem, case, STEPS, MultiStep(3, rule), values=values, batches=batches)
+        solution = solved(problem, case, STEPS, MultiStep(3, estimator), values=values, batches=batches)
         return problem.outer_loss(solution.params)
 
     together = vmap(grad(run, argnums=(0, 1)), in_dims=(1, 1))(lr, x)
@@ -148,11 +155,11 @@ class TestPropositionOne:
     LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-4
 
     @staticmethod
-    def coefficients(lr, momentum, decay, steps, rule):
+    def coefficients(lr, momentum, decay, steps, estimator):
         """Of the gradient and of the start in the last params and velocity, when the gradient never changes."""
         start, g = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, -1.3))
         optimizer = diffopt.SGD(lr, momentum=momentum, weight_decay=decay)
-        end = diffopt.solve(lambda w, g: w * g, start, g, optimizer=optimizer, steps=steps, estimator=rule).state
+        end = diffopt.solve(lambda w, g: w * g, start, g, optimizer=optimizer, steps=steps, estimator=estimator).state
         rows = [torch.autograd.grad(x, [g, start], retain_graph=True) for x in (end.params, end.buffers["velocity"])]
         return np.array([[float(x) for x in row] for row in rows])
 
@@ -183,11 +190,11 @@ LONG_ENDS = (MultiStep(2, Truncated(3)), 4, 2), (MultiStep(4, Truncated(5)), 10,
 TOO_LONG = [*LONG_ENDS, (MultiStep(3, Binomial(1, 3)), 5, 2)]
 
 
-@pytest.mark.parametrize(("rule", "steps", "windows"), TOO_LONG, ids=str)
-def test_more_windows_than_there_are(rule, steps, windows):
+@pytest.mark.parametrize(("estimator", "steps", "windows"), TOO_LONG, ids=str)
+def test_more_windows_than_there_are(estimator, steps, windows):
     told = rf"at most {windows}; .* only {windows} steps \(each window of MultiStep counts as one\): take fewer"
     with pytest.raises(diffopt.StepsError, match=told):
-        diffopt.solve(lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=steps, estimator=rule)
+        diffopt.solve(lambda w: w**2, torch.tensor(1.0), optimizer=diffopt.SGD(0.1), steps=steps, estimator=estimator)
 
 
 def test_windows_of_windows(problem, case):

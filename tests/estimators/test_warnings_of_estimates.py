@@ -1,4 +1,4 @@
-"""What a rule knows of its own estimate: ``EstimateWarning`` where it is bad, nothing where it is good or unchecked."""
+"""What an estimator knows of its own estimate: ``EstimateWarning`` where it is bad, none where good or unchecked."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ def loss(w: Tensor, c: Tensor) -> Tensor:
     return 0.5 * (CURVATURE * c * w.square()).sum()
 
 
-def solution(rule: Any, lr: float | Tensor, *, check: bool = True, steps: int = STEPS, c: Tensor | None = None) -> Any:
+def solution(
+    estimator: Any, lr: float | Tensor, *, check: bool = True, steps: int = STEPS, c: Tensor | None = None
+) -> Any:
     c = torch.ones((), dtype=torch.float64, requires_grad=True) if c is None else c
     start = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    return diffopt.solve(loss, start, c, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule, check=check)
+    return diffopt.solve(loss, start, c, optimizer=diffopt.SGD(lr), steps=steps, estimator=estimator, check=check)
 
 
 def last_order(order: int, lr: float, steps: int = STEPS) -> float:
@@ -58,34 +60,36 @@ def test_binomial_says_what_its_last_order_adds(order: int, lr: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "estimator",
     [*map(Binomial, [0, STEPS, STEPS + 3]), Binomial(2, window=0), Binomial(STEPS, scale=0.0), Binomial(0, window=3)],
     ids=str,
 )
-def test_binomial_without_curvature_or_with_all_of_it_reports_zero(rule: Any) -> None:
+def test_binomial_without_curvature_or_with_all_of_it_reports_zero(estimator: Any) -> None:
     """There is no last order that adds anything, or nothing is left out."""
-    solved = solution(rule, 0.9)
+    solved = solution(estimator, 0.9)
     solved.params.square().sum().backward()
     assert float(solved.diagnostics["last_order"]) == 0
 
 
-@pytest.mark.parametrize("rule", [Binomial(1), Binomial(2, scale=0.5), Binomial(1, window=0)], ids=str)
-def test_binomial_reports_zero_where_no_step_is_made(rule: Any) -> None:
-    solved = solution(rule, 0.9, steps=0, c=torch.ones(()))
+@pytest.mark.parametrize("estimator", [Binomial(1), Binomial(2, scale=0.5), Binomial(1, window=0)], ids=str)
+def test_binomial_reports_zero_where_no_step_is_made(estimator: Any) -> None:
+    solved = solution(estimator, 0.9, steps=0, c=torch.ones(()))
     assert solved.diagnostics == {}  # there is no backward pass yet
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    solved = diffopt.solve(loss, w, torch.ones(()), optimizer=diffopt.SGD(0.1), steps=0, estimator=rule)
+    solved = diffopt.solve(loss, w, torch.ones(()), optimizer=diffopt.SGD(0.1), steps=0, estimator=estimator)
     solved.params.sum().backward()
     assert float(solved.diagnostics["last_order"]) == 0
 
 
-@pytest.mark.parametrize("rule", [Binomial(2, window=4), Binomial(2, scale=0.01), Binomial(2, chunk_size=1)], ids=str)
-def test_options_of_binomial_are_in_what_it_says(rule: Any) -> None:
-    solved = solution(rule, 0.05)
+@pytest.mark.parametrize(
+    "estimator", [Binomial(2, window=4), Binomial(2, scale=0.01), Binomial(2, chunk_size=1)], ids=str
+)
+def test_options_of_binomial_are_in_what_it_says(estimator: Any) -> None:
+    solved = solution(estimator, 0.05)
     solved.params.square().sum().backward()
     found = float(solved.diagnostics["last_order"])
     whole = last_order(2, 0.05)
-    assert found == pytest.approx(whole, rel=1e-9) if rule.chunk_size else 0 < found < whole
+    assert found == pytest.approx(whole, rel=1e-9) if estimator.chunk_size else 0 < found < whole
 
 
 @pytest.mark.parametrize(
@@ -104,31 +108,33 @@ def test_krylov_warns_of_a_large_residual(order: int, lr: float, bad: bool) -> N
         assert "expected at most 0.5" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("rule", [Binomial(1), Krylov(1), MultiStep(2, Binomial(1))], ids=str)
-def test_the_warning_is_silenced_by_class_and_by_check(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Binomial(1), Krylov(1), MultiStep(2, Binomial(1))], ids=str)
+def test_the_warning_is_silenced_by_class_and_by_check(estimator: Any) -> None:
     """The numbers are the same in each case."""
     found = []
     for check, category in ((True, diffopt.EstimateWarning), (False, None)):
         c = torch.ones((), dtype=torch.float64, requires_grad=True)
-        end = solution(rule, 0.9, check=check, c=c).params.square().sum()
+        end = solution(estimator, 0.9, check=check, c=c).params.square().sum()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             if category is not None:
                 warnings.simplefilter("ignore", category)
             found.append(torch.autograd.grad(end, c)[0])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
-    fix = "Take more orders or fewer steps, or Reverse()" if isinstance(rule, Krylov) else "Use Krylov or Reverse()"
+    fix = (
+        "Take more orders or fewer steps, or Reverse()" if isinstance(estimator, Krylov) else "Use Krylov or Reverse()"
+    )
     with pytest.warns(diffopt.EstimateWarning, match=re.escape(f"wrong in size and sign. {fix}")):
-        solution(rule, 0.9).params.square().sum().backward()
+        solution(estimator, 0.9).params.square().sum().backward()
 
 
-@pytest.mark.parametrize("rule", [Binomial(1), Krylov(1)], ids=str)
+@pytest.mark.parametrize("estimator", [Binomial(1), Krylov(1)], ids=str)
 @pytest.mark.parametrize("style", ["vmap", "vmap of grad"])
-def test_one_task_of_many_is_enough(rule: Any, style: str) -> None:
+def test_one_task_of_many_is_enough(estimator: Any, style: str) -> None:
     """And none is not: the second of the two lists of tasks has no bad one."""
 
     def of_task(c: Tensor) -> Tensor:
-        return solution(rule, 0.05, c=c).params.square().sum()
+        return solution(estimator, 0.05, c=c).params.square().sum()
 
     def run(c: Tensor) -> Tensor:
         if style == "vmap of grad":

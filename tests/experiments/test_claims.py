@@ -116,12 +116,12 @@ def test_answers_of_several_settings(found, every, order):
     assert (together(found), together(found, order=True)) == (every, order)
 
 
-def table(**rules):
-    """Three starts of two draws at two step sizes; each rule's numbers are a factor times those of ``a``."""
+def table(**estimators):
+    """Three starts of two draws at two step sizes; each estimator's numbers are a factor times those of ``a``."""
     numbers = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8]
     return pd.DataFrame(
-        {"rule": rule, "lr": lr, "L": 1, "seed": i // 2, "draw": i % 2, "error": x * factor * (1 + 0.01 * i)}
-        for rule, factor in {"a": 1.0, **rules}.items()
+        {"rule": estimator, "lr": lr, "L": 1, "seed": i // 2, "draw": i % 2, "error": x * factor * (1 + 0.01 * i)}
+        for estimator, factor in {"a": 1.0, **estimators}.items()
         for lr in (0.1, 0.2)
         for i, x in enumerate(numbers)
     )
@@ -153,7 +153,7 @@ class TestClaims:
         both = self.answer(("error: b / a < 1 by lr", "error: a / b > 1 by lr"), data)
         assert "(error: b / a, lr=0.2)" in both.evidence
         assert "of 4 settings" in both.evidence
-        more = ("error: b / a < 1", "L: b / a < 2")  # of two columns between the same rules
+        more = ("error: b / a < 1", "L: b / a < 2")  # of two columns between the same estimators
         assert "in 2 of 2 settings" in self.answer(more, table(b=0.5)).evidence
 
     def test_settings_of_the_first_side_only(self):

@@ -40,11 +40,11 @@ def test_answers_follow_the_numbers():
         results = {}
         for unit in cost.units(settings):
             noise, over = 1 + 0.01 * unit.keys["seed"], unit.keys["over"] == "levels"
-            rules = cost.level_rules(2) if over else cost.step_rules(unit.keys["K"])
-            of = {name: seconds.get(re.sub(r"\W", "_", name), 1.0) * noise for name in rules}
+            estimators = cost.level_estimators(2) if over else cost.step_estimators(unit.keys["K"])
+            of = {name: seconds.get(re.sub(r"\W", "_", name), 1.0) * noise for name in estimators}
             size = {name: 1.0 if name in ("MAML", "first-order") else 0.5 * value for name, value in of.items()}
             counts = {"gradients": 1, "products": 1, "depth": 1}
-            both = {name: {**counts, "seconds": of[name], "megabytes": size[name] / noise} for name in rules}
+            both = {name: {**counts, "seconds": of[name], "megabytes": size[name] / noise} for name in estimators}
             results[unit.name] = {"rules": both}
         found = answers(catalogue.experiment("cost").summarise(settings, results))
         return [found[text] for text in texts]
@@ -56,4 +56,7 @@ def test_answers_follow_the_numbers():
 
 
 def test_windows_are_counted():
-    assert [rule for rule in cost.step_rules(4) if rule.startswith("multi")] == ["multi-step 2", "multi-step 4"]
+    assert [estimator for estimator in cost.step_estimators(4) if estimator.startswith("multi")] == [
+        "multi-step 2",
+        "multi-step 4",
+    ]

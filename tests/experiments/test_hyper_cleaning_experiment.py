@@ -7,38 +7,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experiment_answers import gone_on
 from torch.nn.functional import cross_entropy
 
 from diffopt.experiments import hyper_cleaning
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
-from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.framework.unit_context import Work
 
 SETTINGS = replace(catalogue.experiment("hyper-cleaning").quick, iterations=3, seeds=2)
 
 
-def plain_fit(problem, weights, steps):
-    """SGD with momentum from zero, written out."""
+def fit(problem, weights, steps, kept=0):
+    """SGD with momentum from zero, written out; before the last ``kept`` steps all that it led to is a constant."""
     w = [torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)]
     velocity = [torch.zeros(6, 3), torch.zeros(3)]
-    for _ in range(steps):
+    for step in range(steps):
         each = cross_entropy(problem.inputs @ w[0] + w[1], problem.labels, reduction="none")
-        slopes = torch.autograd.grad((weights * each).mean(), w)
-        velocity = [SETTINGS.momentum * v + g for v, g in zip(velocity, slopes, strict=True)]
-        w = [(a - SETTINGS.lr * v).detach().requires_grad_() for a, v in zip(w, velocity, strict=True)]
-    return w
-
-
-def fit_with_history(problem, logits, kept):
-    """All inner steps; the weights are constants before the last ``kept``, and so is what they led to."""
-    w = [torch.zeros(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)]
-    velocity = [torch.zeros(6, 3), torch.zeros(3)]
-    for step in range(SETTINGS.steps):
-        each = cross_entropy(problem.inputs @ w[0] + w[1], problem.labels, reduction="none")
-        slopes = torch.autograd.grad((logits.sigmoid() * each).mean(), w, create_graph=True)
+        slopes = torch.autograd.grad((weights * each).mean(), w, create_graph=True)
         velocity = [SETTINGS.momentum * v + g for v, g in zip(velocity, slopes, strict=True)]
         w = [a - SETTINGS.lr * v for a, v in zip(w, velocity, strict=True)]
-        if step < SETTINGS.steps - kept:
+        if step < steps - kept:
             w, velocity = [a.detach().requires_grad_() for a in w], [v.detach() for v in velocity]
     return w
 
@@ -63,7 +52,7 @@ def test_it_learns_as_a_plain_loop_does(rows, name):
     wrong = problem.labels != problem.true_labels
     for _ in range(3):
         kept = SETTINGS.steps if name == "exact" else 2
-        w = fit_with_history(problem, logits, kept)
+        w = fit(problem, logits.sigmoid(), SETTINGS.steps, kept)
         loss = cross_entropy(problem.validation_inputs @ w[0] + w[1], problem.validation_labels)
         losses.append(loss.item())
         accuracy.append(right(w, problem.test_inputs, problem.test_labels))
@@ -76,7 +65,7 @@ def test_it_learns_as_a_plain_loop_does(rows, name):
     assert row["losses"] == pytest.approx(losses, rel=1e-4)  # float32 and three Adam steps
     assert row["accuracy"] == pytest.approx(accuracy)
     assert row["f1"] == pytest.approx(f1)
-    w = plain_fit(problem, logits.detach().sigmoid(), SETTINGS.fit_steps)
+    w = fit(problem, logits.detach().sigmoid(), SETTINGS.fit_steps)
     assert row["final"]["accuracy"] == pytest.approx(right(w, problem.test_inputs, problem.test_labels))
     assert row["final"]["told"] == pytest.approx(float(((logits.detach() < 0) == wrong).float().mean()))
 
@@ -85,23 +74,19 @@ def test_the_baselines_are_plain_fits(rows):
     problem = hyper_cleaning.load(SETTINGS, Work(0))
     true = (problem.labels == problem.true_labels).float()
     for key, weights in (("noisy", torch.ones(60)), ("oracle", true)):
-        w = plain_fit(problem, weights, SETTINGS.fit_steps)
+        w = fit(problem, weights, SETTINGS.fit_steps)
         assert rows["seed=0 baselines"][key] == pytest.approx(right(w, problem.test_inputs, problem.test_labels))
     assert rows["seed=0 baselines"]["wrong"] == pytest.approx(1 - float(true.mean()))
     only = replace(problem, inputs=problem.validation_inputs, labels=problem.validation_labels)
-    w = plain_fit(only, torch.ones(60), SETTINGS.fit_steps)
+    w = fit(only, torch.ones(60), SETTINGS.fit_steps)
     assert rows["seed=0 baselines"]["validation images only"] == pytest.approx(
         right(w, problem.test_inputs, problem.test_labels)
     )
 
 
-def test_a_rule_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
+def test_an_estimator_that_draws_directions_goes_on_to_the_last_bit(rows, tmp_path):
     name = "ES Jacobian, Q=2"
-    stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
-    for _ in range(2):
-        with pytest.raises(OutOfTime):
-            hyper_cleaning.learn(SETTINGS, name, stopped)
-    again, whole = hyper_cleaning.learn(SETTINGS, name, stopped), rows[f"seed=0 learn, {name}"]
+    again, whole = gone_on(tmp_path, 2, hyper_cleaning.learn, SETTINGS, name), rows[f"seed=0 learn, {name}"]
     assert [again[key] for key in ("losses", "accuracy", "f1", "final")] == [
         whole[key] for key in ("losses", "accuracy", "f1", "final")
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import toy_experiment
+from killed import killed_twice
 from limits import PATIENCE
 from toy_experiment import TOY
 
@@ -28,20 +28,6 @@ def toy(monkeypatch):
     """Makes the toy the only experiment there is."""
     monkeypatch.setattr(catalogue, "experiment", lambda name: TOY)
     monkeypatch.setattr(catalogue, "NAMES", ("toy",))
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail with one line on stderr, which it returns."""
-
-    def run(*argv: str) -> str:
-        capsys.readouterr()
-        assert main(["reproduce", *argv]) == 2
-        error = capsys.readouterr().err
-        assert re.fullmatch(r"diffopt[^\n]*: error: [^\n]+\n", error), error
-        return error
-
-    return run
 
 
 def reproduce(out: Path, *more: str) -> int:
@@ -91,10 +77,10 @@ def test_settings_can_be_changed(toy, tmp_path, fails):
     command = json.loads((tmp_path / "results.json").read_text())["command"]
     assert "--quick --set draws=2 --set iterations=1" in command
     out = ("toy", "--out", str(tmp_path / "other"))
-    assert "expected SETTING=VALUE, with one of draws, iterations" in fails(*out, "--set", "nonsense=1")
-    assert "expected SETTING=VALUE" in fails(*out, "--set", "draws")
+    assert "expected SETTING=VALUE, with one of draws, iterations" in fails("reproduce", *out, "--set", "nonsense=1")
+    assert "expected SETTING=VALUE" in fails("reproduce", *out, "--set", "draws")
     assert "--set draws=-1 does not fit (got '-1', expected an integer, 0 or more), expected a value of draws" in fails(
-        *out, "--set", "draws=-1"
+        "reproduce", *out, "--set", "draws=-1"
     )
     assert not (tmp_path / "other").exists()
 
@@ -104,29 +90,9 @@ def test_killed_at_random_moments(tmp_path):
     program = [*toy_experiment.program(), "reproduce", "toy", "--save-every", "0"]
     argv = [*program, "--set", "iterations=100", "--set", "seconds=0.01", "--out"]
     subprocess.run([*argv, str(tmp_path / "whole")], stdout=subprocess.DEVNULL, check=True)
-    out, moments, kills, resume = tmp_path / "killed", random.Random(0), 0, list[str]()
-    while True:
-        before = _touched(out)
-        process = subprocess.Popen([*argv, str(out), *resume], stdout=subprocess.DEVNULL)
-        while kills < 2 and process.poll() is None:
-            if _touched(out) != before:  # it has begun to work
-                time.sleep(moments.uniform(0, 0.5))
-                process.kill()
-                kills += 1
-                break
-            time.sleep(0.01)
-        code = process.wait(timeout=PATIENCE)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, "it ended by itself, with an error"
-        resume = ["--resume"] if (out / "run.json").exists() else []
-    assert kills == 2
-    assert content(out) == content(tmp_path / "whole")
-    assert not list(out.glob("*.pt"))
-
-
-def _touched(out: Path) -> list[int]:
-    return sorted(path.stat().st_mtime_ns for path in out.glob("*") if path.name.endswith((".jsonl", ".pt")))
+    killed_twice([*argv, str(tmp_path / "killed")], tmp_path / "killed", (".jsonl", ".pt"), 0.5)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("*.pt"))
 
 
 def test_a_line_cut_short_is_done_again(toy, tmp_path):
@@ -229,7 +195,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy, tmp_path):
 )
 def test_a_run_is_resumed_only_under_its_own_settings(toy, tmp_path, fails, given, message):
     assert reproduce(tmp_path) == 0
-    assert re.search(message, fails("toy", "--out", str(tmp_path), "--resume", *given))
+    assert re.search(message, fails("reproduce", "toy", "--out", str(tmp_path), "--resume", *given))
 
 
 @pytest.mark.parametrize(
@@ -246,14 +212,14 @@ def test_a_run_of_another_kind_is_not_resumed(toy, tmp_path, fails, name, value,
     assert reproduce(tmp_path) == 0
     header = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**header, name: value}))
-    assert re.search(message, fails("toy", "--out", str(tmp_path), "--resume"))
+    assert re.search(message, fails("reproduce", "toy", "--out", str(tmp_path), "--resume"))
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_not_resumed(toy, tmp_path, fails):
     out = ("toy", "--out", str(tmp_path))
-    assert "there is no run in" in fails(*out, "--resume")
+    assert "there is no run in" in fails("reproduce", *out, "--resume")
     assert reproduce(tmp_path) == 0
-    assert "already holds a run, expected an unused folder; add --resume" in fails(*out)
+    assert "already holds a run, expected an unused folder; add --resume" in fails("reproduce", *out)
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"no": "unit"}\n', '{"unit": "of another version"}\n', "[]\n"])
@@ -261,7 +227,7 @@ def test_a_damaged_log(toy, tmp_path, fails, damage):
     assert reproduce(tmp_path) == 0
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(damage)
-    assert "start again in another --out" in fails("toy", "--out", str(tmp_path), "--resume")
+    assert "start again in another --out" in fails("reproduce", "toy", "--out", str(tmp_path), "--resume")
 
 
 def test_the_state_of_another_unit_or_a_damaged_one(tmp_path):
@@ -279,21 +245,21 @@ def test_the_state_of_another_unit_or_a_damaged_one(tmp_path):
 def test_units_of_one_name_are_refused(toy, tmp_path, monkeypatch, fails):
     twice = replace(TOY, units=lambda settings: 2 * [Unit("same", lambda work: {})])
     monkeypatch.setattr(catalogue, "experiment", lambda name: twice)
-    assert "or two of one name" in fails("toy", "--out", str(tmp_path))
+    assert "or two of one name" in fails("reproduce", "toy", "--out", str(tmp_path))
 
 
 def test_a_device_is_refused_where_only_the_processor_is_used(toy, tmp_path, fails):
     assert "--device is meta, expected cpu: toy runs on it only" in fails(
-        "toy", "--out", str(tmp_path), "--device", "meta"
+        "reproduce", "toy", "--out", str(tmp_path), "--device", "meta"
     )
 
 
 def test_unknown_names_and_no_name(fails):
     known = ", ".join(catalogue.NAMES)
-    assert f"there is no experiment 'nonsense', expected one of {known}" in fails("nonsense")
-    assert f"no experiment is named, expected one of {known}" in fails()
-    assert "not allowed with argument" in fails("bounds", "--quick", "--full")
-    assert "expected a number above 0" in fails("bounds", "--minutes", "0")
+    assert f"there is no experiment 'nonsense', expected one of {known}" in fails("reproduce", "nonsense")
+    assert f"no experiment is named, expected one of {known}" in fails("reproduce")
+    assert "not allowed with argument" in fails("reproduce", "bounds", "--quick", "--full")
+    assert "expected a number above 0" in fails("reproduce", "bounds", "--minutes", "0")
 
 
 def test_the_list(monkeypatch, capsys):

@@ -43,4 +43,4 @@ def test_levels_and_windows():
     assert sinusoid.levels(5) == [0, 1, 2, 3, 4]
     assert sinusoid.levels(20) == [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 19]
     assert (sinusoid.hybrid_window(5), sinusoid.hybrid_window(10)) == (4, 8)
-    assert "hybrid" not in sinusoid.rules(5, 5)
+    assert "hybrid" not in sinusoid.estimators(5, 5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from experiment_answers import gone_on
 from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
 from torch.nn.functional import cross_entropy
@@ -18,7 +19,7 @@ from diffopt.experiments import yardsticks_influence as influence
 from diffopt.experiments import yardsticks_toy as toy
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
-from diffopt.experiments.framework.unit_context import OutOfTime, Work
+from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.yardsticks_report import plain_fit, summarise
 
 SETTINGS = catalogue.experiment("yardsticks").quick
@@ -44,7 +45,7 @@ class TestInfluenceBalancing:
         assert influence.at_rest(theta) == pytest.approx(rest[0] * (rest[0] * theta - 1)) == pytest.approx(expected)
 
     @pytest.mark.parametrize("theta", [0.5, 0.1, -0.4])
-    def test_the_exact_rule_is_a_difference_of_rollouts(self, theta):
+    def test_the_exact_estimator_is_a_difference_of_rollouts(self, theta):
         def loss(theta):
             s = np.ones(23)
             for _ in range(30):  # not at rest yet
@@ -56,14 +57,14 @@ class TestInfluenceBalancing:
         assert found == pytest.approx((loss(theta + 1e-3) - loss(theta - 1e-3)) / 2e-3, rel=1e-9)
 
     @pytest.mark.parametrize("name", ["exact", "truncated 1", "truncated 10", "truncated 20", "implicit, Neumann 20"])
-    def test_rules_give_what_was_worked_out_by_hand(self, name):
+    def test_estimators_give_what_was_worked_out_by_hand(self, name):
         row = influence.measure(name, 200, 1, 0.002, Work(0))
         assert row["gradient"] == pytest.approx(influence.by_hand(name), rel=1e-9)
         assert (row["gradient"] > 0) == (name == "exact")
         assert row["path"] == pytest.approx([0.5, 0.5 - 0.002 * row["gradient"]])
         assert row["warned"] == []
 
-    def test_descent_by_the_exact_rule_is_that_of_a_parabola(self):
+    def test_descent_by_the_exact_estimator_is_that_of_a_parabola(self):
         row, theta = influence.measure("exact", 150, 4, 0.01, Work(0)), 0.5
         for found in row["path"][1:]:
             theta -= 0.01 * (36 * theta + 6)
@@ -114,8 +115,10 @@ class TestToy:
                 y = y.detach().requires_grad_()
         outer = torch.cos(4 * y + 2) / (1 + torch.exp(2 - 4 * x)) + torch.log((4 * x - 2) ** 2 + 1) / 2
         (expected,) = torch.autograd.grad(outer.sum(), x)
-        rule = toy.rules(7, torch.Generator())[name]
-        torch.testing.assert_close(toy.hypergradients(rule, x.detach(), start, 7), expected, rtol=1e-10, atol=1e-12)
+        estimator = toy.estimators(7, torch.Generator())[name]
+        torch.testing.assert_close(
+            toy.hypergradients(estimator, x.detach(), start, 7), expected, rtol=1e-10, atol=1e-12
+        )
 
     def test_errors_vanish_with_the_steps_and_descents_end_in_minima(self):
         row = toy.measure("exact", (5, 30), 21, 30, 40, 0.05, Work(0))
@@ -125,12 +128,12 @@ class TestToy:
         assert len(row["starts"]) == len(row["ends"]) == 30
         assert 0 <= min(row["ends"]) <= max(row["ends"]) <= 3
 
-    def test_a_bad_rule_ends_at_the_bounds(self):
+    def test_a_bad_estimator_ends_at_the_bounds(self):
         row = toy.measure("binomial 1", (20,), 5, 20, 6, 0.05, Work(0))
         assert {0.0, 3.0} & set(row["ends"])
         assert 0 <= min(row["ends"]) <= max(row["ends"]) <= 3
 
-    def test_a_rule_that_is_longer_than_the_rollout_is_left_out(self):
+    def test_an_estimator_that_is_longer_than_the_rollout_is_left_out(self):
         assert list(toy.measure("krylov 5", (3, 6), 5, 2, 1, 0.03, Work(0))["errors"]) == ["6"]
 
 
@@ -221,11 +224,7 @@ class TestCleaning:
     @pytest.mark.parametrize("name", ["ES Jacobian, Q=2", "implicit, 5 Neumann"])
     def test_a_unit_that_was_stopped_goes_on_to_the_last_bit(self, data, inner, name, tmp_path):
         whole = cleaning.learn(data, name, inner, 3, 0.5, Work(0))
-        stopped = Work(0, unit="x", store=tmp_path / "x.pt", deadline=0.0)  # out of time after every iteration
-        for _ in range(2):
-            with pytest.raises(OutOfTime):
-                cleaning.learn(data, name, inner, 3, 0.5, stopped)
-        again = cleaning.learn(data, name, inner, 3, 0.5, stopped)
+        again = gone_on(tmp_path, 2, cleaning.learn, data, name, inner, 3, 0.5)
         assert {**again, "seconds": None} == {**whole, "seconds": None}
 
 

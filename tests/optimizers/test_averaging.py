@@ -76,7 +76,7 @@ def test_params_and_buffers_of_the_solution_are_tensors_of_their_own():
 
 
 def test_orders_look_at_the_number_of_the_step():
-    """A rule without graphs of the steps: at full order it is exact."""
+    """An estimator without graphs of the steps: at full order it is exact."""
     start = torch.tensor([0.3, -0.7], dtype=DOUBLE, requires_grad=True)
 
     def gradient(estimator):

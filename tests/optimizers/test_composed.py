@@ -1,4 +1,4 @@
-"""Optimizers of optimizers: every exact rule in every memory mode beside plain autograd through a plain loop."""
+"""Optimizers of optimizers: every exact estimator in every memory mode beside plain autograd through a plain loop."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ PAIRS = {
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 def test_buffers_of_parts_are_no_copies_of_the_params(order, make):
-    """Two leaves of one shape, and as many buffers as would be one for each: they are not, in rules without graphs."""
+    """Two leaves of one shape, and as many buffers as would be one for each: not so, in estimators without graphs."""
     start = [torch.tensor(x, dtype=DOUBLE, requires_grad=True) for x in ([0.4, -1.0, 0.7], [1.1, 0.3, -0.6])]
     lr = torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)
 

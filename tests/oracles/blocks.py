@@ -1,6 +1,6 @@
 """A rollout as dense matrices: the blocks of every step by automatic differentiation of the oracles' plain steps.
 
-A rule is then a few lines of products, sums and solves of these matrices, none of them the library's.
+An estimator is then a few lines of products, sums and solves of these matrices, none of them the library's.
 """
 
 from __future__ import annotations

@@ -19,15 +19,15 @@ NOT_LINEAR = Claims("never", linear=False)
 GRAPHS, STATES = Keep(1, "graph"), Keep(1, 1)
 FIXED_POINT = Claims("at the fixed point")
 BROKEN: dict[str, tuple[Estimator, tuple[str, ...]]] = {}
-"""By name: a rule, and the findings that must say what is wrong with it."""
+"""By name: an estimator, and the findings that must say what is wrong with it."""
 
 
 def broken(*findings, of="after", **options):
-    """What follows makes a broken rule: a class without arguments, or a change of a part of :class:`Changed`."""
+    """What follows makes a broken estimator: a class without arguments, or a change of a part of :class:`Changed`."""
 
     def add(made):
-        rule = made(**options) if isinstance(made, type) else Changed(**{of: made}, **options)
-        BROKEN[f"{made.__name__}: {findings[0]}"] = (rule, findings)
+        estimator = made(**options) if isinstance(made, type) else Changed(**{of: made}, **options)
+        BROKEN[f"{made.__name__}: {findings[0]}"] = (estimator, findings)
         return made
 
     return add
@@ -35,25 +35,25 @@ def broken(*findings, of="after", **options):
 
 @dataclass(frozen=True)
 class Saying(Estimator):
-    """A shipped rule that claims something else."""
+    """A shipped estimator that claims something else."""
 
-    rule: Estimator
+    estimator: Estimator
     said: Claims
 
     def claims(self, steps):
         return self.said
 
     def run(self, problem):
-        return self.rule.run(problem)
+        return self.estimator.run(problem)
 
 
-def saying(rule, **other):
-    return Saying(rule, replace(rule.claims(4), **other))
+def saying(estimator, **other):
+    return Saying(estimator, replace(estimator.claims(4), **other))
 
 
 @dataclass(frozen=True)
 class Changed(Adjoint):
-    """The exact rule with its input, its sweep or its result changed."""
+    """The exact estimator with its input, its sweep or its result changed."""
 
     after: Callable = lambda trajectory, result: result
     before: Callable = lambda trajectory, cotangent: cotangent
@@ -74,7 +74,7 @@ class Changed(Adjoint):
 @broken("exact for a vector field: got")
 @dataclass(frozen=True)
 class Symmetric(Adjoint):
-    """The exact rule with ``V u`` in the place of ``V' u``: right for every loss."""
+    """The exact estimator with ``V u`` in the place of ``V' u``: right for every loss."""
 
     def keep(self, steps):
         return Keep(first=1, checkpoint=1, gradients=True)
@@ -303,7 +303,7 @@ class Eager(Estimator):
 
 @broken("needs no second derivatives", of="sweep", said=Claims(second_derivatives=False), kept=STATES)
 def falling_back(trajectory, cotangent):
-    """Says that it needs no second derivatives, and is another rule where there are none."""
+    """Says that it needs no second derivatives, and is another estimator where there are none."""
     try:
         return trajectory.sweep(cotangent)
     except MissingDerivativeError:

@@ -95,7 +95,7 @@ ESTIMATORS: list[Estimator] = [
     *(ESJacobian(16, 1e-4, "gaussian", antithetic=False), ESJacobian(16, 1e-3, "sphere")),
     MultiStep(2, ESJacobian(48, 1e-3)),
 ]
-"""Every shipped rule, with the options that change what it claims on four steps."""
+"""Every shipped estimator, with the options that change what it claims on four steps."""
 
 
 @dataclass(frozen=True)

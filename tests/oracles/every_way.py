@@ -1,135 +1,144 @@
-"""Every way of composing ``solve`` with autograd and ``torch.func``, each compared with a plain loop over tasks."""
+"""Every way of composing ``solve`` with autograd and ``torch.func``, each compared with one task after the other."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import small_network
 from oracles import relative_error, unrolled
 from torch.func import grad, vmap
 
 import diffopt
 from diffopt.estimators import ForwardMode, Reverse, Truncated, Unrolled
 
-TASKS, STEPS = 3, 3
-RULES = [Reverse("graph"), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS)]
-ROUND_OFF = 1e-9  # as in test_estimators.py
+TASKS, STEPS = 3, 4
+EXACT = [Reverse("graph"), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS)]
+DIMS = (None, None, None, 0, 0)
 
 
 class Setting:
-    """Tasks that share the initial params, a loss argument and hyperparameters, and differ in data."""
+    """Tasks that share the start, a loss argument, targets and the hyperparameters, and differ in data."""
 
     def __init__(self, case):
-        g = torch.Generator().manual_seed(11)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-        self.case = case
-        self.params = [normal(2, 3), normal(3), normal(3, 1)]
-        self.weights = normal(4)
-        self.data = (normal(TASKS, 4, 2), normal(TASKS, 4, 1))
-        self.query = (normal(TASKS, 5, 2), normal(TASKS, 5, 1))
+        self.case, self.problem = case, small_network(seed=61, steps=1)
+        g = torch.Generator().manual_seed(62)
+        self.data = torch.randn(TASKS, 4, 2, generator=g, dtype=torch.float64)
+        self.query = torch.randn(TASKS, 5, 2, generator=g, dtype=torch.float64)
+        self.batches = torch.randn(STEPS, TASKS, 4, 2, generator=g, dtype=torch.float64)
         self.hypers = {k: torch.tensor(v, dtype=torch.float64) for k, v in case.learned.items()}
+        self.meta = (self.problem.params, self.problem.weights, self.hypers)
+        self.targets = self.problem.batches[1][0]
 
-    @staticmethod
-    def predict(p, x):
-        return torch.tanh(x @ p[0] + p[1]) @ p[2]
+    def loss(self, params, weights, targets, inputs):
+        return self.problem.loss(params, weights, (inputs, targets))
 
-    def loss(self, p, weights, data):
-        x, y = data
-        return (torch.sigmoid(weights) * (self.predict(p, x) - y).square().sum(-1)).mean()
+    def outer(self, params, query):
+        return (self.problem.predict(params, query) - self.problem.query[1]).square().mean()
 
-    def outer(self, p, query):
-        return (self.predict(p, query[0]) - query[1]).square().mean()
+    def run(self, estimator, params, weights, hypers, data, query):
+        """The outer loss of one task; ``data`` is one batch of inputs, or with one more axis, one per step."""
+        inputs, batches = ((), data) if data.ndim == 3 else ((data,), None)
+        options = {"optimizer": self.case.optimizer(hypers), "steps": STEPS, "batches": batches, "estimator": estimator}
+        return self.outer(diffopt.solve(self.loss, params, weights, self.targets, *inputs, **options).params, query)
 
-    def meta_loss(self, estimator):
-        def of_one_task(params, weights, hypers, data, query):
-            options = {"optimizer": self.case.optimizer(hypers), "steps": STEPS, "estimator": estimator}
-            return self.outer(diffopt.solve(self.loss, params, weights, data, **options).params, query)
+    def leaves(self, data, query):
+        """New leaves of everything, and the same as the arguments of a run."""
+        made = [x.detach().clone().requires_grad_() for x in [*flat(self.meta), data, query]]
+        return made, (made[:3], made[3], dict(zip(self.hypers, made[4:-2], strict=True)), *made[-2:])
 
-        return of_one_task
+    def alone(self, estimator, i, data):
+        """The gradient of task ``i``, by plain autograd on a plain call."""
+        made, given = self.leaves(data, self.query[i])
+        return torch.autograd.grad(self.run(estimator, *given), made, materialize_grads=True)
 
-    def task(self, i):
-        return (self.data[0][i], self.data[1][i]), (self.query[0][i], self.query[1][i])
-
-    def leaves(self):
-        made = [x.clone().requires_grad_() for x in [*self.params, self.weights, *self.hypers.values()]]
-        return made, (made[:3], made[3], dict(zip(self.hypers, made[4:], strict=True)))
-
-    def expected(self):
-        """The gradient of each task's outer loss, by a plain loop."""
+    def by_loops(self):
+        """The gradient of each task, by a plain loop."""
         rows = []
         for i in range(TASKS):
-            leaves, (params, weights, hypers) = self.leaves()
-            data, query = self.task(i)
+            made, (params, weights, hypers, data, query) = self.leaves(self.data[i], self.query[i])
+            loss = lambda p, w=weights, x=data: self.loss(p, w, self.targets, x)  # noqa: E731
             options, start = self.case.options(hypers), {"initial_buffers": self.case.buffers}
-            loss = lambda p, w=weights, d=data: self.loss(p, w, d)  # noqa: E731
             final = unrolled(self.case.step, loss, params, STEPS, options, **start)
-            rows.append(torch.autograd.grad(self.outer(final, query), leaves))
+            rows.append(torch.autograd.grad(self.outer(final, query), made))
         return rows
 
 
-def mean_over_tasks(rows):
-    return [torch.stack(column).mean(0) for column in zip(*rows, strict=True)]
-
-
 def flat(tree):
-    params, weights, hypers = tree
-    return [*params, weights, *hypers.values()]
+    params, weights, hypers, *rest = tree
+    return [*params, weights, *hypers.values(), *rest]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-class TestEveryWay:
-    """Plain, transformed and mixed."""
+def summed(rows):
+    """The gradient of the sum over tasks: what they share is summed, what is their own stacked."""
+    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+    return [*(column.sum(0) for column in columns[:-2]), *columns[-2:]]
 
-    def test_loop_then_backward(self, setting, rule):
-        leaves, meta = setting.leaves()
-        loss = setting.meta_loss(rule)
-        sum(loss(*meta, *setting.task(i)) for i in range(TASKS)).div(TASKS).backward()
-        assert relative_error([x.grad for x in leaves], mean_over_tasks(setting.rows)) < ROUND_OFF
 
-    def test_vmap_then_backward(self, setting, rule):
-        leaves, meta = setting.leaves()
-        loss = vmap(setting.meta_loss(rule), in_dims=(None, None, None, 0, 0))
-        loss(*meta, setting.data, setting.query).mean().backward()
-        assert relative_error([x.grad for x in leaves], mean_over_tasks(setting.rows)) < ROUND_OFF
+class EveryWay:
+    """Plain, transformed and mixed; ``rows`` are the gradients of each task alone."""
 
-    def test_func_grad_of_one_task(self, setting, rule):
-        args = (setting.params, setting.weights, setting.hypers)
-        got = grad(setting.meta_loss(rule), argnums=(0, 1, 2))(*args, *setting.task(1))
-        assert relative_error(flat(got), setting.rows[1]) < ROUND_OFF
+    round_off = 1e-9  # as in test_estimators.py
 
-    def test_vmap_of_func_grad(self, setting, rule):
-        args = (setting.params, setting.weights, setting.hypers)
-        per_task = vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)), in_dims=(None, None, None, 0, 0))
-        got = flat(per_task(*args, setting.data, setting.query))
-        for i in range(TASKS):
-            assert relative_error([g[i] for g in got], setting.rows[i]) < ROUND_OFF
+    def derivative(self, setting, estimator):
+        return grad(lambda *inputs: setting.run(estimator, *inputs), argnums=(0, 1, 2, 3, 4))
 
-    def test_func_grad_of_vmap(self, setting, rule):
-        def total(params, weights, hypers):
-            per_task = vmap(setting.meta_loss(rule), in_dims=(None, None, None, 0, 0))
-            return per_task(params, weights, hypers, setting.data, setting.query).mean()
+    def agree(self, found, expected):
+        assert relative_error(found, expected) < self.round_off
 
-        got = grad(total, argnums=(0, 1, 2))(setting.params, setting.weights, setting.hypers)
-        assert relative_error(flat(got), mean_over_tasks(setting.rows)) < ROUND_OFF
+    def agree_by_task(self, found, rows):
+        for i, row in enumerate(rows):
+            self.agree([g[i] for g in found], row)
 
-    def test_nested_vmap_over_hyperparameters_and_tasks(self, setting, rule):
-        # Outer vmap: two settings of every hyperparameter, the second the true one; inner vmap: tasks, not axis 0.
-        hypers = {k: torch.stack([0.5 * v, v]) for k, v in setting.hypers.items()}
-        data = tuple(x.movedim(0, 1) for x in setting.data)
-        over_tasks = vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)), in_dims=(None, None, None, 1, 0))
-        over_both = vmap(over_tasks, in_dims=(None, None, 0, None, None))
-        got = flat(over_both(setting.params, setting.weights, hypers, data, setting.query))
-        for i in range(TASKS):
-            assert relative_error([g[1, i] for g in got], setting.rows[i]) < ROUND_OFF
+    def test_loop_then_backward(self, setting, estimator, rows):
+        made, (*meta, data, query) = setting.leaves(setting.data, setting.query)
+        total = sum(setting.run(estimator, *meta, data[i], query[i]) for i in range(TASKS))
+        self.agree(torch.autograd.grad(total, made, materialize_grads=True), summed(rows))
 
-    def test_everything_batched(self, setting, rule):
-        def repeat(x):
-            return x.expand(TASKS, *x.shape)
+    def test_vmap_then_backward(self, setting, estimator, rows):
+        made, given = setting.leaves(setting.data, setting.query)
+        total = vmap(lambda *inputs: setting.run(estimator, *inputs), in_dims=DIMS)(*given).sum()
+        self.agree(torch.autograd.grad(total, made, materialize_grads=True), summed(rows))
 
-        args = ([repeat(p) for p in setting.params], repeat(setting.weights))
-        hypers = {k: repeat(v) for k, v in setting.hypers.items()}
-        got = flat(vmap(grad(setting.meta_loss(rule), argnums=(0, 1, 2)))(*args, hypers, setting.data, setting.query))
-        for i in range(TASKS):
-            assert relative_error([g[i] for g in got], setting.rows[i]) < ROUND_OFF
+    def test_grad_of_one_task(self, setting, estimator, rows):
+        got = self.derivative(setting, estimator)(*setting.meta, setting.data[1], setting.query[1])
+        self.agree(flat(got), rows[1])
+
+    def test_vmap_of_grad(self, setting, estimator, rows):
+        per_task = vmap(self.derivative(setting, estimator), in_dims=DIMS)
+        self.agree_by_task(flat(per_task(*setting.meta, setting.data, setting.query)), rows)
+
+    def test_grad_of_vmap(self, setting, estimator, rows):
+        def total(*inputs):
+            return vmap(lambda *each: setting.run(estimator, *each), in_dims=DIMS)(*inputs).sum()
+
+        got = grad(total, argnums=(0, 1, 2, 3, 4))(*setting.meta, setting.data, setting.query)
+        self.agree(flat(got), summed(rows))
+
+    def test_nested_vmap_over_hyperparameters_and_tasks(self, setting, estimator, rows):
+        """Outside two values of one or of all hyperparameters and of one params leaf, on its last axis; inside tasks.
+
+        The second values are the true ones; tasks are not first.
+        """
+        inner = vmap(self.derivative(setting, estimator), in_dims=(None, None, None, 1, 0))
+        (first, *others), weights, hypers = setting.meta
+        params, data = [torch.stack([-first, first], dim=-1), *others], setting.data.movedim(0, 1)
+        for some in (list(hypers)[:1], list(hypers)):
+            stacked = {k: torch.stack([0.5 * v, v]) if k in some else v for k, v in hypers.items()}
+            dims = ([-1, None, None], None, {k: 0 if k in some else None for k in hypers}, None, None)
+            got = flat(vmap(inner, in_dims=dims)(params, weights, stacked, data, setting.query))
+            self.agree_by_task([g[1] for g in got], rows)
+
+    def test_everything_batched(self, setting, estimator, rows):
+        shared = [x.expand(TASKS, *x.shape) for x in flat(setting.meta)]
+        meta = (shared[:3], shared[3], dict(zip(setting.hypers, shared[4:], strict=True)))
+        self.agree_by_task(flat(vmap(self.derivative(setting, estimator))(*meta, setting.data, setting.query)), rows)
+
+
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
+class TestEveryWay(EveryWay):
+    """Of exact estimators, against plain loops; runs where it is imported, for the fixture ``setting`` there."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rows(cls, setting):
+        return setting.by_loops()

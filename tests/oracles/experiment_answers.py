@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
-from diffopt.experiments.framework.unit_context import Work
+from diffopt.experiments.framework.unit_context import OutOfTime, Work
 
 
 def rows(name: str, settings: Any) -> dict[str, Any]:
@@ -18,3 +22,13 @@ def rows(name: str, settings: Any) -> dict[str, Any]:
 def answers(summary: Any) -> dict[str, str]:
     """Of each claim."""
     return {claim.text: claim.answer for claim in summary.claims}
+
+
+def gone_on(folder: Path, stops: int, learn: Callable[..., Any], *given: Any) -> Any:
+    """What a unit returns that runs out of time after every iteration, and is gone on with each time."""
+    folder.mkdir(exist_ok=True)
+    work = Work(0, unit="x", store=folder / "x.pt", deadline=0.0)
+    for _ in range(stops):
+        with pytest.raises(OutOfTime):
+            learn(*given, work)
+    return learn(*given, work)

@@ -114,48 +114,48 @@ EXACT = (REVERSE,)
 CALLS = itertools.count(1)
 
 
-def problem(rule: Any) -> Tensor:
-    return solve(square, W, estimator=rule).sum()
+def problem(estimator: Any) -> Tensor:
+    return solve(square, W, estimator=estimator).sum()
 
 
 def without_argument() -> None:
     raise AssertionError("was called")
 
 
-def number(rule: Any) -> float:
+def number(estimator: Any) -> float:
     return 3.0
 
 
-def vector(rule: Any) -> Tensor:
+def vector(estimator: Any) -> Tensor:
     return W
 
 
-def constant(rule: Any) -> Tensor:
+def constant(estimator: Any) -> Tensor:
     return torch.tensor(1.0)
 
 
-def forgetful(rule: Any) -> Tensor:
+def forgetful(estimator: Any) -> Tensor:
     return problem(None)
 
 
-def changing(rule: Any) -> Tensor:
-    return problem(rule) * next(CALLS)
+def changing(estimator: Any) -> Tensor:
+    return problem(estimator) * next(CALLS)
 
 
-def zero(rule: Any) -> Tensor:
-    return 0 * problem(rule)
+def zero(estimator: Any) -> Tensor:
+    return 0 * problem(estimator)
 
 
-def not_a_number(rule: Any) -> Tensor:
-    return problem(rule) * float("nan")
+def not_a_number(estimator: Any) -> Tensor:
+    return problem(estimator) * float("nan")
 
 
 FORGOTTEN = r"given \(Truncated\(steps=2\)\), expected .* write diffopt.solve\(..., estimator=estimator\)"
 CHANGED = r"outer loss was .*, and \+1\.5e\+00 from there.* expected the same problem at every call; draw"
 
 
-@refused(EstimatorError, "expected a list .*; put it in", rules=Reverse())
-@refused(EstimatorError, rf"estimators\[1\] .*{ESTIMATOR}", rules=[Reptile(), Reverse])
+@refused(EstimatorError, "expected a list .*; put it in", estimators=Reverse())
+@refused(EstimatorError, rf"estimators\[1\] .*{ESTIMATOR}", estimators=[Reptile(), Reverse])
 @refused(EstimatorError, "exact is str .*expected None or", exact="reverse")
 @refused(EstimatorError, FORGOTTEN, forgetful, [Reptile()], exact=Truncated(2))
 @refused(HyperparameterError, "repeats is int 0, expected an integer >= 1", repeats=0)
@@ -167,8 +167,8 @@ CHANGED = r"outer loss was .*, and \+1\.5e\+00 from there.* expected the same pr
 @refused(DisconnectedError, "is zero, expected one to compare with", zero)
 @refused(diffopt.RandomnessError, CHANGED, changing)
 @refused(diffopt.NonFiniteGradientError, "expected finite numbers", not_a_number)
-def compare(first: Any = problem, rules: Any = EXACT, **options: Any) -> None:
-    diffopt.compare(first, rules, **options)
+def compare(first: Any = problem, estimators: Any = EXACT, **options: Any) -> None:
+    diffopt.compare(first, estimators, **options)
 
 
 @refused(HyperparameterError, "directions is int 0, expected an integer", directions=0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from bad_row import Refused, backward, product, solve, square, tensor
-from check_cases import OnceOnly
+from check_cases import OnceOnly, Slot
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812  (its usual name)
@@ -93,8 +93,8 @@ def ctc() -> None:
 
 @refused(MissingDerivativeError, SECOND, Reverse(1), path="multi_margin_loss_backward")
 @refused(MissingDerivativeError, SECOND, Unrolled(), path="multi_margin_loss_backward")
-def multi_margin(rule: Any) -> None:
-    backward(loss=lambda w: F.multi_margin_loss(w[None], torch.tensor([0])), estimator=rule)
+def multi_margin(estimator: Any) -> None:
+    backward(loss=lambda w: F.multi_margin_loss(w[None], torch.tensor([0])), estimator=estimator)
 
 
 @refused(MissingDerivativeError, SECOND, path="_embedding_bag_backward")
@@ -200,8 +200,8 @@ def changed_since(name: str, value: Any) -> None:
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Binomial(1), moves=True)
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Krylov(1), moves=True)
 @refused(RandomnessError, "draws random numbers, expected .*use Reverse", Implicit(), moves=True)
-def dropout_of(rule: Any) -> None:
-    backward(loss=dropout, estimator=rule, steps=9)
+def dropout_of(estimator: Any) -> None:
+    backward(loss=dropout, estimator=estimator, steps=9)
 
 
 @refused(RandomnessError, r"a vmap that the solve did not run under \(jacrev\?\), expected the same", moves=True)
@@ -234,15 +234,6 @@ def spectral_norm() -> None:
     net = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)).double().requires_grad_(False)
     net.parametrizations.weight[0]._v.copy_(tensor(1, 0))  # from where it has some way to go
     backward(lambda w: w.sum(), lambda w: net(w).square().sum(), tensor(1, 2), estimator=Reverse(1))
-
-
-class Slot:
-    """Holds a module where nobody finds it."""
-
-    __slots__ = ("module",)
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
 
 
 @refused(diffopt.RecomputationError, OTHER_WEIGHTS, moves=True)

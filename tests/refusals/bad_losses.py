@@ -48,8 +48,10 @@ for name, row in list(refused.rows.items()):
     if name != "item":  # which vmap refuses by itself
         refused.add(f"{name}_vmap", partial(vmap(partial(solve, loss)), torch.ones(4, 2).double()), row.error, row.says)
     if name in ("vector", "nan", "constant"):
-        for rule in (FirstOrder, ForwardMode, Unrolled):
-            refused.add(f"{name}_{rule.__name__}", partial(solve, loss, estimator=rule()), row.error, row.says)
+        for estimator in (FirstOrder, ForwardMode, Unrolled):
+            refused.add(
+                f"{name}_{estimator.__name__}", partial(solve, loss, estimator=estimator()), row.error, row.says
+            )
 
 
 @refused(LossError, "loss is float 3.0, expected a function loss", 3.0)

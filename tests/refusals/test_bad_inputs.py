@@ -108,8 +108,8 @@ def test_the_list_can_be_printed(capsys: pytest.CaptureFixture[str], monkeypatch
 # --------------------------------------------------------------------------- what a failed call leaves behind
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled(), ForwardMode(), Binomial(1)])
-def test_after_a_failed_call_the_same_tensors_give_the_same_result(rule: diffopt.estimators.Estimator) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), ForwardMode(), Binomial(1)])
+def test_after_a_failed_call_the_same_tensors_give_the_same_result(estimator: diffopt.estimators.Estimator) -> None:
     """The error comes in the last step; no tensor given to the call has moved, nor has it a gradient."""
     w, x = tensor(1, 2).requires_grad_(), tensor(0.5, 0.3).requires_grad_()
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -119,7 +119,7 @@ def test_after_a_failed_call_the_same_tensors_give_the_same_result(rule: diffopt
         return (w - x).square().sum() * b
 
     def run(batches: torch.Tensor) -> list[torch.Tensor]:
-        found = diffopt.solve(loss, w, x, optimizer=SGD(lr), steps=3, batches=batches, estimator=rule).params
+        found = diffopt.solve(loss, w, x, optimizer=SGD(lr), steps=3, batches=batches, estimator=estimator).params
         return [found, *torch.autograd.grad(found.square().sum(), [w, x, lr])]
 
     before = run(batches)

@@ -158,7 +158,7 @@ def test_what_no_result_rests_on_cannot_be_cited(subject: Any) -> None:
         diffopt.cite(Reverse(), subject)
 
 
-def test_a_rule_of_ones_own_is_cited_by_what_it_holds() -> None:
+def test_an_estimator_of_ones_own_is_cited_by_what_it_holds() -> None:
     @dataclass(frozen=True)
     class Mine(SGD.__mro__[1]):  # type: ignore[misc, name-defined]
         inner: Any

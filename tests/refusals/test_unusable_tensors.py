@@ -68,12 +68,12 @@ def distance(w: Tensor, x: Tensor) -> Tensor:
     return (w - x).square().sum() * (x * w).sum()
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(2), ForwardMode(), Unrolled(), Binomial(3)])
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(2), ForwardMode(), Unrolled(), Binomial(3)])
 @pytest.mark.parametrize("place", ["args", "batches", "lr", "schedule", "tree", "vmap", "shared", "mean"])
-def test_what_was_made_in_inference_mode_is_a_constant_like_any(place: str, rule: Any) -> None:
+def test_what_was_made_in_inference_mode_is_a_constant_like_any(place: str, estimator: Any) -> None:
     def run(made: Callable[..., Tensor]) -> list[Tensor]:
         w = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True)
-        start = partial(diffopt.solve, steps=3, estimator=rule)
+        start = partial(diffopt.solve, steps=3, estimator=estimator)
         x, three = torch.tensor([0.2, 0.3], dtype=torch.float64), made(0.1, 0.1, 0.1)
         calls: dict[str, Callable[[], Tensor]] = {
             "args": lambda: start(distance, w, made(0.2, 0.3), optimizer=SGD(0.1)).params,

@@ -99,8 +99,10 @@ def by_loop(name, weights, a, b, slope, batches, lr, other):
     return outer(now, torch.stack(losses), [torch.stack(far), torch.stack(rest)], weights)
 
 
-def by_solve(name, weights, rule, a, b, slope, batches, lr, other, **options):
-    options.update(batches=batches, optimizer=OPTIMIZERS[name][0](Schedule(lr), other), steps=STEPS, estimator=rule)
+def by_solve(name, weights, estimator, a, b, slope, batches, lr, other, **options):
+    options.update(
+        batches=batches, optimizer=OPTIMIZERS[name][0](Schedule(lr), other), steps=STEPS, estimator=estimator
+    )
     found = solve(inner, {"a": a, "b": b}, slope, observe=observed, **options)
     assert found.losses.shape == found.observed["rest"][1].shape == (STEPS,)
     assert not found.observed["rest"][1].requires_grad
@@ -176,13 +178,13 @@ def test_a_jacobian_of_all_losses():
 BIASED = {**estimator_names.biased(2), "windows": MultiStep(1, Truncated(1))}
 
 
-@pytest.mark.parametrize("rule", BIASED.values(), ids=BIASED)
+@pytest.mark.parametrize("estimator", BIASED.values(), ids=BIASED)
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
-def test_an_estimator_that_would_drop_it_refuses(rule, weights):
+def test_an_estimator_that_would_drop_it_refuses(estimator, weights):
     """And gives what it always gave where the outer loss looks at the end only."""
     values = meta()
     with pytest.raises(diffopt.EstimatorError, match=r"depends on Solution\.losses or Solution\.observed"):
-        gradient(lambda *x: by_solve("sgd", weights, rule, *x), values)
+        gradient(lambda *x: by_solve("sgd", weights, estimator, *x), values)
 
 
 def test_windows_observe_after_each_window():
@@ -229,14 +231,14 @@ def test_aux_is_stacked_over_steps_and_detached(mode):
     assert relative_error(got, expected) < 1e-10
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled(), Truncated(1), FirstOrder()], ids=repr)
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled(), Truncated(1), FirstOrder()], ids=repr)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiler)])
-def test_aux_of_every_task(rule, compiled):
+def test_aux_of_every_task(estimator, compiled):
     """Under vmap, and where steps could be compiled."""
     slopes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 
     def run(slope):
-        found = descended(aux_of_a_sum, torch.ones(2), slope, has_aux=True, estimator=rule, compile=compiled)
+        found = descended(aux_of_a_sum, torch.ones(2), slope, has_aux=True, estimator=estimator, compile=compiled)
         return found.aux, found.losses.detach()
 
     aux, losses = torch.func.vmap(run)(slopes)
@@ -269,15 +271,15 @@ def test_a_pair_without_has_aux_is_told_of_it():
         descended(lambda w: (w.sum(), 1), torch.ones(2))
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=repr)
-def test_trees_that_change_their_form_are_refused(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled()], ids=repr)
+def test_trees_that_change_their_form_are_refused(estimator):
     calls = itertools.count()
 
     def by_form(w):
         return w.sum() if next(calls) == 0 else [w.sum()]
 
     def run(observe):
-        descended(lambda w: w.sum(), torch.ones(3), steps=3, observe=observe, estimator=rule)
+        descended(lambda w: w.sum(), torch.ones(3), steps=3, observe=observe, estimator=estimator)
 
     with pytest.raises(diffopt.LossError, match="at every step the form of the first"):
         run(by_form)
@@ -293,14 +295,14 @@ def test_rows_of_other_shapes_are_refused():
         descended(lambda w: w.sum(), torch.ones(3), steps=3, observe=lambda w: w[: next(shapes)])
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), ForwardMode(), Truncated(1)], ids=repr)
-def test_what_observe_captures_is_refused(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), ForwardMode(), Truncated(1)], ids=repr)
+def test_what_observe_captures_is_refused(estimator):
     """It would get no hypergradient."""
     w = torch.ones(2, requires_grad=True)
 
     def seen(scale):
         observe = lambda w: (w * scale).sum()  # noqa: E731
-        return descended(lambda w: w.square().sum(), w, observe=observe, estimator=rule).observed.sum()
+        return descended(lambda w: w.square().sum(), w, observe=observe, estimator=estimator).observed.sum()
 
     with pytest.raises(diffopt.CapturedTensorError, match="observe reads `scale`"):
         seen(torch.ones(2, requires_grad=True))
@@ -315,21 +317,21 @@ def test_random_numbers_are_those_of_the_rollout():
     def dropped(w):
         return torch.dropout(w, 0.5, True).pow(3).sum()
 
-    def found(rule):
+    def found(estimator):
         torch.manual_seed(5)
         got = descended(
-            lambda w: torch.dropout(w, 0.5, True).square().sum(), w, steps=4, observe=dropped, estimator=rule
+            lambda w: torch.dropout(w, 0.5, True).square().sum(), w, steps=4, observe=dropped, estimator=estimator
         )
         return torch.autograd.grad(got.observed.sum() + got.losses.prod(), w)
 
     expected = found(Reverse("graph"))
-    for rule in (Reverse(1), Reverse(2), Unrolled(), ForwardMode()):
-        assert relative_error(found(rule), expected) < 1e-10
+    for estimator in (Reverse(1), Reverse(2), Unrolled(), ForwardMode()):
+        assert relative_error(found(estimator), expected) < 1e-10
 
 
 def test_no_step_hands_out_nothing():
-    for rule in (Reverse(), Unrolled()):
-        found = descended(lambda w: w.sum(), torch.ones(3), steps=0, observe=lambda w: w, estimator=rule)
+    for estimator in (Reverse(), Unrolled()):
+        found = descended(lambda w: w.sum(), torch.ones(3), steps=0, observe=lambda w: w, estimator=estimator)
         assert found.steps == 0
         assert found.losses.shape == (0,)
 
@@ -370,22 +372,22 @@ def test_steps_end_where_the_gradient_is_small_and_so_does_the_hypergradient(mod
 
 
 @pytest.mark.parametrize(
-    "rule", [Truncated(3), Truncated(3, checkpoint="graph"), Binomial(40), Krylov(40), FirstOrder()]
+    "estimator", [Truncated(3), Truncated(3, checkpoint="graph"), Binomial(40), Krylov(40), FirstOrder()]
 )
-def test_estimators_see_the_steps_that_were_made(rule):
+def test_estimators_see_the_steps_that_were_made(estimator):
     values = in_the_bowl()
-    stopped = descended(bowl, *values, lr=0.2, steps=30, tol=0.5, estimator=rule)
+    stopped = descended(bowl, *values, lr=0.2, steps=30, tol=0.5, estimator=estimator)
     assert 4 < stopped.steps < 30
-    whole = descended(bowl, *values, lr=0.2, steps=stopped.steps, estimator=rule)
+    whole = descended(bowl, *values, lr=0.2, steps=stopped.steps, estimator=estimator)
     got, expected = (torch.autograd.grad(x.params.prod(), values) for x in (stopped, whole))
     assert relative_error(got, expected) < 1e-12
-    if isinstance(rule, Truncated):
+    if isinstance(estimator, Truncated):
         assert stopped.kept.states == 3
 
 
 def test_truncation_of_more_steps_than_were_made_is_exact():
-    values, rules = in_the_bowl(), (Truncated(20), Reverse())
-    ends = [descended(bowl, *values, lr=0.2, steps=30, tol=2.0, estimator=rule).params for rule in rules]
+    values, estimators = in_the_bowl(), (Truncated(20), Reverse())
+    ends = [descended(bowl, *values, lr=0.2, steps=30, tol=2.0, estimator=estimator).params for estimator in estimators]
     got, expected = (torch.autograd.grad(end.prod(), values) for end in ends)
     assert relative_error(got, expected) < 1e-12
 
@@ -500,8 +502,8 @@ def test_a_solve_that_ends_early_knows_the_state_that_its_loss_keeps():
 
 def test_the_norm_of_a_field_has_no_derivative():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    for rule in (Reverse(), Unrolled()):
-        found = descended(diffopt.VectorField(lambda w: 2 * w), w, estimator=rule)
+    for estimator in (Reverse(), Unrolled()):
+        found = descended(diffopt.VectorField(lambda w: 2 * w), w, estimator=estimator)
         assert found.params.requires_grad
         assert not found.losses.requires_grad
 
@@ -584,10 +586,10 @@ def test_a_float_has_the_precision_of_params():
     assert [x.dtype for x in found.observed] == [torch.float64, torch.int64, torch.bool]
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled(), FirstOrder()], ids=repr)
-def test_what_is_observed_is_not_written_to(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), FirstOrder()], ids=repr)
+def test_what_is_observed_is_not_written_to(estimator):
     with pytest.raises(diffopt.InPlaceError):
-        descended(lambda w: w.square().sum(), torch.ones(2), estimator=rule, observe=lambda w: w.mul_(0.5).sum())
+        descended(lambda w: w.square().sum(), torch.ones(2), estimator=estimator, observe=lambda w: w.mul_(0.5).sum())
 
 
 @pytest.mark.parametrize("answer", [np.True_, torch.tensor(True), True])
@@ -596,12 +598,12 @@ def test_any_true_stops(answer):
     assert found.steps == 1
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled(), ForwardMode(), FirstOrder()], ids=repr)
-def test_of_no_step_there_are_trees_of_length_zero(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled(), ForwardMode(), FirstOrder()], ids=repr)
+def test_of_no_step_there_are_trees_of_length_zero(estimator):
     def loss(w):
         return w.square().sum(), {"norm": w.norm(), "all": w}
 
-    options = {"tol": 1e-3, "has_aux": True, "observe": lambda w: (w, 1), "estimator": rule}
+    options = {"tol": 1e-3, "has_aux": True, "observe": lambda w: (w, 1), "estimator": estimator}
     found = descended(loss, torch.zeros(3), **options)
     assert found.steps == 0
     assert found.aux["norm"].shape == (0,)
@@ -612,8 +614,8 @@ def test_of_no_step_there_are_trees_of_length_zero(rule):
 @pytest.mark.parametrize("stop", [{"tol": 1.0}, {"on_step": lambda step, loss: step == 3}])
 def test_truncation_at_none_is_first_order_where_a_solve_was_stopped(stop):
     w = torch.tensor([3.0, 4.0], requires_grad=True)
-    for rule in (Truncated(0), FirstOrder()):
-        found = descended(bowl, w, torch.zeros(2), lr=0.2, steps=50, estimator=rule, **stop)
+    for estimator in (Truncated(0), FirstOrder()):
+        found = descended(bowl, w, torch.zeros(2), lr=0.2, steps=50, estimator=estimator, **stop)
         assert 0 < found.steps < 50
         assert torch.autograd.grad(found.params.sum(), w)[0].tolist() == [1, 1]
 
@@ -664,11 +666,11 @@ def test_a_solve_within_a_field_is_unrolled():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode loads it
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), FirstOrder()], ids=repr)
-def test_a_tangent_that_observe_captures_is_refused(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), FirstOrder()], ids=repr)
+def test_a_tangent_that_observe_captures_is_refused(estimator):
     """As one that the loss captures is: what is observed would have none."""
     with torch.autograd.forward_ad.dual_level():
         scale = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
-        options = {"observe": lambda w: (w * scale).sum(), "estimator": rule}
+        options = {"observe": lambda w: (w * scale).sum(), "estimator": estimator}
         with pytest.raises(diffopt.DiffoptError, match="observe reads a tensor that carries a tangent"):
             descended(lambda w: w.square().sum(), torch.ones(2), **options)

@@ -22,7 +22,7 @@ STEPS = 4
 pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("steps_alone")]
 
 
-def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = None) -> list[Tensor]:
+def hypergradient(case: Any, estimator: Any, *, compile: bool, tasks: int | None = None) -> list[Tensor]:
     """Of the initial params, a loss argument, the batches and every hyperparameter."""
     problem = small_network(0, STEPS)
     params = [p.clone().requires_grad_() for p in problem.params]
@@ -37,7 +37,7 @@ def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = No
             optimizer=case.optimizer(hypers),
             steps=STEPS,
             batches=(inputs, problem.batches[1]),
-            estimator=rule,
+            estimator=estimator,
             compile=compile,
         ).params
         return problem.outer_loss(end)
@@ -49,16 +49,16 @@ def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: int | None = No
 
 
 CASES = {case.name: case for case in OPTIMIZERS}
-RULES = (Reverse(), Reverse(2), Reverse(3), Truncated(2), Truncated(3, 2), Binomial(2), FirstOrder())
+ESTIMATORS = (Reverse(), Reverse(2), Reverse(3), Truncated(2), Truncated(3, 2), Binomial(2), FirstOrder())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tasks"), [("momentum", None), ("adam", 3)])
 def test_the_numbers_are_those_of_the_plain_way(name: str, tasks: int | None) -> None:
     """In float64, where kernels differ by round-off only."""
-    for rule in (*RULES, MultiStep(3), MultiStep(3, Reverse(2))):
-        found = hypergradient(CASES[name], rule, compile=True, tasks=tasks)
-        assert relative_error(found, hypergradient(CASES[name], rule, compile=False, tasks=tasks)) < 1e-11
+    for estimator in (*ESTIMATORS, MultiStep(3), MultiStep(3, Reverse(2))):
+        found = hypergradient(CASES[name], estimator, compile=True, tasks=tasks)
+        assert relative_error(found, hypergradient(CASES[name], estimator, compile=False, tasks=tasks)) < 1e-11
 
 
 def quadratic(w: Tensor, a: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ def solve(loss: Any = quadratic, *args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_every_rule_gets_the_gradient_of_the_plain_way() -> None:
+def test_every_estimator_gets_the_gradient_of_the_plain_way() -> None:
     """Of one small loss, so that little is compiled; the test above is of networks, optimizers and tasks.
 
-    Under Adam the number of a step matters: a window that the steps cut short is not the single step of another rule.
+    Under Adam the number of a step matters: a window that the steps cut short is no single step of another estimator.
     """
     adam = diffopt.Adam(0.05, eps=0.1)
-    for rule in (*RULES, MultiStep(3)):
-        given = {"steps": 4, "estimator": rule, "optimizer": adam}
+    for estimator in (*ESTIMATORS, MultiStep(3)):
+        given = {"steps": 4, "estimator": estimator, "optimizer": adam}
         (w, found), (v, plain) = (solve(**given, compile=compile) for compile in (True, False))
         found.params.square().sum().backward()
         plain.params.square().sum().backward()
@@ -139,11 +139,11 @@ def test_losses_that_come_out_differently_between_checkpoints_are_refused(monkey
 
 def test_a_second_backward_pass_gives_the_same_numbers() -> None:
     """Of the plain way too; the first has used up what was stored."""
-    for rule in (Reverse(), Reverse(2), Truncated(2)):
-        w, solution = solve(steps=4, estimator=rule)
+    for estimator in (Reverse(), Reverse(2), Truncated(2)):
+        w, solution = solve(steps=4, estimator=estimator)
         total = solution.params.sum()
         first, second, third = (torch.autograd.grad(total, w, retain_graph=True) for _ in range(3))
-        w, solution = solve(steps=4, estimator=rule, compile=False)
+        w, solution = solve(steps=4, estimator=estimator, compile=False)
         torch.testing.assert_close(first, torch.autograd.grad(solution.params.sum(), w), rtol=1e-12, atol=0)
         torch.testing.assert_close([second, third], [first, first], rtol=1e-12, atol=0)  # rounding
 
@@ -284,12 +284,12 @@ def added(w: dict[str, Tensor], a: Tensor) -> Tensor:
     return (a * w["x"] * w["y"]).sum().square() + (w["x"] - 1).pow(4).sum() + (w["y"] + 2).square().sum()
 
 
-def by_both_ways(start: dict[str, Tensor], a: Tensor, outer: Any, rule: Any = Reverse(1)) -> list[list[Tensor]]:  # noqa: B008
+def by_both_ways(start: dict[str, Tensor], a: Tensor, outer: Any, estimator: Any = Reverse(1)) -> list[list[Tensor]]:  # noqa: B008
     """The solution and the hypergradient, compiled and not."""
     results = []
     for compile in (True, False):
         optimizer = diffopt.SGD(0.01, momentum=0.5)
-        end = diffopt.solve(added, start, a, optimizer=optimizer, steps=3, compile=compile, estimator=rule).params
+        end = diffopt.solve(added, start, a, optimizer=optimizer, steps=3, compile=compile, estimator=estimator).params
         inputs = list(dict.fromkeys([*start.values(), a]))
         results.append([*end.values(), *torch.autograd.grad(outer(end), inputs)])
     return results
@@ -324,8 +324,8 @@ def test_arguments_that_are_one_object_or_look_alike_stay_apart(begin: str) -> N
         got, expected = by_both_ways(start, a, COTANGENTS[end])
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
     start = STARTS[begin]()
-    for rule in (Truncated(2), Reverse(2)):
-        got, expected = by_both_ways(start, ONE.clone().requires_grad_(), COTANGENTS["equal"], rule)
+    for estimator in (Truncated(2), Reverse(2)):
+        got, expected = by_both_ways(start, ONE.clone().requires_grad_(), COTANGENTS["equal"], estimator)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 

@@ -25,7 +25,7 @@ def _way(request: pytest.FixtureRequest) -> None:
 
 
 STEPS, LR = 3, 0.07
-RULES = {"default": Reverse(), "checkpoints": Reverse(2), "truncated": Truncated(STEPS), "windows": MultiStep(1)}
+ESTIMATORS = {"default": Reverse(), "checkpoints": Reverse(2), "truncated": Truncated(STEPS), "windows": MultiStep(1)}
 
 
 def tensor(*values: float) -> Tensor:
@@ -74,8 +74,8 @@ def test_two_leaves_that_start_at_one_tensor() -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_hypergradient_of_two_leaves_that_start_at_one_tensor(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_the_hypergradient_of_two_leaves_that_start_at_one_tensor(estimator: Any) -> None:
     def total(run: Callable[..., dict[str, Tensor]], **options: Any) -> Callable[..., Tensor]:
         def outer(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
             end = run(of_two, {"u": start, "v": start}, a, b, **options)
@@ -83,11 +83,11 @@ def test_the_hypergradient_of_two_leaves_that_start_at_one_tensor(rule: Any) -> 
 
         return outer
 
-    compared(total(solved, estimator=rule), total(loop), tensor(0.2, 0.7), tensor(1, -2), tensor(0.5, 3))
+    compared(total(solved, estimator=estimator), total(loop), tensor(0.2, 0.7), tensor(1, -2), tensor(0.5, 3))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_arguments_that_are_one_tensor(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_arguments_that_are_one_tensor(estimator: Any) -> None:
     def total(run: Callable[..., dict[str, Tensor]], **options: Any) -> Callable[..., Tensor]:
         def outer(u: Tensor, a: Tensor) -> Tensor:
             end = run(of_two, {"u": u, "v": 2 * u}, a, a, **options)
@@ -95,11 +95,11 @@ def test_arguments_that_are_one_tensor(rule: Any) -> None:
 
         return outer
 
-    compared(total(solved, estimator=rule), total(loop), tensor(0.2, 0.7), tensor(1, -2))
+    compared(total(solved, estimator=estimator), total(loop), tensor(0.2, 0.7), tensor(1, -2))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_an_argument_that_is_also_the_start(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_an_argument_that_is_also_the_start(estimator: Any) -> None:
     def total(run: Callable[..., dict[str, Tensor]], **options: Any) -> Callable[..., Tensor]:
         def outer(u: Tensor, b: Tensor) -> Tensor:
             end = run(of_two, {"u": u, "v": b}, u, b, **options)
@@ -107,7 +107,7 @@ def test_an_argument_that_is_also_the_start(rule: Any) -> None:
 
         return outer
 
-    compared(total(solved, estimator=rule), total(loop), tensor(0.2, 0.7), tensor(1, -2))
+    compared(total(solved, estimator=estimator), total(loop), tensor(0.2, 0.7), tensor(1, -2))
 
 
 def test_arguments_that_were_one_tensor_and_are_no_longer() -> None:
@@ -144,8 +144,8 @@ COMPILED_ANEW = [(Reverse(), "equal"), (Reverse(), "zero"), (Reverse(), "differe
 SLOWER = [pytest.param(Reverse(2), first, marks=pytest.mark.slow) for first in ("zero", "different")]
 
 
-@pytest.mark.parametrize(("rule", "first"), [*COMPILED_ANEW, *SLOWER], ids=str)
-def test_cotangents_of_all_kinds_after_a_first_of_another(rule: Any, first: str) -> None:
+@pytest.mark.parametrize(("estimator", "first"), [*COMPILED_ANEW, *SLOWER], ids=str)
+def test_cotangents_of_all_kinds_after_a_first_of_another(estimator: Any, first: str) -> None:
     """The pullback is compiled at the first of them."""
 
     def loss(p: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_cotangents_of_all_kinds_after_a_first_of_another(rule: Any, first: str)
     leaves = tensor(0.2, 0.7), tensor(0.1, -0.4), tensor(1, -2), tensor(0.5, 3)
     for outer in (OUTER[first], *OUTER.values()):
         compared(
-            lambda u, v, a, b, outer=outer: outer(solved(loss, {"u": u, "v": v}, a, b, estimator=rule)),
+            lambda u, v, a, b, outer=outer: outer(solved(loss, {"u": u, "v": v}, a, b, estimator=estimator)),
             lambda u, v, a, b, outer=outer: outer(loop(loss, {"u": u, "v": v}, a, b)),
             *leaves,
         )
@@ -203,7 +203,7 @@ def test_arguments_laid_out_in_other_ways_than_those_compiled_for() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ tasks, other rules
+# ---------------------------------------------------------------------------------------------- tasks, other estimators
 
 
 SLOWER_DIMS = [pytest.param(dims, marks=pytest.mark.slow) for dims in ((None, 0, 0), (0, None, None))]
@@ -229,12 +229,12 @@ def test_tasks_that_share_what_they_start_at(dims: tuple[int | None, ...]) -> No
     compared(lambda *args: vmap(total(solved), in_dims=dims)(*args).sum(), by_loop, *leaves)
 
 
-def test_a_biased_rule_of_leaves_that_start_at_one_tensor() -> None:
+def test_a_biased_estimator_of_leaves_that_start_at_one_tensor() -> None:
     args = tensor(0.2, 0.7), tensor(1, -2), tensor(0.5, 3)
-    for rule in (Binomial(1), Truncated(1)):
+    for estimator in (Binomial(1), Truncated(1)):
 
-        def run(u: Tensor, a: Tensor, b: Tensor, *, compile: bool, rule: Any = rule) -> Tensor:
-            end = solved(of_two, {"u": u, "v": u}, a, b, estimator=rule, compile=compile)
+        def run(u: Tensor, a: Tensor, b: Tensor, *, compile: bool, estimator: Any = estimator) -> Tensor:
+            end = solved(of_two, {"u": u, "v": u}, a, b, estimator=estimator, compile=compile)
             return (end["u"] + end["v"]).sum()
 
         compared(lambda *x, run=run: run(*x, compile=True), lambda *x, run=run: run(*x, compile=False), *args)

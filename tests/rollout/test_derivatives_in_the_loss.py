@@ -164,8 +164,8 @@ def loop(loss: Loss, w: Tensor, x: Tensor, c: Tensor, lr: Any = LR) -> Tensor:
     return w
 
 
-def solved(loss: Loss, rule: Any, w: Tensor, x: Tensor, c: Tensor, lr: Any = LR, steps: int = STEPS) -> Tensor:
-    return diffopt.solve(loss, w, x, c, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule).params
+def solved(loss: Loss, estimator: Any, w: Tensor, x: Tensor, c: Tensor, lr: Any = LR, steps: int = STEPS) -> Tensor:
+    return diffopt.solve(loss, w, x, c, optimizer=diffopt.SGD(lr), steps=steps, estimator=estimator).params
 
 
 def hypergradient(run: Callable[..., Tensor], learned: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -189,21 +189,21 @@ def test_the_losses_by_hand_are_the_losses(kind: str) -> None:
     assert_same(hypergradient(lambda *t: loop(loss, *t), ALL), hypergradient(lambda *t: loop(by_hand, *t), ALL))
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("kind", FUNC)
-def test_exact_rules_with_derivatives_by_torch_func_are_the_plain_loop(kind: str, rule: Any) -> None:
-    assert_same(hypergradient(lambda *t: solved(FUNC[kind][0], rule, *t), ALL), by_the_loop(kind), 1e-9)
+def test_exact_estimators_with_derivatives_by_torch_func_are_the_plain_loop(kind: str, estimator: Any) -> None:
+    assert_same(hypergradient(lambda *t: solved(FUNC[kind][0], estimator, *t), ALL), by_the_loop(kind), 1e-9)
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(2), ForwardMode(), Krylov(STEPS), Unrolled()], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(2), ForwardMode(), Krylov(STEPS), Unrolled()], ids=str)
 @pytest.mark.parametrize("kind", FUNC)
-def test_under_func_grad_and_vmap(kind: str, rule: Any) -> None:
+def test_under_func_grad_and_vmap(kind: str, estimator: Any) -> None:
     loss, by_hand = FUNC[kind]
     w, x, c = tensors()
     weights = torch.stack([c, 2 * c])
 
     def each(w: Tensor, x: Tensor, c: Tensor) -> Any:
-        return grad(lambda *t: solved(loss, rule, *t).pow(3).sum(), argnums=(0, 2))(w, x, c)
+        return grad(lambda *t: solved(loss, estimator, *t).pow(3).sum(), argnums=(0, 2))(w, x, c)
 
     rows = []
     for weight in weights:
@@ -218,16 +218,18 @@ OF_LOW_ORDER = (Binomial(1), Binomial(2), Krylov(1), Krylov(2))
 BIASED: list[Any] = [FirstOrder(), Reptile(), Truncated(1), *OF_LOW_ORDER, MultiStep(2)]
 
 
-@pytest.mark.parametrize("rule", BIASED, ids=str)
+@pytest.mark.parametrize("estimator", BIASED, ids=str)
 @pytest.mark.parametrize("kind", FUNC)
-def test_biased_rules_give_what_they_give_for_the_loss_by_hand(kind: str, rule: Any) -> None:
-    found = [hypergradient(lambda *t, one=one: solved(one, rule, *t), (0,)) for one in FUNC[kind] if kind != "hessian"]
+def test_biased_estimators_give_what_they_give_for_the_loss_by_hand(kind: str, estimator: Any) -> None:
+    found = [
+        hypergradient(lambda *t, one=one: solved(one, estimator, *t), (0,)) for one in FUNC[kind] if kind != "hessian"
+    ]
     if found:
         assert_same(found[0], found[1], 1e-9)
         return
     # the hessian by hand cannot run under vmap: the same values by torch.func in another order
     swapped = lambda w, x, c: laplacian(w, x.flip(0), c)  # noqa: E731
-    assert_same(*(hypergradient(lambda *t, o=o: solved(o, rule, *t), (0,)) for o in (laplacian, swapped)), 1e-9)
+    assert_same(*(hypergradient(lambda *t, o=o: solved(o, estimator, *t), (0,)) for o in (laplacian, swapped)), 1e-9)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FUNC if kind != "hessian"])
@@ -247,49 +249,49 @@ def test_implicit_gradients_of_losses_with_derivatives(kind: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ gradient penalties
 
-LOOPED = {name: rule for name, rule in EXACT.items() if name not in ("forward", "forward in chunks")}
+LOOPED = {name: estimator for name, estimator in EXACT.items() if name not in ("forward", "forward in chunks")}
 
 
 @pytest.mark.parametrize("learned", [(0,), (2,), (0, 2), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("rule", LOOPED.values(), ids=LOOPED)
+@pytest.mark.parametrize("estimator", LOOPED.values(), ids=LOOPED)
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_gradient_penalty_is_the_plain_loop(kind: str, rule: Any, learned: tuple[int, ...]) -> None:
+def test_a_gradient_penalty_is_the_plain_loop(kind: str, estimator: Any, learned: tuple[int, ...]) -> None:
     """Also with the points learned, which the loss marks by ``requires_grad_()``."""
     loss, by_hand = PENALTIES[kind]
-    found = hypergradient(lambda *t: solved(loss, rule, *t), learned)
+    found = hypergradient(lambda *t: solved(loss, estimator, *t), learned)
     assert_same(found, hypergradient(lambda *t: loop(by_hand, *t), learned), 1e-9)
 
 
-@pytest.mark.parametrize("rule", LOOPED.values(), ids=LOOPED)
+@pytest.mark.parametrize("estimator", LOOPED.values(), ids=LOOPED)
 @pytest.mark.parametrize("loss", [of_a_part, of_a_copy], ids=["part", "copy"])
-def test_a_gradient_penalty_on_a_part_or_a_copy_is_the_plain_loop(loss: Loss, rule: Any) -> None:
+def test_a_gradient_penalty_on_a_part_or_a_copy_is_the_plain_loop(loss: Loss, estimator: Any) -> None:
     part = loss is of_a_part
     expected = hypergradient(lambda w, x, c: loop(penalty_by_hand, w, x[1:] if part else x, c), (0, 2))
-    assert_same(hypergradient(lambda *t: solved(loss, rule, *t), (0, 2)), expected, 1e-9)
+    assert_same(hypergradient(lambda *t: solved(loss, estimator, *t), (0, 2)), expected, 1e-9)
 
 
-@pytest.mark.parametrize("rule", [ForwardMode(), Binomial(1), Krylov(2), ESJacobian(4, 1e-4)], ids=str)
-def test_a_rule_that_vmaps_names_what_can_be_vmapped(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [ForwardMode(), Binomial(1), Krylov(2), ESJacobian(4, 1e-4)], ids=str)
+def test_an_estimator_that_vmaps_names_what_can_be_vmapped(estimator: Any) -> None:
     """And that form gives its number."""
     with pytest.raises(diffopt.VmapError, match=r"requires_grad_\(\).*differentiate by torch\.func\.grad there"):
-        hypergradient(lambda *t: solved(gradient_penalty, rule, *t), (0, 2))
-    if isinstance(rule, ForwardMode):
-        found = hypergradient(lambda *t: solved(by_vmap_of_grad, rule, *t), (0, 2))
+        hypergradient(lambda *t: solved(gradient_penalty, estimator, *t), (0, 2))
+    if isinstance(estimator, ForwardMode):
+        found = hypergradient(lambda *t: solved(by_vmap_of_grad, estimator, *t), (0, 2))
         assert_same(found, hypergradient(lambda *t: loop(penalty_by_hand, *t), (0, 2)), 1e-9)
 
 
-@pytest.mark.parametrize("rule", LOOPED.values(), ids=LOOPED)
-def test_the_callers_points_are_as_they_were(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", LOOPED.values(), ids=LOOPED)
+def test_the_callers_points_are_as_they_were(estimator: Any) -> None:
     w, x, c = tensors()
-    end = solved(gradient_penalty, rule, w.requires_grad_(), x, c)
+    end = solved(gradient_penalty, estimator, w.requires_grad_(), x, c)
     end.sum().backward()
     assert not x.requires_grad
     assert x.grad is None
     assert x._version == 0
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled(), Truncated(STEPS)], ids=str)
-def test_points_that_are_also_the_params_count_as_points(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), Truncated(STEPS)], ids=str)
+def test_points_that_are_also_the_params_count_as_points(estimator: Any) -> None:
     """The loss means the partial derivative in what it was given, though the start is the same tensor."""
 
     def loss(w: Tensor, x: Tensor) -> Tensor:
@@ -304,7 +306,7 @@ def test_points_that_are_also_the_params_count_as_points(rule: Any) -> None:
     for one in (loss, by_hand):
         w = tensors()[0].requires_grad_()
         if one is loss:
-            end = diffopt.solve(one, w, w, optimizer=diffopt.SGD(LR), steps=STEPS, estimator=rule).params
+            end = diffopt.solve(one, w, w, optimizer=diffopt.SGD(LR), steps=STEPS, estimator=estimator).params
         else:
             end = w
             for _ in range(STEPS):

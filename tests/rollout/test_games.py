@@ -13,7 +13,7 @@ import diffopt
 from diffopt.estimators import Binomial, ForwardMode, Reverse, Unrolled
 
 ROUND_OFF = 1e-10
-RULES = [Reverse(), Reverse(1), Unrolled(), ForwardMode(), Binomial(3)]
+ESTIMATORS = [Reverse(), Reverse(1), Unrolled(), ForwardMode(), Binomial(3)]
 STEPS = 3
 
 
@@ -59,13 +59,15 @@ def leaves():
     return [x.clone().requires_grad_() for x in made]
 
 
-def value(rule, *made):
+def value(estimator, *made):
     a, b, c, d, price, data, lr = made
     players = ({"w": a, "b": b}, {"w": c, "c": d})
-    if rule is None:
+    if estimator is None:
         return outer(by_hand(players, price, data, lr))
     optimizer = diffopt.SGD(lr)
-    return outer(diffopt.solve(GAME, players, price, data, optimizer=optimizer, steps=STEPS, estimator=rule).params)
+    return outer(
+        diffopt.solve(GAME, players, price, data, optimizer=optimizer, steps=STEPS, estimator=estimator).params
+    )
 
 
 def answers(*made):
@@ -73,16 +75,16 @@ def answers(*made):
     return torch.autograd.grad(value(None, *own), own)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 class TestTwoPlayers:
-    def test_plain(self, rule):
+    def test_plain(self, estimator):
         made = leaves()
-        assert relative_error(torch.autograd.grad(value(rule, *made), made), answers(*made)) < ROUND_OFF
+        assert relative_error(torch.autograd.grad(value(estimator, *made), made), answers(*made)) < ROUND_OFF
 
-    def test_vmap_of_grad_and_nested(self, rule):
+    def test_vmap_of_grad_and_nested(self, estimator):
         made = [x.detach() for x in leaves()]
         made[1], made[5] = normal(11, 3, 2), normal(12, 2, 3, 4, 2)
-        of_one = grad(lambda *made: value(rule, *made), argnums=tuple(range(7)))
+        of_one = grad(lambda *made: value(estimator, *made), argnums=tuple(range(7)))
         inner = vmap(of_one, in_dims=(None, 0, None, None, None, 0, None))
         got = vmap(inner, in_dims=(None, None, None, None, None, 0, None))(*made)
         for i in range(2):
@@ -91,12 +93,12 @@ class TestTwoPlayers:
                 own[1], own[5] = made[1][j], made[5][i, j]
                 assert relative_error([x[i, j] for x in got], answers(*own)) < ROUND_OFF
 
-    def test_grad_of_vmap(self, rule):
+    def test_grad_of_vmap(self, estimator):
         made = [x.detach() for x in leaves()]
         made[5] = normal(13, 3, 4, 2)
 
         def total(*made):
-            return vmap(lambda data: value(rule, *made[:5], data, made[6]))(made[5]).sum()
+            return vmap(lambda data: value(estimator, *made[:5], data, made[6]))(made[5]).sum()
 
         got = grad(total, argnums=tuple(range(7)))(*made)
         own = [x.clone().requires_grad_() for x in made]
@@ -228,11 +230,11 @@ def test_no_player_and_no_function_are_refused():
         diffopt.game(lambda p: p[0], 3.0)
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=str)
-def test_a_captured_tensor_of_a_transform_is_refused(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled()], ids=str)
+def test_a_captured_tensor_of_a_transform_is_refused(estimator):
     def end(a, w):
         field = diffopt.game(lambda p: (a * p[0]) ** 2, lambda p: p[1] ** 2 + p[0] * p[1])
-        return diffopt.solve(field, (w, w), optimizer=diffopt.SGD(0.1), steps=2, estimator=rule).params[0]
+        return diffopt.solve(field, (w, w), optimizer=diffopt.SGD(0.1), steps=2, estimator=estimator).params[0]
 
     with pytest.raises(diffopt.CapturedTensorError):
         vmap(end, in_dims=(0, None))(torch.ones(3), torch.tensor(1.0))

@@ -53,11 +53,13 @@ def numbers(dtype=torch.float64):
     return tree.map_leaves(lambda x: x.to(dtype).requires_grad_(), given)
 
 
-def chain(given, make, parts, rule, **options):
+def chain(given, make, parts, estimator, **options):
     """The solution after the parts one after the other, each from the state after the one before."""
     optimizer, state, done = make(Schedule(given["lr"]), given["other"]), given["params"], 0
     for steps in parts:
-        options.update(batches=given["batches"][done : done + steps], optimizer=optimizer, steps=steps, estimator=rule)
+        options.update(
+            batches=given["batches"][done : done + steps], optimizer=optimizer, steps=steps, estimator=estimator
+        )
         state, done = solve(loss, state, given["slope"], **options).state, done + steps
     return state
 
@@ -102,13 +104,15 @@ def test_solves_in_a_chain_are_one_solve(name, parts, mode):
 @pytest.mark.parametrize("mode", ["graph", "sqrt", "unrolled"])
 def test_under_vmap_a_state_goes_from_call_to_call(name, mode):
     """One call of vmap returns the states of its tasks, a second goes on from them."""
-    values, rule, factors = numbers(), EXACT[mode], torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    values, estimator, factors = numbers(), EXACT[mode], torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
     optimizer = OPTIMIZERS[name](Schedule(values["lr"]), values["other"])
 
     def some(state, factor, first, last):
         batches = values["batches"][first:last]
         slope = factor * values["slope"]
-        return solve(loss, state, slope, batches=batches, optimizer=optimizer, steps=last - first, estimator=rule).state
+        return solve(
+            loss, state, slope, batches=batches, optimizer=optimizer, steps=last - first, estimator=estimator
+        ).state
 
     def whole(factors):
         return torch.func.vmap(lambda f: some(values["params"], f, 0, STEPS))(factors)

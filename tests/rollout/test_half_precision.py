@@ -135,13 +135,15 @@ def test_a_solution_that_float16_cannot_hold_is_refused(solver):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rule", sampled([Reverse(1), Binomial(2), Krylov(4, chunk_size=2), Krylov(2)], 2), ids=str)
+@pytest.mark.parametrize(
+    "estimator", sampled([Reverse(1), Binomial(2), Krylov(4, chunk_size=2), Krylov(2)], 2), ids=str
+)
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_rules(case, rule, dtype):
+def test_estimators(case, estimator, dtype):
     problem = small_network(seed=0, steps=5, dtype=dtype)
-    got = hypergradient(problem, case, 5, rule)
+    got = hypergradient(problem, case, 5, estimator)
     assert {x.dtype for x in got} == {dtype}
-    assert relative(got, hypergradient(problem.double(), case, 5, rule)) < FEW * eps(dtype)
+    assert relative(got, hypergradient(problem.double(), case, 5, estimator)) < FEW * eps(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -173,7 +175,7 @@ def test_implicit_differentiation(solver, dtype):
 
 
 @pytest.mark.parametrize("solver", [GMRES(), Dense()], ids=lambda s: type(s).__name__)
-def test_the_implicit_rule_under_vmap(solver):
+def test_the_implicit_estimator_under_vmap(solver):
     thetas, tasks = torch.stack([THETA, THETA + 0.3]), 2
 
     def one(theta):

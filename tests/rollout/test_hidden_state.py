@@ -172,14 +172,14 @@ AGAIN = {
 }
 
 
-def solve(loss: Loss, w: Tensor, rule: Any, **options: Any) -> Tensor:
+def solve(loss: Loss, w: Tensor, estimator: Any, **options: Any) -> Tensor:
     optimizer = diffopt.SGD(LR, momentum=MOMENTUM)
-    return diffopt.solve(loss, w, optimizer=optimizer, steps=STEPS, estimator=rule, **options).params
+    return diffopt.solve(loss, w, optimizer=optimizer, steps=STEPS, estimator=estimator, **options).params
 
 
-def hypergradient(loss: Loss, rule: Any, **options: Any) -> Tensor:
+def hypergradient(loss: Loss, estimator: Any, **options: Any) -> Tensor:
     w = start()
-    return torch.autograd.grad(solve(loss, w, rule, **options).pow(3).sum(), w)[0]
+    return torch.autograd.grad(solve(loss, w, estimator, **options).pow(3).sum(), w)[0]
 
 
 def unrolled(loss: Loss) -> Tensor:
@@ -196,22 +196,22 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     assert (got - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize("rule", ONCE)
+@pytest.mark.parametrize("estimator", ONCE)
 @pytest.mark.parametrize("kind", KEPT)
-def test_a_state_is_right_where_every_step_is_computed_once(kind: str, rule: str) -> None:
-    assert_same(hypergradient(KEPT[kind](), ONCE[rule]), unrolled(KEPT[kind]()))
+def test_a_state_is_right_where_every_step_is_computed_once(kind: str, estimator: str) -> None:
+    assert_same(hypergradient(KEPT[kind](), ONCE[estimator]), unrolled(KEPT[kind]()))
 
 
-@pytest.mark.parametrize("rule", AGAIN)
+@pytest.mark.parametrize("estimator", AGAIN)
 @pytest.mark.parametrize("kind", KEPT)
-def test_a_state_is_refused_where_a_step_is_computed_again(kind: str, rule: str) -> None:
+def test_a_state_is_refused_where_a_step_is_computed_again(kind: str, estimator: str) -> None:
     with pytest.raises(diffopt.HiddenStateError, match=r"keeps a state, .*expected the same number again"):
-        hypergradient(KEPT[kind](), AGAIN[rule])
+        hypergradient(KEPT[kind](), AGAIN[estimator])
 
 
 @pytest.mark.parametrize("kind", sorted({*KEPT} - {"attribute_late"}))
-@pytest.mark.parametrize("rule", [Reverse(1), Reverse("sqrt"), Truncated(2, checkpoint=1), Binomial(1)], ids=repr)
-def test_it_is_refused_at_the_first_step_before_the_others_cost_anything(kind: str, rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(1), Reverse("sqrt"), Truncated(2, checkpoint=1), Binomial(1)], ids=repr)
+def test_it_is_refused_at_the_first_step_before_the_others_cost_anything(kind: str, estimator: Any) -> None:
     """If it moves the first loss, the solve itself refuses it."""
     calls = 0
     inner = KEPT[kind]()
@@ -222,7 +222,7 @@ def test_it_is_refused_at_the_first_step_before_the_others_cost_anything(kind: s
         return inner(w)
 
     with pytest.raises(diffopt.HiddenStateError):
-        solve(loss, start(), rule)
+        solve(loss, start(), estimator)
     assert calls <= 2
 
 
@@ -238,11 +238,11 @@ def test_a_large_graph_turns_nothing_wrong(monkeypatch: pytest.MonkeyPatch, kind
         assert_same(hypergradient(loss, Reverse()), unrolled(KEPT[kind]()))
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Truncated(STEPS)], ids=repr)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse("graph"), Truncated(STEPS)], ids=repr)
 @pytest.mark.parametrize("kind", ["buffer", "attribute", "list_of_tensors", "spectral_norm"])
-def test_a_second_backward_pass_would_compute_again(kind: str, rule: Any) -> None:
+def test_a_second_backward_pass_would_compute_again(kind: str, estimator: Any) -> None:
     w = start()
-    end = solve(KEPT[kind](), w, rule).pow(3).sum()
+    end = solve(KEPT[kind](), w, estimator).pow(3).sum()
     torch.autograd.grad(end, w, retain_graph=True)
     with pytest.raises(diffopt.HiddenStateError):
         torch.autograd.grad(end, w)
@@ -259,10 +259,10 @@ def drawing() -> Loss:
     return lambda w: mean(w) + TINY * (torch.rand(3, generator=generator, dtype=torch.float64) * w).sum()
 
 
-@pytest.mark.parametrize("rule", AGAIN)
-def test_a_generator_of_the_losss_own_is_named(rule: str) -> None:
+@pytest.mark.parametrize("estimator", AGAIN)
+def test_a_generator_of_the_losss_own_is_named(estimator: str) -> None:
     with pytest.raises(diffopt.RandomnessError, match="draws from a generator of its own"):
-        hypergradient(drawing(), AGAIN[rule])
+        hypergradient(drawing(), AGAIN[estimator])
 
 
 @pytest.mark.parametrize("budget", [2**30, 0])
@@ -289,9 +289,9 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("budget", [2**30, 0])
-@pytest.mark.parametrize("rule", [*ONCE.values(), Reverse(1), Reverse(2), FirstOrder(), Truncated(2, 1)], ids=repr)
+@pytest.mark.parametrize("estimator", [*ONCE.values(), Reverse(1), Reverse(2), FirstOrder(), Truncated(2, 1)], ids=repr)
 def test_batch_norm_is_exact_and_its_statistics_are_those_of_a_plain_loop(
-    monkeypatch: pytest.MonkeyPatch, rule: Any, budget: int
+    monkeypatch: pytest.MonkeyPatch, estimator: Any, budget: int
 ) -> None:
     monkeypatch.setattr(keeper, "GRAPH_BUDGET", budget)
     nets = []
@@ -307,12 +307,12 @@ def test_batch_norm_is_exact_and_its_statistics_are_those_of_a_plain_loop(
         now = {name: x - LR * velocity[name] for name, x in now.items()}
     wanted = torch.autograd.grad(sum(x.pow(3).sum() for x in now.values()), list(nets[0].parameters()))
     params = dict(nets[1].named_parameters())
-    options = {"optimizer": diffopt.SGD(LR, momentum=MOMENTUM), "steps": STEPS, "estimator": rule}
+    options = {"optimizer": diffopt.SGD(LR, momentum=MOMENTUM), "steps": STEPS, "estimator": estimator}
     end = diffopt.solve(lambda p: functional_call(nets[1], p, (X,)).sub(1).square().mean(), params, **options).params
     for name, buffer in nets[1].named_buffers():
         torch.testing.assert_close(buffer, nets[0].get_buffer(name), rtol=1e-12, atol=0)
     got = torch.autograd.grad(sum(x.pow(3).sum() for x in end.values()), list(params.values()))
-    if rule in (*ONCE.values(), Reverse(1), Reverse(2)):
+    if estimator in (*ONCE.values(), Reverse(1), Reverse(2)):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-14)
 
 
@@ -330,11 +330,11 @@ class Watched:
         return loss
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Reverse("sqrt"), Truncated(STEPS, 2)], ids=repr)
-def test_what_a_loss_only_notes_is_right_and_what_it_noted_is_that_of_a_plain_loop(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Reverse("sqrt"), Truncated(STEPS, 2)], ids=repr)
+def test_what_a_loss_only_notes_is_right_and_what_it_noted_is_that_of_a_plain_loop(estimator: Any) -> None:
     oracle, watched, w = Watched(), Watched(), start()
     wanted = unrolled(oracle)
-    end = solve(watched, w, rule)
+    end = solve(watched, w, estimator)
     assert (watched.calls, watched.losses) == (oracle.calls, pytest.approx(oracle.losses, rel=1e-12))
     torch.testing.assert_close([watched.average, watched.last], [oracle.average, oracle.last], rtol=1e-12, atol=0)
     assert_same(torch.autograd.grad(end.pow(3).sum(), w)[0], wanted)
@@ -350,8 +350,8 @@ def test_what_is_set_once_is_no_state() -> None:
             self.scale = float((X @ w.detach()).std()) if self.scale is None else self.scale
             return (X @ w / self.scale - 1).square().mean()
 
-    for rule in (Reverse(1), Binomial(STEPS), ForwardMode()):
-        assert_same(hypergradient(Scaled(), rule), unrolled(Scaled()))
+    for estimator in (Reverse(1), Binomial(STEPS), ForwardMode()):
+        assert_same(hypergradient(Scaled(), estimator), unrolled(Scaled()))
 
 
 def test_an_iterator_cannot_be_seen_and_is_held_to_its_losses() -> None:
@@ -362,18 +362,20 @@ def test_an_iterator_cannot_be_seen_and_is_held_to_its_losses() -> None:
 
 def test_frozen_spectral_norm_is_right() -> None:
     net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)).double().requires_grad_(False).eval()
-    for rule in (Reverse(1), Binomial(STEPS)):
+    for estimator in (Reverse(1), Binomial(STEPS)):
         assert_same(
-            hypergradient(lambda w: net(w[None]).square().mean(), rule), unrolled(lambda w: net(w).square().mean())
+            hypergradient(lambda w: net(w[None]).square().mean(), estimator), unrolled(lambda w: net(w).square().mean())
         )
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Truncated(4)], ids=str)
-def test_random_numbers_are_no_state_where_graphs_are_too_large(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Truncated(4)], ids=str)
+def test_random_numbers_are_no_state_where_graphs_are_too_large(
+    estimator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first step that is kept, which need not be the first, is computed again on its own numbers."""
     monkeypatch.setattr(keeper, "GRAPH_BUDGET", 0)
     w = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).requires_grad_()
     torch.manual_seed(0)
-    options = {"optimizer": diffopt.SGD(0.1), "steps": 9, "estimator": rule}
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 9, "estimator": estimator}
     solution = diffopt.solve(lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(), w, **options)
     assert isinstance(solution.kept.checkpoint, int)

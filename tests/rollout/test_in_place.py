@@ -27,7 +27,7 @@ CHANGES: dict[str, Change] = {
     "sin_": lambda x: x.sin_(),
     "detached": lambda x: x.detach().mul_(2),
 }
-RULES = {"reverse": Reverse(), "states": Reverse(1), "unrolled": Unrolled(), "window": MultiStep(2)}
+ESTIMATORS = {"reverse": Reverse(), "states": Reverse(1), "unrolled": Unrolled(), "window": MultiStep(2)}
 
 
 def plain(run: Any, *given: Tensor) -> Any:
@@ -49,9 +49,9 @@ def changed(change: Change, x: Tensor) -> Tensor:
     return x
 
 
-def solved(loss: Any, optimizer: Any, rule: Any) -> Callable[..., Tensor]:
+def solved(loss: Any, optimizer: Any, estimator: Any) -> Callable[..., Tensor]:
     def run(w: Tensor, x: Tensor, batches: Tensor) -> Tensor:
-        options = {"optimizer": optimizer, "steps": 3, "estimator": rule}
+        options = {"optimizer": optimizer, "steps": 3, "estimator": estimator}
         ends = diffopt.solve(loss, {"a": w, "b": 2 * w}, x, batches=batches, **options).params
         return sum((end.square().sum() for end in ends.values()), torch.zeros(()))
 
@@ -98,20 +98,20 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("what", LOSSES)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_loss_that_changes_what_it_is_given_is_refused(rule: Any, what: str, change: str, style: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_loss_that_changes_what_it_is_given_is_refused(estimator: Any, what: str, change: str, style: str) -> None:
     loss = LOSSES[what](CHANGES[change])
     with pytest.raises(diffopt.InPlaceError, match=r"in place, expected .* write x = x \+ y for x \+= y"):
-        STYLES[style](solved(loss, diffopt.SGD(0.01), rule), *given())
+        STYLES[style](solved(loss, diffopt.SGD(0.01), estimator), *given())
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "out="])  # torch refuses it under any gradient
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_loss_may_change_what_it_made_itself(rule: Any, change: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_loss_may_change_what_it_made_itself(estimator: Any, change: str) -> None:
     def loss(w: Any, x: Tensor, b: Tensor) -> Tensor:
         return square({"a": changed(CHANGES[change], 1.5 * w["a"]), "b": w["b"]}, changed(CHANGES[change], 1 * x), b)
 
-    assert bool(plain(solved(loss, diffopt.SGD(0.01), rule), *given())[0].isfinite().all())
+    assert bool(plain(solved(loss, diffopt.SGD(0.01), estimator), *given())[0].isfinite().all())
 
 
 def test_a_view_that_vmap_does_not_know_is_no_change_in_place() -> None:
@@ -130,17 +130,17 @@ def test_a_view_that_vmap_does_not_know_is_no_change_in_place() -> None:
 @pytest.mark.parametrize("style", ["plain", "no_grad", "vmap of grad"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("what", ["params", "grads", "buffers"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_an_update_that_changes_what_it_is_given_is_refused_or_right(
-    rule: Any, what: str, change: str, style: str
+    estimator: Any, what: str, change: str, style: str
 ) -> None:
     """It is right where it changes its own copy, such as a gradient that nobody reads again."""
     try:
-        found = STYLES[style](solved(square, Momentum(what, change), rule), *given())
+        found = STYLES[style](solved(square, Momentum(what, change), estimator), *given())
     except diffopt.InPlaceError:
         return
     assert what != "params"
-    expected = STYLES[style](solved(square, Momentum(what, change, pure=True), rule), *given())
+    expected = STYLES[style](solved(square, Momentum(what, change, pure=True), estimator), *given())
     for one, other in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)  # a tensor in another place may be rounded otherwise
 
@@ -165,10 +165,10 @@ class Doubling(diffopt.Optimizer):
 
 @pytest.mark.parametrize("first", [1, 3])
 @pytest.mark.parametrize("what", ["params", "count"])
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Reverse("sqrt"), MultiStep(1)], ids=str)
-def test_a_write_that_no_graph_has_saved_is_refused(rule: Any, what: str, first: int) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Reverse("sqrt"), MultiStep(1)], ids=str)
+def test_a_write_that_no_graph_has_saved_is_refused(estimator: Any, what: str, first: int) -> None:
     """The loss is linear in its params, so that the backward pass reads none of them."""
     w, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
-    options = {"optimizer": Doubling(what, first), "steps": 4, "estimator": rule}
+    options = {"optimizer": Doubling(what, first), "steps": 4, "estimator": estimator}
     with pytest.raises(diffopt.InPlaceError, match="in place"):
         diffopt.solve(lambda w, x: (w * x).sum(), w, x, **options).params.sum().backward()

@@ -21,7 +21,7 @@ from diffopt import Leaves, Schedule
 from diffopt.estimators import Binomial, ForwardMode, MultiStep, Reverse, Unrolled
 
 SIZE = 3
-RULES: dict[str, Any] = {
+ESTIMATORS: dict[str, Any] = {
     "graph": Reverse("graph"),
     "states": Reverse(1),
     "forward": ForwardMode(),
@@ -74,13 +74,15 @@ def assert_like_a_loop(run: Callable[..., Tensor], inputs: list[Tensor], dims: l
 @pytest.mark.parametrize("dim", [None, 0, -1], ids=["shared", "own", "own_along_the_last_axis"])
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_learning_rate_is_each_tasks_own_or_shared(rule: str, update: str, rate: str, dim: int | None) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_learning_rate_is_each_tasks_own_or_shared(estimator: str, update: str, rate: str, dim: int | None) -> None:
     shape, given = RATES[rate]
 
     def run(w: Tensor, lr: Tensor, scale: Tensor, target: Tensor) -> Tensor:
         optimizer = UPDATES[update](given(lr))
-        return diffopt.solve(distance, w, scale, target, optimizer=optimizer, steps=SIZE, estimator=RULES[rule]).params
+        return diffopt.solve(
+            distance, w, scale, target, optimizer=optimizer, steps=SIZE, estimator=ESTIMATORS[estimator]
+        ).params
 
     lr = numbers(1, *shape) if dim is None else numbers(1, SIZE, *shape)
     dims = [0, dim, None, 0]
@@ -88,10 +90,12 @@ def test_a_learning_rate_is_each_tasks_own_or_shared(rule: str, update: str, rat
 
 
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0), (1, 2), (-1, 1)], ids=str)
-@pytest.mark.parametrize("rule", RULES)
-def test_arguments_and_batches_are_each_tasks_own_or_shared(rule: str, dims: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_arguments_and_batches_are_each_tasks_own_or_shared(
+    estimator: str, dims: tuple[int | None, int | None]
+) -> None:
     def run(w: Tensor, scale: Tensor, batches: Tensor) -> Tensor:
-        options = {"batches": batches, "optimizer": diffopt.SGD(0.1), "steps": SIZE, "estimator": RULES[rule]}
+        options = {"batches": batches, "optimizer": diffopt.SGD(0.1), "steps": SIZE, "estimator": ESTIMATORS[estimator]}
         return diffopt.solve(distance, w, scale, **options).params
 
     scale = numbers(1, *[SIZE] * (1 + (dims[0] is not None)))
@@ -100,13 +104,13 @@ def test_arguments_and_batches_are_each_tasks_own_or_shared(rule: str, dims: tup
 
 
 @pytest.mark.parametrize("learned", ["inner", "outer"])
-@pytest.mark.parametrize("rule", RULES)
-def test_of_two_vmaps_either_may_have_the_learning_rate(rule: str, learned: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_of_two_vmaps_either_may_have_the_learning_rate(estimator: str, learned: str) -> None:
     w, inner, outer = numbers(1, SIZE), numbers(2, SIZE, SIZE), numbers(3, SIZE, SIZE)
 
     def run(inner: Tensor, outer: Tensor) -> Tensor:
         lr, target = (inner, outer) if learned == "inner" else (outer, inner)
-        options = {"optimizer": diffopt.SGD(lr), "steps": SIZE, "estimator": RULES[rule]}
+        options = {"optimizer": diffopt.SGD(lr), "steps": SIZE, "estimator": ESTIMATORS[estimator]}
         return diffopt.solve(distance, w, w, target, **options).params
 
     leaves = [inner.requires_grad_(), outer.requires_grad_()]

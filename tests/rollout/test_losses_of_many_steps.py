@@ -12,7 +12,7 @@ from torch.func import vmap
 import diffopt
 from diffopt.estimators import FirstOrder, Reverse
 
-RULES: list[Any] = [Reverse("graph"), Reverse(1), Reverse("sqrt")]
+ESTIMATORS: list[Any] = [Reverse("graph"), Reverse(1), Reverse("sqrt")]
 LR = 0.1
 
 
@@ -33,22 +33,27 @@ def start() -> tuple[Tensor, Tensor]:
     return w, torch.tensor([0.5, 3.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("steps", [1, 15, 16, 17, 40])
-def test_losses_and_their_gradient_are_those_of_a_loop(steps: int, rule: Any) -> None:
+def test_losses_and_their_gradient_are_those_of_a_loop(steps: int, estimator: Any) -> None:
     w, target = start()
-    found = diffopt.solve(bowl, w, target, optimizer=diffopt.SGD(LR), steps=steps, estimator=rule).losses
+    found = diffopt.solve(bowl, w, target, optimizer=diffopt.SGD(LR), steps=steps, estimator=estimator).losses
     expected, weights = by_hand(w, target, steps), torch.arange(1.0, steps + 1, dtype=torch.float64)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad((weights * losses).sum(), w)[0] for losses in (found, expected)]
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("last", [1, 16, 17, 31, 32, 33])
-def test_losses_up_to_an_early_end(last: int, rule: Any) -> None:
+def test_losses_up_to_an_early_end(last: int, estimator: Any) -> None:
     w, target = start()
-    options = {"optimizer": diffopt.SGD(LR), "steps": 40, "estimator": rule, "on_step": lambda step, loss: step == last}
+    options = {
+        "optimizer": diffopt.SGD(LR),
+        "steps": 40,
+        "estimator": estimator,
+        "on_step": lambda step, loss: step == last,
+    }
     found = diffopt.solve(bowl, w, target, **options)
     assert found.steps == last
     torch.testing.assert_close(found.losses, by_hand(w, target, last))

@@ -1,4 +1,4 @@
-"""What stays in memory: what a rule stores, what autograd records, and what is given up after the backward pass."""
+"""What stays in memory: what an estimator stores, what autograd records, what is given up after the backward pass."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def graph_of(*tensors: Tensor) -> set[Any]:
 NOTHING = {"first_order": FirstOrder(), "reptile": Reptile(), "forward": ForwardMode()}
 # estimator -> the states it stores of `steps`
 COUNTS: dict[str, tuple[Any, Callable[[int], int]]] = {
-    **{name: (rule, lambda steps: 0) for name, rule in NOTHING.items()},
+    **{name: (estimator, lambda steps: 0) for name, estimator in NOTHING.items()},
     "graph": (Reverse("graph"), lambda steps: 0),
     "every_state": (Reverse(1), lambda steps: steps),
     "every_fifth": (Reverse(5), lambda steps: math.ceil(steps / 5)),
@@ -104,25 +104,27 @@ COUNTS: dict[str, tuple[Any, Callable[[int], int]]] = {
 
 @pytest.mark.parametrize("steps", [16, 100, 400])  # squares
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_rule_stores_the_states_it_needs(name: str, steps: int) -> None:
-    rule, count = COUNTS[name]
-    kept = solve(rule, steps, *inputs()).kept
+def test_an_estimator_stores_the_states_it_needs(name: str, steps: int) -> None:
+    estimator, count = COUNTS[name]
+    kept = solve(estimator, steps, *inputs()).kept
     assert kept.states == count(steps)
     if name != "graph":
         assert kept.bytes == 2 * STATE * kept.states  # parameters and velocity
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Reverse("sqrt"), Truncated(3, checkpoint=1)])
-def test_nothing_is_stored_when_nothing_is_differentiated(rule: Any) -> None:
+@pytest.mark.parametrize(
+    "estimator", [Reverse(), Reverse("graph"), Reverse(1), Reverse("sqrt"), Truncated(3, checkpoint=1)]
+)
+def test_nothing_is_stored_when_nothing_is_differentiated(estimator: Any) -> None:
     w, scale = inputs()
-    constant = solve(rule, 8, w.detach(), scale.detach())
+    constant = solve(estimator, 8, w.detach(), scale.detach())
     with torch.no_grad():
-        unrecorded = solve(rule, 8, w, scale)
+        unrecorded = solve(estimator, 8, w, scale)
     for solution in (constant, unrecorded):
         assert (solution.kept.states, solution.kept.bytes) == (0, 0)
         assert not solution.params.requires_grad
     with torch.no_grad(), Meter() as meter:
-        solution = solve(rule, 40, w, scale)
+        solution = solve(estimator, 40, w, scale)
     assert meter.count() == 3  # the initial parameters, the final ones and their velocity
 
 
@@ -239,8 +241,8 @@ def test_plain_unrolling_records_every_step() -> None:
 
 @pytest.mark.parametrize("name", [*NOTHING, "truncated", "truncated_sqrt"])
 def test_the_peak_does_not_grow_with_steps(name: str) -> None:
-    rule = COUNTS[name][0]
-    assert peak(rule, 20) == peak(rule, 80)
+    estimator = COUNTS[name][0]
+    assert peak(estimator, 20) == peak(estimator, 80)
 
 
 def test_the_peak_of_many_tangents_does_not_grow_with_steps() -> None:
@@ -270,9 +272,9 @@ def test_the_peak_of_root_checkpointing_grows_like_the_root() -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 9, 30])
-@pytest.mark.parametrize("rule", [Reverse("sqrt"), Reverse(2), Reverse(7), Reverse(1000), Reverse("log")], ids=str)
-def test_no_way_of_storing_needs_more_than_storing_every_state(rule: Any, steps: int) -> None:
-    assert peak(rule, steps) <= peak(Reverse(1), steps)
+@pytest.mark.parametrize("estimator", [Reverse("sqrt"), Reverse(2), Reverse(7), Reverse(1000), Reverse("log")], ids=str)
+def test_no_way_of_storing_needs_more_than_storing_every_state(estimator: Any, steps: int) -> None:
+    assert peak(estimator, steps) <= peak(Reverse(1), steps)
 
 
 def test_the_peak_of_the_recursion_grows_like_the_logarithm() -> None:
@@ -291,15 +293,15 @@ def test_blocks_are_one_graph_where_graphs_are_no_larger_than_states(used: int, 
     def partly(w: Tensor, scale: Tensor) -> Tensor:
         return (w[:used].tanh() * scale).square().sum()
 
-    def one(w: Tensor, rule: Any) -> Tensor:
+    def one(w: Tensor, estimator: Any) -> Tensor:
         optimizer = diffopt.SGD(0.05, momentum=0.5)
-        solutions.append(diffopt.solve(partly, w, scale, optimizer=optimizer, steps=16, estimator=rule))
+        solutions.append(diffopt.solve(partly, w, scale, optimizer=optimizer, steps=16, estimator=estimator))
         return solutions[-1].params.square().sum()
 
     start = w if tasks is None else torch.stack([w.detach() * i for i in range(1, tasks + 1)]).requires_grad_()
     found = []
-    for rule in (Reverse("sqrt"), Reverse("graph")):
-        value = one(start, rule) if tasks is None else vmap(one, (0, None))(start, rule).sum()
+    for estimator in (Reverse("sqrt"), Reverse("graph")):
+        value = one(start, estimator) if tasks is None else vmap(one, (0, None))(start, estimator).sum()
         found.append(torch.autograd.grad(value, [start, scale]))
     assert solutions[0].counts.extra_steps == again
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)  # rounding
@@ -358,7 +360,7 @@ def test_a_solution_that_is_dropped_without_a_backward_pass_leaves_nothing() -> 
         gc.enable()
 
 
-LEANER = [pytest.param(rule, marks=pytest.mark.slow) for rule in (Reverse("sqrt"), FirstOrder())]
+LEANER = [pytest.param(estimator, marks=pytest.mark.slow) for estimator in (Reverse("sqrt"), FirstOrder())]
 STYLES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "backward": lambda objective, w: torch.autograd.grad(objective(w), w)[0],
     "vmap": lambda objective, w: torch.autograd.grad(vmap(objective)(w.expand(2, -1)).sum(), w)[0],
@@ -368,8 +370,8 @@ STYLES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("rule", [Reverse("graph"), *LEANER], ids=str)
-def test_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse("graph"), *LEANER], ids=str)
+def test_outer_steps_leave_no_tensor_behind(style: str, estimator: Any) -> None:
     w, scale = (x.detach()[..., :10] if x.ndim else x.detach() for x in inputs())
 
     def alive() -> list[Tensor]:
@@ -377,7 +379,7 @@ def test_outer_steps_leave_no_tensor_behind(style: str, rule: Any) -> None:
         return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
     def objective(w: Tensor) -> Tensor:
-        return solve(rule, 2, w, scale).params.square().sum()
+        return solve(estimator, 2, w, scale).params.square().sum()
 
     others = alive()  # what other tests left must not go while this one counts
     counts = []
@@ -402,8 +404,8 @@ def test_graphs_are_measured_at_every_call(monkeypatch: pytest.MonkeyPatch) -> N
     assert [kept(4), kept(100_000), kept(4)] == ["graph", 4, "graph"]
 
 
-@pytest.mark.parametrize("rule", [FirstOrder(), Truncated(2, checkpoint=1), Reptile()], ids=str)
-def test_looking_for_captured_tensors_keeps_no_state_alive(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [FirstOrder(), Truncated(2, checkpoint=1), Reptile()], ids=str)
+def test_looking_for_captured_tensors_keeps_no_state_alive(estimator: Any) -> None:
     alive: list[Any] = []
     most = 0
 
@@ -414,5 +416,5 @@ def test_looking_for_captured_tensors_keeps_no_state_alive(rule: Any) -> None:
         return w.square().sum()
 
     w = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=20, estimator=rule)
+    diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=20, estimator=estimator)
     assert most <= 2

@@ -15,7 +15,7 @@ from diffopt.estimators import FirstOrder, Reverse, Truncated
 
 pytestmark = pytest.mark.usefixtures("float64_by_default")
 STEPS, SIZE = 4, 7
-RULES = {**exact(STEPS, "graph", "states", "every second", "sqrt", "unrolled", "forward"), **biased(2)}
+ESTIMATORS = {**exact(STEPS, "graph", "states", "every second", "sqrt", "unrolled", "forward"), **biased(2)}
 STEPWISE = ["graph", "states", "sqrt", "truncated"]
 
 
@@ -45,10 +45,10 @@ def given() -> list[Tensor]:
     return [x.requires_grad_() for x in [*numbers, torch.tensor(0.2)]]
 
 
-def found(pieces, batches, rule=None, losses=False, **options):
+def found(pieces, batches, estimator=None, losses=False, **options):
     roots = a, b, decay, weights, lr = given()
     options.update(optimizer=diffopt.Adam(lr, eps=0.1), steps=STEPS, batches=batches, micro_batches=pieces)
-    solution = solve(loss, {"a": a, "b": b}, decay, weights, estimator=rule, **options)
+    solution = solve(loss, {"a": a, "b": b}, decay, weights, estimator=estimator, **options)
     end = solution.params["a"].pow(3).sum() + solution.params["b"]
     if losses:
         end = end + (solution.losses * torch.arange(1.0, STEPS + 1)).sum()
@@ -67,12 +67,12 @@ def assert_same(got, expected) -> None:
 @functools.cache
 def in_pieces(name, stream, pieces):
     torch.manual_seed(1)
-    return found(pieces, of(data()) if stream else data(), RULES[name])
+    return found(pieces, of(data()) if stream else data(), ESTIMATORS[name])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["stacked", "a function"])
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7, 50])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_numbers_are_those_of_the_whole_batch(name, pieces, stream):
     got, expected = in_pieces(name, stream, pieces), in_pieces(name, stream, None)
     if name == "evolution":  # differences of two rollouts, over twice 1e-3
@@ -88,14 +88,14 @@ def test_batches_may_be_learned(name):
         stack = data()
         stack["x"].requires_grad_()
         stack["shift"].requires_grad_()
-        return found(pieces, stack, RULES[name])
+        return found(pieces, stack, ESTIMATORS[name])
 
     assert_same(learned(3), learned(None))
 
 
 @pytest.mark.parametrize("name", ["graph", "states", "every second", "sqrt", "forward", "unrolled"])
 def test_losses_along_the_way(name):
-    assert_same(found(3, data(), RULES[name], losses=True), found(None, data(), RULES[name], losses=True))
+    assert_same(found(3, data(), ESTIMATORS[name], losses=True), found(None, data(), ESTIMATORS[name], losses=True))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared data", "data of each task"])
@@ -108,7 +108,7 @@ def test_tasks_under_vmap(name, shared):
     def outer(pieces, start):
         def task(a, batches):
             params, optimizer = {"a": a, "b": torch.tensor(0.7)}, diffopt.SGD(0.2, momentum=0.5)
-            options = {"optimizer": optimizer, "steps": STEPS, "estimator": RULES[name], "micro_batches": pieces}
+            options = {"optimizer": optimizer, "steps": STEPS, "estimator": ESTIMATORS[name], "micro_batches": pieces}
             return solve(loss, params, 0.1, weights, batches=batches, **options).params["a"]
 
         start = start.clone().requires_grad_()
@@ -124,7 +124,7 @@ def test_transforms(name):
     def value(pieces):
         def end(decay):
             params, weights = {"a": torch.ones(3), "b": torch.tensor(0.7)}, torch.ones(9)
-            options = {"optimizer": diffopt.SGD(0.2), "steps": STEPS, "estimator": RULES[name]}
+            options = {"optimizer": diffopt.SGD(0.2), "steps": STEPS, "estimator": ESTIMATORS[name]}
             return solve(loss, params, decay, weights, batches=data(), micro_batches=pieces, **options).params["a"]
 
         at = torch.tensor(0.1)
@@ -135,23 +135,23 @@ def test_transforms(name):
 
 @pytest.mark.parametrize("name", [*STEPWISE, "first order"])
 def test_numbers_that_the_pieces_draw_are_drawn_again(name):
-    """One replay beside another: dropout differs from the whole batch's, but all rules agree on it."""
+    """One replay beside another: dropout differs from the whole batch's, but all estimators agree on it."""
 
     def dropped(w, scale, batch):
         return (nn.functional.dropout(batch["x"], 0.3) @ w * scale - batch["y"]).square().mean()
 
-    def gradients(rule):
+    def gradients(estimator):
         torch.manual_seed(4)
         w, scale = torch.ones(3, requires_grad=True), torch.tensor(0.8, requires_grad=True)
         options = {"optimizer": diffopt.SGD(0.1), "steps": STEPS, "batches": data(), "micro_batches": 3}
-        end = solve(dropped, w, scale, estimator=rule, **options).params.sum()
+        end = solve(dropped, w, scale, estimator=estimator, **options).params.sum()
         return [end.detach(), *torch.autograd.grad(end, (w, scale), allow_unused=True)]
 
-    rule = RULES[name]
+    estimator = ESTIMATORS[name]
     if name in ("truncated", "first order"):
-        assert torch.equal(gradients(rule)[0], gradients(Reverse("graph"))[0])
-        rule = Truncated(STEPS, checkpoint=1)
-    got = gradients(rule)
+        assert torch.equal(gradients(estimator)[0], gradients(Reverse("graph"))[0])
+        estimator = Truncated(STEPS, checkpoint=1)
+    got = gradients(estimator)
 
     torch.manual_seed(4)
     w, scale = torch.ones(3, requires_grad=True), torch.tensor(0.8, requires_grad=True)
@@ -192,7 +192,7 @@ def test_one_piece_at_a_time_is_alive(name):
         return Counted.apply(batch["x"] @ w - batch["y"]).square().mean()
 
     w = torch.ones(3, requires_grad=True)
-    options = {"optimizer": diffopt.SGD(0.1), "steps": STEPS, "batches": data(), "estimator": RULES[name]}
+    options = {"optimizer": diffopt.SGD(0.1), "steps": STEPS, "batches": data(), "estimator": ESTIMATORS[name]}
     solve(counted, w, micro_batches=7, **options).params.sum().backward()
     assert most[0] <= 2
 
@@ -217,10 +217,10 @@ NO_MEANS = {
 }
 
 
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), FirstOrder()], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), FirstOrder()], ids=str)
 @pytest.mark.parametrize("name", NO_MEANS)
-def test_a_loss_that_is_no_mean_is_refused(name, rule):
-    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "batches": of(data()), "estimator": rule}
+def test_a_loss_that_is_no_mean_is_refused(name, estimator):
+    options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "batches": of(data()), "estimator": estimator}
     with pytest.raises(LossError, match=r"as the mean of its pieces.*batch norm.*ignore_index"):
         solve(NO_MEANS[name], torch.ones(3, 2), micro_batches=2, **options)
 
@@ -298,7 +298,13 @@ def test_a_batch_that_changes_is_refused():
 def test_steps_end_as_with_the_whole_batch(name):
     def ended(pieces):
         w, stack = torch.ones(3, requires_grad=True), {key: x[:1].expand(60, *x.shape[1:]) for key, x in data().items()}
-        options = {"optimizer": diffopt.SGD(0.3), "steps": 60, "batches": stack, "estimator": RULES[name], "tol": 1e-3}
+        options = {
+            "optimizer": diffopt.SGD(0.3),
+            "steps": 60,
+            "batches": stack,
+            "estimator": ESTIMATORS[name],
+            "tol": 1e-3,
+        }
         solution = solve(square, w, micro_batches=pieces, **options)
         assert 2 < solution.steps < 60
         return torch.tensor(solution.steps), *torch.autograd.grad(solution.params.sum(), w)

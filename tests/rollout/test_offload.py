@@ -33,7 +33,7 @@ resource = pytest.importorskip("resource", reason="no limits of files on this sy
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="no positional reads of files on this system")
 
 OFFLOADS = ("cpu", "disk")
-RULES: dict[str, Any] = {
+ESTIMATORS: dict[str, Any] = {
     **{f"every {k}": lambda where, k=k: Reverse(k, offload=where) for k in (1, 3, 100)},
     **{name: lambda where, name=name: Reverse(name, offload=where) for name in ("sqrt", "log")},
     "memory": lambda where: Reverse(memory="52kB", offload=where),
@@ -47,9 +47,9 @@ def loss(w: Tensor, scale: Tensor) -> Tensor:
     return ((w * scale).tanh().sin() * w).square().sum()  # its graph is larger than a state
 
 
-def solved(rule: Any, steps: int, w: Tensor, scale: Tensor, **options: Any) -> diffopt.Solution[Tensor]:
+def solved(estimator: Any, steps: int, w: Tensor, scale: Tensor, **options: Any) -> diffopt.Solution[Tensor]:
     given = {"optimizer": OPTIMIZERS["momentum"], **options}
-    return diffopt.solve(loss, w, scale, steps=steps, estimator=rule, **given)
+    return diffopt.solve(loss, w, scale, steps=steps, estimator=estimator, **given)
 
 
 def inputs(size: int = 40, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -57,13 +57,13 @@ def inputs(size: int = 40, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
     return w, torch.tensor(0.7, dtype=dtype, requires_grad=True)
 
 
-def hypergradient(rule: Any, steps: int = 13, *, tasks: int | None = None, **options: Any) -> tuple[Any, Any]:
+def hypergradient(estimator: Any, steps: int = 13, *, tasks: int | None = None, **options: Any) -> tuple[Any, Any]:
     w, scale = inputs()
     solutions = []
 
     def outer(w: Tensor) -> Tensor:
-        solutions.append(solved(rule, steps, w, scale, **options))
-        along = 0.0 if isinstance(rule, Truncated) else solutions[-1].losses.sum()
+        solutions.append(solved(estimator, steps, w, scale, **options))
+        along = 0.0 if isinstance(estimator, Truncated) else solutions[-1].losses.sum()
         return solutions[-1].params.square().sum() + along
 
     if tasks is None:
@@ -90,12 +90,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no l
 
 @pytest.mark.parametrize("tasks", [None, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", RULES)
-def test_no_bit_changes(rule: str, optimizer: str, tasks: int | None) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_bit_changes(estimator: str, optimizer: str, tasks: int | None) -> None:
     options = {"optimizer": OPTIMIZERS[optimizer], "tasks": tasks}
-    expected, here = hypergradient(RULES[rule](False), **options)
+    expected, here = hypergradient(ESTIMATORS[estimator](False), **options)
     for where in OFFLOADS:
-        found, away = hypergradient(RULES[rule](where), **options)
+        found, away = hypergradient(ESTIMATORS[estimator](where), **options)
         assert same(found, expected)
         assert (away.kept, away.counts) == (here.kept, here.counts)
 
@@ -172,7 +172,7 @@ class ByHand(Adjoint):
 
 
 @pytest.mark.parametrize("where", OFFLOADS)
-def test_rules_of_ones_own_may_offload(where: Any) -> None:
+def test_estimators_of_ones_own_may_offload(where: Any) -> None:
     found = []
     for place in (False, where):
         w, scale = inputs()
@@ -181,10 +181,10 @@ def test_rules_of_ones_own_may_offload(where: Any) -> None:
 
 
 @pytest.mark.parametrize("stop", [{"tol": 1e-1}, {"on_step": lambda step, value: step == 6}])
-@pytest.mark.parametrize("rule", ["every 3", "log", "truncated"])
-def test_no_bit_after_an_early_end(rule: str, stop: dict[str, Any]) -> None:
-    expected, _ = hypergradient(RULES[rule](False), 30, **stop)
-    assert same(hypergradient(RULES[rule]("disk"), 30, **stop)[0], expected)
+@pytest.mark.parametrize("estimator", ["every 3", "log", "truncated"])
+def test_no_bit_after_an_early_end(estimator: str, stop: dict[str, Any]) -> None:
+    expected, _ = hypergradient(ESTIMATORS[estimator](False), 30, **stop)
+    assert same(hypergradient(ESTIMATORS[estimator]("disk"), 30, **stop)[0], expected)
 
 
 def test_many_cotangents_and_the_same_graph_twice() -> None:
@@ -261,9 +261,9 @@ def test_a_forked_process_and_its_parent_do_not_disturb_each_other() -> None:
 
 @pytest.mark.parametrize("where", [False, True, *OFFLOADS])
 def test_options_can_be_copied_and_compared(where: Any) -> None:
-    rule = Reverse(2, offload=where)
-    assert pickle.loads(pickle.dumps(rule)) == rule
-    assert rule.offload == ("cpu" if where is True else where)
+    estimator = Reverse(2, offload=where)
+    assert pickle.loads(pickle.dumps(estimator)) == estimator
+    assert estimator.offload == ("cpu" if where is True else where)
 
 
 # ------------------------------------------------------------------------------------------------ memory, and the file
@@ -315,10 +315,10 @@ def test_the_file_has_no_name_and_goes_with_the_solve(tmp_path: Path, monkeypatc
 
 
 @needs_proc
-@pytest.mark.parametrize("rule", [Reverse(1, offload="disk"), Reverse("sqrt", offload="disk")], ids=str)
-def test_the_file_goes_with_the_backward_pass(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(1, offload="disk"), Reverse("sqrt", offload="disk")], ids=str)
+def test_the_file_goes_with_the_backward_pass(estimator: Any) -> None:
     before = descriptors()
-    solution = solved(rule, 16, *inputs())
+    solution = solved(estimator, 16, *inputs())
     solution.params.sum().backward()
     assert descriptors() == before
 
@@ -365,15 +365,15 @@ STATE = 2 * 8 * 40
 
 
 @pytest.mark.parametrize(
-    ("rule", "states"),
+    ("estimator", "states"),
     [(Reverse(1, offload="disk"), 30), (Reverse(4, offload="disk"), 8), (Reverse("log", offload="disk"), 6)],
     ids=str,
 )
 def test_a_disk_without_room_is_refused_at_the_first_step(
-    rule: Any, states: int, monkeypatch: pytest.MonkeyPatch
+    estimator: Any, states: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(monkeypatch, states * STATE)
-    hypergradient(rule, 30)
+    hypergradient(estimator, 30)
     with_free(monkeypatch, states * STATE - 1)
     steps: list[int] = []
     told = rf"{states} states of {STATE} bytes .* where [\d,]+ bytes are free, expected [\d,]+ .*TMPDIR"
@@ -383,7 +383,7 @@ def test_a_disk_without_room_is_refused_at_the_first_step(
             inputs()[0],
             optimizer=OPTIMIZERS["momentum"],
             steps=30,
-            estimator=rule,
+            estimator=estimator,
             check=False,
         )
     assert len(steps) == 0
@@ -393,10 +393,10 @@ def test_where_any_step_may_be_the_last_nothing_is_said_of_those_that_may_not_co
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_free(monkeypatch, 10 * STATE)
-    rule = Reverse(1, offload="disk")
-    hypergradient(rule, 10**6, on_step=lambda step, value: step == 5)
+    estimator = Reverse(1, offload="disk")
+    hypergradient(estimator, 10**6, on_step=lambda step, value: step == 5)
     with pytest.raises(diffopt.errors.StorageError, match=r"1,000,000 states"):
-        hypergradient(rule, 10**6)
+        hypergradient(estimator, 10**6)
 
 
 @contextmanager

@@ -32,21 +32,21 @@ def inner(params: Any, x: Tensor, y: Tensor) -> Tensor:
     return ((torch.tanh(x @ params["weight"]) + params["bias"] - y) ** 2).mean()
 
 
-def task_loss(params: Any, x: Tensor, y: Tensor, lr: Tensor, rule: Any) -> Tensor:
-    adapted = diffopt.solve(inner, params, x, y, optimizer=diffopt.SGD(lr), steps=3, estimator=rule).params
+def task_loss(params: Any, x: Tensor, y: Tensor, lr: Tensor, estimator: Any) -> Tensor:
+    adapted = diffopt.solve(inner, params, x, y, optimizer=diffopt.SGD(lr), steps=3, estimator=estimator).params
     return inner(adapted, x.flip(0), y)
 
 
 DIMS = (None, 1, 0, None, None)
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(1), FirstOrder()])
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(1), FirstOrder()])
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 7])
-def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, rule: Any) -> None:
+def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, estimator: Any) -> None:
     """One task is looped over by plain indexing here; a chunk of two leaves a last chunk of one."""
     params, x, y, lr = inputs()
-    looped = torch.stack([task_loss(params, x[:, b], y[b], lr, rule) for b in range(TASKS)]).mean()
-    mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, rule, in_dims=DIMS, task_chunk=chunk)
+    looped = torch.stack([task_loss(params, x[:, b], y[b], lr, estimator) for b in range(TASKS)]).mean()
+    mean = diffopt.mean_over_tasks(task_loss, params, x, y, lr, estimator, in_dims=DIMS, task_chunk=chunk)
     torch.testing.assert_close(mean, looped, rtol=1e-12, atol=0)
     learned = [params["weight"], params["bias"], x, lr]
     expected = torch.autograd.grad(3 * looped, learned, allow_unused=True, materialize_grads=True)
@@ -223,11 +223,11 @@ def test_numbers_of_numpy_say_where_tasks_are() -> None:
         torch.testing.assert_close(got, (x.sum(0) ** 2).mean())
 
 
-@pytest.mark.parametrize("rule", [Reptile(), FirstOrder(), Reverse()])
+@pytest.mark.parametrize("estimator", [Reptile(), FirstOrder(), Reverse()])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-def test_a_rule_that_does_not_look_at_the_outer_loss_sums_the_same_in_chunks(rule: Any, chunk: int) -> None:
+def test_an_estimator_that_does_not_look_at_the_outer_loss_sums_the_same_in_chunks(estimator: Any, chunk: int) -> None:
     def task_loss(w: Tensor, x: Tensor) -> Tensor:
-        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": estimator}
         return diffopt.solve(lambda w, x: (w - x).square().sum(), w, x, **options).params.sum()
 
     def found(chunk: int | None) -> Tensor:

@@ -36,11 +36,11 @@ def start() -> tuple[Tensor, Tensor, Tensor]:
     return first.requires_grad_(), second.requires_grad_(), a.requires_grad_()
 
 
-def end(rule: Any, optimizer: diffopt.Optimizer, inner: Callable[..., Any] = loss) -> Callable[..., Tensor]:
+def end(estimator: Any, optimizer: diffopt.Optimizer, inner: Callable[..., Any] = loss) -> Callable[..., Tensor]:
     """An outer loss of one task, which depends on the way, too."""
 
     def outer(first: Tensor, second: Tensor, a: Tensor) -> Tensor:
-        solution = diffopt.solve(inner, (first, second), a, optimizer=optimizer, steps=STEPS, estimator=rule)
+        solution = diffopt.solve(inner, (first, second), a, optimizer=optimizer, steps=STEPS, estimator=estimator)
         return (solution.params[0] ** 2).sum() + solution.params[1].prod() + solution.losses.prod()
 
     return outer
@@ -156,14 +156,14 @@ def test_inner_gradients_are_not_taken_of_what_is_read() -> None:
     torch.autograd.grad(value, start()[2], allow_unused=True)
 
 
-@pytest.mark.parametrize("rule", [FirstOrder(), Reptile()], ids=str)
-def test_no_state_is_looked_for_that_no_backward_pass_reads(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("estimator", [FirstOrder(), Reptile()], ids=str)
+def test_no_state_is_looked_for_that_no_backward_pass_reads(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def looked(function: object) -> Any:
         raise AssertionError("looked for")
 
     monkeypatch.setattr(checks, "HiddenState", looked)
     first, second, a = (x[0].detach().requires_grad_() for x in start())
-    end(rule, diffopt.SGD(0.05))(first, second, a.detach())
+    end(estimator, diffopt.SGD(0.05))(first, second, a.detach())
     with pytest.raises(AssertionError, match="looked for"):
         end(Implicit(), diffopt.SGD(0.05))(first, second, a)
 

@@ -27,12 +27,12 @@ def loss(w: Tensor, a: Tensor) -> Tensor:
     return ((a @ w) - 1).square().mean()
 
 
-def told(rule: Any, dtype: torch.dtype, *, autocast: bool, wanted: bool = True, **options: Any) -> list[str]:
+def told(estimator: Any, dtype: torch.dtype, *, autocast: bool, wanted: bool = True, **options: Any) -> list[str]:
     """What a solve and its backward pass warn of."""
     torch.manual_seed(0)
     w = torch.tensor([0.5, -0.25], dtype=dtype, requires_grad=wanted)
     a = torch.tensor([[1.0, 0.5], [0.25, 1.0]], dtype=dtype)
-    given = {"optimizer": diffopt.SGD(0.125), "steps": 4, "estimator": rule, **options}
+    given = {"optimizer": diffopt.SGD(0.125), "steps": 4, "estimator": estimator, **options}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
@@ -46,10 +46,10 @@ HALVES = {"autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("rule", SECOND, ids=str)
-def test_second_derivatives_in_half_precision_are_warned_of_once(rule: Any, kind: str) -> None:
+@pytest.mark.parametrize("estimator", SECOND, ids=str)
+def test_second_derivatives_in_half_precision_are_warned_of_once(estimator: Any, kind: str) -> None:
     dtype, autocast = HALVES[kind]
-    messages = told(rule, dtype, autocast=autocast)
+    messages = told(estimator, dtype, autocast=autocast)
     assert len(messages) == 1
     assert ("is computed in bfloat16 (torch.autocast)" if autocast else f"is computed in {kind} (params)") in messages[
         0
@@ -58,37 +58,37 @@ def test_second_derivatives_in_half_precision_are_warned_of_once(rule: Any, kind
 
 
 @pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("rule", FIRST, ids=str)
-def test_first_derivatives_in_half_precision_are_not(rule: Any, kind: str) -> None:
+@pytest.mark.parametrize("estimator", FIRST, ids=str)
+def test_first_derivatives_in_half_precision_are_not(estimator: Any, kind: str) -> None:
     dtype, autocast = HALVES[kind]
-    assert told(rule, dtype, autocast=autocast) == []
+    assert told(estimator, dtype, autocast=autocast) == []
 
 
-@pytest.mark.parametrize("rule", [*SECOND, *FIRST], ids=str)
-def test_single_and_double_precision_are_not(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [*SECOND, *FIRST], ids=str)
+def test_single_and_double_precision_are_not(estimator: Any) -> None:
     for dtype in (torch.float32, torch.float64):
-        assert told(rule, dtype, autocast=False) == []
+        assert told(estimator, dtype, autocast=False) == []
 
 
 @pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled(), ForwardMode()], ids=str)
-def test_nothing_is_said_where_nothing_is_differentiated(rule: Any, kind: str) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled(), ForwardMode()], ids=str)
+def test_nothing_is_said_where_nothing_is_differentiated(estimator: Any, kind: str) -> None:
     dtype, autocast = HALVES[kind]
-    assert told(rule, dtype, autocast=autocast, wanted=False) == []
+    assert told(estimator, dtype, autocast=autocast, wanted=False) == []
     with torch.no_grad():
-        assert told(rule, dtype, autocast=autocast) == []
-    assert told(rule, dtype, autocast=autocast, check=False) == []
-    assert told(rule, dtype, autocast=autocast, steps=0) == []
+        assert told(estimator, dtype, autocast=autocast) == []
+    assert told(estimator, dtype, autocast=autocast, check=False) == []
+    assert told(estimator, dtype, autocast=autocast, steps=0) == []
 
 
 @pytest.mark.parametrize("style", ["grad", "vmap of grad", "vmap"])
-@pytest.mark.parametrize("rule", [Reverse(), ForwardMode()], ids=str)
-def test_under_transforms_too(rule: Any, style: str) -> None:
-    """A rule whose solve runs below the transforms is asked there."""
+@pytest.mark.parametrize("estimator", [Reverse(), ForwardMode()], ids=str)
+def test_under_transforms_too(estimator: Any, style: str) -> None:
+    """An estimator whose solve runs below the transforms is asked there."""
 
     def run(w: Tensor) -> Tensor:
         a = torch.ones(2, 2, dtype=torch.bfloat16)
-        return diffopt.solve(loss, w, a, optimizer=diffopt.SGD(0.125), steps=2, estimator=rule).params.sum()
+        return diffopt.solve(loss, w, a, optimizer=diffopt.SGD(0.125), steps=2, estimator=estimator).params.sum()
 
     w = torch.ones(3, 2, dtype=torch.bfloat16)
     styles = {

@@ -1,4 +1,4 @@
-"""``compile=True``, all steps as one program: every optimizer, rule and level of vmap; and two that inductor has made.
+"""``compile=True``, all steps as one program: every optimizer, estimator and level of vmap; and two that inductor made.
 
 What is checked and noticed is tested in ``test_whole_programs.py``.
 """
@@ -22,7 +22,7 @@ from diffopt.rollout import compiled, known_programs
 
 STEPS = 4
 CASES = {case.name: case for case in OPTIMIZERS}
-RULES = (
+ESTIMATORS = (
     *(Reverse(), Reverse(1), Reverse(3), Truncated(2), Truncated(3, "sqrt"), FirstOrder(), Reptile()),
     *(MultiStep(3), MultiStep(2, Truncated(1)), MultiStep(3, Reverse(2))),
 )
@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.compiler, pytest.mark.slow]
 PROBLEM = small_network(0, STEPS)
 
 
-def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: tuple[int, ...] = ()) -> list[Tensor]:
+def hypergradient(case: Any, estimator: Any, *, compile: bool, tasks: tuple[int, ...] = ()) -> list[Tensor]:
     """Of the initial params, a loss argument, the batches and every hyperparameter, each task with its own."""
     names, meta = list(case.learned), MetaParameters.of(PROBLEM, case)
 
     def of_task(weights: Tensor, *hypers: Tensor) -> Tensor:
         optimizer = case.optimizer(dict(zip(names, hypers, strict=True)))
-        given = {"optimizer": optimizer, "steps": STEPS, "estimator": rule, "compile": compile}
+        given = {"optimizer": optimizer, "steps": STEPS, "estimator": estimator, "compile": compile}
         batches = meta.inputs, PROBLEM.batches[1]
         solution = diffopt.solve(PROBLEM.loss, list(meta.params), meta.weights * weights, batches=batches, **given)
         return PROBLEM.outer_loss(solution.params)
@@ -52,13 +52,13 @@ def hypergradient(case: Any, rule: Any, *, compile: bool, tasks: tuple[int, ...]
     return [total.detach(), *[torch.zeros(()) if x is None else x for x in found]]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
 @pytest.mark.parametrize("name", list(CASES))
-def test_every_optimizer_under_every_rule_has_the_numbers_of_the_plain_way(name: str, rule: Any) -> None:
+def test_every_optimizer_under_every_estimator_has_the_numbers_of_the_plain_way(name: str, estimator: Any) -> None:
     for tasks in ((), (3,), (2, 2)):
-        expected = hypergradient(CASES[name], rule, compile=False, tasks=tasks)
+        expected = hypergradient(CASES[name], estimator, compile=False, tasks=tasks)
         for _ in range(2):
-            found = hypergradient(CASES[name], rule, compile=True, tasks=tasks)
+            found = hypergradient(CASES[name], estimator, compile=True, tasks=tasks)
             assert relative_error(found, expected) < 1e-10
     known = known_programs._known[compiled.owner(PROBLEM.loss)]
     assert all([one.program is not None for one in known.values()])
@@ -69,7 +69,7 @@ def quadratic(w: Tensor, a: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "rule"),
+    ("name", "dtype", "estimator"),
     [
         ("adam", torch.float64, Reverse(1)),
         ("momentum", torch.float32, Reverse(1)),
@@ -77,7 +77,7 @@ def quadratic(w: Tensor, a: Tensor) -> Tensor:
     ],
 )
 def test_programs_that_inductor_has_made(
-    inductor: None, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, rule: Any
+    inductor: None, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, estimator: Any
 ) -> None:
     monkeypatch.setattr(known_programs, "_functions", Counter())  # the loss is made anew in each of these tests
     case = CASES[name]
@@ -93,7 +93,7 @@ def test_programs_that_inductor_has_made(
 
         def of_task(a: Tensor) -> Tensor:
             given = {"optimizer": case.optimizer(hypers), "steps": 5, "batches": batches, "compile": compile}
-            solution = diffopt.solve(loss, w, a, estimator=rule, **given)
+            solution = diffopt.solve(loss, w, a, estimator=estimator, **given)
             return solution.params.square().sum() + solution.losses.sum()
 
         total = vmap(of_task)(weights).sum()

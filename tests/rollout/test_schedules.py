@@ -100,28 +100,28 @@ def loss(w: torch.Tensor, slope: torch.Tensor, batch: torch.Tensor) -> torch.Ten
     return ((w * batch).sin() * slope).square().sum() + w.sum() ** 2 / 10
 
 
-def solved(rule: Any, leaves: list[torch.Tensor], **options: Any) -> diffopt.Solution[torch.Tensor]:
+def solved(estimator: Any, leaves: list[torch.Tensor], **options: Any) -> diffopt.Solution[torch.Tensor]:
     w, slope, batches = leaves
     given = {"optimizer": diffopt.SGD(0.05, momentum=0.5), "steps": len(batches), **options}
-    return diffopt.solve(loss, w, slope, batches=batches, estimator=rule, **given)
+    return diffopt.solve(loss, w, slope, batches=batches, estimator=estimator, **given)
 
 
-def hypergradient(rule: Any, steps: int, *, along: bool = False, **options: Any) -> tuple[Any, Any]:
+def hypergradient(estimator: Any, steps: int, *, along: bool = False, **options: Any) -> tuple[Any, Any]:
     leaves = inputs(steps)
     observe = {"observe": lambda w, slope, batch: (w * slope).sin()} if along else {}
-    solution = solved(rule, leaves, **observe, **options)
+    solution = solved(estimator, leaves, **observe, **options)
     value = solution.params.square().sum()
     if along:
         value = value + (solution.losses * torch.arange(steps)).sum() + solution.observed.square().sum()
     return torch.autograd.grad(value, leaves), solution
 
 
-@given(steps=st.integers(1, 40), rule=st.sampled_from(["log", "sqrt", 1, 2, 5]), along=st.booleans())
-def test_every_way_of_storing_gives_the_unrolled_hypergradient(steps: int, rule: Any, along: bool) -> None:
+@given(steps=st.integers(1, 40), estimator=st.sampled_from(["log", "sqrt", 1, 2, 5]), along=st.booleans())
+def test_every_way_of_storing_gives_the_unrolled_hypergradient(steps: int, estimator: Any, along: bool) -> None:
     expected, _ = hypergradient(Unrolled(), steps, along=along)
-    found, solution = hypergradient(Reverse(rule), steps, along=along)
+    found, solution = hypergradient(Reverse(estimator), steps, along=along)
     assert relative_error(found, expected) < 1e-12
-    if rule == "log":
+    if estimator == "log":
         slots = schedules.logarithmic(steps)
         assert (solution.kept.checkpoint, solution.kept.slots) == ("log", slots)
         assert solution.kept.states <= slots + 1
@@ -153,11 +153,11 @@ def test_the_steps_taken_again_are_counted_in_every_mode(checkpoint: Any) -> Non
 
 
 @pytest.mark.parametrize("stop", [{"tol": 0.05}, {"tol": 1e9}, {"on_step": lambda step, value: step == 13}])
-@pytest.mark.parametrize("rule", [Reverse("log"), Truncated(3, "log")], ids=str)
-def test_a_solve_that_ends_early_gives_the_hypergradient_of_its_steps(rule: Any, stop: dict[str, Any]) -> None:
-    graphs = Reverse("graph") if isinstance(rule, Reverse) else Truncated(3, "graph")
+@pytest.mark.parametrize("estimator", [Reverse("log"), Truncated(3, "log")], ids=str)
+def test_a_solve_that_ends_early_gives_the_hypergradient_of_its_steps(estimator: Any, stop: dict[str, Any]) -> None:
+    graphs = Reverse("graph") if isinstance(estimator, Reverse) else Truncated(3, "graph")
     expected, other = hypergradient(graphs, 40, **stop)
-    found, solution = hypergradient(rule, 40, **stop)
+    found, solution = hypergradient(estimator, 40, **stop)
     assert (solution.steps, relative_error(found, expected) < 1e-12) == (other.steps, True)
     assert solution.steps < 40
 
@@ -171,8 +171,8 @@ def test_a_second_backward_pass_and_tasks_under_vmap() -> None:
     assert solution.counts.extra_steps == 19 + 2 * (schedules.least_steps(19, 5) + 1)
     tasks = torch.stack([leaves[0].detach(), -0.3 * leaves[0].detach()]).requires_grad_()
 
-    def outer(rule: Any) -> list[torch.Tensor]:
-        value = vmap(lambda w: solved(rule, [w, *leaves[1:]]).params.square().sum())(tasks).sum()
+    def outer(estimator: Any) -> list[torch.Tensor]:
+        value = vmap(lambda w: solved(estimator, [w, *leaves[1:]]).params.square().sum())(tasks).sum()
         return list(torch.autograd.grad(value, [tasks, *leaves[1:]]))
 
     assert relative_error(outer(Reverse("log")), outer(Unrolled())) < 1e-12
@@ -183,11 +183,11 @@ def test_random_numbers_are_drawn_again(check: bool) -> None:
     def noisy(w: torch.Tensor, slope: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         return (torch.nn.functional.dropout(w, 0.5) * batch - slope).square().sum()
 
-    def found(rule: Any) -> Any:
+    def found(estimator: Any) -> Any:
         leaves = inputs(21)
         torch.manual_seed(3)
         w, slope, batches = leaves
-        options = {"optimizer": diffopt.SGD(0.05), "steps": 21, "estimator": rule, "check": check}
+        options = {"optimizer": diffopt.SGD(0.05), "steps": 21, "estimator": estimator, "check": check}
         solution = diffopt.solve(noisy, w, slope, batches=batches, **options)
         return torch.autograd.grad(solution.params.square().sum(), leaves)
 
@@ -199,11 +199,11 @@ def test_many_cotangents_take_the_steps_again_once() -> None:
     w = torch.linspace(-1, 1, size, dtype=torch.float64, requires_grad=True)
     slope = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
-    def rows(rule: Any) -> tuple[Any, int]:
+    def rows(estimator: Any) -> tuple[Any, int]:
         def scaled(w: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
             return (slope * w).sin().square().sum()
 
-        options = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": steps, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": steps, "estimator": estimator}
         solution = diffopt.solve(scaled, w, slope, **options)
         value = torch.stack([solution.params.sum(), solution.params[:9].square().sum()])
         found = torch.autograd.grad(value, [w, slope], torch.eye(2).double(), is_grads_batched=True)
@@ -219,8 +219,8 @@ def test_a_long_rollout_keeps_few_states() -> None:
     w = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     slope = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
-    def found(rule: Any) -> tuple[Any, Any]:
-        options = {"optimizer": diffopt.SGD(1e-3), "steps": steps, "estimator": rule}
+    def found(estimator: Any) -> tuple[Any, Any]:
+        options = {"optimizer": diffopt.SGD(1e-3), "steps": steps, "estimator": estimator}
         solution = diffopt.solve(lambda w, slope: (w * slope).sin().sum(), w, slope, **options)
         return torch.autograd.grad(solution.params.square().sum(), [w, slope]), solution
 
@@ -242,7 +242,7 @@ def test_amounts_of_memory(text: Any, expected: int) -> None:
     assert as_bytes("memory", text) == expected
 
 
-def wide(rule: Any, steps: int, *, batch: int = 4, **options: Any) -> tuple[Any, Any]:
+def wide(estimator: Any, steps: int, *, batch: int = 4, **options: Any) -> tuple[Any, Any]:
     """A hypergradient whose graphs grow with the batch."""
     w = torch.linspace(-1, 1, 3000, dtype=torch.float64, requires_grad=True)
     scale = torch.full((batch, 1), 0.5, dtype=torch.float64, requires_grad=True)
@@ -250,7 +250,7 @@ def wide(rule: Any, steps: int, *, batch: int = 4, **options: Any) -> tuple[Any,
     def loss(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return ((w * scale).tanh() * scale).square().mean()
 
-    given = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": steps, "estimator": rule, **options}
+    given = {"optimizer": diffopt.SGD(0.1, momentum=0.5), "steps": steps, "estimator": estimator, **options}
     solution = diffopt.solve(loss, w, scale, **given)
     return torch.autograd.grad(solution.params.square().sum(), [w, scale]), solution
 

@@ -17,7 +17,7 @@ from diffopt.estimators import Binomial, ESJacobian, FirstOrder, ForwardMode, Kr
 
 pytestmark = pytest.mark.usefixtures("float64_by_default")
 STEPS = 5
-RULES = {
+ESTIMATORS = {
     **exact(STEPS, "default", "graph", "states", "every second", "sqrt", "unrolled", "forward"),
     **biased(3),
     "binomial in chunks": Binomial(3, chunk_size=2),
@@ -48,16 +48,16 @@ def inputs():
     return [torch.tensor([0.5, -1.0, 0.2]), torch.tensor(0.1), torch.tensor(0.2)]
 
 
-def final(given, batches, rule=None, steps=STEPS, **options):
+def final(given, batches, estimator=None, steps=STEPS, **options):
     """The final params, and the solution, for the initial ones, the decay and the learning rate."""
     w, decay, lr = given
     optimizer = diffopt.SGD(lr, momentum=0.5)
-    return solve(loss, w, decay, optimizer=optimizer, steps=steps, batches=batches, estimator=rule, **options)
+    return solve(loss, w, decay, optimizer=optimizer, steps=steps, batches=batches, estimator=estimator, **options)
 
 
-def gradients(batches, rule=None, **options) -> list[Tensor]:
+def gradients(batches, estimator=None, **options) -> list[Tensor]:
     given = [x.requires_grad_() for x in inputs()]
-    params = final(given, batches, rule, **options).params
+    params = final(given, batches, estimator, **options).params
     return [params.detach(), *torch.autograd.grad(params.pow(3).sum(), given, allow_unused=True)]
 
 
@@ -69,21 +69,21 @@ def assert_same(got, expected) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_numbers_are_those_of_stacked_batches(rule, compile):
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_the_numbers_are_those_of_stacked_batches(estimator, compile):
     torch.manual_seed(1)
-    expected = gradients(data(), rule, compile=compile)
+    expected = gradients(data(), estimator, compile=compile)
     torch.manual_seed(1)
-    assert_same(gradients(of(data()), rule, compile=compile), expected)
+    assert_same(gradients(of(data()), estimator, compile=compile), expected)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_all_tasks_of_a_vmap_get_the_same_batch(rule):
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_all_tasks_of_a_vmap_get_the_same_batch(estimator):
     tasks = torch.stack([torch.tensor([0.5, -1.0, 0.2]) + i for i in range(3)])
 
     def task(batches, w):
         torch.manual_seed(1)
-        return final([w, *inputs()[1:]], batches, rule).params
+        return final([w, *inputs()[1:]], batches, estimator).params
 
     def mean(batches, w):
         w = w.clone().requires_grad_()
@@ -93,12 +93,12 @@ def test_all_tasks_of_a_vmap_get_the_same_batch(rule):
     assert_same(mean(of(data()), tasks), mean(data(), tasks))
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "vmap of grad", "grad of vmap"])
-def test_under_transforms(rule, transform):
+def test_under_transforms(estimator, transform):
     def outer(batches):
         def value(w):
-            return final([w, *inputs()[1:]], batches, rule).params
+            return final([w, *inputs()[1:]], batches, estimator).params
 
         w = inputs()[0]
         if transform == "grad":
@@ -109,26 +109,26 @@ def test_under_transforms(rule, transform):
             return torch.func.vmap(torch.func.grad(lambda w: value(w).sum()))(torch.stack([w, 2 * w]))
         return torch.func.grad(lambda ws: torch.func.vmap(value)(ws).pow(2).sum())(torch.stack([w, 2 * w]))
 
-    if transform == "jacrev" and isinstance(rule, Unrolled):
+    if transform == "jacrev" and isinstance(estimator, Unrolled):
         pytest.skip("no pullback of its own")
     assert_same([outer(of(data()))], [outer(data())])
 
 
 @pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_what_observes_sees_the_batch_of_its_step(rule, compile):
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_what_observes_sees_the_batch_of_its_step(estimator, compile):
     def of_observed(batches):
         given = [x.requires_grad_() for x in inputs()]
         options = {"observe": loss, "compile": compile}
-        found = final(given, batches, rule, **options).observed
+        found = final(given, batches, estimator, **options).observed
         return found.detach(), *torch.autograd.grad(found.sum(), given)
 
     assert_same(of_observed(of(data())), of_observed(data()))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_state_goes_on_with_the_batches_of_its_steps(rule):
-    if isinstance(rule, (MultiStep, ESJacobian)):
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_state_goes_on_with_the_batches_of_its_steps(estimator):
+    if isinstance(estimator, (MultiStep, ESJacobian)):
         pytest.skip("other steps in parts, or other directions")
     asked: list[int] = []
     stack = data()
@@ -142,21 +142,23 @@ def test_a_state_goes_on_with_the_batches_of_its_steps(rule):
     first = solve(loss, w, decay, optimizer=optimizer, steps=2, batches=batches, estimator=Reverse())
     assert asked == [0, 1]
     root = decay.clone().requires_grad_()
-    second = solve(loss, first.state, root, optimizer=optimizer, steps=3, batches=batches, estimator=rule)
+    second = solve(loss, first.state, root, optimizer=optimizer, steps=3, batches=batches, estimator=estimator)
     second.params.sum().backward() if second.params.requires_grad else None
     assert set(asked[2:]) == {2, 3, 4}
     torch.testing.assert_close(second.params.detach(), final(inputs(), data()).params, rtol=1e-12, atol=1e-12)
     rest = {key: x[2:] for key, x in stack.items()}
     again = decay.clone().requires_grad_()
-    other = solve(loss, first.state, again, optimizer=optimizer, steps=3, batches=rest, estimator=rule)
+    other = solve(loss, first.state, again, optimizer=optimizer, steps=3, batches=rest, estimator=estimator)
     other.params.sum().backward() if other.params.requires_grad else None
     assert_same([root.grad], [again.grad])
 
 
-@pytest.mark.parametrize(("rule", "calls"), [(Reverse("graph"), 1), (Reverse(1), 2), (FirstOrder(), 1), (Krylov(3), 2)])
-def test_a_batch_is_asked_for_where_its_step_is_evaluated_only(rule, calls):
+@pytest.mark.parametrize(
+    ("estimator", "calls"), [(Reverse("graph"), 1), (Reverse(1), 2), (FirstOrder(), 1), (Krylov(3), 2)]
+)
+def test_a_batch_is_asked_for_where_its_step_is_evaluated_only(estimator, calls):
     asked: list[int] = []
-    gradients(lambda step: asked.append(step) or of(data())(step), rule)
+    gradients(lambda step: asked.append(step) or of(data())(step), estimator)
     assert sorted(asked) == sorted([*range(STEPS)] * calls)
 
 
@@ -174,23 +176,23 @@ def test_without_steps_nothing_is_asked_for():
     assert torch.equal(solution.params, inputs()[0])
 
 
-@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
-def test_steps_may_end_early(rule):
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+def test_steps_may_end_early(estimator):
     seen: list[int] = []
     options = {"on_step": lambda step, loss: seen.append(step) or step == 3}
-    ended = gradients(of(data()), rule, **options)
+    ended = gradients(of(data()), estimator, **options)
     assert seen == [1, 2, 3]
-    assert_same(ended, gradients(of(data()), rule, steps=3))
+    assert_same(ended, gradients(of(data()), estimator, steps=3))
 
 
-@pytest.mark.parametrize("rule", [*EXACT.values(), Binomial(STEPS), Krylov(STEPS)], ids=str)
-def test_a_vector_field_sees_the_batch_of_its_step(rule):
+@pytest.mark.parametrize("estimator", [*EXACT.values(), Binomial(STEPS), Krylov(STEPS)], ids=str)
+def test_a_vector_field_sees_the_batch_of_its_step(estimator):
     turn = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.5], [0.0, 0.2, 0.3]])
     field = diffopt.VectorField(lambda w, decay, b: turn @ w * b["y"].mean() + decay * w**3 + b["x"].sum(0))
 
     def found(batches):
         w, decay = torch.ones(3, requires_grad=True), torch.tensor(0.1, requires_grad=True)
-        options = {"optimizer": diffopt.SGD(0.05), "steps": STEPS, "batches": batches, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.05), "steps": STEPS, "batches": batches, "estimator": estimator}
         return torch.autograd.grad(solve(field, w, decay, **options).params.sum(), (w, decay))
 
     assert_same(found(of(data())), found(data()))
@@ -204,10 +206,12 @@ def ragged(step):
     return {key: x[step] for key, x in data(size=2 + step).items()}
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in ("binomial", "binomial in chunks", "krylov")])
+@pytest.mark.parametrize(
+    "name", [name for name in ESTIMATORS if name not in ("binomial", "binomial in chunks", "krylov")]
+)
 def test_batches_may_differ_in_shape(name):
     torch.manual_seed(2)
-    found = gradients(ragged, RULES[name])
+    found = gradients(ragged, ESTIMATORS[name])
     if name not in ("graph", "states", "every second", "sqrt", "default", "forward", "unrolled"):
         return
     given = [x.requires_grad_() for x in inputs()]
@@ -220,10 +224,10 @@ def test_batches_may_differ_in_shape(name):
     assert_same(found, [w.detach(), *torch.autograd.grad(w.pow(3).sum(), given)])
 
 
-@pytest.mark.parametrize("rule", [Binomial(2), Krylov(2), Binomial(2, chunk_size=2)])
-def test_rules_that_take_steps_together_want_one_shape(rule):
+@pytest.mark.parametrize("estimator", [Binomial(2), Krylov(2), Binomial(2, chunk_size=2)])
+def test_estimators_that_take_steps_together_want_one_shape(estimator):
     with pytest.raises(BatchesError, match=r"batches\['x'\] has shapes \(., 3\) and \(., 3\) .*Binomial, Krylov"):
-        gradients(ragged, rule)
+        gradients(ragged, estimator)
 
 
 @pytest.mark.slow
@@ -254,9 +258,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("rule", [Reverse("graph"), Reverse(1), Unrolled()], ids=["graph", "states", "unrolled"])
+@pytest.mark.parametrize("estimator", [Reverse("graph"), Reverse(1), Unrolled()], ids=["graph", "states", "unrolled"])
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_function_of_the_step_is_refused(name, rule):
+def test_what_is_no_function_of_the_step_is_refused(name, estimator):
     batches, kind, message = BAD[name]
 
     def of_leaves(w, batch):
@@ -264,7 +268,7 @@ def test_what_is_no_function_of_the_step_is_refused(name, rule):
         return sum((x @ w).square().mean() for x in leaves)
 
     with pytest.raises(kind, match=message):
-        solve(of_leaves, torch.ones(3), optimizer=diffopt.SGD(0.1), steps=STEPS, batches=batches, estimator=rule)
+        solve(of_leaves, torch.ones(3), optimizer=diffopt.SGD(0.1), steps=STEPS, batches=batches, estimator=estimator)
 
 
 TRANSFORMS = {
@@ -278,14 +282,14 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("use", [lambda x, i: x[i], lambda x, i: x, lambda x, i: {"a": 2 * x[: i + 1]}[("a")]])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=["reverse", "unrolled"])
-def test_a_tensor_of_a_transform_around_the_solve_is_refused(transform, use, rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled()], ids=["reverse", "unrolled"])
+def test_a_tensor_of_a_transform_around_the_solve_is_refused(transform, use, estimator):
     def task(x):
         def square(w, batch):
             return (batch.sum() * w).square().sum()
 
         optimizer = diffopt.SGD(0.1)
-        options = {"optimizer": optimizer, "steps": 2, "batches": lambda i: use(x, i), "estimator": rule}
+        options = {"optimizer": optimizer, "steps": 2, "batches": lambda i: use(x, i), "estimator": estimator}
         return solve(square, torch.ones(2), **options).params
 
     with pytest.raises(CapturedTensorError, match=r"belongs to a torch\.func transform.*\*args"):
@@ -293,13 +297,13 @@ def test_a_tensor_of_a_transform_around_the_solve_is_refused(transform, use, rul
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=["reverse", "unrolled"])
-def test_an_argument_is_indexed_inside_the_loss_instead(transform, rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled()], ids=["reverse", "unrolled"])
+def test_an_argument_is_indexed_inside_the_loss_instead(transform, estimator):
     def task(x):
         def square(w, x, index):
             return (x[index].sum() * w).square().sum()
 
-        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "batches": torch.tensor, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "batches": torch.tensor, "estimator": estimator}
         return solve(square, torch.ones(2), x, **options).params
 
     def stacked(x):
@@ -342,7 +346,7 @@ def test_random_batches_of_a_seed_of_the_step(name, batches, threads):
     if threads:
         other.start()
     try:
-        assert_same(gradients(batches, RULES[name]), gradients(stack, RULES[name]))
+        assert_same(gradients(batches, ESTIMATORS[name]), gradients(stack, ESTIMATORS[name]))
     finally:
         done.set()
 
@@ -355,8 +359,10 @@ def test_numbers_that_the_loss_draws_are_drawn_again(name):
     def found(batches):
         torch.manual_seed(5)
         w, decay, lr = (x.requires_grad_() for x in inputs())
-        rule = RULES[name]
-        solution = solve(dropped, w, decay, optimizer=diffopt.SGD(lr), steps=STEPS, batches=batches, estimator=rule)
+        estimator = ESTIMATORS[name]
+        solution = solve(
+            dropped, w, decay, optimizer=diffopt.SGD(lr), steps=STEPS, batches=batches, estimator=estimator
+        )
         return torch.autograd.grad(solution.params.sum(), (w, decay), allow_unused=True)
 
     assert_same(found(of(data())), found(data()))
@@ -382,12 +388,12 @@ def test_an_iterator_is_right_where_no_step_is_taken_again():
     assert_same(gradients(lambda step: next(rows), Reverse("graph")), gradients(data(), Reverse("graph")))
 
 
-CHANGING = {name: RULES[name] for name in ("states", "every second", "sqrt", "truncated", "binomial", "krylov")}
+CHANGING = {name: ESTIMATORS[name] for name in ("states", "every second", "sqrt", "truncated", "binomial", "krylov")}
 
 
 @pytest.mark.parametrize("compile", [False, COMPILED], ids=["plain", "compiled"])
-@pytest.mark.parametrize("rule", [*CHANGING.values(), ForwardMode(), ESJacobian(2, 1e-3)], ids=str)
-def test_a_batch_that_is_another_one_when_asked_for_again_is_refused(rule, compile):
+@pytest.mark.parametrize("estimator", [*CHANGING.values(), ForwardMode(), ESJacobian(2, 1e-3)], ids=str)
+def test_a_batch_that_is_another_one_when_asked_for_again_is_refused(estimator, compile):
     asked: list[int] = []
 
     def batches(step):
@@ -395,7 +401,7 @@ def test_a_batch_that_is_another_one_when_asked_for_again_is_refused(rule, compi
         return {key: x * (1 + (asked.count(step) > 1)) for key, x in of(data())(step).items()}
 
     with pytest.raises(RandomnessError, match="came out differently in the backward pass"):
-        gradients(batches, rule, compile=compile)
+        gradients(batches, estimator, compile=compile)
 
 
 def test_a_number_that_is_not_finite_is_named_with_its_step():

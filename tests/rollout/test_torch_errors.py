@@ -32,7 +32,7 @@ from diffopt.tensors import derivatives
 
 RECOMPUTING: list[Any] = [Reverse(1), Reverse("sqrt"), ForwardMode(), Binomial(1), Krylov(2)]
 VMAPPING: list[Any] = [ForwardMode(), Binomial(1), Krylov(2)]
-"""Rules that evaluate the loss under vmap, where torch takes some operations apart and so can differentiate them."""
+"""Estimators that evaluate the loss under vmap, where torch takes some operations apart, and can differentiate them."""
 EVERY: list[Any] = [Reverse(), *RECOMPUTING, Truncated(2), MultiStep(2), Unrolled()]
 
 
@@ -43,9 +43,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 X, Y = normal(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def run(loss: Any, start: Any, *args: Any, rule: Any = None, lr: float = 0.1, steps: int = 3) -> Any:
-    rule = rule or Reverse()
-    return diffopt.solve(loss, start, *args, optimizer=diffopt.SGD(lr), steps=steps, estimator=rule).params
+def run(loss: Any, start: Any, *args: Any, estimator: Any = None, lr: float = 0.1, steps: int = 3) -> Any:
+    estimator = estimator or Reverse()
+    return diffopt.solve(loss, start, *args, optimizer=diffopt.SGD(lr), steps=steps, estimator=estimator).params
 
 
 def loop(loss: Any, w: Tensor, *args: Any, lr: float = 0.1, steps: int = 3) -> Tensor:
@@ -74,33 +74,33 @@ def weighed_by_hand(p: Tensor, w: Tensor) -> Tensor:
     return (w[Y] * F.cross_entropy(X @ p, Y, reduction="none")).sum() / w[Y].sum()
 
 
-@pytest.mark.parametrize("rule", [rule for rule in EVERY if rule not in VMAPPING], ids=str)
+@pytest.mark.parametrize("estimator", [estimator for estimator in EVERY if estimator not in VMAPPING], ids=str)
 @pytest.mark.parametrize("loss", WEIGHED.values(), ids=WEIGHED)
-def test_class_weights_that_are_learned_are_named(loss: Any, rule: Any) -> None:
+def test_class_weights_that_are_learned_are_named(loss: Any, estimator: Any) -> None:
     w = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
     with pytest.raises(
         diffopt.MissingDerivativeError, match=r"argument 'weight'.*\(w\[y\] \* cross_entropy\(.*reduction='none'\)"
     ):
-        of(run(loss, torch.zeros(3, 3, dtype=torch.float64), w, rule=rule)).backward()
+        of(run(loss, torch.zeros(3, 3, dtype=torch.float64), w, estimator=estimator)).backward()
 
 
-@pytest.mark.parametrize("rule", VMAPPING, ids=str)
+@pytest.mark.parametrize("estimator", VMAPPING, ids=str)
 @pytest.mark.parametrize("loss", [name for name in WEIGHED if name != "a sum"])
-def test_class_weights_that_are_learned_are_right_where_torch_can(loss: str, rule: Any) -> None:
+def test_class_weights_that_are_learned_are_right_where_torch_can(loss: str, estimator: Any) -> None:
     w = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
     p = normal(3, 3)
-    found, by_hand = (of(run(one, p, w, rule=rule)) for one in (WEIGHED[loss], weighed_by_hand))
+    found, by_hand = (of(run(one, p, w, estimator=estimator)) for one in (WEIGHED[loss], weighed_by_hand))
     assert_same(torch.autograd.grad(found, w), torch.autograd.grad(by_hand, w))
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=str)
-def test_class_weights_that_are_not_learned_are_right(rule: Any) -> None:
-    if isinstance(rule, ForwardMode):
-        rule = ForwardMode(chunk_size=3)
+@pytest.mark.parametrize("estimator", EVERY, ids=str)
+def test_class_weights_that_are_not_learned_are_right(estimator: Any) -> None:
+    if isinstance(estimator, ForwardMode):
+        estimator = ForwardMode(chunk_size=3)
     p, w = normal(3, 3).requires_grad_(), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    exact = not isinstance(rule, Binomial | Krylov | Truncated) and rule != MultiStep(2)
-    found = torch.autograd.grad(of(run(WEIGHED["cross_entropy"], p, w, rule=rule)), p)
-    by_hand = torch.autograd.grad(of(run(weighed_by_hand, p, w, rule=rule)), p)
+    exact = not isinstance(estimator, Binomial | Krylov | Truncated) and estimator != MultiStep(2)
+    found = torch.autograd.grad(of(run(WEIGHED["cross_entropy"], p, w, estimator=estimator)), p)
+    by_hand = torch.autograd.grad(of(run(weighed_by_hand, p, w, estimator=estimator)), p)
     assert_same(found, by_hand)
     if exact:
         assert_same(found, torch.autograd.grad(of(loop(WEIGHED["cross_entropy"], p, w)), p))
@@ -161,9 +161,9 @@ OF_TRACERS = pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's
 
 
 @OF_TRACERS
-@pytest.mark.parametrize("rule", sampled(SECOND, 3), ids=str)
+@pytest.mark.parametrize("estimator", sampled(SECOND, 3), ids=str)
 @pytest.mark.parametrize("kind", COMPILED)
-def test_what_torch_compiled_is_named(kind: str, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_compiled_is_named(kind: str, estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch says nothing where the first gradient comes out as a constant.
 
     (Beside another thread, such as that of a compiler, a replay runs in a mode in which torch compiles nothing.)
@@ -171,7 +171,7 @@ def test_what_torch_compiled_is_named(kind: str, rule: Any, monkeypatch: pytest.
     monkeypatch.setattr("threading.active_count", lambda: 1)
     start, loss = compiled(kind)
     with pytest.raises(diffopt.MissingDerivativeError, match=r"aot_autograd.*module\._orig_mod.*compile=True"):
-        of(run(loss, start, rule=rule)).backward()
+        of(run(loss, start, estimator=estimator)).backward()
 
 
 @OF_TRACERS
@@ -185,32 +185,34 @@ def test_what_is_compiled_later_is_named(kind: str, counted: bool, monkeypatch: 
     start, loss = compiled(kind)
     monkeypatch.setattr(derivatives, "_seen", (repr(derivatives._counter), False))
     with pytest.raises(diffopt.MissingDerivativeError, match="aot_autograd"):
-        of(run(loss, start, rule=Reverse("graph"))).backward()
+        of(run(loss, start, estimator=Reverse("graph"))).backward()
 
 
 @OF_TRACERS
-@pytest.mark.parametrize("rule", [FirstOrder(), Truncated(0), Binomial(0)], ids=str)
+@pytest.mark.parametrize("estimator", [FirstOrder(), Truncated(0), Binomial(0)], ids=str)
 @pytest.mark.parametrize("kind", COMPILED)
-def test_what_torch_compiled_is_right_where_first_derivatives_are_all(kind: str, rule: Any) -> None:
+def test_what_torch_compiled_is_right_where_first_derivatives_are_all(kind: str, estimator: Any) -> None:
     found = []
     for start, loss in (compiled(kind), (compiled(kind)[0], torch.compiler.disable(compiled(kind)[1]))):
-        found.append(torch.autograd.grad(of(run(loss, start, rule=rule)), list(start.values())))
+        found.append(torch.autograd.grad(of(run(loss, start, estimator=estimator)), list(start.values())))
     assert_same(*found)
 
 
 @OF_TRACERS
-@pytest.mark.parametrize("rule", [Reverse(), Unrolled()], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Unrolled()], ids=str)
 @pytest.mark.parametrize("kind", COMPILED)
-def test_what_torch_compiled_can_be_solved_without_a_gradient(kind: str, rule: Any) -> None:
+def test_what_torch_compiled_can_be_solved_without_a_gradient(kind: str, estimator: Any) -> None:
     start, loss = compiled(kind)
     with torch.no_grad():
-        end = run(loss, start, rule=rule)
-    assert_same(list(end.values()), list(run(loss, start, rule=FirstOrder()).values()))
+        end = run(loss, start, estimator=estimator)
+    assert_same(list(end.values()), list(run(loss, start, estimator=FirstOrder()).values()))
 
 
 @OF_TRACERS
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), ForwardMode(), Unrolled(), Binomial(3), Implicit()], ids=str)
-def test_what_torch_compiled_of_the_arguments_alone_is_right(rule: Any) -> None:
+@pytest.mark.parametrize(
+    "estimator", [Reverse(), Reverse(1), ForwardMode(), Unrolled(), Binomial(3), Implicit()], ids=str
+)
+def test_what_torch_compiled_of_the_arguments_alone_is_right(estimator: Any) -> None:
     """It is differentiated once: the gradient in params does not pass through it."""
     torch._dynamo.reset()  # type: ignore[attr-defined]
     bent = torch.compile(torch.tanh, backend="aot_eager")
@@ -223,12 +225,12 @@ def test_what_torch_compiled_of_the_arguments_alone_is_right(rule: Any) -> None:
         a = normal(3, seed=1).requires_grad_()
         if outside:  # what was compiled stands before the solve
             given, loss = f(a), lambda w, b: (X @ w - X @ b).square().mean() + 0.1 * w.pow(2).sum()
-            plain = torch.autograd.grad(of(run(loss, normal(3), torch.tanh(a), rule=rule, steps=200)), a)
-            assert_same(torch.autograd.grad(of(run(loss, normal(3), given, rule=rule, steps=200)), a), plain)
+            plain = torch.autograd.grad(of(run(loss, normal(3), torch.tanh(a), estimator=estimator, steps=200)), a)
+            assert_same(torch.autograd.grad(of(run(loss, normal(3), given, estimator=estimator, steps=200)), a), plain)
         else:
             loss = lambda w, a, f=f: inside(w, a, f)  # noqa: E731
-            steps = 200 if isinstance(rule, Implicit) else 3
-            found.append(torch.autograd.grad(of(run(loss, normal(3), a, rule=rule, steps=steps)), a))
+            steps = 200 if isinstance(estimator, Implicit) else 3
+            found.append(torch.autograd.grad(of(run(loss, normal(3), a, estimator=estimator, steps=steps)), a))
     assert_same(found[1], found[0])
 
 
@@ -249,15 +251,15 @@ class Loader:
 
 
 @pytest.mark.parametrize("batches", [0, 2, 3, 4])
-@pytest.mark.parametrize("rule", [*EVERY, FirstOrder()], ids=str)
-def test_an_iterator_that_has_ended_is_named_or_nothing_asks_it_again(rule: Any, batches: int) -> None:
+@pytest.mark.parametrize("estimator", [*EVERY, FirstOrder()], ids=str)
+def test_an_iterator_that_has_ended_is_named_or_nothing_asks_it_again(estimator: Any, batches: int) -> None:
     loader, w = Loader(batches), torch.ones(3, dtype=torch.float64, requires_grad=True)
     try:
-        (found,) = torch.autograd.grad(of(run(lambda w: (next(loader) @ w).square().mean(), w, rule=rule)), w)
+        (found,) = torch.autograd.grad(of(run(lambda w: (next(loader) @ w).square().mean(), w, estimator=estimator)), w)
     except diffopt.HiddenStateError as error:
         assert "iterator" in str(error) or "state" in str(error)  # noqa: PT017  (refused or right)
     else:
-        expected = run(lambda w: (X @ w).square().mean(), w, rule=rule)
+        expected = run(lambda w: (X @ w).square().mean(), w, estimator=estimator)
         assert_same([found], torch.autograd.grad(of(expected), w))
 
 
@@ -340,46 +342,46 @@ UNDER_VMAP: dict[str, tuple[Callable[[Tensor], Tensor], str, Callable[[Tensor], 
 BATCHING: list[Any] = [Binomial(2), Krylov(2), ForwardMode(), ESJacobian(3, 1e-4)]
 
 
-@pytest.mark.parametrize("rule", BATCHING, ids=str)
+@pytest.mark.parametrize("estimator", BATCHING, ids=str)
 @pytest.mark.parametrize("kind", UNDER_VMAP)
-def test_a_loss_that_a_rule_vmaps_is_refused_or_right(kind: str, rule: Any) -> None:
+def test_a_loss_that_an_estimator_vmaps_is_refused_or_right(kind: str, estimator: Any) -> None:
     loss, says, better = UNDER_VMAP[kind]
     w = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64, requires_grad=True)
-    expected = torch.autograd.grad(of(run(better, w, rule=rule)), w)
+    expected = torch.autograd.grad(of(run(better, w, estimator=estimator)), w)
     try:
-        found = torch.autograd.grad(of(run(loss, w, rule=rule)), w)
+        found = torch.autograd.grad(of(run(loss, w, estimator=estimator)), w)
     except diffopt.VmapError as error:
         assert re.search(says, str(error))  # noqa: PT017  (refused or right, by what torch can)
     else:
-        assert_same(found, expected, rtol=1e-5 if isinstance(rule, ESJacobian) else 1e-10)
+        assert_same(found, expected, rtol=1e-5 if isinstance(estimator, ESJacobian) else 1e-10)
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled(), FirstOrder(), Binomial(1)], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled(), FirstOrder(), Binomial(1)], ids=str)
 @pytest.mark.parametrize("kind", UNDER_VMAP)
-def test_a_loss_under_the_callers_vmap_is_refused_and_its_better_form_is_right(kind: str, rule: Any) -> None:
+def test_a_loss_under_the_callers_vmap_is_refused_and_its_better_form_is_right(kind: str, estimator: Any) -> None:
     loss, says, better = UNDER_VMAP[kind]
     tasks = normal(2, 3)
 
     def each(loss: Any) -> tuple[Tensor, ...]:
         w = tasks.clone().requires_grad_()
-        return torch.autograd.grad(of(vmap(lambda w: run(loss, w, rule=rule))(w)), w)
+        return torch.autograd.grad(of(vmap(lambda w: run(loss, w, estimator=estimator))(w)), w)
 
     with pytest.raises(diffopt.VmapError, match=says):
         each(loss)
     rows = []
     for row in tasks:
         w = row.clone().requires_grad_()
-        rows += torch.autograd.grad(of(run(better, w, rule=rule)), w)
+        rows += torch.autograd.grad(of(run(better, w, estimator=estimator)), w)
     assert_same(each(better), [torch.stack(rows)])
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Truncated(3), Unrolled()], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(3), Unrolled()], ids=str)
 @pytest.mark.parametrize("kind", UNDER_VMAP)
-def test_a_loss_that_nothing_vmaps_is_right(kind: str, rule: Any) -> None:
+def test_a_loss_that_nothing_vmaps_is_right(kind: str, estimator: Any) -> None:
     loss, _, better = UNDER_VMAP[kind]
     w = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(of(loop(better, w)), w)
-    assert_same(torch.autograd.grad(of(run(loss, w, rule=rule)), w), expected)
+    assert_same(torch.autograd.grad(of(run(loss, w, estimator=estimator)), w), expected)
 
 
 @pytest.mark.parametrize("kind", ["requires_grad_", "a function", "a checkpoint"])
@@ -389,6 +391,6 @@ def test_implicit_gradients_of_such_a_loss_are_right(kind: str) -> None:
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     found = []
     for one in (loss, better):
-        end = run(lambda w, c, one=one: one(w) + c * (w - 1).square().sum(), w, weight, rule=Implicit(), steps=400)
+        end = run(lambda w, c, one=one: one(w) + c * (w - 1).square().sum(), w, weight, estimator=Implicit(), steps=400)
         found.append(torch.autograd.grad(of(end), weight))
     assert_same(found[0], found[1])

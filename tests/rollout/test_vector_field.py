@@ -1,4 +1,4 @@
-"""Vector fields in the place of a loss: every rule and every transform, against autograd through a plain loop."""
+"""Vector fields in the place of a loss: every estimator and every transform, against autograd through a plain loop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def expected(optimizer: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("estimator", EXACT, ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_exact_rules_equal_autograd_through_a_plain_loop(optimizer, estimator):
+def test_exact_estimators_equal_autograd_through_a_plain_loop(optimizer, estimator):
     made = leaves(optimizer)
     got = torch.autograd.grad(by_library(optimizer, estimator, *made), made)
     assert relative_error(got, expected(optimizer)) < ROUND_OFF
@@ -91,8 +91,8 @@ def test_krylov_with_a_space_as_large_as_the_system():
 
 def test_differences_along_all_directions():
     made = leaves("descent")
-    rule = ESJacobian(64, 1e-5, "orthonormal")
-    got = torch.autograd.grad(by_library("descent", rule, *made), made)
+    estimator = ESJacobian(64, 1e-5, "orthonormal")
+    got = torch.autograd.grad(by_library("descent", estimator, *made), made)
     assert relative_error(got, expected("descent")) < 1e-6  # of central differences
 
 
@@ -140,7 +140,7 @@ def test_random_fields_under_every_optimizer(seed, case, estimator, batched):
     assert relative_error(got, answer) < 1e-8
 
 
-RULES = [Reverse(), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS), Binomial(STEPS)]
+ESTIMATORS = [Reverse(), Reverse(1), Reverse(2), Unrolled(), ForwardMode(), Truncated(STEPS), Binomial(STEPS)]
 TASKS = 3
 
 
@@ -169,28 +169,28 @@ def over_tasks(found: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return [column if dim == 0 else column.sum(0) for column, dim in zip(columns, DIMS, strict=True)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 class TestTransforms:
-    def test_vmap_then_backward(self, rule):
+    def test_vmap_then_backward(self, estimator):
         made = [x.clone().requires_grad_() for x in stacked("momentum")]
-        total = vmap(partial(by_library, "momentum", rule), in_dims=DIMS)(*made).sum()
+        total = vmap(partial(by_library, "momentum", estimator), in_dims=DIMS)(*made).sum()
         assert relative_error(torch.autograd.grad(total, made), over_tasks(rows("momentum"))) < ROUND_OFF
 
-    def test_grad_of_vmap(self, rule):
+    def test_grad_of_vmap(self, estimator):
         def total(*made):
-            return vmap(partial(by_library, "momentum", rule), in_dims=DIMS)(*made).sum()
+            return vmap(partial(by_library, "momentum", estimator), in_dims=DIMS)(*made).sum()
 
         got = grad(total, argnums=tuple(range(9)))(*stacked("momentum"))
         assert relative_error(got, over_tasks(rows("momentum"))) < ROUND_OFF
 
-    def test_vmap_of_grad(self, rule):
-        of_one = grad(partial(by_library, "momentum", rule), argnums=tuple(range(9)))
+    def test_vmap_of_grad(self, estimator):
+        of_one = grad(partial(by_library, "momentum", estimator), argnums=tuple(range(9)))
         got = vmap(of_one, in_dims=DIMS)(*stacked("momentum"))
         for i, row in enumerate(rows("momentum")):
             assert relative_error([x[i] for x in got], row) < ROUND_OFF
 
-    def test_nested_vmap_of_grad(self, rule):
-        of_one = grad(partial(by_library, "momentum", rule), argnums=tuple(range(9)))
+    def test_nested_vmap_of_grad(self, estimator):
+        of_one = grad(partial(by_library, "momentum", estimator), argnums=tuple(range(9)))
         made = stacked("momentum")
         made[6] = torch.stack([0.5 * made[6], made[6]])
         outermost = (None,) * 6 + (0, None, None)
@@ -200,11 +200,11 @@ class TestTransforms:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(2), Truncated(2)], ids=str)
-def test_compiled_steps_give_the_same(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(2), Truncated(2)], ids=str)
+def test_compiled_steps_give_the_same(estimator):
     made = leaves("momentum")
-    plain = torch.autograd.grad(by_library("momentum", rule, *made), made)
-    compiled = torch.autograd.grad(by_library("momentum", rule, *made, compile=True), made)
+    plain = torch.autograd.grad(by_library("momentum", estimator, *made), made)
+    compiled = torch.autograd.grad(by_library("momentum", estimator, *made, compile=True), made)
     assert relative_error(compiled, plain) < ROUND_OFF
 
 
@@ -249,9 +249,9 @@ def test_each_task_has_a_norm_of_its_own():
 def test_a_field_of_zeros_is_no_fault():
     """At a root the norm has no derivative; the field has."""
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    for rule in (Reverse(), ForwardMode(), Unrolled()):
+    for estimator in (Reverse(), ForwardMode(), Unrolled()):
         field, start = diffopt.VectorField(lambda w, a: w**2 - a**2), torch.tensor([2.0, -2.0], dtype=torch.float64)
-        w = diffopt.solve(field, start, a, optimizer=diffopt.SGD(0.1), steps=1, estimator=rule).params
+        w = diffopt.solve(field, start, a, optimizer=diffopt.SGD(0.1), steps=1, estimator=estimator).params
         assert torch.autograd.grad(w.sum(), a)[0].item() == pytest.approx(2 * 0.1 * 2 * 2)
 
 
@@ -273,9 +273,9 @@ def test_numbers_whose_squares_overflow():
 
 def test_a_field_that_autocast_has_lowered():
     matrix = normal(21, 3, 3).float().requires_grad_()
-    for rule in (Reverse(1), ForwardMode(), Unrolled()):
+    for estimator in (Reverse(1), ForwardMode(), Unrolled()):
         with torch.autocast("cpu", torch.bfloat16):
-            options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+            options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": estimator}
             w = diffopt.solve(diffopt.VectorField(lambda w, m: m @ w), torch.ones(3), matrix, **options).params
         assert w.dtype == torch.float32
         got = torch.autograd.grad(w.sum(), matrix)[0]
@@ -285,8 +285,8 @@ def test_a_field_that_autocast_has_lowered():
         assert relative_error([got], torch.autograd.grad(now.sum(), matrix)) < 0.05
 
 
-@pytest.mark.parametrize("rule", [Reverse(), ForwardMode(), Unrolled(), Binomial(2)], ids=str)
-def test_a_complex_argument(rule):
+@pytest.mark.parametrize("estimator", [Reverse(), ForwardMode(), Unrolled(), Binomial(2)], ids=str)
+def test_a_complex_argument(estimator):
     """The field is real; of a complex argument torch's gradient is the derivative by real plus i by imaginary part."""
 
     def field(w, c):
@@ -294,7 +294,7 @@ def test_a_complex_argument(rule):
 
     c = torch.tensor(0.3 - 0.8j, dtype=torch.complex128, requires_grad=True)
     w = normal(31, 4, 2)
-    options = {"optimizer": diffopt.SGD(0.3), "steps": 2, "estimator": rule}
+    options = {"optimizer": diffopt.SGD(0.3), "steps": 2, "estimator": estimator}
     got = torch.autograd.grad(diffopt.solve(diffopt.VectorField(field), w, c, **options).params.square().sum(), c)
     now = w
     for _ in range(2):
@@ -315,8 +315,8 @@ def test_a_field_within_a_loss():
 
     w, a = normal(41, 2), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     answer = torch.autograd.grad(by_hand(w, a).sum(), a)[0]
-    for rule in (Reverse(), ForwardMode(), Unrolled(), Binomial(3)):
-        solution = diffopt.solve(loss, w, a, optimizer=diffopt.SGD(0.1), steps=3, estimator=rule)
+    for estimator in (Reverse(), ForwardMode(), Unrolled(), Binomial(3)):
+        solution = diffopt.solve(loss, w, a, optimizer=diffopt.SGD(0.1), steps=3, estimator=estimator)
         assert torch.autograd.grad(solution.params.sum(), a)[0].item() == pytest.approx(answer.item(), rel=1e-10)
 
 
@@ -326,9 +326,9 @@ def test_dropout_is_drawn_again():
 
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     found = []
-    for rule in (Reverse("graph"), Reverse(2), ForwardMode(), Unrolled()):
+    for estimator in (Reverse("graph"), Reverse(2), ForwardMode(), Unrolled()):
         torch.manual_seed(3)
-        options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": rule}
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": estimator}
         w = diffopt.solve(diffopt.VectorField(field), normal(51, 6), a, **options).params
         found.append(torch.autograd.grad(w.square().sum(), a)[0].item())
     assert found == pytest.approx([found[0]] * 4, rel=1e-12)
@@ -411,14 +411,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(2), ForwardMode(), Unrolled()], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(2), ForwardMode(), Unrolled()], ids=str)
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_field_is_refused(name, rule):
+def test_what_is_no_field_is_refused(name, estimator):
     v, params, error, message = BAD[name]
-    if name == "captured" and isinstance(rule, Unrolled):
+    if name == "captured" and isinstance(estimator, Unrolled):
         return  # which gives it its hypergradient
     with pytest.raises(error, match=message):
-        diffopt.solve(diffopt.VectorField(v), params, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
+        diffopt.solve(diffopt.VectorField(v), params, optimizer=diffopt.SGD(0.1), steps=2, estimator=estimator)
 
 
 def test_a_field_of_arguments_only_is_refused():

@@ -114,24 +114,24 @@ def test_checkpoints_are_programs_too() -> None:
 def test_all_states_are_kept_while_they_are_few_unless_it_is_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """``checkpoint=None``: as with graphs, within a budget."""
     monkeypatch.setattr("diffopt.rollout.loop.GRAPH_BUDGET", 7 * 16 - 1)
-    for steps, rule, states in ((6, Reverse(), 6), (7, Reverse(), 3), (7, Reverse(1), 7), (7, Truncated(6), 6)):
-        both(lambda s: s.params.sum(), steps=steps, estimator=rule, times=2)
-        assert solve(steps=steps, estimator=rule)[1].kept.states == states
+    for steps, estimator, states in ((6, Reverse(), 6), (7, Reverse(), 3), (7, Reverse(1), 7), (7, Truncated(6), 6)):
+        both(lambda s: s.params.sum(), steps=steps, estimator=estimator, times=2)
+        assert solve(steps=steps, estimator=estimator)[1].kept.states == states
 
 
-@pytest.mark.parametrize("rule", [Reverse("log"), Reverse(memory="2GB"), Reverse(2, offload="disk")], ids=repr)
-def test_other_ways_to_store_states_are_compiled_step_by_step(rule: Any, falls_back: None) -> None:
-    both(lambda s: s.params.sum(), steps=5, estimator=rule)
+@pytest.mark.parametrize("estimator", [Reverse("log"), Reverse(memory="2GB"), Reverse(2, offload="disk")], ids=repr)
+def test_other_ways_to_store_states_are_compiled_step_by_step(estimator: Any, falls_back: None) -> None:
+    both(lambda s: s.params.sum(), steps=5, estimator=estimator)
     assert Interpreted.made == 0
 
 
-@pytest.mark.parametrize("rule", [Reverse("sqrt"), MultiStep(2, Reverse(2))], ids=repr)
-def test_blocks_under_transforms(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse("sqrt"), MultiStep(2, Reverse(2))], ids=repr)
+def test_blocks_under_transforms(estimator: Any) -> None:
     """Several levels of vmap, each task with its own hyperparameter; and many cotangents of one solve."""
     lrs = torch.linspace(0.01, 0.05, 6, dtype=torch.float64).reshape(2, 3)
 
     def of_task(lr: Tensor, compile: bool) -> Tensor:
-        given = {"optimizer": diffopt.SGD(lr), "steps": 7, "estimator": rule, "compile": compile}
+        given = {"optimizer": diffopt.SGD(lr), "steps": 7, "estimator": estimator, "compile": compile}
         return solve(w=start().detach(), **given)[1].params
 
     found = []
@@ -439,9 +439,9 @@ def test_numbers_of_steps_and_shapes_that_keep_changing_get_no_programs_without_
     assert Interpreted.made == 3
 
 
-@pytest.mark.parametrize("rule", [Reverse(1), FirstOrder(), Reptile()], ids=repr)
+@pytest.mark.parametrize("estimator", [Reverse(1), FirstOrder(), Reptile()], ids=repr)
 @pytest.mark.parametrize("place", ["a list", "an attribute", "a tensor written to"])
-def test_a_trace_leaves_nothing_of_its_own_in_what_the_loss_holds(rule: Any, place: str, falls_back: None) -> None:
+def test_a_trace_leaves_nothing_of_its_own_in_what_the_loss_holds(estimator: Any, place: str, falls_back: None) -> None:
     """Tensors without numbers, which a later evaluation would stumble over."""
     held, box, running = [torch.ones(2)], Box(), torch.zeros(2, dtype=torch.float64)
 
@@ -457,9 +457,9 @@ def test_a_trace_leaves_nothing_of_its_own_in_what_the_loss_holds(rule: Any, pla
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", diffopt.CompileWarning)
-            _, found = solve(loss, steps=2, estimator=rule)
+            _, found = solve(loss, steps=2, estimator=estimator)
             found.params.sum().backward()
-        _, plain = solve(quadratic, steps=2, compile=False, estimator=rule)
+        _, plain = solve(quadratic, steps=2, compile=False, estimator=estimator)
         torch.testing.assert_close(found.params, plain.params)
     kept = [held[-1], running, *([box.last] if place == "an attribute" else [])]
     assert all([type(x) is Tensor for x in (*held, *kept)])
@@ -516,12 +516,12 @@ def test_terms_of_what_runs_over_steps_are_put_where_their_steps_are() -> None:
     def loss(w: Tensor, a: Tensor, batch: Tensor) -> Tensor:
         return quadratic(w, a) + (w * batch).sin().sum()
 
-    def terms(compile: bool, rule: Any) -> list[Tensor]:
+    def terms(compile: bool, estimator: Any) -> list[Tensor]:
         given = {"optimizer": diffopt.SGD(diffopt.Schedule(rates)), "steps": 8, "batches": batches}
-        w, found = solve(loss, A, estimator=rule, compile=compile, **given)
-        outer = found.params.square().sum() + (found.losses.prod() if isinstance(rule, Reverse) else 0)
+        w, found = solve(loss, A, estimator=estimator, compile=compile, **given)
+        outer = found.params.square().sum() + (found.losses.prod() if isinstance(estimator, Reverse) else 0)
         return list(torch.autograd.grad(outer, [w, batches, rates]))
 
-    for rule in (Reverse(3), Truncated(5, 2)):
-        for got, expected in zip(terms(True, rule), terms(False, rule), strict=True):
+    for estimator in (Reverse(3), Truncated(5, 2)):
+        for got, expected in zip(terms(True, estimator), terms(False, estimator), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)

@@ -94,8 +94,8 @@ def test_the_hypergradient_reaches_the_meta_networks(problem):
     task, params, meta, images, labels, source = problem
     leaves = [x.requires_grad_() for tree in meta.values() for x in tree.values()]
 
-    def found(rule):
-        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": rule}
+    def found(estimator):
+        options = {"optimizer": diffopt.SGD(0.1), "steps": 2, "estimator": estimator}
         moved = diffopt.solve(task.transfer_loss, params, meta, images, source, **options)
         return torch.autograd.grad(task.task_loss(moved.params, images, labels), leaves, allow_unused=True)
 

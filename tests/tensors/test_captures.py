@@ -21,7 +21,7 @@ from diffopt import Leaves
 from diffopt.estimators import Binomial, ESJacobian, FirstOrder, ForwardMode, Reptile, Reverse, Truncated, Unrolled
 
 Run = Callable[..., Tensor]
-RULES: dict[str, Any] = {
+ESTIMATORS: dict[str, Any] = {
     "reverse": Reverse(),
     "states": Reverse(1),
     "truncated": Truncated(1),
@@ -78,16 +78,14 @@ ALLOWED: dict[str, Case] = {}
 """By name: what is called with ``run(loss, params, *args)``, which returns the final params."""
 
 
-def refused(case: Case) -> Case:
+def refused(case: Case, into: dict[str, Case] = REFUSED) -> Case:
     """The loss that this runs captures what it must be given."""
-    REFUSED[case.__name__] = case
+    into[case.__name__] = case
     return case
 
 
-def allowed(case: Case) -> Case:
-    """The loss that this runs captures nothing that would lose a derivative."""
-    ALLOWED[case.__name__] = case
-    return case
+allowed = partial(refused, into=ALLOWED)
+"""The loss that this runs captures nothing that would lose a derivative."""
 
 
 def runs(loss: Any) -> Case:
@@ -219,14 +217,14 @@ def same_sizes_nested(run: Run) -> Any:
     return vmap(lambda c: from_rows(run, c, 2))(rows(2))
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=ESTIMATORS)
 def run(request: pytest.FixtureRequest) -> Run:
-    return partial(solve, RULES[request.param])
+    return partial(solve, ESTIMATORS[request.param])
 
 
-def solve(rule: Any, loss: Any, params: Any, *args: Any, check: bool = True) -> Any:
+def solve(estimator: Any, loss: Any, params: Any, *args: Any, check: bool = True) -> Any:
     optimizer = diffopt.SGD(0.1)
-    return diffopt.solve(loss, params, *args, optimizer=optimizer, steps=2, estimator=rule, check=check).params
+    return diffopt.solve(loss, params, *args, optimizer=optimizer, steps=2, estimator=estimator, check=check).params
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -314,12 +312,12 @@ def in_another_thread(w: Tensor) -> Tensor:
         return pool.submit(lambda: w.pow(3).sum()).result() + w.square().sum()
 
 
-def nested(rule: Any, constant_start: bool) -> Callable[..., Tensor]:
+def nested(estimator: Any, constant_start: bool) -> Callable[..., Tensor]:
     """A loss that solves an inner problem of its own, given ``w`` through its args."""
 
     def loss(w: Tensor) -> Tensor:
         begin = torch.ones_like(w.detach()) if constant_start else 2 * w
-        return solve(rule, distance, begin, w).square().sum() + w.square().sum()
+        return solve(estimator, distance, begin, w).square().sum() + w.square().sum()
 
     return loss
 
@@ -432,13 +430,13 @@ def test_frozen_parameters_among_others_are_refused() -> None:
     assert torch.equal(diffopt.solve(loss, params, {}, **given).params["0.weight"], ends[1]["0.weight"])
 
 
-@pytest.mark.parametrize("rule", [FirstOrder(), Reverse()])
-def test_an_inner_solve_that_captures_the_outer_params_is_refused(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [FirstOrder(), Reverse()])
+def test_an_inner_solve_that_captures_the_outer_params_is_refused(estimator: Any) -> None:
     def loss(w: Tensor) -> Tensor:
-        return solve(rule, to(w), torch.ones_like(w.detach())).square().sum() + w.square().sum()
+        return solve(estimator, to(w), torch.ones_like(w.detach())).square().sum() + w.square().sum()
 
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
-        solve(rule, loss, leaf())
+        solve(estimator, loss, leaf())
 
 
 def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
@@ -451,9 +449,9 @@ def test_the_parameters_of_a_module_among_the_arguments_are_named() -> None:
 # ------------------------------------------------------------------------------------------------ at later steps
 
 
-def descended(loss: Any, params: Any, batches: Tensor, rule: Any = None, *args: Any) -> Any:
+def descended(loss: Any, params: Any, batches: Tensor, estimator: Any = None, *args: Any) -> Any:
     """The final params, after a step for each of the batches."""
-    given = {"optimizer": diffopt.SGD(0.1), "steps": len(batches), "batches": batches, "estimator": rule}
+    given = {"optimizer": diffopt.SGD(0.1), "steps": len(batches), "batches": batches, "estimator": estimator}
     return diffopt.solve(loss, params, *args, **given).params
 
 
@@ -492,27 +490,29 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "parameter": lambda: nn.Parameter(leaf().detach()),
     "older_graph": lambda: distance(leaf(), leaf()).expand(2).clone(),
 }
-LATER: dict[str, Any] = {**RULES, "graph": Reverse("graph"), "sqrt": Reverse("sqrt"), "every_third": Reverse(3)}
+LATER: dict[str, Any] = {**ESTIMATORS, "graph": Reverse("graph"), "sqrt": Reverse("sqrt"), "every_third": Reverse(3)}
 
 
 @pytest.mark.parametrize("first", [2, 3, 4])
 @pytest.mark.parametrize("made", MADE)
-@pytest.mark.parametrize("rule", LATER)
-def test_what_a_loss_captures_only_later_is_refused(rule: str, made: str, first: int) -> None:
+@pytest.mark.parametrize("estimator", LATER)
+def test_what_a_loss_captures_only_later_is_refused(estimator: str, made: str, first: int) -> None:
     with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
-        descended(reading(MADE[made]()), start(), from_step(first), LATER[rule]).sum().backward()
+        descended(reading(MADE[made]()), start(), from_step(first), LATER[estimator]).sum().backward()
 
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("only", [2, 17, 21])
 @pytest.mark.parametrize("made", ["leaf", "non_leaf"])
-@pytest.mark.parametrize("rule", LATER)
-def test_what_a_loss_captures_in_one_step_of_many_is_refused(rule: str, made: str, only: int, learned: bool) -> None:
+@pytest.mark.parametrize("estimator", LATER)
+def test_what_a_loss_captures_in_one_step_of_many_is_refused(
+    estimator: str, made: str, only: int, learned: bool
+) -> None:
     """Not at the first step, nor at the last, nor where several are looked at together."""
     flags = torch.zeros(24, dtype=torch.float64)
     flags[only - 1] = 1.0
     with pytest.raises(diffopt.CapturedTensorError, match=r"captured it.*; pass it in \*args"):
-        descended(reading(MADE[made]()), start().requires_grad_(learned), flags, LATER[rule]).sum().backward()
+        descended(reading(MADE[made]()), start().requires_grad_(learned), flags, LATER[estimator]).sum().backward()
 
 
 @pytest.mark.parametrize("style", TRANSFORMS)
@@ -549,44 +549,46 @@ def test_so_is_what_a_transform_has_wrapped_within_an_argument(kind: str, first:
 
 
 @pytest.mark.parametrize("first", [1, 2, 4])
-@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Reverse(2), Truncated(4)], ids=repr)
-def test_an_update_that_captures_a_tensor_is_refused_at_the_latest_in_the_backward_pass(rule: Any, first: int) -> None:
-    options = {"optimizer": capturing_update(first, leaf()), "steps": 4, "estimator": rule}
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse("graph"), Reverse(1), Reverse(2), Truncated(4)], ids=repr)
+def test_an_update_that_captures_a_tensor_is_refused_at_the_latest_in_the_backward_pass(
+    estimator: Any, first: int
+) -> None:
+    options = {"optimizer": capturing_update(first, leaf()), "steps": 4, "estimator": estimator}
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
         diffopt.solve(lambda w: w.square().sum(), leaf(), **options).params.sum().backward()
 
 
 @pytest.mark.parametrize("made", [MADE[name] for name in ("leaf", "non_leaf", "older_graph")])
-@pytest.mark.parametrize("rule", [*RULES.values(), Reptile(), ESJacobian(2, 1e-3), Binomial(1)], ids=repr)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS.values(), Reptile(), ESJacobian(2, 1e-3), Binomial(1)], ids=repr)
 def test_an_update_that_captures_a_tensor_at_the_first_step_is_refused_by_the_solve(
-    rule: Any, made: Callable[[], Tensor]
+    estimator: Any, made: Callable[[], Tensor]
 ) -> None:
     """Also where no step is computed again, in which one would be looked at."""
     optimizer = capturing_update(1, made())
     with pytest.raises(diffopt.CapturedTensorError, match="captured it"):
-        diffopt.solve(lambda w: w.square().sum(), leaf(), optimizer=optimizer, steps=4, estimator=rule)
+        diffopt.solve(lambda w: w.square().sum(), leaf(), optimizer=optimizer, steps=4, estimator=estimator)
 
 
-@pytest.mark.parametrize("rule", LATER)
-def test_constants_and_arguments_that_are_read_later_are_right(rule: str) -> None:
+@pytest.mark.parametrize("estimator", LATER)
+def test_constants_and_arguments_that_are_read_later_are_right(estimator: str) -> None:
     c, flags = leaf(), torch.tensor([0, 1, 0, 1], dtype=torch.float64)
     now = start()
     for flag in flags:
         now = now - 0.2 * (now - flag * c.detach())
     for loss, args in ((reading(c.detach()), ()), (where_told, (c,))):
-        end = descended(loss, start(), flags, LATER[rule], *args)
+        end = descended(loss, start(), flags, LATER[estimator], *args)
         torch.testing.assert_close(end.detach(), now, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("rule", [*RULES.values(), Reverse("sqrt")], ids=repr)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS.values(), Reverse("sqrt")], ids=repr)
 @pytest.mark.parametrize("first", [1, 2, 4])
-def test_a_captured_tangent_is_refused(rule: Any, first: int) -> None:
+def test_a_captured_tangent_is_refused(estimator: Any, first: int) -> None:
     """Of plain forward-mode differentiation, whose tensors no transform has wrapped."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         loss = reading(forward_ad.make_dual(start(), torch.ones(2, dtype=torch.float64)))
         with pytest.raises(diffopt.MissingDerivativeError, match="loss reads a tensor that carries a tangent"):
-            descended(loss, start(), from_step(first), rule)
+            descended(loss, start(), from_step(first), estimator)
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -616,11 +618,11 @@ def test_a_loss_may_ask_for_the_gradient_of_what_it_is_given() -> None:
         now = now.detach().requires_grad_() if now.is_leaf else now
         now = now - 0.1 * torch.autograd.grad(loss(now, factor, x.clone()), now, create_graph=True)[0]
     (expected,) = torch.autograd.grad(now.pow(3).sum(), factor)
-    for rule in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled()):
+    for estimator in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(3), Unrolled()):
         for wanted in (x, x.clone().requires_grad_()):
-            options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": rule}
+            options = {"optimizer": diffopt.SGD(0.1), "steps": 3, "estimator": estimator}
             argument = diffopt.solve(loss, start(), factor, wanted, **options).params
-            for end in (argument, descended(loss, start(), torch.stack([wanted] * 3), rule, factor)):
+            for end in (argument, descended(loss, start(), torch.stack([wanted] * 3), estimator, factor)):
                 (got,) = torch.autograd.grad(end.pow(3).sum(), factor)
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert not x.requires_grad

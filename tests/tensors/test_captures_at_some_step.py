@@ -18,7 +18,7 @@ from diffopt.estimators import FirstOrder, Reverse, Truncated
 from diffopt.tensors import autograd_graph
 
 STEPS = 5
-RULES = [FirstOrder(), Reverse(1), Reverse(), Reverse(memory="1GB"), Truncated(2)]
+ESTIMATORS = [FirstOrder(), Reverse(1), Reverse(), Reverse(memory="1GB"), Truncated(2)]
 Loss = Callable[..., Tensor]
 
 
@@ -28,28 +28,28 @@ def made(kind: str) -> Tensor:
     return leaf if kind == "leaf" else leaf.exp() * 2
 
 
-def solved(rule: Any, loss: Loss, **how: Any) -> Tensor:
+def solved(estimator: Any, loss: Loss, **how: Any) -> Tensor:
     w = torch.tensor([0.5, -0.4], dtype=torch.float64, requires_grad=True)
-    found = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=rule, **how).params
+    found = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=STEPS, estimator=estimator, **how).params
     return torch.autograd.grad(found.square().sum(), w)[0]
 
 
 @pytest.mark.parametrize("kind", ["leaf", "result"])
 @pytest.mark.parametrize("step", [1, 2, STEPS])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_what_is_read_at_one_step_is_refused(rule: Any, step: int, kind: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_what_is_read_at_one_step_is_refused(estimator: Any, step: int, kind: str) -> None:
     captured = made(kind)
 
     def loss(w: Tensor, now: Tensor) -> Tensor:
         return w.square().sum() + ((captured * w).sum() if int(now) == step else 0)
 
     with pytest.raises(CapturedTensorError):
-        solved(rule, loss, batches=torch.arange(1, STEPS + 1))
+        solved(estimator, loss, batches=torch.arange(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("rule", [FirstOrder(), Reverse(1), Truncated(2)], ids=str)
+@pytest.mark.parametrize("estimator", [FirstOrder(), Reverse(1), Truncated(2)], ids=str)
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_what_one_step_has_kept_for_another_is_refused(rule: Any, after: int) -> None:
+def test_what_one_step_has_kept_for_another_is_refused(estimator: Any, after: int) -> None:
     kept: list[Tensor] = []
 
     def loss(w: Tensor, now: Tensor) -> Tensor:
@@ -58,16 +58,16 @@ def test_what_one_step_has_kept_for_another_is_refused(rule: Any, after: int) ->
         return w.square().sum() + ((kept[0] * w).sum() if int(now) == after + 1 else 0)
 
     with pytest.raises(CapturedTensorError):
-        solved(rule, loss, batches=torch.arange(1, STEPS + 1))
+        solved(estimator, loss, batches=torch.arange(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_what_a_loss_makes_for_itself_is_not(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_what_a_loss_makes_for_itself_is_not(estimator: Any) -> None:
     def loss(w: Tensor) -> Tensor:
         own = torch.ones(2, dtype=torch.float64, requires_grad=True)
         return (w * own).square().sum() * (2 * own).mean()
 
-    torch.testing.assert_close(solved(rule, loss), solved(rule, lambda w: 2 * w.square().sum()))
+    torch.testing.assert_close(solved(estimator, loss), solved(estimator, lambda w: 2 * w.square().sum()))
 
 
 def test_the_quick_look_tells_what_is_given_from_what_is_not() -> None:

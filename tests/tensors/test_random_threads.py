@@ -172,8 +172,8 @@ def given() -> tuple[Tensor, Tensor]:
     return w.requires_grad_(), x.requires_grad_()
 
 
-def solution(w: Tensor, x: Tensor, rule: Any) -> Tensor:
-    return diffopt.solve(drawing, w, x, optimizer=diffopt.SGD(0.1, momentum=0.5), steps=5, estimator=rule).params
+def solution(w: Tensor, x: Tensor, estimator: Any) -> Tensor:
+    return diffopt.solve(drawing, w, x, optimizer=diffopt.SGD(0.1, momentum=0.5), steps=5, estimator=estimator).params
 
 
 def by_loop(w: Tensor, x: Tensor) -> Tensor:
@@ -220,11 +220,11 @@ class Drawer:
         return len(self.seen) - len(set(self.seen))
 
 
-@pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
-def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from_it(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", RECOMPUTING.values(), ids=RECOMPUTING)
+def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from_it(estimator: Any) -> None:
     """The solve is alone; only its backward passes run while another thread draws."""
     inputs, expected = by_plain_loop()
-    values = [seeded(solution, *inputs, rule).pow(3).sum() for _ in range(8)]
+    values = [seeded(solution, *inputs, estimator).pow(3).sum() for _ in range(8)]
     with Drawer() as drawer:
         found = [torch.autograd.grad(value, inputs) for value in values]
     assert len(drawer.seen) > 10
@@ -233,11 +233,11 @@ def test_a_backward_pass_beside_a_drawing_thread_is_right_and_takes_nothing_from
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
-def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", RECOMPUTING.values(), ids=RECOMPUTING)
+def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(estimator: Any) -> None:
     """All but the first roll out again."""
     inputs, expected = by_plain_loop()
-    value = seeded(solution, *inputs, rule).pow(3).sum()
+    value = seeded(solution, *inputs, estimator).pow(3).sum()
     with Drawer() as drawer:
         found = [torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(8)]
     assert drawer.repeats == 0
@@ -245,10 +245,10 @@ def test_backward_passes_through_one_graph_beside_a_drawing_thread_are_right(rul
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
-def test_a_backward_pass_beside_a_quiet_thread_is_that_without(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", RECOMPUTING.values(), ids=RECOMPUTING)
+def test_a_backward_pass_beside_a_quiet_thread_is_that_without(estimator: Any) -> None:
     inputs, expected = by_plain_loop()
-    value = seeded(solution, *inputs, rule).pow(3).sum()
+    value = seeded(solution, *inputs, estimator).pow(3).sum()
     stand = torch.get_rng_state()
     with waiting_thread():
         found = torch.autograd.grad(value, inputs)
@@ -257,11 +257,11 @@ def test_a_backward_pass_beside_a_quiet_thread_is_that_without(rule: Any) -> Non
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
-@pytest.mark.parametrize("rule", RECOMPUTING.values(), ids=RECOMPUTING)
-def test_tasks_beside_a_thread(rule: Any, randomness: str) -> None:
+@pytest.mark.parametrize("estimator", RECOMPUTING.values(), ids=RECOMPUTING)
+def test_tasks_beside_a_thread(estimator: Any, randomness: str) -> None:
     w, x = (leaf.detach() for leaf in given())
     tasks = torch.stack([x, 2 * x])
-    of_one = grad(lambda w, x: solution(w, x, rule).pow(3).sum(), argnums=(0, 1))
+    of_one = grad(lambda w, x: solution(w, x, estimator).pow(3).sum(), argnums=(0, 1))
     each = vmap(of_one, in_dims=(None, 0), randomness=randomness)
     expected = seeded(each, w, tasks)
     with waiting_thread():
@@ -313,7 +313,7 @@ def in_chunks(w: Tensor, x: Tensor) -> Tensor:
 
 
 WITHIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{name: lambda w, x, rule=rule: solution(w, x, rule) for name, rule in RECOMPUTING.items()},
+    **{name: lambda w, x, estimator=estimator: solution(w, x, estimator) for name, estimator in RECOMPUTING.items()},
     "in pieces": in_pieces,
     "in chunks": in_chunks,
 }

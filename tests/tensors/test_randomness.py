@@ -108,7 +108,7 @@ def test_only_the_draws_of_this_seed_give_this_hypergradient(estimator: Any) -> 
 
 
 @pytest.mark.parametrize("last", [0, 2, 5])
-def test_a_truncated_rule_draws_in_all_steps(last: int) -> None:
+def test_a_truncated_estimator_draws_in_all_steps(last: int) -> None:
     w, x, lr = leaves()
     expected, stand = seeded(unrolled, w, x, lr, None, last)
     actual, after = seeded(solved, w, x, lr, Truncated(last, checkpoint=2) if last else FirstOrder())
@@ -159,14 +159,14 @@ def test_numbers_from_a_generator_of_the_losss_own_are_right_or_refused(checkpoi
     masks = [torch.rand(x.shape, generator=generator, dtype=x.dtype) for _ in range(STEPS)]
     wanted = torch.autograd.grad(unrolled(w, x, lr, masks).pow(3).sum(), [w, x, lr])
     generator.manual_seed(SEED)
-    optimizer, rule = diffopt.SGD(lr, momentum=MOMENTUM), Reverse(checkpoint)
+    optimizer, estimator = diffopt.SGD(lr, momentum=MOMENTUM), Reverse(checkpoint)
     drawing = partial(draw_and_evaluate, generator)
     if checkpoint == "graph":
-        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule).params.pow(3).sum()
+        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=estimator).params.pow(3).sum()
         assert_same(torch.autograd.grad(end, [w, x, lr]), wanted)
     else:
         with pytest.raises(diffopt.RandomnessError, match="draws from a generator of its own"):
-            diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule)
+            diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=estimator)
 
 
 def draw_and_evaluate(generator: torch.Generator, w: Tensor, x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ AT_ONCE = ["forward", "forward in chunks"]
 """They compute steps again under a vmap, where torch draws in another order for a tensor that is turned."""
 
 OTHERS = {"unrolled", "truncated in states", *AT_ONCE}  # (truncation refuses an outer loss of what was observed)
-STEP_BY_STEP = [pytest.param(rule, id=name) for name, rule in EXACT.items() if name not in OTHERS]
+STEP_BY_STEP = [pytest.param(estimator, id=name) for name, estimator in EXACT.items() if name not in OTHERS]
 
 
 @pytest.mark.parametrize("estimator", STEP_BY_STEP)
@@ -285,26 +285,26 @@ def test_jacrev_over_a_random_loss_is_refused(name: str) -> None:
 AGAIN = [*biased(2, "evolution", "binomial", "krylov", "implicit").values(), Reverse(1)]
 
 
-@pytest.mark.parametrize("rule", AGAIN, ids=str)
-def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_rule_that_evaluates_it_again(rule):
+@pytest.mark.parametrize("estimator", AGAIN, ids=str)
+def test_a_loss_with_random_numbers_of_its_own_is_refused_by_every_estimator_that_evaluates_it_again(estimator):
     own = np.random.default_rng(0)
     w = torch.ones(4, dtype=torch.float64, requires_grad=True)
 
     def loss(w):
         return (torch.from_numpy(own.random(4)) * w).square().sum()
 
-    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule)
+    solution = diffopt.solve(loss, w, optimizer=diffopt.SGD(0.1), steps=4, estimator=estimator)
     with pytest.raises(diffopt.RandomnessError, match="came out differently"):
         solution.params.sum().backward()
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=str)
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=str)
 @pytest.mark.parametrize("changed", ["a number", "a module's mode"])
-def test_a_loss_that_has_changed_is_refused_by_the_second_backward_pass(rule: Any, changed: str) -> None:
+def test_a_loss_that_has_changed_is_refused_by_the_second_backward_pass(estimator: Any, changed: str) -> None:
     factor, layer = {"is": 1.0}, torch.nn.Dropout(0.5).eval()
     w = torch.ones(4, dtype=torch.float64, requires_grad=True)
     end = diffopt.solve(
-        lambda w: factor["is"] * layer(w).square().sum(), w, optimizer=diffopt.SGD(0.1), steps=4, estimator=rule
+        lambda w: factor["is"] * layer(w).square().sum(), w, optimizer=diffopt.SGD(0.1), steps=4, estimator=estimator
     ).params.sum()
     torch.autograd.grad(end, w, retain_graph=True)
     if changed == "a number":
@@ -353,14 +353,16 @@ def draws_of_everything(w: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("drawing", [loss, draws_of_everything])
 def test_a_replay_beside_another_thread_draws_the_same_numbers(drawing: Any) -> None:
     """And leaves the generator where it is: it draws from one of its own."""
-    rules = [rule for rule in EXACT.values() if not isinstance(rule, ForwardMode | type(Unrolled()))]
-    rules = [Reverse(1), Reverse(3), Truncated(STEPS, checkpoint=2)] if drawing is not loss else rules
+    estimators = [
+        estimator for estimator in EXACT.values() if not isinstance(estimator, ForwardMode | type(Unrolled()))
+    ]
+    estimators = [Reverse(1), Reverse(3), Truncated(STEPS, checkpoint=2)] if drawing is not loss else estimators
     w, x, lr = leaves()
 
-    def hypergradient(rule: Any) -> tuple[Tensor, ...]:
+    def hypergradient(estimator: Any) -> tuple[Tensor, ...]:
         torch.manual_seed(SEED)
         optimizer = diffopt.SGD(lr, momentum=MOMENTUM)
-        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=rule).params
+        end = diffopt.solve(drawing, w, x, optimizer=optimizer, steps=STEPS, estimator=estimator).params
         return torch.autograd.grad(end.pow(3).sum(), [w, x, lr])
 
     expected = hypergradient(Reverse("graph"))
@@ -368,8 +370,8 @@ def test_a_replay_beside_another_thread_draws_the_same_numbers(drawing: Any) -> 
     waiting = threading.Thread(target=ended.wait, args=(120,))
     waiting.start()
     try:
-        for rule in rules:
-            assert_same(hypergradient(rule), expected)
+        for estimator in estimators:
+            assert_same(hypergradient(estimator), expected)
             states.append(torch.get_rng_state())
     finally:
         ended.set()

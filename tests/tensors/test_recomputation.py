@@ -249,13 +249,13 @@ TASKS: dict[str, Callable[[bool, torch.dtype], Task]] = {
 EXACT = exact(STEPS, "default", "graph", "states", "sqrt", "unrolled", "truncated at all")
 
 
-def hypergradient(task: Task, rule: Any, steps: int = STEPS, **options: Any) -> list[Tensor]:
+def hypergradient(task: Task, estimator: Any, steps: int = STEPS, **options: Any) -> list[Tensor]:
     """Of the initial params and of the step size, under one seed."""
     torch.manual_seed(7)
     lr = torch.tensor(LR, dtype=torch.float64, requires_grad=True)
     first = next(iter(task.start.values()))
     optimizer = diffopt.SGD(lr.to(first.dtype), momentum=MOMENTUM)
-    end = diffopt.solve(task.loss, task.start, optimizer=optimizer, steps=steps, estimator=rule, **options).params
+    end = diffopt.solve(task.loss, task.start, optimizer=optimizer, steps=steps, estimator=estimator, **options).params
     return list(torch.autograd.grad(sum(x.pow(3).sum() for x in end.values()), [*task.start.values(), lr]))
 
 
@@ -284,10 +284,10 @@ def without_checkpoints(name: str) -> list[Tensor]:
     return unrolled(TASKS[name](False, torch.float64))
 
 
-@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("estimator", EXACT)
 @pytest.mark.parametrize("name", TASKS)
-def test_a_checkpoint_changes_nothing(name: str, rule: str) -> None:
-    assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[rule]), without_checkpoints(name))
+def test_a_checkpoint_changes_nothing(name: str, estimator: str) -> None:
+    assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[estimator]), without_checkpoints(name))
 
 
 @pytest.fixture
@@ -302,29 +302,29 @@ def beside_a_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("beside_a_thread")
-@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("estimator", EXACT)
 @pytest.mark.parametrize("name", ["dropout", "layers", "batch_norm"])
-def test_beside_another_thread_a_checkpoint_changes_nothing_either(name: str, rule: str) -> None:
+def test_beside_another_thread_a_checkpoint_changes_nothing_either(name: str, estimator: str) -> None:
     """What it recomputes, in the step's gradient and in the backward pass, draws what the step drew."""
     wanted = unrolled(TASKS[name](False, torch.float64))
-    assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[rule]), wanted)
+    assert_same(hypergradient(TASKS[name](True, torch.float64), EXACT[estimator]), wanted)
 
 
-@pytest.mark.parametrize("rule", ["default", "states"])
+@pytest.mark.parametrize("estimator", ["default", "states"])
 @pytest.mark.parametrize("name", ["layers", "adapters_alone", "layers_that_call_themselves"])
-def test_nor_does_it_in_single_precision(name: str, rule: str) -> None:
+def test_nor_does_it_in_single_precision(name: str, estimator: str) -> None:
     wanted = unrolled(TASKS[name](False, torch.float64))
-    assert_same(hypergradient(TASKS[name](True, torch.float32), EXACT[rule]), wanted, torch.float32)
+    assert_same(hypergradient(TASKS[name](True, torch.float32), EXACT[estimator]), wanted, torch.float32)
 
 
-@pytest.mark.parametrize("rule", [Truncated(2), FirstOrder(), Krylov(STEPS), MultiStep(1, Reverse(1))], ids=repr)
-def test_nor_does_it_under_other_rules(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Truncated(2), FirstOrder(), Krylov(STEPS), MultiStep(1, Reverse(1))], ids=repr)
+def test_nor_does_it_under_other_estimators(estimator: Any) -> None:
     plain, saving = (of_network(Body, saving, torch.float64) for saving in (False, True))
-    assert_same(hypergradient(saving, rule), hypergradient(plain, rule))
+    assert_same(hypergradient(saving, estimator), hypergradient(plain, estimator))
 
 
-@pytest.mark.parametrize("rule", [Implicit(), Implicit(whole_state=True)], ids=["params", "state"])
-def test_nor_does_it_at_a_minimum(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Implicit(), Implicit(whole_state=True)], ids=["params", "state"])
+def test_nor_does_it_at_a_minimum(estimator: Any) -> None:
     """Two parameters and a penalty, so that there is one."""
     y, penalty = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
 
@@ -347,7 +347,7 @@ def test_nor_does_it_at_a_minimum(rule: Any) -> None:
 
         optimizer = diffopt.SGD(0.2)
         start = {"w": torch.zeros(2, dtype=torch.float64)}
-        w = diffopt.solve(inner, start, weight, optimizer=optimizer, steps=200, estimator=rule).params["w"]
+        w = diffopt.solve(inner, start, weight, optimizer=optimizer, steps=200, estimator=estimator).params["w"]
         return torch.autograd.grad(w.pow(3).sum(), weight)[0]
 
     assert_same([end(True)], [end(False)])
@@ -364,13 +364,13 @@ class Saving(nn.Module):
         return checkpoint(self.net, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("rule", [Binomial(2), Krylov(2), ForwardMode(chunk_size=16)], ids=repr)
-def test_a_checkpoint_under_a_vmap_is_refused(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Binomial(2), Krylov(2), ForwardMode(chunk_size=16)], ids=repr)
+def test_a_checkpoint_under_a_vmap_is_refused(estimator: Any) -> None:
     """It recomputes when the vmap has ended; other hooks need no vmap."""
     with pytest.raises(diffopt.VmapError, match=r"take torch\.utils\.checkpoint out of it"):
-        hypergradient(of_network(Body, True, torch.float64), rule)
+        hypergradient(of_network(Body, True, torch.float64), estimator)
     plain, saving = (saved_elsewhere(saving, torch.float64) for saving in (False, True))
-    assert_same(hypergradient(saving, rule), hypergradient(plain, rule))
+    assert_same(hypergradient(saving, estimator), hypergradient(plain, estimator))
 
 
 def test_a_checkpoint_under_a_vmap_of_the_callers_is_refused() -> None:
@@ -397,15 +397,15 @@ def reparametrized(call: str, *, frozen: bool = False) -> Task:
     return Task(loss, {name: p.detach().clone().requires_grad_() for name, p in slot.held.named_parameters()})
 
 
-@pytest.mark.parametrize("rule", EXACT)
+@pytest.mark.parametrize("estimator", EXACT)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("call", ["call", "parts"])
-def test_a_recomputation_that_would_read_other_weights_is_refused(call: str, frozen: bool, rule: str) -> None:
+def test_a_recomputation_that_would_read_other_weights_is_refused(call: str, frozen: bool, estimator: str) -> None:
     task = reparametrized(call, frozen=frozen)
     with pytest.raises(diffopt.RecomputationError, match=r"reads .*, expected what its forward pass read.*Pass the w"):
-        hypergradient(task, EXACT[rule])
+        hypergradient(task, EXACT[estimator])
     with pytest.raises(diffopt.RecomputationError):
-        hypergradient(task, EXACT[rule], check=False)
+        hypergradient(task, EXACT[estimator], check=False)
 
 
 def test_what_a_recomputation_reads_beside_weights_is_its_own_business() -> None:
@@ -429,8 +429,8 @@ def test_what_a_recomputation_reads_beside_weights_is_its_own_business() -> None
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled()], ids=repr)
-def test_weights_that_take_turns_in_an_attribute_are_refused(rule: Any, frozen: bool) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+def test_weights_that_take_turns_in_an_attribute_are_refused(estimator: Any, frozen: bool) -> None:
     """What ``functional_call`` does, done by hand."""
 
     class Held:
@@ -449,11 +449,11 @@ def test_weights_that_take_turns_in_an_attribute_are_refused(rule: Any, frozen: 
 
     start = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     with pytest.raises(diffopt.RecomputationError, match=r"reads .*w in the backward pass only"):
-        hypergradient(Task(loss, {"w": start}), rule)
+        hypergradient(Task(loss, {"w": start}), estimator)
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse(1), Unrolled()], ids=repr)
-def test_a_part_that_reads_other_data_when_it_is_computed_again_is_refused(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+def test_a_part_that_reads_other_data_when_it_is_computed_again_is_refused(estimator: Any) -> None:
     rows = iter(torch.linspace(0, 1, 300, dtype=torch.float64).view(100, 3).unbind())
     start = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
 
@@ -461,7 +461,7 @@ def test_a_part_that_reads_other_data_when_it_is_computed_again_is_refused(rule:
         return checkpoint(lambda w: (next(rows).clone() * w).tanh(), p["w"], use_reentrant=False).square().sum()
 
     with pytest.raises(diffopt.RecomputationError, match="in the backward pass only, expected what its forward pass"):
-        hypergradient(Task(loss, {"w": start}), rule)
+        hypergradient(Task(loss, {"w": start}), estimator)
 
 
 def test_modules_have_their_own_weights_and_torch_its_own_functions_afterwards() -> None:
@@ -512,19 +512,21 @@ def test_hooks_of_other_threads_are_left_alone() -> None:
 # ------------------------------------------------------------------------------------------------ around a solve
 
 
-def around(x: Tensor, y: Tensor, rule: Any) -> Callable[..., Tensor]:
+def around(x: Tensor, y: Tensor, estimator: Any) -> Callable[..., Tensor]:
     def task(start: Tensor, penalty: Tensor, lr: Tensor) -> Tensor:
         def loss(w: Tensor, penalty: Tensor) -> Tensor:
             return (x @ w - y).square().mean() + penalty * w.square().sum()
 
         optimizer = diffopt.SGD(diffopt.Schedule(lr))
-        return diffopt.solve(loss, start, penalty, optimizer=optimizer, steps=3, estimator=rule).params.pow(3).sum()
+        return (
+            diffopt.solve(loss, start, penalty, optimizer=optimizer, steps=3, estimator=estimator).params.pow(3).sum()
+        )
 
     return task
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=repr)
-def test_hooks_around_a_solve_see_its_inputs_and_its_end_only(rule: Any) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse("graph"), Reverse(1), Truncated(2)], ids=repr)
+def test_hooks_around_a_solve_see_its_inputs_and_its_end_only(estimator: Any) -> None:
     """Not its inner graphs, which would grow with the number of steps, and be recomputed for every step's gradient."""
     packed: list[int] = []
 
@@ -537,19 +539,19 @@ def test_hooks_around_a_solve_see_its_inputs_and_its_end_only(rule: Any) -> None
         with saved_tensors_hooks(count, lambda x: x):
             w = torch.ones(2, dtype=torch.float64, requires_grad=True)
             optimizer = diffopt.SGD(LR)
-            diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=optimizer, steps=steps, estimator=rule)
+            diffopt.solve(lambda w: w.pow(4).sum(), w, optimizer=optimizer, steps=steps, estimator=estimator)
     assert packed[0] == packed[1]
 
 
-@pytest.mark.parametrize("rule", [*EXACT.values(), Binomial(3), ForwardMode(), Krylov(3), FirstOrder()], ids=repr)
+@pytest.mark.parametrize("estimator", [*EXACT.values(), Binomial(3), ForwardMode(), Krylov(3), FirstOrder()], ids=repr)
 @pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu", "identity"])
-def test_hooks_around_a_solve_change_nothing(how: str, rule: Any) -> None:
+def test_hooks_around_a_solve_change_nothing(how: str, estimator: Any) -> None:
     x, y = data(torch.float64)
     inputs = [
         torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ([0.3, -0.5, 0.2], 0.4, [0.1, 0.2, 0.1])
     ]
-    rule = Truncated(3) if isinstance(rule, Truncated) else rule
-    task = around(x, y[:, 0], rule)
+    estimator = Truncated(3) if isinstance(estimator, Truncated) else estimator
+    task = around(x, y[:, 0], estimator)
     wanted = torch.autograd.grad(task(*inputs), inputs)
     hooks = {"save_on_cpu": save_on_cpu(), "identity": saved_tensors_hooks(lambda x: x, lambda x: x)}
     if how == "checkpoint":

@@ -27,7 +27,7 @@ from diffopt.linear_solve import ConjugateGradient
 from diffopt.testing import check_estimator, check_optimizer
 
 NO_REPORT = ("all in them at most: got 0, expected 4 to 4", "bytes of states that outlive the rollout")
-# a shipped rule, the claim that is changed, the findings that must say so
+# a shipped estimator, the claim that is changed, the findings that must say so
 CLAIMED: list[tuple[Any, ...]] = [
     (Truncated(2), "exact", "always", "exact: got"),
     (Truncated(2), "exact", "at the fixed point", "exact at the fixed point"),
@@ -52,16 +52,16 @@ CLAIMED: list[tuple[Any, ...]] = [
     (Unrolled(), "reports", True, *NO_REPORT),
 ]
 BROKEN_RULES |= {
-    f"{rule}, {claim} {value}: {findings[0]}": (saying(rule, **{claim: value}), findings)
-    for rule, claim, value, *findings in CLAIMED
+    f"{estimator}, {claim} {value}: {findings[0]}": (saying(estimator, **{claim: value}), findings)
+    for estimator, claim, value, *findings in CLAIMED
 }
 
 
 @pytest.mark.parametrize("name", sampled(BROKEN_RULES, 8))
-def test_a_broken_rule_is_caught(name):
-    rule, findings = BROKEN_RULES[name]
+def test_a_broken_estimator_is_caught(name):
+    estimator, findings = BROKEN_RULES[name]
     with pytest.raises(diffopt.ConformanceError) as caught:
-        check_estimator(rule)
+        check_estimator(estimator)
     for finding in findings:
         assert finding in str(caught.value)
 
@@ -83,7 +83,7 @@ def test_the_error_names_the_claim_the_number_the_limit_and_what_to_check():
     assert caught.value.table.count("  FAIL  ") == caught.value.table.count("\n    fix: check ") >= 2
 
 
-def test_a_rule_that_is_wrong_for_fields_only_fails_for_them_only():
+def test_an_estimator_that_is_wrong_for_fields_only_fails_for_them_only():
     with pytest.raises(diffopt.ConformanceError) as caught:
         check_estimator(Symmetric())
     assert "\nexact: got" not in str(caught.value)  # of its numbers; its counts are another matter

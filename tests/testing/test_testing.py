@@ -62,7 +62,7 @@ TREES: dict[str, tuple[diffopt.Optimizer, Any]] = {
 
 
 @pytest.mark.parametrize("estimator", sampled(ESTIMATORS, 6), ids=lambda e: re.sub(" object at 0x\\w+", "", brief(e)))
-def test_every_shipped_rule_is_what_it_claims(estimator):
+def test_every_shipped_estimator_is_what_it_claims(estimator):
     report = check_estimator(estimator)
     assert report.broken == ()
     assert len(report.findings) >= 30
@@ -88,8 +88,8 @@ def test_trees_and_schedules_in_an_optimizers_fields(name):
 
 
 def test_nothing_shipped_is_left_out():
-    rules = [getattr(diffopt.estimators, name) for name in diffopt.estimators.__all__]
-    concrete = {c for c in rules if issubclass(c, diffopt.estimators.Estimator) and not inspect.isabstract(c)}
+    estimators = [getattr(diffopt.estimators, name) for name in diffopt.estimators.__all__]
+    concrete = {c for c in estimators if issubclass(c, diffopt.estimators.Estimator) and not inspect.isabstract(c)}
     assert {type(estimator) for estimator in ESTIMATORS} == concrete
     shipped = [c for c in vars(diffopt).values() if inspect.isclass(c) and issubclass(c, diffopt.Optimizer)]
     composed = {kind for case in COMPOSITIONS for kind in kinds(case.made(**case.hypers())[0])}
@@ -99,7 +99,7 @@ def test_nothing_shipped_is_left_out():
 
 @dataclass(frozen=True)
 class Between(Adjoint):
-    """A user's own rule: part of the way from the first-order rule to the exact one."""
+    """A user's own estimator: part of the way from the first-order estimator to the exact one."""
 
     share: float
 
@@ -133,13 +133,13 @@ class Misaligned(Adjoint):
 @pytest.mark.parametrize("checkpoint", ["graph", 1, 2])
 def test_a_sweep_to_another_step_than_was_kept_is_refused(checkpoint):
     with pytest.raises(
-        diffopt.ConformanceError, match=r"\(EstimatorError\), .*; sweep\(first=3\): the rule keeps steps from 1 on"
+        diffopt.ConformanceError, match=r"\(EstimatorError\), .*; sweep\(first=3\): the estimator keeps steps from 1 on"
     ):
         check_estimator(Misaligned(checkpoint))
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_users_own_rule_gets_the_same_battery(share):
+def test_a_users_own_estimator_gets_the_same_battery(share):
     check_estimator(Between(share))
     with pytest.raises(diffopt.ConformanceError, match="exact: got" if share < 1 else "biased: got"):
         check_estimator(Between(share), claims=Claims("always" if share < 1 else "never"))
@@ -172,7 +172,7 @@ def test_a_small_hyperparameter_is_moved_by_less_than_itself(size):
     check_optimizer(diffopt.SGD(size, momentum=0.9, weight_decay=size))
 
 
-def test_claims_may_be_sharper_than_the_rules_own():
+def test_claims_may_be_sharper_than_the_estimators_own():
     """Tight solves and a full frame of directions are as good as exact, and must then be."""
     tight = Implicit(ConjugateGradient(rtol=1e-12))
     check_estimator(tight, claims=replace(tight.claims(4), tolerance=1e-8))

@@ -10,8 +10,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from diffopt.errors import DivergenceError, NonFiniteGradientError, NonFiniteLossError
 from diffopt.experiments.framework.experiment import Row
 from diffopt.experiments.framework.unit_context import Work
+
+FAILED = (DivergenceError, NonFiniteLossError, NonFiniteGradientError)
+"""What a run ends with that diverges; its row then says so in place of its numbers."""
 
 
 def train(

@@ -52,6 +52,12 @@ def listed(
     return (Table(title, heads, tuple(rows)),)
 
 
+def levelled(name: str) -> tuple[str, int]:
+    """An estimator's name without its level, and the level; 0 where it has none."""
+    kind, _, level = name.rpartition(" ")
+    return (kind, int(level)) if level.isdecimal() else (name, 0)
+
+
 def _number(group: Frame, value: Value) -> Cell:
     column, how = (value, "mean") if isinstance(value, str) else value
     if column not in group or not len(found := group[column].dropna()):

@@ -45,13 +45,13 @@ def check_naive_collectives_are_refused() -> None:
         naive["functional"] = lambda w, x: functional_reduced(local(w, x))
     for name, loss in naive.items():
         for start in (numbers(3, seed=7), torch.zeros(3, dtype=torch.float64)):
-            for rule in (Reverse(), Reverse(1), Truncated(1), Unrolled()):
+            for estimator in (Reverse(), Reverse(1), Truncated(1), Unrolled()):
                 try:
-                    gradient_of(loss, start, data, estimator=rule)
+                    gradient_of(loss, start, data, estimator=estimator)
                 except diffopt.RanksError as error:
                     said = str(error)
                 else:
-                    said = f"{name} was not refused, by {rule}"
+                    said = f"{name} was not refused, by {estimator}"
                 assert "summed(local_loss(copied(params), batch))" in said
 
 
@@ -73,12 +73,13 @@ def check_fields_that_are_not_copied_are_refused() -> None:
         return sum((terms(w, x) for x in data), 0.1 * w)
 
     for start in (numbers(3, seed=7), torch.zeros(3, dtype=torch.float64)):
-        for rule in (Reverse(), Reverse(1), Unrolled()):
+        for estimator in (Reverse(), Reverse(1), Unrolled()):
             with pytest.raises(diffopt.RanksError, match="get the same vector field, but Jacobians") as refused:
-                gradient_of(diffopt.VectorField(wrong), start, data[rank], estimator=rule)
+                gradient_of(diffopt.VectorField(wrong), start, data[rank], estimator=estimator)
             assert len(str(refused.value)) < 300
             found = [
-                gradient_of(diffopt.VectorField(field), start, data[rank], estimator=rule) for field in (right, whole)
+                gradient_of(diffopt.VectorField(field), start, data[rank], estimator=estimator)
+                for field in (right, whole)
             ]
             same(found[:1], found[1:])
     cut = gradient_of(diffopt.VectorField(lambda w, x: right(w, x).detach() + 0 * w), numbers(3, seed=7), data[rank])
@@ -89,15 +90,15 @@ def check_replicas_that_differ_are_refused() -> None:
     rank = distributed.get_rank()
     data = numbers(6, 3, seed=60 + rank)
     for start in (numbers(3, seed=rank), numbers(3, seed=1) + 1e-5 * rank, numbers(3, seed=1).roll(rank)):
-        for rule in (Reverse(), Unrolled()):
+        for estimator in (Reverse(), Unrolled()):
             with pytest.raises(diffopt.RanksError, match="copied was given tensors that differ"):
-                gradient_of(lambda w, x: summed(local(copied(w), x)), start, data, estimator=rule)
+                gradient_of(lambda w, x: summed(local(copied(w), x)), start, data, estimator=estimator)
 
 
 def check_optimizers_that_differ_are_refused() -> None:
     rank = distributed.get_rank()
     data, start = numbers(6, 3, seed=60 + rank), numbers(3, seed=1)
-    for rule in (Reverse(), Unrolled()):
+    for estimator in (Reverse(), Unrolled()):
         for rate in (0.1 + 0.01 * rank, torch.tensor(0.1 + 0.01 * rank, dtype=torch.float64)):
             with pytest.raises(diffopt.RanksError, match="the first update leads the ranks"):
                 diffopt.solve(
@@ -106,7 +107,7 @@ def check_optimizers_that_differ_are_refused() -> None:
                     data,
                     optimizer=diffopt.SGD(rate),
                     steps=2,
-                    estimator=rule,
+                    estimator=estimator,
                 )
 
 
@@ -119,16 +120,16 @@ def check_outer_losses_that_differ_are_refused() -> None:
     def shared(w: Tensor, x: Tensor) -> Tensor:
         return summed(local(copied(w), x))
 
-    for rule in (Reverse(), Reverse(1), Unrolled(), FirstOrder()):
+    for estimator in (Reverse(), Reverse(1), Unrolled(), FirstOrder()):
         with pytest.raises(diffopt.RanksError, match="the gradients of their outer losses"):
-            gradient_of(shared, numbers(3, seed=7), data, lambda w: local(w, held_out), estimator=rule)
-        whole = gradient_of(shared, numbers(3, seed=7), data, lambda w: shared(w, held_out), estimator=rule)
+            gradient_of(shared, numbers(3, seed=7), data, lambda w: local(w, held_out), estimator=estimator)
+        whole = gradient_of(shared, numbers(3, seed=7), data, lambda w: shared(w, held_out), estimator=estimator)
         expected = gradient_of(
             lambda w, x: world * local(w, x),
             numbers(3, seed=7),
             every,
             lambda w: world * local(w, beyond),
-            estimator=rule,
+            estimator=estimator,
         )
         same([whole], [expected])
 
@@ -145,30 +146,30 @@ def check_outer_losses_of_other_results_are_refused() -> None:
         "observed": lambda s: s.observed.sum() * (1 + rank),
     }
     for name, of_all in outers.items():
-        for rule in (Reverse(), Unrolled()):
+        for estimator in (Reverse(), Unrolled()):
             penalty = problem.penalty.clone().requires_grad_()
             args = problem.weights[problem.own], penalty, problem.x[problem.own], problem.y[problem.own]
             options: dict[str, Any] = {"observe": lambda p, *_: p["w"].square().sum()}
-            given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule, **options}
+            given = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": estimator, **options}
             solution = diffopt.solve(problem.spread, problem.start, *args, **given)
             try:
                 torch.autograd.grad(of_all(solution), penalty)
             except diffopt.RanksError as error:
                 said = str(error)
             else:
-                said = f"{name} was not refused, by {rule}"
+                said = f"{name} was not refused, by {estimator}"
             assert "the gradients of their outer losses" in said, said
 
 
 def check_losses_that_do_not_depend_on_params_are_refused() -> None:
     data = numbers(6, 3, seed=60 + distributed.get_rank())
-    for rule in (Reverse(), Unrolled()):
+    for estimator in (Reverse(), Unrolled()):
         with pytest.raises(diffopt.DisconnectedError):
             gradient_of(
                 lambda w, x: summed(x.square().sum()) + 0 * x.sum().requires_grad_(),
                 numbers(3, seed=7),
                 data,
-                estimator=rule,
+                estimator=estimator,
             )
 
 
@@ -184,19 +185,24 @@ def check_what_is_observed_is_the_same_on_all_ranks() -> None:
     def whole(w: Tensor, x: Tensor) -> Tensor:
         return (w * x).sin().sum() / len(every)
 
-    def gradient(loss: Any, x: Tensor, observe: Any, rule: Any) -> Tensor:
+    def gradient(loss: Any, x: Tensor, observe: Any, estimator: Any) -> Tensor:
         w = start.clone().requires_grad_()
-        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.1), "steps": 3, "observe": observe, "estimator": rule}
+        options: dict[str, Any] = {
+            "optimizer": diffopt.SGD(0.1),
+            "steps": 3,
+            "observe": observe,
+            "estimator": estimator,
+        }
         return torch.autograd.grad(diffopt.solve(loss, w, x, **options).observed.pow(3).sum(), w)[0]
 
     def squares(w: Tensor, x: Tensor) -> Tensor:
         return (x @ w).square().sum()
 
-    for rule in (Reverse(), Unrolled()):
+    for estimator in (Reverse(), Unrolled()):
         with pytest.raises(
             diffopt.RanksError, match=r"observe a sum: summed\(f\(copied\(params\), data\)\)"
         ) as refused:
-            gradient(shared, data[rank], lambda w, x: x @ copied(w), rule)
+            gradient(shared, data[rank], lambda w, x: x @ copied(w), estimator)
         assert len(str(refused.value)) < 300
-        found = gradient(shared, data[rank], lambda w, x: summed(squares(copied(w), x)), rule)
-        same([found], [gradient(whole, every, squares, rule)])
+        found = gradient(shared, data[rank], lambda w, x: summed(squares(copied(w), x)), estimator)
+        same([found], [gradient(whole, every, squares, estimator)])

@@ -27,7 +27,7 @@ from diffopt.estimators import (
     Unrolled,
 )
 
-RULES: dict[str, Any] = {
+ESTIMATORS: dict[str, Any] = {
     "reverse": Reverse(),
     "every_state": Reverse(1),
     "sqrt": Reverse("sqrt"),
@@ -44,10 +44,10 @@ RULES: dict[str, Any] = {
 
 def check_hypergradients_of_every_rule() -> None:
     problem = Problem()
-    for name, rule in RULES.items():
-        expected = problem.expected(estimator=rule)
+    for name, estimator in ESTIMATORS.items():
+        expected = problem.expected(estimator=estimator)
         for loss in (problem.shared, problem.spread):
-            found = problem.gradients(loss, problem.own, estimator=rule)
+            found = problem.gradients(loss, problem.own, estimator=estimator)
             apart = [float((a - b).norm() / b.norm().clamp(min=1)) for a, b in zip(found, expected, strict=True)]
             assert max(apart) < 1e-12, (name, loss.__name__, apart)
 
@@ -123,10 +123,12 @@ def check_rules_that_move_their_inputs_by_the_shared_ones() -> None:
     problem = Problem()
     problem.weights = problem.weights.detach()
 
-    def gradients(loss: Any, own: slice, rule: Any) -> list[Tensor]:
+    def gradients(loss: Any, own: slice, estimator: Any) -> list[Tensor]:
         penalty, lr = (x.clone().requires_grad_() for x in (problem.penalty, problem.lr))
         args = problem.weights[own], penalty, problem.x[own], problem.y[own]
-        solution = diffopt.solve(loss, problem.start, *args, optimizer=diffopt.SGD(lr), steps=STEPS, estimator=rule)
+        solution = diffopt.solve(
+            loss, problem.start, *args, optimizer=diffopt.SGD(lr), steps=STEPS, estimator=estimator
+        )
         return list(torch.autograd.grad(outer(solution.params), (penalty, lr)))
 
     for loss in (problem.shared, problem.spread):
@@ -144,10 +146,10 @@ def check_rules_that_move_their_inputs_by_the_shared_ones() -> None:
 
 def check_rules_that_move_their_inputs_refuse_those_held_apart() -> None:
     problem = Problem()
-    for rule in (ForwardMode(), ESJacobian(2, 1e-4, generator=torch.Generator().manual_seed(3))):
+    for estimator in (ForwardMode(), ESJacobian(2, 1e-4, generator=torch.Generator().manual_seed(3))):
         for loss in (problem.shared, problem.spread):
             with pytest.raises(diffopt.EstimatorError, match=r"with args\[0\], which each rank holds for itself"):
-                problem.gradients(loss, problem.own, estimator=rule)
+                problem.gradients(loss, problem.own, estimator=estimator)
 
 
 def check_micro_batches() -> None:

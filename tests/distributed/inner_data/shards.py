@@ -75,11 +75,13 @@ class Scaled:
     def whole(self, w: Tensor, scale: Tensor, x: Tensor) -> Tensor:
         return (x @ (scale.exp() * w) - 1).square().add(1).log().mean() + scale.square() * w.pow(4).sum()
 
-    def solved(self, loss: Any, own: slice, rule: Any) -> tuple[Tensor, list[Tensor]]:
+    def solved(self, loss: Any, own: slice, estimator: Any) -> tuple[Tensor, list[Tensor]]:
         """A function of the solution, each rank's own, and what is learned: the scale, and the start."""
         w, scale = self.start[own].clone(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        given = [scale] if isinstance(rule, Implicit) else [scale, w.requires_grad_()]
-        solution = diffopt.solve(loss, w, scale, self.x[:, own], optimizer=diffopt.SGD(0.05), steps=4, estimator=rule)
+        given = [scale] if isinstance(estimator, Implicit) else [scale, w.requires_grad_()]
+        solution = diffopt.solve(
+            loss, w, scale, self.x[:, own], optimizer=diffopt.SGD(0.05), steps=4, estimator=estimator
+        )
         return solution.params.pow(3).sum(), given
 
 
@@ -88,9 +90,9 @@ def check_shards_may_share_an_argument() -> None:
     world = distributed.get_world_size()
     for sizes in ([2] * world, [3, *[2] * (world - 1)]):
         problem = Scaled(sizes)
-        for rule in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(2), Binomial(order=2), Unrolled()):
-            found = torch.autograd.grad(*problem.solved(problem.shards, problem.own, rule))
-            scale, start = torch.autograd.grad(*problem.solved(problem.whole, slice(None), rule))
+        for estimator in (Reverse(), Reverse(1), Reverse("sqrt"), Truncated(2), Binomial(order=2), Unrolled()):
+            found = torch.autograd.grad(*problem.solved(problem.shards, problem.own, estimator))
+            scale, start = torch.autograd.grad(*problem.solved(problem.whole, slice(None), estimator))
             same(found, [scale, start[problem.own]])
 
 
@@ -98,8 +100,8 @@ def check_rules_that_take_inner_products_refuse_shards() -> None:
     """Those of a rank's own part are not those of the params."""
     problem = Scaled([2] * distributed.get_world_size())
     es = ESJacobian(1, 1e-4, generator=torch.Generator().manual_seed(3))
-    for rule in (ForwardMode(), es, Krylov(order=2), *map(Implicit, (None, GMRES(), Neumann()))):
-        end, given = problem.solved(problem.shards, problem.own, rule)
+    for estimator in (ForwardMode(), es, Krylov(order=2), *map(Implicit, (None, GMRES(), Neumann()))):
+        end, given = problem.solved(problem.shards, problem.own, estimator)
         for _ in range(2):
             with pytest.raises(diffopt.EstimatorError, match="with params that each rank holds for itself"):
                 torch.autograd.grad(end, given, retain_graph=True)
@@ -114,7 +116,7 @@ def check_shards_that_start_equal_and_share_an_argument_are_refused() -> None:
     """They look like params that were not copied, and it is said what to do if they are shards."""
     problem = Scaled([2] * distributed.get_world_size())
     problem.start = torch.ones_like(problem.start)
-    for rule in (Reverse(), Unrolled()):
+    for estimator in (Reverse(), Unrolled()):
         with pytest.raises(diffopt.RanksError, match="if params are shards that start equal, check=False") as refused:
-            problem.solved(problem.shards, problem.own, rule)
+            problem.solved(problem.shards, problem.own, estimator)
         assert len(str(refused.value)) < 400

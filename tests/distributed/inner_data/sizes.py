@@ -20,7 +20,7 @@ def check_unequal_data_goes_the_same_way_on_all_ranks() -> None:
     size = 4 + 400 * rank
     ends = [sum(4 + 400 * r for r in range(q)) for q in range(world + 1)]
     x, start = numbers(ends[-1], 6, seed=1), numbers(6, seed=2)
-    for rule in (Reverse("sqrt"), Reverse(2), Reverse(memory=400_000), Truncated(3, "sqrt")):
+    for estimator in (Reverse("sqrt"), Reverse(2), Reverse(memory=400_000), Truncated(3, "sqrt")):
         found = []
         for mine in (True, False):
             w = start.clone().requires_grad_()
@@ -30,7 +30,7 @@ def check_unequal_data_goes_the_same_way_on_all_ranks() -> None:
                 value = (data @ (copied(w) if mine else w)).tanh().square().sum() / len(x)
                 return summed(value) if mine else value
 
-            solution = diffopt.solve(loss, w, data, optimizer=diffopt.SGD(0.1), steps=9, estimator=rule)
+            solution = diffopt.solve(loss, w, data, optimizer=diffopt.SGD(0.1), steps=9, estimator=estimator)
             found.append(torch.autograd.grad(solution.params.pow(3).sum(), w)[0])
         same(found[:1], found[1:])
 

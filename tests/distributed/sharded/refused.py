@@ -1,4 +1,4 @@
-"""What is refused of params that are spread: rules, collectives, and means that torch gets wrong."""
+"""What is refused of params that are spread: estimators, collectives, and means that torch gets wrong."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffopt.estimators import Binomial, Krylov, Reverse, Unrolled
 
 
 def check_what_is_refused() -> None:
-    for rule in (Binomial(order=1), Krylov(order=1)):
+    for estimator in (Binomial(order=1), Krylov(order=1)):
         with pytest.raises(diffopt.DeviceError, match="a DTensor and an ordinary tensor"):
-            gradients(Layout(ROWS, WHOLE), sgd, estimator=rule)
+            gradients(Layout(ROWS, WHOLE), sgd, estimator=estimator)
     with pytest.raises(diffopt.EstimatorError, match="a leaf of the state that is a DTensor"):
         gradients(Layout(ROWS, WHOLE), sgd, estimator=Reverse(1, offload="disk"))
     for function in (diffopt.distributed.copied, diffopt.distributed.summed):
@@ -39,19 +39,19 @@ def look_at_means(*functions: Any) -> None:
     x, y, w = numbers(8, 3, seed=1), numbers(8, 4, seed=2).sigmoid(), numbers(4, 3, seed=3)
     for function in functions:
 
-        def found(at: Layout, rule: Any, means: bool, function: Any = function) -> Tensor:
+        def found(at: Layout, estimator: Any, means: bool, function: Any = function) -> Tensor:
             def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
                 ends = (x @ w.t()).sigmoid()
                 return function(ends, y) if means else function(ends, y, reduction="none").mean()
 
             start = at.spread(w, at.params).requires_grad_()
             data = at.spread(x, at.data), at.spread(y, at.data)
-            solution = diffopt.solve(loss, start, *data, optimizer=diffopt.SGD(0.5), steps=2, estimator=rule)
+            solution = diffopt.solve(loss, start, *data, optimizer=diffopt.SGD(0.5), steps=2, estimator=estimator)
             return full(torch.autograd.grad(solution.params.pow(3).sum(), start)[0])
 
-        for rule in (Reverse(), Reverse(1), Unrolled()):
+        for estimator in (Reverse(), Reverse(1), Unrolled()):
             for places in ((ROWS, WHOLE), (WHOLE, ROWS)):
                 with pytest.raises(diffopt.RanksError, match=r'write reduction="none" there, and .mean\(\) behind it'):
-                    found(Layout(*places), rule, True)
-                same([found(Layout(*places), rule, False)], [found(Layout(), rule, False)], function)
-            same([found(Layout(WHOLE, WHOLE), rule, True)], [found(Layout(), rule, True)], function)
+                    found(Layout(*places), estimator, True)
+                same([found(Layout(*places), estimator, False)], [found(Layout(), estimator, False)], function)
+            same([found(Layout(WHOLE, WHOLE), estimator, True)], [found(Layout(), estimator, True)], function)

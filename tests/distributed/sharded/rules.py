@@ -16,21 +16,21 @@ from diffopt.linear_solve import GMRES, ConjugateGradient, Dense
 
 
 def check_slow_hypergradients_of_sharded_params() -> None:
-    for rule in (Reverse(), Reverse(1), Truncated(2)):
-        expected = gradients(Layout(), sgd, estimator=rule)
+    for estimator in (Reverse(), Reverse(1), Truncated(2)):
+        expected = gradients(Layout(), sgd, estimator=estimator)
         for place, (params, data) in PLACES.items():
-            same(gradients(Layout(params, data), sgd, estimator=rule), expected, (rule, place))
+            same(gradients(Layout(params, data), sgd, estimator=estimator), expected, (estimator, place))
 
 
 def check_slow_hypergradients_of_every_rule() -> None:
-    rules: Any = (
+    estimators: Any = (
         *(Reverse(2), Reverse("sqrt"), Reverse("log"), Reverse(memory="1MB"), Reverse(1, offload=True)),
         *(Truncated(3, "log"), FirstOrder(), Reptile(), MultiStep(2), Unrolled()),
     )
-    for rule in rules:
-        expected = gradients(Layout(), sgd, estimator=rule)
+    for estimator in estimators:
+        expected = gradients(Layout(), sgd, estimator=estimator)
         for place, (params, data) in TWO.items():
-            same(gradients(Layout(params, data), sgd, estimator=rule), expected, (rule, place))
+            same(gradients(Layout(params, data), sgd, estimator=estimator), expected, (estimator, place))
     for optimizer in (diffopt.Adam, diffopt.RMSprop, lambda lr: diffopt.Clip(sgd(lr), max_norm=0.5)):
         expected = gradients(Layout(), optimizer)
         for place, (params, data) in TWO.items():
@@ -52,18 +52,18 @@ def check_slow_forward_mode() -> None:
             same(gradients(at, sgd, numbers_only=True, estimator=ForwardMode()), expected, place)
     small, wide = numbers(2, 3, seed=1), numbers(3, seed=2)
 
-    def of_all(at: Layout, rule: Any) -> list[Tensor]:
+    def of_all(at: Layout, estimator: Any) -> list[Tensor]:
         w, c = at.spread(small, at.params).requires_grad_(), at.spread(wide, at.data).requires_grad_()
-        options: dict[str, Any] = {"optimizer": diffopt.Adam(0.1), "steps": 3, "estimator": rule}
+        options: dict[str, Any] = {"optimizer": diffopt.Adam(0.1), "steps": 3, "estimator": estimator}
         solution = diffopt.solve(lambda w, c: (w * c).pow(4).sum() + w.square().sum(), w, c, **options)
         found = torch.autograd.grad(solution.params.pow(3).sum() + solution.losses.sum(), (w, c))
         return [full(g) for g in found]
 
     same(of_all(Layout(COLUMNS, ROWS), ForwardMode()), of_all(Layout(), Reverse()), "of tensors")
 
-    def of_complex(at: Layout, rule: Any) -> list[Tensor]:
+    def of_complex(at: Layout, estimator: Any) -> list[Tensor]:
         c = at.spread(torch.complex(numbers(4, seed=1), numbers(4, seed=2)), at.data).requires_grad_()
-        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": estimator}
         start = at.spread(numbers(4, seed=3), at.params)
         solution = diffopt.solve(
             lambda w, c: (w * c).abs().square().sum() + (w.pow(3) * c.imag).sum(), start, c, **options

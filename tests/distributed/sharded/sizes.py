@@ -20,9 +20,9 @@ def check_graphs_are_measured() -> None:
 
     def kept(placements: Any) -> tuple[int, int | None]:
         found = []
-        for rule in (Reverse(), Reverse(memory="800kB")):
+        for estimator in (Reverse(), Reverse(memory="800kB")):
             w = Layout(placements).spread(start, placements).requires_grad_()
-            options = {"optimizer": diffopt.SGD(0.05), "steps": 20, "estimator": rule}
+            options = {"optimizer": diffopt.SGD(0.05), "steps": 20, "estimator": estimator}
             solution = diffopt.solve(lambda w: w.sin().pow(4).sum(), w, **options)
             found.append(solution.kept)
         return found[0].bytes, found[1].slots
@@ -45,24 +45,24 @@ def check_uneven_shards() -> None:
     def bowl(w: Tensor, penalty: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return (x @ w.t() - y).square().sum() / 24 + penalty.exp() * (w - 0.3).square().sum()
 
-    def found(at: Layout, rule: Any, tol: float) -> list[Tensor]:
+    def found(at: Layout, estimator: Any, tol: float) -> list[Tensor]:
         w, penalty = at.spread(rows, at.params), at.shared(torch.tensor(0.0, dtype=torch.float64)).requires_grad_()
         data = at.spread(x, at.data), at.spread(y, at.data)
-        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.3), "steps": 100, "estimator": rule, "tol": tol}
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.3), "steps": 100, "estimator": estimator, "tol": tol}
         solution = diffopt.solve(bowl, w, penalty, *data, **options)
         results = [solution.params]
-        if isinstance(rule, Implicit):
+        if isinstance(estimator, Implicit):
             results.append(diffopt.implicit(bowl, solution.params.detach(), penalty, *data))
         return [
             *(full(torch.autograd.grad(p.pow(3).sum(), penalty)[0]) for p in results),
             solution.steps * x.new_ones(()),
         ]
 
-    for rule in (Reverse(), Unrolled(), *map(Implicit, (ConjugateGradient(), GMRES(max_iterations=9), Dense()))):
-        tol = 1e-12 if isinstance(rule, Implicit) else 1e-4
-        expected = found(Layout(), rule, tol)
+    for estimator in (Reverse(), Unrolled(), *map(Implicit, (ConjugateGradient(), GMRES(max_iterations=9), Dense()))):
+        tol = 1e-12 if isinstance(estimator, Implicit) else 1e-4
+        expected = found(Layout(), estimator, tol)
         assert expected[-1] < 100
-        same(found(Layout(ROWS, WHOLE), rule, tol), expected, rule)
+        same(found(Layout(ROWS, WHOLE), estimator, tol), expected, estimator)
 
 
 def check_a_row_that_one_rank_holds() -> None:
@@ -73,14 +73,14 @@ def check_a_row_that_one_rank_holds() -> None:
         errors = ((x @ p["w"].t()).tanh() @ p["v"]).square().mean()
         return errors + penalty * p["w"].pow(4).sum() + penalty * p["v"].square().sum()
 
-    def found(at: Layout, rule: Any) -> list[Tensor]:
+    def found(at: Layout, estimator: Any) -> list[Tensor]:
         params = {"w": at.spread(w, at.params).requires_grad_(), "v": at.spread(v, at.params).requires_grad_()}
         penalty = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": rule}
+        options: dict[str, Any] = {"optimizer": diffopt.SGD(0.05), "steps": 3, "estimator": estimator}
         solution = diffopt.solve(loss, params, penalty, at.spread(x, at.data), **options)
         outer = sum(p.pow(3).sum() for p in solution.params.values())
         return [full(g) for g in torch.autograd.grad(outer, [*params.values(), penalty])]
 
     expected = found(Layout(), Reverse())
-    for rule in (Unrolled(), Reverse(), Reverse(1)):
-        same(found(Layout(ROWS, WHOLE), rule), expected, rule)
+    for estimator in (Unrolled(), Reverse(), Reverse(1)):
+        same(found(Layout(ROWS, WHOLE), estimator), expected, estimator)

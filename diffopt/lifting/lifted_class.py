@@ -94,7 +94,7 @@ def _attributes(instance: torch.optim.Optimizer) -> kept_buffers.Store:
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class TorchRule(Optimizer):
+class LiftedClass(Optimizer):
     """One step of a ``torch.optim.Optimizer`` class as a pure function; made by :func:`diffopt.from_torch`.
 
     Every update makes a new instance of the class, gives it the buffers as its state and runs its ``step``: nothing is
