@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from diffopt.tensors import transforms
+
 GeneratorStates: TypeAlias = tuple[Tensor, ...]
 
 
@@ -50,7 +52,9 @@ def restore(states: GeneratorStates, device: torch.device) -> None:
 
 def changed(before: GeneratorStates, after: GeneratorStates) -> bool:
     """Whether random numbers were drawn between the two."""
-    return not all(map(torch.equal, before, after))
+    if transforms.transforms_active():  # under which they may be wrapped
+        return not all(map(torch.equal, before, after))
+    return [x.numpy().tobytes() for x in before] != [x.numpy().tobytes() for x in after]  # in a tenth of the time
 
 
 @final
