@@ -2685,8 +2685,8 @@ params that are observed are no views, and reach a later loss
     + dynamics.own_update
 the first inner gradient is taken of what is read, too
     Block.__init__, params_of_a_block
-    - *derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])
-    + derivatives.make_roots([*state, *map(inputs.at, self._shared)])
+    - roots = *starts, *derivatives.make_leaves(map(inputs.at, self._shared))
+    + roots = derivatives.make_roots([*state, *map(inputs.at, self._shared)])
 state of a loss is looked for where no backward pass reads it
     Adjoint.run, params_of_a_block
     - recomputed = keep.evaluates and
