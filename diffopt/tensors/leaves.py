@@ -148,8 +148,6 @@ class Leaves(tuple[Tensor, ...]):
 
 _FEW = 32
 """Tensors that are faster looked at one by one than all in one call."""
-_SMALL = 2**14
-"""Numbers that are faster put in a row first."""
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -165,10 +163,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     # A finite sum ends the matter in few calls and one synchronisation; another one may only have overflowed.
     if torch.is_grad_enabled():
         numbers = [x.detach() for x in numbers]
-    kinds = {(type(x), x.is_cpu, x.layout) for x in numbers}
-    if kinds == {(Tensor, True, torch.strided)} and sum([x.numel() for x in numbers]) <= _SMALL:
-        total = torch._C._nn.flatten_dense_tensors(numbers).sum().item()
-    elif len(numbers) <= _FEW and kinds <= {(Tensor, True, torch.strided)}:
+    if len(numbers) <= _FEW and set(map(type, numbers)) <= {Tensor} and (not numbers or numbers[0].is_cpu):
         total = sum(map(Tensor.item, map(Tensor.sum, numbers)))
     else:
         total = float(torch.stack(torch._foreach_norm(numbers)).sum())
