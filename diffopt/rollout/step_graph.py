@@ -54,7 +54,7 @@ class Block:
     """The graph of steps ``first, first + 1, ...``, from the state before them to the state after them.
 
     It grows as steps are taken (:meth:`slice` before each, :meth:`keep` after it) and is then closed, from when on it
-    is held by its edges only: no tensor is kept alive but what the graph saved for itself.
+    is held by its edges only: no tensor is kept alive but inputs, which live on anyway, and what the graph saved.
 
     # NOTE [one graph for a block, not one per step]
     Steps are linked, so that one call of autograd pulls an adjoint through all of them and adds terms in place. Each
