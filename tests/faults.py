@@ -2836,7 +2836,7 @@ a step that drew hides whether the next one draws
     + self._now = after
 the bytes of a generator are read under transforms
     _bytes, draws
-    - if transforms.transforms_active():
+    - if transforms.current_level() is not None:
     + if False:
 only the first numbers of a generator are compared
     _bytes, draws
