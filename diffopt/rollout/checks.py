@@ -69,7 +69,7 @@ class Checks:
         self._drops_tangents = watch.values and not passes_tangents and transforms.in_dual_level()
         self._plainly = not (watch.levels or self._drops_tangents)
         self._wrapped_are_held: bool | None = None
-        self._looks_for_breaks, self._born = keep is None, -1
+        self._looks_for_breaks, self._born = keep is None, autograd_graph.newest()
         self._noted: list[autograd_graph.GraphPart] = []
         self._held: HiddenState | None = None
         self._stores = False

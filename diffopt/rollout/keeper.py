@@ -65,7 +65,7 @@ class Keeper:
         if step == self.first:
             self._checkpoint = math.isqrt(count - 1) + 1 if keep.checkpoint == "sqrt" else keep.checkpoint
             if self._checkpoint is None or self._checkpoint == "graph" or self._memory is not None:
-                return Block(self._dynamics, self._inputs, self._wanted, ground.state)
+                return Block(self._dynamics, self._inputs, self._wanted, ground.state, held=step == 1)
             if self._checkpoint == "log":
                 self._plan(schedules.logarithmic(count))
         if step in self._at or (isinstance(self._checkpoint, int) and (step - self.first) % self._checkpoint == 0):

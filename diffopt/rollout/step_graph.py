@@ -54,7 +54,7 @@ class Block:
     """The graph of steps ``first, first + 1, ...``, from the state before them to the state after them.
 
     It grows as steps are taken (:meth:`slice` before each, :meth:`keep` after it) and is then closed, from when on it
-    is held by its edges only: no tensor is kept alive but what the graph saved for itself.
+    is held by its edges only: no tensor is kept alive but inputs, which live on anyway, and what the graph saved.
 
     # NOTE [one graph for a block, not one per step]
     Steps are linked, so that one call of autograd pulls an adjoint through all of them and adds terms in place. Each
@@ -71,18 +71,20 @@ class Block:
         state: Sequence[Tensor],
         *,
         apart: bool = False,
+        held: bool = False,
     ):
         """Start a block at ``state``, to be differentiated in it and in the ``wanted`` of what steps read.
 
         ``apart``: of one step, in which the loss reads params of its own, the update those of the state: see
-        :meth:`pullback_apart`.
+        :meth:`pullback_apart`. ``held``: the state lives on, whether the graph keeps it or not, as all inputs do.
         """
         layout = self._layout = dynamics.layout
         self._stepped = [place for place in wanted if layout.runs_over_steps(place)]
         self._shared = [place for place in wanted if not layout.runs_over_steps(place)]
         with torch.enable_grad():
-            # (two nodes: a gradient for params that come from one looks for all that leads to it, data too)
-            roots = *derivatives.make_roots(state), *derivatives.make_roots([*map(inputs.at, self._shared)])
+            # (a gradient for params that come from one node with data would look for all that leads to those, too)
+            starts = derivatives.make_leaves(state) if held else derivatives.make_roots(state)
+            roots = *starts, *derivatives.make_leaves(map(inputs.at, self._shared))
             self._apart = derivatives.make_roots(layout.params(state)) if apart else None
         count = layout.state_count
         self._roots = roots
@@ -121,7 +123,7 @@ class Block:
     def _joined(self, read: Leaves, hyperparameters: Leaves, step: int) -> tuple[Leaves, Leaves]:
         """The same with the wanted slices of this step as roots of the graph."""
         parts = {"read": list(read), "hyperparameters": list(hyperparameters)}
-        roots = derivatives.make_roots([parts[place.part][place.number] for place in self._stepped])
+        roots = derivatives.make_leaves([parts[place.part][place.number] for place in self._stepped])
         for place, root in zip(self._stepped, roots, strict=True):
             parts[place.part][place.number] = self._slices[place, step] = root
         return Leaves(parts["read"]), Leaves(parts["hyperparameters"])
@@ -237,9 +239,7 @@ class Plain:
         """What step ``step`` is computed from."""
         read, hyperparameters = self._layout.at_step(self._inputs, step)
         own = tuple(self.state)[: self._layout.params_count]
-        # cheaper than roots from the second step on, when nothing is left of this graph that could keep them alive
-        params = derivatives.make_roots(own) if step == 1 else tuple([x.detach().requires_grad_() for x in own])
-        return Slice(self.state, params, read, hyperparameters)
+        return Slice(self.state, derivatives.make_leaves(own), read, hyperparameters)
 
     @property
     def params(self) -> Sequence[Tensor]:

@@ -6,18 +6,19 @@ The oracle is one task after the other, by plain autograd through the loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import diffopt
 from diffopt import prox
-from diffopt.estimators import FirstOrder, Implicit, Reptile, Reverse, Unrolled
-from diffopt.optimizers.base import Buffers
+from diffopt.estimators import FirstOrder, Implicit, Reptile, Reverse, Truncated, Unrolled
+from diffopt.optimizers.base import OPTION, Buffers
 from diffopt.rollout import checks
 from diffopt.tensors import random_state
 from diffopt.tensors.leaves import Leaves
@@ -154,6 +155,36 @@ def test_inner_gradients_are_not_taken_of_what_is_read() -> None:
     value = vmap(outer)(*start()).sum()
     assert _Counted.calls == 0
     torch.autograd.grad(value, start()[2], allow_unused=True)
+
+
+@dataclass(frozen=True)
+class Noting(diffopt.Optimizer):
+    """Gradient descent that notes where the params lie that it makes."""
+
+    made: Any = field(default_factory=list, metadata=OPTION)
+
+    def init(self, params: Leaves) -> Buffers:
+        return {}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> Any:
+        after = params - 0.1 * grads
+        self.made.append(StorageWeakRef(after[0].untyped_storage()))
+        return after, buffers
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_graph_from_a_later_step_on_keeps_no_state_that_it_does_not_need(last: int) -> None:
+    optimizer, slope = Noting(), torch.linspace(0, 1, 5).requires_grad_()
+    solution = diffopt.solve(
+        lambda w, slope: (w * slope.detach()).sum() + slope.sum(),
+        torch.ones(5, requires_grad=True),
+        slope,
+        optimizer=optimizer,
+        steps=5,
+        estimator=Truncated(last),
+    )
+    assert [place.expired() for place in optimizer.made] == [True] * 4 + [False]
+    assert solution.params.requires_grad
 
 
 @pytest.mark.parametrize("estimator", [FirstOrder(), Reptile()], ids=str)
