@@ -63,10 +63,9 @@ class TracedSweep:
             begin = (part.first - self._first) // parts[0].length  # (whole blocks come before a short one)
             states = [x[begin : begin + part.number] for x in self._trajectory.rollout.stack or ()]
             rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
-            backwards = [x.flip(0) for x in (*states, *rows)]
-            carry, terms = tracing.scan(self._block(part, len(states)), carry, backwards, shared)
+            carry, terms = tracing.scan_back(self._block(part, len(states)), carry, [*states, *rows], shared)
             for stretch, own in zip(part.stretches, part.by_stretch(terms), strict=True):
-                self._write(found, [x.flip(0).flatten(0, 1) for x in own], part.all_of(stretch))
+                self._write(found, [x.flatten(0, 1) for x in own], part.all_of(stretch))
         return carry
 
     def _block(self, part: Blocks, count: int) -> tracing.Body:
@@ -116,9 +115,8 @@ class TracedSweep:
         ``rows`` and ``states`` are in the order of steps.
         """
         read = 1 + len(self._reading.stepped)
-        backwards = [x.flip(0) for x in (*rows[:read], *states, *rows[read:])]
-        carry, terms = tracing.scan(self._body(updates), carry, backwards, shared, nested=nested)
-        return carry, [x.flip(0) for x in terms]
+        given = [*rows[:read], *states, *rows[read:]]
+        return tracing.scan_back(self._body(updates), carry, given, shared, nested=nested)
 
     def _write(self, found: dict[Place, Tensor], terms: Sequence[Tensor], stretch: Stretch) -> None:
         """Put the direct terms of what runs over these steps into their places."""
