@@ -2062,9 +2062,9 @@ a traced sweep forgets the direct terms of earlier steps
     - sums = [x + direct[place] for x, place in
     + sums = [direct[place] for x, place in
 a traced sweep gives the terms of steps in the wrong order
-    TracedSweep._loop, compiled_programs
-    - return carry, [x.flip(0) for x in terms]
-    + return carry, terms
+    scan_back, compiled_programs
+    - return carry, [x.flip(0) for x in made]
+    + return carry, made
 a traced step of a continued solve counts from one
     Reading.rows, compiled_programs
     - first, window = self._layout.first_update(stretch.first), self._layout.window
@@ -2820,6 +2820,48 @@ a program of one observer serves another
 the descent of the toy is not held within its bounds
     measure, yardsticks_experiment
     - .clamp(LOW, HIGH)
+
+# what a program's loops read, and what is kept of losses
+a loop is given a row of its own as it lies
+    Trace.readable, what_loops_read
+    - given = node.op == "placeholder" and node not in self._rows
+    + given = node.op == "placeholder"
+a view is copied for every loop that reads it
+    Trace.readable, what_loops_read
+    - if node not in self._copies:
+    + if True:
+a loop on the way back begins with the first row
+    scan_back, what_loops_read
+    - [torch.arange(length - 1, -1, -1)]
+    + [torch.arange(length)]
+large products with vectors are loops of the compiler
+    _product, what_loops_read
+    - if matrix.numel() < _LARGE:
+    + if True:
+a graph is made for tensors as they lie in memory
+    _in_order, what_loops_read
+    - return x.detach().clone(memory_format=torch.contiguous_format)
+    + return x.detach().clone()
+a product is kept as it is after a change in place
+    Noting.__torch_dispatch__, kept_products
+    - self.found.append(found.clone())
+    + self.found.append(found.detach())
+what is done to a recalled product is done to what is kept
+    Recalling.__torch_dispatch__, kept_products
+    - return self._products.pop(0).clone()
+    + return self._products.pop(0)
+products are recalled in another order
+    Recalling.__torch_dispatch__, kept_products
+    - return self._products.pop(0).clone()
+    + return self._products.pop().clone()
+products are kept that outweigh the states
+    Noting.kept, kept_products
+    - return self.found if sum([x.nbytes for x in self.found]) <= sum([x.nbytes for x in state]) else []
+    + return self.found
+products of other steps are recalled
+    TracedSweep._pull_steps, kept_products
+    - *[x[begin:end] for x in self._trajectory.rollout.products]
+    + *[x.flip(0)[begin:end] for x in self._trajectory.rollout.products]
 """
 
 # What ends in white space would not show in the table.

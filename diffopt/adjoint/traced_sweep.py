@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.products import Recalling
 from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
 from diffopt.rollout.traced import Steps
 from diffopt.tensors import derivatives, tracing
@@ -50,7 +51,8 @@ class TracedSweep:
         for stretch in reversed(stretches(self._trajectory.layout, self._first)):
             begin, end = stretch.first - self._first, stretch.last - self._first + 1
             states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
-            carry, terms = self._loop(carry, self._rows(inputs, stretch), states, shared, stretch.updates)
+            rows = [*self._rows(inputs, stretch), *[x[begin:end] for x in self._trajectory.rollout.products]]
+            carry, terms = self._loop(carry, rows, states, shared, stretch.updates)
             self._write(found, terms, stretch)
         return carry
 
@@ -90,7 +92,8 @@ class TracedSweep:
         self, steps: Steps, part: Blocks, state: Leaves, rows: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]
     ) -> list[list[Tensor]]:
         """The states before all steps of a block, stacked for each of its stretches."""
-        found, options = [], {"hands_out": False, "keeps": True, "nested": True}
+        options: dict[str, Any] = {"hands_out": False, "keeps": True, "nested": True}
+        found = []
         for stretch, own in zip(part.stretches[:-1], rows[:-1], strict=True):
             state, made = steps.loop(state, own, shared, stretch.updates, **options)
             found.append(made)
@@ -138,7 +141,7 @@ class TracedSweep:
             flat = [*row[read : read + count], *reading.joined(row[1:read], shared)]
             given = iter(row[read + count :])
             running = [None if x is None else next(given) for x in self._running]
-            outputs, sources = self._recorded(flat, row[0], updates, observes=len(running) > 1)
+            outputs, sources = self._recorded(flat, row[0], updates, Recalling(list(given)), observes=len(running) > 1)
             cotangents = [*carry[:count], *running]
             pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if c is not None]
             terms = derivatives.pullback([o for o, _ in pairs], sources, [c for _, c in pairs])
@@ -149,7 +152,7 @@ class TracedSweep:
         return body
 
     def _recorded(
-        self, flat: Sequence[Tensor], first: Any, updates: int, *, observes: bool
+        self, flat: Sequence[Tensor], first: Any, updates: int, recalling: Recalling, *, observes: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """One step with its graph: the state after it and what it hands out, and what these are differentiated by."""
         dynamics: Dynamics = self._trajectory.dynamics
@@ -159,7 +162,8 @@ class TracedSweep:
             now = now.put({place: now.at(place).detach().requires_grad_() for place in wanted})
             roots = [x.detach().requires_grad_() for x in now.state]
             params = [x.view_as(x) for x in layout.params(roots)]
-            losses = dynamics.losses(params, now.read)
+            with recalling:
+                losses = dynamics.losses(params, now.read)
             grads = derivatives.filled(derivatives.gradient(losses.sum(), params, differentiable=True), params)
             after = dynamics.updates(roots, grads, now.hyperparameters, first, updates)
             observed = dynamics.observed(list(layout.params(after)), now.read) if observes else ()

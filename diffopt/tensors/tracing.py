@@ -178,7 +178,7 @@ def _in_order(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+def _product(matrix: Tensor, vector: Tensor) -> Any:
     """A large matrix times a vector, as a product of matrices: that one the compiler leaves to a library.
 
     Of the other it makes a loop of its own, which goes through a transposed matrix across the order of its memory.
@@ -360,8 +360,9 @@ def scan_back(
         carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         place: Any = row[0].item()
-        torch._check(place >= 0)
-        torch._check(place < length)
+        check: Any = torch._check
+        check(place >= 0)
+        check(place < length)
         return body(carry, [torch.select(x, 0, place) for x in shared[:count]], shared[count:])
 
     carry, made = scan(looking_up, carry, [torch.arange(length - 1, -1, -1)], [*rows, *shared], nested=nested)
