@@ -2858,6 +2858,10 @@ products are kept that outweigh the states
     Noting.kept, kept_products
     - return self.found if sum([x.nbytes for x in self.found]) <= sum([x.nbytes for x in state]) else []
     + return self.found
+instruction sets are chosen though torch has no such option
+    _options, compiled_outer
+    - getattr(config.cpp, "vec_isa_ok", False) is None:
+    + getattr(config.cpp, "vec_isa_ok", None) is None:
 products of other steps are recalled
     TracedSweep._pull_steps, kept_products
     - *[x[begin:end] for x in self._trajectory.rollout.products]

@@ -67,6 +67,17 @@ def test_what_loops_read_is_copied_once_at_most_and_nothing_is_turned_around(rul
     assert not [node for node in calls([top], "aten::flip") if node.meta["val"].ndim > 1]
 
 
+def test_states_of_a_block_that_are_put_together_are_not_copied_again() -> None:
+    def outer(w: Tensor, a: Tensor) -> Tensor:
+        return squares(solved(w, a, steps=9, estimator=Reverse(3)).params)
+
+    bodies = graphs_of(outer, [W, A])[1:]
+    together = calls(bodies, "aten::cat")
+    assert together
+    for node in together:
+        assert [user.target.name() for user in node.users] == ["scan"]
+
+
 @pytest.mark.parametrize("rule", [Reverse(), Reverse(2), Reverse(3), MultiStep(2, Reverse(2))], ids=repr)
 def test_no_loop_is_given_a_view(rule: Any) -> None:
     """Not even what a loop within a loop reads of its own row: torch's compiler would write code that crashes."""

@@ -102,7 +102,8 @@ class Trace:
             return _copy(x)
         node = _source(tracker[x].proxy.node)
         given = node.op == "placeholder" and node not in self._rows
-        if x.is_contiguous() and (given or (node.target is operator.getitem and node.args[0].target is tools.scan)):
+        stacked = node.target is operator.getitem and node.args[0].target is tools.scan
+        if x.is_contiguous() and (given or stacked or node.target is torch.ops.aten.cat.default):
             return x
         if node not in self._copies:
             self._copies[node] = _copy(x)
