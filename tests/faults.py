@@ -2721,12 +2721,12 @@ a short last block of a program is pulled back from the first state
     + begin = 0
 what runs over the steps of blocks is read in the order of the first block
     TracedSweep._pull_blocks, compiled_programs
-    - backwards = [x.flip(0) for x in (*states, *rows)]
-    + backwards = [*[x.flip(0) for x in states], *rows]
+    - carry, [*states, *rows], shared)
+    + carry, [*states, *[x.flip(0) for x in rows]], shared)
 the direct terms of blocks stay in the order of the backward pass
     TracedSweep._pull_blocks, compiled_programs
-    - [x.flip(0).flatten(0, 1) for x in own]
-    + [x.flatten(0, 1) for x in own]
+    - [x.flatten(0, 1) for x in own]
+    + [x.flip(0).flatten(0, 1) for x in own]
 a block's last state is that before the one before it
     TracedSweep._states, compiled_programs
     - made = [torch.cat([x, y[None]]) for x, y in zip(before, after, strict=True)]
@@ -2801,8 +2801,8 @@ tensors that a program's check has written to stay as they are
     + () if tensors is None else tensors
 terms of blocks of steps are written in the wrong order
     TracedSweep._pull_blocks, whole_programs
-    - x.flip(0).flatten(0, 1)
-    + x.flatten(0, 1)
+    - x.flatten(0, 1)
+    + x.flip(0).flatten(0, 1)
 
 # what is left out altogether
 a checkpoint without a seal is believed whatever its members' checksums
