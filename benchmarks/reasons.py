@@ -22,8 +22,8 @@ REASONS: dict[str, str] = {
     "which alone take three times as long as the square products of as many multiplications that they are compared "
     "with; 34 % in the compiler's loops, 7 % in `malloc` and `free`.",
     "compiled checkpoints": "On the way back there are at once the states before the 10 blocks, those of one block as "
-    "its loop has stacked them, and the same once more, with the block's first one in front. The second would go if a loop "
-    "could write into a stack that is there, for which torch's `scan` has no form.",
+    "its loop has stacked them, and the same once more, with the block's first one in front. The second would go if a "
+    "loop could write into a stack that is there, for which torch's `scan` has no form.",
     "W4": "A call copies the data once, for what torch's loops are given must be no view of an argument.",
     "W5": "A step takes four products of 128 by 784 by 128 numbers, as in JAX. The states, 0.8 MB each with their "
     "momentum, are written and read once.",
