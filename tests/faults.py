@@ -1587,9 +1587,9 @@ DTensors are copied over ranks (_refuse_unusual, sharded)
 a traced sweep forgets the direct terms of earlier steps (TracedSweep._body, compiled_programs)
     - sums = [x + direct[place] for x, place in
     + sums = [direct[place] for x, place in
-a traced sweep gives the terms of steps in the wrong order (TracedSweep._loop, compiled_programs)
-    - return carry, [x.flip(0) for x in terms]
-    + return carry, terms
+a traced sweep gives the terms of steps in the wrong order (scan_back, compiled_programs)
+    - return carry, [x.flip(0) for x in made]
+    + return carry, made
 a traced step of a continued solve counts from one (Reading.rows, compiled_programs)
     - first, window = self._layout.first_update(stretch.first), self._layout.window
     + first, window = self._layout.first_update(1), self._layout.window
@@ -2091,11 +2091,11 @@ a short last block of a program is pulled back from the first state (TracedSweep
     - begin = (part.first - self._first) // parts[0].length
     + begin = 0
 what runs over the steps of blocks is read in the order of the first block (TracedSweep._pull_blocks, compiled_programs)
-    - backwards = [x.flip(0) for x in (*states, *rows)]
-    + backwards = [*[x.flip(0) for x in states], *rows]
+    - carry, [*states, *rows], shared)
+    + carry, [*states, *[x.flip(0) for x in rows]], shared)
 the direct terms of blocks stay in the order of the backward pass (TracedSweep._pull_blocks, compiled_programs)
-    - [x.flip(0).flatten(0, 1) for x in own]
-    + [x.flatten(0, 1) for x in own]
+    - [x.flatten(0, 1) for x in own]
+    + [x.flip(0).flatten(0, 1) for x in own]
 a block's last state is that before the one before it (TracedSweep._states, compiled_programs)
     - made = [torch.cat([x, y[None]]) for x, y in zip(before, after, strict=True)]
     + made = [torch.cat([x, x[-1:]]) for x, y in zip(before, after, strict=True)]
@@ -2152,8 +2152,8 @@ tensors that a program's check has written to stay as they are (HiddenState.put_
     - self._tensors if tensors is None else tensors
     + () if tensors is None else tensors
 terms of blocks of steps are written in the wrong order (TracedSweep._pull_blocks, whole_programs)
-    - x.flip(0).flatten(0, 1)
-    + x.flatten(0, 1)
+    - x.flatten(0, 1)
+    + x.flip(0).flatten(0, 1)
 
 # what is left out altogether
 a checkpoint without a seal is believed whatever its members' checksums (check_seal, run_files)
@@ -2247,6 +2247,39 @@ the bytes of a generator are read under transforms (_bytes, draws)
 only the first numbers of a generator are compared (_bytes, draws)
     - return [x.numpy().tobytes() for x in states]
     + return [x.numpy().tobytes()[8:16] for x in states]
+a loop is given a row of its own as it lies (Trace.readable, what_loops_read)
+    - given = node.op == "placeholder" and node not in self._rows
+    + given = node.op == "placeholder"
+a view is copied for every loop that reads it (Trace.readable, what_loops_read)
+    - if node not in self._copies:
+    + if True:
+a loop on the way back begins with the first row (scan_back, what_loops_read)
+    - [torch.arange(length - 1, -1, -1)]
+    + [torch.arange(length)]
+large products with vectors are loops of the compiler (_product, what_loops_read)
+    - if matrix.numel() < _LARGE:
+    + if True:
+a graph is made for tensors as they lie in memory (_in_order, what_loops_read)
+    - return x.detach().clone(memory_format=torch.contiguous_format)
+    + return x.detach().clone()
+a product is kept as it is after a change in place (Noting.__torch_dispatch__, kept_products)
+    - self.found.append(found.clone())
+    + self.found.append(found.detach())
+what is done to a recalled product is done to what is kept (Recalling.__torch_dispatch__, kept_products)
+    - return self._products.pop(0).clone()
+    + return self._products.pop(0)
+products are recalled in another order (Recalling.__torch_dispatch__, kept_products)
+    - return self._products.pop(0).clone()
+    + return self._products.pop().clone()
+products are kept that outweigh the states (Noting.kept, kept_products)
+    - return self.found if sum([x.nbytes for x in self.found]) <= sum([x.nbytes for x in state]) else []
+    + return self.found
+instruction sets are chosen though torch has no such option (_options, compiled_outer)
+    - getattr(config.cpp, "vec_isa_ok", False) is None:
+    + getattr(config.cpp, "vec_isa_ok", None) is None:
+products of other steps are recalled (TracedSweep._pull_steps, kept_products)
+    - *[x[begin:end] for x in self._trajectory.rollout.products]
+    + *[x.flip(0)[begin:end] for x in self._trajectory.rollout.products]
 """
 
 FAULTS = read(TABLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.func import vmap
 
 import diffopt
 from diffopt.outer_program import Compiled, _taken_apart
+from diffopt.rollout import program
 from diffopt.rollout.program import Program, UnsafeCodeError, _from_store, _looked_through, frees_in_a_loop
 from diffopt.tensors import tracing
 from diffopt.tensors.reads import Reads
@@ -165,6 +167,25 @@ def test_what_the_compiler_has_written_is_looked_at_before_it_is_stored() -> Non
     with _looked_through(W.device):
         lowering.save_output_code("while (1) { }")
     assert lowering.save_output_code is None
+
+
+@pytest.mark.parametrize(
+    ("system", "cpp", "place", "asked"),
+    [
+        ("linux", {"vec_isa_ok": None}, "cpu", {"cpp_wrapper": True, "cpp.vec_isa_ok": True}),
+        ("linux", {"vec_isa_ok": False}, "cpu", {"cpp_wrapper": True}),  # the user's choice
+        ("linux", {}, "cpu", {"cpp_wrapper": True}),  # another version of torch
+        ("darwin", {"vec_isa_ok": None}, "cpu", {"cpp_wrapper": True}),
+        ("linux", {"vec_isa_ok": None}, "cuda", {}),
+    ],
+)
+def test_instruction_sets_are_not_tried_out_where_torch_lets_them(
+    monkeypatch: pytest.MonkeyPatch, system: str, cpp: dict[str, Any], place: str, asked: dict[str, Any]
+) -> None:
+    config = SimpleNamespace(cpp=SimpleNamespace(**cpp))
+    monkeypatch.setattr(program, "importlib", SimpleNamespace(import_module=lambda name: config))
+    monkeypatch.setattr(program, "sys", SimpleNamespace(platform=system))
+    assert program._options(torch.device(place)) == asked
 
 
 def test_arguments_of_another_kind_get_a_program_of_their_own(plain: type[Plain]) -> None:

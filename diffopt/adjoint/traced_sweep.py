@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.products import Recalling
 from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
 from diffopt.rollout.traced import Steps
 from diffopt.tensors import derivatives, tracing
@@ -50,7 +51,8 @@ class TracedSweep:
         for stretch in reversed(stretches(self._trajectory.layout, self._first)):
             begin, end = stretch.first - self._first, stretch.last - self._first + 1
             states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
-            carry, terms = self._loop(carry, self._rows(inputs, stretch), states, shared, stretch.updates)
+            rows = [*self._rows(inputs, stretch), *[x[begin:end] for x in self._trajectory.rollout.products]]
+            carry, terms = self._loop(carry, rows, states, shared, stretch.updates)
             self._write(found, terms, stretch)
         return carry
 
@@ -63,10 +65,9 @@ class TracedSweep:
             begin = (part.first - self._first) // parts[0].length  # (whole blocks come before a short one)
             states = [x[begin : begin + part.number] for x in self._trajectory.rollout.stack or ()]
             rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
-            backwards = [x.flip(0) for x in (*states, *rows)]
-            carry, terms = tracing.scan(self._block(part, len(states)), carry, backwards, shared)
+            carry, terms = tracing.scan_back(self._block(part, len(states)), carry, [*states, *rows], shared)
             for stretch, own in zip(part.stretches, part.by_stretch(terms), strict=True):
-                self._write(found, [x.flip(0).flatten(0, 1) for x in own], part.all_of(stretch))
+                self._write(found, [x.flatten(0, 1) for x in own], part.all_of(stretch))
         return carry
 
     def _block(self, part: Blocks, count: int) -> tracing.Body:
@@ -91,7 +92,8 @@ class TracedSweep:
         self, steps: Steps, part: Blocks, state: Leaves, rows: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]
     ) -> list[list[Tensor]]:
         """The states before all steps of a block, stacked for each of its stretches."""
-        found, options = [], {"hands_out": False, "keeps": True, "nested": True}
+        options: dict[str, Any] = {"hands_out": False, "keeps": True, "nested": True}
+        found = []
         for stretch, own in zip(part.stretches[:-1], rows[:-1], strict=True):
             state, made = steps.loop(state, own, shared, stretch.updates, **options)
             found.append(made)
@@ -116,9 +118,8 @@ class TracedSweep:
         ``rows`` and ``states`` are in the order of steps.
         """
         read = 1 + len(self._reading.stepped)
-        backwards = [x.flip(0) for x in (*rows[:read], *states, *rows[read:])]
-        carry, terms = tracing.scan(self._body(updates), carry, backwards, shared, nested=nested)
-        return carry, [x.flip(0) for x in terms]
+        given = [*rows[:read], *states, *rows[read:]]
+        return tracing.scan_back(self._body(updates), carry, given, shared, nested=nested)
 
     def _write(self, found: dict[Place, Tensor], terms: Sequence[Tensor], stretch: Stretch) -> None:
         """Put the direct terms of what runs over these steps into their places."""
@@ -140,7 +141,7 @@ class TracedSweep:
             flat = [*row[read : read + count], *reading.joined(row[1:read], shared)]
             given = iter(row[read + count :])
             running = [None if x is None else next(given) for x in self._running]
-            outputs, sources = self._recorded(flat, row[0], updates, observes=len(running) > 1)
+            outputs, sources = self._recorded(flat, row[0], updates, Recalling(list(given)), observes=len(running) > 1)
             cotangents = [*carry[:count], *running]
             pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if c is not None]
             terms = derivatives.pullback([o for o, _ in pairs], sources, [c for _, c in pairs])
@@ -151,7 +152,7 @@ class TracedSweep:
         return body
 
     def _recorded(
-        self, flat: Sequence[Tensor], first: Any, updates: int, *, observes: bool
+        self, flat: Sequence[Tensor], first: Any, updates: int, recalling: Recalling, *, observes: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """One step with its graph: the state after it and what it hands out, and what these are differentiated by."""
         dynamics: Dynamics = self._trajectory.dynamics
@@ -161,7 +162,8 @@ class TracedSweep:
             now = now.put({place: now.at(place).detach().requires_grad_() for place in wanted})
             roots = [x.detach().requires_grad_() for x in now.state]
             params = [x.view_as(x) for x in layout.params(roots)]
-            losses = dynamics.losses(params, now.read)
+            with recalling:
+                losses = dynamics.losses(params, now.read)
             grads = derivatives.filled(derivatives.gradient(losses.sum(), params, differentiable=True), params)
             after = dynamics.updates(roots, grads, now.hyperparameters, first, updates)
             observed = dynamics.observed(list(layout.params(after)), now.read) if observes else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,10 +88,18 @@ def _options(place: torch.device) -> dict[str, Any]:
     torch keeps no compiled graph that has a loop. Ours hold no object, but shapes and operations only, all of which are
     part of what they are found by, as is the text here; and whatever is found is compared with the function
     (:meth:`Program.check`).
+
+    # NOTE [instruction sets]
+    Whether the compiler can write for a processor's vector instructions, torch tries out for each set of them, in
+    processes of their own: a quarter of a first call's time, and a fifth of that in every later process. What it looks
+    for, compilers that torch's own headers are too new for, cannot have come so far.
     """
     # torch's C++ wrapper, of which a step of a loop costs little, is for the CPU
     options: dict[str, Any] = {"cpp_wrapper": True} if place.type == "cpu" else {}
-    if hasattr(importlib.import_module("torch._inductor.config"), _STORABLE):
+    config: Any = importlib.import_module("torch._inductor.config")
+    if place.type == "cpu" and sys.platform == "linux" and getattr(config.cpp, "vec_isa_ok", False) is None:
+        options["cpp.vec_isa_ok"] = True
+    if hasattr(config, _STORABLE):
         options[_STORABLE] = {"torch.ops.higher_order.scan": "of diffopt, whose code has been looked at, 1"}
     return options
 

@@ -175,6 +175,7 @@ class Rollout:
         kept: how much was kept.
         states: stored states ``s_t`` by ``t``.
         stack: the states ``s_first, ..., s_T`` of a traced rollout, stacked; ``None``: it is another.
+        products: what the losses of a traced rollout computed at the same steps, as far as it is kept, stacked.
         gradients: stored inner gradients ``g_t`` by ``t``.
         graphs: the retained graph of all steps that are kept, if graphs are; one or none.
         steps: how many steps were made.
@@ -198,6 +199,7 @@ class Rollout:
     kept: Kept = field(default_factory=Kept)
     states: Store = field(default_factory=Store)
     stack: Leaves | None = None
+    products: tuple[Tensor, ...] = ()
     gradients: dict[int, Leaves] = field(default_factory=dict)
     graphs: list[Block] = field(default_factory=list)
     losses: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffopt.rollout.along import NEVER, Stop
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
+from diffopt.rollout.products import Noting
 from diffopt.rollout.record import Counts, Keep, Kept, Rollout, Watch
 from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
 from diffopt.tensors import derivatives, tracing
@@ -30,7 +32,8 @@ def roll_out(
 ) -> tuple[Leaves, Rollout]:
     """As ``loop.roll_out``, into the trace that is being made; what is kept are states, stacked.
 
-    ``numbers`` are those of the steps' first updates, if they are not constants of the trace.
+    ``numbers`` are those of the steps' first updates, if they are not constants of the trace: then the way back, which
+    may recall the products that the losses compute, is part of another one.
     """
     _refuse_what_cannot_be(dynamics, keep, stop)
     layout, inputs = dynamics.layout, inputs.detached()
@@ -40,7 +43,10 @@ def roll_out(
     autocast = derivatives.Autocast(inputs.params[0].device)
     with torch.no_grad():
         state = inputs.state.map(Tensor.clone)
-        found = steps.in_blocks(state, first, block) if block > 1 else steps.one_by_one(state, first)
+        if block > 1:
+            found = steps.in_blocks(state, first, block)
+        else:
+            found = steps.one_by_one(state, first, noting=Noting() if numbers is None else None)
         along = [x.movedim(0, len(layout.levels)) for x in found.along]
         losses = along[0] if along else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if watch.values:
@@ -53,6 +59,7 @@ def roll_out(
         updates=layout.inner_steps,
         kept=Kept() if keep is None else kept_of(found.stack, block),
         stack=found.stack,
+        products=found.products,
         losses=losses,
         handed_out=tuple(along[1:]),
         autocast=autocast,
@@ -85,11 +92,15 @@ def _refuse_what_cannot_be(dynamics: Dynamics, keep: Keep | None, stop: Stop) ->
 
 
 class Rolled(NamedTuple):
-    """Where steps have led, what they have handed out, steps in front, and the states that are kept, likewise."""
+    """Where steps have led, what they have handed out, steps in front, and the states that are kept, likewise.
+
+    ``products`` are those that the losses of the same steps have computed and that are kept, too.
+    """
 
     state: Leaves
     along: list[Tensor]
     stack: Leaves
+    products: tuple[Tensor, ...] = ()
 
 
 @final
@@ -101,17 +112,21 @@ class Steps:
         self._dynamics, self._inputs, self._reading = dynamics, inputs, reading
         self._shared = [inputs.at(place) for place in reading.shared]
 
-    def one_by_one(self, state: Leaves, first: int) -> Rolled:
-        """All steps, of which every state from that before step ``first`` on is kept."""
-        layout, parts = self._dynamics.layout, []
+    def one_by_one(self, state: Leaves, first: int, noting: Noting | None = None) -> Rolled:
+        """All steps, of which every state from that before step ``first`` on is kept, and what is noted."""
+        layout, parts, every = self._dynamics.layout, [], stretches(self._dynamics.layout)
         keeps = first <= layout.steps
-        for stretch in stretches(layout):
+        if len(every) > 1 or not keeps:
+            noting = None
+        for stretch in every:
             rows = self._reading.rows(self._inputs, stretch)
-            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps)
+            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps, noting=noting)
             parts.append(made)
         columns = _joined(parts)
-        end = len(columns) - (layout.state_count if keeps else 0)
-        return Rolled(state, columns[:end], Leaves([x[first - 1 :] for x in columns[end:]]))
+        begin = len(columns) - (0 if noting is None else len(noting.kept(state)))
+        end = begin - (layout.state_count if keeps else 0)
+        stack, products = ([x[first - 1 :] for x in part] for part in (columns[end:begin], columns[begin:]))
+        return Rolled(state, columns[:end], Leaves(stack), tuple(products))
 
     def in_blocks(self, state: Leaves, first: int, length: int) -> Rolled:
         """All steps, of which every ``length``-th state from that before step ``first`` on is kept."""
@@ -151,11 +166,12 @@ class Steps:
         *,
         hands_out: bool = True,
         keeps: bool = False,
+        noting: Noting | None = None,
         nested: bool = False,
     ) -> tuple[Leaves, list[Tensor]]:
         """Steps of so many updates each; returns the state after them, and what all have handed out.
 
-        Behind that, if it is to be kept, the state before each.
+        Behind that, if it is to be kept, the state before each, and what is noted.
         """
 
         def body(
@@ -163,8 +179,9 @@ class Steps:
         ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             flat = [*carry, *self._reading.joined(row[1:], shared)]
             now = self._dynamics.layout.inputs(flat, of_step=True)
-            along, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out)
-            return tuple(after), [*along, *(carry if keeps else ())]
+            along, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out, noting=noting)
+            noted = [] if noting is None else noting.kept(after)
+            return tuple(after), [*along, *(carry if keeps else ()), *noted]
 
         carry, made = tracing.scan(body, list(state), rows, shared, nested=nested)
         return Leaves(carry), made
@@ -176,12 +193,15 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
 
 
-def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool) -> tuple[list[Tensor], Leaves]:
+def _step(
+    dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool, noting: Noting | None
+) -> tuple[list[Tensor], Leaves]:
     """What a step hands out, and the state after it; as ``loop.take_step``, without a graph."""
     aux: list[Tensor] = []
     with torch.enable_grad():
         params = [x.detach().requires_grad_() for x in now.params]
-        losses = dynamics.losses(params, now.read, aux=aux)
+        with noting or nullcontext():
+            losses = dynamics.losses(params, now.read, aux=aux)
         grads = derivatives.or_zeros(derivatives.gradient(losses, params, differentiable=False), params)
     with torch.no_grad():
         after = dynamics.updates(now.state, grads, now.hyperparameters, first, updates)

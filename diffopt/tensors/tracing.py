@@ -8,6 +8,7 @@ over its steps is another scan, written out by whoever asked for it.
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,6 +45,8 @@ class Trace:
         self.captured: list[Tensor] = []
         self.inside = False
         self._standing_in: dict[int, Tensor] = {}
+        self._rows: set[Any] = set()
+        self._copies: dict[Any, Tensor] = {}
 
     def expect_finite(self, tensors: Sequence[Tensor]) -> None:
         """Note that all of these must be finite."""
@@ -75,13 +78,36 @@ class Trace:
     def _placed(self, constant: Tensor, tools: _Tools, tracer: Any) -> Tensor:
         mode = tools.fake_mode()
         with tools.proxies.disable_proxy_modes_tracing():
-            found: Tensor = mode.from_tensor(constant.detach(), static_shapes=True)
+            found: Tensor = mode.from_tensor(_in_order(constant), static_shapes=True)
         inputs = [node for node in tracer.graph.nodes if node.op == "placeholder"]
         with tracer.graph.inserting_after(inputs[-1]):
             proxy = tracer.create_proxy("placeholder", f"captured_{len(self.captured)}", (), {})
         tools.proxies.track_tensor_tree(found, proxy, constant=None, tracer=tracer)
         self.captured.append(constant)
         return found
+
+    def mark_rows(self, rows: Sequence[Tensor]) -> None:
+        """Note that these arguments of the body that is being traced are rows of something."""
+        tracker = _Tools().proxies.get_proxy_mode().tracer.tensor_tracker
+        self._rows.update([tracker[x].proxy.node for x in rows])
+
+    def readable(self, x: Tensor) -> Tensor:
+        """A tensor as a loop may read it: itself if it is no view, else a copy, which is the same for all loops.
+
+        (Of a view, however small, torch's C++ would free the handle at every step.)
+        """
+        tools = _Tools()
+        tracker = tools.proxies.get_proxy_mode().tracer.tensor_tracker
+        if x not in tracker:  # captured within a step
+            return _copy(x)
+        node = _source(tracker[x].proxy.node)
+        given = node.op == "placeholder" and node not in self._rows
+        stacked = node.target is operator.getitem and node.args[0].target is tools.scan
+        if x.is_contiguous() and (given or stacked or node.target is torch.ops.aten.cat.default):
+            return x
+        if node not in self._copies:
+            self._copies[node] = _copy(x)
+        return self._copies[node]
 
     @contextmanager
     def within_step(self, *, nested: bool) -> Iterator[None]:
@@ -138,13 +164,34 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
     token = _now.set(noted)
     try:
         # each an object of its own, for tracing tells arguments apart by object
-        arguments = [mode.from_tensor(x.detach().clone(), static_shapes=True) for x in tensors]
+        arguments = [mode.from_tensor(_in_order(x), static_shapes=True) for x in tensors]
         with mode, _refusing_numbers():
-            graph = tools.proxies.make_fx(_finishing(function, noted), _allow_non_fake_inputs=True)(*arguments)
+            traced = tools.proxies.make_fx(_finishing(function, noted), _PRODUCTS, _allow_non_fake_inputs=True)
+            graph = traced(*arguments)
     finally:
         _now.reset(token)
     _refuse_frozen(graph)
     return graph, noted.captured
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """A copy whose entries lie in order, as a program is given them."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _product(matrix: Tensor, vector: Tensor) -> Any:
+    """A large matrix times a vector, as a product of matrices: that one the compiler leaves to a library.
+
+    Of the other it makes a loop of its own, which goes through a transposed matrix across the order of its memory.
+    """
+    if matrix.numel() < _LARGE:
+        return NotImplemented
+    return torch.mm(matrix, vector.unsqueeze(1)).squeeze(1)
+
+
+_PRODUCTS = {torch.ops.aten.mv.default: _product}
+_LARGE = 1 << 14
+"""Entries of a matrix from which a call of a library costs less than the compiler's loop takes longer."""
 
 
 @contextmanager
@@ -212,6 +259,25 @@ def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Calla
     return finished
 
 
+def _copy(x: Tensor) -> Tensor:
+    return torch.where(x == x, x, x).contiguous()  # (a plain clone is removed by the compiler)
+
+
+def _source(node: Any) -> Any:
+    """The node whose value a node gives as it is."""
+    while node.target in _VIEWS and _geometry(node) == _geometry(node.args[0]):
+        node = node.args[0]
+    return node
+
+
+_VIEWS = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.slice.Tensor))
+
+
+def _geometry(node: Any) -> tuple[object, ...]:
+    value: Tensor = node.meta["val"]
+    return value.shape, value.stride(), value.storage_offset()
+
+
 def _replace(tracer: Any, node: Any, value: Tensor) -> None:
     other = tracer.tensor_tracker[value].proxy.node
     node.replace_all_uses_with(other)
@@ -260,6 +326,7 @@ def scan(
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         nonlocal width
+        noted.mark_rows(tensors[count:first])
         after, row = body(tensors[:count], tensors[count:first], tensors[first:])
         width = len(row)
         if count + width == 1:  # a loop of one result only is more than the compiler can do
@@ -270,14 +337,37 @@ def scan(
     tools = _Tools()
     with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=nested):
         samples = [x.detach().clone() for x in (*carry, *[x[0] for x in rows], *shared)]
-        graph = tools.proxies.make_fx(flat)(*samples)
+        graph = tools.proxies.make_fx(flat, _PRODUCTS)(*samples)
     _refuse_frozen(graph)
     constants = [noted.given(x) for x in _opened(graph)]
     with torch.no_grad():
-        # (of a view, however small, torch's C++ would free the handle at every step)
-        read = [torch.where(x == x, x, x).contiguous() for x in (*rows, *shared, *constants)]
+        read = [noted.readable(x) for x in (*rows, *shared, *constants)]
         found = tools.scan(graph, carry, read[: len(rows)], tuple(read[len(rows) :]))
     return list(found[:count]), list(found[count : count + width])
+
+
+def scan_back(
+    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor], *, nested: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As :func:`scan`, from the last row to the first; the rows that it returns are in the order of those given.
+
+    Each step looks up its rows, which stay as they lie in memory: to turn them around is to copy all of them.
+    """
+    count, length = len(rows), len(rows[0])
+    if length == 1:
+        return scan(body, carry, rows, shared, nested=nested)
+
+    def looking_up(
+        carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        place: Any = row[0].item()
+        check: Any = torch._check
+        check(place >= 0)
+        check(place < length)
+        return body(carry, [torch.select(x, 0, place) for x in shared[:count]], shared[count:])
+
+    carry, made = scan(looking_up, carry, [torch.arange(length - 1, -1, -1)], [*rows, *shared], nested=nested)
+    return carry, [x.flip(0) for x in made]
 
 
 def _opened(graph: Any) -> list[Tensor]:
