@@ -32,7 +32,7 @@ cost_experiment anil_experiment esj_experiment outer_loop few_shot_experiment me
 bad_inputs check_solve check_solve_precision compare_worth attention attention_in_modules checkpointed_blocks
 transformers offload inner_data training sharded compiled_programs compiled_outer resume reproduce cli every_set
 mini_imagenet models episodes yardsticks_experiment bounds_decay maml_experiment compiled_reads whole_programs
-memory_rates_experiment timing params_of_a_block captures_at_some_step unseen_reads
+memory_rates_experiment hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads
 """
 NAMES = IN_THIS_ORDER.split()
 
