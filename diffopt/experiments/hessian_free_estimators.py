@@ -14,12 +14,15 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.adjoint.claims import Kind
 from diffopt.errors import EstimatorError
 from diffopt.estimators import Adjoint, Claims, Cotangents, Keep, StepByStep, Trajectory
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.problem import Problem
 from diffopt.tensors import derivatives
 from diffopt.tensors.leaves import Leaves
+
+INPUTS: frozenset[Kind] = frozenset({"init", "hyperparameters"})
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,7 @@ class HessianFree(Adjoint):
 
     def claims(self, steps: int) -> Claims:
         """Right in the mean up to the differences' error, of the start and of the optimizer's numbers."""
-        inputs = frozenset({"init", "hyperparameters"})
-        return Claims(inputs=inputs, second_derivatives=False, random=True, tolerance=0.1)
+        return Claims(inputs=INPUTS, second_derivatives=False, random=True, tolerance=0.1)
 
     def refuse(self, problem: Problem) -> None:
         """Refuse a vector field: differences along a vector give products with its Jacobian, not the transpose."""
@@ -103,8 +105,7 @@ class HFMAML(HessianFree):
 
     def claims(self, steps: int) -> Claims:
         """Nothing random, nor linear beyond the differences' error."""
-        inputs = frozenset({"init", "hyperparameters"})
-        return Claims(inputs=inputs, second_derivatives=False, tolerance=min(0.1, max(self.radius, 1e-5)))
+        return Claims(inputs=INPUTS, second_derivatives=False, tolerance=min(0.1, max(self.radius, 1e-5)))
 
     def product(self, around: Around, vector: Leaves) -> Leaves:
         """Two gradients."""
