@@ -42,7 +42,8 @@ NOTES = (
     "The network has three layers and tanh, the images are 14x14, all runs share one inner and one outer step size. "
     "`In equal time` is the validation accuracy when the fastest run of a start had finished. The differences of "
     "GGS-MAML and ES-MAML are taken one direction after the other: in one batch they would take less time on a machine "
-    "that is not busy with one.",
+    "that is not busy with one. MAML keeps the graphs of its inner steps, for which the others have no use; they take "
+    "each step's update once more.",
 )
 MEASURED = (
     ask(
