@@ -67,9 +67,9 @@ STEPS = (
     ),
 )
 DIVERGED = (
-    "{} ended above the loss it started from. Implicit differentiation takes the inner solution for exact, so nothing "
-    "tells it that the features grow beyond what the inner step size can follow, and the inner loop diverges in the "
-    "end; back-propagation (ITD) differentiates that loop, and its features stay small."
+    "Ended above the loss it started from, in some start: {}. The features grow beyond what the inner step size can "
+    "follow, and the inner loop diverges. Implicit differentiation takes the inner solution for exact, so nothing tells "
+    "it; back-propagation (ITD) differentiates that loop, and comes back where its loss rises too."
 )
 TRAINED = (
     ask(
@@ -199,9 +199,9 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         },
     )
     rose = {
-        f"{AID} ({unit.keys['embedding']})": True
+        f"{unit.keys['rule']} ({unit.keys['embedding']})": True
         for unit in units
-        if unit.keys.get("rule") == AID and _rose(results.get(unit.name, {}))
+        if "rule" in unit.keys and _rose(results.get(unit.name, {}))
     }
     notes = (*NOTES, DIVERGED.format(", ".join(rose))) if rose else NOTES
     claims = (*answers(with_best(data), TRAINED), *answers(with_best(steps, ["step"]), STEPS))
