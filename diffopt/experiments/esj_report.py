@@ -68,8 +68,8 @@ STEPS = (
 )
 DIVERGED = (
     "Ended above the loss it started from, in some start: {}. The features grow beyond what the inner step size can "
-    "follow, and the inner loop diverges. Implicit differentiation takes the inner solution for exact, so nothing tells "
-    "it; back-propagation (ITD) differentiates that loop, and comes back where its loss rises too."
+    "follow, and the inner loop diverges. Implicit differentiation takes the inner solution for exact, so nothing "
+    "tells it; back-propagation (ITD) differentiates that loop, and comes back where its loss rises too."
 )
 TRAINED = (
     ask(
