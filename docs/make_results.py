@@ -17,9 +17,9 @@ HEAD = """\
 # Results
 
 What the papers claim, and what `diffopt reproduce` measures. Each section is one command and one committed file,
-`results/NAME.json`; this page is written from those files by `python docs/make_results.py`, and a test holds it to
-them. `diffopt reproduce --list` says what each experiment needs. Every command also draws pictures, beside its
-`results.json` in the folder it names.
+`results/NAME.json`, or `results/NAME+SETTING.json` where an experiment was run at other settings too; this page is
+written from those files by `python docs/make_results.py`, and a test holds it to them. `diffopt reproduce --list` says
+what each experiment needs. Every command also draws pictures, beside its `results.json` in the folder it names.
 """
 HEADLINES = 2
 """Claims of an experiment on the first screen, where its results do not say which."""
@@ -48,22 +48,27 @@ SOURCES = """\
 def page(folder: Path) -> str:
     """The whole page, from the results in ``folder``."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    unknown = sorted(set(found) - set(catalogue.NAMES))
+    unknown = sorted(name for name in found if experiment_of(name) not in catalogue.NAMES)
     if unknown:
         raise SystemExit(f"{folder} holds results of unknown experiments: {', '.join(unknown)}")
-    known = {name: found[name] for name in catalogue.NAMES if name in found}
-    missing = [name for name in catalogue.NAMES if name not in found]
-    sections = [HEAD, _answers(known), _claims_in_short(known), *(section(results) for results in known.values())]
+    known = {each: found[each] for name in catalogue.NAMES for each in sorted(found) if experiment_of(each) == name}
+    missing = [name for name in catalogue.NAMES if name not in map(experiment_of, found)]
+    sections = [HEAD, _answers(known), _claims_in_short(known), *(section(*pair) for pair in known.items())]
     if missing:
         sections.append(f"## Not run yet\n\n{', '.join(f'`{name}`' for name in missing)}.\n")
     return "\n".join([*sections, SOURCES])
 
 
+def experiment_of(name: str) -> str:
+    """Of results of that name: without the setting."""
+    return name.partition("+")[0]
+
+
 def _answers(found: dict[str, dict[str, Any]]) -> str:
     """One screen: the claims that say most of each experiment."""
     rows = [
-        (results["experiment"], claim["text"], f"**{claim['answer']}**", *_effect(results, claim))
-        for results in found.values()
+        (name, claim["text"], f"**{claim['answer']}**", *_effect(results, claim))
+        for name, results in found.items()
         for claim in _headlines(results["claims"])
     ]
     columns = ("experiment", "claim", "measured", "effect (95 % interval)", "starts")
@@ -82,8 +87,8 @@ def _effect(results: dict[str, Any], claim: dict[str, Any]) -> tuple[str, str]:
 
 def _claims_in_short(found: dict[str, dict[str, Any]]) -> str:
     rows = [
-        (results["experiment"], claim["text"], claim["source"], f"**{claim['answer']}**")
-        for results in found.values()
+        (name, claim["text"], claim["source"], f"**{claim['answer']}**")
+        for name, results in found.items()
         for claim in results["claims"]
     ]
     return "\n".join(
@@ -91,9 +96,9 @@ def _claims_in_short(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def section(results: dict[str, Any]) -> str:
-    """The section of one experiment."""
-    lines = [f"## {results['experiment']}: {results['title']}\n", f"Paper: {results['paper']}.\n"]
+def section(name: str, results: dict[str, Any]) -> str:
+    """The section of one experiment at one setting."""
+    lines = [f"## {name}: {results['title']}\n", f"Paper: {results['paper']}.\n"]
     lines += ["```sh", results["command"], "```\n", _conditions(results)]
     if results["left_out"]:
         lines += [f"Left out for want of time: {', '.join(results['left_out'])}.\n"]

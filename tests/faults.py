@@ -2280,6 +2280,30 @@ instruction sets are chosen though torch has no such option (_options, compiled_
 products of other steps are recalled (TracedSweep._pull_steps, kept_products)
     - *[x[begin:end] for x in self._trajectory.rollout.products]
     + *[x.flip(0)[begin:end] for x in self._trajectory.rollout.products]
+HF-MAML's central difference is divided by half its length (HFMAML.product, hessian_free)
+    - / (2 * self.radius)
+    + / self.radius
+directions of GGS-MAML are added up, not averaged (GGSMAML.product, hessian_free)
+    - around.tasks.dot(z, vector) / self.directions
+    + around.tasks.dot(z, vector)
+the smoothed Hessian of ES-MAML keeps its trace (ESMAML.product, hessian_free)
+    - around.tasks.times(around.tasks.dot(z, vector), z) - vector
+    + around.tasks.times(around.tasks.dot(z, vector), z)
+differences along a vector are taken of a vector field (HessianFree.refuse, hessian_free)
+    - if isinstance(problem.dynamics.loss, VectorField):
+    + if False:
+directions are drawn anew where a run goes on (learn, hessian_free)
+    - held["directions"] = source
+    + source = None
+equal time is that of the slowest run (runs_of, hessian_free)
+    - data.groupby("seed")["seconds"].transform("min")
+    + data.groupby("seed")["seconds"].transform("max")
+the deep embedding sees flat images (Embedding.features, esj_experiment)
+    - if self.deep else inputs.flatten(1)
+    + if not self.deep else inputs.flatten(1)
+a step of the deep embedding is measured by rules of many rollouts too (of_one_step, esj_experiment)
+    - if name not in (DIVIDED, *central)
+    + if name != DIVIDED
 """
 
 FAULTS = read(TABLE)

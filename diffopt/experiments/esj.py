@@ -6,32 +6,28 @@ response, through the heads. The estimators differ in the response: none of it, 
 differentiation (AID), or finite differences along random directions (ESJ). Where the features of the support images
 are computed once, outside of the inner problem, the response is that to the features: autograd takes it to the
 embedding, and ESJ perturbs so many fewer numbers. ANIL learns the head's start too, MAML adapts the embedding as well.
+Of a ResNet-12, which is the slides' network, one outer step is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-import diffopt
-from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Implicit, Reverse
+from diffopt.estimators import ESJacobian, FirstOrder, Reverse
+from diffopt.experiments.esj_problem import DEEP, SIZES, Embedding, Rule, of_one_step, rules
 from diffopt.experiments.esj_report import pictures, summary
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.linear_solve import ConjugateGradient
-from diffopt.tasks import MLP, Episodes, functional, sample_episodes
-
-SIZES: dict[str, tuple[int, ...]] = {"linear": (4,), "two layers": (64, 32)}
-"""The widths of the embedding's layers."""
+from diffopt.tensors.memory import peak_bytes
 
 
 @final
@@ -56,30 +52,12 @@ class Settings:
     queries: int = option(5, "query images per class", whole(1))
     target: float = option(1.1, "outer loss to be reached", real(0))
     maml_lr: float = option(0.1, "inner step size of MAML, which has no momentum", real(0))
-
-
-class Rule(NamedTuple):
-    """How a task is adapted to, and how the hypergradient is taken.
-
-    Attributes:
-        estimator: of the response.
-        divided: the response is divided by the number of parameters.
-        once: the features of the support images are computed outside of the inner problem.
-        learned: the start of the head is learned (ANIL), not zero.
-        whole: the embedding is adapted too, from a learned start of all layers (MAML).
-        check: the solve is checked, which costs ESJ one rollout more.
-    """
-
-    estimator: Estimator
-    divided: bool = False
-    once: bool = False
-    learned: bool = False
-    whole: bool = False
-    check: bool = True
+    deep_side: int = option(32, "pixels each way of what a ResNet-12 takes one outer step on; 0: it does not", whole(0))
+    deep_filters: tuple[int, ...] = option((64, 160, 320, 640), "channels of its four blocks", listed(whole(1)))
 
 
 def units(settings: Settings) -> list[Unit]:
-    """One for the errors at the start, and one per run, for each size of embedding."""
+    """One for the errors at the start, and one per run, for each size of embedding; one per step of the ResNet-12."""
     found = []
     for seed in range(settings.seeds):
         for size in SIZES:
@@ -91,122 +69,11 @@ def units(settings: Settings) -> list[Unit]:
                 cost = settings.iterations * (3.0 if name.startswith("ESJ") else 1.0)
                 unit = f"{size}, {name}, seed {seed}"
                 found.append(Unit(unit, run, cost, resumable=True, keys={**keys, "rule": name}))
+        for name in of_one_step(settings) if settings.deep_side else ():
+            run = partial(step, settings, name, seed)
+            keys = {"seed": seed, "embedding": DEEP, "rule": name}
+            found.append(Unit(f"{DEEP}, {name}, seed {seed}", run, 100.0, keys=keys))
     return found
-
-
-def rules(settings: Settings, work: Work) -> dict[str, Rule]:
-    """The ways to train by name."""
-    source = work.generator("directions")
-    exact, implicit = Reverse("graph"), Implicit(ConjugateGradient(max_iterations=10, throw=False))
-
-    def central(directions: int, sampling: str = "gaussian") -> Estimator:
-        return ESJacobian(directions, settings.radius, sampling=sampling, generator=source)  # type: ignore[arg-type]
-
-    def forward(directions: int) -> Estimator:
-        """The slides' own form: one rollout a direction."""
-        return ESJacobian(directions, settings.radius, sampling="gaussian", antithetic=False, generator=source)
-
-    return {
-        "direct part only": Rule(FirstOrder()),
-        "ITD": Rule(exact),
-        "AID, 10 CG": Rule(implicit),
-        **{f"ESJ, Q={directions}": Rule(central(directions)) for directions in settings.directions},
-        # the scale of the authors' code: unit directions without the factor p that makes them unbiased
-        "ESJ, Q=1, divided by p": Rule(central(1, "sphere"), divided=True),
-        "ESJ, Q=1, forward": Rule(forward(1), check=False),
-        "ITD, features once": Rule(exact, once=True),
-        "AID, features once": Rule(implicit, once=True),
-        **{f"ESJ, Q={q}, features once": Rule(forward(q), once=True, check=False) for q in settings.directions},
-        "ANIL": Rule(exact, once=True, learned=True),
-        "MAML": Rule(exact, learned=True, whole=True),
-    }
-
-
-@final
-class Embedding:
-    """The problem: parameters of the embedding, tasks, and the mean outer loss under an estimator."""
-
-    def __init__(self, settings: Settings, size: str, seed: int, work: Work) -> None:
-        """Draw the start; the tasks come from ``generator``."""
-        self.settings, self.device = settings, work.device
-        self.images = small_images.load(settings.problem, work).to(work.device)
-        widths = (small_images.PIXELS, *SIZES[size])
-        self.apply, start = functional(MLP(widths, generator=work.generator(f"start {seed}")))
-        self.params = {name: value.detach().to(work.device).requires_grad_() for name, value in start.items()}
-        self.count = sum(value.numel() for value in start.values())
-        self.head = torch.zeros(widths[-1] + 1, settings.way, device=work.device)
-        self.learned_head = self.head.clone().requires_grad_()
-        self.generator = work.generator(f"tasks {seed}")
-
-    def sample(self) -> Episodes:
-        """The next tasks."""
-        s = self.settings
-        shape = {"way": s.way, "shot": s.shot, "query": s.queries, "tasks": s.tasks}
-        return sample_episodes(self.images, **shape, generator=self.generator)
-
-    def leaves(self, rule: Rule) -> dict[str, Tensor]:
-        """What is trained: the embedding, and the start of the head where it is learned."""
-        return {**self.params, "head": self.learned_head} if rule.learned else dict(self.params)
-
-    def outer_loss(self, rule: Rule, episodes: Episodes) -> Tensor:
-        """The mean over the tasks."""
-        one: Callable[..., Tensor] = partial(self._one, rule)
-        losses: Tensor = torch.func.vmap(one)(*episodes)
-        return losses.mean()
-
-    def features(self, params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Of images."""
-        return torch.relu(self.apply(params, inputs.flatten(1)))
-
-    def _one(self, rule: Rule, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
-        params, head = self.params, self.learned_head if rule.learned else self.head
-        if rule.whole:
-            params, head = self._adapted(rule, (params, head), inputs, labels)
-        else:
-            seen = self.features(params, inputs) if rule.once else inputs
-            head = self._fitted(rule, head, seen, labels)
-        if rule.divided:  # the same head, its response a fraction of what the estimator says
-            head = head.detach() + (head - head.detach()) / self.count
-        return cross_entropy(linear(head, self.features(params, queries)), wanted)
-
-    def _fitted(self, rule: Rule, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
-        """A head fitted to features, or to images whose features are part of the inner loss."""
-        s = self.settings
-
-        def of_features(head: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy(linear(head, features), labels) + s.decay / 2 * head.square().sum()
-
-        def of_images(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            return of_features(head, self.features(params, inputs), labels)
-
-        loss: Callable[..., Tensor] = of_features if rule.once else of_images
-        args: tuple[Any, ...] = (seen, labels) if rule.once else (self.params, seen, labels)
-        return diffopt.solve(
-            loss,
-            start,
-            *args,
-            optimizer=diffopt.SGD(s.lr, momentum=0.9),
-            steps=s.steps,
-            estimator=rule.estimator,
-            check=rule.check,
-        ).params
-
-    def _adapted(
-        self, rule: Rule, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The embedding and the head adapted together."""
-
-        def loss(now: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy(linear(now[1], self.features(now[0], inputs)), labels)
-
-        sgd, steps = diffopt.SGD(self.settings.maml_lr), self.settings.steps
-        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=rule.estimator)
-        return found.params[0], found.params[1]
-
-
-def linear(head: Tensor, features: Tensor) -> Tensor:
-    """Logits; the last row of a head is its bias."""
-    return features @ head[:-1] + head[-1]
 
 
 def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
@@ -250,14 +117,34 @@ def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Ro
     return {"losses": losses, "seconds": seconds}
 
 
+def step(settings: Settings, name: str, seed: int, work: Work) -> Row:
+    """Memory at the peak of one outer step of the ResNet-12, and the processor seconds of a second one.
+
+    One step: the loss and its hypergradient of one task.
+    """
+    problem, rule = Embedding(settings, DEEP, seed, work), rules(settings, work)[name]
+    episodes, leaves = problem.sample(), list(problem.leaves(rule).values())
+
+    def once() -> None:
+        torch.autograd.grad(problem.outer_loss(rule, episodes), leaves)
+
+    peak = peak_bytes(once)
+    began = time.process_time()
+    once()
+    seconds = time.process_time() - began
+    return {"parameters": problem.count, "step": seconds, "megabytes": None if peak is None else peak / 1e6}
+
+
 EXPERIMENT = Experiment(
     name="esj",
     title="The evolution-strategies Jacobian against AID, ITD, ANIL and MAML on a shared embedding",
     paper="slides: ES for bilevel optimisation",
     needs=Needs("omniglot_28.npz or images_background.zip", 20, None),
-    quick=Settings("clusters", (1,), (1, 4), draws=2, seeds=2, iterations=4, steps=3, tasks=2),
+    quick=Settings(
+        "clusters", (1,), (1, 4), draws=2, seeds=2, iterations=4, steps=3, tasks=2, deep_side=16, deep_filters=(2,) * 4
+    ),
     standard=Settings(),
-    full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000),
+    full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000, deep_side=84),
     units=units,
     summarise=lambda settings, results: summary(settings, units(settings), results),
     draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
@@ -271,5 +158,7 @@ EXPERIMENT = Experiment(
         "tasks": "its code: 16",
         "meta_lr": "its code: Adam, 0.01, later 0.001 and 0.0001",
         "seeds": "not named",
+        "deep_side": "84 (miniImageNet)",
+        "deep_filters": "not in the slides; 12 million parameters",
     },
 )

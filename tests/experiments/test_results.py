@@ -61,15 +61,30 @@ def test_unknown_results_are_refused_and_missing_ones_named(script, tmp_path):
         script.page(tmp_path)
 
 
+def test_an_experiment_may_have_results_at_other_settings_too(checkout, script, tmp_path):
+    results = json.loads((checkout / "results" / "few-shot.json").read_text(encoding="utf-8"))
+    for name in ("few-shot+20-way", "few-shot", "bounds+wide"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    page = script.page(tmp_path)
+    heads = re.findall(r"^## (\S+): ", page, re.MULTILINE)
+    assert heads == ["bounds+wide", "few-shot", "few-shot+20-way"]  # in the order of the experiments
+    for part in ("## The answers", "## Every claim"):
+        assert "| few-shot+20-way |" in page.partition(part)[2].partition("\n## ")[0]
+    assert "`bounds`" not in page.partition("## Not run yet")[2]
+    (tmp_path / "nonsense+bounds.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"unknown experiments: nonsense\+bounds"):
+        script.page(tmp_path)
+
+
 def test_committed_results_are_whole_and_say_where_they_come_from(checkout):
     paths = sorted((checkout / "results").glob("*.json"))
     assert paths
     for path in paths:
         text = path.read_text(encoding="utf-8")
         results = json.loads(text)
-        assert results["experiment"] == path.stem
+        assert results["experiment"] == path.stem.partition("+")[0]
         assert results["scale"] != "quick", "results of a quick run say nothing"
-        assert results["command"].startswith(f"diffopt reproduce {path.stem}")
+        assert results["command"].startswith(f"diffopt reproduce {results['experiment']}")
         assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", results["date"])
         assert results["device"]
         assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of some machine"

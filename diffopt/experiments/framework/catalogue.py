@@ -21,6 +21,7 @@ NAMES = (
     "attribution",
     "yardsticks",
     "maml",
+    "hessian-free",
 )
 
 
