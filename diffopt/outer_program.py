@@ -186,6 +186,7 @@ class Compiled:
         value, unsound, *gradients = entry.program(given.tensors)
         entry.calls += 1
         if unsound.isfinite().item() and entry.calls & (entry.calls - 1):
+            entry.program.warn()
             return value, gradients
         plain = self._plainly(given)  # which raises, if numbers are not finite
         try:

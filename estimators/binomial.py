@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
+
+from torch import Tensor
 
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
@@ -54,6 +56,7 @@ class Binomial(Adjoint):
     window: int | None = None
     scale: float = 1.0
     chunk_size: int | None = None
+    traced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -84,10 +87,18 @@ class Binomial(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Order by order, each from the one before."""
-        steps, curved, norm = trajectory.steps, self._curved(trajectory.steps), trajectory.tasks.norm
-        trajectory.record.diagnostics["last_order"] = 0 * norm(cotangent)
-        if self.claims(steps).exact == "always" or steps == 0:
+        trajectory.record.diagnostics["last_order"] = 0 * trajectory.tasks.norm(cotangent)
+        if self.claims(trajectory.steps).exact == "always" or trajectory.steps == 0:
             return trajectory.sweep(cotangent)
+        found, measured = trajectory.by_program(cotangent, self, self._graded)
+        if measured:
+            what = f"Binomial(order={self.order}): what the last order adds, relatively"
+            trajectory.report("last_order", *measured, 1.0, what, "Use Krylov or Reverse()")
+        return found
+
+    def _graded(self, trajectory: Trajectory, cotangent: Leaves) -> tuple[Cotangents, list[Tensor]]:
+        """The sum of all orders, and the size of what the last one adds and of those before."""
+        steps, curved, norm = trajectory.steps, self._curved(trajectory.steps), trajectory.tasks.norm
         first, last = steps - curved + 1, min(self.order, curved)  # the first step with curvature, and the last order
         curvature = ParallelCurvature(trajectory, first, self.chunk_size, again=last > 1)
         direct, updates, adjoints = DirectTerms(trajectory), trajectory.updates.blocks(), repeated(cotangent, steps + 1)
@@ -103,8 +114,6 @@ class Binomial(Adjoint):
             pushes = curvature.product(stack, low, direct if mixed else None, counted=high - low + 1)  # H_t E_t' Lambda
             scan(updates, adjoints, low, high, pushes)  # Lambda_{t-1} = C_t' Lambda_t + P' y_t
         scan(updates, adjoints, 1, first - 1)  # no curvature before the window
-        if last > 0:
-            added, what = norm(row(adjoints, first) - before), f"Binomial(order={self.order}): what the last order adds"
-            trajectory.report("last_order", added, norm(before), 1.0, what + ", relatively", "Use Krylov or Reverse()")
+        measured = [norm(row(adjoints, first) - before), norm(before)] if last > 0 else []
         direct.add_updates(rows(adjoints, 1, steps))
-        return Cotangents(row(adjoints, 0), direct.collect())
+        return Cotangents(row(adjoints, 0), direct.collect()), measured

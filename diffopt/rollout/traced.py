@@ -40,7 +40,11 @@ def roll_out(
     autocast = derivatives.Autocast(inputs.params[0].device)
     with torch.no_grad():
         state = inputs.state.map(Tensor.clone)
-        found = steps.in_blocks(state, first, block) if block > 1 else steps.one_by_one(state, first)
+        gradients = keep is not None and keep.gradients
+        if block > 1:
+            found = steps.in_blocks(state, first, block)
+        else:
+            found = steps.one_by_one(state, first, gradients=gradients)
         along = [x.movedim(0, len(layout.levels)) for x in found.along]
         losses = along[0] if along else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if watch.values:
@@ -51,8 +55,9 @@ def roll_out(
         first=None if keep is None else keep.first,
         steps=layout.steps,
         updates=layout.inner_steps,
-        kept=Kept() if keep is None else kept_of(found.stack, block),
+        kept=Kept() if keep is None else kept_of(found.stack[: layout.state_count], block),
         stack=found.stack,
+        numbers=numbers,
         losses=losses,
         handed_out=tuple(along[1:]),
         autocast=autocast,
@@ -80,12 +85,12 @@ def _refuse_what_cannot_be(dynamics: Dynamics, keep: Keep | None, stop: Stop) ->
         tracing.refuse("batches that are a function of the step")
     if keep is not None and keep.first <= dynamics.layout.steps and keep.checkpoint == "log":
         tracing.refuse("an estimator with " + ("memory" if keep.memory else "checkpoint='log'"))
-    if keep is not None and keep.gradients:
-        tracing.refuse("an estimator that keeps inner gradients")
+    if keep is not None and keep.gradients and keep.block(dynamics.layout.steps) > 1:
+        tracing.refuse("an estimator that keeps the inner gradients of some steps")
 
 
 class Rolled(NamedTuple):
-    """Where steps have led, what they have handed out, steps in front, and the states that are kept, likewise."""
+    """Where steps have led, what they have handed out, steps in front, and the states and gradients that are kept."""
 
     state: Leaves
     along: list[Tensor]
@@ -101,16 +106,16 @@ class Steps:
         self._dynamics, self._inputs, self._reading = dynamics, inputs, reading
         self._shared = [inputs.at(place) for place in reading.shared]
 
-    def one_by_one(self, state: Leaves, first: int) -> Rolled:
-        """All steps, of which every state from that before step ``first`` on is kept."""
+    def one_by_one(self, state: Leaves, first: int, *, gradients: bool = False) -> Rolled:
+        """All steps, of which every state, and gradient, from that before step ``first`` on is kept."""
         layout, parts = self._dynamics.layout, []
         keeps = first <= layout.steps
         for stretch in stretches(layout):
             rows = self._reading.rows(self._inputs, stretch)
-            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps)
+            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps, gradients=gradients)
             parts.append(made)
         columns = _joined(parts)
-        end = len(columns) - (layout.state_count if keeps else 0)
+        end = len(columns) - (layout.state_count + gradients * layout.params_count if keeps else 0)
         return Rolled(state, columns[:end], Leaves([x[first - 1 :] for x in columns[end:]]))
 
     def in_blocks(self, state: Leaves, first: int, length: int) -> Rolled:
@@ -151,11 +156,12 @@ class Steps:
         *,
         hands_out: bool = True,
         keeps: bool = False,
+        gradients: bool = False,
         nested: bool = False,
     ) -> tuple[Leaves, list[Tensor]]:
         """Steps of so many updates each; returns the state after them, and what all have handed out.
 
-        Behind that, if it is to be kept, the state before each.
+        Behind that, if they are to be kept, the state before each, and its gradient.
         """
 
         def body(
@@ -163,8 +169,9 @@ class Steps:
         ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             flat = [*carry, *self._reading.joined(row[1:], shared)]
             now = self._dynamics.layout.inputs(flat, of_step=True)
-            along, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out)
-            return tuple(after), [*along, *(carry if keeps else ())]
+            along, grads, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out)
+            kept = (*carry, *(grads if gradients else ())) if keeps else ()
+            return tuple(after), [*along, *kept]
 
         carry, made = tracing.scan(body, list(state), rows, shared, nested=nested)
         return Leaves(carry), made
@@ -176,8 +183,10 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
 
 
-def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool) -> tuple[list[Tensor], Leaves]:
-    """What a step hands out, and the state after it; as ``loop.take_step``, without a graph."""
+def _step(
+    dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool
+) -> tuple[list[Tensor], Sequence[Tensor], Leaves]:
+    """What a step hands out, its gradient, and the state after it; as ``loop.take_step``, without a graph."""
     aux: list[Tensor] = []
     with torch.enable_grad():
         params = [x.detach().requires_grad_() for x in now.params]
@@ -186,9 +195,9 @@ def _step(dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_ou
     with torch.no_grad():
         after = dynamics.updates(now.state, grads, now.hyperparameters, first, updates)
     if not hands_out:
-        return [], after
+        return [], grads, after
     observed: Sequence[Tensor] = ()
     if dynamics.observer is not None:
         with torch.enable_grad():
             observed = dynamics.observed([x.detach().requires_grad_() for x in dynamics.layout.params(after)], now.read)
-    return [losses.detach(), *[x.detach() for x in observed], *aux], after
+    return [losses.detach(), *[x.detach() for x in observed], *aux], grads, after

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffopt.tensors.expected import Expected
+
 Body: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]
 ]
@@ -34,6 +36,8 @@ class Trace:
 
     Attributes:
         numbers: one for each group of tensors that must be finite: 0 if they are, else NaN.
+        expected: what is expected of measures of estimates.
+        excesses: by how much they are more, each one number.
         captured: tensors that the computation reads without being given them.
         inside: whether a step of a scan is being traced.
     """
@@ -42,6 +46,8 @@ class Trace:
         """Nothing has been noted yet."""
         self.numbers: list[Tensor] = []
         self.captured: list[Tensor] = []
+        self.expected: list[Expected] = []
+        self.excesses: list[Tensor] = []
         self.inside = False
         self._standing_in: dict[int, Tensor] = {}
 
@@ -50,6 +56,11 @@ class Trace:
         if self.inside:
             raise NotTraceableError("a solve within the loss of another")
         self.numbers += [(x - x).sum().double() for x in tensors if x.is_floating_point() and x.numel()]
+
+    def expect(self, expected: Expected, measured: Tensor) -> None:
+        """Note what is expected of some measures."""
+        self.expected.append(expected)
+        self.excesses.append(expected.excess(measured))
 
     def unsound(self, like: Tensor) -> Tensor:
         """0 if all that had to be finite is, else NaN."""
@@ -127,13 +138,17 @@ class _Tools:
         return importlib.import_module("torch._guards").detect_fake_mode()
 
 
-def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def trace(
+    function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], noted: Trace | None = None
+) -> tuple[Any, list[Tensor]]:
     """The graph of ``function(*tensors)``, and the tensors that it takes behind these: what the function captures.
+
+    Behind what the function returns, the graph returns the excesses that have been ``noted``.
 
     Raises:
         NotTraceableError: it draws random numbers, or does what a trace does not do.
     """
-    tools, noted = _Tools(), Trace()
+    tools, noted = _Tools(), Trace() if noted is None else noted
     mode = tools.new_fake_mode()
     token = _now.set(noted)
     try:
@@ -202,7 +217,7 @@ def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Calla
 
     def finished(*tensors: Tensor) -> list[Tensor]:
         tracer = _Tools().proxies.get_proxy_mode().tracer
-        found = list(function(*tensors))
+        found = [*function(*tensors), *noted.excesses]
         for node in list(tracer.graph.nodes):
             constant = _constant(tracer.root, node)
             if constant is not None:
