@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
+from diffopt.estimators import Binomial, FirstOrder, Krylov, MultiStep, Reptile, Reverse, Truncated
 from diffopt.tensors import tracing
 
 STEPS = 4
 CASES = {case.name: case for case in OPTIMIZERS}
-RULES = (Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1)))
+RULES = (
+    *(Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1))),
+    *(Binomial(2), Binomial(3, 3, 0.5), Krylov(2), Krylov(3), MultiStep(3, Binomial(1)), MultiStep(3, Krylov(1))),
+)
 pytestmark = pytest.mark.compiler
 
 
@@ -122,7 +125,14 @@ def test_few_steps(steps: int) -> None:
     assert compared(lambda w, a: squares(solved(w, a, steps=steps).params) + a.sum(), [W, A]) < 1e-12
 
 
-@pytest.mark.parametrize("rule", [Reverse(), Truncated(2), MultiStep(2), MultiStep(3)], ids=repr)
+ORDERS = [*map(Binomial, range(4)), Binomial(2, 3), Binomial(2, None, 0.5), Binomial(2, None, 1.0, 2), Binomial(5)]
+ORDERS += [*map(Krylov, range(4)), Krylov(1, 0.5), Krylov(2, 0.0, 2), Krylov(5)]
+WINDOWS = [MultiStep(2, Binomial(2)), MultiStep(3, Binomial(1)), MultiStep(2, Krylov(2))]
+
+
+@pytest.mark.parametrize(
+    "rule", [Reverse(), Truncated(2), MultiStep(2), MultiStep(3), *ORDERS, *WINDOWS], ids=repr
+)
 def test_what_runs_over_steps_and_goes_on_from_a_state(rule: Any) -> None:
     """A schedule and batches, of which the last window may be short, and a state that has gone on."""
 
@@ -352,6 +362,7 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
     [
         ({"estimator": Reverse("log")}, "checkpoint='log'"),
         ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
+        ({"estimator": Krylov(3, rtol=0.1)}, "Krylov with rtol, which may stop early"),
         ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),

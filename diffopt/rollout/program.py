@@ -47,6 +47,9 @@ class Program:
         """What the function returns, without a graph."""
         with torch.no_grad():
             found = list(self._compiled(*map(_ready, (*tensors, *self._captured))))
+        return self._without_excesses(found)
+
+    def _without_excesses(self, found: list[Tensor]) -> list[Tensor]:
         end = len(found) - len(self._expected)
         self._excesses = found[end:]
         return found[:end]

@@ -143,19 +143,19 @@ def trace(
 ) -> tuple[Any, list[Tensor]]:
     """The graph of ``function(*tensors)``, and the tensors that it takes behind these: what the function captures.
 
-    Behind what the function returns, the graph returns the excesses that have been ``noted``.
+    Behind what the function returns, the graph returns the excesses that have been ``noted``, if that is given.
 
     Raises:
         NotTraceableError: it draws random numbers, or does what a trace does not do.
     """
-    tools, noted = _Tools(), Trace() if noted is None else noted
+    tools, told, noted = _Tools(), noted is not None, noted or Trace()
     mode = tools.new_fake_mode()
     token = _now.set(noted)
     try:
         # each an object of its own, for tracing tells arguments apart by object
         arguments = [mode.from_tensor(x.detach().clone(), static_shapes=True) for x in tensors]
         with mode, _refusing_numbers():
-            graph = tools.proxies.make_fx(_finishing(function, noted), _allow_non_fake_inputs=True)(*arguments)
+            graph = tools.proxies.make_fx(_finishing(function, noted, told=told), _allow_non_fake_inputs=True)(*arguments)
     finally:
         _now.reset(token)
     _refuse_frozen(graph)
@@ -212,12 +212,13 @@ def _within(values: Any) -> Iterator[Any]:
             yield from _within(value)
 
 
-def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Callable[..., list[Tensor]]:
+def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace, *, told: bool) -> Callable[..., list[Tensor]]:
     """The function, with the tensors that it has captured at the top level made inputs, too."""
 
     def finished(*tensors: Tensor) -> list[Tensor]:
         tracer = _Tools().proxies.get_proxy_mode().tracer
-        found = [*function(*tensors), *noted.excesses]
+        found = list(function(*tensors))
+        found += noted.excesses if told else ()
         for node in list(tracer.graph.nodes):
             constant = _constant(tracer.root, node)
             if constant is not None:
