@@ -13,6 +13,7 @@ from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.adjoint.time_stack import copy_of_row, repeated, row, rows, scan, write
 from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
 from diffopt.rollout.record import Keep
+from diffopt.tensors import tracing
 from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
 
@@ -90,7 +91,10 @@ class Binomial(Adjoint):
         trajectory.record.diagnostics["last_order"] = 0 * trajectory.tasks.norm(cotangent)
         if self.claims(trajectory.steps).exact == "always" or trajectory.steps == 0:
             return trajectory.sweep(cotangent)
-        found, measured = trajectory.by_program(cotangent, self, self._graded)
+        whole = self.chunk_size is None or self.chunk_size >= trajectory.steps
+        if not whole:  # it is there to bound the memory
+            tracing.refuse("Binomial with a chunk_size below the number of steps")
+        found, measured = trajectory.by_program(cotangent, self if whole else None, self._graded)
         if measured:
             what = f"Binomial(order={self.order}): what the last order adds, relatively"
             trajectory.report("last_order", *measured, 1.0, what, "Use Krylov or Reverse()")

@@ -83,10 +83,12 @@ class Krylov(Adjoint):
         if self.order >= trajectory.steps:
             trajectory.record.diagnostics["residual"] = 0 * trajectory.tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
-        stops = self.rtol > 0 and self.order > 1
+        stops, whole = self.rtol > 0 and self.order > 1, self.chunk_size is None or self.chunk_size >= trajectory.steps
         if stops:
             tracing.refuse("Krylov with rtol, which may stop early")
-        found, measured = trajectory.by_program(cotangent, None if stops else self, self._solved)
+        if not whole:  # it is there to bound the memory
+            tracing.refuse("Krylov with a chunk_size below the number of steps")
+        found, measured = trajectory.by_program(cotangent, self if whole and not stops else None, self._solved)
         if measured:
             what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
             trajectory.report("residual", *measured, 0.5, what, "Take more orders or fewer steps, or Reverse()")

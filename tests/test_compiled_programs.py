@@ -125,10 +125,10 @@ def test_few_steps(steps: int) -> None:
     assert compared(lambda w, a: squares(solved(w, a, steps=steps).params) + a.sum(), [W, A]) < 1e-12
 
 
-ORDERS = [*map(Binomial, (0, 1, 3, 5)), Binomial(2, 3), Binomial(2, None, 0.5), Binomial(2, None, 1.0, 2)]
-ORDERS += [*map(Krylov, (0, 1, 2, 5)), Krylov(1, 0.5), Krylov(2, 0.0, 2), Krylov(3)]
+ORDERS = [*map(Binomial, (0, 1, 3, 5)), Binomial(2, 3), Binomial(2, None, 0.5), Binomial(2, None, 1.0, 5)]
+ORDERS += [*map(Krylov, (0, 1, 2, 5)), Krylov(1, 0.5), Krylov(3)]
 ORDERS += [MultiStep(3, Binomial(1)), MultiStep(2, Krylov(2))]
-RUNS = [Reverse(), Truncated(2), MultiStep(2), MultiStep(3), MultiStep(2, Binomial(2)), Krylov(3, 0.0, 3)]
+RUNS = [Reverse(), Truncated(2), MultiStep(2), MultiStep(3), MultiStep(2, Binomial(2)), Krylov(3, 0.0, 5)]
 
 
 @pytest.mark.parametrize("rule", [*RUNS, *[pytest.param(rule, marks=pytest.mark.slow) for rule in ORDERS]], ids=repr)
@@ -362,6 +362,8 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
         ({"estimator": Reverse("log")}, "checkpoint='log'"),
         ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
         ({"estimator": Krylov(3, rtol=0.1)}, "Krylov with rtol, which may stop early"),
+        ({"estimator": Krylov(2, chunk_size=4)}, "Krylov with a chunk_size"),
+        ({"estimator": MultiStep(2, Binomial(1, chunk_size=2))}, "Binomial with a chunk_size"),
         ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),
