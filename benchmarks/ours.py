@@ -14,7 +14,6 @@ from benchmarks.problem import Data, Gradients, MeanGradient, Params, Problem
 from diffopt.estimators import Estimator, Reverse
 from diffopt.linear_solve import ConjugateGradient
 
-
 EXACT = Reverse()
 
 

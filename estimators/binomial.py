@@ -97,7 +97,7 @@ class Binomial(Adjoint):
         found, measured = trajectory.by_program(cotangent, self if whole else None, self._graded)
         if measured:
             what = f"Binomial(order={self.order}): what the last order adds, relatively"
-            trajectory.report("last_order", *measured, 1.0, what, "Use Krylov or Reverse()")
+            trajectory.report("last_order", measured[0], measured[1], 1.0, what, "Use Krylov or Reverse()")
         return found
 
     def _graded(self, trajectory: Trajectory, cotangent: Leaves) -> tuple[Cotangents, list[Tensor]]:

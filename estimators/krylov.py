@@ -91,7 +91,8 @@ class Krylov(Adjoint):
         found, measured = trajectory.by_program(cotangent, self if whole and not stops else None, self._solved)
         if measured:
             what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
-            trajectory.report("residual", *measured, 0.5, what, "Take more orders or fewer steps, or Reverse()")
+            fix = "Take more orders or fewer steps, or Reverse()"
+            trajectory.report("residual", measured[0], measured[1], 0.5, what, fix)
         return found
 
     def _solved(self, trajectory: Trajectory, cotangent: Leaves) -> tuple[Cotangents, list[Tensor]]:

@@ -936,8 +936,8 @@ a compiled function is compared where it was traced
     + others = list(arguments)
 a binomial estimate outside its range is not warned of
     Binomial.pullback, warnings_of_estimates
-    - *measured, 1.0, what
-    + *measured, 1e9, what
+    - measured[1], 1.0, what
+    + measured[1], 1e9, what
 
 # integers that nothing can count up to
 an option counts beyond all integers

@@ -321,7 +321,7 @@ def test_what_cannot_be_compiled_runs_plainly_after_one_warning() -> None:
 
 @pytest.mark.parametrize("rule", [Binomial(2), Krylov(2)], ids=repr)
 def test_a_bad_estimate_is_warned_of_at_every_call(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by plain calls, the 1st and those that are compared among them: once each, of the worst task, and of no other."""
+    """As by plain calls: once each, those that are compared among them, too."""
     monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
 
     def of_rate(rows: Tensor, lr: Tensor) -> Tensor:

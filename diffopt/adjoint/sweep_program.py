@@ -70,9 +70,7 @@ def _pulled(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, rule: Hash
     tensors = [numbers_of(trajectory.layout, inputs), *inputs.flat, *stack, *cotangent, *given]
     key = ("pullback", rule, trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
     whole = _of_all_the_state(trajectory)
-    known = known_programs.find(
-        trajectory.dynamics, key, tensors, lambda: _function(whole, len(stack), pull, counted)
-    )
+    known = known_programs.find(trajectory.dynamics, key, tensors, lambda: _function(whole, len(stack), pull, counted))
     if known is None or known.program is None:
         return _plainly(trajectory, stack, cotangent, pull)
     known.counts = known.counts or counted

@@ -43,7 +43,9 @@ class TracedBlocks:
             found.append(Leaves(derivatives.or_zeros(terms, self._layout.params(own))))
         return _joined(found)
 
-    def all_terms(self, hypers: Sequence[Place], adjoints: Leaves) -> Iterator[tuple[range, dict[Place, Tensor | None]]]:
+    def all_terms(
+        self, hypers: Sequence[Place], adjoints: Leaves
+    ) -> Iterator[tuple[range, dict[Place, Tensor | None]]]:
         """Steps in a row, and their ``D_t' x_t`` for the stack ``x_1, ..., x_T``: sums, or with the steps in front."""
         first = self._layout.state_count + self._layout.params_count
         for part in self._parts(1, self._layout.steps):
@@ -109,7 +111,10 @@ class TracedBlocks:
     ) -> Sequence[Tensor | None]:
         """``C_t' x`` of one step; ``None`` is zero."""
         count = self._layout.state_count
-        grads, rest = row[1 + count : 1 + count + self._layout.params_count], row[1 + count + self._layout.params_count :]
+        grads, rest = (
+            row[1 + count : 1 + count + self._layout.params_count],
+            row[1 + count + self._layout.params_count :],
+        )
         hypers = dict(zip(self._stepped, rest, strict=True)) | dict(zip(self._shared, shared, strict=True))
         graph = derivatives.Graph.record(
             lambda roots: self._update([row[0], *roots, *grads], hypers, updates), row[1 : 1 + count]

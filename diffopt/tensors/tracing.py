@@ -155,7 +155,9 @@ def trace(
         # each an object of its own, for tracing tells arguments apart by object
         arguments = [mode.from_tensor(x.detach().clone(), static_shapes=True) for x in tensors]
         with mode, _refusing_numbers():
-            graph = tools.proxies.make_fx(_finishing(function, noted, told=told), _allow_non_fake_inputs=True)(*arguments)
+            graph = tools.proxies.make_fx(_finishing(function, noted, told=told), _allow_non_fake_inputs=True)(
+                *arguments
+            )
     finally:
         _now.reset(token)
     _refuse_frozen(graph)
