@@ -110,16 +110,13 @@ class TracedBlocks:
         self, row: Sequence[Tensor], updates: int, shared: Sequence[Tensor], adjoint: Leaves
     ) -> Sequence[Tensor | None]:
         """``C_t' x`` of one step; ``None`` is zero."""
-        count = self._layout.state_count
-        grads, rest = (
-            row[1 + count : 1 + count + self._layout.params_count],
-            row[1 + count + self._layout.params_count :],
-        )
+        first = 1 + self._layout.state_count
+        grads, rest = row[first : first + self._layout.params_count], row[first + self._layout.params_count :]
         hypers = dict(zip(self._stepped, rest, strict=True)) | dict(zip(self._shared, shared, strict=True))
         graph = derivatives.Graph.record(
-            lambda roots: self._update([row[0], *roots, *grads], hypers, updates), row[1 : 1 + count]
+            lambda roots: self._update([row[0], *roots, *grads], hypers, updates), row[1:first]
         )
-        return graph.pullback(adjoint, range(count))
+        return graph.pullback(adjoint, range(first - 1))
 
     def _sums(self, last: Leaves, part: Stretch, pushes: Leaves | None) -> Leaves:
         """Of an update that passes adjoints on as they are."""
