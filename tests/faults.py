@@ -2820,6 +2820,28 @@ a program of one observer serves another
 the descent of the toy is not held within its bounds
     measure, yardsticks_experiment
     - .clamp(LOW, HIGH)
+
+# programs of orders: Binomial and Krylov
+a program of one order serves another
+    _pulled, whole_programs
+    - ("pullback", rule, trajectory.rollout.key,
+    + ("pullback", type(rule), trajectory.rollout.key,
+what a program of the backward pass computes is not counted
+    _pulled, whole_programs
+    - trajectory.record.counts.add(known.counts)
+    + pass
+the curvature of a loop over updates is that of the step after
+    TracedBlocks._loop, whole_programs
+    - for x in (*rows, *(pushes or ()))]
+    + for x in (*rows, *[x.roll(1, 0) for x in pushes or ()])]
+the sums of a traced gradient descent run the wrong way
+    TracedBlocks._sums, whole_programs
+    - leaf.flip(0).cumsum(0).flip(0)
+    + leaf.cumsum(0)
+a program does not warn of a bad estimate
+    Compiled._run, compiled_outer
+    - entry.program.warn()
+    + pass
 """
 
 # What ends in white space would not show in the table.
