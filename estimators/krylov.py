@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
-
-from torch import Tensor
+from typing import final
 
 from diffopt.adjoint.adjoint_system import AdjointSystem
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.time_stack import row
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Pulled, Trajectory
 from diffopt.linear_solve import minimal_residual, with_wide_vectors
 from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.record import Keep
-from diffopt.tensors import tracing
 from diffopt.tensors.arguments import Options
 from diffopt.tensors.leaves import Leaves
 
@@ -59,7 +56,7 @@ class Krylov(Adjoint):
     rtol: float = 0.0
     chunk_size: int | None = None
     if_unsolved = "take more orders"
-    traced: ClassVar[bool] = True
+    traced = True
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -83,21 +80,13 @@ class Krylov(Adjoint):
         if self.order >= trajectory.steps:
             trajectory.record.diagnostics["residual"] = 0 * trajectory.tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
-        stops, whole = self.rtol > 0 and self.order > 1, self.chunk_size is None or self.chunk_size >= trajectory.steps
-        if stops:
-            tracing.refuse("Krylov with rtol, which may stop early")
-        if not whole:  # it is there to bound the memory
-            tracing.refuse("Krylov with a chunk_size below the number of steps")
-        found, measured = trajectory.by_program(cotangent, self if whole and not stops else None, self._solved)
-        if measured:
-            what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
-            fix = "Take more orders or fewer steps, or Reverse()"
-            trajectory.report("residual", measured[0], measured[1], 0.5, what, fix)
-        return found
+        what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
+        fix = "Take more orders or fewer steps, or Reverse()"
+        return trajectory.by_program(cotangent, self, self._solved, "residual", 0.5, what, fix)
 
-    def _solved(self, trajectory: Trajectory, cotangent: Leaves) -> tuple[Cotangents, list[Tensor]]:
+    def _solved(self, trajectory: Trajectory, cotangent: Leaves) -> Pulled:
         """What minimal residuals give, and the norm of the residual and that of the adjoints without curvature."""
-        tasks, measured = trajectory.tasks, list[Tensor]()
+        tasks, measured = trajectory.tasks, []
         direct, system = DirectTerms(trajectory), AdjointSystem(trajectory, self.chunk_size, again=self.order > 1)
         stack = system.scan(None, cotangent)  # Lambda^(0): the adjoints without curvature, from which GMRES starts
         if self.order > 0:

@@ -122,21 +122,21 @@ Reptile points away from the solution
     - trajectory.inputs.params - layout.params(trajectory.final)
     + layout.params(trajectory.final) - trajectory.inputs.params
 an order of the binomial rule leaves out its earliest step
-    Binomial._graded, binomial
+    graded, binomial
     - low, high = first + last - order, steps - order + 1
     + low, high = first + last - order + (order == 1), steps - order + 1
 the binomial rule forgets its scale
-    Binomial._graded, binomial
-    - self.scale * updates.to_gradient(
+    graded, binomial
+    - scale * updates.to_gradient(
     + updates.to_gradient(
 the binomial rule takes mixed products at every order
-    Binomial._graded, binomial
+    graded, binomial
     - mixed, before = order == last and curvature.reads_wanted,
     + mixed, before = curvature.reads_wanted,
 the binomial window is one step too long
-    Binomial._graded, binomial
-    - first, last = steps - curved + 1,
-    + first, last = max(1, steps - curved),
+    Binomial.pullback, binomial
+    - first, last = trajectory.steps - curved + 1,
+    + first, last = max(1, trajectory.steps - curved),
 E' is taken without its curvature's step (C instead of E)
     DiagonalBlocks.to_gradient, every_rule
     - adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)
@@ -256,7 +256,7 @@ lifting: batches are not compared
     - if not error <= 1e-6
     + if error > 9
 the last order of the binomial rule leaves out its latest step
-    Binomial._graded, binomial
+    graded, binomial
     - low, high = first + last - order, steps - order + 1
     + low, high = first + last - order, steps - order + (order < last)
 the loss's terms of the Krylov rule belong to the adjoints after the free step
@@ -684,7 +684,7 @@ integers like another tensor begin at zero
     - (0, args[1]) if len(args) == 2 else (args[1], args[2])
     + (0, args[-1])
 what the last order adds is measured at the step before
-    Binomial._graded, warnings_of_estimates
+    graded, warnings_of_estimates
     - norm(row(adjoints, first) - before)
     + norm(row(adjoints, first - 1) - before)
 a bad estimate is told of without checks too
@@ -936,8 +936,8 @@ a compiled function is compared where it was traced
     + others = list(arguments)
 a binomial estimate outside its range is not warned of
     Binomial.pullback, warnings_of_estimates
-    - measured[1], 1.0, what
-    + measured[1], 1e9, what
+    - "last_order", 1.0, what
+    + "last_order", 1e9, what
 
 # integers that nothing can count up to
 an option counts beyond all integers

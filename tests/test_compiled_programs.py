@@ -361,9 +361,9 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
     [
         ({"estimator": Reverse("log")}, "checkpoint='log'"),
         ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
-        ({"estimator": Krylov(3, rtol=0.1)}, "Krylov with rtol, which may stop early"),
-        ({"estimator": Krylov(2, chunk_size=4)}, "Krylov with a chunk_size"),
-        ({"estimator": MultiStep(2, Binomial(1, chunk_size=2))}, "Binomial with a chunk_size"),
+        ({"estimator": Krylov(3, rtol=0.1)}, "stops once its residual is small"),
+        ({"estimator": Krylov(2, chunk_size=4)}, "with a chunk_size of fewer steps"),
+        ({"estimator": MultiStep(2, Binomial(1, chunk_size=2))}, "with a chunk_size of fewer steps"),
         ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),

@@ -44,6 +44,8 @@ class ParallelCurvature:
                 "this estimator evaluates many steps at once, and they cannot be drawn again as they were; pass "
                 "them in batches, or use Reverse() or Truncated()",
             )
+        if chunk_size is not None and chunk_size <= trajectory.steps - first:  # which are there to bound the memory
+            tracing.refuse("an estimator with a chunk_size of fewer steps than there are")
         self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
         self._read: list[Place] = trajectory.wanted_of("read")
         self._again = again and chunk_size is None

@@ -56,9 +56,7 @@ def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> 
 
 
 def pulled(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, rule: Hashable, pull: Pull) -> Found:
-    """``pull(trajectory, cotangent)`` of what a program has stacked, by one that is found again by ``rule``, if any."""
-    if rule is None:
-        return _plainly(trajectory, stack, cotangent, pull)
+    """``pull(trajectory, cotangent)`` of what a program has stacked, by one that is found again by ``rule``."""
     with trajectory.rollout.replay(None, trajectory.final[0].device):
         return _pulled(trajectory, stack, cotangent, rule, pull)
 

@@ -178,18 +178,22 @@ class Trajectory:
         again = steps - self.rollout.kept.states  # what lies between the states that are kept
         counts.add(Counts(again, steps, steps, again + steps))
 
-    def by_program(self, cotangent: Leaves, rule: Hashable, pull: Pull) -> tuple[Cotangents, Sequence[Tensor]]:
+    def by_program(
+        self, cotangent: Leaves, rule: Hashable, pull: Pull, name: str, limit: float, what: str, fix: str
+    ) -> Cotangents:
         """``pull(self, cotangent)``, made one program where the rollout was one, which is found again by ``rule``.
 
-        ``None``: it runs step by step all the same.
-
-        It returns the hypergradient, and what it has measured of it. It looks at no number, warns of nothing, and takes
-        what is kept from :meth:`params_at`, :attr:`updates` and :class:`ParallelCurvature` only.
+        It looks at no number, warns of nothing, and takes what is kept from :meth:`params_at`, :attr:`updates` and
+        :class:`ParallelCurvature` only. What it has measured of its estimate is reported as by :meth:`report`.
         """
         if self.rollout.stack is None or tracing.current() is not None:
-            return pull(self, cotangent)
-        found = sweep_program.pulled(self, self.rollout.stack, cotangent, rule, pull)
-        return Cotangents(found.initial, found.direct), found.measured
+            found, measured = pull(self, cotangent)
+        else:
+            initial, direct, measured = sweep_program.pulled(self, self.rollout.stack, cotangent, rule, pull)
+            found = Cotangents(initial, direct)
+        if measured:
+            self.report(name, measured[0], measured[1], limit, what, fix)
+        return found
 
     def params_at(self, steps: range) -> Leaves:
         """The params before steps in a row, stacked."""
@@ -315,8 +319,11 @@ class Trajectory:
             refuse_other_losses(again, self.rollout.losses, self.rollout.autocast)
 
 
-Pull: TypeAlias = "Callable[[Trajectory, Leaves], tuple[Cotangents, Sequence[Tensor]]]"
-"""From a trajectory and the adjoint of its end to the hypergradient, and what is measured of it."""
+Pulled: TypeAlias = "tuple[Cotangents, Sequence[Tensor]]"
+"""A hypergradient, and what is measured of it: a part and a whole, or nothing."""
+
+Pull: TypeAlias = "Callable[[Trajectory, Leaves], Pulled]"
+"""From a trajectory and the adjoint of its end to the hypergradient."""
 
 
 class DirectTerms:

@@ -25,7 +25,7 @@ CASES = {case.name: case for case in OPTIMIZERS}
 RULES = (
     *(Reverse(), Reverse(1), Reverse(3), Truncated(2), Truncated(3, "sqrt"), FirstOrder(), Reptile()),
     *(MultiStep(3), MultiStep(2, Truncated(1)), MultiStep(3, Reverse(2))),
-    *(Binomial(1), Binomial(2), Binomial(3), Binomial(2, 3), Binomial(2, scale=0.5), Binomial(2, chunk_size=3)),
+    *(Binomial(1), Binomial(2), Binomial(3), Binomial(2, 3), Binomial(2, scale=0.5), Binomial(2, chunk_size=4)),
     *(Krylov(1), Krylov(2), Krylov(3), MultiStep(2, Binomial(1)), MultiStep(3, Krylov(1))),
 )
 pytestmark = [pytest.mark.compiler, pytest.mark.slow]
