@@ -2835,7 +2835,7 @@ the curvature of a loop over updates is that of the step after
     - for x in (*rows, *(pushes or ()))]
     + for x in (*rows, *[x.roll(1, 0) for x in pushes or ()])]
 the sums of a traced gradient descent run the wrong way
-    TracedBlocks._sums, whole_programs
+    TracedBlocks._sums, compiled_programs
     - leaf.flip(0).cumsum(0).flip(0)
     + leaf.cumsum(0)
 a program does not warn of a bad estimate
