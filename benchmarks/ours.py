@@ -14,6 +14,8 @@ from benchmarks.problem import Data, Gradients, MeanGradient, Params, Problem
 from diffopt.estimators import Estimator, Reverse
 from diffopt.linear_solve import ConjugateGradient
 
+EXACT = Reverse()
+
 
 def adapt(
     problem: Problem, initial: Params, hyper: Params, support: Data, estimator: Estimator, *, compiled: bool = False
@@ -41,14 +43,14 @@ def vmapped(problem: Problem, estimator: Estimator, *, compiled: bool = False) -
     return torch.autograd.grad(vmap(task_loss)(problem.support, problem.query).mean(), leaves)
 
 
-def program(problem: Problem) -> Callable[[], Gradients]:
+def program(problem: Problem, rule: Estimator = EXACT) -> Callable[[], Gradients]:
     """All of it in one program, whose gradient is taken as its users take it."""
 
     def outer(wanted: Params, given: Params, support: Data, query: Data) -> Tensor:
         initial, hyper = (given, wanted) if problem.hyper else (wanted, {})
 
         def task_loss(support: Data, query: Data) -> Tensor:
-            return problem.outer(adapt(problem, initial, hyper, support, Reverse()), query)
+            return problem.outer(adapt(problem, initial, hyper, support, rule), query)
 
         if problem.count == 1:
             return task_loss(tuple(x[0] for x in support), tuple(x[0] for x in query))

@@ -157,7 +157,8 @@ def solve(
             changed in place. Costs a few synchronisations on a GPU. (:func:`diffopt.check` looks closer, once.)
         compile: compile the steps, for small models whose time is overhead (tens of seconds, once for a loss, optimizer
             and shapes). On a CPU all steps become one program, and the backward pass another, by ``Reverse``,
-            ``Truncated``, ``FirstOrder``, ``Reptile`` and ``MultiStep`` of these. ``Reverse()`` then keeps all states
+            ``Truncated``, ``FirstOrder``, ``Reptile``, ``Binomial``, ``Krylov`` (the backward pass of these two only
+            without ``chunk_size`` and ``rtol``) and ``MultiStep`` of these. ``Reverse()`` then keeps all states
             (while they take less than 1 GiB; else as ``"sqrt"``), ``Reverse("sqrt")`` and ``Reverse(k)`` those before
             blocks of steps, which the backward pass takes again. Else, with other estimators, ``"log"``, ``memory``,
             ``offload``, ``on_step`` and batches that are a function, it is each step and, where the estimator is exact

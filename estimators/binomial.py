@@ -7,9 +7,8 @@ from typing import final
 
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
-from diffopt.adjoint.parallel_curvature import ParallelCurvature
-from diffopt.adjoint.time_stack import copy_of_row, repeated, row, rows, scan, write
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.graded import graded
+from diffopt.adjoint.trajectory import Cotangents, Pulled, Trajectory
 from diffopt.rollout.record import Keep
 from diffopt.tensors.arguments import Options, check_within_steps
 from diffopt.tensors.leaves import Leaves
@@ -54,6 +53,7 @@ class Binomial(Adjoint):
     window: int | None = None
     scale: float = 1.0
     chunk_size: int | None = None
+    traced = True
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -84,27 +84,14 @@ class Binomial(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Order by order, each from the one before."""
-        steps, curved, norm = trajectory.steps, self._curved(trajectory.steps), trajectory.tasks.norm
-        trajectory.record.diagnostics["last_order"] = 0 * norm(cotangent)
-        if self.claims(steps).exact == "always" or steps == 0:
+        trajectory.record.diagnostics["last_order"] = 0 * trajectory.tasks.norm(cotangent)
+        if self.claims(trajectory.steps).exact == "always" or trajectory.steps == 0:
             return trajectory.sweep(cotangent)
-        first, last = steps - curved + 1, min(self.order, curved)  # the first step with curvature, and the last order
-        curvature = ParallelCurvature(trajectory, first, self.chunk_size, again=last > 1)
-        direct, updates, adjoints = DirectTerms(trajectory), trajectory.updates.blocks(), repeated(cotangent, steps + 1)
-        of_gradients, before = trajectory.layout.params(adjoints).zeros(), cotangent  # row t: E_t' Lambda_t
-        scan(updates, adjoints, first + last, steps)  # order 0: Lambda_{t-1} = C_t' Lambda_t
-        for order in range(1, last + 1):
-            # Steps above ``high`` are saturated (theorem 3.A): final as they are. No later order reads those below.
-            low, high = first + last - order, steps - order + 1
-            write(of_gradients, low, self.scale * updates.to_gradient(rows(adjoints, low, high), low))
-            # The last order also takes M_t' of the saturated steps, whose E_t' Lambda_t those before it have left.
-            mixed, before = order == last and curvature.reads_wanted, copy_of_row(adjoints, first)
-            stack = rows(of_gradients, low, steps if mixed else high)
-            pushes = curvature.product(stack, low, direct if mixed else None, counted=high - low + 1)  # H_t E_t' Lambda
-            scan(updates, adjoints, low, high, pushes)  # Lambda_{t-1} = C_t' Lambda_t + P' y_t
-        scan(updates, adjoints, 1, first - 1)  # no curvature before the window
-        if last > 0:
-            added, what = norm(row(adjoints, first) - before), f"Binomial(order={self.order}): what the last order adds"
-            trajectory.report("last_order", added, norm(before), 1.0, what + ", relatively", "Use Krylov or Reverse()")
-        direct.add_updates(rows(adjoints, 1, steps))
-        return Cotangents(row(adjoints, 0), direct.collect())
+        curved = self._curved(trajectory.steps)
+        first, last = trajectory.steps - curved + 1, min(self.order, curved)  # the first step with curvature
+
+        def pull(trajectory: Trajectory, cotangent: Leaves) -> Pulled:
+            return graded(trajectory, cotangent, first, last, self.scale, self.chunk_size)
+
+        what = f"Binomial(order={self.order}): what the last order adds, relatively"
+        return trajectory.by_program(cotangent, self, pull, "last_order", 1.0, what, "Use Krylov or Reverse()")

@@ -9,7 +9,7 @@ from diffopt.adjoint.adjoint_system import AdjointSystem
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.time_stack import row
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Pulled, Trajectory
 from diffopt.linear_solve import minimal_residual, with_wide_vectors
 from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.record import Keep
@@ -56,6 +56,7 @@ class Krylov(Adjoint):
     rtol: float = 0.0
     chunk_size: int | None = None
     if_unsolved = "take more orders"
+    traced = True
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -76,10 +77,16 @@ class Krylov(Adjoint):
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         """Solve for the adjoints of all steps."""
-        tasks = trajectory.tasks
         if self.order >= trajectory.steps:
-            trajectory.record.diagnostics["residual"] = 0 * tasks.norm(cotangent)
+            trajectory.record.diagnostics["residual"] = 0 * trajectory.tasks.norm(cotangent)
             return trajectory.sweep(cotangent)
+        what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
+        fix = "Take more orders or fewer steps, or Reverse()"
+        return trajectory.by_program(cotangent, self, self._solved, "residual", 0.5, what, fix)
+
+    def _solved(self, trajectory: Trajectory, cotangent: Leaves) -> Pulled:
+        """What minimal residuals give, and the norm of the residual and that of the adjoints without curvature."""
+        tasks, measured = trajectory.tasks, []
         direct, system = DirectTerms(trajectory), AdjointSystem(trajectory, self.chunk_size, again=self.order > 1)
         stack = system.scan(None, cotangent)  # Lambda^(0): the adjoints without curvature, from which GMRES starts
         if self.order > 0:
@@ -96,9 +103,7 @@ class Krylov(Adjoint):
                 if system.curvature.reads_wanted:
                     # only for M_t' E_t' Lambda_t, of the iterate before the free step: this is Lambda^(L-1) in (3.9)
                     system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)
-            left_over, fix = tasks.norm(system.tasks_first(residual)), "Take more orders or fewer steps, or Reverse()"
-            what = f"Krylov(order={self.order}): the relative residual of the adjoints' system"
-            trajectory.report("residual", left_over, size, 0.5, what, fix)
+            measured = [tasks.norm(system.tasks_first(residual)), size]
             stack = stack + residual  # the free step: one Richardson iteration; of the residual no product is needed
         direct.add_updates(system.with_last(stack, cotangent))
-        return Cotangents(row(stack, 0), direct.collect())
+        return Cotangents(row(stack, 0), direct.collect()), measured

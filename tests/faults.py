@@ -106,18 +106,18 @@ a used-up record is used again (Trajectory._blocks_backwards, randomness)
 Reptile points away from the solution (Reptile.pullback, every_rule)
     - trajectory.inputs.params - layout.params(trajectory.final)
     + layout.params(trajectory.final) - trajectory.inputs.params
-an order of the binomial rule leaves out its earliest step (Binomial.pullback, binomial)
+an order of the binomial rule leaves out its earliest step (graded, binomial)
     - low, high = first + last - order, steps - order + 1
     + low, high = first + last - order + (order == 1), steps - order + 1
-the binomial rule forgets its scale (Binomial.pullback, binomial)
-    - self.scale * updates.to_gradient(
+the binomial rule forgets its scale (graded, binomial)
+    - scale * updates.to_gradient(
     + updates.to_gradient(
-the binomial rule takes mixed products at every order (Binomial.pullback, binomial)
+the binomial rule takes mixed products at every order (graded, binomial)
     - mixed, before = order == last and curvature.reads_wanted,
     + mixed, before = curvature.reads_wanted,
 the binomial window is one step too long (Binomial.pullback, binomial)
-    - first, last = steps - curved + 1,
-    + first, last = max(1, steps - curved),
+    - first, last = trajectory.steps - curved + 1,
+    + first, last = max(1, trajectory.steps - curved),
 E' is taken without its curvature's step (C instead of E) (DiagonalBlocks.to_gradient, every_rule)
     - adjoints[self._part(out)] * _of_steps(f, first - self._first, end - self._first)
     + adjoints[self._part(out)]
@@ -207,17 +207,17 @@ lifting: derivatives are not compared (_compare_with_differences, from_torch)
 lifting: batches are not compared (_check_batches, lift_refusals)
     - if not error <= 1e-6
     + if error > 9
-the last order of the binomial rule leaves out its latest step (Binomial.pullback, binomial)
+the last order of the binomial rule leaves out its latest step (graded, binomial)
     - low, high = first + last - order, steps - order + 1
     + low, high = first + last - order, steps - order + (order < last)
-the loss's terms of the Krylov rule belong to the adjoints after the free step (Krylov.pullback, krylov)
+the loss's terms of the Krylov rule belong to the adjoints after the free step (Krylov._solved, krylov)
     - system.curvature.product(system.to_gradient(stack, cotangent), 1, direct)
     + system.curvature.product(system.to_gradient(stack + residual, cotangent), 1, direct)
 products that are not needed are counted (ParallelCurvature.product, costs)
     - len(steps) if counted is None else counted
     + len(steps)
 the mixed derivatives of a batch of steps are dropped (ParallelCurvature._pull, binomial)
-    - direct.add(steps[0], {place: term})
+    - direct.add_rows(steps, {place: term})
     + pass
 GMRES does not orthogonalise (minimal_residual, linear_solve)
     - w = tasks.plus(w, -column[-1], q)
@@ -533,15 +533,15 @@ an operation with a generator of the caller's draws from another (_OwnGenerators
 integers like another tensor begin at zero (_bounds, random_threads)
     - (0, args[1]) if len(args) == 2 else (args[1], args[2])
     + (0, args[-1])
-what the last order adds is measured at the step before (Binomial.pullback, warnings_of_estimates)
+what the last order adds is measured at the step before (graded, warnings_of_estimates)
     - norm(row(adjoints, first) - before)
     + norm(row(adjoints, first - 1) - before)
 a bad estimate is told of without checks too (Trajectory.warn_if_bad, warnings_of_estimates)
-    - if self.check and bool((measured > limit).any()):
-    + if bool((measured > limit).any()):
-an estimate is bad only if that of every task is (Trajectory.warn_if_bad, warnings_of_estimates)
-    - (measured > limit).any()
-    + (measured > limit).all()
+    - elif self.check:
+    + else:
+an estimate is bad only if that of every task is (Expected.excess, warnings_of_estimates)
+    - measured, 0).max()
+    + measured, 0).min()
 first-order rules are warned of half precision (_Solve.forward, precision_warning)
     - if low and call.estimator.claims(layout.inner_steps).second_derivatives:
     + if low:
@@ -728,8 +728,8 @@ a compiled function is compared where it was traced (_checked, compiled)
     - others = [agreement.moved(x, i) for i, x in enumerate(arguments)]
     + others = list(arguments)
 a binomial estimate outside its range is not warned of (Binomial.pullback, warnings_of_estimates)
-    - norm(before), 1.0, what
-    + norm(before), 1e9, what
+    - "last_order", 1.0, what
+    + "last_order", 1e9, what
 
 # integers that nothing can count up to
 an option counts beyond all integers (check_integer, odd_arguments)
@@ -1133,8 +1133,8 @@ a stream begins anew where a state goes on (Layout.at_step, streams)
     - self.stream.at(self.start + (step - 1) * self.window)
     + self.stream.at((step - 1) * self.window)
 steps taken together share the first one's batch of a stream (Layout.read_at_steps, streams)
-    - stepped = [*self.stepped.read, *(True,) *
-    + stepped = [*self.stepped.read, *(False,) *
+    - *[stacked(rows, i, names[i]) for i
+    + *[rows[0][i].expand(len(rows), *rows[0][i].shape) for i
 a batch of a stream may require grad (Stream._refuse_bad, streams)
     - if self._recorded and leaf.requires_grad:
     + if False:
@@ -1420,8 +1420,8 @@ the binomial window counts steps that were not made (Binomial._curved, binomial)
     - else min(self.window, steps)
     + else self.window
 an estimate of which no order is missing is reported as a bad one (Binomial.pullback, warnings_of_estimates)
-    - ["last_order"] = 0 * norm(cotangent)
-    + ["last_order"] = norm(cotangent)
+    - ["last_order"] = 0 * trajectory
+    + ["last_order"] = trajectory
 
 # attention with second derivatives, and blocks that are computed again
 attention's second derivative forgets that the scores move with the direction (second, attention)
@@ -1590,12 +1590,12 @@ a traced sweep forgets the direct terms of earlier steps (TracedSweep._body, com
 a traced sweep gives the terms of steps in the wrong order (scan_back, compiled_programs)
     - return carry, [x.flip(0) for x in made]
     + return carry, made
-a traced step of a continued solve counts from one (Reading.rows, compiled_programs)
+a traced step of a continued solve counts from one (Reading.numbers, compiled_programs)
     - first, window = self._layout.first_update(stretch.first), self._layout.window
     + first, window = self._layout.first_update(1), self._layout.window
-a traced window reads the batch of another (Reading.stacked, compiled_programs)
-    - axis, first = layout.step_axis(place), (stretch.first - 1) * layout.window
-    + axis, first = layout.step_axis(place), stretch.first - 1
+a traced window reads the batch of another (Layout.slices_at, compiled_programs)
+    - first, count = self.step_axis(place), (steps.start - 1) * self.window, len(steps)
+    + first, count = self.step_axis(place), steps.start - 1, len(steps)
 traced running costs are those of the steps before (TracedSweep._rows, compiled_programs)
     - running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
     + running = [x.roll(1, 0)[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
@@ -1693,9 +1693,9 @@ a program that is not finite passes (roll_out_wholly, whole_programs)
 a loss that keeps a state has a program (_is_right, whole_programs)
     - if plain.hidden_state is not None or plain.copied_to
     + if plain.copied_to
-a program of the backward pass serves other inputs (_sweep, whole_programs)
-    - key = ("sweep", trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
-    + key = ("sweep", trajectory.rollout.key)
+a program of the backward pass serves other inputs (_pulled, whole_programs)
+    - key = ("pullback", rule, trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
+    + key = ("pullback", rule, trajectory.rollout.key)
 a stack of states is used twice (sweeps, whole_programs)
     - record.usable, record.rollout = False, replace(rollout, stack=None)
     + record.usable, record.rollout = True, replace(rollout, stack=None)
@@ -2103,15 +2103,15 @@ a captured tensor that blocks read is an input of the inner graph (Trace.given, 
     - if self.inside:
     + if False:
 a program of all states serves checkpoints (roll_out_wholly, whole_programs)
-    - ("rollout", (first, block), *kind_of_steps(layout))
-    + ("rollout", first, *kind_of_steps(layout))
-steps that a program takes again are not counted (count_in, whole_programs)
-    - again = steps - trajectory.rollout.kept.states
+    - ("rollout", kept, *kind_of_steps(layout))
+    + ("rollout", kept.first, *kind_of_steps(layout))
+steps that a program takes again are not counted (Trajectory._count_sweep, whole_programs)
+    - again = steps - self.rollout.kept.states
     + again = 0
 compiled, all states are kept however large they are (Keep.within, whole_programs)
     - checkpoint=1 if size <= budget else "sqrt"
     + checkpoint=1
-a plain backward pass over blocks takes every state for the next step's (_plainly, whole_programs)
+a plain backward pass over blocks takes every state for the next step's (_unstacked, whole_programs)
     - range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)
     + range(first, trajectory.steps + 1, 1)
 
@@ -2168,7 +2168,7 @@ the descent of the toy is not held within its bounds (measure, yardsticks_experi
     - .clamp(LOW, HIGH)
 
 # What is left out of these, or put into them, is a line as a whole.
-the Krylov rule leaves out its free last step (Krylov.pullback, krylov)
+the Krylov rule leaves out its free last step (Krylov._solved, krylov)
     - stack = stack + residual  # the free
     + stack = stack + 0 * residual  # the free
 conjugate gradients take the old residual for the direction (ConjugateGradient.iterate, linear_solve)
@@ -2304,6 +2304,21 @@ the deep embedding sees flat images (Embedding.features, esj_experiment)
 a step of the deep embedding is measured by rules of many rollouts too (of_one_step, esj_experiment)
     - if name not in (DIVIDED, *central)
     + if name != DIVIDED
+a program of one order serves another (_pulled, whole_programs)
+    - ("pullback", rule, trajectory.rollout.key,
+    + ("pullback", type(rule), trajectory.rollout.key,
+what a program of the backward pass computes is not counted (_pulled, whole_programs)
+    - trajectory.record.counts.add(known.counts)
+    + pass
+the curvature of a loop over updates is that of the step after (TracedBlocks._loop, whole_programs)
+    - for x in (*rows, *(pushes or ()))]
+    + for x in (*rows, *[x.roll(1, 0) for x in pushes or ()])]
+the sums of a traced gradient descent run the wrong way (TracedBlocks._sums, compiled_programs)
+    - leaf.flip(0).cumsum(0).flip(0)
+    + leaf.cumsum(0)
+a program does not warn of a bad estimate (Compiled._run, compiled_outer)
+    - entry.program.warn()
+    + pass
 """
 
 FAULTS = read(TABLE)

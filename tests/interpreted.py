@@ -18,13 +18,16 @@ class Interpreted:
 
     made = 0
     check, compare, fits, captures = Program.check, Program.compare, Program.fits, Program.captures
+    warn, _without_excesses = Program.warn, Program._without_excesses
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
         with random_state.preserved(tensors[0].device):
-            self.graph, self._captured = tracing.trace(function, tensors)
+            noted = tracing.Trace()
+            self.graph, self._captured = tracing.trace(function, tensors, noted)
+        self._expected, self._excesses = noted.expected, list[Tensor]()
         self._kinds: list[Any] = list(map(program._kind, self._captured))
         Interpreted.made += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return list(self.graph(*map(program._ready, (*tensors, *self._captured))))
+            return self._without_excesses(list(self.graph(*map(program._ready, (*tensors, *self._captured)))))

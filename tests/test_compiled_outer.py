@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreted import Interpreted
 from oracles import relative_error
 from torch import Tensor
 from torch.func import vmap
 
 import diffopt
+from diffopt.estimators import Binomial, Krylov
 from diffopt.outer_program import Compiled, _taken_apart
 from diffopt.rollout import program
 from diffopt.rollout.program import Program, UnsafeCodeError, _from_store, _looked_through, frees_in_a_loop
@@ -56,6 +58,9 @@ class Plain:
 
     def check(self, function: Any, tensors: Any) -> None:
         """Nothing to be seen."""
+
+    def warn(self) -> None:
+        """The function itself has warned."""
 
     compare = Program.compare
 
@@ -333,6 +338,27 @@ def test_what_cannot_be_compiled_runs_plainly_after_one_warning() -> None:
     )
     with pytest.warns(diffopt.CompileWarning, match=r"runs plainly: a solve by Unrolled"):
         implicit.value_and_grad(W)
+
+
+@pytest.mark.parametrize("estimator", [Binomial(2), Krylov(2)], ids=repr)
+def test_a_bad_estimate_is_warned_of_at_every_call(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by plain calls: once each, those that are compared among them, too."""
+    monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
+
+    def of_rate(rows: Tensor, lr: Tensor) -> Tensor:
+        given = {"optimizer": diffopt.SGD(lr), "steps": 6, "estimator": estimator}
+        return vmap(lambda a: diffopt.solve(inner, W, a, **given).params.square().sum())(rows).mean()
+
+    program = diffopt.compiled(of_rate)
+    for lr, bad in [(0.01, False), *[(0.3, True)] * 3, (0.01, False)]:
+        told = []
+        for function in (lambda *given: program.value_and_grad(*given)[1], torch.func.grad(of_rate)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                function(ROWS, torch.tensor(lr, dtype=torch.float64))
+            told.append([str(one.message) for one in caught if one.category is diffopt.EstimateWarning])
+        assert told[0] == told[1]
+        assert len(told[0]) == bad
 
 
 def test_what_is_refused(plain: type[Plain]) -> None:

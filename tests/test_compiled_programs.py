@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
+from diffopt.estimators import Binomial, FirstOrder, Krylov, MultiStep, Reptile, Reverse, Truncated
 from diffopt.tensors import tracing
 
 STEPS = 4
 CASES = {case.name: case for case in OPTIMIZERS}
-ESTIMATORS = (Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1)))
+ESTIMATORS = (
+    *(Reverse(), Truncated(2), FirstOrder(), Reptile(), MultiStep(3), MultiStep(2, Truncated(1))),
+    *(Binomial(2), Binomial(3, 3, 0.5), Krylov(2), Krylov(3), MultiStep(3, Binomial(1)), MultiStep(3, Krylov(1))),
+)
 pytestmark = pytest.mark.compiler
 
 
@@ -122,7 +125,13 @@ def test_few_steps(steps: int) -> None:
     assert compared(lambda w, a: squares(solved(w, a, steps=steps).params) + a.sum(), [W, A]) < 1e-12
 
 
-@pytest.mark.parametrize("estimator", [Reverse(), Truncated(2), MultiStep(2), MultiStep(3)], ids=repr)
+ORDERS = [*map(Binomial, (0, 1, 3, 5)), Binomial(2, 3), Binomial(2, None, 0.5), Binomial(2, None, 1.0, 5)]
+ORDERS += [*map(Krylov, (0, 1, 2, 5)), Krylov(1, 0.5), Krylov(3)]
+ORDERS += [MultiStep(3, Binomial(1)), MultiStep(2, Krylov(2))]
+RUNS = [Reverse(), Truncated(2), MultiStep(2), MultiStep(3), MultiStep(2, Binomial(2)), Krylov(3, 0.0, 5)]
+
+
+@pytest.mark.parametrize("estimator", [*RUNS, *[pytest.param(x, marks=pytest.mark.slow) for x in ORDERS]], ids=repr)
 def test_what_runs_over_steps_and_goes_on_from_a_state(estimator: Any) -> None:
     """A schedule and batches, of which the last window may be short, and a state that has gone on."""
 
@@ -352,6 +361,9 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
     [
         ({"estimator": Reverse("log")}, "checkpoint='log'"),
         ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
+        ({"estimator": Krylov(3, rtol=0.1)}, "stops once its residual is small"),
+        ({"estimator": Krylov(2, chunk_size=4)}, "with a chunk_size of fewer steps"),
+        ({"estimator": MultiStep(2, Binomial(1, chunk_size=2))}, "with a chunk_size of fewer steps"),
         ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 
 from benchmarks import methods, ours
-from benchmarks.measure import Cell, Method, Role, Size
+from benchmarks.measure import Cell, Method, Prepared, Role, Size
+from benchmarks.problem import Gradients, Problem
 from benchmarks.workloads.sinusoid import problem
 from diffopt.estimators import Binomial, Estimator
 
@@ -17,12 +18,27 @@ def biased(name: str, estimator: Estimator) -> Method:
     return Method(f"ours, {name}", Role.BIASED, lambda problem: ours.vmapped(problem, estimator))
 
 
+def compiled(name: str, rule: Estimator) -> tuple[Method, Method]:
+    """The same as two programs within plain code, and with the outer loss as one."""
+
+    def drop_in(problem: Problem) -> Gradients:
+        return ours.vmapped(problem, rule, compiled=True)
+
+    program = Prepared(lambda problem: ours.program(problem, rule))
+    return (
+        Method(f"ours, {name}, compile=True", Role.BIASED, drop_in, compiles=True),
+        Method(f"ours, {name}, compiled program", Role.BIASED, program, compiles=True),
+    )
+
+
 def cells(size: Size) -> list[Cell]:
     steps, tasks = (6, 2) if size is Size.SMOKE else (100, 4)
     estimators = (
         methods.PLAIN_LOOP,
         *methods.OURS_VMAPPED,
+        *(methods.PROGRAM, methods.COMPILED),
         biased("Binomial(3)", Binomial(3)),
+        *compiled("Binomial(3)", Binomial(3)),
         biased("Binomial(3), chunks of 10", Binomial(3, chunk_size=10)),
     )
     make = functools.partial(problem, steps=steps, lr=1e-5)

@@ -28,7 +28,7 @@ class Estimator(ABC):
 
     Attributes:
         traced: whether it can be part of a compiled program (:func:`diffopt.compiled`): it then goes back over the
-            rollout by ``trajectory.sweep`` only, if at all, and looks at no number.
+            rollout by ``trajectory.sweep`` or ``trajectory.by_program`` only, if at all, and looks at no number.
         if_wrong: why it may be far off, said by :func:`diffopt.compare` where it is; empty: no reason is known.
         if_unsolved: what to do about a large ``residual`` in its diagnostics, said likewise.
     """

@@ -13,7 +13,7 @@ from diffopt.errors import RandomnessError
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.keeper import GRAPH_BUDGET
 from diffopt.rollout.ranks import largest
-from diffopt.tensors import autograd_graph, derivatives
+from diffopt.tensors import autograd_graph, derivatives, tracing
 from diffopt.tensors.leaves import Leaves
 
 
@@ -44,6 +44,8 @@ class ParallelCurvature:
                 "this estimator evaluates many steps at once, and they cannot be drawn again as they were; pass "
                 "them in batches, or use Reverse() or Truncated()",
             )
+        if chunk_size is not None and chunk_size <= trajectory.steps - first:  # which are there to bound the memory
+            tracing.refuse("an estimator with a chunk_size of fewer steps than there are")
         self._trajectory, self._first, self._chunk_size = trajectory, first, chunk_size
         self._read: list[Place] = trajectory.wanted_of("read")
         self._again = again and chunk_size is None
@@ -77,9 +79,10 @@ class ParallelCurvature:
             return self._pull(self._record(steps), steps, vectors, direct, retain=False)
         if self._kept is None:
             self._kept = self._record(every)
-            nodes = autograd_graph.nodes(self._kept.nodes())
-            size = autograd_graph.saved_bytes(nodes, self._trajectory.inputs.read)
-            self._again = largest(size, nodes, vectors) <= GRAPH_BUDGET
+            if tracing.current() is None:  # (what a program keeps is the compiler's business)
+                nodes = autograd_graph.nodes(self._kept.nodes())
+                size = autograd_graph.saved_bytes(nodes, self._trajectory.inputs.read)
+                self._again = largest(size, nodes, vectors) <= GRAPH_BUDGET
         before = steps.start - every.start
         padded = vectors.map(lambda leaf: _between_zeros(leaf, before, len(every)))
         product = self._pull(self._kept, every, padded, direct, retain=self._again)
@@ -95,18 +98,13 @@ class ParallelCurvature:
         for place, term in zip(read, terms[count:], strict=True):
             if direct is None or term is None:
                 continue
-            if self._trajectory.layout.runs_over_steps(place):
-                for step, part in zip(steps, term, strict=True):
-                    direct.add(step, {place: part})
-            else:
-                direct.add(steps[0], {place: term})
+            direct.add_rows(steps, {place: term})
         return Leaves(derivatives.or_zeros(terms[:count], vectors))
 
-    def _record(self, steps: Sequence[int]) -> derivatives.Graph:
+    def _record(self, steps: range) -> derivatives.Graph:
         """The graph from the parameters of these steps (and what the loss reads) to their gradients, batched."""
         trajectory, layout = self._trajectory, self._trajectory.layout
-        states = [layout.params(trajectory.rollout.states[t]) for t in steps]
-        params = [torch.stack(column) for column in zip(*states, strict=True)]
+        params = trajectory.params_at(steps)
         current = layout.read_at_steps(trajectory.inputs, steps)
         batched = trajectory.dynamics.over_steps(len(steps))
 
@@ -115,10 +113,11 @@ class ParallelCurvature:
             for place, root in zip(self._read, read, strict=True):
                 current[place.number] = root
             losses = batched.losses(own, current)
-            again = trajectory.losses_to_replay()
-            # autocast may give a loss another dtype under vmap
-            again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1).to(again.dtype)
-            trajectory.refuse_other_losses(again)
+            if trajectory.compares_losses:
+                again = trajectory.losses_to_replay()
+                # autocast may give a loss another dtype under vmap
+                again[..., [t - 1 for t in steps]] = losses.detach().movedim(0, -1).to(again.dtype)
+                trajectory.refuse_other_losses(again)
             return derivatives.filled(derivatives.gradient(losses.sum(), own, differentiable=True), params)
 
         with trajectory.rollout.replay(None, params[0].device):

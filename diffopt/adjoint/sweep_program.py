@@ -1,30 +1,34 @@
-"""The exact recursion as one program, over the states that the program of the rollout has stacked."""
+"""A pullback as one program, over what the program of the rollout has stacked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.traced_sweep import TracedSweep
 from diffopt.errors import EstimatorError
 from diffopt.rollout import known_programs
 from diffopt.rollout.along import Running
-from diffopt.rollout.record import Counts, Record
+from diffopt.rollout.record import Counts, Record, Rollout
 from diffopt.rollout.rollout_program import numbers_of
 from diffopt.rollout.store import Store
 from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
-    from diffopt.adjoint.trajectory import Cotangents, Trajectory
+    from diffopt.adjoint.trajectory import Cotangents, Pull, Trajectory
     from diffopt.rollout.inputs import Place
 
-Found: TypeAlias = "tuple[Leaves | None, Mapping[Place, Tensor]]"
-"""The adjoint of the state before the first of the steps, if it is asked for, and the direct terms."""
+
+class Found(NamedTuple):
+    """What a pullback has found: the fields of ``Cotangents``, and what it has measured."""
+
+    initial: Leaves | None
+    direct: Mapping[Place, Tensor]
+    measured: Sequence[Tensor] = ()
 
 
 def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> list[Found]:
@@ -40,50 +44,51 @@ def sweeps(trajectory: Trajectory, cotangents: Sequence[Leaves], first: int) -> 
             "the same number",
             f"return Keep(first={first}) from keep()",
         )
+    stack = (rollout.stack or Leaves(()))[: trajectory.layout.state_count]
     record.usable, record.rollout = False, replace(rollout, stack=None)
-    with rollout.replay(None, trajectory.final[0].device):
-        return [_sweep(trajectory, rollout.stack or Leaves(()), cotangent, first) for cotangent in cotangents]
 
+    def pull(trajectory: Trajectory, cotangent: Leaves) -> tuple[Cotangents, Sequence[Tensor]]:
+        return trajectory.sweep(cotangent, first), ()
 
-def _sweep(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int) -> Found:
     if first > trajectory.steps:
-        return _parts(_plainly(trajectory, stack, cotangent, first))
-    inputs = trajectory.inputs.detached()
+        return [_plainly(trajectory, stack, cotangent, pull) for cotangent in cotangents]
+    return [pulled(trajectory, stack, cotangent, "sweep", pull) for cotangent in cotangents]
+
+
+def pulled(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, rule: Hashable, pull: Pull) -> Found:
+    """``pull(trajectory, cotangent)`` of what a program has stacked, by one that is found again by ``rule``."""
+    with trajectory.rollout.replay(None, trajectory.final[0].device):
+        return _pulled(trajectory, stack, cotangent, rule, pull)
+
+
+def _pulled(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, rule: Hashable, pull: Pull) -> Found:
+    inputs, counted = trajectory.inputs.detached(), Counts()
     running = [] if trajectory.running is None else _along(trajectory.running)
     given = [x for x in running if x is not None]
     tensors = [numbers_of(trajectory.layout, inputs), *inputs.flat, *stack, *cotangent, *given]
-    key = ("sweep", trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
-    known = known_programs.find(
-        trajectory.dynamics, key, tensors, lambda: _function(_of_all_the_state(trajectory), first)
-    )
+    key = ("pullback", rule, trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
+    whole = _of_all_the_state(trajectory)
+    known = known_programs.find(trajectory.dynamics, key, tensors, lambda: _function(whole, len(stack), pull, counted))
     if known is None or known.program is None:
-        return _parts(_plainly(trajectory, stack, cotangent, first))
+        return _plainly(trajectory, stack, cotangent, pull)
+    known.counts = known.counts or counted
     found, unchanged = known.program(tensors), known.unchanged
     if known.is_due() or not unchanged:  # each step is taken again, and says whether its loss is another one
-        whole = _of_all_the_state(trajectory)
-        plain = _plainly(whole, stack, cotangent, first)
+        plain = _plainly(whole, stack, cotangent, pull)
         if not known.agrees(found, _flat(whole, plain)):
-            return plain.initial if trajectory.wants_initial else None, plain.direct
+            return plain if trajectory.wants_initial else plain._replace(initial=None)
         if not unchanged:
             known.settle(trajectory.dynamics)
-    count_in(trajectory, first)
-    count = len(cotangent)
-    direct = dict(zip(trajectory.wanted, found[count:], strict=True))
-    return Leaves(found[:count]) if trajectory.wants_initial else None, direct
+    trajectory.record.counts.add(known.counts)
+    count, end = len(cotangent), len(cotangent) + len(trajectory.wanted)
+    direct = dict(zip(trajectory.wanted, found[count:end], strict=True))
+    return Found(Leaves(found[:count]) if trajectory.wants_initial else None, direct, found[end:])
 
 
-def count_in(trajectory: Trajectory, first: int) -> None:
-    """Add what a program of the backward pass computes to the counts."""
-    counts, steps = trajectory.record.counts, trajectory.steps - first + 1
-    again = steps - trajectory.rollout.kept.states  # what lies between the states that are kept
-    counts.gradients += again
-    counts.products += steps
-    counts.depth += steps
-    counts.extra_steps += again + steps
-
-
-def _parts(found: Cotangents) -> Found:
-    return found.initial, found.direct
+def _plainly(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, pull: Pull) -> Found:
+    """Each step by its graph (or compiled, if that is asked for)."""
+    found, measured = pull(_unstacked(trajectory, stack), cotangent)
+    return Found(found.initial, found.direct, measured)
 
 
 def _of_all_the_state(trajectory: Trajectory) -> Trajectory:
@@ -94,45 +99,51 @@ def _of_all_the_state(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, dynamics=dynamics, record=record, wanted_state=every)
 
 
-def _plainly(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, first: int) -> Cotangents:
-    """Step by step, each by its graph (or compiled, if that is asked for)."""
-    states, block = Store(), trajectory.rollout.kept.checkpoint
+def _unstacked(trajectory: Trajectory, stack: Leaves) -> Trajectory:
+    """The same with what is stacked by step, as whoever goes step by step wants it."""
+    states, gradients, block = Store(), dict[int, Leaves](), trajectory.rollout.kept.checkpoint
+    count, first = trajectory.layout.state_count, trajectory.rollout.first or 1
     for number, step in enumerate(range(first, trajectory.steps + 1, block if isinstance(block, int) else 1)):
-        states[step] = stack.map(lambda leaf, at=number: leaf[at])
-    rollout = replace(trajectory.rollout, stack=None, states=states)
-    return replace(trajectory, record=replace(trajectory.record, rollout=rollout)).sweep(cotangent, first)
+        row = stack.map(lambda leaf, at=number: leaf[at])
+        states[step] = row[:count]
+        if len(row) > count:
+            gradients[step] = row[count:]
+    rollout = replace(trajectory.rollout, stack=None, states=states, gradients=gradients)
+    return replace(trajectory, record=replace(trajectory.record, rollout=rollout))
 
 
-def _flat(trajectory: Trajectory, found: Cotangents) -> list[Tensor]:
+def _flat(trajectory: Trajectory, found: Found) -> list[Tensor]:
     zeros = torch.zeros_like
-    return [
-        *(found.initial or ()),
-        *[found.direct.get(place, zeros(trajectory.inputs.at(place))) for place in trajectory.wanted],
-    ]
+    terms = [found.direct.get(place, zeros(trajectory.inputs.at(place))) for place in trajectory.wanted]
+    return [*(found.initial or ()), *terms, *found.measured]
 
 
 def _along(running: Running) -> list[Tensor | None]:
     return [running.losses, *running.observed]
 
 
-def _function(trajectory: Trajectory, first: int) -> Callable[..., Sequence[Tensor]]:
-    """``(numbers, *inputs, *states, *cotangent, *cotangents along the way) -> (*adjoint of s_1, *direct terms)``."""
-    layout, form = trajectory.layout, trajectory.running
+def _function(trajectory: Trajectory, kept: int, pull: Pull, counts: Counts) -> Callable[..., Sequence[Tensor]]:
+    """``(numbers, *inputs, *kept, *cotangent, *cotangents along the way) -> (*adjoint of s_1, *direct terms, ...)``.
+
+    To ``counts`` goes, when it is traced, what the program computes.
+    """
+    layout, form, traced = trajectory.layout, trajectory.running, trajectory.rollout
     inputs_count, count = len(layout.places), layout.state_count
 
     def function(numbers: Tensor, *flat: Tensor) -> list[Tensor]:
         rest = iter(flat)
         inputs = layout.inputs([next(rest) for _ in range(inputs_count)])
-        stack, cotangent = (Leaves([next(rest) for _ in range(count)]) for _ in range(2))
+        stack, cotangent = (Leaves([next(rest) for _ in range(size)]) for size in (kept, count))
         running = None
         if form is not None:
             losses, *observed = [None if x is None else next(rest) for x in _along(form)]
             running = replace(form, losses=losses, observed=tuple(observed))
         again = replace(trajectory, inputs=inputs, running=running, check=False)
         if tracing.current() is None:
-            return _flat(again, _plainly(again, stack, cotangent, first))
-        again = replace(again, record=Record(rollout=replace(trajectory.rollout, stack=stack)))
-        initial, direct = TracedSweep(again, first, numbers).pull(cotangent)
-        return [*initial, *[direct[place] for place in trajectory.wanted]]
+            return _flat(again, _plainly(again, stack, cotangent, pull))
+        rollout: Rollout = replace(traced, stack=stack, numbers=numbers)
+        again = replace(again, record=Record(counts=counts, rollout=rollout))
+        found, measured = pull(again, cotangent)
+        return _flat(again, Found(found.initial, found.direct, measured))
 
     return function

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class TracedSweep:
     """Pulls an adjoint back over the states that a traced rollout has stacked, derivations (1.1)-(1.3) and (13.1)."""
 
-    def __init__(self, trajectory: Trajectory, first: int, numbers: Tensor | None = None) -> None:
-        """Over the steps from ``first`` on; ``numbers`` are those of all steps' first updates, if given."""
+    def __init__(self, trajectory: Trajectory, first: int) -> None:
+        """Over the steps from ``first`` on."""
         self._trajectory, self._first = trajectory, first
-        self._reading, self._running = Reading(trajectory.layout, numbers), _running_rows(trajectory)
+        self._reading, self._running = Reading(trajectory.layout, trajectory.rollout.numbers), _running_rows(trajectory)
+        self._kept = (trajectory.rollout.stack or Leaves(()))[: trajectory.layout.state_count]
         wanted = trajectory.wanted
         self._shared = [place for place in wanted if not trajectory.layout.runs_over_steps(place)]
         self._stepped = [place for place in wanted if trajectory.layout.runs_over_steps(place)]
@@ -50,7 +51,7 @@ class TracedSweep:
         shared = [inputs.at(place) for place in self._reading.shared]
         for stretch in reversed(stretches(self._trajectory.layout, self._first)):
             begin, end = stretch.first - self._first, stretch.last - self._first + 1
-            states = [x[begin:end] for x in self._trajectory.rollout.stack or ()]
+            states = [x[begin:end] for x in self._kept]
             rows = [*self._rows(inputs, stretch), *[x[begin:end] for x in self._trajectory.rollout.products]]
             carry, terms = self._loop(carry, rows, states, shared, stretch.updates)
             self._write(found, terms, stretch)
@@ -63,7 +64,7 @@ class TracedSweep:
         shared = [inputs.at(place) for place in self._reading.shared]
         for part in reversed(parts):
             begin = (part.first - self._first) // parts[0].length  # (whole blocks come before a short one)
-            states = [x[begin : begin + part.number] for x in self._trajectory.rollout.stack or ()]
+            states = [x[begin : begin + part.number] for x in self._kept]
             rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
             carry, terms = tracing.scan_back(self._block(part, len(states)), carry, [*states, *rows], shared)
             for stretch, own in zip(part.stretches, part.by_stretch(terms), strict=True):

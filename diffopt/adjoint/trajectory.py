@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from diffopt.adjoint import sweep_program
 from diffopt.adjoint.traced_sweep import TracedSweep
+from diffopt.adjoint.traced_updates import TracedBlocks
 from diffopt.adjoint.update_derivatives import Updates
-from diffopt.errors import EstimateWarning, EstimatorError
+from diffopt.errors import EstimatorError
 from diffopt.rollout import compiled
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Part, Place
 from diffopt.rollout.layout import Layout
-from diffopt.rollout.record import Record, Rollout
+from diffopt.rollout.record import Counts, Record, Rollout
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block, BlockTerms
 from diffopt.tensors import tracing
+from diffopt.tensors.expected import Expected
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -147,7 +148,7 @@ class Trajectory:
         if rollout.stack is not None and tracing.current() is not None:
             return self._traced_sweep(cotangent, first)
         if rollout.stack is not None:
-            return Cotangents(*sweep_program.sweeps(self, [cotangent], first)[0])
+            return Cotangents(*sweep_program.sweeps(self, [cotangent], first)[0][:2])
         if first != rollout.first:
             raise EstimatorError(
                 f"sweep(first={first}): the estimator keeps steps from {rollout.first} on",
@@ -163,14 +164,44 @@ class Trajectory:
         if self.rollout.stack is not None and tracing.current() is not None:
             return [self._traced_sweep(cotangent, first) for cotangent in cotangents]
         if self.rollout.stack is not None:
-            return [Cotangents(*found) for found in sweep_program.sweeps(self, cotangents, first)]
+            return [Cotangents(*found[:2]) for found in sweep_program.sweeps(self, cotangents, first)]
         return self._sweep_of_blocks(cotangents, first)
 
     def _traced_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
         """The same in a graph that is being traced."""
         initial, direct = TracedSweep(self, first).pull(cotangent)
-        sweep_program.count_in(self, first)
+        self._count_sweep(first)
         return Cotangents(initial if self.wants_initial else None, direct)
+
+    def _count_sweep(self, first: int) -> None:
+        counts, steps = self.record.counts, self.steps - first + 1
+        again = steps - self.rollout.kept.states  # what lies between the states that are kept
+        counts.add(Counts(again, steps, steps, again + steps))
+
+    def by_program(
+        self, cotangent: Leaves, rule: Hashable, pull: Pull, name: str, limit: float, what: str, fix: str
+    ) -> Cotangents:
+        """``pull(self, cotangent)``, made one program where the rollout was one, which is found again by ``rule``.
+
+        It looks at no number, warns of nothing, and takes what is kept from :meth:`params_at`, :attr:`updates` and
+        :class:`ParallelCurvature` only. What it has measured of its estimate is reported as by :meth:`report`.
+        """
+        if self.rollout.stack is None or tracing.current() is not None:
+            found, measured = pull(self, cotangent)
+        else:
+            initial, direct, measured = sweep_program.pulled(self, self.rollout.stack, cotangent, rule, pull)
+            found = Cotangents(initial, direct)
+        if measured:
+            self.report(name, measured[0], measured[1], limit, what, fix)
+        return found
+
+    def params_at(self, steps: range) -> Leaves:
+        """The params before steps in a row, stacked."""
+        stack, layout, first = self.rollout.stack, self.layout, self.rollout.first or 1
+        if stack is not None:
+            return layout.params(stack).map(lambda leaf: leaf[steps.start - first : steps.stop - first])
+        states = [layout.params(self.rollout.states[t]) for t in steps]
+        return Leaves(torch.stack(column) for column in zip(*states, strict=True))
 
     def _sweep_of_blocks(self, cotangents: Sequence[Leaves], first: int) -> list[Cotangents]:
         adjoints, counts = list(cotangents), self.record.counts
@@ -258,18 +289,21 @@ class Trajectory:
 
         ``what`` names the measure, ``fix`` says what to do.
         """
-        if self.check and bool((measured > limit).any()):
-            warnings.warn(
-                f"{what} is {float(measured.max()):.2g}, expected at most {limit:g}: the hypergradient may be wrong in "
-                f"size and sign. {fix}",
-                EstimateWarning,
-                stacklevel=2,
-            )
+        expected, trace = Expected(limit, what, fix), tracing.current()
+        if self.check and trace is not None:
+            trace.expect(expected, measured)
+        elif self.check:
+            expected.warn(expected.excess(measured))
 
     @property
     def wants_initial(self) -> bool:
         """Whether the adjoint of any leaf of ``s_1`` is asked for."""
         return bool(self.wanted_state)
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether recomputed losses are compared with those of the rollout (not by what a program computes)."""
+        return self.check and self.rollout.losses is not None and tracing.current() is None
 
     def losses_to_replay(self) -> Tensor:
         """A copy of the rollout's losses ``[..., T]``, in which a replay writes those that it recomputes.
@@ -280,8 +314,16 @@ class Trajectory:
 
     def refuse_other_losses(self, again: Tensor) -> None:
         """Refuse, where checks are on, recomputed losses that are not those of the rollout."""
-        if self.check and self.rollout.losses is not None:
+        if self.compares_losses:
+            assert self.rollout.losses is not None
             refuse_other_losses(again, self.rollout.losses, self.rollout.autocast)
+
+
+Pulled: TypeAlias = "tuple[Cotangents, Sequence[Tensor]]"
+"""A hypergradient, and what is measured of it: a part and a whole, or nothing."""
+
+Pull: TypeAlias = "Callable[[Trajectory, Leaves], Pulled]"
+"""From a trajectory and the adjoint of its end to the hypergradient."""
 
 
 class DirectTerms:
@@ -313,8 +355,23 @@ class DirectTerms:
     def add_updates(self, adjoints: Leaves) -> None:
         """Add ``D_t' x_t`` of all steps for the stack ``x_1, ..., x_T``."""
         trajectory = self._trajectory
-        for step, terms in trajectory.updates.all_terms(trajectory.wanted_of("hyperparameters"), adjoints):
+        updates, hypers = trajectory.updates, trajectory.wanted_of("hyperparameters")
+        if hypers and trajectory.rollout.stack is not None:
+            for steps, rows in TracedBlocks(updates).all_terms(hypers, adjoints):
+                self.add_rows(steps, rows)
+            return
+        for step, terms in updates.all_terms(hypers, adjoints):
             self.add(step, terms)
+
+    def add_rows(self, steps: range, terms: Mapping[Place, Tensor | None]) -> None:
+        """Add the terms of steps in a row: of what runs over steps with these in front, of all else their sums."""
+        for place, term in terms.items():
+            if term is None or not self._layout.runs_over_steps(place):
+                self.add(steps.start, {place: term})
+                continue
+            if place not in self._sums:
+                self._sums[place] = torch.zeros_like(self._trajectory.inputs.at(place))
+            self._layout.slices_at(place, self._sums[place], steps).copy_(term)
 
     def collect(self) -> dict[Place, Tensor]:
         """The sums, by place."""

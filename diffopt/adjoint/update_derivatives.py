@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, final
 import torch
 from torch import Tensor
 
+from diffopt.adjoint.traced_updates import TracedBlocks
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.record import Rollout
@@ -105,6 +106,8 @@ class Updates:
 
     def blocks(self) -> UpdateBlocks:
         """All that needs no curvature, in the form that suits the update."""
+        if self.rollout.stack is not None:
+            return TracedBlocks(self)
         layout, shapes = self.dynamics.layout, [leaf.shape for leaf in self.rollout.states[self.first]]
         params = layout.params_count
         # each buffer of its own: those of groups, which have some leaves each, could look like copies all together

@@ -18,7 +18,7 @@ from diffopt.errors import (
     ShapeError,
     StructureError,
 )
-from diffopt.tensors import transforms, tree
+from diffopt.tensors import tracing, transforms, tree
 from diffopt.tensors.arguments import Options, check_function
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.tasks import Tasks, power_of_two
@@ -233,6 +233,7 @@ def relative_bound(rtol: float, precision: float) -> float:
 
 def all_stopped(active: Tensor) -> bool:
     """Whether an iteration may stop early: asked on the CPU only, where the answer costs nothing."""
+    tracing.refuse("an iteration that stops once its residual is small enough")
     return not transforms.transforms_active() and active.device.type == "cpu" and not bool(active.any())
 
 

@@ -17,6 +17,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import as_written
 from diffopt.rollout.hidden_state import left_alone
 from diffopt.rollout.program import Program
+from diffopt.rollout.record import Counts
 from diffopt.tensors.captures import Given
 from diffopt.tensors.reads import Reads
 
@@ -29,12 +30,14 @@ class Known:
 
     Attributes:
         program: it; ``None``: none could be made, or it has been given up.
+        counts: what it computes, if it is one of a backward pass.
         forms: the structures of what is observed and of what the loss returns besides.
     """
 
     def __init__(self, dynamics: Dynamics, program: Program | None) -> None:
         """Take note of what the functions of the problem read."""
         self.program, self._calls = program, 0
+        self.counts: Counts | None = None
         self._reads = _reads(dynamics) if program is not None else None
         self._observes = _identity(dynamics)
         self.forms = [form.structure for form in _forms(dynamics)]

@@ -203,11 +203,13 @@ class Layout:
     def _slices(self, part: Part, tensors: Leaves, step: int) -> Leaves:
         return Leaves([self.slice_at(Place(part, i), x, step) for i, x in enumerate(tensors)])
 
-    def read_at_steps(self, inputs: Inputs, steps: Sequence[int]) -> list[Tensor]:
-        """What the loss reads in some steps together, for :meth:`over_steps`: what differs by step is stacked."""
+    def read_at_steps(self, inputs: Inputs, steps: range) -> list[Tensor]:
+        """What the loss reads in steps in a row together, for :meth:`over_steps`: what differs by step is stacked."""
+        own = [self.slices_at(Place("read", i), x, steps) for i, x in enumerate(inputs.read)]
+        if self.stream is None:
+            return own
         rows, names = [self.at_step(inputs, t)[0] for t in steps], self.names_of_step()
-        stepped = [*self.stepped.read, *(True,) * (len(rows[0]) - len(self.stepped.read))]
-        return [stacked(rows, i, names[i]) if runs else rows[0][i] for i, runs in enumerate(stepped)]
+        return [*own, *[stacked(rows, i, names[i]) for i in range(len(own), len(rows[0]))]]
 
     @cached_property
     def _batch_axes(self) -> dict[int, int]:
@@ -256,6 +258,22 @@ class Layout:
             return tensor.select(axis, first)
         first += self.start
         return tensor.select(axis, first) if self.window == 1 else tensor.narrow(axis, first, self.length(step))
+
+    def slices_at(self, place: Place, tensor: Tensor, steps: range) -> Tensor:
+        """What steps in a row, which make equally many updates, see of the tensor at a place: a view, steps in front.
+
+        Or all of it, if it does not run over steps; see :meth:`slice_at`.
+        """
+        if not self.runs_over_steps(place):
+            return tensor
+        axis, first, count = self.step_axis(place), (steps.start - 1) * self.window, len(steps)
+        if place.part == "read":
+            return tensor.movedim(axis, 0)[first : first + (count - 1) * self.window + 1 : self.window]
+        updates = self.length(steps.start)
+        part = tensor.narrow(axis, self.start + first, count * updates)
+        if self.window > 1:
+            part = part.view(*part.shape[:axis], count, updates, *part.shape[axis + 1 :])
+        return part.movedim(axis, 0)
 
     def first_update(self, step: int) -> int:
         """The number, since the optimizer's first, of the first update that step ``step`` makes."""

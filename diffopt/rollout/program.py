@@ -35,7 +35,9 @@ class Program:
         place = tensors[0].device
         with warnings.catch_warnings(), random_state.preserved(place):
             warnings.simplefilter("ignore")  # the compiler's own; the function's have been seen
-            graph, self._captured = tracing.trace(function, tensors)
+            noted = tracing.Trace()
+            graph, self._captured = tracing.trace(function, tensors, noted)
+            self._expected, self._excesses = noted.expected, list[Tensor]()
             self._kinds = list(map(_kind, self._captured))
             given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             with torch.no_grad(), _looked_through(place):
@@ -45,7 +47,18 @@ class Program:
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the function returns, without a graph."""
         with torch.no_grad():
-            return list(self._compiled(*map(_ready, (*tensors, *self._captured))))
+            found = list(self._compiled(*map(_ready, (*tensors, *self._captured))))
+        return self._without_excesses(found)
+
+    def _without_excesses(self, found: list[Tensor]) -> list[Tensor]:
+        end = len(found) - len(self._expected)
+        self._excesses = found[end:]
+        return found[:end]
+
+    def warn(self) -> None:
+        """Warn of estimates whose own measures were too large when it was last called."""
+        for expected, excess in zip(self._expected, self._excesses, strict=True):
+            expected.warn(excess)
 
     @property
     def fits(self) -> bool:

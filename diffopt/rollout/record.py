@@ -38,7 +38,7 @@ class Keep:
         offload: where stored states wait; ``False``: where they are; ``"cpu"``: in the CPU's memory; ``"disk"``: in a
             temporary file.
         memory: of ``"log"``: the bytes that a backward pass may take, from which the number of states is computed.
-        stackable: whether the states may be one stack, for the estimator goes back by ``trajectory.sweep`` only.
+        stackable: whether what is kept may be one stack, for the estimator goes back by what can be a program only.
         evaluates: whether the backward pass evaluates the loss; if not, no state that the loss keeps can mislead it.
     """
 
@@ -158,6 +158,13 @@ class Counts:
     depth: int = 0
     extra_steps: int = 0
 
+    def add(self, other: Counts) -> None:
+        """All that has been counted elsewhere."""
+        self.gradients += other.gradients
+        self.products += other.products
+        self.depth += other.depth
+        self.extra_steps += other.extra_steps
+
     def add_products(self, count: int) -> None:
         """One batch of curvature products."""
         self.products += count
@@ -174,8 +181,10 @@ class Rollout:
         first: the earliest step that was kept; ``None``: nothing was.
         kept: how much was kept.
         states: stored states ``s_t`` by ``t``.
-        stack: the states ``s_first, ..., s_T`` of a traced rollout, stacked; ``None``: it is another.
+        stack: the states ``s_first, ..., s_T`` of a traced rollout, stacked, and behind them, if they are kept, the
+            gradients likewise; ``None``: it is another.
         products: what the losses of a traced rollout computed at the same steps, as far as it is kept, stacked.
+        numbers: those of the steps' first updates, if a program is given them.
         gradients: stored inner gradients ``g_t`` by ``t``.
         graphs: the retained graph of all steps that are kept, if graphs are; one or none.
         steps: how many steps were made.
@@ -200,6 +209,7 @@ class Rollout:
     states: Store = field(default_factory=Store)
     stack: Leaves | None = None
     products: tuple[Tensor, ...] = ()
+    numbers: Tensor | None = None
     gradients: dict[int, Leaves] = field(default_factory=dict)
     graphs: list[Block] = field(default_factory=list)
     losses: Tensor | None = None

@@ -42,18 +42,17 @@ def roll_out_wholly(
     layout, inputs = dynamics.layout, inputs.detached()
     if not _suits(dynamics, inputs, keep):
         return None
-    first, block = (layout.steps + 1, 1) if keep is None else (keep.first, keep.block(layout.steps))
-    tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", (first, block), *kind_of_steps(layout))
+    kept = Keep(layout.steps + 1) if keep is None else Keep(keep.first, keep.block(layout.steps), keep.gradients)
+    tensors, what = [numbers_of(layout, inputs), *inputs.flat], ("rollout", kept, *kind_of_steps(layout))
     key = known_programs.key_of(dynamics, what, tensors)
     if key is None:
         return None
-    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, first, block, plainly))
+    known = known_programs.find(dynamics, key, tensors, lambda: _function(dynamics, kept, plainly))
     if known is None or known.program is None:
         return None
     known.set_forms(dynamics)
     unsound, losses, *found = known.program(tensors)
-    kept = layout.state_count if first <= layout.steps else 0
-    end = len(found) - kept
+    end = len(found) - _leaves_of_a_row(layout, kept)
     along, state = found[: end - layout.state_count], Leaves(found[end - layout.state_count : end])
     stack = Leaves(found[end:])
     due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
@@ -69,7 +68,7 @@ def roll_out_wholly(
         first=None if keep is None else keep.first,
         steps=layout.steps,
         updates=layout.inner_steps,
-        kept=Kept() if keep is None else traced.kept_of(stack, block),
+        kept=Kept() if keep is None else traced.kept_of(stack[: layout.state_count], kept.block(layout.steps)),
         stack=stack,
         losses=losses,
         handed_out=tuple(along),
@@ -114,28 +113,35 @@ def kind_of_steps(layout: Layout) -> tuple[int, int, int | None]:
 
 def _suits(dynamics: Dynamics, inputs: Inputs, keep: Keep | None) -> bool:
     layout, place = dynamics.layout, inputs.params[0].device
-    if keep is not None and keep.first <= layout.steps and (not keep.stackable or keep.offload or keep.gradients):
+    if keep is not None and keep.first <= layout.steps and (not keep.stackable or keep.offload):
+        return False
+    if keep is not None and keep.gradients and keep.block(layout.steps) > 1:
         return False
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     alone = dynamics.micro_batches is None and layout.stream is None
     return alone and not ranks and not torch.is_inference_mode_enabled() and layout.steps > 0 and place.type == "cpu"
 
 
-def _function(dynamics: Dynamics, first: int, block: int, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
-    """``(numbers, *inputs) -> (0 if all is finite, losses, *handed out, *final state, *kept states)``."""
+def _leaves_of_a_row(layout: Layout, keep: Keep) -> int:
+    """How many tensors are stacked of what is kept."""
+    return (layout.state_count + keep.gradients * layout.params_count) if keep.first <= layout.steps else 0
+
+
+def _function(dynamics: Dynamics, keep: Keep, plainly: Plainly) -> Callable[..., Sequence[Tensor]]:
+    """``(numbers, *inputs) -> (0 if all is finite, losses, *handed out, *final state, *kept states and gradients)``."""
     dynamics = replace(dynamics, compile=False)
-    layout, keep = dynamics.layout, Keep(first, block)
+    layout, steps = dynamics.layout, range(keep.first, dynamics.layout.steps + 1, keep.block(dynamics.layout.steps))
 
     def function(numbers: Tensor, *flat: Tensor) -> list[Tensor]:
         inputs = layout.inputs(flat)
         if tracing.current() is None:
             state, rollout = plainly(inputs, counts=Counts())
-            rows = [rollout.states[step] for step in range(first, layout.steps + 1, block)]
+            rows = [(*rollout.states[t], *(rollout.gradients[t] if keep.gradients else ())) for t in steps]
             stack = [torch.stack(column) for column in zip(*rows, strict=True)]
         else:
             nobody = Counts()
             state, rollout = traced.roll_out(dynamics, inputs, counts=nobody, keep=keep, watch=Watch(), numbers=numbers)
-            stack = [] if rollout.stack is None or first > layout.steps else list(rollout.stack)
+            stack = list(rollout.stack or ()) if steps else []
         assert rollout.losses is not None
         sums = [(x - x).sum().double() for x in (rollout.losses, *state) if x.is_floating_point()]
         return [torch.stack(sums).sum(), rollout.losses, *rollout.handed_out, *state, *stack]

@@ -20,6 +20,11 @@ class Stretch(NamedTuple):
     updates: int
 
     @property
+    def steps(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.last + 1)
+
+    @property
     def length(self) -> int:
         """How many steps these are."""
         return self.last - self.first + 1
@@ -96,24 +101,20 @@ class Reading:
 
     def rows(self, inputs: Inputs, stretch: Stretch) -> list[Tensor]:
         """The numbers of the steps' first updates, and what runs over steps, each with a leading axis for these."""
-        if self._numbers is None:
-            first, window = self._layout.first_update(stretch.first), self._layout.window
-            end = first + stretch.length * window
-            numbers = torch.arange(first, end, window, dtype=torch.float64, device=inputs.params[0].device)
-        else:
-            numbers = self._numbers[stretch.first - 1 : stretch.last].double()
-        return [numbers, *[self.stacked(place, inputs.at(place), stretch) for place in self.stepped]]
+        stepped = [self.stacked(place, inputs.at(place), stretch) for place in self.stepped]
+        return [self.numbers(inputs, stretch), *stepped]
+
+    def numbers(self, inputs: Inputs, stretch: Stretch) -> Tensor:
+        """Those of the steps' first updates."""
+        if self._numbers is not None:
+            return self._numbers[stretch.first - 1 : stretch.last].double()
+        first, window = self._layout.first_update(stretch.first), self._layout.window
+        end = first + stretch.length * window
+        return torch.arange(first, end, window, dtype=torch.float64, device=inputs.params[0].device)
 
     def stacked(self, place: Place, tensor: Tensor, stretch: Stretch) -> Tensor:
-        """A view of what these steps see of the tensor at a place, steps in front; see ``Layout.slice_at``."""
-        layout, count = self._layout, stretch.length
-        axis, first = layout.step_axis(place), (stretch.first - 1) * layout.window
-        if place.part == "read":
-            return tensor.movedim(axis, 0)[first : first + (count - 1) * layout.window + 1 : layout.window]
-        part = tensor.narrow(axis, layout.start + first, count * stretch.updates)
-        if layout.window > 1:
-            part = part.view(*part.shape[:axis], count, stretch.updates, *part.shape[axis + 1 :])
-        return part.movedim(axis, 0)
+        """A view of what these steps see of the tensor at a place, steps in front; see ``Layout.slices_at``."""
+        return self._layout.slices_at(place, tensor, stretch.steps)
 
     def joined(self, stepped: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
         """What one step reads, in order."""

@@ -43,10 +43,12 @@ def roll_out(
     autocast = derivatives.Autocast(inputs.params[0].device)
     with torch.no_grad():
         state = inputs.state.map(Tensor.clone)
+        gradients = keep is not None and keep.gradients
         if block > 1:
             found = steps.in_blocks(state, first, block)
         else:
-            found = steps.one_by_one(state, first, noting=Noting() if numbers is None else None)
+            noting = Noting() if numbers is None and not gradients else None
+            found = steps.one_by_one(state, first, gradients=gradients, noting=noting)
         along = [x.movedim(0, len(layout.levels)) for x in found.along]
         losses = along[0] if along else inputs.params[0].new_empty(*layout.tasks_shape, 0)
         if watch.values:
@@ -57,9 +59,10 @@ def roll_out(
         first=None if keep is None else keep.first,
         steps=layout.steps,
         updates=layout.inner_steps,
-        kept=Kept() if keep is None else kept_of(found.stack, block),
+        kept=Kept() if keep is None else kept_of(found.stack[: layout.state_count], block),
         stack=found.stack,
         products=found.products,
+        numbers=numbers,
         losses=losses,
         handed_out=tuple(along[1:]),
         autocast=autocast,
@@ -87,12 +90,12 @@ def _refuse_what_cannot_be(dynamics: Dynamics, keep: Keep | None, stop: Stop) ->
         tracing.refuse("batches that are a function of the step")
     if keep is not None and keep.first <= dynamics.layout.steps and keep.checkpoint == "log":
         tracing.refuse("an estimator with " + ("memory" if keep.memory else "checkpoint='log'"))
-    if keep is not None and keep.gradients:
-        tracing.refuse("an estimator that keeps inner gradients")
+    if keep is not None and keep.gradients and keep.block(dynamics.layout.steps) > 1:
+        tracing.refuse("an estimator that keeps the inner gradients of some steps")
 
 
 class Rolled(NamedTuple):
-    """Where steps have led, what they have handed out, steps in front, and the states that are kept, likewise.
+    """Where steps have led, what they have handed out, steps in front, and the states and gradients that are kept.
 
     ``products`` are those that the losses of the same steps have computed and that are kept, too.
     """
@@ -112,19 +115,21 @@ class Steps:
         self._dynamics, self._inputs, self._reading = dynamics, inputs, reading
         self._shared = [inputs.at(place) for place in reading.shared]
 
-    def one_by_one(self, state: Leaves, first: int, noting: Noting | None = None) -> Rolled:
-        """All steps, of which every state from that before step ``first`` on is kept, and what is noted."""
+    def one_by_one(self, state: Leaves, first: int, *, gradients: bool = False, noting: Noting | None = None) -> Rolled:
+        """All steps; every state, and gradient, from that before step ``first`` on is kept, and what is noted."""
         layout, parts, every = self._dynamics.layout, [], stretches(self._dynamics.layout)
         keeps = first <= layout.steps
         if len(every) > 1 or not keeps:
             noting = None
         for stretch in every:
             rows = self._reading.rows(self._inputs, stretch)
-            state, made = self.loop(state, rows, self._shared, stretch.updates, keeps=keeps, noting=noting)
+            state, made = self.loop(
+                state, rows, self._shared, stretch.updates, keeps=keeps, gradients=gradients, noting=noting
+            )
             parts.append(made)
         columns = _joined(parts)
         begin = len(columns) - (0 if noting is None else len(noting.kept(state)))
-        end = begin - (layout.state_count if keeps else 0)
+        end = begin - (layout.state_count + gradients * layout.params_count if keeps else 0)
         stack, products = ([x[first - 1 :] for x in part] for part in (columns[end:begin], columns[begin:]))
         return Rolled(state, columns[:end], Leaves(stack), tuple(products))
 
@@ -166,12 +171,13 @@ class Steps:
         *,
         hands_out: bool = True,
         keeps: bool = False,
+        gradients: bool = False,
         noting: Noting | None = None,
         nested: bool = False,
     ) -> tuple[Leaves, list[Tensor]]:
         """Steps of so many updates each; returns the state after them, and what all have handed out.
 
-        Behind that, if it is to be kept, the state before each, and what is noted.
+        Behind that, if they are to be kept, the state before each, its gradient, and what is noted.
         """
 
         def body(
@@ -179,9 +185,10 @@ class Steps:
         ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             flat = [*carry, *self._reading.joined(row[1:], shared)]
             now = self._dynamics.layout.inputs(flat, of_step=True)
-            along, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out, noting=noting)
+            along, grads, after = _step(self._dynamics, now, row[0], updates, hands_out=hands_out, noting=noting)
+            kept = (*carry, *(grads if gradients else ())) if keeps else ()
             noted = [] if noting is None else noting.kept(after)
-            return tuple(after), [*along, *(carry if keeps else ()), *noted]
+            return tuple(after), [*along, *kept, *noted]
 
         carry, made = tracing.scan(body, list(state), rows, shared, nested=nested)
         return Leaves(carry), made
@@ -195,8 +202,8 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _step(
     dynamics: Dynamics, now: Inputs, first: Any, updates: int, *, hands_out: bool, noting: Noting | None
-) -> tuple[list[Tensor], Leaves]:
-    """What a step hands out, and the state after it; as ``loop.take_step``, without a graph."""
+) -> tuple[list[Tensor], Sequence[Tensor], Leaves]:
+    """What a step hands out, its gradient, and the state after it; as ``loop.take_step``, without a graph."""
     aux: list[Tensor] = []
     with torch.enable_grad():
         params = [x.detach().requires_grad_() for x in now.params]
@@ -206,9 +213,9 @@ def _step(
     with torch.no_grad():
         after = dynamics.updates(now.state, grads, now.hyperparameters, first, updates)
     if not hands_out:
-        return [], after
+        return [], grads, after
     observed: Sequence[Tensor] = ()
     if dynamics.observer is not None:
         with torch.enable_grad():
             observed = dynamics.observed([x.detach().requires_grad_() for x in dynamics.layout.params(after)], now.read)
-    return [losses.detach(), *[x.detach() for x in observed], *aux], after
+    return [losses.detach(), *[x.detach() for x in observed], *aux], grads, after

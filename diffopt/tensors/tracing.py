@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffopt.tensors.expected import Expected
+
 Body: TypeAlias = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]
 ]
@@ -35,6 +37,8 @@ class Trace:
 
     Attributes:
         numbers: one for each group of tensors that must be finite: 0 if they are, else NaN.
+        expected: what is expected of measures of estimates.
+        excesses: by how much they are more, each one number.
         captured: tensors that the computation reads without being given them.
         inside: whether a step of a scan is being traced.
     """
@@ -43,6 +47,8 @@ class Trace:
         """Nothing has been noted yet."""
         self.numbers: list[Tensor] = []
         self.captured: list[Tensor] = []
+        self.expected: list[Expected] = []
+        self.excesses: list[Tensor] = []
         self.inside = False
         self._standing_in: dict[int, Tensor] = {}
         self._rows: set[Any] = set()
@@ -53,6 +59,11 @@ class Trace:
         if self.inside:
             raise NotTraceableError("a solve within the loss of another")
         self.numbers += [(x - x).sum().double() for x in tensors if x.is_floating_point() and x.numel()]
+
+    def expect(self, expected: Expected, measured: Tensor) -> None:
+        """Note what is expected of some measures."""
+        self.expected.append(expected)
+        self.excesses.append(expected.excess(measured))
 
     def unsound(self, like: Tensor) -> Tensor:
         """0 if all that had to be finite is, else NaN."""
@@ -153,21 +164,25 @@ class _Tools:
         return importlib.import_module("torch._guards").detect_fake_mode()
 
 
-def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def trace(
+    function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], noted: Trace | None = None
+) -> tuple[Any, list[Tensor]]:
     """The graph of ``function(*tensors)``, and the tensors that it takes behind these: what the function captures.
+
+    Behind what the function returns, the graph returns the excesses that have been ``noted``, if that is given.
 
     Raises:
         NotTraceableError: it draws random numbers, or does what a trace does not do.
     """
-    tools, noted = _Tools(), Trace()
+    tools, told, noted = _Tools(), noted is not None, noted or Trace()
     mode = tools.new_fake_mode()
     token = _now.set(noted)
     try:
         # each an object of its own, for tracing tells arguments apart by object
         arguments = [mode.from_tensor(_in_order(x), static_shapes=True) for x in tensors]
         with mode, _refusing_numbers():
-            traced = tools.proxies.make_fx(_finishing(function, noted), _PRODUCTS, _allow_non_fake_inputs=True)
-            graph = traced(*arguments)
+            finishing = _finishing(function, noted, told=told)
+            graph = tools.proxies.make_fx(finishing, _PRODUCTS, _allow_non_fake_inputs=True)(*arguments)
     finally:
         _now.reset(token)
     _refuse_frozen(graph)
@@ -244,12 +259,13 @@ def _within(values: Any) -> Iterator[Any]:
             yield from _within(value)
 
 
-def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace) -> Callable[..., list[Tensor]]:
+def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace, *, told: bool) -> Callable[..., list[Tensor]]:
     """The function, with the tensors that it has captured at the top level made inputs, too."""
 
     def finished(*tensors: Tensor) -> list[Tensor]:
         tracer = _Tools().proxies.get_proxy_mode().tracer
         found = list(function(*tensors))
+        found += noted.excesses if told else ()
         for node in list(tracer.graph.nodes):
             constant = _constant(tracer.root, node)
             if constant is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import diffopt
-from diffopt.estimators import FirstOrder, MultiStep, Reptile, Reverse, Truncated
+from diffopt.estimators import Binomial, FirstOrder, Krylov, MultiStep, Reptile, Reverse, Truncated
 from diffopt.rollout import compiled, known_programs
 from diffopt.rollout.hidden_state import left_alone
 
@@ -239,6 +240,77 @@ def test_dtypes_shapes_autocast_and_default_dtype_get_programs_of_their_own() ->
     assert Interpreted.made == 8
 
 
+ORDERS: tuple[tuple[Any, int], ...] = (
+    *((Binomial(2), 2), (Binomial(3, window=4, chunk_size=6), 2), (Binomial(0), 2)),
+    *(
+        (Krylov(3), 2),
+        (Krylov(3, chunk_size=4), 1),
+        (Binomial(2, chunk_size=5), 1),
+        (Krylov(4, rtol=0.1), 1),
+        (Krylov(1, rtol=0.5), 2),
+        (Krylov(0), 2),
+    ),
+    *((MultiStep(2, Binomial(1)), 2), (MultiStep(2, Krylov(2)), 2)),
+)
+"""Estimators by orders, and how many programs six steps of theirs are: one, if what goes back is plain code."""
+
+
+@pytest.mark.parametrize(
+    ("estimator", "made"),
+    [*ORDERS[:2], *[pytest.param(*case, marks=pytest.mark.slow) for case in ORDERS[2:]]],
+    ids=repr,
+)
+def test_orders_are_programs_with_the_counts_diagnostics_and_warnings_of_the_plain_way(
+    estimator: Any, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_programs, "_functions", Counter())  # the loss is made anew in each of these tests
+
+    def loss(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return quadratic(w, a) + (b * w).sum()
+
+    def run(compile: bool, w: Tensor, lr: float) -> tuple[Any, ...]:
+        b, rate = A.clone().requires_grad_(), torch.tensor(lr, dtype=torch.float64, requires_grad=True)
+        given = {"optimizer": diffopt.SGD(rate, momentum=0.3), "steps": 6, "observe": lambda w, a, b: (b * w).sum()}
+        _, found = solve(loss, A, b, w=w, estimator=estimator, compile=compile, **given)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            grads = torch.autograd.grad(found.params.square().sum(), [w, b, rate], allow_unused=True)
+        numbers = [found.observed.detach(), *[torch.zeros(()) if x is None else x for x in grads]]
+        return numbers, found.diagnostics, found.counts, found.kept, [str(one.message) for one in caught]
+
+    for lr in (0.05, 0.25, 0.05):
+        got, expected = (run(compile, start(), lr) for compile in (True, False))
+        torch.testing.assert_close(got[:2], expected[:2], rtol=1e-10, atol=1e-12)
+        assert got[2:] == expected[2:]
+    known = known_programs._known[compiled.owner(loss)].values()  # (one that is wrong is given up, and never used)
+    assert sum([one.program is not None for one in known]) == Interpreted.made == made
+
+
+def test_a_program_of_orders_serves_later_backward_passes_and_no_other_estimator() -> None:
+    """What it goes back over is not used up; the programs of the steps are one."""
+    w, solution = solve(steps=4, estimator=Binomial(2))
+    total = solution.params.square().sum()
+    first, second = (torch.autograd.grad(total, w, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert solution.counts.gradients == 4
+    made = Interpreted.made
+    for estimator in (Binomial(1), Binomial(2), Binomial(2, scale=0.5), Krylov(2)):
+        both(lambda s: s.params.square().sum(), steps=4, estimator=estimator, times=1)
+    assert Interpreted.made == made + 3
+    for estimator in (Binomial(4), Krylov(5)):  # the exact recursion, over the states that are kept beside gradients
+        both(lambda s: s.params.square().sum(), steps=4, estimator=estimator, times=1)
+    assert Interpreted.made == made + 4
+    functions = [lambda w, c=c: solve(w=w, steps=4, estimator=Krylov(2), compile=c)[1].params for c in (True, False)]
+    jacobians = [torch.func.jacrev(function)(start().detach()) for function in functions]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=1e-14)
+
+
+def test_what_orders_do_not_differentiate_is_refused_as_ever() -> None:
+    _, solution = solve(estimator=Binomial(1))
+    with pytest.raises(diffopt.EstimatorError, match=r"depends on Solution\.losses"):
+        solution.losses.sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------ what changes
 
 
@@ -272,11 +344,11 @@ def test_what_changes_and_does_not_matter_may_change() -> None:
     assert Interpreted.made == 2
 
 
-@pytest.mark.parametrize("checkpoint", [1, 2])
-def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(checkpoint: int) -> None:
+@pytest.mark.parametrize("estimator", [Reverse(1), Reverse(2), Binomial(1), Krylov(2)], ids=repr)
+def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(estimator: Any) -> None:
     for _ in range(3):
-        solve(scaled, estimator=Reverse(checkpoint))[1].params.sum().backward()
-    _, solution = solve(scaled, estimator=Reverse(checkpoint))
+        solve(scaled, estimator=estimator)[1].params.sum().backward()
+    _, solution = solve(scaled, estimator=estimator)
     SCALE[0] = 2.0
     with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
         solution.params.sum().backward()
