@@ -137,7 +137,8 @@ class Embedding:
         s = self.settings
 
         def of_features(head: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy(linear(head, features), labels) + s.decay / 2 * head.square().sum()
+            penalty: Tensor = s.decay / 2 * head.square().sum()
+            return cross_entropy(linear(head, features), labels) + penalty
 
         def of_images(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
             return of_features(head, self.features(params, inputs), labels)
