@@ -33,6 +33,7 @@ bad_inputs check_solve check_solve_precision compare_worth attention attention_i
 transformers offload inner_data training sharded compiled_programs compiled_outer resume reproduce cli every_set
 mini_imagenet models episodes yardsticks_experiment bounds_decay maml_experiment compiled_reads whole_programs
 memory_rates_experiment timing params_of_a_block captures_at_some_step unseen_reads
+compiled_implicit
 """
 NAMES = IN_THIS_ORDER.split()
 

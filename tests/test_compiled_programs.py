@@ -352,7 +352,7 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
     [
         ({"estimator": Reverse("log")}, "checkpoint='log'"),
         ({"estimator": Truncated(3, memory="2GB")}, "with memory"),
-        ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
+        ({"estimator": diffopt.estimators.Binomial(1)}, "a solve by Binomial"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),
         ({"on_step": print}, "may end early"),

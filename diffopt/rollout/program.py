@@ -91,7 +91,8 @@ def _options(place: torch.device) -> dict[str, Any]:
     # torch's C++ wrapper, of which a step of a loop costs little, is for the CPU
     options: dict[str, Any] = {"cpp_wrapper": True} if place.type == "cpu" else {}
     if hasattr(importlib.import_module("torch._inductor.config"), _STORABLE):
-        options[_STORABLE] = {"torch.ops.higher_order.scan": "of diffopt, whose code has been looked at, 1"}
+        known = "of diffopt, whose code has been looked at, 1"
+        options[_STORABLE] = {f"torch.ops.higher_order.{name}": known for name in ("scan", "while_loop")}
     return options
 
 
