@@ -2821,6 +2821,26 @@ the descent of the toy is not held within its bounds
     measure, yardsticks_experiment
     - .clamp(LOW, HIGH)
 # implicit gradients in programs, and the graph that implicit keeps
+an inner gradient is recorded in the backward pass, not at the point
+    _AtSolution.keep, implicit
+    - Keep(first=1, checkpoint=None)
+    + Keep(first=steps + 1)
+products go back to others than the params of a kept graph
+    Block.close, implicit
+    - len(inputs) - len(self._apart or inputs)
+    + len(inputs) - len(self._apart or ())
+implicit_gradients keep no graph of their point
+    _solved, implicit
+    - keep=Keep(first=1, checkpoint=None)
+    + keep=None
+a lone system's solution stays scaled
+    LinearSolver._run_alone, linear_solve
+    - value, residual = found.value * scale, found.residual * scale
+    + value, residual = found.value, found.residual * scale
+a lone system that is not finite counts as solved
+    LinearSolver._run_alone, linear_solve
+    - torch.zeros_like(found.converged),
+    + torch.ones_like(found.converged),
 a loop of a program goes on although no task does
     _traced, compiled_implicit
     - more & active(*apart(tensors)).any()
