@@ -297,12 +297,12 @@ Nystrom's small system lacks the damping
     + c.mT @ c
 in half precision the recurrence's residual stands for the true one
     ConjugateGradient._judged, half_precision
-    - if precision or (rr.dtype
-    + if (rr.dtype
+    - None if precision else lambda numbers: numbers[2]
+    + lambda numbers: numbers[2]
 in single precision the recurrence's residual stands for the true one
     ConjugateGradient._judged, linear_solve
-    - (rr.dtype != torch.float64 and not all_stopped(converged))
-    + False
+    - if precision or rr.dtype != torch.float64:
+    + if precision:
 compiled pullbacks leave the curvature out
     Pullbacks._evaluate, compiled
     - derivatives.filled(found, params), now.hyperparameters
@@ -2877,6 +2877,18 @@ a program of a solve by Implicit takes a center that it is handed for a buffer t
     _same, compiled_implicit
     - return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
     + return False
+a program evaluates an inner loss again for the way back
+    _is_one_step, compiled_implicit
+    - keep == Keep(first=1, checkpoint=None)
+    + False
+a step that a trace records is not looked at
+    _record, compiled_implicit
+    - traced.note_finite([losses, *state])
+    + pass
+in single precision a program takes one product more than the plain way
+    ConjugateGradient._judged, compiled_implicit
+    - None if precision else lambda numbers: numbers[2]
+    + None
 GMRES is written out into a program
     GMRES.iterate, compiled_implicit
     - tracing.refuse("GMRES, whose space grows with every product")

@@ -154,6 +154,61 @@ def test_diagnostics_are_those_of_the_plain_way(solver: LinearSolver) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_trace_evaluates_the_inner_loss_once() -> None:
+    """At the point; the backward pass differentiates that graph. The same of a solve of one step."""
+    calls: list[None] = []
+
+    def counted(w: Tensor, a: Tensor) -> Tensor:
+        calls.append(None)
+        return ((w - a) ** 2).sum()
+
+    def implicit(a: Tensor) -> Tensor:
+        return diffopt.implicit(counted, a.detach(), a, stationarity=None).square().sum()
+
+    def one_step(a: Tensor) -> Tensor:
+        end = diffopt.solve(counted, a + 1, a, optimizer=diffopt.SGD(0.1), steps=1)
+        return (end.params**2 + end.losses[0] * a).sum()
+
+    for outer in (implicit, one_step):
+        calls.clear()
+        function = with_gradients(outer, 1)
+        graph, captured = tracing.trace(function, [PENALTY])
+        assert len(calls) == 1
+        found, expected = graph(2 * PENALTY, *captured), function(2 * PENALTY)
+        assert relative_error([found[0], found[2]], [expected[0], expected[2]]) < 1e-12
+
+
+def test_a_step_whose_graph_is_kept_is_looked_at() -> None:
+    """Its gradient, which the outer loss does not see, is infinite."""
+
+    def function(a: Tensor) -> list[Tensor]:
+        trace, solver = tracing.current(), ConjugateGradient(1, throw=False)
+        assert trace is not None
+        a = a.detach().requires_grad_()
+        with torch.enable_grad():
+            found = diffopt.implicit(lambda w, a: (w * a).sqrt().sum(), torch.zeros(2).double(), a, solver=solver)
+        return [found.detach(), trace.unsound(found)]
+
+    graph, captured = tracing.trace(function, [A.abs()])
+    assert graph(A.abs(), *captured)[1].isnan()
+
+
+def test_in_single_precision_no_more_products_are_made_than_in_the_plain_way() -> None:
+    """One more, for the true residual, where the recurrence says that it has converged, and none where it does not."""
+    for rtol, products in ((1e-3, 4), (0.0, 3)):
+
+        def function(scale: Tensor, rtol: float = rtol) -> list[Tensor]:
+            diagonal = torch.tensor([1.0, 2.0, 3.0])
+            solver = ConjugateGradient(3, rtol, throw=False)
+            return list(solver.solve(lambda x: diagonal * scale * x, torch.ones(3))[:4])
+
+        graph, captured = tracing.trace(function, [SCALE.float()])
+        with torch.no_grad():
+            found, expected = graph(SCALE.float(), *captured), function(SCALE.float())
+        assert int(found[2]) == int(expected[2]) == products
+        assert bool(found[3]) is bool(expected[3]) is (rtol > 0)
+
+
 def test_a_loop_stops_where_the_plain_one_does() -> None:
     """Of many products that are allowed few are made: as many as for the worst task."""
 

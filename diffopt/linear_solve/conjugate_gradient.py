@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, check_options, is_alone, relative_bound
-from diffopt.linear_solve.loop import Carry, all_stopped, repeated
+from diffopt.linear_solve.loop import Carry, repeated
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -122,13 +122,18 @@ class ConjugateGradient(LinearSolver):
         precision: float,
     ) -> LinearSolution:
         """What has been found, after ``iterations`` products, with the squared residual ``rr`` by the recurrence."""
-        converged = rr <= bound
-        if precision or (rr.dtype != torch.float64 and not all_stopped(converged)):
+        converged, slack = rr <= bound, max(relative_bound(self.rtol, precision), torch.finfo(rr.dtype).eps ** 0.5)
+
+        def look(numbers: Leaves) -> Carry:
             # what was rounded off is in x, but not in the recurrence's residual
-            r, iterations = b - matvec(x), iterations + 1
-            rr, slack = tasks.dot(r, r), max(relative_bound(self.rtol, precision), torch.finfo(rr.dtype).eps ** 0.5)
-            accepted = rr <= slack**2 * tasks.dot(b, b)
-            converged = accepted if precision else converged & accepted
+            r = b - matvec(x)
+            size = tasks.dot(r, r)
+            accepted = size <= slack**2 * tasks.dot(b, b)
+            return [Leaves([size, numbers[1] + 1, accepted if precision else numbers[2] & accepted])]
+
+        if precision or rr.dtype != torch.float64:
+            any_converged = None if precision else lambda numbers: numbers[2]
+            ((rr, iterations, converged),) = repeated(look, [Leaves([rr, iterations, converged])], 1, any_converged)
         return LinearSolution(x, rr.sqrt(), iterations, converged & ~breakdown, breakdown)
 
 
