@@ -2877,6 +2877,14 @@ a program of a solve by Implicit takes a center that it is handed for a buffer t
     _same, compiled_implicit
     - return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
     + return False
+a loop of a program is given a matrix and its transpose
+    while_loop, compiled_implicit
+    - _share_transposed(graphs[1])
+    + pass
+axes that a loop turns around come out in the order of memory
+    _share_transposed, compiled_implicit
+    - sorted(range(x.ndim), key=order.__getitem__)
+    + order
 a program evaluates an inner loss again for the way back
     _is_one_step, compiled_implicit
     - keep == Keep(first=1, checkpoint=None)

@@ -209,6 +209,27 @@ def test_in_single_precision_no_more_products_are_made_than_in_the_plain_way() -
         assert bool(found[3]) is bool(expected[3]) is (rtol > 0)
 
 
+def test_a_loop_is_given_a_matrix_once_and_not_its_transpose() -> None:
+    """Of three axes as well; the numbers are those of the plain way, at other numbers than those traced."""
+    matrix, cube = (torch.randn(shape, generator=GENERATOR, dtype=torch.float64) for shape in ((4, 3), (4, 5, 3)))
+
+    def outer(a: Tensor, matrix: Tensor, cube: Tensor) -> Tensor:
+        def inner(w: Tensor, a: Tensor) -> Tensor:
+            return ((matrix @ w) ** 4).sum() + ((cube @ w) ** 2).sum() + (a.exp() * w**2).sum()
+
+        solver = ConjugateGradient(2, throw=False)
+        return diffopt.implicit(inner, a.detach() + 1, a, solver=solver, stationarity=None).sin().sum()
+
+    function = with_gradients(lambda a, matrix, cube: outer(a, matrix.detach(), cube.detach()), 1)
+    graph, captured = tracing.trace(function, [PENALTY, matrix, cube])
+    loop = next(node for node in graph.graph.nodes if "while_loop" in str(node.target) and node.op == "call_function")
+    given = [tuple(node.meta["val"].shape) for node in loop.args[3]]
+    assert (3, 4) not in given
+    others = [2 * x for x in (PENALTY, matrix, cube)]
+    found, expected = graph(*others, *captured), function(*others)
+    assert relative_error([found[0], found[2]], [expected[0], expected[2]]) < 1e-12
+
+
 def test_a_loop_stops_where_the_plain_one_does() -> None:
     """Of many products that are allowed few are made: as many as for the worst task."""
 

@@ -183,9 +183,9 @@ def roll_out(
 def _is_one_step(dynamics: Dynamics, keep: Keep | None, stop: Stop) -> bool:
     """Whether all there is to roll out is one step whose graph may be kept."""
     layout = dynamics.layout
-    whole = dynamics.micro_batches is dynamics.observer is dynamics.aux is layout.stream is None
-    one = layout.steps == layout.inner_steps == 1
-    return whole and one and stop is NEVER and keep == Keep(first=1, checkpoint=None)
+    besides = (dynamics.micro_batches, dynamics.observer, dynamics.aux, layout.stream)
+    one = stop is NEVER and layout.steps == layout.inner_steps == 1
+    return one and all([x is None for x in besides]) and keep == Keep(first=1, checkpoint=None)
 
 
 def _record(
@@ -201,8 +201,16 @@ def _record(
         if watch.values:
             traced.note_finite([losses, *state])
     counts.gradients += 1
-    made = {"first": 1, "steps": 1, "updates": 1, "kept": Kept("graph"), "graphs": [block]}
-    return state, Rollout(wanted=tuple(wanted), losses=losses.unsqueeze(-1), autocast=autocast, **made)
+    return state, Rollout(
+        wanted=tuple(wanted),
+        first=1,
+        steps=1,
+        updates=1,
+        kept=Kept("graph"),
+        graphs=[block],
+        losses=losses.unsqueeze(-1),
+        autocast=autocast,
+    )
 
 
 def _roll_out_plainly(dynamics: Dynamics, inputs: Inputs, **options: Any) -> tuple[Leaves, Rollout]:

@@ -316,6 +316,7 @@ def while_loop(
     with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=False):
         samples = [x.detach().clone(memory_format=torch.contiguous_format) for x in carry]
         graphs = [tools.proxies.make_fx(function)(*samples) for function in (goes_on, flat)]
+        _share_transposed(graphs[1])
     for graph in graphs:
         _refuse_frozen(graph)
     constants = [noted.given(x) for x in _opened(*graphs)]
@@ -323,6 +324,33 @@ def while_loop(
         given = [torch.where(x == x, x, x).contiguous() for x in (*carry, *constants)]
         found = tools.while_loop(*graphs, tuple(given[: len(carry)]), tuple(given[len(carry) :]))
     return list(found)
+
+
+def _share_transposed(graph: Any) -> None:
+    """Turn around, within a graph, a tensor that it has as its own, where it has it turned around as well.
+
+    (A product with a Hessian reads a matrix and its transpose, of which a loop would be given a copy in another order.)
+    """
+    own = {node: _constant(graph, node) for node in graph.graph.nodes}
+    found = {node: x for node, x in own.items() if x is not None and x.layout is torch.strided}
+    straight = {_lies_at(x): node for node, x in found.items() if x.is_contiguous()}
+    for node, x in found.items():
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)
+        other = None if x.is_contiguous() else straight.get(_lies_at(x.permute(order)))
+        if other is not None:
+            with graph.graph.inserting_before(node):
+                whole = graph.graph.get_attr(other.target)
+                turned = graph.graph.call_function(_PERMUTE, (whole, sorted(range(x.ndim), key=order.__getitem__)))
+            node.replace_all_uses_with(turned)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+_PERMUTE = torch.ops.aten.permute.default
+
+
+def _lies_at(x: Tensor) -> tuple[object, ...]:
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
 
 
 def _opened(*graphs: Any) -> list[Tensor]:
