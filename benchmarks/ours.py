@@ -104,11 +104,10 @@ def conjugate_gradient_program(problem: Problem, iterations: int) -> Callable[[]
     """The same as one program, of the only task."""
 
     def outer(hyper: Params, initial: Params, support: Data, query: Data) -> Tensor:
-        own, other = (tuple(x[0] for x in data) for data in (support, query))
-        return _at_solution(problem, initial, hyper, own, other, iterations)
+        return _at_solution(problem, initial, hyper, support, query, iterations)
 
-    made, (hyper, given) = diffopt.compiled(outer), (problem.hyper, (problem.initial, problem.support, problem.query))
-    return lambda: tuple(made.value_and_grad(hyper, *given)[1].values())
+    made, (support, query) = diffopt.compiled(outer), next(problem.tasks())
+    return lambda: tuple(made.value_and_grad(problem.hyper, problem.initial, support, query)[1].values())
 
 
 def _at_solution(
