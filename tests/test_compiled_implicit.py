@@ -482,7 +482,7 @@ def test_a_loss_that_has_changed_is_noticed(interpreted: type[Interpreted]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("made", [alone, together])
-@pytest.mark.parametrize("solver", [None, Neumann(400, step_size=0.1), Nystrom(3, damping=0.2), Dense()], ids=repr)
+@pytest.mark.parametrize("solver", [None, Neumann(400, step_size=0.1), Nystrom(4, damping=0.2), Dense()], ids=repr)
 def test_inductor_has_the_same_numbers(solver: LinearSolver | None, made: Any) -> None:
     outer, tensors = made(solver)
     program = diffopt.compiled(outer)
