@@ -2881,10 +2881,6 @@ a loop of a program is given a matrix and its transpose
     while_loop, compiled_implicit
     - _share_transposed(graphs[1])
     + pass
-axes that a loop turns around come out in the order of memory
-    _share_transposed, compiled_implicit
-    - sorted(range(x.ndim), key=order.__getitem__)
-    + order
 a program evaluates an inner loss again for the way back
     _is_one_step, compiled_implicit
     - keep == Keep(first=1, checkpoint=None)
