@@ -95,7 +95,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("W1 T=100 B=25", SQRT_COMPILED, "time", 0.9, "JAX, remat", "compiled checkpoints"),
     Goal("W1 T=100 B=25", SQRT_COMPILED, "memory", 0.15, FUNCTORCH, "compiled checkpoints"),
     Goal("W4 reverse T=100", PROGRAM, "time", 1.0, ALL, "W4"),
-    Goal("W4 CG(20)", "ours, CG", "time", 1.0, ALL, "CG"),
+    Goal("W4 CG(20)", "ours, CG, compiled program", "time", 1.0, ALL, "CG, compiled"),
     *(Goal(f"W5 T={steps}", PROGRAM, "time", 0.95, ALL, "W5") for steps in (10, 50)),
     *(Goal(f"W1 T={t} B={b}", "ours, graphs", "time", limit, PEERS, "eager") for (t, b), limit in EAGER.items()),
     *(Goal(f"W1 T={t} B={b}", "ours, graphs", "memory", 1.5) for t, b in EAGER if t > 1),

@@ -96,9 +96,25 @@ def chunked(problem: Problem, estimator: Estimator, chunk: int) -> Gradients:
 def conjugate_gradient(problem: Problem, iterations: int) -> Gradients:
     """Implicit differentiation at the given solution, ``problem.initial``."""
     _, hyper, leaves = problem.fresh()
-    solver = ConjugateGradient(max_iterations=iterations, rtol=0.0, throw=False)
     mean = MeanGradient(leaves, problem.count)
     for support, query in problem.tasks():
-        params = diffopt.implicit(problem.inner, problem.initial, hyper, support, solver=solver, stationarity=None)
-        mean.add(problem.outer(params, query))
+        mean.add(_at_solution(problem, problem.initial, hyper, support, query, iterations))
     return mean.result()
+
+
+def conjugate_gradient_program(problem: Problem, iterations: int) -> Callable[[], Gradients]:
+    """The same as one program, of the only task."""
+
+    def outer(hyper: Params, initial: Params, support: Data, query: Data) -> Tensor:
+        return _at_solution(problem, initial, hyper, support, query, iterations)
+
+    made, (support, query) = diffopt.compiled(outer), next(problem.tasks())
+    return lambda: tuple(made.value_and_grad(problem.hyper, problem.initial, support, query)[1].values())
+
+
+def _at_solution(
+    problem: Problem, initial: Params, hyper: Params, support: Data, query: Data, iterations: int
+) -> Tensor:
+    solver = ConjugateGradient(max_iterations=iterations, rtol=0.0, throw=False)
+    params = diffopt.implicit(problem.inner, initial, hyper, support, solver=solver, stationarity=None)
+    return problem.outer(params, query)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, ClassVar, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.errors import EstimatorError
 from diffopt.inner_problem import checked_problem
 from diffopt.linear_solve import LinearSolution, LinearSolver, Tasks, leaves_like, refuse_not_finite
-from diffopt.optimizers import SGD
+from diffopt.optimizers.base import Buffers, Optimizer
 from diffopt.rollout.given import params_leaves
 from diffopt.rollout.layout import Slot
 from diffopt.rollout.problem import Outcome, Problem
@@ -44,11 +44,29 @@ class ImplicitGradients(NamedTuple):
     system: LinearSolution
 
 
-# NOTE [a step that goes nowhere]
-# ``implicit`` is a solve of one step that leaves params where they are and puts the gradient into a buffer: so every
-# check of ``solve`` is made, under every transform, and the gradient is at hand. That buffer is differentiated.
-# (For a step of gradient descent ``I - J`` is the Hessian too, but the identity swallows what is below its round-off.)
-_STAY = SGD(0.0, momentum=1.0)
+@final
+@dataclass(frozen=True)
+class _Stay(Optimizer):
+    """A step that goes nowhere.
+
+    # NOTE [a step that goes nowhere]
+    ``implicit`` is a solve of one step that leaves params where they are and puts the gradient into a buffer: so every
+    check of ``solve`` is made, under every transform, and the gradient is at hand. That buffer is differentiated. (For
+    a step of gradient descent ``I - J`` is the Hessian too, but the identity swallows what is below its round-off.)
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, params: Leaves) -> Buffers:
+        """Zeros in place of the gradient."""
+        return {"gradient": params.virtual_zeros()}
+
+    def update(self, params: Leaves, grads: Leaves, buffers: Buffers, step: int) -> tuple[Leaves, Buffers]:
+        """The same params, and their gradient."""
+        return params, {"gradient": grads}
+
+
+_STAY = _Stay()
 
 
 @final
@@ -60,7 +78,7 @@ class _AtSolution(Adjoint):
     stationarity: float | None
 
     def keep(self, steps: int) -> Keep:
-        return Keep(first=steps + 1)
+        return Keep(first=1, checkpoint=None)
 
     def pullback(self, trajectory: Trajectory, cotangent: Leaves) -> Cotangents:
         tasks = trajectory.tasks
@@ -90,8 +108,9 @@ def implicit(
               \frac{\partial^2\ell}{\partial\phi\,\partial\theta}\quad\text{where}\quad
               \frac{\partial\ell}{\partial\phi}(\phi^\star, \theta) = 0
 
-    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, two more, and
-    one HVP per iteration of the solver and two more. Memory: the graph of one gradient.
+    Exact if ``params`` is a stationary point and the system is solved. Cost: one gradient now; backward, one HVP per
+    iteration of the solver and two more, and where there may be a kink some gradients. Memory: the graph of one
+    gradient, from the call on (if it takes more than 1 GiB, it is recorded again in the backward pass).
 
     Not for: points that are not stationary, minimisers at a kink of the loss (Lasso's zeros), or a singular Hessian
     (add a penalty, or damp the solver).

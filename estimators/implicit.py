@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from diffopt.adjoint.claims import Claims
 from diffopt.adjoint.estimator import Adjoint
@@ -54,6 +54,7 @@ class Implicit(Adjoint):
 
     solver: LinearSolver | None = None
     whole_state: bool = False
+    traced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the solver."""

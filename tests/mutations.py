@@ -34,6 +34,7 @@ transformers offload inner_data training sharded compiled_programs kept_products
 resume reproduce cli every_set
 mini_imagenet models episodes yardsticks_experiment bounds_decay maml_experiment compiled_reads whole_programs
 memory_rates_experiment hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads draws
+compiled_implicit
 """
 NAMES = IN_THIS_ORDER.split()
 

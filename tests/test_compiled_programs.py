@@ -364,7 +364,6 @@ def test_numbers_that_are_not_finite_are_noticed() -> None:
         ({"estimator": Krylov(3, rtol=0.1)}, "stops once its residual is small"),
         ({"estimator": Krylov(2, chunk_size=4)}, "with a chunk_size of fewer steps"),
         ({"estimator": MultiStep(2, Binomial(1, chunk_size=2))}, "with a chunk_size of fewer steps"),
-        ({"estimator": diffopt.estimators.Implicit()}, "a solve by Implicit"),
         ({"estimator": diffopt.estimators.Unrolled()}, "a solve by Unrolled"),
         ({"tol": 0.1}, "may end early"),
         ({"on_step": print}, "may end early"),

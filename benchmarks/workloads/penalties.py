@@ -12,7 +12,7 @@ from torch.func import vmap
 from torch.nn import functional
 
 from benchmarks import methods, ours
-from benchmarks.measure import Cell, Method, Role, Size
+from benchmarks.measure import Cell, Method, Prepared, Role, Size
 from benchmarks.peers import hypertorch, jax, jax_losses, loop, torchopt
 from benchmarks.problem import Data, Gradients, Params, Problem
 from diffopt.estimators import Estimator
@@ -91,6 +91,12 @@ CONJUGATE_GRADIENT = (
     methods.jax_method("JAXopt CG", jax.implicit(jax_losses.Penalties(), ITERATIONS), needs="jaxopt"),
     Method("ours, CG", Role.OURS, lambda p: ours.conjugate_gradient(p, ITERATIONS)),
 )
+PROGRAM_CG = Method(
+    "ours, CG, compiled program",
+    Role.OURS,
+    Prepared(lambda p: ours.conjugate_gradient_program(p, ITERATIONS)),
+    compiles=True,
+)
 SEVERAL = (
     Method("plain loop", Role.LOOP_PEER, functools.partial(one_by_one, loop.unroll)),
     Method("ours, loop, graphs", Role.OURS, functools.partial(one_by_one, methods.OURS_LOOP_GRAPH.run)),
@@ -107,8 +113,9 @@ def cells(size: Size) -> list[Cell]:
     estimator, many = f"reverse T={steps}", f"{vectors} at once T={steps}"
     ways = REVERSE if size is Size.SMOKE else (*REVERSE, methods.PROGRAM, methods.LOOP_COMPILED)
     reverse = Cell("W4", estimator, functools.partial(problem, **sizes), ways, seconds=seconds[0])
-    implicit = Cell("W4", "CG(20)", functools.partial(solved, **sizes), CONJUGATE_GRADIENT, seconds=seconds[1])
+    solvers = CONJUGATE_GRADIENT if size is Size.SMOKE else (*CONJUGATE_GRADIENT, PROGRAM_CG)
+    implicit = Cell("W4", "CG(20)", functools.partial(solved, **sizes), solvers, seconds=seconds[1])
     tiny = functools.partial(solved, size=scale // 40 or 3, steps=steps)
-    small = Cell("W4", "CG(20) n=50", tiny, CONJUGATE_GRADIENT, seconds=seconds[1])
+    small = Cell("W4", "CG(20) n=50", tiny, solvers, seconds=seconds[1])
     at_once = Cell("W4", many, functools.partial(several, **sizes), SEVERAL, vectors, 3, seconds[2])
     return [reverse, implicit, small] if size is Size.QUICK else [reverse, implicit, small, at_once]

@@ -23,7 +23,7 @@ from diffopt.errors import EstimatorError, InPlaceError, SecondDerivativeError
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.refusals import is_imprecise, warn_of_precision
-from diffopt.tensors import autograd_graph, transforms
+from diffopt.tensors import autograd_graph, tracing, transforms
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.torch_errors import forward_mode_error, is_in_place
 
@@ -70,7 +70,9 @@ class _Solve(torch.autograd.Function):
         assert losses is not None
         # (else all tensors are new)
         same = not (call.dynamics.own_update and layout.steps and not layout.buffers_layout)
-        if same and record.rollout.stack is None:
+        if same and tracing.current() is not None:
+            final = final.map(Tensor.clone)
+        elif same and record.rollout.stack is None:
             taken = {transforms.storage(x) for x in inputs}
             final = Leaves([x.clone() if transforms.storage(x) in taken else x for x in final])
         along = (losses.clone(), *record.rollout.handed_out)

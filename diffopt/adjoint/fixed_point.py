@@ -23,6 +23,7 @@ from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
 from diffopt.rollout.step_graph import Block
+from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.spread import gathered, is_spread
 from diffopt.tensors.tasks import Tasks
@@ -92,19 +93,23 @@ class LastStep:
         self._layout = self._dynamics.layout
         self._block, self._after = self._record(losses_there)
         count, params = self._layout.state_count, self._layout.params_count
-        self._still = [i for i in range(params, count) if _same(self._after[i], trajectory.final[i])]
+        buffers = () if root else range(params, count)
+        self._still = [i for i in buffers if _same(self._after[i], trajectory.final[i])]
         self._moving = [i for i in range(count if whole_state else params) if i not in self._still]
         self._residuals = [i + params for i in self._moving] if root else self._moving
 
     def _record(self, losses_there: Tensor | None) -> tuple[Block, Leaves]:
         """The graph of the step, and the state after it."""
         trajectory, last = self._trajectory, self._layout.steps
+        if self._root and trajectory.rollout.graphs:  # the rollout was this step
+            return trajectory.rollout.graphs.pop(), trajectory.final
         rollout = replace(trajectory.rollout, wanted=trajectory.wanted, draws={})
-        replay = Replay(self._dynamics, trajectory.inputs, rollout, trajectory.record.counts, check=trajectory.check)
+        looks = trajectory.check and tracing.current() is None  # (what else is looked at has been seen before)
+        replay = Replay(self._dynamics, trajectory.inputs, rollout, trajectory.record.counts, check=looks)
         shape = (*self._layout.tasks_shape, 1)
         losses = trajectory.losses_to_replay() if trajectory.steps else trajectory.final[0].new_empty(*shape)
         block, after = replay.block(trajectory.final, last, last, losses, apart=True)
-        if trajectory.check:
+        if looks:
             there = losses.clone() if losses_there is None else losses_there
             if losses_there is None:
                 there[..., last - 1] = replay.losses(trajectory.final, last)
@@ -196,7 +201,7 @@ def _warn_if_not_reached(trajectory: Trajectory) -> None:
 
 def _warn_of_held_buffers(trajectory: Trajectory, cotangents: list[Tensor]) -> None:
     """Warn of an outer loss that depends on buffers that are held fixed."""
-    if trajectory.check and any(bool(x.any()) for x in cotangents):
+    if trajectory.check and not all([tracing.holds(x == 0) for x in cotangents]):
         warnings.warn(
             "the outer loss depends on the optimizer's buffers, which Implicit holds fixed: nothing is differentiated "
             "through them. Take Implicit(GMRES(max_iterations=100), whole_state=True), or detach the state",
@@ -211,7 +216,7 @@ def _warn_if_no_fixed_point(trajectory: Trajectory, share: Tensor, way: Tensor, 
     Not of one whose steps are as small as they can be, nor of a warm start, which is near to its fixed point.
     """
     far = (share > _UNFINISHED) & (way > _FAR * size)
-    if trajectory.check and trajectory.rollout.enough is None and bool(far.any()):
+    if trajectory.check and trajectory.rollout.enough is None and not tracing.holds(~far):
         warnings.warn(
             f"the end of {trajectory.steps} steps is no fixed point, which Implicit differentiates: the next step is "
             f"{float(share.max()):.2g} of an average one. Take more steps, a step size that converges, or Reverse()",
@@ -228,4 +233,6 @@ _FAR = 0.1
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether a step has handed this tensor through."""
+    if tracing.current() is not None:  # tensors without numbers, of which views are told apart
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
     return a.data_ptr() == b.data_ptr()

@@ -17,7 +17,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.loop import roll_out
 from diffopt.rollout.ranks import refuse_other_cotangents
-from diffopt.rollout.record import Record, Watch
+from diffopt.rollout.record import Keep, Record, Watch
 from diffopt.rollout.refusals import is_imprecise, warn_of_precision
 from diffopt.tensors import transforms
 from diffopt.tensors.leaves import Leaves
@@ -111,8 +111,13 @@ def _solved(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     if call.check and is_imprecise(call.dynamics, inputs.params):
         warn_of_precision(call.dynamics, inputs.params)
     record = Record()
-    _, record.rollout = roll_out(  # for its checks
-        call.dynamics, inputs, counts=record.counts, wanted=call.wanted, watch=call.watch
+    _, record.rollout = roll_out(  # for its checks, and its graph
+        call.dynamics,
+        inputs,
+        counts=record.counts,
+        keep=Keep(first=1, checkpoint=None),
+        wanted=call.wanted,
+        watch=call.watch,
     )
     refuse_other_cotangents(record.rollout.copied_to, cotangent)
     trajectory = Trajectory(call.dynamics, inputs, inputs.state, record, (), call.wanted, call.check)

@@ -14,6 +14,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.field import VectorField
 from diffopt.rollout.inputs import Inputs
 from diffopt.rollout.record import Rollout
+from diffopt.tensors import tracing
 from diffopt.tensors.derivatives import filled, gradient
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
@@ -73,6 +74,11 @@ class Point:
             turned = turned & ((self._slope(tasks, down, factor * length) - first).abs() < size / 10)
         return bool(turned.any())
 
+    def turns(self, tasks: Tasks, roundings: float) -> Tensor:
+        """Whether the gradient is less than half as large after the shortest such step, as at a kink it is."""
+        down = tasks.unit(self.gradient)
+        return self._slope(tasks, down, self.length(tasks, roundings)) < tasks.norm(self.gradient) / 2
+
     def length(self, tasks: Tasks, roundings: float) -> Tensor:
         """The shortest step that is looked at."""
         return roundings * torch.finfo(self.params[0].dtype).eps * (1 + tasks.norm(self.params))
@@ -106,7 +112,7 @@ def refuse_far_from_stationary(at: Point, tasks: Tasks, allowed: float | None) -
     if allowed is None:
         return
     size, scale = tasks.norm(at.gradient), tasks.norm(at.params)
-    if not bool((size <= allowed * (1 + scale)).all()):
+    if not tracing.holds(size <= allowed * (1 + scale)):
         if at.at_a_kink(tasks, 64):
             raise _kink(at)
         raise StationarityError(
@@ -122,7 +128,10 @@ def refuse_kink(at: Point, tasks: Tasks) -> None:
     One between two pieces of a network of kinks, such as of ReLUs, is as good as the gradient there is small.
     """
     reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)  # beyond which nothing turns around
-    if any([bool((x.abs() <= y).any()) for x, y in zip(at.params, reach, strict=True)]) and at.at_a_kink(tasks, 1e-6):
+    rests = [(x.abs() <= y).any() for x, y in zip(at.params, reach, strict=True)]
+    if tracing.current() is not None:
+        tracing.holds(~(torch.stack(rests).any() & at.turns(tasks, 1e-6)))
+    elif any(map(bool, rests)) and at.at_a_kink(tasks, 1e-6):
         raise _kink(at)
 
 
@@ -139,7 +148,7 @@ def refuse_long_step(at: Point, system: Matvec, tasks: Tasks, allowed: float) ->
     product = system(direction)
     curvature = tasks.norm(product) if at.is_field else tasks.dot(direction, product)
     step = torch.where(curvature > 0, size / torch.where(curvature > 0, curvature, 1), 0)
-    if not bool((step <= 10 * allowed * (1 + tasks.norm(at.params))).all()):
+    if not tracing.holds(step <= 10 * allowed * (1 + tasks.norm(at.params))):
         raise StationarityError(
             f"params are {float(step.max()):.1e} or more from the stationary point (by a Newton step)",
             f"at most {10 * allowed:.0e} * (1 + |params|)",

@@ -9,7 +9,6 @@ from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    all_stopped,
     check_options,
     leaves_like,
     refuse_not_finite,
@@ -19,6 +18,7 @@ from diffopt.linear_solve.base import (
 from diffopt.linear_solve.conjugate_gradient import ConjugateGradient
 from diffopt.linear_solve.dense import Dense
 from diffopt.linear_solve.gmres import GMRES, minimal_residual
+from diffopt.linear_solve.loop import all_stopped
 from diffopt.linear_solve.neumann import Neumann, largest_eigenvalue
 from diffopt.linear_solve.nystrom import Nystrom
 from diffopt.tensors.tasks import Tasks

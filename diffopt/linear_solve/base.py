@@ -21,6 +21,7 @@ from diffopt.errors import (
 from diffopt.tensors import tracing, transforms, tree
 from diffopt.tensors.arguments import Options, check_function
 from diffopt.tensors.leaves import Leaves, all_finite
+from diffopt.tensors.spread import is_spread
 from diffopt.tensors.tasks import Tasks, power_of_two
 from diffopt.tensors.usable import is_calculable, refuse_unusable, usable_leaves
 
@@ -85,6 +86,8 @@ class LinearSolver(ABC):
         wide = b.widened()
         coarse = [x.dtype for x, y in zip(b, wide, strict=True) if x.dtype != y.dtype]
         precision = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0)
+        if not coarse and is_alone(b, tasks):
+            return self._run_alone(matvec, b, tasks, start)
         largest = tasks.largest(wide)
         usable = largest.isfinite() & (largest > 0)
         scale = power_of_two(largest)
@@ -104,6 +107,26 @@ class LinearSolver(ABC):
             found.iterations,
             found.converged & finite,
             found.breakdown | ~finite,
+        )
+
+    def _run_alone(self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None) -> LinearSolution:
+        """The same for one problem on the CPU, scaled by a number of Python's, which costs no wait there."""
+        largest, least = tasks.largest(b).item(), 4 * torch.finfo(b[0].dtype).tiny
+        scale = max(2.0 ** (math.frexp(largest)[1] - 1), least) if 0 < largest < math.inf else 1.0
+
+        def scaled(x: Leaves) -> Leaves:
+            return x * (1 / scale) if 0 < largest < math.inf else x.zeros()
+
+        found = self.iterate(matvec, scaled(b), tasks, None if start is None else scaled(start), 0.0)
+        value, residual = found.value * scale, found.residual * scale
+        if math.isfinite(largest) and all_finite([value[0].new_tensor(float(residual)), *value]):
+            return found._replace(value=value, residual=residual)
+        return LinearSolution(
+            value,
+            torch.full_like(residual, math.inf),
+            found.iterations,
+            torch.zeros_like(found.converged),
+            torch.ones_like(found.breakdown),
         )
 
     @final
@@ -172,8 +195,8 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
 
 def refuse_not_finite(solver: LinearSolver, **trees: Any) -> None:
     """Refuse trees (named by their keywords; ``None``: not given) that hold NaN or infinite numbers."""
-    if not solver.throw or transforms.transforms_active():
-        return
+    if not solver.throw or transforms.transforms_active() or tracing.current() is not None:
+        return  # (in a trace the solver says that it has broken down)
     for name, value in trees.items():
         leaves, structure = tree.flatten(value)
         for path, x in zip(tree.paths(structure), leaves, strict=True):
@@ -183,7 +206,7 @@ def refuse_not_finite(solver: LinearSolver, **trees: Any) -> None:
 
 def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:
     """Raise if any task's system was not solved."""
-    if bool(found.converged.all()):
+    if tracing.holds(found.converged):
         return
     name = type(solver).__name__
     worst, used = float(found.residual.max()), int(found.iterations.max())
@@ -215,6 +238,13 @@ def check_options(solver: LinearSolver, *optional: str, **lowest: float) -> None
     options.flag("throw")
 
 
+def is_alone(b: Leaves, tasks: Tasks) -> bool:
+    """Whether a system is one, on the CPU, in one dtype, and nobody differentiates, or traces, its solution."""
+    alike = all([y.is_cpu and y.dtype == b[0].dtype for y in b])
+    watched = torch.is_grad_enabled() or transforms.transforms_active() or transforms.in_dual_level()
+    return tasks.axes == 0 and alike and not watched and tracing.current() is None and not any(map(is_spread, b))
+
+
 def with_wide_vectors(matvec: Matvec, like: Leaves) -> Matvec:
     """``matvec`` for vectors in single precision at least, its products taken in the dtypes of ``like``."""
     if like.widened() is like:
@@ -231,16 +261,17 @@ def relative_bound(rtol: float, precision: float) -> float:
     return max(rtol, 8 * precision)
 
 
-def all_stopped(active: Tensor) -> bool:
-    """Whether an iteration may stop early: asked on the CPU only, where the answer costs nothing."""
-    tracing.refuse("an iteration that stops once its residual is small enough")
-    return not transforms.transforms_active() and active.device.type == "cpu" and not bool(active.any())
-
-
 def matrix_columns(matvec: Matvec, like: Leaves, tasks: Tasks, chosen: Sequence[int]) -> Tensor:
     """The columns of the matrix with these numbers, ``[..., n, len(chosen)]``."""
     flat = tasks.flatten(like)
     places = torch.arange(flat.shape[-1], device=flat.device)
-    units = ((places == i).to(flat.dtype).expand_as(flat) for i in chosen)  # one at a time: all would be a matrix
-    columns = [tasks.flatten(matvec(tasks.unflatten(unit, like))) for unit in units]
-    return torch.stack(columns, dim=-1)
+
+    def column(i: int | Tensor) -> Tensor:
+        unit = (places == i).to(flat.dtype).expand_as(flat)
+        return tasks.flatten(matvec(tasks.unflatten(unit, like)))
+
+    if tracing.current() is None:
+        return torch.stack([column(i) for i in chosen], dim=-1)  # (all units at once would be a matrix)
+    numbers = torch.tensor(chosen, device=flat.device)
+    _, found = tracing.scan(lambda carry, row, _: (carry, [column(row[0])]), [flat.new_zeros(())], [numbers], ())
+    return found[0].movedim(0, -1)

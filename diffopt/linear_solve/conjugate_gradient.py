@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, all_stopped, check_options, relative_bound
-from diffopt.tensors import transforms
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, check_options, is_alone, relative_bound
+from diffopt.linear_solve.loop import Carry, repeated
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -56,17 +56,16 @@ class ConjugateGradient(LinearSolver):
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
     ) -> LinearSolution:
         """Solve for stacked tasks."""
-        if _is_plain(b, tasks):
+        if is_alone(b, tasks):
             return self._iterate_alone(matvec, b, tasks, start, precision)
         x = b.zeros() if start is None else start
         r = b if start is None else b - matvec(x)
         p, rr = r, tasks.dot(r, r)
         bound = max(self.rtol, precision) ** 2 * tasks.dot(b, b)
-        active, breakdown = rr > bound, torch.zeros_like(rr, dtype=torch.bool)
         iterations = torch.zeros_like(rr, dtype=torch.int64) + int(start is not None)
-        for _ in range(self.max_iterations):
-            if all_stopped(active):
-                break
+
+        def step(x: Leaves, r: Leaves, p: Leaves, numbers: Leaves) -> Carry:
+            rr, active, breakdown, iterations = numbers
             ap = matvec(p)
             curvature = tasks.dot(p, ap)
             iterations = iterations + active
@@ -77,7 +76,11 @@ class ConjugateGradient(LinearSolver):
             new = tasks.dot(r, r)
             # this differs from the textbook only in that a task that has stopped keeps its numbers
             p = tasks.plus(r, torch.where(active, new / torch.where(active, rr, 1), 0), p)
-            rr, active = new, active & (new > bound)
+            return x, r, p, Leaves([new, active & (new > bound), breakdown, iterations])
+
+        numbers = Leaves([rr, rr > bound, torch.zeros_like(rr, dtype=torch.bool), iterations])
+        found = repeated(step, (x, r, p, numbers), self.max_iterations, lambda x, r, p, numbers: numbers[1])
+        x, (rr, _, breakdown, iterations) = found[0], found[3]
         return self._judged(matvec, b, tasks, x, rr, bound, iterations, breakdown, precision)
 
     def _iterate_alone(
@@ -119,23 +122,24 @@ class ConjugateGradient(LinearSolver):
         precision: float,
     ) -> LinearSolution:
         """What has been found, after ``iterations`` products, with the squared residual ``rr`` by the recurrence."""
-        converged = rr <= bound
-        if precision or (rr.dtype != torch.float64 and not all_stopped(converged)):
+        converged, slack = rr <= bound, max(relative_bound(self.rtol, precision), torch.finfo(rr.dtype).eps ** 0.5)
+
+        def look(numbers: Leaves) -> Carry:
             # what was rounded off is in x, but not in the recurrence's residual
-            r, iterations = b - matvec(x), iterations + 1
-            rr, slack = tasks.dot(r, r), max(relative_bound(self.rtol, precision), torch.finfo(rr.dtype).eps ** 0.5)
-            accepted = rr <= slack**2 * tasks.dot(b, b)
-            converged = accepted if precision else converged & accepted
+            r = b - matvec(x)
+            size = tasks.dot(r, r)
+            accepted = size <= slack**2 * tasks.dot(b, b)
+            return [Leaves([size, numbers[1] + 1, accepted if precision else numbers[2] & accepted])]
+
+        if precision or rr.dtype != torch.float64:
+            any_converged = None if precision else lambda numbers: numbers[2]
+            ((rr, iterations, converged),) = repeated(look, [Leaves([rr, iterations, converged])], 1, any_converged)
         return LinearSolution(x, rr.sqrt(), iterations, converged & ~breakdown, breakdown)
 
 
-def _is_plain(b: Leaves, tasks: Tasks) -> bool:
-    """Whether the system is one, on the CPU, in one dtype, and nobody differentiates through its solution."""
-    alike = all([y.is_cpu and y.dtype == b[0].dtype for y in b])
-    watched = torch.is_grad_enabled() or transforms.transforms_active() or transforms.in_dual_level()
-    return tasks.axes == 0 and alike and not watched
-
-
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    # (flatten() hands a vector back as it is)
-    return sum([torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(a, b, strict=True)])
+    return sum([torch.dot(_flat(x), _flat(y)).item() for x, y in zip(a, b, strict=True)])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim == 1 else x.flatten()

@@ -9,7 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, all_stopped, check_options, relative_bound
+from diffopt.linear_solve.base import LinearSolution, LinearSolver, Matvec, check_options, relative_bound
+from diffopt.linear_solve.loop import all_stopped
+from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -44,6 +46,7 @@ class GMRES(LinearSolver):
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
     ) -> LinearSolution:
         """Solve for stacked tasks."""
+        tracing.refuse("GMRES, whose space grows with every product")
         r0 = b if start is None else b - matvec(start)
         bound = max(self.rtol, precision) * tasks.norm(b)
         update, _, used = minimal_residual(matvec, r0, tasks, self.max_iterations, bound)
@@ -63,6 +66,8 @@ def minimal_residual(
     With ``bound``, stops when every task's residual is below it. The residual vector comes from the Arnoldi relation,
     without another product.
     """
+    if bound is not None:
+        tracing.refuse("an iteration that stops once its residual is small enough")
     size = tasks.norm(r0)
     basis = [tasks.times(_reciprocal(size), r0)]
     columns: list[list[Tensor]] = []

@@ -13,10 +13,10 @@ from diffopt.linear_solve.base import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    all_stopped,
     check_options,
     relative_bound,
 )
+from diffopt.linear_solve.loop import Carry, repeated
 from diffopt.tensors.arguments import MOST, Options
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
@@ -66,13 +66,15 @@ class Neumann(LinearSolver):
         else:
             step = torch.ones_like(first) * self.step_size  # infinite, not refused, where the dtype cannot hold it
         bound = 0 * first if self.rtol is None else max(self.rtol, precision) * first
-        active, iterations = tasks.norm(r) > bound, torch.full_like(first, used, dtype=torch.int64)
-        for _ in range(self.terms):
-            if all_stopped(active):
-                break
+
+        def term(x: Leaves, r: Leaves, numbers: Leaves) -> Carry:
+            iterations, active = numbers
             move = tasks.times(torch.where(active, step, 0), r)
             x, r = x + move, r - matvec(move)
-            iterations, active = iterations + active, active & (tasks.norm(r) > bound)
+            return x, r, Leaves([iterations + active, active & (tasks.norm(r) > bound)])
+
+        numbers = Leaves([torch.full_like(first, used, dtype=torch.int64), tasks.norm(r) > bound])
+        x, r, (iterations, _) = repeated(term, (x, r, numbers), self.terms, lambda x, r, numbers: numbers[1])
         if precision:  # what the products rounded off is in x, but not in the recurrence's residual
             r, iterations = b - matvec(x), iterations + 1
             bound = 0 * first if self.rtol is None else relative_bound(self.rtol, precision) * first
@@ -84,9 +86,11 @@ class Neumann(LinearSolver):
 
 def largest_eigenvalue(matvec: Matvec, like: Leaves, tasks: Tasks, iterations: int) -> Tensor:
     """The eigenvalue of largest modulus (its modulus), one per task, by the power method from a fixed start."""
+
+    def step(v: Leaves, size: Leaves) -> Carry:
+        v = matvec(tasks.times(1 / size[0], v))
+        return v, Leaves([tasks.norm(v)])
+
     v = tasks.start(like)
-    size = tasks.norm(v)
-    for _ in range(iterations):
-        v = matvec(tasks.times(1 / size, v))
-        size = tasks.norm(v)
+    _, (size,) = repeated(step, (v, Leaves([tasks.norm(v)])), iterations)
     return size

@@ -22,7 +22,7 @@ from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.keeper import GRAPH_BUDGET, Keeper
 from diffopt.rollout.pieces import pieced
-from diffopt.rollout.record import Counts, Keep, Rollout, Watch
+from diffopt.rollout.record import Counts, Keep, Kept, Rollout, Watch
 from diffopt.rollout.step_graph import Block, Plain
 from diffopt.tensors import derivatives, random_state, saved_hooks, tracing
 from diffopt.tensors.leaves import Leaves, all_finite
@@ -99,6 +99,8 @@ def roll_out(
     Its inputs may require grad; with grad mode on, autograd would record the whole rollout beside what is kept here.
     Each step turns grad mode on for itself, on tensors cut off from the steps before it.
     """
+    if tracing.current() is not None and _is_one_step(dynamics, keep, stop):
+        return _record(dynamics, inputs, counts=counts, wanted=wanted, watch=watch)
     if tracing.current() is not None:
         return traced.roll_out(dynamics, inputs, counts=counts, keep=keep, wanted=wanted, watch=watch, stop=stop)
     if dynamics.compile and keep is not None:
@@ -175,6 +177,39 @@ def roll_out(
         hidden_state=steps.hidden_state if isinstance(steps, Checks) else None,
         copied_to=tuple(steps.ranks.copied_to) if isinstance(steps, Checks) and steps.ranks is not None else (),
         shards=isinstance(steps, Checks) and steps.ranks is not None and steps.ranks.shards,
+    )
+
+
+def _is_one_step(dynamics: Dynamics, keep: Keep | None, stop: Stop) -> bool:
+    """Whether all there is to roll out is one step whose graph may be kept."""
+    layout = dynamics.layout
+    besides = (dynamics.micro_batches, dynamics.observer, dynamics.aux, layout.stream)
+    one = stop is NEVER and layout.steps == layout.inner_steps == 1
+    return one and all([x is None for x in besides]) and keep == Keep(first=1, checkpoint=None)
+
+
+def _record(
+    dynamics: Dynamics, inputs: Inputs, *, counts: Counts, wanted: Collection[Place], watch: Watch
+) -> tuple[Leaves, Rollout]:
+    """That step, into the trace that is being made, with its graph: the way back needs no other one."""
+    inputs, autocast = inputs.detached(), derivatives.Autocast(inputs.params[0].device)
+    block = Block(dynamics, inputs, wanted, inputs.state)
+    with torch.no_grad():
+        (losses,), _ = take_step(dynamics, block, 1)
+        state = block.state
+        block.close()
+        if watch.values:
+            traced.note_finite([losses, *state])
+    counts.gradients += 1
+    return state, Rollout(
+        wanted=tuple(wanted),
+        first=1,
+        steps=1,
+        updates=1,
+        kept=Kept("graph"),
+        graphs=[block],
+        losses=losses.unsqueeze(-1),
+        autocast=autocast,
     )
 
 

@@ -113,7 +113,8 @@ def _options(place: torch.device) -> dict[str, Any]:
     if place.type == "cpu" and sys.platform == "linux" and getattr(config.cpp, "vec_isa_ok", False) is None:
         options["cpp.vec_isa_ok"] = True
     if hasattr(config, _STORABLE):
-        options[_STORABLE] = {"torch.ops.higher_order.scan": "of diffopt, whose code has been looked at, 1"}
+        known = "of diffopt, whose code has been looked at, 1"
+        options[_STORABLE] = {f"torch.ops.higher_order.{name}": known for name in ("scan", "while_loop")}
     return options
 
 

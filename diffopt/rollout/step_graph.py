@@ -94,7 +94,7 @@ class Block:
         self._slices: dict[tuple[Place, int], Tensor] = {}
         self._slices_at: list[tuple[Place, int]] = []
         self._graph: derivatives.Graph | None = None
-        self._now, self.before = Leaves(roots[:count]), Leaves(state)
+        self._now, self.before, self._own = Leaves(roots[:count]), Leaves(state), 0
         self._along: list[Tensor] = []
         self._along_at: list[tuple[int, int]] = []
 
@@ -157,7 +157,7 @@ class Block:
     def close(self) -> None:
         """Let go of all tensors."""
         inputs, outputs = [*self._roots, *self._slices.values(), *(self._apart or ())], [*self._now, *self._along]
-        self._graph = derivatives.Graph(inputs, outputs)
+        self._graph, self._own = derivatives.Graph(inputs, outputs), len(inputs) - len(self._apart or inputs)
         self._slices_at = list(self._slices)
         self._roots, self._slices, self._now, self._apart, self.before = (), {}, Leaves(()), None, Leaves(())
         self._along = []
@@ -170,6 +170,7 @@ class Block:
 
         As often as needed. Returns what comes past the inner gradient (nothing if ``past`` is not asked for), and what
         comes through it: their sum would swallow a small curvature in the round-off of what the update hands on.
+        (Of a block that was not recorded ``apart`` their sum, as the second; ``past`` may not be asked for.)
         """
         assert self._graph is not None, "the block is still growing"
         count, params = self._layout.state_count, self._layout.params_count
@@ -177,12 +178,11 @@ class Block:
         for i, x in zip(after, adjoint, strict=True):
             cotangents[i] = x
         read = [i for i in before if i < params]
-        first = count + len(self._shared) + len(self._slices_at)
         direct = list(before) if past else []
-        terms = self._graph.pullback(cotangents, [*direct, *(first + i for i in read)], retain=True)
+        terms = self._graph.pullback(cotangents, [*direct, *(self._own + i for i in read)], retain=True)
         through = dict(zip(read, terms[len(direct) :], strict=True))
         handed_on = Leaves(derivatives.or_zeros(terms[: len(direct)], adjoint) if past else ())
-        return handed_on, Leaves(derivatives.or_zeros([through.get(i) for i in before], adjoint))
+        return handed_on, Leaves(derivatives.filled([through.get(i) for i in before], adjoint))
 
     def pullback(
         self,

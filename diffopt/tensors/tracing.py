@@ -65,6 +65,12 @@ class Trace:
         self.expected.append(expected)
         self.excesses.append(expected.excess(measured))
 
+    def expect_true(self, condition: Tensor) -> None:
+        """Note that a condition must hold, everywhere."""
+        if self.inside:
+            raise NotTraceableError("an implicit gradient within the loss of a solve")
+        self.numbers.append(torch.where(condition.all(), 0.0, torch.nan).double())
+
     def unsound(self, like: Tensor) -> Tensor:
         """0 if all that had to be finite is, else NaN."""
         total = torch.zeros((), dtype=torch.float64, device=like.device)
@@ -146,6 +152,19 @@ def refuse(what: str) -> None:
         raise NotTraceableError(what)
 
 
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere.
+
+    In a trace it is taken to hold, and the program says whether it did: where not, the plain way is taken, and its
+    errors and warnings are those that are given.
+    """
+    trace = _now.get()
+    if trace is None:
+        return bool(condition.all())
+    trace.expect_true(condition)
+    return True
+
+
 @final
 class _Tools:
     """The modules of torch's that trace: they take a second to import."""
@@ -153,6 +172,7 @@ class _Tools:
     def __init__(self) -> None:
         self.proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
         self.scan: Any = importlib.import_module("torch._higher_order_ops.scan").scan_op
+        self.while_loop: Any = importlib.import_module("torch._higher_order_ops.while_loop").while_loop_op
 
     def new_fake_mode(self) -> Any:
         """One whose tensors have shapes only, all of them fixed; a loop's counter, of which nothing is known, too."""
@@ -386,19 +406,73 @@ def scan_back(
     return carry, [x.flip(0) for x in made]
 
 
-def _opened(graph: Any) -> list[Tensor]:
-    """Turn the tensors that a graph has as its own into inputs behind the others; returns them."""
-    found: dict[int, tuple[Tensor, Any]] = {}
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    for node in list(graph.graph.nodes):
-        constant = _constant(graph, node)
-        if constant is None:
-            continue
-        if id(constant) not in found:
-            with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(f"captured_{len(found)}")
-            found[id(constant)] = constant, last
-        node.replace_all_uses_with(found[id(constant)][1])
-        graph.graph.erase_node(node)
+def while_loop(
+    goes_on: Callable[..., Tensor], body: Callable[..., Sequence[Tensor]], carry: Sequence[Tensor]
+) -> list[Tensor]:
+    """``carry = body(*carry)`` while ``goes_on(*carry)``, one boolean, as one node of the trace that is being made.
+
+    Both may read other tensors of the trace. Returns the last carry.
+    """
+    noted, tools = current(), _Tools()
+    assert noted is not None
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([x.detach().clone(memory_format=torch.contiguous_format) for x in body(*tensors)])
+
+    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=False):
+        samples = [x.detach().clone(memory_format=torch.contiguous_format) for x in carry]
+        graphs = [tools.proxies.make_fx(function, _PRODUCTS)(*samples) for function in (goes_on, flat)]
+        _share_transposed(graphs[1])
+    for graph in graphs:
+        _refuse_frozen(graph)
+    constants = [noted.given(x) for x in _opened(*graphs)]
+    with torch.no_grad():  # (parts of what goes round may be one tensor, which torch refuses)
+        read = tuple(map(noted.readable, constants))
+        found = tools.while_loop(*graphs, tuple(map(_copy, carry)), read)
+    return list(found)
+
+
+def _share_transposed(graph: Any) -> None:
+    """Turn around, within a graph, a tensor that it has as its own, where it has it turned around as well.
+
+    (A product with a Hessian reads a matrix and its transpose, of which a loop would be given a copy in another order.)
+    """
+    own = {node: _constant(graph, node) for node in graph.graph.nodes}
+    found = {node: x for node, x in own.items() if x is not None and x.layout is torch.strided}
+    straight = {_lies_at(x): node for node, x in found.items() if x.is_contiguous()}
+    for node, x in found.items():
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)
+        other = None if x.is_contiguous() else straight.get(_lies_at(x.permute(order)))
+        if other is not None:
+            with graph.graph.inserting_before(node):
+                whole = graph.graph.get_attr(other.target)
+                turned = graph.graph.call_function(_PERMUTE, (whole, sorted(range(x.ndim), key=order.__getitem__)))
+            node.replace_all_uses_with(turned)
+            graph.graph.erase_node(node)
     graph.recompile()
-    return [constant for constant, _ in found.values()]
+
+
+_PERMUTE = torch.ops.aten.permute.default
+
+
+def _lies_at(x: Tensor) -> tuple[object, ...]:
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+
+
+def _opened(*graphs: Any) -> list[Tensor]:
+    """Turn the tensors that some graphs have as their own into inputs behind the others, of each; returns them."""
+    own = [_constant(graph, node) for graph in graphs for node in graph.graph.nodes]
+    constants = {id(constant): constant for constant in own if constant is not None}
+    for graph in graphs:
+        last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+        places: dict[int, Any] = {}
+        for key in constants:
+            with graph.graph.inserting_after(last):
+                last = places[key] = graph.graph.placeholder(f"captured_{len(places)}")
+        for node in list(graph.graph.nodes):
+            constant = _constant(graph, node)
+            if constant is not None:
+                node.replace_all_uses_with(places[id(constant)])
+                graph.graph.erase_node(node)
+        graph.recompile()
+    return list(constants.values())

@@ -211,3 +211,50 @@ def test_an_infinite_outer_gradient_is_not_a_hypergradient_of_zero(check):
     w = diffopt.implicit(RIDGE.loss, RIDGE.solution(PENALTIES[0]), theta, check=check)
     with pytest.raises((diffopt.LinearSolveError, diffopt.NonFiniteGradientError)):
         (w.sum() * float("inf")).backward()
+
+
+def counted(calls: list[None]):
+    def loss(w, penalty):
+        calls.append(None)
+        return RIDGE.loss(w, penalty)
+
+    return loss
+
+
+def test_the_inner_gradient_is_recorded_once_and_again_for_a_second_backward_pass():
+    calls, theta = [], leaf(PENALTIES[0])
+    point = RIDGE.solution(PENALTIES[0])
+    value = RIDGE.outer_loss(diffopt.implicit(counted(calls), point, theta, solver=EXACT, stationarity=None))
+    for evaluations in (1, 2):
+        (found,) = torch.autograd.grad(value, theta, retain_graph=True)
+        assert relative_error([found], [RIDGE.hypergradient(PENALTIES[0])]) < CLOSED
+        assert len(calls) == evaluations
+
+
+def test_a_graph_that_is_too_large_is_recorded_in_the_backward_pass(monkeypatch):
+    monkeypatch.setattr("diffopt.rollout.keeper.GRAPH_BUDGET", 0)
+    calls, theta = [], leaf(PENALTIES[0])
+    point = RIDGE.solution(PENALTIES[0])
+    solution = diffopt.implicit(counted(calls), point, theta, solver=EXACT)
+    before = len(calls)
+    RIDGE.outer_loss(solution).backward()
+    assert len(calls) > before
+    assert relative_error([theta.grad], [RIDGE.hypergradient(PENALTIES[0])]) < CLOSED
+
+
+def test_implicit_gradients_evaluate_the_loss_once():
+    calls, theta = [], PENALTIES[0]
+    point = RIDGE.solution(theta)
+    cotangent = torch.func.grad(RIDGE.outer_loss)(point)
+    found = diffopt.implicit_gradients(counted(calls), point, theta, cotangent=cotangent, solver=EXACT)
+    assert relative_error([found.args[0]], [RIDGE.hypergradient(theta)]) < CLOSED
+    assert len(calls) == 1
+
+
+def test_a_number_that_changes_before_the_backward_pass_does_not_change_what_was_recorded():
+    factor, theta = [1.0], leaf(PENALTIES[0])
+    point = RIDGE.solution(PENALTIES[0])
+    solution = diffopt.implicit(lambda w, p: factor[0] * RIDGE.loss(w, p), point, theta, solver=EXACT)
+    factor[0] = 5.0
+    RIDGE.outer_loss(solution).backward()
+    assert relative_error([theta.grad], [RIDGE.hypergradient(PENALTIES[0])]) < CLOSED

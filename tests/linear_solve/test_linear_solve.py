@@ -262,3 +262,29 @@ def test_conjugate_gradients_in_plain_numbers_take_the_iterates_of_those_on_tens
     torch.testing.assert_close(plain.value, on_tensors.value, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(plain.residual, on_tensors.residual, rtol=1e-9, atol=1e-12)
     assert int(plain.iterations) == int(on_tensors.iterations) == 7 + start
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(rtol=1e-6), Neumann(rtol=1e-6), GMRES(rtol=1e-6)], ids=repr)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_size_of_a_lone_system_does_not_matter(solver, size):
+    """Squares of these numbers vanish, or are infinite, in single precision."""
+    diagonal = torch.tensor([1.0, 2.0, 3.0])
+    with torch.no_grad():
+        found = solver.solve(lambda x: diagonal * x, torch.tensor([1.0, -2.0, 0.5]) * size)
+    torch.testing.assert_close(found.value / size, torch.tensor([1.0, -1.0, 0.5 / 3]), rtol=1e-5, atol=0)
+    assert found.converged
+    assert found.residual <= 3e-6 * size
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(throw=False), Neumann(throw=False)], ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_lone_system_that_is_not_finite_is_a_breakdown(solver, bad, place):
+    b = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 2.0])}
+    b["ab"[place]][1] = bad
+    with torch.no_grad():
+        found = solver.solve(lambda x: x, b)
+    assert found.breakdown
+    assert not found.converged
+    assert found.residual == torch.inf
+    assert not any([bool(x.any()) for x in found.value.values()])
