@@ -90,5 +90,6 @@ def power_of_two(sizes: Tensor) -> Tensor:
     """The power of two, which rounds nothing, at or below each size, with an inverse that is finite; 1 for no size."""
     least = torch.finfo(sizes.dtype).tiny * 4
     usable = sizes.isfinite() & (sizes > 0)
-    powers = torch.ldexp(torch.ones_like(sizes), torch.frexp(torch.where(usable, sizes, 1)).exponent - 1)
+    sizes = torch.where(usable, sizes, 1)
+    powers = sizes / (2 * torch.frexp(sizes).mantissa)  # (its exponent as integers the compiler cannot calculate with)
     return torch.where(usable, powers.clamp(min=least), 1)
