@@ -2376,6 +2376,19 @@ in single precision a program takes one product more than the plain way (Conjuga
 GMRES is written out into a program (GMRES.iterate, compiled_implicit)
     - tracing.refuse("GMRES, whose space grows with every product")
     + pass
+# what programs recall and look at
+what was recalled is kept where the way back computes other products (TracedSweep._recorded, kept_products)
+    - if not recalling.as_noted:
+    + if False:
+a product that was noted and is missing is none (Recalling.as_noted, kept_products)
+    - self.differs or self._products
+    + self.differs
+another product than was noted is not told of (Recalling.__torch_dispatch__, kept_products)
+    - self.differs = True
+    + pass
+a program takes starts that are not finite (_is_finite, compiled_implicit)
+    - tracing.holds(x.isfinite())
+    + True
 """
 
 FAULTS = read(TABLE)

@@ -314,6 +314,27 @@ def test_a_kink_is_noticed_and_a_zero_without_one_is_none() -> None:
         function(*kink)
 
 
+@pytest.mark.parametrize("solver", [Dense(), Nystrom(2, damping=0.1), ConjugateGradient()], ids=repr)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_start_or_cotangent_that_is_not_finite_is_noticed(solver: LinearSolver, number: float) -> None:
+    """Also by a solver that does not look at where it starts."""
+
+    def outer(a: Tensor, cotangent: Tensor, start: Tensor) -> Tensor:
+        found = diffopt.implicit_gradients(
+            lambda w, a: ((w - a) ** 2).sum(), a.detach(), a, cotangent=cotangent, start=start, solver=solver
+        )
+        return a.sum() + found.args[0].sum()
+
+    one = torch.ones(2, dtype=torch.float64)
+    function = with_gradients(outer, 1)
+    graph, captured = tracing.trace(function, [one, one, one])
+    assert float(graph(one, one, one, *captured)[1]) == 0
+    for name, given in (("start", [one, one, number * one]), ("cotangent", [one, number * one, one])):
+        assert graph(*given, *captured)[1].isnan()
+        with pytest.raises(diffopt.LinearSolveError, match=f"{name} holds NaN"):
+            function(*given)
+
+
 @pytest.mark.parametrize("made", [alone, together])
 def test_a_system_that_is_not_solved_is_noticed(made: Any) -> None:
     """Too few products, or a curvature that is negative; with ``throw=False`` it is taken as it is."""

@@ -109,7 +109,7 @@ def test_another_product_than_was_noted_is_computed() -> None:
     assert len(noting.found) == 2
     assert noting.kept(Leaves([a])) == noting.found
     assert noting.kept(Leaves([b[:5, 0]])) == []
-    with Recalling([2 * x for x in noting.found]):
+    with Recalling([2 * x for x in noting.found]) as recalling:
         found = [b.t() @ a.t(), a @ b, (b.t() @ a.t()).float(), b.t() @ a.t()]
         single = a.float() @ b.float()
     assert torch.equal(found[0], products[1])  # of another shape than what comes next
@@ -117,8 +117,62 @@ def test_another_product_than_was_noted_is_computed() -> None:
     assert torch.equal(found[2], (2 * products[1]).float())
     assert torch.equal(found[3], products[1])  # none is left
     torch.testing.assert_close(single, products[0].float())
+    assert not recalling.as_noted
     with Recalling(products):
         (a @ b).zero_()
     torch.testing.assert_close(products[0], a @ b)  # what is done to what is recalled is not done to what is kept
     with Recalling(noting.found):
         torch.testing.assert_close(a.float() @ b.float(), products[0].float())
+
+
+def test_products_are_as_noted_if_all_are_recalled() -> None:
+    a, b = draw(3, WIDE), draw(WIDE, 3)
+    with Noting() as noting:
+        _ = a @ b, b.t() @ a.t()
+    for products, as_noted in ((0, False), (1, False), (2, True), (3, False)):
+        with Recalling(noting.found) as recalling:
+            _ = [a @ b for _ in range(products)]
+        assert recalling.as_noted == as_noted
+    with Recalling([]) as recalling:
+        _ = a @ b
+    assert recalling.as_noted  # nothing was noted
+
+
+def of_stack(w: Tensor, x: Tensor) -> Tensor:
+    """``x`` times a stack of matrices, which torch computes as one product if ``x`` requires grad."""
+    stack = torch.stack([w.t(), 0.5 * w.t()])
+    return ((x @ stack).sin() * torch.bmm(x.expand(2, *x.shape), stack + 0.1)).mean()
+
+
+def of_asking(w: Tensor, x: Tensor) -> Tensor:
+    """Of a product more, of the same shape, where ``x`` requires no grad."""
+    nothing = 0.0 if x.requires_grad else 0.0 * ((x + 1) @ w.t()).sum()
+    return (x @ w.t()).sin().square().mean() + nothing
+
+
+class Layer(torch.autograd.Function):
+    """A square product whose backward computes what requires grad only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x.mm(w)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, w = ctx.saved_tensors
+        return cotangents[0].mm(w.t()) if ctx.needs_input_grad[0] else None, x.t().mm(cotangents[0])
+
+
+def of_penalty(w: Tensor, x: Tensor) -> Tensor:
+    """The size of a gradient, whose cost is another where ``x`` requires grad."""
+    (slope,) = torch.autograd.grad(Layer.apply(x, w).sin().sum(), w, create_graph=True)
+    return slope.square().mean()
+
+
+@pytest.mark.parametrize("loss", [of_stack, of_asking, of_penalty])
+def test_where_the_way_back_computes_other_products_none_is_recalled(loss: Any) -> None:
+    rows = WIDE if loss is of_penalty else 3
+    given = [0.1 * draw(rows, WIDE), draw(rows if loss is of_penalty else 4, WIDE)]
+    assert compared(outer(loss, Reverse(), 3), given) < 1e-10
+    assert kept(outer(loss, Reverse(), 3), given) > 0

@@ -165,6 +165,8 @@ class TracedSweep:
             params = [x.view_as(x) for x in layout.params(roots)]
             with recalling:
                 losses = dynamics.losses(params, now.read)
+            if not recalling.as_noted:
+                losses = dynamics.losses(params, now.read)
             grads = derivatives.filled(derivatives.gradient(losses.sum(), params, differentiable=True), params)
             after = dynamics.updates(roots, grads, now.hyperparameters, first, updates)
             observed = dynamics.observed(list(layout.params(after)), now.read) if observes else ()

@@ -195,13 +195,17 @@ def leaves_like(value: Any, name: str, model_name: str, model: Sequence[Tensor],
 
 def refuse_not_finite(solver: LinearSolver, **trees: Any) -> None:
     """Refuse trees (named by their keywords; ``None``: not given) that hold NaN or infinite numbers."""
-    if not solver.throw or transforms.transforms_active() or tracing.current() is not None:
-        return  # (in a trace the solver says that it has broken down)
+    if not solver.throw or transforms.transforms_active():
+        return
     for name, value in trees.items():
         leaves, structure = tree.flatten(value)
         for path, x in zip(tree.paths(structure), leaves, strict=True):
-            if x is not None and not all_finite([x]):
+            if x is not None and not _is_finite(x):
                 raise LinearSolveError(f"{name}{path} holds NaN or infinite numbers", "finite ones", "check it")
+
+
+def _is_finite(x: Tensor) -> bool:
+    return all_finite([x]) if tracing.current() is None else tracing.holds(x.isfinite())
 
 
 def refuse_unsolved(solver: LinearSolver, found: LinearSolution) -> None:

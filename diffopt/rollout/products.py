@@ -4,6 +4,11 @@
 The way back evaluates every step's loss again. An entry of a product is a sum of as many terms as its factors have in
 common: from some hundred on, it is written and read sooner than summed again. But what is kept never outweighs the
 states that are: of large batches and small states nothing is.
+
+# NOTE [other products on the way back]
+There, what the loss reads may require grad, by which torch chooses between a product of matrices and one of stacks of
+them (``A @ x`` of two axes by three), and a function with a backward of its own what it computes. So products are
+recalled all or none: where one is another, or missing, the loss is evaluated as if nothing had been noted.
 """
 
 from __future__ import annotations
@@ -66,16 +71,28 @@ class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @final
 class Recalling(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, products are those that were noted of the same loss."""
+    """While it is entered, products are those that were noted of the same loss.
+
+    Attributes:
+        differs: whether a product was not the next one that was noted.
+    """
 
     def __init__(self, products: Sequence[Tensor]) -> None:
         """In the order in which they were noted; none: all are computed."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._products = list(products)
+        self._products, self._recalls, self.differs = list(products), bool(products), False
+
+    @property
+    def as_noted(self) -> bool:
+        """Whether the products were those that were noted, and all of them; else what was recalled may be wrong."""
+        return not (self.differs or self._products)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Recall, or compute."""
-        shape = _shape(func, args) if self._products else None
-        if shape is None or (shape, args[0].dtype) != (self._products[0].shape, self._products[0].dtype):
+        shape = _shape(func, args) if self._recalls else None
+        if shape is None:
+            return func(*args, **(kwargs or {}))
+        if not self._products or (shape, args[0].dtype) != (self._products[0].shape, self._products[0].dtype):
+            self.differs = True
             return func(*args, **(kwargs or {}))
         return self._products.pop(0).clone()
