@@ -59,7 +59,14 @@ def smoke_cells(bench, workload):
     return importlib.import_module(f"benchmarks.workloads.{workload}").cells(bench.measure.Size.SMOKE)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+WITH_PROGRAMS = ("binomial",)
+"""Those whose smallest cells have programs, which a compiler makes: of numbers that the other tests do not have."""
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [pytest.param(x, marks=[pytest.mark.slow, pytest.mark.compiler] if x in WITH_PROGRAMS else []) for x in WORKLOADS],
+)
 def test_every_method_that_counts_gives_the_reference_answer(bench, workload):
     role = bench.measure.Role
     for cell in smoke_cells(bench, workload):

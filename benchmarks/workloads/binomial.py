@@ -18,13 +18,13 @@ def biased(name: str, estimator: Estimator) -> Method:
     return Method(f"ours, {name}", Role.BIASED, lambda problem: ours.vmapped(problem, estimator))
 
 
-def compiled(name: str, rule: Estimator) -> tuple[Method, Method]:
+def compiled(name: str, estimator: Estimator) -> tuple[Method, Method]:
     """The same as two programs within plain code, and with the outer loss as one."""
 
     def drop_in(problem: Problem) -> Gradients:
-        return ours.vmapped(problem, rule, compiled=True)
+        return ours.vmapped(problem, estimator, compiled=True)
 
-    program = Prepared(lambda problem: ours.program(problem, rule))
+    program = Prepared(lambda problem: ours.program(problem, estimator))
     return (
         Method(f"ours, {name}, compile=True", Role.BIASED, drop_in, compiles=True),
         Method(f"ours, {name}, compiled program", Role.BIASED, program, compiles=True),
@@ -33,7 +33,7 @@ def compiled(name: str, rule: Estimator) -> tuple[Method, Method]:
 
 def cells(size: Size) -> list[Cell]:
     steps, tasks = (6, 2) if size is Size.SMOKE else (100, 4)
-    estimators = (
+    ways = (
         methods.PLAIN_LOOP,
         *methods.OURS_VMAPPED,
         *(methods.PROGRAM, methods.COMPILED),
@@ -42,4 +42,4 @@ def cells(size: Size) -> list[Cell]:
         biased("Binomial(3), chunks of 10", Binomial(3, chunk_size=10)),
     )
     make = functools.partial(problem, steps=steps, lr=1e-5)
-    return [Cell("Binomial", f"T={steps} B={tasks}", make, estimators, tasks, seconds=20 if size is Size.FULL else 0)]
+    return [Cell("Binomial", f"T={steps} B={tasks}", make, ways, tasks, seconds=20 if size is Size.FULL else 0)]
