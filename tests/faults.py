@@ -2376,6 +2376,13 @@ in single precision a program takes one product more than the plain way (Conjuga
 GMRES is written out into a program (GMRES.iterate, compiled_implicit)
     - tracing.refuse("GMRES, whose space grows with every product")
     + pass
+# many cotangents after a change
+losses of a second rollout for many cotangents are not compared (_comparable, changed_before_many_cotangents)
+    - return again[..., :1], losses.expand_as(again)[..., :1]
+    + return again, again
+losses of tasks are compared with those of cotangents (_Pullback.vmap, changed_before_many_cotangents)
+    - axis + 1 for axis
+    + axis for axis
 """
 
 FAULTS = read(TABLE)
