@@ -791,7 +791,7 @@ a second rollout forgets the first one's autocast (_rolled_out_again, solution)
     - with old.replay(None, inputs.params[0].device):
     + if True:
 a second rollout is not compared with the first (_usable, randomness)
-    - refuse_other_losses(again.losses, old.losses, old.autocast)
+    - refuse_other_losses(*_comparable(call, again.losses, old.losses), old.autocast)
     + pass
 without a step a solve returns the caller's tensor (_Solve.forward, solution)
     - x.clone() if transforms.storage(x) in taken else x for x in final
@@ -2383,6 +2383,9 @@ losses of a second rollout for many cotangents are not compared (_comparable, ch
 losses of tasks are compared with those of cotangents (_Pullback.vmap, changed_before_many_cotangents)
     - axis + 1 for axis
     + axis for axis
+a graph is kept although a chunk size bounds it (ParallelCurvature.__init__, binomial)
+    - again and chunk_size is None
+    + again
 """
 
 FAULTS = read(TABLE)
