@@ -34,13 +34,15 @@ class Binomial(Adjoint):
     order adds to ``Lambda`` behind the first step with curvature, relative to those before it, one per task.
 
     Cost: ``L * (W - L + 1)`` HVPs for curvature in ``W`` steps, one batch an order. Depth: ``L``, times the number of
-    chunks. Memory: ``T`` states and gradients, the graph of ``W`` gradients (of ``chunk_size``, recorded again).
+    chunks. Memory: ``T`` states and gradients, the graph of ``W`` gradients, kept for all orders (of ``chunk_size``,
+    recorded again for each).
 
     Args:
         order: ``L``, at least 0.
         window: ``W``, 0 to ``T``: curvature in the last steps only; ``C_t`` and ``D_t`` in all (hybrid estimator).
         scale: factor on every curvature product, any finite number; ``order / T`` gives the tables of the paper.
-        chunk_size: how many steps' products are batched at most; ``None``: all.
+        chunk_size: how many steps' products are batched at most; ``None``: all. With ``W`` they are all together, too,
+            but no graph is kept: each order records its ``W - L + 1`` steps. Less memory; more time for small models.
 
     Raises:
         HyperparameterError, StepsError: an option is out of range; ``window`` is more than the inner problem has.

@@ -791,7 +791,7 @@ a second rollout forgets the first one's autocast (_rolled_out_again, solution)
     - with old.replay(None, inputs.params[0].device):
     + if True:
 a second rollout is not compared with the first (_usable, randomness)
-    - refuse_other_losses(again.losses, old.losses, old.autocast)
+    - refuse_other_losses(*_comparable(call, again.losses, old.losses), old.autocast)
     + pass
 without a step a solve returns the caller's tensor (_Solve.forward, solution)
     - x.clone() if transforms.storage(x) in taken else x for x in final
@@ -2389,6 +2389,15 @@ another product than was noted is not told of (Recalling.__torch_dispatch__, kep
 a program takes starts that are not finite (_is_finite, compiled_implicit)
     - tracing.holds(x.isfinite())
     + True
+losses of a second rollout for many cotangents are not compared (_comparable, changed_before_many_cotangents)
+    - return again[..., :1], losses.expand_as(again)[..., :1]
+    + return again, again
+losses of tasks are compared with those of cotangents (_Pullback.vmap, changed_before_many_cotangents)
+    - axis + 1 for axis
+    + axis for axis
+a graph is kept although a chunk size bounds it (ParallelCurvature.__init__, binomial)
+    - again and chunk_size is None
+    + again
 """
 
 FAULTS = read(TABLE)

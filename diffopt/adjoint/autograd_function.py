@@ -156,7 +156,8 @@ class _Pullback(torch.autograd.Function):
             found = pull_back_together(call, tensors[: inputs + count], rows)
             if found is not None:
                 return tuple([torch.stack(column) for column in zip(*found, strict=True)]), (0,) * len(call.wanted)
-        restacked = call.restacked or all(dim is None for dim in dims[:inputs])
+        new = (0,) if all(dim is None for dim in dims[:inputs]) else ()
+        restacked = (*new, *[axis + 1 for axis in call.restacked])
         stacked, dims = transforms.stacked(tensors, dims, info.batch_size, own)
         dynamics = call.dynamics.batched(layout.level(info, dims[:inputs]))
         outputs = transforms.apply(_Pullback, replace(call, dynamics=dynamics, restacked=restacked), *stacked)

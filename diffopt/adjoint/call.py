@@ -42,7 +42,7 @@ class Call:
     Attributes:
         wanted: the inputs, by number, that some transform above, or autograd below, differentiates.
         stop: what may end the rollout early.
-        restacked: whether the pullback runs under a vmap that the rollout did not run under.
+        restacked: the axes of the tasks that stand for vmaps which the pullback runs under and the rollout did not.
         running: which of the outputs along the way have a cotangent, by number from the losses on.
     """
 
@@ -53,7 +53,7 @@ class Call:
     watch: Watch
     stop: Stop = NEVER
     wanted: frozenset[int] = frozenset()
-    restacked: bool = False
+    restacked: tuple[int, ...] = ()
     running: tuple[int, ...] = ()
 
     def until_its_end(self) -> Call:

@@ -119,10 +119,22 @@ def _usable(call: Call, inputs: Inputs) -> Record:
     again = _rolled_out_again(call, inputs, wanted)
     if again.hidden_state is not None:
         raise again.hidden_state
-    if call.watch.values and old.losses is not None and not call.restacked:
+    if call.watch.values and old.losses is not None and tracing.current() is None:
         assert again.losses is not None
-        refuse_other_losses(again.losses, old.losses, old.autocast)
+        refuse_other_losses(*_comparable(call, again.losses, old.losses), old.autocast)
     return Record(counts=record.counts, diagnostics=record.diagnostics, rollout=again, usable=True)
+
+
+def _comparable(call: Call, again: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """What a second rollout's losses are compared in with the first one's.
+
+    Of one under more vmaps the first step's only: other kernels round otherwise, which later steps may magnify.
+    """
+    if not call.restacked:
+        return again, losses
+    for axis in call.restacked:
+        losses = losses.unsqueeze(axis)
+    return again[..., :1], losses.expand_as(again)[..., :1]
 
 
 def _rolled_out_again(call: Call, inputs: Inputs, wanted: Sequence[Place]) -> Rollout:

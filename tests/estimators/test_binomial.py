@@ -14,6 +14,7 @@ from limits import sampled
 from oracles import relative_error, taylor
 
 import diffopt
+from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.estimators import Binomial
 
 STEPS = 4
@@ -49,6 +50,22 @@ def test_windows_scales_and_chunks(seed, order, window, scale, chunk_size, case)
     problem = small_network(seed, STEPS)
     got = hypergradient(problem, case, STEPS, Binomial(order, window, scale, chunk_size))
     assert relative_error(got, graded(problem, case, order, window, scale)) < TAYLOR
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "recorded"), [(None, [5]), (5, [3, 3, 3]), (3, [3, 3, 3]), (2, [2, 1, 2, 1, 2, 1])]
+)
+def test_a_graph_is_kept_for_all_orders_or_recorded_for_each(monkeypatch, chunk_size, recorded):
+    """Three orders of five steps, three steps each: what a chunk size bounds is the graph that is alive."""
+    lengths, record = [], ParallelCurvature._record
+    noting = lambda self, steps: (lengths.append(len(steps)), record(self, steps))[1]  # noqa: E731
+    monkeypatch.setattr(ParallelCurvature, "_record", noting)
+    start = torch.tensor([0.3, -0.4], requires_grad=True)
+    loss = lambda w: (w.sin() * w).sum()  # noqa: E731
+    estimator = Binomial(3, chunk_size=chunk_size)
+    found = diffopt.solve(loss, start, optimizer=diffopt.SGD(0.1), steps=5, estimator=estimator)
+    found.params.sum().backward()
+    assert lengths == recorded
 
 
 @pytest.mark.parametrize("made", range(1, STEPS))
