@@ -15,8 +15,8 @@ REASONS: dict[str, str] = {
     "With 50 unknowns, where a product takes two microseconds, that is nearly all there is. The peak, 20 vectors "
     "beside the peer's 15, lies within one product: eight are what autograd saves for products, which both hold, and "
     "four what a product makes; nine would be 0.6. `diffopt.compiled` has none of the Python.",
-    "CG, compiled": "Products of the large matrix with a vector are the library's; what an iteration makes is allocated "
-    "anew, as at the steps of W1.",
+    "CG, compiled": "Products of the large matrix with a vector are the library's. What an iteration makes is "
+    "allocated anew, as at the steps of W1.",
     "ours, compiled program": "With 4 tasks and 20 steps, of the samples of a profiler of the processor, 22 % are in "
     "`malloc` and `free` of the steps' intermediate tensors, which torch's C++ allocates at every step, 17 % in the "
     "library's products of matrices and 10 % in the loops that the compiler has written; the others are in torch's "
