@@ -2389,6 +2389,9 @@ another product than was noted is not told of (Recalling.__torch_dispatch__, kep
 a program takes starts that are not finite (_is_finite, compiled_implicit)
     - tracing.holds(x.isfinite())
     + True
+in a program a single number takes over the precision of a step's (Dynamics.updates, compiled_programs)
+    - after.cast(now) if isinstance(first, Tensor) else after
+    + after
 """
 
 FAULTS = read(TABLE)
