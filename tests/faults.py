@@ -2398,6 +2398,9 @@ losses of tasks are compared with those of cotangents (_Pullback.vmap, changed_b
 a graph is kept although a chunk size bounds it (ParallelCurvature.__init__, binomial)
     - again and chunk_size is None
     + again
+in a program a single number takes over the precision of a step's (Dynamics.updates, compiled_programs)
+    - after.cast(now) if isinstance(first, Tensor) else after
+    + after
 """
 
 FAULTS = read(TABLE)

@@ -395,3 +395,16 @@ def test_losses_that_cannot_be_traced() -> None:
         with pytest.raises(tracing.NotTraceableError, match=why):
             tracing.trace(function, [W])
     assert tracing.current() is None
+
+
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(2), Binomial(1)], ids=repr)
+def test_a_single_number_in_single_precision_stays_in_it(estimator: Any) -> None:
+    """Though a step's number, which is a tensor of as few axes, is in double precision."""
+
+    def outer(w: Tensor, a: Tensor) -> Tensor:
+        solution = diffopt.solve(
+            lambda w, a: (w - a.sum()) ** 2 + w**4, w, a, optimizer=diffopt.Adam(0.1), steps=4, estimator=estimator
+        )
+        return solution.params**2
+
+    assert compared(outer, [torch.tensor(1.0), torch.tensor([0.3, 0.4])]) < 1e-4

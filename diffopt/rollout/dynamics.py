@@ -189,11 +189,15 @@ class Dynamics:
         first: Any,
         count: int,
     ) -> Leaves:
-        """The ``count`` updates of a step, the first of which has the number ``first``, which may be a tensor."""
+        """The ``count`` updates of a step, the first of which has the number ``first``, which may be a tensor.
+
+        (In double precision, which a leaf without axes would take over.)
+        """
         now, reused = Leaves(state), grads if count > 1 else ()
         versions = [transforms.version(x) for x in reused]
         for i in range(count):
-            now = self._update_once(now, grads, self._of_update(hyperparameters, i), first + i)
+            after = self._update_once(now, grads, self._of_update(hyperparameters, i), first + i)
+            now = after.cast(now) if isinstance(first, Tensor) else after
         if versions != [transforms.version(x) for x in reused]:
             raise torch_errors.changed_in_place()
         return now
