@@ -40,9 +40,9 @@ def compiled(outer: Callable[..., Tensor]) -> Compiled:
     the calls that run plainly, which are the first one, and, to compare the two, the 2nd, 4th, 8th and so on.
 
     What cannot be compiled (estimators but ``Reverse``, ``Truncated``, ``FirstOrder``, ``Reptile``, ``Binomial``,
-    ``Krylov``, ``MultiStep`` of these, and ``Implicit``; ``GMRES``; ``"log"``, ``memory``, ``chunk_size`` and, of
-    ``Krylov``, ``rtol``; ``tol``, ``on_step``, ``micro_batches``; batches that are a function; a solve within the loss
-    of another; random numbers; code that looks at the numbers in a tensor) runs plainly, after one
+    ``Krylov``, ``MultiStep`` of these, and ``Implicit``; ``GMRES``, ``Dense``; ``"log"``, ``memory``, ``chunk_size``
+    and, of ``Krylov``, ``rtol``; ``tol``, ``on_step``, ``micro_batches``; batches that are a function; a solve within
+    the loss of another; random numbers; code that looks at the numbers in a tensor) runs plainly, after one
     :class:`diffopt.CompileWarning`. All states are stored, unless a ``checkpoint`` of ``"sqrt"`` or ``k`` says fewer.
 
     Args:

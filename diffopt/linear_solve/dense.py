@@ -15,6 +15,7 @@ from diffopt.linear_solve.base import (
     matrix_columns,
     relative_bound,
 )
+from diffopt.tensors import tracing
 from diffopt.tensors.leaves import Leaves
 from diffopt.tensors.tasks import Tasks
 
@@ -42,6 +43,7 @@ class Dense(LinearSolver):
         self, matvec: Matvec, b: Leaves, tasks: Tasks, start: Leaves | None, precision: float
     ) -> LinearSolution:
         """Solve for stacked tasks."""
+        tracing.refuse("Dense, whose decompositions the compiler writes no code for")
         flat = tasks.flatten(b)
         size = flat.shape[-1]
         matrix = matrix_columns(matvec, b, tasks, range(size))
