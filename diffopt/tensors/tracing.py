@@ -393,16 +393,26 @@ def scan_back(
     if length == 1:
         return scan(body, carry, rows, shared, nested=nested)
 
-    def looking_up(
-        carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def looking_up(find: Callable[[Tensor, Any], Tensor], place: Any, carry: Sequence[Tensor], shared: Any) -> Any:
+        return body(carry, [find(x, place) for x in shared[:count]], shared[count:])
+
+    def as_views(carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
         place: Any = row[0].item()
         check: Any = torch._check
         check(place >= 0)
         check(place < length)
-        return body(carry, [torch.select(x, 0, place) for x in shared[:count]], shared[count:])
+        return looking_up(lambda x, place: torch.select(x, 0, place), place, carry, shared)
 
-    carry, made = scan(looking_up, carry, [torch.arange(length - 1, -1, -1)], [*rows, *shared], nested=nested)
+    def as_copies(carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
+        return looking_up(lambda x, place: x.index_select(0, place).squeeze(0), row[0].reshape(1), carry, shared)
+
+    given = [torch.arange(length - 1, -1, -1)], [*rows, *shared]
+    try:
+        carry, made = scan(as_views, carry, *given, nested=nested)
+    except RuntimeError as error:  # some of torch's vmaps ask where a tensor lies, as that of group norms does
+        if "symbolic sizes/strides" not in str(error):
+            raise
+        carry, made = scan(as_copies, carry, *given, nested=nested)
     return carry, [x.flip(0) for x in made]
 
 
