@@ -1664,7 +1664,7 @@ a trace freezes numbers that are gathered from keywords (_refusing_numbers, comp
 a trace freezes numbers that are gathered the old way (_GATHERING, compiled_reads)
     - , Tensor.new_tensor, Tensor.new}
     + , Tensor.new_tensor}
-a trace freezes a number that is calculated from captured tensors (_refuse_frozen, compiled_reads)
+a trace freezes a number that is calculated from captured tensors (refuse_frozen, compiled_reads)
     - if read and not isinstance
     + if False and not isinstance
 
@@ -2254,12 +2254,12 @@ a view is copied for every loop that reads it (Trace.readable, what_loops_read)
     - if node not in self._copies:
     + if True:
 a loop on the way back begins with the first row (scan_back, what_loops_read)
-    - [torch.arange(length - 1, -1, -1)]
-    + [torch.arange(length)]
+    - [torch.arange(length - 1, -1, -1, device=carry[0].device)]
+    + [torch.arange(length, device=carry[0].device)]
 large products with vectors are loops of the compiler (_product, what_loops_read)
     - if matrix.numel() < _LARGE:
     + if True:
-a graph is made for tensors as they lie in memory (_in_order, what_loops_read)
+a graph is made for tensors as they lie in memory (in_order, what_loops_read)
     - return x.detach().clone(memory_format=torch.contiguous_format)
     + return x.detach().clone()
 a product is kept as it is after a change in place (Noting.__torch_dispatch__, kept_products)

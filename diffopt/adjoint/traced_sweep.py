@@ -13,7 +13,7 @@ from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.products import Recalling
 from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
 from diffopt.rollout.traced import Steps
-from diffopt.tensors import derivatives, tracing
+from diffopt.tensors import derivatives, traced_loops
 from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class TracedSweep:
             begin = (part.first - self._first) // parts[0].length  # (whole blocks come before a short one)
             states = [x[begin : begin + part.number] for x in self._kept]
             rows = [x for s in part.stretches for x in part.cut(self._rows(inputs, part.all_of(s)), s)]
-            carry, terms = tracing.scan_back(self._block(part, len(states)), carry, [*states, *rows], shared)
+            carry, terms = traced_loops.scan_back(self._block(part, len(states)), carry, [*states, *rows], shared)
             for stretch, own in zip(part.stretches, part.by_stretch(terms), strict=True):
                 self._write(found, [x.flatten(0, 1) for x in own], part.all_of(stretch))
         return carry
 
-    def _block(self, part: Blocks, count: int) -> tracing.Body:
+    def _block(self, part: Blocks, count: int) -> traced_loops.Body:
         """One block: its steps taken again, but for the last one, and pulled back."""
         steps = Steps(self._trajectory.dynamics, self._trajectory.inputs.detached(), self._reading)
         read = 1 + len(self._reading.stepped)
@@ -120,7 +120,7 @@ class TracedSweep:
         """
         read = 1 + len(self._reading.stepped)
         given = [*rows[:read], *states, *rows[read:]]
-        return tracing.scan_back(self._body(updates), carry, given, shared, nested=nested)
+        return traced_loops.scan_back(self._body(updates), carry, given, shared, nested=nested)
 
     def _write(self, found: dict[Place, Tensor], terms: Sequence[Tensor], stretch: Stretch) -> None:
         """Put the direct terms of what runs over these steps into their places."""
@@ -132,7 +132,7 @@ class TracedSweep:
         running = [x[stretch.first - 1 : stretch.last] for x in self._running if x is not None]
         return [*self._reading.rows(inputs, stretch), *running]
 
-    def _body(self, updates: int) -> tracing.Body:
+    def _body(self, updates: int) -> traced_loops.Body:
         layout, reading = self._trajectory.layout, self._reading
         count, read = layout.state_count, 1 + len(reading.stepped)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.stretches import Reading, Stretch, stretches
-from diffopt.tensors import derivatives, tracing, transforms
+from diffopt.tensors import derivatives, traced_loops, transforms
 from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class TracedBlocks:
             return now, now
 
         backwards = [x.flip(0) for x in (*rows, *(pushes or ()))]
-        _, found = tracing.scan(body, last, backwards, [self._inputs.at(place) for place in self._shared])
+        _, found = traced_loops.scan(body, last, backwards, [self._inputs.at(place) for place in self._shared])
         return Leaves([x.flip(0) for x in found])
 
 

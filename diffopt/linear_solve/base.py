@@ -18,7 +18,7 @@ from diffopt.errors import (
     ShapeError,
     StructureError,
 )
-from diffopt.tensors import tracing, transforms, tree
+from diffopt.tensors import traced_loops, tracing, transforms, tree
 from diffopt.tensors.arguments import Options, check_function
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.spread import is_spread
@@ -277,5 +277,5 @@ def matrix_columns(matvec: Matvec, like: Leaves, tasks: Tasks, chosen: Sequence[
     if tracing.current() is None:
         return torch.stack([column(i) for i in chosen], dim=-1)  # (all units at once would be a matrix)
     numbers = torch.tensor(chosen, device=flat.device)
-    _, found = tracing.scan(lambda carry, row, _: (carry, [column(row[0])]), [flat.new_zeros(())], [numbers], ())
+    _, found = traced_loops.scan(lambda carry, row, _: (carry, [column(row[0])]), [flat.new_zeros(())], [numbers], ())
     return found[0].movedim(0, -1)

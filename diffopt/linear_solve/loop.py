@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from diffopt.tensors import tracing, transforms
+from diffopt.tensors import traced_loops, tracing, transforms
 from diffopt.tensors.leaves import Leaves
 
 Carry: TypeAlias = Sequence[Leaves]
@@ -51,4 +51,4 @@ def _traced(step: Callable[..., Carry], carry: Carry, most: int, active: Callabl
         return [tensors[0] + 1, *[x for part in step(*apart(tensors)) for x in part]]
 
     first = torch.zeros((), dtype=torch.int64, device=carry[0][0].device)
-    return apart(tracing.while_loop(goes_on, body, [first, *[x for part in carry for x in part]]))
+    return apart(traced_loops.while_loop(goes_on, body, [first, *[x for part in carry for x in part]]))

@@ -135,7 +135,7 @@ def _looked_through(place: torch.device) -> Iterator[None]:
     """Refuse C++ that frees, at every step of a loop, what it was given once.
 
     # NOTE [what a loop may be given]
-    torch 2.13 hands a view to a loop as a temporary that its body takes over again and again. ``tracing.scan`` gives it
+    torch 2.13 hands a view to a loop as a temporary that its body takes over again and again. ``scan`` gives it
     no views; should one come about all the same, the process must not crash.
     """
     lowering: Any = importlib.import_module("torch._inductor.graph").GraphLowering

@@ -15,7 +15,7 @@ from diffopt.rollout.inputs import Inputs, Place
 from diffopt.rollout.products import Noting
 from diffopt.rollout.record import Counts, Keep, Kept, Rollout, Watch
 from diffopt.rollout.stretches import Blocks, Reading, Stretch, blocks, stretches
-from diffopt.tensors import derivatives, tracing
+from diffopt.tensors import derivatives, traced_loops, tracing
 from diffopt.tensors.leaves import Leaves
 
 
@@ -142,13 +142,13 @@ class Steps:
             along.append(made)
         for part in blocks(layout, first, length):
             rows = [x for s in part.stretches for x in part.cut(self._reading.rows(self._inputs, part.all_of(s)), s)]
-            carry, found = tracing.scan(self._block(part), list(state), rows, self._shared)
+            carry, found = traced_loops.scan(self._block(part), list(state), rows, self._shared)
             state, end = Leaves(carry), len(found) - layout.state_count
             along.append([x.flatten(0, 1) for x in found[:end]])
             kept.append(found[end:])
         return Rolled(state, _joined(along), Leaves(_joined(kept)))
 
-    def _block(self, part: Blocks) -> tracing.Body:
+    def _block(self, part: Blocks) -> traced_loops.Body:
         """One block; its row has what its steps hand out, and the state before them."""
 
         def body(
@@ -190,7 +190,7 @@ class Steps:
             noted = [] if noting is None else noting.kept(after)
             return tuple(after), [*along, *kept, *noted]
 
-        carry, made = tracing.scan(body, list(state), rows, shared, nested=nested)
+        carry, made = traced_loops.scan(body, list(state), rows, shared, nested=nested)
         return Leaves(carry), made
 
 

@@ -1,9 +1,4 @@
-"""Tracing a whole computation into one graph, in which many equal steps are one ``scan``.
-
-# NOTE [scan without its autograd]
-torch's own derivative of ``scan`` is never taken: a scan is traced below autograd, on plain tensors, and what goes back
-over its steps is another scan, written out by whoever asked for it.
-"""
+"""Tracing a whole computation into one graph; its loops: ``traced_loops.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -20,11 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.tensors.expected import Expected
-
-Body: TypeAlias = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]
-]
-"""``(carry, row, shared) -> (carry, row)``: one step of a scan."""
 
 
 class NotTraceableError(Exception):
@@ -82,7 +72,7 @@ class Trace:
         """What stands, in the graph, for a tensor that has been captured."""
         if self.inside:  # of a step: it goes on as its own, until it comes out of all loops
             return constant
-        tools = _Tools()
+        tools = Tools()
         tracer = tools.proxies.get_proxy_mode().tracer
         if isinstance(constant, FakeTensor):
             if constant not in tracer.tensor_tracker:
@@ -92,10 +82,10 @@ class Trace:
             self._standing_in[id(constant)] = self._placed(constant, tools, tracer)
         return self._standing_in[id(constant)]
 
-    def _placed(self, constant: Tensor, tools: _Tools, tracer: Any) -> Tensor:
+    def _placed(self, constant: Tensor, tools: Tools, tracer: Any) -> Tensor:
         mode = tools.fake_mode()
         with tools.proxies.disable_proxy_modes_tracing():
-            found: Tensor = mode.from_tensor(_in_order(constant), static_shapes=True)
+            found: Tensor = mode.from_tensor(in_order(constant), static_shapes=True)
         inputs = [node for node in tracer.graph.nodes if node.op == "placeholder"]
         with tracer.graph.inserting_after(inputs[-1]):
             proxy = tracer.create_proxy("placeholder", f"captured_{len(self.captured)}", (), {})
@@ -105,7 +95,7 @@ class Trace:
 
     def mark_rows(self, rows: Sequence[Tensor]) -> None:
         """Note that these arguments of the body that is being traced are rows of something."""
-        tracker = _Tools().proxies.get_proxy_mode().tracer.tensor_tracker
+        tracker = Tools().proxies.get_proxy_mode().tracer.tensor_tracker
         self._rows.update([tracker[x].proxy.node for x in rows])
 
     def readable(self, x: Tensor) -> Tensor:
@@ -113,17 +103,17 @@ class Trace:
 
         (Of a view, however small, torch's C++ would free the handle at every step.)
         """
-        tools = _Tools()
+        tools = Tools()
         tracker = tools.proxies.get_proxy_mode().tracer.tensor_tracker
         if x not in tracker:  # captured within a step
-            return _copy(x)
+            return copy_of(x)
         node = _source(tracker[x].proxy.node)
         given = node.op == "placeholder" and node not in self._rows
         stacked = node.target is operator.getitem and node.args[0].target is tools.scan
         if x.is_contiguous() and (given or stacked or node.target is torch.ops.aten.cat.default):
             return x
         if node not in self._copies:
-            self._copies[node] = _copy(x)
+            self._copies[node] = copy_of(x)
         return self._copies[node]
 
     @contextmanager
@@ -166,7 +156,7 @@ def holds(condition: Tensor) -> bool:
 
 
 @final
-class _Tools:
+class Tools:
     """The modules of torch's that trace: they take a second to import."""
 
     def __init__(self) -> None:
@@ -194,22 +184,22 @@ def trace(
     Raises:
         NotTraceableError: it draws random numbers, or does what a trace does not do.
     """
-    tools, told, noted = _Tools(), noted is not None, noted or Trace()
+    tools, told, noted = Tools(), noted is not None, noted or Trace()
     mode = tools.new_fake_mode()
     token = _now.set(noted)
     try:
         # each an object of its own, for tracing tells arguments apart by object
-        arguments = [mode.from_tensor(_in_order(x), static_shapes=True) for x in tensors]
+        arguments = [mode.from_tensor(in_order(x), static_shapes=True) for x in tensors]
         with mode, _refusing_numbers():
             finishing = _finishing(function, noted, told=told)
-            graph = tools.proxies.make_fx(finishing, _PRODUCTS, _allow_non_fake_inputs=True)(*arguments)
+            graph = tools.proxies.make_fx(finishing, PRODUCTS, _allow_non_fake_inputs=True)(*arguments)
     finally:
         _now.reset(token)
-    _refuse_frozen(graph)
+    refuse_frozen(graph)
     return graph, noted.captured
 
 
-def _in_order(x: Tensor) -> Tensor:
+def in_order(x: Tensor) -> Tensor:
     """A copy whose entries lie in order, as a program is given them."""
     return x.detach().clone(memory_format=torch.contiguous_format)
 
@@ -224,7 +214,7 @@ def _product(matrix: Tensor, vector: Tensor) -> Any:
     return torch.mm(matrix, vector.unsqueeze(1)).squeeze(1)
 
 
-_PRODUCTS = {torch.ops.aten.mv.default: _product}
+PRODUCTS = {torch.ops.aten.mv.default: _product}
 _LARGE = 1 << 14
 """Entries of a matrix from which a call of a library costs less than the compiler's loop takes longer."""
 
@@ -283,11 +273,11 @@ def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace, *, told:
     """The function, with the tensors that it has captured at the top level made inputs, too."""
 
     def finished(*tensors: Tensor) -> list[Tensor]:
-        tracer = _Tools().proxies.get_proxy_mode().tracer
+        tracer = Tools().proxies.get_proxy_mode().tracer
         found = list(function(*tensors))
         found += noted.excesses if told else ()
         for node in list(tracer.graph.nodes):
-            constant = _constant(tracer.root, node)
+            constant = own_tensor(tracer.root, node)
             if constant is not None:
                 _replace(tracer, node, noted.given(constant))
         return found
@@ -295,7 +285,8 @@ def _finishing(function: Callable[..., Sequence[Tensor]], noted: Trace, *, told:
     return finished
 
 
-def _copy(x: Tensor) -> Tensor:
+def copy_of(x: Tensor) -> Tensor:
+    """The same numbers in a tensor of its own, in order."""
     return torch.where(x == x, x, x).contiguous()  # (a plain clone is removed by the compiler)
 
 
@@ -320,13 +311,13 @@ def _replace(tracer: Any, node: Any, value: Tensor) -> None:
     node.graph.erase_node(node)
 
 
-def _constant(root: Any, node: Any) -> Tensor | None:
+def own_tensor(root: Any, node: Any) -> Tensor | None:
     """The tensor that a node of a graph has as its own."""
     found = getattr(root, node.target, None) if node.op == "get_attr" else None
     return found if isinstance(found, Tensor) else None
 
 
-def _refuse_frozen(graph: Any) -> None:
+def refuse_frozen(graph: Any) -> None:
     """Refuse what would give the numbers of this trace at every call: random ones, and what was calculated at once."""
     for module in graph.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
@@ -335,154 +326,3 @@ def _refuse_frozen(graph: Any) -> None:
             read = node.target is torch.ops.aten._local_scalar_dense.default
             if read and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
                 raise NotTraceableError("a number is read out of what is calculated from captured tensors")
-
-
-def scan(
-    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor], *, nested: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
-    """A body applied to one row after the other, as one node of the trace that is being made.
-
-    Args:
-        body: given the carry, a row, and what all steps share, it returns the next carry and a row of its own.
-        carry: what goes from step to step.
-        rows: tensors with a leading axis that runs over steps.
-        shared: what every step reads.
-        nested: whether it may be part of a body itself; else it is taken for a solve within a loss.
-
-    Returns:
-        The last carry, and the rows of all steps, stacked.
-    """
-    noted = current()
-    assert noted is not None
-    carry = [x.contiguous() for x in carry]
-    if len(rows[0]) == 1:
-        last, row = body(carry, [x[0] for x in rows], shared)
-        return [x.clone() for x in last], [x.unsqueeze(0) for x in row]
-    count, first, width = len(carry), len(carry) + len(rows), 0
-
-    def flat(*tensors: Tensor) -> list[Tensor]:
-        nonlocal width
-        noted.mark_rows(tensors[count:first])
-        after, row = body(tensors[:count], tensors[count:first], tensors[first:])
-        width = len(row)
-        if count + width == 1:  # a loop of one result only is more than the compiler can do
-            row = [after[0].new_zeros(())]
-        # (what a step of a scan returns may not be what it was given)
-        return [x.detach().clone(memory_format=torch.contiguous_format) for x in (*after, *row)]
-
-    tools = _Tools()
-    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=nested):
-        samples = [x.detach().clone() for x in (*carry, *[x[0] for x in rows], *shared)]
-        graph = tools.proxies.make_fx(flat, _PRODUCTS)(*samples)
-    _refuse_frozen(graph)
-    constants = [noted.given(x) for x in _opened(graph)]
-    with torch.no_grad():
-        read = [noted.readable(x) for x in (*rows, *shared, *constants)]
-        found = tools.scan(graph, carry, read[: len(rows)], tuple(read[len(rows) :]))
-    return list(found[:count]), list(found[count : count + width])
-
-
-def scan_back(
-    body: Body, carry: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor], *, nested: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
-    """As :func:`scan`, from the last row to the first; the rows that it returns are in the order of those given.
-
-    Each step looks up its rows, which stay as they lie in memory: to turn them around is to copy all of them.
-    """
-    count, length = len(rows), len(rows[0])
-    if length == 1:
-        return scan(body, carry, rows, shared, nested=nested)
-
-    def looking_up(find: Callable[[Tensor, Any], Tensor], place: Any, carry: Sequence[Tensor], shared: Any) -> Any:
-        return body(carry, [find(x, place) for x in shared[:count]], shared[count:])
-
-    def as_views(carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
-        place: Any = row[0].item()
-        check: Any = torch._check
-        check(place >= 0)
-        check(place < length)
-        return looking_up(lambda x, place: torch.select(x, 0, place), place, carry, shared)
-
-    def as_copies(carry: Sequence[Tensor], row: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
-        return looking_up(lambda x, place: x.index_select(0, place).squeeze(0), row[0].reshape(1), carry, shared)
-
-    given = [torch.arange(length - 1, -1, -1)], [*rows, *shared]
-    try:
-        carry, made = scan(as_views, carry, *given, nested=nested)
-    except RuntimeError as error:  # some of torch's vmaps ask where a tensor lies, as that of group norms does
-        if "symbolic sizes/strides" not in str(error):
-            raise
-        carry, made = scan(as_copies, carry, *given, nested=nested)
-    return carry, [x.flip(0) for x in made]
-
-
-def while_loop(
-    goes_on: Callable[..., Tensor], body: Callable[..., Sequence[Tensor]], carry: Sequence[Tensor]
-) -> list[Tensor]:
-    """``carry = body(*carry)`` while ``goes_on(*carry)``, one boolean, as one node of the trace that is being made.
-
-    Both may read other tensors of the trace. Returns the last carry.
-    """
-    noted, tools = current(), _Tools()
-    assert noted is not None
-
-    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple([x.detach().clone(memory_format=torch.contiguous_format) for x in body(*tensors)])
-
-    with tools.proxies.disable_proxy_modes_tracing(), noted.within_step(nested=False):
-        samples = [x.detach().clone(memory_format=torch.contiguous_format) for x in carry]
-        graphs = [tools.proxies.make_fx(function, _PRODUCTS)(*samples) for function in (goes_on, flat)]
-        _share_transposed(graphs[1])
-    for graph in graphs:
-        _refuse_frozen(graph)
-    constants = [noted.given(x) for x in _opened(*graphs)]
-    with torch.no_grad():  # (parts of what goes round may be one tensor, which torch refuses)
-        read = tuple(map(noted.readable, constants))
-        found = tools.while_loop(*graphs, tuple(map(_copy, carry)), read)
-    return list(found)
-
-
-def _share_transposed(graph: Any) -> None:
-    """Turn around, within a graph, a tensor that it has as its own, where it has it turned around as well.
-
-    (A product with a Hessian reads a matrix and its transpose, of which a loop would be given a copy in another order.)
-    """
-    own = {node: _constant(graph, node) for node in graph.graph.nodes}
-    found = {node: x for node, x in own.items() if x is not None and x.layout is torch.strided}
-    straight = {_lies_at(x): node for node, x in found.items() if x.is_contiguous()}
-    for node, x in found.items():
-        order = sorted(range(x.ndim), key=x.stride, reverse=True)
-        other = None if x.is_contiguous() else straight.get(_lies_at(x.permute(order)))
-        if other is not None:
-            with graph.graph.inserting_before(node):
-                whole = graph.graph.get_attr(other.target)
-                turned = graph.graph.call_function(_PERMUTE, (whole, sorted(range(x.ndim), key=order.__getitem__)))
-            node.replace_all_uses_with(turned)
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
-_PERMUTE = torch.ops.aten.permute.default
-
-
-def _lies_at(x: Tensor) -> tuple[object, ...]:
-    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
-
-
-def _opened(*graphs: Any) -> list[Tensor]:
-    """Turn the tensors that some graphs have as their own into inputs behind the others, of each; returns them."""
-    own = [_constant(graph, node) for graph in graphs for node in graph.graph.nodes]
-    constants = {id(constant): constant for constant in own if constant is not None}
-    for graph in graphs:
-        last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-        places: dict[int, Any] = {}
-        for key in constants:
-            with graph.graph.inserting_after(last):
-                last = places[key] = graph.graph.placeholder(f"captured_{len(places)}")
-        for node in list(graph.graph.nodes):
-            constant = _constant(graph, node)
-            if constant is not None:
-                node.replace_all_uses_with(places[id(constant)])
-                graph.graph.erase_node(node)
-        graph.recompile()
-    return list(constants.values())
