@@ -2401,6 +2401,9 @@ a graph is kept although a chunk size bounds it (ParallelCurvature.__init__, bin
 in a program a single number takes over the precision of a step's (Dynamics.updates, compiled_programs)
     - after.cast(now) if isinstance(first, Tensor) else after
     + after
+a lone system without a right-hand side keeps its start (LinearSolver._run_alone, linear_solve)
+    - return x * (1 / scale) if 0 < largest < math.inf else x.zeros()
+    + return x * (1 / scale)
 """
 
 FAULTS = read(TABLE)

@@ -57,11 +57,14 @@ def test_solves(kind, solver, dtype, shape):
     assert abs(float(found.residual) - float(true)) < 0.1 * TOLERANCE[dtype] * float(b.norm())
 
 
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
-def test_a_zero_right_hand_side_has_the_solution_zero(solver, start):
+def test_a_zero_right_hand_side_has_the_solution_zero(solver, start, watched):
+    """Also of a lone system, in which nobody else is interested: it is scaled apart."""
     zero = torch.zeros(SIZE, dtype=torch.float64)
-    found = solver.solve(Product(definite(3)), zero, normal(4, SIZE) if start else None)
+    with torch.set_grad_enabled(watched):
+        found = solver.solve(Product(definite(3)), zero, normal(4, SIZE) if start else None)
     assert float(found.value.norm()) < 1e-12
     assert bool(found.converged)
 
