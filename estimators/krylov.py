@@ -7,9 +7,10 @@ from typing import final
 
 from diffopt.adjoint.adjoint_system import AdjointSystem
 from diffopt.adjoint.claims import ALL_INPUTS, Claims
+from diffopt.adjoint.direct_terms import DirectTerms
 from diffopt.adjoint.estimator import Adjoint
 from diffopt.adjoint.time_stack import row
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Pulled, Trajectory
+from diffopt.adjoint.trajectory import Cotangents, Pulled, Trajectory
 from diffopt.linear_solve import minimal_residual, with_wide_vectors
 from diffopt.rollout.ranks import refuse_shards
 from diffopt.rollout.record import Keep

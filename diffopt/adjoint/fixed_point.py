@@ -10,8 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffopt.adjoint.direct_terms import DirectTerms
 from diffopt.adjoint.held_buffers import refuse_held_buffers
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.distributed.sharded import spread_like
 from diffopt.errors import EstimateWarning, LinearSolveError, RandomnessError
 from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolution, LinearSolver, Matvec, refuse_unsolved

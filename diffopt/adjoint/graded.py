@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from diffopt.adjoint.direct_terms import DirectTerms
 from diffopt.adjoint.parallel_curvature import ParallelCurvature
 from diffopt.adjoint.time_stack import copy_of_row, repeated, row, rows, scan, write
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Pulled, Trajectory
+from diffopt.adjoint.trajectory import Cotangents, Pulled, Trajectory
 from diffopt.tensors.leaves import Leaves
 
 

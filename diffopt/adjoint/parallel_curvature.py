@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffopt.adjoint.trajectory import DirectTerms, Trajectory
+from diffopt.adjoint.direct_terms import DirectTerms
+from diffopt.adjoint.trajectory import Trajectory
 from diffopt.errors import RandomnessError
 from diffopt.rollout.inputs import Place
 from diffopt.rollout.keeper import GRAPH_BUDGET

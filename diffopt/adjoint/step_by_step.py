@@ -6,7 +6,8 @@ from typing import final
 
 from torch import Tensor
 
-from diffopt.adjoint.trajectory import Cotangents, DirectTerms, Trajectory
+from diffopt.adjoint.direct_terms import DirectTerms
+from diffopt.adjoint.trajectory import Cotangents, Trajectory
 from diffopt.adjoint.update_derivatives import UpdateGraph
 from diffopt.errors import EstimatorError
 from diffopt.tensors import derivatives
