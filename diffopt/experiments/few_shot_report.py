@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from diffopt.experiments.few_shot_notes import NOTES
 from diffopt.experiments.few_shot_papers import printed, spread
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
+from diffopt.experiments.framework.equal_time import COLUMNS, TIMED, beside_exact, episodes, validated
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Table, Unit
 from diffopt.experiments.framework.outer_loop import smoothed
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
@@ -22,39 +20,12 @@ from diffopt.experiments.framework.tables import Value, listed
 
 BINOMIAL, MULTI_STEP = "binomial paper", "multi-step paper"
 HERE = ["way", "shot", "group"]
-SAME = ["seed", "draw", *HERE]
-TIMED = "in equal time"
-"""Validation accuracy when the fastest method of the group had finished, between two looks on a straight line."""
-
-
-def validated(row: Row) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The processor seconds of training after which a run was validated, and its accuracies then."""
-    return tuple(row["seconds"][after - 1] for after in row["after"]), tuple(row["validation"])
-
-
-def between(time: float, times: Sequence[float], values: Sequence[float]) -> float:
-    """The value at a time, on a straight line between its neighbours; NaN before the first."""
-    return float(np.interp(time, times, values, left=math.nan))
 
 
 def table_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
-    """One row per run and test episode; the accuracy in equal time is the run's, the same for every episode."""
-
-    def records(row: Row) -> Iterator[Row]:
-        diverged = "each" not in row
-        seconds, looks = (None, ((0.0,), (0.0,))) if diverged else (row["seconds"][-1], validated(row))
-        for draw, accuracy in enumerate([0.0] * settings.episodes if diverged else row["each"]):
-            yield {"draw": draw, "accuracy": accuracy, "seconds": seconds, "looks": looks, "diverged": int(diverged)}
-
-    data = long_table(units, results, records)
-    if not len(data):
-        return data
-    time = data.groupby(["seed", *HERE])["seconds"].transform("min")
-    data[TIMED] = [between(t, *looks) for t, looks in zip(time, data.pop("looks"), strict=True)]
-    exact = data[data["method"].isin(("MAML", "momentum: MAML"))][[*SAME, "accuracy", "seconds"]]
-    data = data.merge(exact, on=SAME, how="left", suffixes=("", " of exact"))
-    data["minus exact"] = data["accuracy"] - data["accuracy of exact"]
-    return data.assign(share=data["seconds"] / data["seconds of exact"])
+    """One row per run and test episode."""
+    data = long_table(units, results, lambda row: episodes(row, settings.episodes))
+    return beside_exact(data, ("MAML", "momentum: MAML"), HERE) if len(data) else data
 
 
 _ask = partial(ask, crossed=True)  # the test episodes are the same for every start
@@ -151,13 +122,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         title += f", {rows['seed'].nunique()} start{'s' * (rows['seed'].nunique() > 1)}"
         title += f"; printed: {spread(settings.dataset)}" if any(said.values()) else ""
         values: dict[str, Value] = {
-            "accuracy [%]": "accuracy",
-            "+- (95 %)": ("accuracy", "+-"),
-            "minus exact": "minus exact",
-            "+- of that": ("minus exact", "+-"),
-            "seconds": "seconds",
-            "of exact's": "share",
-            "in equal time [%]": TIMED,
+            **COLUMNS,
             **({"diverged": "diverged"} if rows["diverged"].any() else {}),
             **({"starts": ("seed", "nunique")} if rows.groupby("method")["seed"].nunique().nunique() > 1 else {}),
         }

@@ -6,17 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffopt.experiments.framework.claims import Frame, answers, ask, long_table
+from diffopt.experiments.framework.equal_time import COLUMNS, TIMED, beside_exact, episodes, validated
 from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
 from diffopt.experiments.framework.outer_loop import smoothed
 from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
 
 MULTI_STEP = "multi-step paper, other Hessian-free methods"
-TIMED = "in equal time"
-"""Validation accuracy when the fastest run of the start had finished, between two looks on a straight line."""
 COLOURS = {
     "MAML": STYLES["exact"]["color"],
     "FOMAML": STYLES["first-order"]["color"],
@@ -112,34 +109,15 @@ def split(method: str) -> dict[str, Any]:
     return {"rule": name, "Q": int(directions or 0)}
 
 
-def validated(row: Row) -> tuple[list[float], list[float]]:
-    """The processor seconds of training after which a run was looked at, and its accuracies then."""
-    return [row["seconds"][after - 1] if after else 0.0 for after in row["after"]], row["validation"]
-
-
 def runs_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
-    """One row per run and test episode; the accuracy in equal time is the run's, the same for every episode."""
-
-    def records(row: Row) -> Iterator[Row] | None:
-        if "rules" in row:
-            return None
-        diverged = "each" not in row
-        seconds, looks = (None, ([0.0], [0.0])) if diverged else (row["seconds"][-1], validated(row))
-        accuracies = [0.0] * settings.episodes if diverged else row["each"]
-        return ({"draw": i, "accuracy": a, "seconds": seconds, "looks": looks} for i, a in enumerate(accuracies))
-
-    data = long_table(units, results, records)
+    """One row per run and test episode."""
+    data = long_table(units, results, lambda row: None if "rules" in row else episodes(row, settings.episodes))
     if not len(data):
         return data
     data["method"] = data["rule"]
     for column in ("rule", "Q"):
         data[column] = [split(method)[column] for method in data["method"]]
-    time = data.groupby("seed")["seconds"].transform("min")
-    data[TIMED] = [float(np.interp(t, *looks)) for t, looks in zip(time, data.pop("looks"), strict=True)]
-    exact = data[data["method"] == "MAML"][["seed", "draw", "accuracy", "seconds"]]
-    data = data.merge(exact, on=["seed", "draw"], how="left", suffixes=("", " of exact"))
-    data["minus exact"] = data["accuracy"] - data["accuracy of exact"]
-    return data.assign(share=data["seconds"] / data["seconds of exact"])
+    return beside_exact(data, ("MAML",))
 
 
 def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
@@ -155,15 +133,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         f"Training: {settings.iterations} outer iterations",
         data,
         {"method": "method"},
-        {
-            "accuracy [%]": "accuracy",
-            "+- (95 %)": ("accuracy", "+-"),
-            "minus exact": "minus exact",
-            "+- of that": ("minus exact", "+-"),
-            "seconds": "seconds",
-            "of exact's": "share",
-            "in equal time [%]": TIMED,
-        },
+        COLUMNS,
     )
     return Summary(found, (*answers(errors, MEASURED), *answers(data, TRAINED)), NOTES)
 
