@@ -1989,11 +1989,11 @@ a batch of Reptile holds an image twice (in_batches, few_shot_experiment)
 outer steps of few-shot fall by half only (learn, few_shot_experiment)
     - math.cos(math.pi * share)
     + math.cos(math.pi * share / 2)
-accuracies in equal time are those before the first look (between, few_shot_experiment)
+accuracies in equal time are those before the first look (_between, few_shot_experiment)
     - left=math.nan
     + left=None
-the fastest method of the other group says what equal time is (table_of, few_shot_experiment)
-    - data.groupby(["seed", *HERE])["seconds"]
+the fastest method of the other group says what equal time is (beside_exact, few_shot_experiment)
+    - data.groupby(["seed", *group])["seconds"]
     + data.groupby("seed")["seconds"]
 second levels come before further starts (turn, few_shot_experiment)
     - keys["L"] > 1
@@ -2295,9 +2295,9 @@ differences along a vector are taken of a vector field (HessianFree.refuse, hess
 directions are drawn anew where a run goes on (learn, hessian_free)
     - held["directions"] = source
     + source = None
-equal time is that of the slowest run (runs_of, hessian_free)
-    - data.groupby("seed")["seconds"].transform("min")
-    + data.groupby("seed")["seconds"].transform("max")
+equal time is that of the slowest run (beside_exact, hessian_free)
+    - data.groupby(["seed", *group])["seconds"].transform("min")
+    + data.groupby(["seed", *group])["seconds"].transform("max")
 the deep embedding sees flat images (Embedding.features, esj_experiment)
     - if self.deep else inputs.flatten(1)
     + if not self.deep else inputs.flatten(1)
