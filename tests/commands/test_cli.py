@@ -269,6 +269,7 @@ def test_any_error_is_one_line_unless_a_traceback_is_asked_for(fails, monkeypatc
         main(["demo"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", sampled([True, False], 2))
 def test_a_reader_that_has_ended_is_no_traceback(tmp_path, told):
     """Rich, which prints tables, ends without a word."""

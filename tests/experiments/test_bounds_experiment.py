@@ -72,6 +72,7 @@ def test_bounds_by_hand():
     assert found == pytest.approx({"(34a)": 1 + 2.25 * 0.8, "(34b)": 1.25 * 0.8, "(34c)": 0.8 * 0.25 + 0.25 * 2})
 
 
+@pytest.mark.slow
 def test_answers_follow_the_numbers():
     settings = catalogue.experiment("bounds").quick
     found = rows("bounds", settings)

@@ -186,6 +186,7 @@ def made_up(settings):
     return found
 
 
+@pytest.mark.slow
 def test_answers_follow_the_numbers():
     settings = replace(SETTINGS, cost_steps=(2, 4, 8))
     found = made_up(settings)

@@ -347,6 +347,7 @@ for number, limit in enumerate(map(int, sys.argv[2].split(","))):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(trained, tmp_path):
     """No file can grow beyond a limit: it holds no checkpoint, one without moments, any checkpoint but no picture."""
     checkpoint, picture = ((trained / name).stat().st_size for name in ("checkpoint.pt", "curve.png"))

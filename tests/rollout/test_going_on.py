@@ -129,6 +129,7 @@ def test_under_vmap_a_state_goes_from_call_to_call(name, mode):
     assert relative_error(found, expected) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize("name", sampled(["adam", "nesterov"], 2))
 def test_compiled_steps_count_on(name):

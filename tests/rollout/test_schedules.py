@@ -308,6 +308,7 @@ def test_where_any_step_may_be_the_last_truncation_needs_memory_for_all_that_it_
         wide(Truncated(10, memory=budget), 30, tol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_a_compiled_loss_that_has_changed_is_refused_within_a_given_memory() -> None:
     factor = 1.0

@@ -580,6 +580,7 @@ def test_what_functions_hold_is_as_it_was_whatever_is_done_to_it() -> None:
     assert (items, box.last is numbers, numbers.tolist()) == ([1], True, [0, 0])
 
 
+@pytest.mark.slow
 def test_terms_of_what_runs_over_steps_are_put_where_their_steps_are() -> None:
     """Blocks of 3 of 8 steps: batches and a schedule of which no two entries are alike, in either order."""
     batches = torch.arange(1.0, 17.0, dtype=torch.float64).reshape(8, 2).div(10).requires_grad_()

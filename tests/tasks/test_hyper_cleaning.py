@@ -147,6 +147,7 @@ def test_sides_that_do_not_fit_together_are_refused(problem):
     refuses(r"logits has shape \(\), expected", problem.f1, torch.tensor(0.0), kind=ProblemError)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_real_problem(data_folder):
     def load(seed, **options):
