@@ -16,7 +16,7 @@ from diffopt.estimators import Binomial, ForwardMode, Reverse, Unrolled
 from diffopt.optimizers import EACH, OPTION, TREE
 from diffopt.optimizers.binding import bind
 from diffopt.prox import L1, Prox
-from diffopt.rollout import compiled
+from diffopt.rollout import compiled, known_programs
 from diffopt.tensors import tree
 
 DOUBLE = torch.float64
@@ -252,8 +252,9 @@ def end_of(optimizer, **options):
 @pytest.mark.compiler
 def test_what_differs_within_is_compiled_anew_and_what_does_not_is_found_again(monkeypatch):
     made = []
-    original = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", lambda *args: made.append(1) or original(*args))
+    for module, name in ((compiled, "_compile"), (known_programs, "_made")):  # a step, and all steps as one program
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, make=original: made.append(1) or make(*args))
 
     def count(optimizer):
         before = len(made)
