@@ -1850,6 +1850,9 @@ a loss that diverges with the number of inner steps saturates (saturation, anil_
 tasks of many ways come in batches of few (learn, few_shot_experiment)
     - settings.tasks if way <= 10 else settings.wide_tasks
     + settings.tasks
+the braces of a claim are left as they stand (_filled, meta_transfer_experiment)
+    - return item.format(**values) if isinstance(item, str) else item
+    + return item
 what no gain is shown for is lost (_of_accuracy, meta_transfer_experiment)
     - _gains(runs[runs["kind"] == kind])
     + True

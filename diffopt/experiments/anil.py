@@ -19,9 +19,10 @@ import diffopt
 from diffopt.estimators import Estimator, Reverse
 from diffopt.experiments.anil_report import adapted, pictures, summary
 from diffopt.experiments.framework import small_images
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import FAILED, train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import Episodes, sample_episodes
 
@@ -109,22 +110,12 @@ def run(settings: Settings, layers: int, rate: float, steps: int, seed: int, wor
     return {"losses": losses, "seconds": seconds, "curvature": None if number is None else number / steps}
 
 
-EXPERIMENT = Experiment(
-    name="anil",
-    title="Convergence of ANIL against the number of inner steps, one adapted layer or several",
-    paper="slides: strongly convex and non-convex ANIL",
-    needs=Needs("omniglot_28.npz or images_background.zip", 13, None),
+EXPERIMENT = described(
+    "anil",
     quick=Settings("clusters", (1, 3), (1.0,), (1, 3), 2, iterations=10, tasks=2, width=8),
     standard=Settings(),
     full=Settings(layers=(1, 2, 3), rates=(0.1, 0.3, 1.0, 2.0, 4.0), steps=(1, 3, 5, 7, 10), seeds=5, iterations=2000),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={
-        "problem": "FC100 and miniImageNet",
-        "layers": "the last layer of a four-block convolutional network, or several",
-        "rates": "not named",
-        "steps": "1, 3, 5, 7, 10",
-        "seeds": "not named",
-    },
+    summary=summary,
+    pictures=pictures,
 )

@@ -1,4 +1,4 @@
-"""What the runs of ANIL say: tables, answers to the slides' claims, pictures."""
+"""What the runs of ANIL say: tables to the slides' claims, pictures."""
 
 from __future__ import annotations
 
@@ -9,72 +9,17 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
-from diffopt.experiments.framework.experiment import Results, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Summary
 from diffopt.experiments.framework.outer_loop import AXES, curve, outcome
 from diffopt.experiments.framework.pictures import curves
 from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.framework.texts import asked
 
 SLIDES = "slides, ANIL"
 WINDOW = 15
 TREND = 0.8
 """Rank correlation from which on a trend counts as one."""
-NOTES = (
-    "The slides train a four-block convolutional network on FC100 and miniImageNet; neither can be had here. Ours is "
-    "a network of three linear layers (tanh between) on 14x14 drawings, small enough to follow many runs.",
-    "By theory the rate for a non-convex inner loss suffers from N through powers of (1 + lr * curvature): so the "
-    "inner step size decides whether it shows, and the slides do not name theirs. The theory of the strongly convex "
-    "case wants lr * curvature below 1; training lets the features grow, and with them this number.",
-    "The outer loss is compared after the same number of iterations and after the same processor time; the trend is "
-    f"the rank correlation with N in each start, counted from {TREND} on. It saturates where the loss falls at first "
-    "with N, and between the two largest N changes less per step than that, in either direction: a loss that rises "
-    "because the inner loop diverges does not count.",
-)
-CLAIMS = (
-    ask(
-        "strongly convex: more inner steps converge faster per iteration",
-        SLIDES,
-        f"final: * <= -{TREND} by lr",
-        "layers == 1",
-        note="rank correlation of N and the final loss",
-        headline=True,
-    ),
-    ask(
-        "and then it saturates",
-        SLIDES,
-        "left: * < 1 by lr",
-        "layers == 1 and left == left",
-        note="change of the loss per step at the largest N over that at the smallest",
-        headline=True,
-    ),
-    ask(
-        "non-convex: more inner steps converge more slowly per iteration",
-        SLIDES,
-        f"final: * >= {TREND} by layers, lr",
-        "layers > 1",
-        headline=True,
-    ),
-    ask(
-        "non-convex: more inner steps converge more slowly by running time",
-        SLIDES,
-        f"seconds: * >= {TREND} by layers, lr",
-        "layers > 1",
-    ),
-)
-MODERATE = Every(
-    "strongly convex: by running time a moderate N is best",
-    SLIDES,
-    "smallest < best < largest",
-    "layers == 1 and best == best",
-    "best",
-)
-OPPOSITE = Every(
-    "so the two geometries have opposite trends, at one inner step size",
-    SLIDES,
-    f"head <= -{TREND} and final >= {TREND}",
-    "layers > 1 and head == head",
-    note="starts, numbers of layers and step sizes",
-)
 
 
 def adapted(layers: int) -> str:
@@ -116,11 +61,9 @@ def saturation(steps: Sequence[int], losses: Sequence[float]) -> float | None:
     return abs(last) / first if first > 0 and math.isfinite(last) else math.inf
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    data = long_table(
-        units, results, lambda row: [{**outcome(row, settings.target, WINDOW), "curvature": row.get("curvature")}]
-    )
+    data = done.table(lambda row: [{**outcome(row, settings.target, WINDOW), "curvature": row.get("curvature")}])
     to_target = f"to loss {settings.target:g}"
     found = listed(
         "Outer training loss against the number of inner steps",
@@ -146,12 +89,12 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         paper=lambda at: "negative" if at["adapted"].startswith("head") else "positive",
         said="the slides",
     )
-    return Summary(found, (*answers(trend, CLAIMS), MODERATE.answer(trend), OPPOSITE.answer(trend)), NOTES)
+    return Summary(found, asked("anil", "trends", trend))
 
 
-def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``convergence.png``: the outer loss over iterations and over processor time."""
-    data = long_table(units, results, lambda row: curve(row, WINDOW))
+    data = done.table(lambda row: curve(row, WINDOW))
     if len(data):
         data["setting"] = [f"{name}\nlr {rate:g}" for name, rate in zip(data["adapted"], data["lr"], strict=True)]
         data = data[data["loss"] < 10].sort_values(["layers", "lr"])  # what lies above diverged

@@ -27,8 +27,9 @@ from diffopt.experiments.attribution_problem import (
     network,
 )
 from diffopt.experiments.attribution_report import WORST, pictures, summary
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.retraining.score import scored
 from diffopt.retraining.trainings import random_subsets, retrain
@@ -221,11 +222,8 @@ def shares_found(wrong: Tensor) -> list[float]:
     return [float(wrong[: round(part * len(wrong) / 100)].sum() / total) for part in range(1, 101)]
 
 
-EXPERIMENT = Experiment(
-    name="attribution",
-    title="What each training example did: predicted beside trainings without it, and changed labels found",
-    paper="none of the four; the score is that of Park et al. (2023), 1 % left out as in Ilyas and Engstrom (2025)",
-    needs=Needs("mnist.npz, or MNIST's four idx files", 30, None),
+EXPERIMENT = described(
+    "attribution",
     quick=Settings(
         "digits",
         digits=60,
@@ -245,6 +243,6 @@ EXPERIMENT = Experiment(
     standard=Settings(),
     full=Settings(samples=20000, tests=10000, hidden=128, steps=400, queries=50, subsets=400, products=100),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
+    summary=summary,
+    pictures=pictures,
 )

@@ -1,4 +1,4 @@
-"""What the attributions say: tables, answers to the goals, pictures."""
+"""What the attributions say: tables to the goals, pictures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
-from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame, ask
+from diffopt.experiments.framework.experiment import Row, Summary
 from diffopt.experiments.framework.pictures import STYLES, curves, panels, save
 from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.framework.texts import asked
 
-HERE = "this library"
 GOALS = {"digits": 0.97, "mnist": 0.95}
 """The linear datamodeling scores to reach."""
 FOUND, WORST = 0.9, 15
@@ -25,22 +25,9 @@ LOOKS: dict[str, dict[str, Any]] = {
     "own loss": STYLES["binomial"],
     "random": STYLES["first-order"],
 }
-NOTES = (
-    "The linear datamodeling score is the mean over queries (single test images, the metric is their loss) of "
-    "Spearman's correlation between predicted and measured changes over random subsets left out. `+-` is over "
-    "starts and queries; the other interval draws the subsets again with replacement, starts and queries as given.",
-    "`exact` is `diffopt.attribute` with `Reverse`, all queries in one call. Influence functions take the Hessian of "
-    "the last parameters with damping, by conjugate gradients; gradient products are those of the last parameters. Of "
-    "several dampings the best by the same trainings is compared with, which favours it.",
-    "The training is made to be predictable: a fixed initialisation and order of batches, tanh, large batches, few "
-    "epochs. Scores are lower where it is not: a longer training that fits single examples, small batches, GELU in the "
-    "place of tanh.",
-    "Finding changed labels needs images whose labels are right. The example's own loss, which needs none, asks "
-    "whether a label is odd, not whether it does harm.",
-)
 
 
-def scores_of(units: Sequence[Unit], results: Results) -> Frame:
+def scores_of(done: Finished) -> Frame:
     """One row per start, set of images, method and query; the best of the influence functions is marked."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -51,7 +38,7 @@ def scores_of(units: Sequence[Unit], results: Results) -> Frame:
             known |= {"loss": row["loss"], "right": row["accuracy"]}
             yield from ({**known, "draw": draw, "score": score} for draw, score in enumerate(found["each"]))
 
-    return long_table(units, results, records, part="scores")
+    return done.table(records, part="scores")
 
 
 def best_influence(scores: Frame, images: str) -> str:
@@ -60,7 +47,7 @@ def best_influence(scores: Frame, images: str) -> str:
     return str(means[means.index.str.startswith("influence")].idxmax())
 
 
-def curves_of(units: Sequence[Unit], results: Results, shares: Sequence[float]) -> Frame:
+def curves_of(done: Finished, shares: Sequence[float]) -> Frame:
     """One row per start, set of images, line and share left out: the change of the mean test loss."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -71,10 +58,10 @@ def curves_of(units: Sequence[Unit], results: Results, shares: Sequence[float]) 
                 found = {"rule": "random" if random else method, "which": "" if random else which}
                 yield {**found, "line": "random" if random else name, "share": 100 * share, "change": value}
 
-    return long_table(units, results, records, part="scores")
+    return done.table(records, part="scores")
 
 
-def labels_of(units: Sequence[Unit], results: Results) -> Frame:
+def labels_of(done: Finished) -> Frame:
     """One row per start, method and share looked at: how many of the changed labels are found, in per cent."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -83,15 +70,15 @@ def labels_of(units: Sequence[Unit], results: Results) -> Frame:
             for percent, share in enumerate([0.0, *found]):
                 yield {**known, "percent": percent, "found": 100 * share}
 
-    return long_table(units, results, records, part="labels")
+    return done.table(records, part="labels")
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
     scores, lines, labels = (
-        scores_of(units, results),
-        curves_of(units, results, settings.shares),
-        labels_of(units, results),
+        scores_of(done),
+        curves_of(done, settings.shares),
+        labels_of(done),
     )
     found = listed(
         "Linear datamodeling score",
@@ -115,7 +102,7 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
             title, kept, {"left out by": "line"}, {}, across="share", cell="change", label=lambda x: f"{x:g} %"
         )
     if len(labels):
-        each = long_table(units, results, lambda row: [row["accuracy"]], part="labels")
+        each = done.table(lambda row: [row["accuracy"]], part="labels")
         whole, clean = each["all"].mean(), each["without the changed"].mean()
         told = f"; test accuracy with all {whole:.2f} %, without the changed {clean:.2f} %"
         found += listed(
@@ -127,23 +114,29 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
             cell="found",
             label=lambda part: f"found in {part} % [%]",
         )
-    return Summary(found, (*_of_scores(scores), _most_and_least(lines), *_of_labels(settings, labels)), NOTES)
+    rivals = [f"influence, {damping:g}" for damping in settings.dampings] + ["gradient product", "own loss"]
+    more = tuple(f"found: exact - {rival} >= 0" for rival in rivals)
+    claims = (
+        *asked("attribution", "scores", scores),
+        *asked("attribution", "rivals", _with_best(scores)),
+        *asked("attribution", "left out", _beyond_random(lines)),
+        *asked("attribution", "labels", labels),
+        ask("no other method finds more of them", "this library", more, f"percent == {WORST}").answer(labels),
+    )
+    return Summary(found, claims)
 
 
-def _of_scores(scores: Frame) -> Iterator[Claim]:
-    for images, goal in GOALS.items():
-        text, where = f"{images}: the linear datamodeling score is at least {goal}", f"images == {images!r}"
-        yield ask(text, HERE, f"score: exact >= {goal}", where, headline=True).answer(scores)
-    if len(scores):
-        best = {images: best_influence(scores, images) for images in set(scores["images"])}
-        chosen = scores["rule"] == scores["images"].map(best)
-        scores = scores.assign(rule=scores["rule"].mask(chosen, "the best influence function"))
-    for rival, words in (("the best influence function",) * 2, ("gradient product", "gradient products")):
-        text = f"the exact derivative is above {words}"
-        yield ask(text, HERE, f"score: exact - {rival} > 0 by images").answer(scores)
+def _with_best(scores: Frame) -> Frame:
+    """The best influence function on each set of images under a name of its own."""
+    if not len(scores):
+        return scores
+    best = {images: best_influence(scores, images) for images in set(scores["images"])}
+    chosen = scores["rule"] == scores["images"].map(best)
+    return scores.assign(rule=scores["rule"].mask(chosen, "the best influence function"))
 
 
-def _most_and_least(lines: Frame) -> Claim:
+def _beyond_random(lines: Frame) -> Frame:
+    """How far each change of the test loss by the exact method is beyond that of random ones, in the sign predicted."""
     keys = ["seed", "images", "share"]
     if len(lines):
         exact = lines[lines["rule"] == "exact"]
@@ -151,18 +144,7 @@ def _most_and_least(lines: Frame) -> Claim:
         lines = exact.merge(random, on=keys, suffixes=("", " of random"))
         sign = lines["which"].map({"most": 1, "least": -1})
         lines = lines.assign(beyond=sign * (lines["change"] - lines["change of random"]))
-    words = (
-        "without the most helpful examples the test loss is above, without the least helpful below, that of random ones"
-    )
-    return Every(words, HERE, "beyond > 0", shown="beyond", note="starts, sets, shares").answer(lines)
-
-
-def _of_labels(settings: Any, labels: Frame) -> Iterator[Claim]:
-    words = f"of the changed labels {100 * FOUND:g} % are among the {WORST} % with the worst scores"
-    where, rivals = f"percent == {WORST}", [f"influence, {damping:g}" for damping in settings.dampings]
-    more = tuple(f"found: exact - {rival} >= 0" for rival in (*rivals, "gradient product", "own loss"))
-    first = ask(words, HERE, f"found: exact >= {100 * FOUND:g}", where, unit=" %", headline=True)
-    return answers(labels, (first, ask("no other method finds more of them", HERE, more, where)))
+    return lines
 
 
 def _look(line: str) -> dict[str, Any]:
@@ -170,17 +152,17 @@ def _look(line: str) -> dict[str, Any]:
     return {**LOOKS[name], **({"fillstyle": "none"} if line.endswith("least") else {})}
 
 
-def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``scores.png``: changes and scores; ``leave-out.png``: curves; ``labels.png``: what is found."""
-    scores, found = scores_of(units, results), list[Path]()
-    shown = [name for name in GOALS if f"seed=0 {name}" in results]
+    scores, found = scores_of(done), list[Path]()
+    shown = [name for name in GOALS if f"seed=0 {name}" in done.results]
     if shown:
         figure, grid = panels(len(shown), 2, 5, 3.6)
         for (left, right), images in zip(grid, shown, strict=True):
-            _draw_changes(left, images, results[f"seed=0 {images}"])
+            _draw_changes(left, images, done.results[f"seed=0 {images}"])
             _draw_scores(right, images, scores[scores["images"] == images])
         found.append(save(figure, folder / "scores.png"))
-    lines, labels = curves_of(units, results, settings.shares), labels_of(units, results)
+    lines, labels = curves_of(done, settings.shares), labels_of(done)
     if len(scores):
         best = {images: best_influence(scores, images) for images in set(scores["images"])}
         kept = lines["rule"].isin(("exact", "gradient product", "random")) | (

@@ -19,8 +19,9 @@ import diffopt
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Reverse, Truncated
 from diffopt.experiments import bounds_decay
 from diffopt.experiments.bounds_report import pictures, summary
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 
 LR = 0.25
@@ -222,16 +223,12 @@ def _terms(steps: int, first: int, x: float) -> float:
     return sum(math.comb(steps, power) * x**power for power in range(first, steps + 1))
 
 
-EXPERIMENT = Experiment(
-    name="bounds",
-    title="Error bounds beside measured errors of first order, truncation and the binomial expansion",
-    paper="binomial: Fig. 2, theorems 3.6, 3.8, 3.10",
-    needs=Needs("none", 3, None),
+EXPERIMENT = described(
+    "bounds",
     quick=Settings((3,), (0.3, 1.0), 0.5, 4, 10, (2, 4), 5, (8,), (0.1,), seeds=2),
     standard=Settings(),
     full=Settings((5, 10, 20), (0.05, 0.1, 0.3, 0.7, 1.0), draws=1000, seeds=5),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={"steps": "5, by the text", "curvatures": "not in the text", "seeds": "none: bounds without measurements"},
+    summary=summary,
+    pictures=pictures,
 )

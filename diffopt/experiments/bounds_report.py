@@ -1,9 +1,8 @@
-"""What the measured bounds say: tables, answers to the paper's claims, pictures."""
+"""What the measured bounds say: tables to the paper's claims, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.ticker import MaxNLocator
 
 from diffopt.experiments import bounds_decay
-from diffopt.experiments.framework.claims import Every, Frame, answers, long_table
-from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Row, Summary
 from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.framework.texts import asked
 
 SLACK = 1 + 1e-12
 PAPER = "binomial paper"
@@ -37,42 +37,12 @@ ASSUMED = {
     "convex": "convex, curvature up to x",
     "ending convex": "the last L steps convex, the others within -x and x",
 }
-NOTES = (
-    "The numbers of Fig. 2 are missing from the text available to us; its bounds are redrawn from their formulas. "
-    "(11c) and (12c) are the paper's; (11a), (11b), (34b) and (34c) follow from its printed proofs; (12a) and (12b) "
-    "are reconstructed: the only right-hand sides that fit its remarks on when they are attained. (34a) cannot be "
-    "recovered; what is tested in its place, 1 + (1 + x)^(K - L) (1 - y)^L with y the lowest curvature of the last "
-    "steps, is the triangle inequality, which is what the printed proof allows.",
-    "(12a) and (12b) bound the norm of a product of matrices by its eigenvalues, which is right only if the Hessians "
-    "commute. Two steps whose updates are projections at an angle with squared cosine 1/3 already have the error "
-    "1.155 where (12a) says 1. Proposition 4.1 of the derivations replaces both, and needs no commutation.",
-)
-HOLDS = "error <= limit + round_off"
 BOUNDED, CONVEX, ENDING = (f"{PAPER}, theorem {number}" for number in ("3.6", "3.8", "3.10"))
-_holds = partial(Every, test=HOLDS, shown="ratio")
-_PROVED = "bound in ('4.1, first order', '4.1, truncated')"
-_ATTAINED = ("abs(error - limit) <= round_off", "theorem == 'bounded' and kind == 'adversarial'")
 RECONSTRUCTED = ("(12a)", "(12b)", "(34a)")
 """Their right-hand sides are missing from the text available to us."""
-_RECONSTRUCTED = {
-    "(12a)": "convex losses: (12a), as reconstructed, bounds first order",
-    "(12b)": "convex losses: (12b), as reconstructed, bounds truncation",
-}
-CLAIMS = (
-    _holds("bounded curvature: (11a), (11b), (11c) hold", BOUNDED, where="theorem == 'bounded'", headline=True),
-    Every("they are attained at H_k = -H I", BOUNDED, *_ATTAINED),
-    _holds("convex losses: (12c) holds", CONVEX, where="bound == '(12c)'"),
-    *(
-        _holds(text, CONVEX, where=f"bound == '{name}'", theorem=True, headline=name == "(12a)")
-        for name, text in _RECONSTRUCTED.items()
-    ),
-    _holds("proposition 4.1 holds in their place", "derivations, section 4", where=_PROVED),
-    _holds("convex last steps: (34a), as reconstructed, bounds first order", ENDING, where="bound == '(34a)'"),
-    _holds("convex last steps: (34b), (34c) hold", ENDING, where="bound in ('(34b)', '(34c)')"),
-)
 
 
-def errors_of(units: Sequence[Unit], results: Results) -> Frame:
+def errors_of(done: Finished) -> Frame:
     """One row per bound, level and kind of Hessians: the error beside its bound, and the size of their round-off."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -84,22 +54,20 @@ def errors_of(units: Sequence[Unit], results: Results) -> Frame:
                     found = {"L": level["level"], "bound": bound, "kind": kind, "error": error, "limit": limit}
                     yield {**found, "round_off": row["round-off"], "ratio": error / limit if seen else 0.0}
 
-    return long_table(units, results, records)
+    return done.table(records)
 
 
-def levels_of(units: Sequence[Unit], results: Results) -> Frame:
+def levels_of(done: Finished) -> Frame:
     """One row per level: its bounds side by side, and on how many of the draws binomial has the smaller error."""
 
     def records(row: Row) -> Iterator[Row]:
         for level in row.get("levels", ()):
             yield {**level["bound"], "L": level["level"], "better": level["binomial better"]}
 
-    return long_table(units, results, records).rename(
-        columns={f"({n}{x})": f"b{n}{x}" for n in (11, 12) for x in "abc"}
-    )
+    return done.table(records).rename(columns={f"({n}{x})": f"b{n}{x}" for n in (11, 12) for x in "abc"})
 
 
-def turns_of(units: Sequence[Unit], results: Results) -> Frame:
+def turns_of(done: Finished) -> Frame:
     """One row per ``x`` of the counterexamples."""
     keys = {"curvatures": "x", "error": "error", "claimed (12a)": "claimed", "proposition 4.1": "proved"}
 
@@ -107,7 +75,7 @@ def turns_of(units: Sequence[Unit], results: Results) -> Frame:
         for values in zip(*(row[key] for key in keys), strict=True):
             yield dict(zip(keys.values(), values, strict=True))
 
-    data = long_table(units, results, records, theorem="turning")
+    data = done.table(records, theorem="turning")
     if not len(data):
         return data
     fails = data["x"].where(data["error"] > data["claimed"] * (1 + 1e-9))
@@ -118,9 +86,9 @@ def turns_of(units: Sequence[Unit], results: Results) -> Frame:
     return data.assign(fails=fails, **ratios)
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    data, levels, turned = errors_of(units, results), levels_of(units, results), turns_of(units, results)
+    data, levels, turned = errors_of(done), levels_of(done), turns_of(done)
     data = data.assign(assumed=data["theorem"].map(ASSUMED)) if len(data) else data
     convex = (
         levels[(levels["theorem"] == "convex") & levels["L"].between(1, levels["K"] - 1)] if len(levels) else levels
@@ -156,21 +124,15 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
         cell="better",
         label=lambda level: f"L={level}",
     )
-    decays = bounds_decay.table(results)
-    claims = (*answers(data, CLAIMS), *_of_bounds(levels, convex), *bounds_decay.claims(results))
-    return Summary((*found, decays) if decays.rows else found, claims, NOTES)
-
-
-def _of_bounds(levels: Frame, convex: Frame) -> Iterator[Any]:
-    """Claims that compare one bound with another."""
-    where = "theorem == 'bounded'"
-    order = f"b11c <= b11b * {SLACK!r} and b11b * {SLACK!r} <= b11a * {SLACK**2!r}"
-    text = "binomial's bound <= truncated's <= first order's"
-    yield Every(text, f"{PAPER}, theorem 3.6", order, where).answer(levels)
+    decays = bounds_decay.table(done.results)
     share = 100 * convex["better"].mean() if len(convex) else 0
-    told = f"binomial's measured error is the smaller one on {share:.0f} % of the random convex draws"
-    text = "on convex losses binomial's bound (12c) is below truncated's (12b)"
-    yield Every(text, f"{PAPER}, Fig. 2b", "b12c < b12b", note=told, headline=True).answer(convex)
+    claims = (
+        *asked("bounds", "errors", data),
+        *asked("bounds", "bounds", levels),
+        *asked("bounds", "convex", convex, share=share),
+        *bounds_decay.claims(done.results),
+    )
+    return Summary((*found, decays) if decays.rows else found, claims)
 
 
 def _said(bound: str) -> str:
@@ -181,9 +143,9 @@ def _said(bound: str) -> str:
     return "attained (1)" if bound[1:3] in ("11", "12") and bound != "(12c)" else "at most 1"
 
 
-def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``bounds.png``: bounds and errors over L; ``turning.png``: the counterexamples over x."""
-    data, turned = errors_of(units, results), turns_of(units, results)
+    data, turned = errors_of(done), turns_of(done)
     found: list[Path] = []
     if len(data):
         shown = settings.curvatures[:1] + settings.curvatures[-2:]

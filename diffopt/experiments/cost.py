@@ -31,8 +31,9 @@ from diffopt.estimators import (
     Truncated,
 )
 from diffopt.experiments.cost_report import pictures, summary
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient
 from diffopt.tasks import Conv4, functional
@@ -129,24 +130,12 @@ def measure(settings: Settings, momentum: float, steps: int, estimators: dict[st
     return {"rules": measured, "processor seconds": round(time.process_time() - began, 1)}
 
 
-EXPERIMENT = Experiment(
-    name="cost",
-    title="Time, memory, products and depth of a meta-gradient over levels and inner steps",
-    paper="binomial: Fig. 4; multi-step: Fig. 2 and 5; memory-reduced: Fig. 2",
-    needs=Needs("none", 6, None),
+EXPERIMENT = described(
+    "cost",
     quick=Settings(2, (2, 8), 2, 1, way=2, queries=1, filters=4, image_size=16),
     standard=Settings(),
     full=Settings(seeds=5, queries=15, image_size=84),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={
-        "levels_steps": "binomial: 5",
-        "steps": "multi-step: up to 8; memory-reduced: not in the text",
-        "way": "5",
-        "queries": "binomial, its code: 15",
-        "filters": "binomial, its code: 32",
-        "image_size": "84 (miniImageNet)",
-        "lr": "binomial: 0.01",
-    },
+    summary=summary,
+    pictures=pictures,
 )

@@ -23,9 +23,10 @@ from diffopt.estimators import ESJacobian, FirstOrder, Reverse
 from diffopt.experiments.esj_problem import DEEP, SIZES, Embedding, Rule, of_one_step, rules
 from diffopt.experiments.esj_report import pictures, summary
 from diffopt.experiments.framework import small_images
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tensors.memory import peak_bytes
 
@@ -135,30 +136,14 @@ def step(settings: Settings, name: str, seed: int, work: Work) -> Row:
     return {"parameters": problem.count, "step": seconds, "megabytes": None if peak is None else peak / 1e6}
 
 
-EXPERIMENT = Experiment(
-    name="esj",
-    title="The evolution-strategies Jacobian against AID, ITD, ANIL and MAML on a shared embedding",
-    paper="slides: ES for bilevel optimisation",
-    needs=Needs("omniglot_28.npz or images_background.zip", 20, None),
+EXPERIMENT = described(
+    "esj",
     quick=Settings(
         "clusters", (1,), (1, 4), draws=2, seeds=2, iterations=4, steps=3, tasks=2, deep_side=16, deep_filters=(2,) * 4
     ),
     standard=Settings(),
     full=Settings(directions=(1, 10, 100), seeds=5, iterations=2000, deep_side=84),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={
-        "problem": "miniImageNet, FC100, Omniglot",
-        "directions": "its code: 1",
-        "radius": "its code: 0.1 (few shots), 0.01 (MNIST)",
-        "steps": "its code: 30 on miniImageNet and FC100, 50 on Omniglot, 10 on MNIST",
-        "lr": "its code: 0.01, momentum 0.9",
-        "decay": "its code: 0.5 or 0.2",
-        "tasks": "its code: 16",
-        "meta_lr": "its code: Adam, 0.01, later 0.001 and 0.0001",
-        "seeds": "not named",
-        "deep_side": "84 (miniImageNet)",
-        "deep_filters": "not in the slides; 12 million parameters",
-    },
+    summary=summary,
+    pictures=pictures,
 )

@@ -18,7 +18,7 @@ from diffopt.experiments.few_shot_report import pictures, summary
 from diffopt.experiments.few_shot_reptile import in_batches
 from diffopt.experiments.few_shot_validation import Validation
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.few_shot_problem import (
     FewShot,
     classification,
@@ -28,6 +28,7 @@ from diffopt.experiments.framework.few_shot_problem import (
 )
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole, yes_or_no
 from diffopt.experiments.framework.outer_loop import FAILED, train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import Conv4
 
@@ -164,49 +165,13 @@ FULL = Settings(ways=(5, 20), shots=(1, 5), levels=(1, 2, 3, 4), filters=64, que
 FULL = replace(FULL, momentum_lr=0.4, first_order_lr=0.1, iterations=60_000)
 FULL = replace(FULL, side=0, episodes=600, meta_lr=0.001, decay=False, checkpoints=20, validation=600)
 
-PAPERS = {
-    "dataset": "binomial: mini- and tieredImageNet; multi-step: Omniglot (characters at random), miniImageNet",
-    "ways": "5; multi-step: 20 too, on Omniglot",
-    "shots": "1 and 5",
-    "levels": "1 to 4",
-    "windows": "2, 4, 8",
-    "steps": "binomial: 5",
-    "test_steps": "binomial, its code: 10",
-    "lr": "binomial: 0.01 (84x84 images)",
-    "scale": "binomial, its code: paper",
-    "momentum_steps": "multi-step: 8",
-    "momentum_lr": "multi-step: 0.4 on Omniglot; 0.01 (1 shot) and 0.04 (5 shots) on miniImageNet",
-    "first_order_lr": "multi-step: the best of 0.1, 0.04, 0.01, 0.004; 0.1 (1 shot) and 0.04 (5 shots) on miniImageNet",
-    "reptile_steps": "Reptile's own, Omniglot 5-way: 5; with Adam",
-    "reptile_batch": "Reptile's own: 10, of 10 images a class",
-    "reptile_lr": "Reptile's own: 0.001 of Adam",
-    "reptile_meta_lr": "Reptile's own: 1, falling to 0",
-    "reptile_test_steps": "Reptile's own: 50",
-    "side": "0",
-    "filters": "binomial, its code: 32",
-    "tasks": "binomial: 4; multi-step: 32 on Omniglot, 4 on miniImageNet",
-    "wide_tasks": "multi-step: 16",
-    "queries": "binomial, its code: 15",
-    "iterations": "binomial: 20,000; multi-step: 60,000",
-    "meta_lr": "0.001",
-    "decay": "no; Reptile: yes, linearly",
-    "checkpoints": "binomial: 20",
-    "validation": "binomial: 600",
-    "episodes": "600",
-    "seeds": "1, as far as the texts say",
-}
-FILES = "omniglot_28.npz; others by --dataset"
 
-EXPERIMENT = Experiment(
-    name="few-shot",
-    title="Few-shot accuracy of every rule at an equal number of outer iterations",
-    paper="binomial: tables 1 and 2; multi-step: tables 4 and 5",
-    needs=Needs(FILES, 230, 230),  # on a GPU not measured: no slower
+EXPERIMENT = described(
+    "few-shot",
     quick=QUICK,
     standard=Settings(),
     full=FULL,
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers=PAPERS,
+    summary=summary,
+    pictures=pictures,
 )

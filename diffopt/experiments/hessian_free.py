@@ -18,7 +18,7 @@ import diffopt
 from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Reverse
 from diffopt.experiments.few_shot_validation import Validation
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.few_shot_problem import (
     Adaptation,
     FewShot,
@@ -29,6 +29,7 @@ from diffopt.experiments.framework.few_shot_problem import (
 )
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.hessian_free_estimators import ESMAML, GGSMAML, HFMAML
 from diffopt.experiments.hessian_free_report import pictures, split, summary
@@ -195,23 +196,30 @@ def learn(settings: Settings, name: str, work: Work) -> Row:
     return {"losses": losses, "seconds": validation.left_out(clock), **validation.curves, "each": each}
 
 
-EXPERIMENT = Experiment(
-    name="hessian-free",
-    title="MAML without second derivatives: HF-MAML, GGS-MAML and ES-MAML",
-    paper="multi-step: appendix, other Hessian-free methods",
-    needs=Needs("omniglot_28.npz", 10, None),
+EXPERIMENT = described(
+    "hessian-free",
     quick=Settings(
-        "clusters", 2, (1, 2), 0.4, (1,), (1, 4), warm=1, draws=2, way=3, queries=1, width=4, tasks=2, iterations=2,
-        checkpoints=1, validation=2, episodes=4, seeds=2,
+        "clusters",
+        2,
+        (1, 2),
+        0.4,
+        (1,),
+        (1, 4),
+        warm=1,
+        draws=2,
+        way=3,
+        queries=1,
+        width=4,
+        tasks=2,
+        iterations=2,
+        checkpoints=1,
+        validation=2,
+        episodes=4,
+        seeds=2,
     ),
     standard=Settings(),
     full=Settings(iterations=20_000, checkpoints=20, validation=600, episodes=600, seeds=5),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={
-        "dataset": "multi-step: none, the methods are named only; the other papers: reinforcement learning",
-        "steps": "HF-MAML: 1",
-        "seeds": "not in the text",
-    },
-)  # fmt: skip
+    summary=summary,
+    pictures=pictures,
+)

@@ -27,9 +27,10 @@ from diffopt.estimators import (
     Reverse,
     Truncated,
 )
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import FAILED, train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.hyper_cleaning_report import pictures, summary
 from diffopt.linear_solve import ConjugateGradient
@@ -217,17 +218,14 @@ def learn(settings: Settings, name: str, work: Work) -> Row:
     return {"losses": losses, "seconds": seconds, **curves, "final": final, "fit": time.process_time() - began}
 
 
-EXPERIMENT = Experiment(
-    name="hyper-cleaning",
-    title="Which labels are wrong: a weight per training example, learned by every rule that applies",
-    paper="none of the four; the problem is that of Franceschi et al. (2017), section 5.1",
-    needs=Needs("mnist.npz, or MNIST's four idx files", 30, None),
+EXPERIMENT = described(
+    "hyper-cleaning",
     quick=Settings(
         "clusters", 60, 60, 6, 0.2, 0.5, iterations=4, fit_steps=20, truncated=2, krylov=2, products=3, seeds=2
     ),
     standard=Settings(),
     full=Settings(steps=200, iterations=100, outer_lr=0.2, truncated=40, products=40, directions=100),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
+    summary=summary,
+    pictures=pictures,
 )

@@ -18,11 +18,12 @@ from torch.nn.functional import cross_entropy
 import diffopt
 from diffopt.estimators import Estimator, FirstOrder, Reverse
 from diffopt.experiments.framework import small_images
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import FAILED, train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.maml_report import draw, summarise
+from diffopt.experiments.maml_report import pictures, summary
 from diffopt.tasks import Episodes, sample_episodes
 
 LAYERS = small_images.LAYERS
@@ -156,11 +157,8 @@ def learn(settings: Settings, run: Run, work: Work) -> Row:
     return {"losses": losses, "seconds": seconds, "loss": mean.item(), "slope": slope, "accuracy": 100 * float(right)}
 
 
-EXPERIMENT = Experiment(
-    name="maml",
-    title="What is said of MAML itself: inner step size, batch sizes, ANIL beside it, first order at more ways",
-    paper="slides: convergence for MAML, importance of ANIL; multi-step: table 4 (20 ways)",
-    needs=Needs("omniglot_28.npz or images_background.zip", 3, None),
+EXPERIMENT = described(
+    "maml",
     quick=Settings(
         "clusters",
         (0.2, 50.0),
@@ -179,6 +177,6 @@ EXPERIMENT = Experiment(
     standard=Settings(),
     full=Settings(seeds=5, iterations=2000, tasks=(1, 4, 16, 64)),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summary=summary,
+    pictures=pictures,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, final
 
+from diffopt.experiments.framework.claims import Finished
 from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
 from diffopt.experiments.framework.outer_loop import first_below, smoothed
 from diffopt.experiments.framework.pictures import STYLES, legend_below, panels, save
@@ -17,17 +18,6 @@ HEADLINES = ("the inner step size should not be too large", "ANIL converges fast
 """What the results page begins with."""
 WORSE = 1.1
 """A loss so many times the lowest one is worse than it."""
-NOTES = (
-    "The slides state the first two without numbers; their proof (Ji, Yang and Liang, 2021) bounds the squared norm of "
-    "the outer gradient, so that it is shown beside the loss. Both are of 64 tasks of the training classes, with all "
-    "support images in every inner step. After so few iterations Adam is not at rest, and the norm tells less.",
-    "ANIL adapts the last of three layers, MAML all of them. The slides' picture is of a 4-layer CNN; here it is a "
-    "small network on Omniglot at 14x14. Each method has the inner step size that is best for it. The target is what "
-    "MAML's training loss comes to in the end, the mean of the last tenth of the iterations.",
-    "First order at more ways: the paper's table 4 has all of Omniglot, a CNN, 60,000 iterations and a step size for "
-    "first order of its own; here all runs share one step size, and the classes tested are the last fifth of the "
-    "background characters. The paper's gap at one shot is 0.7 points at 5 ways and 5.27 at 20.",
-)
 
 
 @final
@@ -78,9 +68,9 @@ class Lines:
         return self.over("batch", [*map(str, sorted(self.settings.batches)), "all"], seed)
 
 
-def summarise(settings: Any, results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    lines = Lines(settings, results)
+    lines = Lines(settings, done.results)
     merged: dict[Key, list[Row]] = {}
     for each, row in lines.rows.items():
         merged.setdefault(each._replace(seed=0), []).append(row)
@@ -94,7 +84,7 @@ def summarise(settings: Any, results: Results) -> Summary:
     claims = (*_step_size(lines), *_batches(lines), *_anil(lines), *_ways(lines))
     starts = max(1, len(lines.seeds))
     marked = tuple(replace(claim, starts=starts, headline=claim.text in HEADLINES) for claim in claims)
-    return Summary((table,) if table.rows else (), marked, NOTES)
+    return Summary((table,) if table.rows else (), marked)
 
 
 def _line(each: Key, rows: Sequence[Row]) -> tuple[Cell, ...]:
@@ -192,9 +182,9 @@ def _ways(lines: Lines) -> Iterator[Claim]:
     yield Claim(text, "multi-step paper, table 4", *verdict(flags, evidence))
 
 
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``maml.png``: the loss over the step size and over both batch sizes, and ANIL beside MAML over time."""
-    lines = Lines(settings, results)
+    lines = Lines(settings, done.results)
     if not any("losses" in row for row in lines.rows.values()):
         return []
     figure, ((first, second, third, fourth),) = panels(1, 4, 3.6, 3.4)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import final
 
-from diffopt.experiments.framework.experiment import Experiment, Needs, Unit, starts
+from diffopt.experiments.framework.experiment import Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.memory_rates_problem import descend
 from diffopt.experiments.memory_rates_report import pictures, summary
 
@@ -46,22 +47,12 @@ def units(settings: Settings) -> list[Unit]:
     return starts(settings.seeds, of_one)
 
 
-EXPERIMENT = Experiment(
-    name="memory-rates",
-    title="What the memory-reduced algorithm converges to, and how fast, where the true gradient is known",
-    paper="memory-reduced: theorems 1 and 2",
-    needs=Needs("none", 3, None),
+EXPERIMENT = described(
+    "memory-rates",
     quick=Settings(8, (1, 4), 2, 2, iterations=60, seeds=2),
     standard=Settings(),
     full=Settings(iterations=20000, seeds=5),
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
-    papers={
-        "tasks": "not in the text",
-        "steps": "a constant K of at least K0, whose form is in a supplement",
-        "products": "a constant N of at least N0, whose form is in a supplement",
-        "outer_lr": "not in the text",
-        "seeds": "none: theorems",
-    },
+    summary=summary,
+    pictures=pictures,
 )

@@ -1,4 +1,4 @@
-"""What the theorems' descents say: floors, exponents, answers, pictures."""
+"""What the theorems' descents say: floors, exponents, pictures."""
 
 from __future__ import annotations
 
@@ -9,57 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
-from diffopt.experiments.framework.experiment import Results, Row, Summary, Table, Unit
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Row, Summary, Table
 from diffopt.experiments.framework.pictures import SEQUENCE, draw_line, legend_below, panels, save
 from diffopt.experiments.framework.tables import Value, listed
-from diffopt.experiments.memory_rates_problem import DECAY, LOWEST, LR, TARGETS
+from diffopt.experiments.framework.texts import asked
+from diffopt.experiments.memory_rates_problem import TARGETS
 
 PAPER = "memory-reduced paper"
 PROCESSES = ("mean", "last")
-CLAIMS = (
-    ask(
-        "the floor of the squared gradient falls as 1/|B| (its exponent, up to a factor of 1.25)",
-        f"{PAPER}, theorem 1",
-        "exponent: floor ~ 1.25",
-        note="the slope of a line through the logarithms",
-        headline=True,
-    ),
-    ask(
-        "with all tasks, the mean squared gradient is eps after a number of iterations that grows as 1/eps "
-        "(its exponent, up to a factor of 1.25)",
-        f"{PAPER}, theorem 2",
-        "exponent: mean ~ 1.25",
-        note="the slope of a line through the logarithms",
-        headline=True,
-    ),
-    ask(
-        "and the last squared gradient is there no later (an exponent of at most 1)",
-        f"{PAPER}, theorem 2",
-        "exponent: last <= 1",
-    ),
-    Every(
-        "with all tasks nothing is left of the gradient (the squared one falls below 1e-12 of the first)",
-        f"{PAPER}, theorem 2: an exact solution",
-        "left < 1e-12",
-        "rule == 'all'",
-        shown="left",
-    ),
-)
-NOTES = (
-    "The paper's bounds, its constants K0 and N0 and its proofs are in a supplement that is not available to us; the "
-    "abstract gives the orders. The algorithm is our reconstruction (derivations, section 6.3): "
-    "`diffopt.WarmStarts`, tasks under `torch.func.vmap`.",
-    f"The inner losses are quadratic, their curvature between {LOWEST} and 1, the inner steps of size {LR:g}; the "
-    f"outer loss is smooth and not convex, with {DECAY / 2:g} times the squared shared variable. The true gradient has "
-    "a closed form that shares nothing with the algorithm. The outer step size is the same for every |B|, and tasks "
-    "are drawn with replacement, so that the variance of their mean is one task's over |B|.",
-    "The floor is the mean of the squared true gradient over the last half of the iterations. Upper bounds are what "
-    "the theorems give: asked is whether their exponents are what is measured. What a theorem of this kind bounds is "
-    "the mean of the squared gradients of all iterations so far, and its exponent is 1 wherever their sum is finite: "
-    "that the sum is finite, with K and N constant, is what is shown. Where the outer loss is strongly convex around "
-    "its minimum, as here in the end, the last one falls faster, and that is no contradiction.",
-)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -67,23 +25,23 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(list(x)), np.log(list(y)), 1)[0])
 
 
-def floors_of(units: Sequence[Unit], results: Results) -> Frame:
+def floors_of(done: Finished) -> Frame:
     """One row per descent with sampled tasks: its floor, and that beside the variance of the mean that it takes."""
 
     def records(row: Row) -> Iterator[Row]:
         yield {"floor": row["floor"], "variance": row["variance"]}
 
-    data = long_table(units, results, records)
+    data = done.table(records)
     data = data[data["tasks"] > 0] if len(data) else data
     return data.assign(scaled=data["floor"] * data["tasks"] / data["variance"]) if len(data) else data
 
 
-def exponents_of(units: Sequence[Unit], results: Results) -> Frame:
+def exponents_of(done: Finished) -> Frame:
     """One row per start and what grows as a power: ``floor``, of its inverse over ``|B|``; of iterations over 1/eps.
 
     And a row ``all``, with what is left of the first squared gradient in the end.
     """
-    rows, floors = [], floors_of(units, results)
+    rows, floors = [], floors_of(done)
     for seed, group in floors.groupby("seed") if len(floors) else ():
         if len(group) > 1:
             rows.append({"seed": seed, "rule": "floor", "exponent": -slope(group["tasks"], group["floor"])})
@@ -95,10 +53,10 @@ def exponents_of(units: Sequence[Unit], results: Results) -> Frame:
             if len(found) > 1:
                 yield {"rule": process, "exponent": slope(*zip(*found, strict=True))}
 
-    return pd.concat([pd.DataFrame(rows), long_table(units, results, records, tasks=0)])
+    return pd.concat([pd.DataFrame(rows), done.table(records, tasks=0)])
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
 
     def times(row: Row) -> Iterator[Row]:
@@ -114,29 +72,28 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     }
     sizes = f"K={settings.steps}, N={settings.products}, outer steps of {settings.outer_lr}, {settings.tasks} tasks"
     tables: tuple[Table, ...] = listed(
-        f"The floor over the number of sampled tasks; {sizes}", floors_of(units, results), {"|B|": "tasks"}, columns
+        f"The floor over the number of sampled tasks; {sizes}", floors_of(done), {"|B|": "tasks"}, columns
     )
     tables += listed(
         "Iterations until the squared gradient, all tasks in each, is such a part of the first",
-        long_table(units, results, times, tasks=0),
+        done.table(times, tasks=0),
         {"squared gradient": "what"},
         {},
         across="eps",
         cell="iterations",
         label=lambda eps: f"{eps:.2g}",
     )
-    exponents = exponents_of(units, results)
-    return Summary(tables, tuple(answers(exponents, CLAIMS)), NOTES)
+    return Summary(tables, asked("memory-rates", "exponents", exponents_of(done)))
 
 
-def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``rates.png``: the squared gradient over the iterations, and the floor over the number of sampled tasks."""
 
     def records(row: Row) -> Iterator[Row]:
         for after, squared in zip(row["after"], row["squared"], strict=True):
             yield {"iteration": after, "squared": max(squared, 1e-33)}  # zero has no place on the axis
 
-    data, floors = long_table(units, results, records), floors_of(units, results)
+    data, floors = done.table(records), floors_of(done)
     if not len(data) or not len(floors):
         return []
     figure, ((left, right),) = panels(1, 2, 4.2, 3.2)

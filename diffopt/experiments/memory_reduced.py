@@ -16,10 +16,11 @@ from typing import final
 import torch
 
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, of_start
+from diffopt.experiments.framework.experiment import Row, Unit, of_start
 from diffopt.experiments.framework.few_shot_problem import interval
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.memory_reduced_deterministic import descend
 from diffopt.experiments.memory_reduced_problem import FORMS, METHODS, Shared, Warm
@@ -176,27 +177,13 @@ QUICK = replace(QUICK, test_steps=2, memory_steps=(1, 4), repeats=1, descents=2)
 FULL = Settings("caltech101", queries=15, filters=32, steps=10, tasks=500, iterations=5000, seeds=3, evaluations=20)
 FULL = replace(FULL, test_tasks=600, descents=2000)
 
-FILES = "omniglot_28.npz or images_background.zip and images_evaluation.zip; others by --dataset"
 
-EXPERIMENT = Experiment(
-    name="memory-reduced",
-    title="Meta-learning by implicit gradients with warm starts, beside MAML, ANIL and ITD-BiO",
-    paper="memory-reduced: algorithm 1, Fig. 1 and 2, theorems 1 and 2",
-    needs=Needs(FILES, 16, 16),  # on a GPU not measured: no slower
+EXPERIMENT = described(
+    "memory-reduced",
     quick=QUICK,
     standard=Settings(),
     full=FULL,
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
-    papers={
-        "dataset": "CIFAR-FS, FC100, miniImageNet, tieredImageNet",
-        "way": "5",
-        "shot": "5",
-        "filters": "not in the text",
-        "steps": "not in the text",
-        "products": "not in the text",
-        "lr": "not in the text",
-        "seeds": "not in the text",
-    },
+    summary=summary,
+    pictures=pictures,
 )

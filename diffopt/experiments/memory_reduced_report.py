@@ -1,20 +1,21 @@
-"""What the memory-reduced algorithm's runs say: tables, answers to the paper's claims, pictures."""
+"""What the memory-reduced algorithm's runs say: tables to the paper's claims, pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
 from diffopt.experiments.framework import image_sets
-from diffopt.experiments.framework.claims import Every, Frame, answers, ask, long_table
-from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Claim, Row, Summary
 from diffopt.experiments.framework.outer_loop import AXES, curve, outcome
 from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.framework.texts import asked
 from diffopt.experiments.memory_reduced_problem import FORMS
 
 PAPER = "memory-reduced paper"
@@ -28,59 +29,9 @@ COLOURS = {
     "ANIL": STYLES["hybrid"],
     "MAML": STYLES["exact"],
 }
-NOTES = (
-    "The paper's pseudocode, its constants and the numbers of its figures are not in the text available to us: the "
-    "algorithm is a reconstruction (derivations, section 6.3), its warm starts our inference from the theorem.",
-    "The paper's data (CIFAR-FS, FC100, miniImageNet, tieredImageNet) cannot be had here; `--dataset` takes them. "
-    "The network has fewer channels than the paper's, and the outer optimizer is Adam for all methods.",
-    "Memory is the peak of torch's allocator above the start of one task's hypergradient. Where the embedding is part "
-    "of the inner loss, each inner step that is kept keeps a graph of it; where its features are computed once, which "
-    "every head-only method may do, an inner step keeps the head's graph alone. MAML adapts the embedding: one form.",
-    "Training uses features computed once. Each task takes its turn: times are of work, not of batching. The test "
-    "tasks are the same for every start and method, and differences are taken task by task.",
-    "The inner step size matters more to implicit gradients than to back-propagation, for they take the head to be at "
-    "its minimum: with `--set lr=0.4 --set iterations=80` both of ours diverge (outer loss 1.3 to 20), not ITD-BiO.",
-    "The deterministic case is a small problem in float64 (4 tasks of 3 classes), two inner steps and one iteration of "
-    "conjugate gradients per outer step, and gradient descent outside.",
-)
-TRAINED = (
-    ask(
-        "its accuracy is at least that of MAML, ANIL and ITD-BiO after as many iterations",
-        f"{PAPER}, Fig. 1",
-        tuple(f"accuracy: {OURS} - {rival} >= 0" for rival in RIVALS),
-        crossed=True,
-        order=True,
-        headline=True,
-    ),
-    ask(
-        "it takes less time for as many iterations",
-        "this library",
-        tuple(f"seconds: {OURS} / {rival} < 1" for rival in RIVALS),
-    ),
-    ask(
-        "with sampled tasks, warm starts train no worse than cold ones (up to one point)",
-        "derivations, 6.3",
-        f"accuracy: {OURS} - ours, cold >= -1",
-        crossed=True,
-        unit=" points",
-    ),
-)
-DETERMINISTIC = (
-    ask(
-        "with K and N constant, the deterministic case converges to a stationary point",
-        f"{PAPER}, theorem 2; true gradient below 1e-4 of the first",
-        "shrunk: warm < 1e-4",
-        headline=True,
-    ),
-    ask(
-        "that takes warm starts: from cold ones the gradient stalls (it ends 100 times larger)",
-        "derivations, 6.3",
-        "shrunk: cold / warm > 100",
-    ),
-)
 
 
-def memory_of(units: Sequence[Unit], results: Results) -> Frame:
+def memory_of(done: Finished) -> Frame:
     """One row per number of steps, form of the inner loss and method; what ours saves of its memory, in per cent."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -95,10 +46,10 @@ def memory_of(units: Sequence[Unit], results: Results) -> Frame:
                     "saved": 100 * (1 - ours / size) if size and ours else math.nan,
                 }
 
-    return long_table(units, results, records, part="memory")
+    return done.table(records, part="memory")
 
 
-def runs_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
+def runs_of(settings: Any, done: Finished) -> Frame:
     """One row per run and test task."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -106,13 +57,13 @@ def runs_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
         for draw, accuracy in enumerate(row["each"]):
             yield {"draw": draw, "accuracy": accuracy, **found, "seconds": row["seconds"][-1]}
 
-    return long_table(units, results, records, part="learn")
+    return done.table(records, part="learn")
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    memory, runs = memory_of(units, results), runs_of(settings, units, results)
-    starts = long_table(units, results, lambda row: [_shrunk(row)], part="deterministic")
+    memory, runs = memory_of(done), runs_of(settings, done)
+    starts = done.table(lambda row: [_shrunk(row)], part="deterministic")
     title = f"{image_sets.SETS[settings.dataset].title}, {settings.way}-way {settings.shot}-shot"
     found = listed(
         f"{title}: after {settings.iterations} outer iterations, K={settings.steps}",
@@ -148,8 +99,12 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
             "outer loss in the end": "loss",
         },
     )
-    claims = (*_of_memory(memory), *answers(runs, TRAINED), *answers(starts, DETERMINISTIC))
-    return Summary(found, claims, NOTES)
+    claims = (
+        *_of_memory(memory),
+        *asked("memory-reduced", "trained", runs),
+        *asked("memory-reduced", "deterministic", starts),
+    )
+    return Summary(found, claims)
 
 
 def _shrunk(row: Row) -> Row:
@@ -161,32 +116,17 @@ def _shrunk(row: Row) -> Row:
 def _of_memory(memory: Frame) -> Iterator[Claim]:
     """Claims about exact sizes."""
     ours = memory[memory["rule"] == OURS].dropna(subset=["megabytes"]) if len(memory) else memory
-    flat = Every(
-        "memory does not grow with the number of inner steps K (up to 5 %)",
-        f"{PAPER}, Fig. 2",
-        "most <= 1.05 * least",
-        shown="most",
-        note="megabytes, in each form of the inner loss",
-        headline=True,
-    )
     sizes = ours.groupby("form")["megabytes"].agg(most="max", least="min") if len(ours) > len(FORMS) else pd.DataFrame()
-    yield flat.answer(sizes)
+    yield from asked("memory-reduced", "growth", sizes)
     for form in FORMS:
         told = ""
         if len(memory):
             each = memory[memory["form"] == form].groupby("rule")["saved"].agg(["min", "max"]).dropna()
             told = "; ".join(f"{r}: {each['min'][r]:.0f} to {each['max'][r]:.0f} %" for r in RIVALS if r in each.index)
-        yield Every(
-            f"it saves more than half of the memory of MAML, ANIL and ITD-BiO ({form})",
-            f"{PAPER}, abstract and Fig. 2",
-            "saved > 50",
-            f"form == {form!r} and rule in {RIVALS} and saved == saved",
-            note=told,
-            headline=form == FORMS[0],
-        ).answer(memory)
+        yield from asked("memory-reduced", form, memory, told=told)
 
 
-def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``training.png``: accuracy over iterations and time; ``memory.png``; ``deterministic.png``."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -205,14 +145,14 @@ def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path
     labels = {**AXES, "accuracy": "test accuracy [%]", "megabytes": "peak memory [MB]", "K": "inner steps K"}
     labels |= {"loss at": "outer iteration", "gradient": "norm of the true gradient"}
     look: dict[str, Any] = {"labels": labels, "hue": "rule"}
-    runs = long_table(units, results, records, part="learn")
+    runs = done.table(records, part="learn")
     sides: dict[str, Any] = {"x": ("iteration", "time", "loss at"), "y": ("accuracy", "accuracy", "loss"), "over": "at"}
     scales = {"time": "symlog"}
     found = curves(runs, folder / "training.png", **sides, style=style, scales=scales, legend=5, **look)
-    memory = memory_of(units, results)
+    memory = memory_of(done)
     marked: dict[str, Any] = {"style": COLOURS.get, "scales": {"K": "log", "megabytes": "log"}}
     found += curves(memory, folder / "memory.png", x="K", y="megabytes", panel="form", **marked, **look)
-    path, starts = folder / "deterministic.png", long_table(units, results, descents, part="deterministic")
+    path, starts = folder / "deterministic.png", done.table(descents, part="deterministic")
     scales = {"gradient": "log"}
     return found + curves(
         starts, path, x="iteration", y="gradient", style=lambda r: style(f"ours, {r}"), scales=scales, **look

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from diffopt import State
 from diffopt.estimators import Reverse
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
 from diffopt.experiments.framework.outer_loop import train
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.meta_transfer_draw import pictures
 from diffopt.experiments.meta_transfer_problem import (
@@ -253,30 +254,12 @@ QUICK = replace(QUICK, cost_steps=(2,), cost_after=1, rounds=1, other_steps=(1,)
 FULL = Settings("caltech101", 32, (16, 32, 64), 5, 10000, (64, 128, 256, 512), 2, 20, 128, 2, 0.1, 0.001, 0.001)
 FULL = replace(FULL, iterations=10000, evaluations=20, classes=0, pairs="all")
 
-EXPERIMENT = Experiment(
-    name="meta-transfer",
-    title="What and where to transfer: meta-networks learned through steps on a matching loss",
-    paper="multi-step: tables 1-3, Fig. 1, 3, 4, appendix H, algorithm 1",
-    needs=Needs("omniglot_28.npz or images_background.zip and images_evaluation.zip", 15, None),
+EXPERIMENT = described(
+    "meta-transfer",
     quick=QUICK,
     standard=Settings(),
     full=FULL,
     units=units,
-    summarise=lambda settings, results: summary(settings, units(settings), results),
-    draw=lambda settings, results, folder: pictures(settings, units(settings), results, folder),
-    papers={
-        "problem": "ImageNet or TinyImageNet to CIFAR-100, STL-10, Bird, Indoor, Action, Dog",
-        "size": "32 or 224",
-        "source_channels": "ResNet-32 or ResNet-34",
-        "target_channels": "VGG-9 or ResNet-18",
-        "per_class": "Bird: 4,994 images in all",
-        "batch": "128 (32x32) or 64 (224x224)",
-        "steps": "2",
-        "sgd_lr": "0.1, momentum 0.9, decay 1e-4, cosine annealing",
-        "adam_lr": "0.001, decay 1e-4",
-        "meta_lr": "0.001 (32x32) or 0.0001 (224x224), decay 1e-4",
-        "beta": "0.5",
-        "iterations": "200 epochs",
-        "seeds": "not in the text",
-    },
+    summary=summary,
+    pictures=pictures,
 )

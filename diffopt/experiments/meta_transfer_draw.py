@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffopt.experiments.framework.claims import long_table
-from diffopt.experiments.framework.experiment import Results, Row, Unit
+from diffopt.experiments.framework.claims import Finished
+from diffopt.experiments.framework.experiment import Row
 from diffopt.experiments.framework.pictures import STYLES, curves, panels, save
 from diffopt.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH
 from diffopt.experiments.meta_transfer_report import DIFFERENCES, WINDOW, costs_of, differences_of, pairs_of
@@ -29,7 +29,7 @@ def _style(name: str) -> dict[str, Any]:
     return known.get(name, {"color": STYLES["binomial"]["color"], "marker": "o", "linestyle": "-."})
 
 
-def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``training.png``, ``differences.png`` (Fig. 1), ``pairs.png`` (what goes where), ``costs.png`` (over T)."""
 
     def accuracies(row: Row) -> Iterator[Row]:
@@ -40,14 +40,14 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
     labels |= {"seconds": "processor time [s]", "ratio": "time / baseline's", "error": "error of the hypergradient"}
     labels |= {"value": "change of the inner gradient"}
     look: dict[str, Any] = {"labels": labels, "panel": "kind", "size": (4.2, 3.2)}
-    runs = long_table(units, results, accuracies, part="learn")
+    runs = done.table(accuracies, part="learn")
     found = curves(runs, folder / "training.png", x="after", y="accuracy", hue="rule", style=_style, **look)
-    changes, path = differences_of(settings, units, results), folder / "differences.png"
+    changes, path = differences_of(settings, done), folder / "differences.png"
     if len(changes):
         changes = changes.melt(["seed", "kind", "after"], list(DIFFERENCES), "normalised", "value")
     found += curves(changes, path, x="after", y="value", hue="normalised", scales={"value": "log"}, **look)
-    found += _draw_pairs(settings, units, results, folder)
-    costs = costs_of(units, results)
+    found += _draw_pairs(settings, done, folder)
+    costs = costs_of(done)
     if len(costs):
         shown = (costs["error"] != 0) | (costs["rule"] == BASELINE)
         twice = costs["rule"].str.startswith(("one step, 2", "one step, 3", "one step, 4", "one step, 8", WINDOW))
@@ -64,9 +64,9 @@ def pictures(settings: Any, units: Sequence[Unit], results: Results, folder: Pat
     return found + curves(costs, folder / "costs.png", **sides, style=_style, finish=paper, **look)
 
 
-def _draw_pairs(settings: Any, units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def _draw_pairs(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """The weights of the pairs of stages that the baseline ends with, means over the starts."""
-    data = pairs_of(units, results)
+    data = pairs_of(done)
     data = data[data["rule"] == BASELINE] if len(data) else data
     if not len(data):
         return []

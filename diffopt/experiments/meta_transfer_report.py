@@ -1,21 +1,20 @@
-"""What meta-transfer found: tables beside the paper's, answers to its claims, pictures."""
+"""What meta-transfer found: tables beside the paper's to its claims, pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from diffopt.experiments.framework.claims import Compare, Frame, answers, ask, long_table
-from diffopt.experiments.framework.experiment import Claim, Results, Row, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Claim, Row, Summary
 from diffopt.experiments.framework.tables import Value, listed
-from diffopt.experiments.meta_transfer_notes import NOTES
+from diffopt.experiments.framework.texts import asked
 from diffopt.experiments.meta_transfer_problem import BASELINE, FIRST_ORDER, FIXED, KINDS, SCRATCH, annealing
 
-PAPER, HERE = "multi-step paper", "this library"
 WINDOW, ONE_STEP = "one window of T", "one step, T lr"
 DIFFERENCES = {
     "difference": "its two-norm",
@@ -33,85 +32,6 @@ SAID: dict[tuple[str, str], str] = {
 }
 """Bird: tables 2 and 3, section 5.1, appendix H."""
 
-GAIN = ask(
-    "learned transfer beats training from scratch",
-    f"{PAPER}, tables 2 and 3",
-    f"accuracy: {BASELINE} - {SCRATCH} > 0 by kind",
-    unit=" points",
-    headline=True,
-)
-HEADROOM = ask(
-    "transfer at fixed weights gains five points or more over scratch: there is something to learn",
-    f"{HERE}, the condition for what follows",
-    f"accuracy: {FIXED} - {SCRATCH} >= 5 by kind",
-    unit=" points",
-    headline=True,
-)
-STEPS = (
-    ask(
-        "two steps on the transfer loss are better than one",
-        f"{PAPER}, appendix H and Fig. 4a",
-        f"accuracy: {BASELINE} [T == 2] - {BASELINE} [T == 1] > 0",
-        unit=" points",
-    ),
-    ask(
-        "three steps are no better than two",
-        f"{PAPER}, appendix H and Fig. 4a",
-        f"accuracy: {BASELINE} [T == 3] - {BASELINE} [T == 2] <= 0",
-        unit=" points",
-    ),
-    ask(
-        "at T=3 too the estimate is competitive (no more than 1 point below)",
-        f"{PAPER}, appendix H and Fig. 4a",
-        f"accuracy: {WINDOW} [T == 3] - {BASELINE} [T == 3] >= -1",
-        unit=" points",
-    ),
-)
-COSTS = (
-    ask(
-        "at T=2 the estimate takes 0.65 of the baseline's time (up to 0.70)",
-        f"{PAPER}, table 1",
-        "ratio: multi-step 2 <= 0.7 by kind",
-        "T == 2",
-        headline=True,
-    ),
-    ask(
-        "at 8 steps, multi-step(4) takes half the time (up to 0.55)",
-        f"{PAPER}, section 5.2, on few-shot learning",
-        "ratio: multi-step 4 <= 0.55 by kind",
-        "T == 8",
-    ),
-    ask(
-        "one window of T is nearer to the exact hypergradient than one step of T times the rate",
-        f"{HERE}, on {PAPER}'s proposition 1",
-        f"error: {WINDOW} / {ONE_STEP} < 1 by T, kind",
-    ),
-)
-LINEAR = ask(
-    "the baseline's time grows linearly with T (its slope by at most a third)",
-    f"{PAPER}, Fig. 4b",
-    "growth: * ~ 1.33 by kind",
-    note="time of a further step at the largest T over that at the smallest",
-)
-
-
-def of_gains(steps: int) -> Iterator[Compare]:
-    """Claims about what is lost, which ask for something to lose."""
-    estimate, tables = f"multi-step {steps}", f"{PAPER}, tables 2 and 3"
-    text = "the multi-step estimate is competitive with the baseline (no more than 1 point below)"
-    yield ask(text, tables, f"accuracy: {estimate} - {BASELINE} >= -1 by kind", unit=" points", headline=True)
-    for text, source, first, second in (
-        ("without meta-learning (T=0) accuracy falls", "appendix H", FIXED, BASELINE),
-        ("first order falls far behind", "section 5.1", FIRST_ORDER, estimate),
-        (
-            "one step of so many times the rate is worse than the estimate",
-            "appendix H",
-            f"one step, {steps} lr",
-            estimate,
-        ),
-    ):
-        yield ask(text, f"{PAPER}, {source}", f"accuracy: {first} - {second} < 0 by kind", unit=" points")
-
 
 def difference_curve(row: Row, key: str, iterations: int) -> list[float]:
     """``difference`` or ``relative difference`` as measured; ``per step size``: the latter over the annealed size."""
@@ -121,9 +41,9 @@ def difference_curve(row: Row, key: str, iterations: int) -> list[float]:
     return [value / annealing(after + 1, iterations) for after, value in measured]  # an update comes before
 
 
-def runs_of(units: Sequence[Unit], results: Results) -> Frame:
+def runs_of(done: Finished) -> Frame:
     """One row per run: its accuracy in the end, also beside the baseline's of the same start."""
-    data = long_table(units, results, lambda row: [{"accuracy": row["accuracy"][-1]}], part="learn")
+    data = done.table(lambda row: [{"accuracy": row["accuracy"][-1]}], part="learn")
     if not len(data):
         return data
     base = data[data["rule"] == BASELINE][["seed", "kind", "accuracy"]]
@@ -131,14 +51,14 @@ def runs_of(units: Sequence[Unit], results: Results) -> Frame:
     return data.assign(beside=data["accuracy"] - data["accuracy of baseline"])
 
 
-def steps_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
+def steps_of(settings: Any, done: Finished) -> Frame:
     """One row per run by Adam, of every T: exact, by one window, by one step of T times the rate; of ``learn`` too."""
 
     def records(row: Row) -> Iterator[Row]:
         yield {"accuracy": row["accuracy"][-1]}
 
-    other = long_table(units, results, records, part="steps")
-    main = long_table(units, results, records, part="learn", kind="adam")
+    other = done.table(records, part="steps")
+    main = done.table(records, part="learn", kind="adam")
     main = main.assign(T=settings.steps) if len(main) else main
     data: Frame = pd.concat([main, other])
     if not len(data):
@@ -149,7 +69,7 @@ def steps_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
     return data[data["rule"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values("T", kind="stable")
 
 
-def pairs_of(units: Sequence[Unit], results: Results) -> Frame:
+def pairs_of(done: Finished) -> Frame:
     """One row per run that learns and pair of stages: the weight it ends with, mean over the test images."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -157,18 +77,18 @@ def pairs_of(units: Sequence[Unit], results: Results) -> Frame:
             source, target = map(int, pair.split("-"))
             yield {"pair": f"({source}, {target})", "source": source, "target": target, "weight": weight}
 
-    data = long_table(units, results, records, part="learn")
+    data = done.table(records, part="learn")
     return data[data["rule"] != FIXED] if len(data) else data
 
 
-def costs_of(units: Sequence[Unit], results: Results) -> Frame:
+def costs_of(done: Finished) -> Frame:
     """One row per start, T, inner optimizer and method; two methods once more, under names that hold for every T."""
 
     def records(row: Row) -> Iterator[Row]:
         for name, cost in row["methods"].items():
             yield {"rule": name, **cost}
 
-    data = long_table(units, results, records, part="cost")
+    data = done.table(records, part="cost")
     if not len(data):
         return data
     window = data[data["rule"] == "multi-step " + data["T"].astype(str)].assign(rule=WINDOW)
@@ -187,7 +107,7 @@ def growth_of(costs: Frame) -> Frame:
     return pd.DataFrame(rows)
 
 
-def differences_of(settings: Any, units: Sequence[Unit], results: Results) -> Frame:
+def differences_of(settings: Any, done: Finished) -> Frame:
     """One row per run of the baseline and measurement of Fig. 1's difference, normalised in three ways."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -195,14 +115,14 @@ def differences_of(settings: Any, units: Sequence[Unit], results: Results) -> Fr
         for after, *values in zip(row["after"], *found.values(), strict=False):
             yield {"after": after, **dict(zip(found, values, strict=True))}
 
-    return long_table(units, results, records, part="learn", rule=BASELINE)
+    return done.table(records, part="learn", rule=BASELINE)
 
 
-def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    runs, costs = runs_of(units, results), costs_of(units, results)
+    runs, costs = runs_of(done), costs_of(done)
     title = f"Target accuracy after {settings.iterations} iterations, T={settings.steps}, {settings.seeds} starts"
-    if source := results.get("source"):
+    if source := done.results.get("source"):
         sizes = f"{source['training images']} training and {source['test images']} test images of {source['classes']}"
         title += f"; {sizes} classes; source at {source['accuracy']:.0f} % in training"
         title += f", a linear layer on its features at {source['linear layer']:.1f} % on the test images"
@@ -219,13 +139,13 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     )
     found += listed(
         "Learned: weights of the pairs (source's stage, target's stage, counted from 0), which start at 1",
-        pairs_of(units, results),
+        pairs_of(done),
         {"inner optimizer": "kind", "method": "rule"},
         {},
         across="pair",
         cell="weight",
     )
-    steps = steps_of(settings, units, results)
+    steps = steps_of(settings, done)
     found += listed(
         "Fig. 4a: accuracy over the steps T on the transfer loss; inner optimizer Adam",
         steps,
@@ -252,25 +172,28 @@ def summary(settings: Any, units: Sequence[Unit], results: Results) -> Summary:
     )
     claims = (
         *_of_accuracy(settings, runs),
-        *answers(steps, STEPS),
-        *answers(costs, COSTS),
-        LINEAR.answer(growth_of(costs)),
+        *asked("meta-transfer", "steps", steps),
+        *asked("meta-transfer", "costs", costs),
+        *asked("meta-transfer", "growth", growth_of(costs)),
+        *_of_differences(differences_of(settings, done)),
     )
-    return Summary(found, (*claims, *_of_differences(differences_of(settings, units, results))), NOTES)
+    return Summary(found, claims)
 
 
 def _gains(runs: Frame) -> bool:
     """Whether transfer is shown to gain anything over scratch: learned, or at fixed weights."""
-    return GAIN.answer(runs).answer == "yes" or HEADROOM.answer(runs).answer in ("yes", "partly")
+    (gain,), (headroom,) = (asked("meta-transfer", group, runs) for group in ("gain", "headroom"))
+    return gain.answer == "yes" or headroom.answer in ("yes", "partly")
 
 
 def _of_accuracy(settings: Any, runs: Frame) -> Iterator[Claim]:
-    yield HEADROOM.answer(runs)
-    yield GAIN.answer(runs)
+    """Claims about what transfer gains, and about what is lost of it, which ask for something to lose."""
+    yield from asked("meta-transfer", "headroom", runs)
+    yield from asked("meta-transfer", "gain", runs)
     gaining = [kind for kind in KINDS if len(runs) and _gains(runs[runs["kind"] == kind])]
-    for question in of_gains(settings.steps):
-        found = question.answer(runs[runs["kind"].isin(gaining)] if len(runs) else runs)
-        whole = question.answer(runs)
+    shown = runs[runs["kind"].isin(gaining)] if len(runs) else runs
+    both = (asked("meta-transfer", "losses", data, steps=settings.steps) for data in (shown, runs))
+    for found, whole in zip(*both, strict=True):
         if found.answer == "not measured" != whole.answer:
             none = "no transfer is shown to gain over scratch here, so that no rule can lose it"
             found = replace(whole, answer="not measured", evidence=f"{none}; {whole.evidence}")
@@ -283,6 +206,4 @@ def _of_differences(data: Frame) -> Iterator[Claim]:
         if len(data):
             ends = data.sort_values("after").groupby(["seed", "kind"])[key].agg(["first", "last"]).reset_index()
             left = ends.assign(left=ends["last"] / ends["first"])
-        text = f"the difference of consecutive inner gradients goes to zero in training ({words})"
-        note = "the last over the first; counted from a half on"
-        yield ask(text, f"{PAPER}, Fig. 1", "left: * < 0.5 by kind", note=note).answer(left)
+        yield from asked("meta-transfer", "differences", left, words=words)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import diffopt
 from diffopt.estimators import Binomial, Estimator, FirstOrder, Krylov, Reverse, Truncated
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit, starts
+from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.options import listed, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.sinusoid_report import pictures, summary
 from diffopt.tasks import MLP, Episodes, Sinusoid, functional
@@ -131,21 +132,12 @@ def curvature(problem: Problem) -> float:
     return found
 
 
-EXPERIMENT = Experiment(
-    name="sinusoid",
-    title="Errors of meta-gradients on sine waves over levels, batches and step sizes",
-    paper="binomial: Fig. 3",
-    needs=Needs("none", 15, None),
+EXPERIMENT = described(
+    "sinusoid",
     quick=Settings((5,), (0.002, 0.02), batches=2, tasks=2, hidden=10, seeds=2),
     standard=Settings(),
     full=Settings((5, 10, 20, 50), (0.001, 0.002, 0.005, 0.01, 0.02), batches=50, tasks=25, seeds=5),
     units=units,
-    summarise=lambda settings, results: summary(units(settings), results),
-    draw=lambda settings, results, folder: pictures(units(settings), results, folder),
-    papers={
-        "steps": "5 [by the notes of the derivations]",
-        "rates": "not in the text; Fig. 3 is met at lr * lambda_max of 0.1 to 0.2",
-        "hidden": "not in the text; 40 in MAML's",
-        "seeds": "not in the text",
-    },
+    summary=summary,
+    pictures=pictures,
 )

@@ -1,41 +1,29 @@
-"""What the errors on sine waves say: tables, answers to the paper's claims, pictures."""
+"""What the errors on sine waves say: tables to the paper's claims, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from diffopt.experiments.framework.claims import Compare, Every, Frame, answers, ask, long_table, side_by_side
-from diffopt.experiments.framework.experiment import Results, Row, Summary, Unit
+from diffopt.experiments.framework.claims import Finished, Frame, side_by_side
+from diffopt.experiments.framework.experiment import Row, Summary
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
 from diffopt.experiments.framework.tables import listed
+from diffopt.experiments.framework.texts import asked
 
-PAPER = "binomial paper"
 ORDER = ("truncated", "binomial", "binomial, scale L/K", "hybrid", "krylov")
 ROUND_OFF = 1e-14
 """Of a meta-gradient beside its norm; smaller errors count as that."""
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)
 EACH = ("K", "lr", "L")
-LAST = "K == 5 and L == 4"
 BATCH = ["seed", *EACH, "draw", "curvature"]
 
-NOTES = (
-    "The paper's inner step size is missing from the text available to us, and with it the curvature number "
-    "`K * lr * lambda_max` that decides everything here; so several step sizes were run. Initial weights are torch's "
-    "default.",
-    "`scale L/K` is the substitution of the paper's appendix C.2 (the inner step size times L/K in the backward pass), "
-    "which its tables use. For 0 < L < K it keeps an error of first order in the step size; the theorems do not cover "
-    "it.",
-    "Krylov (minimal residuals in time) is this library's; it costs about K instead of K - L + 1 products a level.",
-    "Ratios of errors are geometric means over starts and batches; the intervals are over both.",
-)
 
-
-def table_of(units: Sequence[Unit], results: Results) -> Frame:
+def table_of(done: Finished) -> Frame:
     """One row per estimator, level and batch: its error, and what share of the gradient's mean norm that is."""
 
     def records(row: Row) -> Iterator[Row]:
@@ -46,7 +34,7 @@ def table_of(units: Sequence[Unit], results: Results) -> Frame:
                     known = {"rule": estimator, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
                     yield {**known, "error": max(error, ROUND_OFF * norm), "share": error / norm}
 
-    return long_table(units, results, records)
+    return done.table(records)
 
 
 def ratios(data: Frame) -> Frame:
@@ -55,9 +43,9 @@ def ratios(data: Frame) -> Frame:
     return wide.assign(binomial_gain=wide["truncated"] / wide["binomial"], place=wide["L"] / wide["curvature"])
 
 
-def summary(units: Sequence[Unit], results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    data = table_of(units, results)
+    data = table_of(done)
     wide = ratios(data) if len(data) else data
     gained = listed(
         "Truncated's error over binomial's at equal L, median over the batches (below 1: binomial is worse)",
@@ -79,72 +67,39 @@ def summary(units: Sequence[Unit], results: Results) -> Summary:
         cell="share",
         label=lambda level: f"L={level}",
     )
-    every = Every("it is smaller on every batch", f"{PAPER}, Fig. 3a (K=5, L=4)", "binomial_gain > 1", LAST)
-    claims = (*answers(data, CLAIMS), every.answer(wide), *answers(data, _all_settings(wide)))
-    return Summary((*gained, *errors), claims, NOTES)
+    claims = (
+        *asked("sinusoid", "errors", data),
+        *asked("sinusoid", "batches", wide),
+        *asked("sinusoid", "everywhere", data, worse=_worse(wide), scaled=_scaled(wide)),
+    )
+    return Summary((*gained, *errors), claims)
 
 
-CLAIMS = (
-    ask(
-        "at equal L, binomial's error is 10^3 to 10^4 times smaller than truncated's",
-        f"{PAPER}, Fig. 3a (K=5, L=4)",
-        "error: truncated / binomial >= 1e3 by lr",
-        LAST,
-        headline=True,
-    ),
-    ask(
-        "binomial at L=1 is comparable to truncated at L=4 (K=5)",
-        f"{PAPER}, Fig. 3b; counted up to 2",
-        "error: binomial [L == 1] / truncated [L == 4] <= 2 by lr",
-        "K == 5",
-    ),
-    ask(
-        "binomial's error is negligible from L=2 on (K=5; below 1 % of the gradient's norm)",
-        f"{PAPER}, Fig. 3b",
-        "share: binomial [L == 2] < 0.01 by lr",
-        "K == 5",
-    ),
-    ask(
-        "the hybrid rule is less accurate than binomial at equal L",
-        f"{PAPER}, appendix D.1 (there by accuracy)",
-        "error: hybrid [L < 0.8 * K] / binomial >= 1 by K, lr, L",
-    ),
-    ask(
-        "Krylov's error is no larger than binomial's at equal L > 1, where that is more than round-off",
-        "this library",
-        f"error: krylov / binomial [share > {ROUND_OFF}] <= 1 by K, lr, L",
-        "L > 1",
-        headline=True,
-    ),
-)
-
-
-def _all_settings(wide: Frame) -> Iterator[Compare]:
-    """Claims about all K, L and step sizes, with what decides them: the curvature number."""
+def _worse(wide: Frame) -> str:
+    """Where binomial is worse than truncation."""
     worse = wide[wide["binomial_gain"] < 1] if len(wide) else wide
-    told = ""
-    if len(worse):
-        told = f"where binomial is worse, the curvature number is {worse['curvature'].min():.2g} or more"
-        told += f" and L up to {worse['place'].max():.2g} times that"
-    where = f"{PAPER}, section 4.1, here for all K, L and step sizes"
-    formula = "error: truncated / binomial >= 10 by K, lr, L"
-    yield ask("binomial beats truncated by orders of magnitude at equal L", where, formula, note=told)
-    told = ""
-    if len(wide):
-        better = wide["binomial, scale L/K"] < wide["binomial"]
-        groups = (wide[chosen]["curvature"] for chosen in (better, ~better))
-        told = "; ".join(
-            f"{word} at curvature numbers {at.min():.2g} to {at.max():.2g}"
-            for word, at in zip(("smaller", "larger"), groups, strict=True)
-            if len(at)
-        )
-    formula = "error: binomial, scale L/K / binomial < 1 by K, lr, L"
-    yield ask("scaling by L/K makes binomial more accurate", f"{PAPER}, appendix C.2", formula, note=told)
+    if not len(worse):
+        return ""
+    told = f"where binomial is worse, the curvature number is {worse['curvature'].min():.2g} or more"
+    return told + f" and L up to {worse['place'].max():.2g} times that"
 
 
-def pictures(units: Sequence[Unit], results: Results, folder: Path) -> list[Path]:
+def _scaled(wide: Frame) -> str:
+    """Where the scale L/K makes binomial's error smaller, and where larger."""
+    if not len(wide):
+        return ""
+    better = wide["binomial, scale L/K"] < wide["binomial"]
+    groups = (wide[chosen]["curvature"] for chosen in (better, ~better))
+    return "; ".join(
+        f"{word} at curvature numbers {at.min():.2g} to {at.max():.2g}"
+        for word, at in zip(("smaller", "larger"), groups, strict=True)
+        if len(at)
+    )
+
+
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``levels.png``: errors over L; ``batches.png``: over batches; ``curvature.png``: who wins, by curvature."""
-    data = table_of(units, results)
+    data = table_of(done)
     if not len(data):
         return []
     data["setting"] = [f"K={k} lr={lr:g}" for k, lr in zip(data["K"], data["lr"], strict=True)]

@@ -17,11 +17,12 @@ import torch
 from diffopt.experiments import yardsticks_cleaning as cleaning
 from diffopt.experiments import yardsticks_influence as influence
 from diffopt.experiments import yardsticks_toy as toy
-from diffopt.experiments.framework.experiment import Experiment, Needs, Row, Unit
+from diffopt.experiments.framework.experiment import Row, Unit
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
+from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.yardsticks_draw import draw
-from diffopt.experiments.yardsticks_report import summarise
+from diffopt.experiments.yardsticks_draw import pictures
+from diffopt.experiments.yardsticks_report import summary
 
 PARTS = ("influence", "toy", "cleaning")
 
@@ -100,12 +101,8 @@ def clean(s: Settings, corruption: float, seed: int, what: str, work: Work) -> R
     return cleaning.learn(data, what, inner(s), s.iterations, s.outer_lr, work)
 
 
-EXPERIMENT = Experiment(
-    name="yardsticks",
-    title="Public problems of known answer under every estimator: influence, a toy, data cleaning",
-    paper="none of the four: Vicol et al. (2021), influence balancing; Shen and Chen (2023), the numerical example; "
-    "benchmark_bilevel, data cleaning (Dagreou et al., 2022)",
-    needs=Needs("mnist.npz, or MNIST's four idx files", 12, None),
+EXPERIMENT = described(
+    "yardsticks",
     quick=Settings(
         influence_steps=100,
         influence_iterations=1,
@@ -133,6 +130,6 @@ EXPERIMENT = Experiment(
         iterations=100,
     ),
     units=units,
-    summarise=summarise,
-    draw=draw,
+    summary=summary,
+    pictures=pictures,
 )

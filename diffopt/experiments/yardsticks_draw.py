@@ -10,6 +10,7 @@ import torch
 
 from diffopt.experiments import yardsticks_influence as influence
 from diffopt.experiments import yardsticks_toy as toy
+from diffopt.experiments.framework.claims import Finished
 from diffopt.experiments.framework.experiment import Results, Row
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, legend_below, panels, save
 from diffopt.experiments.yardsticks_report import part
@@ -23,8 +24,9 @@ FITS = {"oracle": "right labels only", "start": "all, weights of the start", "no
 """The plain fits, in words."""
 
 
-def draw(settings: Any, results: Results, folder: Path) -> list[Path]:
+def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``influence.png``, ``toy.png`` and ``cleaning.png``: those of which something is finished."""
+    results = done.results
     still, moving = part(results, "influence, "), part(results, "toy, ")
     paths = []
     if any("gradient" in row for row in still.values()):

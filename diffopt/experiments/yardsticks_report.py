@@ -9,6 +9,7 @@ from typing import Any
 
 from diffopt.experiments import yardsticks_influence as influence
 from diffopt.experiments import yardsticks_toy as toy
+from diffopt.experiments.framework.claims import Finished
 from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
 
 VICOL = "Vicol et al. (2021), influence balancing"
@@ -25,37 +26,16 @@ HEADLINES = (
 TOLD = 0.9
 """A right label is to weigh more than a wrong one with so much probability."""
 SHORT = ("truncated 1", "truncated 10", "truncated 20")
-NOTES = (
-    "Influence balancing: the source unrolls one step at a time, follows 1,000 particles and takes steps of 1e-4; here "
-    "every hypergradient is of a whole rollout, which begins at ones and has come to rest, and the descent takes "
-    "larger steps. Its own estimator, persistent evolution strategies, is not part of this library. By hand: at rest "
-    "the hypergradient is 36 theta + 6, and a window of k steps keeps the sum of k differences of binomial "
-    "probabilities. Truncation gives no warning: nothing it computes tells it. `diffopt.compare` does.",
-    "Multi-step estimation follows other dynamics: with 2 updates a gradient the system's eigenvalues 1/2 become zero, "
-    "and the same point of rest is reached; with 4 they become -1, and there is none.",
-    "Conjugate gradients and Nystrom refuse influence balancing, as they should: its matrix is not symmetric.",
-    "The toy: errors are beside the slope of the closed form h(x) = f(x, -x), so that they hold what the inner problem "
-    "lacks of its solution too. The descent begins at x uniform in [0, 3] and y uniform in [-3, 3], and solves the "
-    "inner problem anew from that y at every step.",
-    "Data cleaning: the source's solvers are stochastic (batches of 64) and take an inner and an outer step at a time; "
-    "here every outer step has full inner steps from zero and is Adam's. The problem is the source's: 20,000 and 5,000 "
-    "images, standardised, no bias, 0.2 times the squared norm, weights from a logit of -2. Its best solver, SABA, is "
-    "stochastic and not an estimator of this library. The training images are of the first 50,000 of MNIST's training "
-    "set, the validation images of the last 10,000.",
-    "Relative errors of cleaning are beside the hypergradient at the inner solution, by conjugate gradients to a "
-    "residual of 1e-5; of first order the hypergradient is zero, and forward mode would carry 20,000 tangents. The "
-    "test error is that of the inner solution under the learned weights. Nystrom's damping is the ridge's share of the "
-    "system, lr * 2 * 0.2.",
-)
 
 
-def summarise(settings: Any, results: Results) -> Summary:
+def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
+    results = done.results
     still, moving = part(results, "influence, "), part(results, "toy, ")
     tables = [_influence_table(settings, still), _toy_table(settings, moving), *_cleaning_tables(settings, results)]
     claims = [*_influence_claims(still), *_toy_claims(settings, moving), *_cleaning_claims(settings, results)]
     marked = tuple(replace(claim, headline=claim.text in HEADLINES) for claim in claims)
-    return Summary(tuple(table for table in tables if table.rows), marked, NOTES)
+    return Summary(tuple(table for table in tables if table.rows), marked)
 
 
 def part(results: Results, prefix: str) -> dict[str, Row]:

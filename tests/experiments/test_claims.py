@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from diffopt.experiments.framework import pictures
-from diffopt.experiments.framework.claims import Every, answers, ask, long_table
+from diffopt.experiments.framework.claims import Every, Finished, ask
 from diffopt.experiments.framework.experiment import Unit, starts
 from diffopt.experiments.framework.statistics import Effect, differences, judged, together, two_level
 from diffopt.experiments.framework.tables import listed
@@ -180,7 +180,7 @@ class TestClaims:
     def test_statements_about_every_row(self):
         data = table(b=0.5)
         claims = [Every("t", "s", test, "rule == 'b'", "error") for test in ("error < 2", "error < 0.5", "error < 0")]
-        found = list(answers(data, claims))
+        found = [claim.answer(data) for claim in claims]
         assert [claim.answer for claim in found] == ["yes", "partly", "no"]
         assert found[0].evidence.startswith("in 12 of 12 cases; error: 0.42 to 0.6")
         assert Every("t", "s", "error < 2", "rule == 'c'").answer(data).answer == "not measured"
@@ -233,5 +233,5 @@ def test_units_of_several_starts_differ_in_their_random_numbers_alone():
     assert (second["seed"], work.seed) == (1003, 3)
     assert first["x"] != second["x"]
     results = {"seed=1 a": {"values": [1.0, 2.0]}}
-    rows = long_table(units, results, lambda row: [{"value": x} for x in row["values"]])
+    rows = Finished(units, results).table(lambda row: [{"value": x} for x in row["values"]])
     assert rows.to_dict("records") == [{"seed": 1, "K": 5, "value": 1.0}, {"seed": 1, "K": 5, "value": 2.0}]

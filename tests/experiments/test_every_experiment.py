@@ -10,6 +10,7 @@ import pytest
 
 from diffopt.cli import main
 from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.texts import texts
 
 SLOW = {
     "bounds", "cost", "esj", "few-shot", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks",
@@ -43,6 +44,15 @@ class TestEveryExperiment:
         summary = experiment.summarise(experiment.standard, {})
         assert {claim.answer for claim in summary.claims} <= {"not measured"}
         assert list(experiment.draw(experiment.standard, {}, tmp_path)) == []
+
+    def test_every_claim_of_its_file_is_asked(self, name):
+        experiment = catalogue.experiment(name)
+        asked = {claim.text for claim in experiment.summarise(experiment.standard, {}).claims}
+        assert not any("{" in text for text in asked)
+        written = [claim["text"] for group in texts(name).get("claims", {}).values() for claim in group]
+        assert {text for text in written if "{" not in text} <= asked
+        assert len(written) <= len(asked)
+        assert set(texts(name).get("papers", {})) <= {item.name for item in fields(experiment.standard)}
 
     def test_its_declaration(self, name, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "200")

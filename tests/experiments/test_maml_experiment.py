@@ -14,7 +14,7 @@ from diffopt.experiments import maml
 from diffopt.experiments.framework import catalogue, small_images
 from diffopt.experiments.framework.run_folder import json_row
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.maml_report import key, summarise
+from diffopt.experiments.maml_report import key
 from diffopt.tasks import MLP, sample_episodes
 
 SETTINGS = catalogue.experiment("maml").quick
@@ -107,7 +107,7 @@ def test_answers_follow_the_numbers(rows):
         return replace(BASE, **changes).name()
 
     def answers():
-        return [claim.answer for claim in summarise(SETTINGS, rows).claims]
+        return [claim.answer for claim in catalogue.experiment("maml").summarise(SETTINGS, rows).claims]
 
     rates = {0.2: 1.0, 0.8: 0.5, 50.0: 3.0}
     for rate, loss in rates.items():

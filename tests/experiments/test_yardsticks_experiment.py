@@ -20,7 +20,7 @@ from diffopt.experiments import yardsticks_toy as toy
 from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.run_folder import json_row
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.yardsticks_report import plain_fit, summarise
+from diffopt.experiments.yardsticks_report import plain_fit
 
 SETTINGS = catalogue.experiment("yardsticks").quick
 MATRIX = 0.5 * np.eye(23) + 0.5 * np.eye(23, k=1)
@@ -252,7 +252,9 @@ def test_answers_follow_the_numbers(rows):
     watched = (away, ends, nearer, lower, minima)
 
     def answers():
-        found = {claim.text: claim.answer for claim in summarise(SETTINGS, rows).claims}
+        found = {
+            claim.text: claim.answer for claim in catalogue.experiment("yardsticks").summarise(SETTINGS, rows).claims
+        }
         return [found[text] for text in watched]
 
     rows["influence, exact"]["path"] = [0.5, -0.166]
@@ -278,7 +280,7 @@ def test_the_table_of_cleaning_has_the_means_of_the_draws(rows):
     rows[first + "exact"] = {**rows[first + "exact"], "told apart": 0.5}
     rows["cleaning p=0.5 seed=1, exact"]["told apart"] = 0.8
     rows["cleaning p=0.5 seed=1, implicit, 5 CG"] = {"diverged": "DivergenceError", "seconds": 1.0}
-    tables = {table.title: table for table in summarise(settings, rows).tables}
+    tables = {table.title: table for table in catalogue.experiment("yardsticks").summarise(settings, rows).tables}
     (table,) = (table for title, table in tables.items() if "the first hypergradient" in title)
     assert "means of 2 draws" in table.title
     lines = {line[0]: dict(zip(table.columns, line, strict=True)) for line in table.rows}

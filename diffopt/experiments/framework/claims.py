@@ -38,24 +38,28 @@ WANTED: dict[str, Wanted] = {">": "above", ">=": "at least", "<": "below", "<=":
 UNFINISHED = "no unit that tests it is finished"
 
 
-def long_table(
-    units: Iterable[Unit], results: Results, records: Callable[[Row], Iterable[Row] | None], **keys: Any
-) -> Frame:
-    """The rows of the finished units, each with the unit's keys.
+@final
+@dataclass(frozen=True)
+class Finished:
+    """The units of an experiment at its settings, and what is finished of them."""
 
-    Args:
-        units: of the experiment at its settings.
-        results: what is finished.
-        records: the rows that a unit's result holds; ``None``: the unit is of another kind.
-        keys: only of units with these keys.
-    """
-    rows = [
-        {**unit.keys, **record}
-        for unit in units
-        if unit.name in results and all(unit.keys.get(key) == value for key, value in keys.items())
-        for record in records(results[unit.name]) or ()
-    ]
-    return pd.DataFrame(rows)
+    units: Sequence[Unit]
+    results: Results
+
+    def table(self, records: Callable[[Row], Iterable[Row] | None], **keys: Any) -> Frame:
+        """The long table: the rows of the finished units, each with the unit's keys.
+
+        Args:
+            records: the rows that a unit's result holds; ``None``: the unit is of another kind.
+            keys: only of units with these keys.
+        """
+        rows = [
+            {**unit.keys, **record}
+            for unit in self.units
+            if unit.name in self.results and all(unit.keys.get(key) == value for key, value in keys.items())
+            for record in records(self.results[unit.name]) or ()
+        ]
+        return pd.DataFrame(rows)
 
 
 class Question(Protocol):
@@ -64,11 +68,6 @@ class Question(Protocol):
     def answer(self, data: Frame) -> Claim:
         """The claim with its answer."""
         ...
-
-
-def answers(data: Frame, questions: Iterable[Question]) -> Iterator[Claim]:
-    """Ask them all of one table."""
-    return (question.answer(data) for question in questions)
 
 
 @final

@@ -24,17 +24,16 @@ depend on the clock. Rules:
   done how much of the budget the next one needs.
 
 **Starts**: ``starts(settings.seeds, units_of_one)`` makes the units once for every start, each with random numbers of
-its own. A unit's ``keys`` say what it is of; with them ``claims.long_table`` makes one table of all rows, from which
-``claims.ask`` answers a claim, ``tables.listed`` makes a table and ``pictures.curves`` a picture.
+its own. A unit's ``keys`` say what it is of; with them ``claims.Finished`` makes one table of all rows, from which
+``texts.asked`` answers claims, ``tables.listed`` makes a table and ``pictures.curves`` a picture.
+
+**Words** stand in ``NAME.toml`` beside the module: the title, the papers' settings (which ``--list`` and the results
+page set beside ours), the notes, and the claims of the papers; ``texts`` says how.
 
 **The summary** is made from the units that are finished, which after a run out of time are not all: leave rows out and
-answer claims by "not measured", never raise. An answer is drawn from the interval over starts and test episodes::
-
-    ask("binomial is below truncated at equal L", "Fig. 3", "error: binomial / truncated < 1 by K, L")
+answer claims by "not measured", never raise. An answer is drawn from the interval over starts and test episodes.
 
 **Pictures** are PNG files written into the folder given; use ``pictures`` for colours and saving.
-
-**The papers' settings** stand in ``papers``, by the names of ours: ``--list`` and the results page set them beside.
 
 A minimal experiment::
 
@@ -52,10 +51,13 @@ A minimal experiment::
         runs = [Unit(f"L={l}", partial(unit, s, l), keys={"L": l, "rule": "binomial"}) for l in range(s.steps)]
         return starts(s.seeds, lambda: runs)
 
-    EXPERIMENT = Experiment(
-        name="mine", title="...", paper="...", needs=Needs("none", 1, None),
-        quick=Settings(2), standard=Settings(), full=Settings(50), units=units,
-        summarise=summarise, draw=draw, papers={"steps": "5"},
+    def summary(settings: Settings, done: Finished) -> Summary:
+        data = done.table(lambda row: [row])
+        return Summary(listed("Errors", data, {"L": "L"}, {"error": "error"}), asked("mine", "errors", data))
+
+    EXPERIMENT = described(
+        "mine", quick=Settings(2), standard=Settings(), full=Settings(50),
+        units=units, summary=summary, pictures=pictures,
     )
 """
 
