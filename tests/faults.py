@@ -98,11 +98,11 @@ hyperparameters batched by the inner vmap only are aligned with the outer one (D
 random numbers are drawn anew in the backward pass (Replay._take, randomness)
     - with self._rollout.replay(step, losses.device):
     + with self._rollout.replay(None, losses.device):
-a used-up record is used again (Trajectory._blocks_backwards, randomness)
+a used-up record is used again (_blocks_backwards, randomness)
     - while end >= first:
-    -             self.record.usable = False
+    -         record.usable = False
     + while end >= first:
-    +             self.record.usable = True
+    +         record.usable = True
 Reptile points away from the solution (Reptile.pullback, every_rule)
     - trajectory.inputs.params - layout.params(trajectory.final)
     + layout.params(trajectory.final) - trajectory.inputs.params
@@ -258,8 +258,8 @@ step by step, the push is taken away (StepByStep.through, step_by_step)
 step by step, the mixed products are lost (StepByStep.curvature, step_by_step)
     - self._direct.add(step, dict(zip(read, terms[len(params) :], strict=True)))
     + pass
-compiled pullbacks forget the rollout's autocast (Trajectory._compiled_sweep, compiled)
-    - with self.rollout.replay(None, device):
+compiled pullbacks forget the rollout's autocast (_compiled_sweep, compiled)
+    - with trajectory.rollout.replay(None, device):
     + if True:
 chunks of tasks draw their own numbers where all should draw the same (_Mean.forward, over_tasks)
     - random_state.snapshot(device) if call.randomness == "same" else None
@@ -799,13 +799,13 @@ without a step a solve returns the caller's tensor (_Solve.forward, solution)
 what a rule has found of the initial state is left out (Cotangents.of, complex)
     - Leaves([found.get(place, torch.zeros_like(x)) for place, x in leaves])
     + Leaves([torch.zeros_like(x) for place, x in leaves])
-the adjoint ends where the initial state is not wanted (Trajectory._sweep_of_blocks, derivatives_in_the_loss)
-    - state_count if start > first or self.wants_initial else 0
-    + state_count if self.wants_initial else 0
-a compiled sweep leaves its record usable (Trajectory._compiled_sweep, compiled)
-    -             self.record.usable = False
-    -             with
-    +             with
+the adjoint ends where the initial state is not wanted (_sweep_of_blocks, derivatives_in_the_loss)
+    - state_count if start > first or wanted else 0
+    + state_count if wanted else 0
+a compiled sweep leaves its record usable (_compiled_sweep, compiled)
+    -         record.usable = False
+    -         with
+    +         with
 updates of a window are differentiated as one (_graph_of_any, multi_step)
     -     if layout.window > 1:
     -         raise
@@ -938,7 +938,7 @@ a state is written without the number of its step (_write_buffers, going_on)
 the cotangent of an inner loss is that of the step before (Running.at, along)
     - return [None if x is None else x.select(self.axis, step - 1)
     + return [None if x is None else x.select(self.axis, max(0, step - 2))
-what is observed is no output of a block that is taken again (Trajectory._blocks_backwards, along)
+what is observed is no output of a block that is taken again (_blocks_backwards, along)
     - (state, step, step, again, observes=observes)
     + (state, step, step, again, observes=False)
 forward mode leaves out the inner losses (MovingProblem.take_step, along)
@@ -974,10 +974,10 @@ a stopped solve does not look at the losses that it put off (Checks.stopped, alo
     +         if self._held is not None and self._latest
 
 # Many cotangents of one solve.
-the adjoint of every cotangent goes on from the first one's (Trajectory._sweep_of_blocks, many_cotangents)
+the adjoint of every cotangent goes on from the first one's (_sweep_of_blocks, many_cotangents)
     - adjoints[i] = terms.state
     + adjoints[i if len(adjoints) < 3 else 0] = terms.state
-direct terms of many cotangents are added up (Trajectory._sweep_of_blocks, many_cotangents)
+direct terms of many cotangents are added up (_sweep_of_blocks, many_cotangents)
     - direct[i].add_block(terms)
     + direct[0].add_block(terms)
 each of many cotangents has its steps taken again (_LARGE, many_cotangents)
@@ -1144,9 +1144,9 @@ a batch of a stream may hold a tensor of a transform (Stream.__init__, streams)
 a stream may draw random numbers (Stream._asked, streams)
     - if random_state.changed(before, random_state.snapshot(self._device)):
     + if False:
-another batch in a compiled pullback passes (Trajectory._compiled_sweep, streams)
-    - self.refuse_other_losses(seen)
-    + self.refuse_other_losses(again)
+another batch in a compiled pullback passes (_compiled_sweep, streams)
+    - trajectory.refuse_other_losses(seen)
+    + trajectory.refuse_other_losses(again)
 a compiled step of a stream is taken for one of any shape (_Lookup.__call__, streams)
     - if self._dynamics.layout.stream is not None:
     + if False:
@@ -1194,7 +1194,7 @@ slots of stored states are used twice (Replay.backwards, schedules)
 graphs larger than states are linked in a block (Replay.block_of_small, memory)
     - > largest(sum(map(nbytes, state)), graph, self._inputs.params):
     + > 99 * largest(sum(map(nbytes, state)), graph, self._inputs.params):
-the first step of a block is begun again (Trajectory._blocks_backwards, memory)
+the first step of a block is begun again (_blocks_backwards, memory)
     - linked, states[start], states[start + 1] = False, state, after
     + linked, states[start] = False, state
 the graph is left out of the budget (slots_within, schedules)
@@ -1520,7 +1520,7 @@ a state that was brought ahead outlives another with its number (Store.__setitem
 a state that was brought ahead is handed out for any (Store.__getitem__, offload)
     - if ahead is not None and ahead[0] == step
     + if ahead is not None
-graphs of offloaded blocks are linked (Trajectory._blocks_backwards, offload)
+graphs of offloaded blocks are linked (_blocks_backwards, offload)
     - kept.kept.slots is None and not states.elsewhere
     + kept.kept.slots is None
 a file that was cut is read (_File.read, offload)
@@ -2034,12 +2034,12 @@ a floor that rises counts as one that falls (exponents_of, memory_rates_experime
     - -slope(group["tasks"], group["floor"])
     + slope(group["tasks"], group["floor"])
 features that are computed once are still part of the inner loss (Embedding._fitted, esj_experiment)
-    - of_features if rule.once else of_images
+    - of_features if method.once else of_images
     + of_images
 ANIL's head starts from zero (Embedding._one, esj_experiment)
-    - self.learned_head if rule.learned else self.head
+    - self.learned_head if method.learned else self.head
     + self.head
-the slides' own form takes central differences (rules, esj_experiment)
+the slides' own form takes central differences (methods, esj_experiment)
     - sampling="gaussian", antithetic=False, generator=source)
     + sampling="gaussian", antithetic=True, generator=source)
 
@@ -2108,8 +2108,8 @@ a captured tensor that blocks read is an input of the inner graph (Trace.given, 
 a program of all states serves checkpoints (roll_out_wholly, whole_programs)
     - ("rollout", kept, *kind_of_steps(layout))
     + ("rollout", kept.first, *kind_of_steps(layout))
-steps that a program takes again are not counted (Trajectory._count_sweep, whole_programs)
-    - again = steps - self.rollout.kept.states
+steps that a program takes again are not counted (_count_sweep, whole_programs)
+    - again = steps - trajectory.rollout.kept.states
     + again = 0
 compiled, all states are kept however large they are (Keep.within, whole_programs)
     - checkpoint=1 if size <= budget else "sqrt"
@@ -2304,7 +2304,7 @@ equal time is that of the slowest run (beside_exact, hessian_free)
 the deep embedding sees flat images (Embedding.features, esj_experiment)
     - if self.deep else inputs.flatten(1)
     + if not self.deep else inputs.flatten(1)
-a step of the deep embedding is measured by rules of many rollouts too (of_one_step, esj_experiment)
+a step of the deep embedding is measured by methods of many rollouts too (of_one_step, esj_experiment)
     - if name not in (DIVIDED, *central)
     + if name != DIVIDED
 a program of one order serves another (_pulled, whole_programs)

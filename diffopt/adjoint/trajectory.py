@@ -1,28 +1,23 @@
-"""A finished rollout as an estimator sees it, and the exact recursion over it."""
+"""A finished rollout as an estimator sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from diffopt.adjoint import sweep_program
-from diffopt.adjoint.direct_terms import DirectTerms
-from diffopt.adjoint.traced_sweep import TracedSweep
+from diffopt.adjoint import exact_sweep, sweep_program
 from diffopt.adjoint.update_derivatives import Updates
-from diffopt.errors import EstimatorError
-from diffopt.rollout import compiled
 from diffopt.rollout.along import Running
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.inputs import Inputs, Part, Place
 from diffopt.rollout.layout import Layout
-from diffopt.rollout.record import Counts, Record, Rollout
+from diffopt.rollout.record import Record, Rollout
 from diffopt.rollout.refusals import refuse_other_losses
 from diffopt.rollout.replay import Replay
-from diffopt.rollout.step_graph import Block
 from diffopt.tensors import tracing
 from diffopt.tensors.expected import Expected
 from diffopt.tensors.leaves import Leaves
@@ -144,39 +139,11 @@ class Trajectory:
         Raises:
             EstimatorError: the estimator keeps the steps from another one on.
         """
-        rollout = self.record.rollout
-        if rollout.stack is not None and tracing.current() is not None:
-            return self._traced_sweep(cotangent, first)
-        if rollout.stack is not None:
-            return Cotangents(*sweep_program.sweeps(self, [cotangent], first)[0][:2])
-        if first != rollout.first:
-            raise EstimatorError(
-                f"sweep(first={first}): the estimator keeps steps from {rollout.first} on",
-                "the same number",
-                f"return Keep(first={first}) from keep()",
-            )
-        if self.dynamics.compile and not rollout.graphs and self.running is None:
-            return self._compiled_sweep(cotangent, first)
-        return self._sweep_of_blocks([cotangent], first)[0]
+        return Cotangents(*exact_sweep.sweep(self, cotangent, first))
 
     def sweeps(self, cotangents: Sequence[Leaves], first: int = 1) -> list[Cotangents]:
         """:meth:`sweep` for each of many cotangents; what is recorded again is recorded once."""
-        if self.rollout.stack is not None and tracing.current() is not None:
-            return [self._traced_sweep(cotangent, first) for cotangent in cotangents]
-        if self.rollout.stack is not None:
-            return [Cotangents(*found[:2]) for found in sweep_program.sweeps(self, cotangents, first)]
-        return self._sweep_of_blocks(cotangents, first)
-
-    def _traced_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
-        """The same in a graph that is being traced."""
-        initial, direct = TracedSweep(self, first).pull(cotangent)
-        self._count_sweep(first)
-        return Cotangents(initial if self.wants_initial else None, direct)
-
-    def _count_sweep(self, first: int) -> None:
-        counts, steps = self.record.counts, self.steps - first + 1
-        again = steps - self.rollout.kept.states  # what lies between the states that are kept
-        counts.add(Counts(again, steps, steps, again + steps))
+        return [Cotangents(*found) for found in exact_sweep.sweeps(self, cotangents, first)]
 
     def by_program(
         self, cotangent: Leaves, rule: Hashable, pull: Pull, name: str, limit: float, what: str, fix: str
@@ -203,81 +170,9 @@ class Trajectory:
         states = [layout.params(self.rollout.states[t]) for t in steps]
         return Leaves(torch.stack(column) for column in zip(*states, strict=True))
 
-    def _sweep_of_blocks(self, cotangents: Sequence[Leaves], first: int) -> list[Cotangents]:
-        adjoints, counts = list(cotangents), self.record.counts
-        direct, last = [DirectTerms(self) for _ in adjoints], len(adjoints) - 1
-        for block, start, end in self._blocks_backwards(first):
-            state = range(self.layout.state_count if start > first or self.wants_initial else 0)
-            for i, adjoint in enumerate(adjoints):
-                terms = block.pullback(adjoint, state=state, running=self.running, retain=i < last)
-                direct[i].add_block(terms)
-                adjoints[i] = terms.state
-            counts.products += (end - start + 1) * len(adjoints)
-            counts.depth += (end - start + 1) * len(adjoints)
-        wanted = self.wants_initial
-        return [Cotangents(x if wanted else None, d.collect()) for x, d in zip(adjoints, direct, strict=True)]
-
-    def _compiled_sweep(self, cotangent: Leaves, first: int) -> Cotangents:
-        """The same from stored states, each step one compiled call; a step that cannot be compiled, by its graph."""
-        pullbacks, adjoint = compiled.Pullbacks(self.dynamics, self.inputs.detached(), self.wanted), cotangent
-        direct, replay, again = DirectTerms(self), self.replay(), self.losses_to_replay()
-        seen, device, counts = again.clone(), self.final[0].device, self.record.counts
-        for step, state in replay.backwards(first, self.steps, again):
-            self.record.usable = False
-            with self.rollout.replay(None, device):
-                terms = pullbacks.pull(state, step, adjoint)
-            if terms is None:
-                block, _ = replay.block(state, step, step, again)
-                pulled = block.pullback(adjoint, state=range(self.layout.state_count))
-                adjoint = pulled.state
-                direct.add_block(pulled)
-            else:
-                counts.extra_steps += 1
-                adjoint, seen[..., step - 1] = terms[0], terms[2]
-                direct.add(step, terms[1])
-            counts.add_products(1)
-        self.refuse_other_losses(again)
-        self.refuse_other_losses(seen)
-        return Cotangents(adjoint if self.wants_initial else None, direct.collect())
-
     def replay(self) -> Replay:
         """Steps of the rollout, taken again."""
         return Replay(self.dynamics, self.inputs, self.rollout, self.record.counts, check=self.check)
-
-    def _blocks_backwards(self, first: int) -> Iterator[tuple[Block, int, int]]:
-        """The graphs of steps ``first, ..., T`` in blocks, the last first, retained or recorded again one by one.
-
-        # NOTE [one graph at a time]
-        What lies between two stored states is one graph where a step's graph is no larger than a state, which the first
-        one says: nothing is then computed twice. Where it is larger, or states are offloaded, those between are stored
-        for a while, and each step's graph is recorded, used and freed: so the graphs of a block never outweigh the
-        states of all steps, and those of an offloaded block take the memory of one.
-        """
-        end, kept = self.steps, self.rollout
-        if kept.graphs:
-            self.record.usable = False
-            yield kept.graphs.pop(), first, end
-            return
-        replay, again, states = self.replay(), self.losses_to_replay(), kept.states
-        observes = self.running is not None and any([x is not None for x in self.running.observed])
-        linked = kept.kept.slots is None and not states.elsewhere  # until a graph is seen to be larger than a state
-        while end >= first:
-            self.record.usable = False
-            start, block = states.latest, None
-            if linked and start < end:
-                state = states.take(start)
-                block, after = replay.block_of_small(state, start, end, again, observes=observes)
-                if block is None:
-                    linked, states[start], states[start + 1] = False, state, after
-                del state, after
-            if block is not None:
-                yield block, start, end
-            for step, state in replay.backwards(start, end, again) if block is None else ():
-                one, _ = replay.block(state, step, step, again, observes=observes)
-                del state  # the graph has what it needs of it
-                yield one, step, step
-            end = start - 1
-        self.refuse_other_losses(again)
 
     def report(self, name: str, part: Tensor, whole: Tensor, limit: float, what: str, fix: str) -> None:
         """Leave ``part / whole`` of each task in the diagnostics, and warn as :meth:`warn_if_bad` does of it."""
