@@ -34,7 +34,13 @@ def scores_of(done: Finished) -> Frame:
         left_out = f"{row['left out']} of {row['examples']}, {len(row['measured'])} times"
         for method, found in row["methods"].items():
             low, high = found["interval"]
-            known = {"rule": method, "low": low, "high": high, "seconds": row["seconds"][method], "left out": left_out}
+            known = {
+                "estimator": method,
+                "low": low,
+                "high": high,
+                "seconds": row["seconds"][method],
+                "left out": left_out,
+            }
             known |= {"loss": row["loss"], "right": row["accuracy"]}
             yield from ({**known, "draw": draw, "score": score} for draw, score in enumerate(found["each"]))
 
@@ -43,7 +49,7 @@ def scores_of(done: Finished) -> Frame:
 
 def best_influence(scores: Frame, images: str) -> str:
     """The damping whose score is the highest, over all starts."""
-    means = scores[scores["images"] == images].groupby("rule")["score"].mean()
+    means = scores[scores["images"] == images].groupby("estimator")["score"].mean()
     return str(means[means.index.str.startswith("influence")].idxmax())
 
 
@@ -55,7 +61,7 @@ def curves_of(done: Finished, shares: Sequence[float]) -> Frame:
             method, _, which = name.rpartition(", ")
             for share, value in zip(shares, values, strict=True):
                 random = name.startswith("random")
-                found = {"rule": "random" if random else method, "which": "" if random else which}
+                found = {"estimator": "random" if random else method, "which": "" if random else which}
                 yield {**found, "line": "random" if random else name, "share": 100 * share, "change": value}
 
     return done.table(records, part="scores")
@@ -66,7 +72,7 @@ def labels_of(done: Finished) -> Frame:
 
     def records(row: Row) -> Iterator[Row]:
         for method, found in row["found"].items():
-            known = {"rule": method, "accuracy": row["accuracy"][method], "changed": row["changed"]}
+            known = {"estimator": method, "accuracy": row["accuracy"][method], "changed": row["changed"]}
             for percent, share in enumerate([0.0, *found]):
                 yield {**known, "percent": percent, "found": 100 * share}
 
@@ -83,7 +89,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(
         "Linear datamodeling score",
         scores,
-        {"images": "images", "left out": "left out", "method": "rule"},
+        {"images": "images", "left out": "left out", "method": "estimator"},
         {
             "score": "score",
             "+- (95 %)": ("score", "+-"),
@@ -95,7 +101,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     )
     for images in dict.fromkeys(scores["images"]) if len(scores) else ():
         kept, model = (frame[frame["images"] == images] for frame in (lines, scores))
-        kept = kept[kept["rule"].isin(("exact", best_influence(scores, images), "gradient product", "random"))]
+        kept = kept[kept["estimator"].isin(("exact", best_influence(scores, images), "gradient product", "random"))]
         mean = f"{images}: test loss {model['loss'].mean():.3f}, accuracy {model['right'].mean():.1f} %"
         title = f"Change of the mean test loss after training without the most and least helpful examples ({mean})"
         found += listed(
@@ -108,7 +114,7 @@ def summary(settings: Any, done: Finished) -> Summary:
         found += listed(
             f"{labels['changed'].mean():.0f} changed labels{told}",
             labels[labels["percent"].isin((5, 10, 15, 20, 30))],
-            {"worst by": "rule"},
+            {"worst by": "estimator"},
             {f"accuracy without the worst {WORST} % [%]": "accuracy"},
             across="percent",
             cell="found",
@@ -131,16 +137,16 @@ def _with_best(scores: Frame) -> Frame:
     if not len(scores):
         return scores
     best = {images: best_influence(scores, images) for images in set(scores["images"])}
-    chosen = scores["rule"] == scores["images"].map(best)
-    return scores.assign(rule=scores["rule"].mask(chosen, "the best influence function"))
+    chosen = scores["estimator"] == scores["images"].map(best)
+    return scores.assign(estimator=scores["estimator"].mask(chosen, "the best influence function"))
 
 
 def _beyond_random(lines: Frame) -> Frame:
     """How far each change of the test loss by the exact method is beyond that of random ones, in the sign predicted."""
     keys = ["seed", "images", "share"]
     if len(lines):
-        exact = lines[lines["rule"] == "exact"]
-        random = lines[lines["rule"] == "random"].groupby(keys)["change"].mean().reset_index()
+        exact = lines[lines["estimator"] == "exact"]
+        random = lines[lines["estimator"] == "random"].groupby(keys)["change"].mean().reset_index()
         lines = exact.merge(random, on=keys, suffixes=("", " of random"))
         sign = lines["which"].map({"most": 1, "least": -1})
         lines = lines.assign(beyond=sign * (lines["change"] - lines["change of random"]))
@@ -165,8 +171,8 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     lines, labels = curves_of(done, settings.shares), labels_of(done)
     if len(scores):
         best = {images: best_influence(scores, images) for images in set(scores["images"])}
-        kept = lines["rule"].isin(("exact", "gradient product", "random")) | (
-            lines["rule"] == lines["images"].map(best)
+        kept = lines["estimator"].isin(("exact", "gradient product", "random")) | (
+            lines["estimator"] == lines["images"].map(best)
         )
         lines = lines[kept]
         lines = lines.assign(line=lines["line"].str.replace(r"influence, [^,]+", "influence", regex=True))
@@ -184,7 +190,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     look: dict[str, Any] = {"hue": "line", "panel": "images", "scales": {"share": "log"}}
     path = folder / "leave-out.png"
     found += curves(lines, path, x="share", y="change", labels=names, style=_look, finish=zero, size=(5, 4), **look)
-    look = {"hue": "rule", "style": lambda name: {**_look(name), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
+    look = {"hue": "estimator", "style": lambda name: {**_look(name), "marker": ""}, "finish": goal, "size": (6.5, 4.5)}
     return found + curves(labels, folder / "labels.png", x="percent", y="found", labels=names, **look)
 
 
@@ -201,7 +207,7 @@ def _draw_changes(axes: Axes, images: str, row: Row) -> None:
 
 
 def _draw_scores(axes: Axes, images: str, scores: Frame) -> None:
-    means = scores.groupby("rule", sort=False)[["score", "low", "high"]].mean()
+    means = scores.groupby("estimator", sort=False)[["score", "low", "high"]].mean()
     for place, (name, row) in enumerate(means.iterrows()):
         axes.barh(place, row["score"], color=LOOKS[str(name).partition(",")[0]]["color"], alpha=0.8)
         axes.plot([row["low"], row["high"]], [place, place], color="0.4", linewidth=3)

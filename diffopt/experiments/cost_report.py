@@ -37,7 +37,7 @@ def table_of(done: Finished, over: str) -> Frame:
         for name, cost in row["rules"].items():
             kind, level = levelled(name)
             beside = {"share": cost["seconds"] / exact["seconds"], "memory": cost["megabytes"] / exact["megabytes"]}
-            yield {"method": name, "rule": kind, "L": level, **cost, **beside}
+            yield {"method": name, "estimator": kind, "L": level, **cost, **beside}
 
     return done.table(records, over=over)
 
@@ -50,7 +50,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(
         f"Over levels, K={settings.levels_steps}, gradient descent",
         levels,
-        {"rule": "method"},
+        {"estimator": "method"},
         {**values, "peak [MB]": "megabytes"},
         paper=lambda at: _said_of_level(at["method"], settings.levels_steps),
     )
@@ -58,7 +58,7 @@ def summary(settings: Any, done: Finished) -> Summary:
         found += listed(
             f"{title} over inner steps, momentum 0.9",
             steps,
-            {"rule": "method"},
+            {"estimator": "method"},
             {},
             across="K",
             cell=key,
@@ -101,7 +101,7 @@ def _sizes(steps: Frame) -> Frame:
     """The least and the most memory that implicit differentiation takes, whatever the number of steps."""
     if not len(steps) or steps["K"].nunique() < 2:
         return pd.DataFrame()
-    implicit = steps[steps["rule"] == IMPLICIT].groupby("seed")["megabytes"]
+    implicit = steps[steps["estimator"] == IMPLICIT].groupby("seed")["megabytes"]
     return implicit.agg(most="max", least="min").reset_index()
 
 
@@ -131,7 +131,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     levels, steps = (table_of(done, over) for over in ("levels", "steps"))
     look: dict[str, Any] = {"labels": LABELS, "style": lambda estimator: {**STYLES, **STEP_STYLES}[estimator]}
     if len(levels):  # estimators without levels are lines from one side to the other
-        constant = levels[levels["rule"] == levels["method"]]
+        constant = levels[levels["estimator"] == levels["method"]]
         levels = pd.concat([levels, constant.assign(L=settings.levels_steps)])
     keys = ("share", "memory", "products", "depth")
 
@@ -139,7 +139,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
         axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    found = curves(levels, folder / "levels.png", x="L", y=keys, hue="rule", finish=whole, legend=7, **look)
+    found = curves(levels, folder / "levels.png", x="L", y=keys, hue="estimator", finish=whole, legend=7, **look)
     scales: Mapping[str, str] = {"seconds": "log", "megabytes": "log"}
 
     def doubled(axes: Axes, where: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffopt.estimators import ESJacobian, FirstOrder, Reverse
-from diffopt.experiments.esj_problem import DEEP, SIZES, Embedding, Rule, of_one_step, rules
+from diffopt.experiments.esj_problem import DEEP, SIZES, Embedding, Method, methods, of_one_step
 from diffopt.experiments.esj_report import pictures, summary
 from diffopt.experiments.framework import small_images
 from diffopt.experiments.framework.experiment import Row, Unit
@@ -41,7 +41,7 @@ class Settings:
     measured: tuple[int, ...] = option((1, 10, 100), "directions Q whose error is measured", listed(whole(1)))
     radius: float = option(0.01, "length of a perturbation's entries", real(0))
     draws: int = option(5, "sets of directions whose errors are averaged", whole(1))
-    seeds: int = option(3, "runs of each rule, from different starts on different tasks", whole(1))
+    seeds: int = option(3, "runs of each method, from different starts on different tasks", whole(1))
     iterations: int = option(200, "outer iterations", whole(2))
     meta_lr: float = option(0.002, "step size of the outer Adam", real(0))
     steps: int = option(20, "inner steps", whole(1))
@@ -65,14 +65,14 @@ def units(settings: Settings) -> list[Unit]:
             keys = {"seed": seed, "embedding": size}
             run = partial(measure, settings, size, seed)
             found.append(Unit(f"errors, {size}, seed {seed}", run, 20.0 * settings.draws, keys=keys))
-            for name in rules(settings, Work(0)):
+            for name in methods(settings, Work(0)):
                 run = partial(learn, settings, size, name, seed)
                 cost = settings.iterations * (3.0 if name.startswith("ESJ") else 1.0)
                 unit = f"{size}, {name}, seed {seed}"
-                found.append(Unit(unit, run, cost, resumable=True, keys={**keys, "rule": name}))
+                found.append(Unit(unit, run, cost, resumable=True, keys={**keys, "estimator": name}))
         for name in of_one_step(settings) if settings.deep_side else ():
             run = partial(step, settings, name, seed)
-            keys = {"seed": seed, "embedding": DEEP, "rule": name}
+            keys = {"seed": seed, "embedding": DEEP, "estimator": name}
             found.append(Unit(f"{DEEP}, {name}, seed {seed}", run, 100.0, keys=keys))
     return found
 
@@ -82,17 +82,17 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
     problem = Embedding(settings, size, seed, work)
     episodes = problem.sample()
 
-    def hypergradient(rule: Rule) -> Tensor:
-        found = torch.autograd.grad(problem.outer_loss(rule, episodes), list(problem.params.values()))
+    def hypergradient(method: Method) -> Tensor:
+        found = torch.autograd.grad(problem.outer_loss(method, episodes), list(problem.params.values()))
         return torch.cat([leaf.flatten() for leaf in found])
 
-    exact, direct = hypergradient(Rule(Reverse("graph"))), hypergradient(Rule(FirstOrder()))
+    exact, direct = hypergradient(Method(Reverse("graph"))), hypergradient(Method(FirstOrder()))
     every = replace(settings, directions=tuple(dict.fromkeys((*settings.directions, *settings.measured))))
-    chosen = {name: rule for name, rule in rules(every, work).items() if not rule.learned}  # another outer loss
+    chosen = {name: method for name, method in methods(every, work).items() if not method.learned}  # another outer loss
     response = float((exact - direct).norm() / exact.norm())
     found = {}
-    for name, rule in chosen.items():
-        draws = [hypergradient(rule) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
+    for name, method in chosen.items():
+        draws = [hypergradient(method) for _ in range(settings.draws if name.startswith("ESJ") else 1)]
         squares = [float(((draw - exact).norm() / exact.norm()) ** 2) for draw in draws]
         cosines = [float(torch.cosine_similarity(draw, exact, dim=0)) for draw in draws]
         found[name] = {"error": (sum(squares) / len(draws)) ** 0.5, "cosine": sum(cosines) / len(draws)}
@@ -102,15 +102,15 @@ def measure(settings: Settings, size: str, seed: int, work: Work) -> Row:
 def learn(settings: Settings, size: str, name: str, seed: int, work: Work) -> Row:
     """Train the embedding; every estimator sees the same start and the same tasks."""
     problem = Embedding(settings, size, seed, work)
-    rule = rules(settings, work)[name]
-    leaves = problem.leaves(rule)
+    method = methods(settings, work)[name]
+    leaves = problem.leaves(method)
     outer = torch.optim.Adam(leaves.values(), lr=settings.meta_lr)
     generators = {"tasks": problem.generator}
-    if isinstance(rule.estimator, ESJacobian) and rule.estimator.generator is not None:
-        generators["directions"] = rule.estimator.generator
+    if isinstance(method.estimator, ESJacobian) and method.estimator.generator is not None:
+        generators["directions"] = method.estimator.generator
 
     def iterate(iteration: int) -> float:
-        loss = problem.outer_loss(rule, problem.sample())
+        loss = problem.outer_loss(method, problem.sample())
         torch.autograd.backward(loss)
         return loss.item()
 
@@ -123,11 +123,11 @@ def step(settings: Settings, name: str, seed: int, work: Work) -> Row:
 
     One step: the loss and its hypergradient of one task.
     """
-    problem, rule = Embedding(settings, DEEP, seed, work), rules(settings, work)[name]
-    episodes, leaves = problem.sample(), list(problem.leaves(rule).values())
+    problem, method = Embedding(settings, DEEP, seed, work), methods(settings, work)[name]
+    episodes, leaves = problem.sample(), list(problem.leaves(method).values())
 
     def once() -> None:
-        torch.autograd.grad(problem.outer_loss(rule, episodes), leaves)
+        torch.autograd.grad(problem.outer_loss(method, episodes), leaves)
 
     peak = peak_bytes(once)
     began = time.process_time()

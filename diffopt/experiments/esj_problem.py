@@ -24,7 +24,7 @@ DEEP, DEEP_WIDTH, DEEP_TASKS = "ResNet-12", 64, 1
 DIVIDED = "ESJ, Q=1, divided by p"
 
 
-class Rule(NamedTuple):
+class Method(NamedTuple):
     """How a task is adapted to, and how the hypergradient is taken.
 
     Attributes:
@@ -44,7 +44,7 @@ class Rule(NamedTuple):
     check: bool = True
 
 
-def rules(settings: Any, work: Work) -> dict[str, Rule]:
+def methods(settings: Any, work: Work) -> dict[str, Method]:
     """The ways to train by name."""
     source = work.generator("directions")
     exact, implicit = Reverse("graph"), Implicit(ConjugateGradient(max_iterations=10, throw=False))
@@ -57,25 +57,25 @@ def rules(settings: Any, work: Work) -> dict[str, Rule]:
         return ESJacobian(directions, settings.radius, sampling="gaussian", antithetic=False, generator=source)
 
     return {
-        "direct part only": Rule(FirstOrder()),
-        "ITD": Rule(exact),
-        "AID, 10 CG": Rule(implicit),
-        **{f"ESJ, Q={directions}": Rule(central(directions)) for directions in settings.directions},
+        "direct part only": Method(FirstOrder()),
+        "ITD": Method(exact),
+        "AID, 10 CG": Method(implicit),
+        **{f"ESJ, Q={directions}": Method(central(directions)) for directions in settings.directions},
         # the scale of the authors' code: unit directions without the factor p that makes them unbiased
-        DIVIDED: Rule(central(1, "sphere"), divided=True),
-        "ESJ, Q=1, forward": Rule(forward(1), check=False),
-        "ITD, features once": Rule(exact, once=True),
-        "AID, features once": Rule(implicit, once=True),
-        **{f"ESJ, Q={q}, features once": Rule(forward(q), once=True, check=False) for q in settings.directions},
-        "ANIL": Rule(exact, once=True, learned=True),
-        "MAML": Rule(exact, learned=True, whole=True),
+        DIVIDED: Method(central(1, "sphere"), divided=True),
+        "ESJ, Q=1, forward": Method(forward(1), check=False),
+        "ITD, features once": Method(exact, once=True),
+        "AID, features once": Method(implicit, once=True),
+        **{f"ESJ, Q={q}, features once": Method(forward(q), once=True, check=False) for q in settings.directions},
+        "ANIL": Method(exact, once=True, learned=True),
+        "MAML": Method(exact, learned=True, whole=True),
     }
 
 
 def of_one_step(settings: Any) -> list[str]:
     """Those of which a step of the deep embedding is measured: of ESJ in its parameters the slides' form alone."""
     central = {f"ESJ, Q={directions}" for directions in settings.directions}
-    return [name for name in rules(settings, Work(0)) if name not in (DIVIDED, *central)]
+    return [name for name in methods(settings, Work(0)) if name not in (DIVIDED, *central)]
 
 
 @final
@@ -105,13 +105,13 @@ class Embedding:
         shape = {"way": s.way, "shot": s.shot, "query": s.queries, "tasks": tasks}
         return sample_episodes(self.images, **shape, generator=self.generator)
 
-    def leaves(self, rule: Rule) -> dict[str, Tensor]:
+    def leaves(self, method: Method) -> dict[str, Tensor]:
         """What is trained: the embedding, and the start of the head where it is learned."""
-        return {**self.params, "head": self.learned_head} if rule.learned else dict(self.params)
+        return {**self.params, "head": self.learned_head} if method.learned else dict(self.params)
 
-    def outer_loss(self, rule: Rule, episodes: Episodes) -> Tensor:
+    def outer_loss(self, method: Method, episodes: Episodes) -> Tensor:
         """The mean over the tasks."""
-        one: Callable[..., Tensor] = partial(self._one, rule)
+        one: Callable[..., Tensor] = partial(self._one, method)
         losses: Tensor = torch.func.vmap(one)(*episodes)
         return losses.mean()
 
@@ -121,18 +121,18 @@ class Embedding:
         seen = interpolate(inputs, size=(side, side), mode="bilinear") if self.deep else inputs.flatten(1)
         return torch.relu(self.apply(params, seen))
 
-    def _one(self, rule: Rule, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
-        params, head = self.params, self.learned_head if rule.learned else self.head
-        if rule.whole:
-            params, head = self._adapted(rule, (params, head), inputs, labels)
+    def _one(self, method: Method, inputs: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
+        params, head = self.params, self.learned_head if method.learned else self.head
+        if method.whole:
+            params, head = self._adapted(method, (params, head), inputs, labels)
         else:
-            seen = self.features(params, inputs) if rule.once else inputs
-            head = self._fitted(rule, head, seen, labels)
-        if rule.divided:  # the same head, its response a fraction of what the estimator says
+            seen = self.features(params, inputs) if method.once else inputs
+            head = self._fitted(method, head, seen, labels)
+        if method.divided:  # the same head, its response a fraction of what the estimator says
             head = head.detach() + (head - head.detach()) / self.count
         return cross_entropy(linear(head, self.features(params, queries)), wanted)
 
-    def _fitted(self, rule: Rule, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
+    def _fitted(self, method: Method, start: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
         """A head fitted to features, or to images whose features are part of the inner loss."""
         s = self.settings
 
@@ -143,20 +143,20 @@ class Embedding:
         def of_images(head: Tensor, params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
             return of_features(head, self.features(params, inputs), labels)
 
-        loss: Callable[..., Tensor] = of_features if rule.once else of_images
-        args: tuple[Any, ...] = (seen, labels) if rule.once else (self.params, seen, labels)
+        loss: Callable[..., Tensor] = of_features if method.once else of_images
+        args: tuple[Any, ...] = (seen, labels) if method.once else (self.params, seen, labels)
         return diffopt.solve(
             loss,
             start,
             *args,
             optimizer=diffopt.SGD(s.lr, momentum=0.9),
             steps=s.steps,
-            estimator=rule.estimator,
-            check=rule.check,
+            estimator=method.estimator,
+            check=method.check,
         ).params
 
     def _adapted(
-        self, rule: Rule, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
+        self, method: Method, start: tuple[dict[str, Tensor], Tensor], inputs: Tensor, labels: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The embedding and the head adapted together."""
 
@@ -164,7 +164,7 @@ class Embedding:
             return cross_entropy(linear(now[1], self.features(now[0], inputs)), labels)
 
         sgd, steps = diffopt.SGD(self.settings.maml_lr), self.settings.steps
-        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=rule.estimator)
+        found = diffopt.solve(loss, start, inputs, labels, optimizer=sgd, steps=steps, estimator=method.estimator)
         return found.params[0], found.params[1]
 
 

@@ -39,27 +39,27 @@ DIVERGED = (
 )
 
 
-def unbiased(rule: str) -> bool:
+def unbiased(method: str) -> bool:
     """Whether it is ESJ with the factor that makes it unbiased, by differences in the parameters."""
-    return rule.startswith("ESJ") and rule != SCALED and not rule.endswith(ONCE)
+    return method.startswith("ESJ") and method != SCALED and not method.endswith(ONCE)
 
 
-def directions(rule: str) -> int:
-    """``Q``, of a rule's name."""
-    return int(rule.partition("Q=")[2].partition(",")[0])
+def directions(method: str) -> int:
+    """``Q``, of a method's name."""
+    return int(method.partition("Q=")[2].partition(",")[0])
 
 
 def errors_of(done: Finished) -> Frame:
     """One row per start, embedding and estimator: the hypergradient beside the exact one."""
 
     def records(row: Row) -> Iterator[Row]:
-        for rule, found in row.get("rules", {}).items():
-            predicted = row["response"] if rule == DIRECT else None
-            if unbiased(rule):
-                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / directions(rule))
-            factors = {"of_response": found["error"] / row["response"], "unbiased": unbiased(rule)}
+        for method, found in row.get("rules", {}).items():
+            predicted = row["response"] if method == DIRECT else None
+            if unbiased(method):
+                predicted = row["response"] * math.sqrt((row["parameters"] + 1) / directions(method))
+            factors = {"of_response": found["error"] / row["response"], "unbiased": unbiased(method)}
             factors |= {"predicted": predicted, "of_predicted": found["error"] / (predicted or math.nan)}
-            yield {"rule": rule, "parameters": row["parameters"], **found, **factors}
+            yield {"estimator": method, "parameters": row["parameters"], **found, **factors}
 
     return done.table(records)
 
@@ -68,13 +68,13 @@ def with_best(data: Frame, columns: Sequence[str] = ("seconds", "ms")) -> Frame:
     """The runs, and the best of some kinds as if they were one, by some columns."""
     if not len(data):
         return data
-    kinds = {"any ESJ": data["rule"].str.startswith("ESJ"), "ITD or AID": data["rule"].isin(RIVALS[:4])}
-    kinds["unbiased ESJ"] = data["rule"].map(unbiased)
-    kinds["any unscaled ESJ"] = kinds["any ESJ"] & (data["rule"] != SCALED)
+    kinds = {"any ESJ": data["estimator"].str.startswith("ESJ"), "ITD or AID": data["estimator"].isin(RIVALS[:4])}
+    kinds["unbiased ESJ"] = data["estimator"].map(unbiased)
+    kinds["any unscaled ESJ"] = kinds["any ESJ"] & (data["estimator"] != SCALED)
     found = [data]
     for name, chosen in kinds.items():
         best = data[chosen].groupby(["seed", "embedding"])[list(columns)].min()
-        found.append(best.reset_index().assign(rule=name))
+        found.append(best.reset_index().assign(estimator=name))
     return pd.concat(found)
 
 
@@ -85,14 +85,14 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(
         "The hypergradient at the start, beside the exact one",
         errors,
-        {"embedding": "embedding", "rule": "rule"},
+        {"embedding": "embedding", "estimator": "estimator"},
         {"parameters p": "parameters", "relative error": "error", "predicted": "predicted", "cosine": "cosine"},
     )
     to_target = f"to loss {settings.target:g}"
     found += listed(
         "Training the embedding",
         data,
-        {"embedding": "embedding", "rule": "rule"},
+        {"embedding": "embedding", "estimator": "estimator"},
         {
             "final outer loss": "final",
             "+- (95 %)": ("final", "+-"),
@@ -105,7 +105,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found += listed(
         "One outer step of a ResNet-12",
         steps,
-        {"rule": "rule"},
+        {"estimator": "estimator"},
         {
             "parameters p": "parameters",
             "seconds": "step",
@@ -114,9 +114,9 @@ def summary(settings: Any, done: Finished) -> Summary:
         },
     )
     rose = {
-        f"{unit.keys['rule']} ({unit.keys['embedding']})": True
+        f"{unit.keys['estimator']} ({unit.keys['embedding']})": True
         for unit in done.units
-        if "rule" in unit.keys and _rose(done.results.get(unit.name, {}))
+        if "estimator" in unit.keys and _rose(done.results.get(unit.name, {}))
     }
     claims = (
         *asked("esj", "trained", with_best(data)),
@@ -131,24 +131,24 @@ def _rose(row: Row) -> bool:
     return "losses" in row and smoothed(row["losses"], WINDOW)[-1] > row["losses"][0]
 
 
-def _looks(rules: Iterable[str]) -> dict[str, dict[str, str]]:
+def _looks(methods: Iterable[str]) -> dict[str, dict[str, str]]:
     """A colour for each way to take the hypergradient, a line for each form of it."""
     spare = cycle((STYLES["binomial, scale L/K"]["color"], STYLES["binomial"]["color"], "#7F7F00"))
     colours, found = dict(COLOURS), {}
-    for rule in rules:
-        base = rule.removesuffix(ONCE).removesuffix(FORWARD)
+    for method in methods:
+        base = method.removesuffix(ONCE).removesuffix(FORWARD)
         base = AID if base == "AID" else base
         if base not in colours:
             colours[base] = next(spare)
-        line = ":" if rule.endswith(ONCE) else "-." if rule.endswith(FORWARD) else "-"
-        found[rule] = {"color": colours[base], "linestyle": "--" if rule in (DIRECT, SCALED) else line}
+        line = ":" if method.endswith(ONCE) else "-." if method.endswith(FORWARD) else "-"
+        found[method] = {"color": colours[base], "linestyle": "--" if method in (DIRECT, SCALED) else line}
     return found
 
 
 def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``training.png``: the outer loss over iterations and over processor time."""
     data = done.table(lambda row: curve(row, WINDOW))
-    looks = _looks(dict.fromkeys(data["rule"]) if len(data) else ())
+    looks = _looks(dict.fromkeys(data["estimator"]) if len(data) else ())
 
     def target(axes: Any, size: Any) -> None:
         axes.axhline(settings.target, color="0.6", linewidth=0.8, linestyle=":")
@@ -158,4 +158,4 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
 
     look: dict[str, Any] = {"labels": AXES, "style": looks.get, "size": (5, 3), "finish": target}
     path = folder / "training.png"
-    return curves(data, path, x=("iteration", "time"), y="loss", hue="rule", panel="embedding", over="at", **look)
+    return curves(data, path, x=("iteration", "time"), y="loss", hue="estimator", panel="embedding", over="at", **look)

@@ -21,7 +21,7 @@ def keys_of(name: str) -> dict[str, Any]:
     """A method's estimator and level, and the group that it belongs to."""
     kind, level = levelled(name)
     group = "momentum" if name.startswith(("momentum", "multi-step")) else "plain"
-    return {"rule": kind, "L": level, "group": group}
+    return {"estimator": kind, "L": level, "group": group}
 
 
 def turn(keys: Mapping[str, Any]) -> int:
@@ -30,9 +30,11 @@ def turn(keys: Mapping[str, Any]) -> int:
     These come first; in the first start with first order, Reptile and the other windows, of which further starts come
     next. Last are iMAML, hybrid and the further levels.
     """
-    if keys["rule"] in ("iMAML", "hybrid") or (keys["group"] == "plain" and keys["L"] > 1):
+    if keys["estimator"] in ("iMAML", "hybrid") or (keys["group"] == "plain" and keys["L"] > 1):
         return 2
-    second = keys["rule"] in ("Reptile", "momentum: first-order") or (keys["rule"] == "multi-step" and keys["L"] != 4)
+    second = keys["estimator"] in ("Reptile", "momentum: first-order") or (
+        keys["estimator"] == "multi-step" and keys["L"] != 4
+    )
     return int(second and keys["seed"] > 0)
 
 

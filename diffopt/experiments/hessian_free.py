@@ -77,16 +77,16 @@ def units(settings: Settings) -> list[Unit]:
             Unit(f"errors, K={steps}", partial(measure, settings, steps), 100.0 * steps, keys={"K": steps})
             for steps in settings.measured_steps
         ]
-        for name in rules(settings, settings.directions, Work(0)):
+        for name in estimators(settings, settings.directions, Work(0)):
             cost = settings.iterations * (2.0 + split(name)["Q"])
             run = partial(learn, settings, name)
-            found.append(Unit(name, run, cost, resumable=True, keys={"rule": name, "K": settings.steps}))
+            found.append(Unit(name, run, cost, resumable=True, keys={"estimator": name, "K": settings.steps}))
         return found
 
     return starts(settings.seeds, of_one_start)
 
 
-def rules(settings: Settings, directions: tuple[int, ...], work: Work) -> dict[str, Estimator]:
+def estimators(settings: Settings, directions: tuple[int, ...], work: Work) -> dict[str, Estimator]:
     """The methods by name, those that draw directions with so many."""
     source = work.generator("directions")
     found: dict[str, Estimator] = {"MAML": Reverse("graph"), "FOMAML": FirstOrder(), "HF-MAML": HFMAML(settings.radius)}
@@ -137,14 +137,16 @@ def measure(settings: Settings, steps: int, work: Work) -> Row:
         optimizer.step()
     batch = validated.training(settings.tasks, episodes)
 
-    def gradients(rule: Estimator) -> Tensor:
-        return torch.stack([_gradient(validated, Adaptation(sgd, steps, rule), batch, i) for i in range(len(batch[0]))])
+    def gradients(estimator: Estimator) -> Tensor:
+        return torch.stack(
+            [_gradient(validated, Adaptation(sgd, steps, estimator), batch, i) for i in range(len(batch[0]))]
+        )
 
     exact, found = gradients(Reverse("graph")), {}
-    for name, rule in rules(settings, settings.measured, work).items():
+    for name, estimator in estimators(settings, settings.measured, work).items():
         if name == "MAML":
             continue
-        draws = [gradients(rule) for _ in range(settings.draws if "Q=" in name else 1)]
+        draws = [gradients(estimator) for _ in range(settings.draws if "Q=" in name else 1)]
         squares = [((draw - exact).norm(dim=1) / exact.norm(dim=1)).square().mean() for draw in draws]
         cosines = [torch.cosine_similarity(draw, exact, dim=1).mean() for draw in draws]
         found[name] = {
@@ -171,12 +173,12 @@ def learn(settings: Settings, name: str, work: Work) -> Row:
     """
     validated, tested = problem(settings, work)
     params = validated.params
-    rule = rules(settings, settings.directions, work)[name]
-    adaptation = Adaptation(diffopt.SGD(settings.lr), settings.steps, rule)
+    estimator = estimators(settings, settings.directions, work)[name]
+    adaptation = Adaptation(diffopt.SGD(settings.lr), settings.steps, estimator)
     testing = Adaptation(diffopt.SGD(settings.lr), settings.steps)
     validation = Validation(validated, testing, settings.validation)
     held: dict[str, Any] = {"episodes": work.generator("episodes")}
-    if (source := getattr(rule, "generator", None)) is not None:
+    if (source := getattr(estimator, "generator", None)) is not None:
         held["directions"] = source
     every = -(-settings.iterations // settings.checkpoints)
 

@@ -38,7 +38,7 @@ def errors_of(done: Finished) -> Frame:
 def split(method: str) -> dict[str, Any]:
     """A method's name and its number of directions, 0 if it draws none."""
     name, _, directions = method.partition(", Q=")
-    return {"rule": name, "Q": int(directions or 0)}
+    return {"estimator": name, "Q": int(directions or 0)}
 
 
 def runs_of(settings: Any, done: Finished) -> Frame:
@@ -46,8 +46,8 @@ def runs_of(settings: Any, done: Finished) -> Frame:
     data = done.table(lambda row: None if "rules" in row else episodes(row, settings.episodes))
     if not len(data):
         return data
-    data["method"] = data["rule"]
-    for column in ("rule", "Q"):
+    data["method"] = data["estimator"]
+    for column in ("estimator", "Q"):
         data[column] = [split(method)[column] for method in data["method"]]
     return beside_exact(data, ("MAML",))
 
@@ -72,7 +72,7 @@ def summary(settings: Any, done: Finished) -> Summary:
 
 def _style(method: str) -> dict[str, Any]:
     parts = split(method)
-    return {"color": COLOURS[parts["rule"]], "linestyle": "--" if parts["Q"] == 1 else "-", "marker": "o"}
+    return {"color": COLOURS[parts["estimator"]], "linestyle": "--" if parts["Q"] == 1 else "-", "marker": "o"}
 
 
 def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
@@ -97,7 +97,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
         folder / "training.png",
         x=("after", "clock", "iteration"),
         y=("validation", "validation", "loss"),
-        hue="rule",
+        hue="estimator",
         over="at",
         style=_style,
         labels=labels,

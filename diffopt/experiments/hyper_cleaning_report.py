@@ -45,7 +45,7 @@ def runs_of(done: Finished) -> Frame:
     gain = data["accuracy"] - data["validation images only"]
     won = 100 * (data["accuracy"] - data["noisy"]) / lost
     best = data["accuracy"] == data.groupby("seed")["accuracy"].transform("max")
-    return data.assign(won=won, gain=gain, best=best, rule=data["method"].map(estimator_of))
+    return data.assign(won=won, gain=gain, best=best, estimator=data["method"].map(estimator_of))
 
 
 def estimator_of(method: str) -> str:
@@ -62,7 +62,7 @@ def errors_of(done: Finished) -> Frame:
             if method.startswith("ES Jacobian"):
                 predicted = math.sqrt((row["hyperparameters"] + 1) / int(method.rpartition("=")[2]))
             factor = (found["relative_error"] or 0.0) / (predicted or math.nan)
-            known = {"method": method, "rule": estimator_of(method), "curvature": row["curvature"]}
+            known = {"method": method, "estimator": estimator_of(method), "curvature": row["curvature"]}
             yield {**known, **found, "of_predicted": factor}
 
     return done.table(records, part="errors")
@@ -80,14 +80,14 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(f"Plain fits; {wrong} % of the labels are wrong", base, {"fitted to": "fit"}, values)
     values |= {"won back [%]": "won", "F1": "f1", "labels told [%]": "told", "outer loss": "loss", "seconds": "seconds"}
     values |= {"diverged": "diverged"} if len(data) and data["diverged"].any() else {}
-    found += listed(f"Weights learned in {settings.iterations} outer steps", data, {"rule": "method"}, values)
+    found += listed(f"Weights learned in {settings.iterations} outer steps", data, {"estimator": "method"}, values)
     number = errors["curvature"].mean() if len(errors) else math.nan
     shown = f"; T * lr * curvature is {number:.3g}" if math.isfinite(number) else ""
     keys = {"relative error": "relative_error", "cosine": "cosine", "gradients": "gradients", "products": "products"}
     found += listed(
         f"The first hypergradient beside the exact one{shown}",
         errors,
-        {"rule": "method"},
+        {"estimator": "method"},
         {**keys, "depth": "depth", "peak [MB]": "megabytes"},
     )
     claims = asked("hyper-cleaning", "learned", data)

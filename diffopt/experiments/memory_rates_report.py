@@ -44,14 +44,14 @@ def exponents_of(done: Finished) -> Frame:
     rows, floors = [], floors_of(done)
     for seed, group in floors.groupby("seed") if len(floors) else ():
         if len(group) > 1:
-            rows.append({"seed": seed, "rule": "floor", "exponent": -slope(group["tasks"], group["floor"])})
+            rows.append({"seed": seed, "estimator": "floor", "exponent": -slope(group["tasks"], group["floor"])})
 
     def records(row: Row) -> Iterator[Row]:
-        yield {"rule": "all", "left": row["left"]}
+        yield {"estimator": "all", "left": row["left"]}
         for process in PROCESSES:
             found = [(1 / eps, at) for eps, at in zip(TARGETS, row[process], strict=True) if at is not None]
             if len(found) > 1:
-                yield {"rule": process, "exponent": slope(*zip(*found, strict=True))}
+                yield {"estimator": process, "exponent": slope(*zip(*found, strict=True))}
 
     return pd.concat([pd.DataFrame(rows), done.table(records, tasks=0)])
 

@@ -73,13 +73,13 @@ def units(settings: Settings) -> list[Unit]:
     for seed in range(settings.seeds):
         for start in ("warm", "cold"):
             descent = of_start(partial(descend, settings.descents, real, start == "warm"), seed)
-            keys = {"part": "deterministic", "seed": seed, "rule": start}
+            keys = {"part": "deterministic", "seed": seed, "estimator": start}
             cost = settings.descents / 2
             found.append(Unit(f"deterministic, {start}, seed {seed}", descent, cost, resumable=True, keys=keys))
         for method in METHODS:
             cost = settings.iterations * settings.batch * (2.0 if method == "MAML" else 0.5)
             run = partial(learn, settings, method, seed)
-            keys = {"part": "learn", "seed": seed, "rule": method}
+            keys = {"part": "learn", "seed": seed, "estimator": method}
             found.append(Unit(f"{method}, seed {seed}", run, cost, resumable=True, keys=keys))
     return found
 

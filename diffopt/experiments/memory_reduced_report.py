@@ -41,7 +41,7 @@ def memory_of(done: Finished) -> Frame:
                 size = cost["megabytes"]
                 yield {
                     "form": form,
-                    "rule": method,
+                    "estimator": method,
                     **cost,
                     "saved": 100 * (1 - ours / size) if size and ours else math.nan,
                 }
@@ -68,7 +68,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(
         f"{title}: after {settings.iterations} outer iterations, K={settings.steps}",
         runs,
-        {"method": "rule"},
+        {"method": "estimator"},
         {
             "accuracy [%]": "accuracy",
             "+- (95 %)": ("accuracy", "+-"),
@@ -76,13 +76,13 @@ def summary(settings: Any, done: Finished) -> Summary:
             "seconds": "seconds",
             "ms per iteration": "ms",
         },
-        paper=lambda at: "at least the others'" if at["rule"] == OURS else None,
+        paper=lambda at: "at least the others'" if at["estimator"] == OURS else None,
     )
     for key, words in (("megabytes", "Peak memory [MB]"), ("seconds", "Seconds")):
         found += listed(
             f"{words} of one task's hypergradient over inner steps",
             memory,
-            {"inner loss": "form", "method": "rule"},
+            {"inner loss": "form", "method": "estimator"},
             {},
             across="K",
             cell=key,
@@ -91,7 +91,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found += listed(
         "Norm of the true gradient in the deterministic case",
         starts,
-        {"starts": "rule"},
+        {"starts": "estimator"},
         {
             "at first": "first",
             "halfway": "middle",
@@ -115,13 +115,13 @@ def _shrunk(row: Row) -> Row:
 
 def _of_memory(memory: Frame) -> Iterator[Claim]:
     """Claims about exact sizes."""
-    ours = memory[memory["rule"] == OURS].dropna(subset=["megabytes"]) if len(memory) else memory
+    ours = memory[memory["estimator"] == OURS].dropna(subset=["megabytes"]) if len(memory) else memory
     sizes = ours.groupby("form")["megabytes"].agg(most="max", least="min") if len(ours) > len(FORMS) else pd.DataFrame()
     yield from asked("memory-reduced", "growth", sizes)
     for form in FORMS:
         told = ""
         if len(memory):
-            each = memory[memory["form"] == form].groupby("rule")["saved"].agg(["min", "max"]).dropna()
+            each = memory[memory["form"] == form].groupby("estimator")["saved"].agg(["min", "max"]).dropna()
             told = "; ".join(f"{r}: {each['min'][r]:.0f} to {each['max'][r]:.0f} %" for r in RIVALS if r in each.index)
         yield from asked("memory-reduced", form, memory, told=told)
 
@@ -144,7 +144,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
 
     labels = {**AXES, "accuracy": "test accuracy [%]", "megabytes": "peak memory [MB]", "K": "inner steps K"}
     labels |= {"loss at": "outer iteration", "gradient": "norm of the true gradient"}
-    look: dict[str, Any] = {"labels": labels, "hue": "rule"}
+    look: dict[str, Any] = {"labels": labels, "hue": "estimator"}
     runs = done.table(records, part="learn")
     sides: dict[str, Any] = {"x": ("iteration", "time", "loss at"), "y": ("accuracy", "accuracy", "loss"), "over": "at"}
     scales = {"time": "symlog"}

@@ -90,7 +90,7 @@ def units(settings: Settings) -> list[Unit]:
             for name, method in methods(settings.steps).items():
                 cost = settings.iterations * (4.0 if method.steps else 1.0)
                 run = partial(learn, settings, name, kind, seed)
-                of = {"part": "learn", **keys, "rule": name}
+                of = {"part": "learn", **keys, "estimator": name}
                 found.append(Unit(f"{name}, {kind}, seed {seed}", run, cost, resumable=True, keys=of))
         found += [_of_steps(settings, steps, name, seed) for steps in settings.other_steps for name in compared(steps)]
     return found
@@ -104,7 +104,7 @@ def compared(steps: int) -> list[str]:
 def _of_steps(settings: Settings, steps: int, name: str, seed: int) -> Unit:
     """A run of Fig. 4, whose inner optimizer is Adam."""
     run = partial(learn, replace(settings, steps=steps), name, "adam", seed)
-    keys = {"part": "steps", "seed": seed, "kind": "adam", "T": steps, "rule": name}
+    keys = {"part": "steps", "seed": seed, "kind": "adam", "T": steps, "estimator": name}
     return Unit(f"{name}, T={steps}, adam, seed {seed}", run, 4.0 * settings.iterations, resumable=True, keys=keys)
 
 

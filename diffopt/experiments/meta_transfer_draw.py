@@ -41,7 +41,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     labels |= {"value": "change of the inner gradient"}
     look: dict[str, Any] = {"labels": labels, "panel": "kind", "size": (4.2, 3.2)}
     runs = done.table(accuracies, part="learn")
-    found = curves(runs, folder / "training.png", x="after", y="accuracy", hue="rule", style=_style, **look)
+    found = curves(runs, folder / "training.png", x="after", y="accuracy", hue="estimator", style=_style, **look)
     changes, path = differences_of(settings, done), folder / "differences.png"
     if len(changes):
         changes = changes.melt(["seed", "kind", "after"], list(DIFFERENCES), "normalised", "value")
@@ -49,11 +49,16 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     found += _draw_pairs(settings, done, folder)
     costs = costs_of(done)
     if len(costs):
-        shown = (costs["error"] != 0) | (costs["rule"] == BASELINE)
-        twice = costs["rule"].str.startswith(("one step, 2", "one step, 3", "one step, 4", "one step, 8", WINDOW))
+        shown = (costs["error"] != 0) | (costs["estimator"] == BASELINE)
+        twice = costs["estimator"].str.startswith(("one step, 2", "one step, 3", "one step, 4", "one step, 8", WINDOW))
         costs = costs[shown & ~twice]
         costs = costs.assign(error=costs["error"].where(costs["error"] > 0))
-    sides: dict[str, Any] = {"x": "T", "y": ("seconds", "ratio", "error"), "hue": "rule", "scales": {"error": "log"}}
+    sides: dict[str, Any] = {
+        "x": "T",
+        "y": ("seconds", "ratio", "error"),
+        "hue": "estimator",
+        "scales": {"error": "log"},
+    }
 
     def paper(axes: Any, kind: Any) -> None:
         if axes.get_ylabel() == labels["ratio"]:
@@ -67,7 +72,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
 def _draw_pairs(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """The weights of the pairs of stages that the baseline ends with, means over the starts."""
     data = pairs_of(done)
-    data = data[data["rule"] == BASELINE] if len(data) else data
+    data = data[data["estimator"] == BASELINE] if len(data) else data
     if not len(data):
         return []
     figure, (grid,) = panels(1, len(KINDS), 4.2, 3.2)

@@ -46,7 +46,7 @@ def runs_of(done: Finished) -> Frame:
     data = done.table(lambda row: [{"accuracy": row["accuracy"][-1]}], part="learn")
     if not len(data):
         return data
-    base = data[data["rule"] == BASELINE][["seed", "kind", "accuracy"]]
+    base = data[data["estimator"] == BASELINE][["seed", "kind", "accuracy"]]
     data = data.merge(base, on=["seed", "kind"], how="left", suffixes=("", " of baseline"))
     return data.assign(beside=data["accuracy"] - data["accuracy of baseline"])
 
@@ -64,9 +64,9 @@ def steps_of(settings: Any, done: Finished) -> Frame:
     if not len(data):
         return data
     names = data["T"].astype(str)
-    data = data.assign(rule=data["rule"].mask(data["rule"] == "multi-step " + names, WINDOW))
-    data = data.assign(rule=data["rule"].mask(data["rule"] == "one step, " + names + " lr", ONE_STEP))
-    return data[data["rule"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values("T", kind="stable")
+    data = data.assign(estimator=data["estimator"].mask(data["estimator"] == "multi-step " + names, WINDOW))
+    data = data.assign(estimator=data["estimator"].mask(data["estimator"] == "one step, " + names + " lr", ONE_STEP))
+    return data[data["estimator"].isin((BASELINE, WINDOW, ONE_STEP))].sort_values("T", kind="stable")
 
 
 def pairs_of(done: Finished) -> Frame:
@@ -78,7 +78,7 @@ def pairs_of(done: Finished) -> Frame:
             yield {"pair": f"({source}, {target})", "source": source, "target": target, "weight": weight}
 
     data = done.table(records, part="learn")
-    return data[data["rule"] != FIXED] if len(data) else data
+    return data[data["estimator"] != FIXED] if len(data) else data
 
 
 def costs_of(done: Finished) -> Frame:
@@ -86,19 +86,19 @@ def costs_of(done: Finished) -> Frame:
 
     def records(row: Row) -> Iterator[Row]:
         for name, cost in row["methods"].items():
-            yield {"rule": name, **cost}
+            yield {"estimator": name, **cost}
 
     data = done.table(records, part="cost")
     if not len(data):
         return data
-    window = data[data["rule"] == "multi-step " + data["T"].astype(str)].assign(rule=WINDOW)
-    return pd.concat([data, window, data[data["rule"].str.startswith("one step")].assign(rule=ONE_STEP)])
+    window = data[data["estimator"] == "multi-step " + data["T"].astype(str)].assign(estimator=WINDOW)
+    return pd.concat([data, window, data[data["estimator"].str.startswith("one step")].assign(estimator=ONE_STEP)])
 
 
 def growth_of(costs: Frame) -> Frame:
     """How much longer a further step takes at the largest T than at the smallest, by start and inner optimizer."""
     rows = []
-    base = costs[costs["rule"] == BASELINE].sort_values("T") if len(costs) else costs
+    base = costs[costs["estimator"] == BASELINE].sort_values("T") if len(costs) else costs
     for (seed, kind), group in base.groupby(["seed", "kind"]) if len(base) else ():
         slopes = list((group["seconds"].diff() / group["T"].diff()).iloc[1:])
         if len(slopes) > 1:
@@ -115,7 +115,7 @@ def differences_of(settings: Any, done: Finished) -> Frame:
         for after, *values in zip(row["after"], *found.values(), strict=False):
             yield {"after": after, **dict(zip(found, values, strict=True))}
 
-    return done.table(records, part="learn", rule=BASELINE)
+    return done.table(records, part="learn", estimator=BASELINE)
 
 
 def summary(settings: Any, done: Finished) -> Summary:
@@ -130,17 +130,17 @@ def summary(settings: Any, done: Finished) -> Summary:
     found = listed(
         title,
         runs,
-        {"inner optimizer": "kind", "method": "rule"},
+        {"inner optimizer": "kind", "method": "estimator"},
         {**values, "beside the baseline": "beside", "+- of that": ("beside", "+-")},
         paper=lambda at: SAID.get(
-            ("multi-step" if at["rule"] == f"multi-step {settings.steps}" else at["rule"], at["kind"])
+            ("multi-step" if at["estimator"] == f"multi-step {settings.steps}" else at["estimator"], at["kind"])
         ),
         said="the paper, Bird",
     )
     found += listed(
         "Learned: weights of the pairs (source's stage, target's stage, counted from 0), which start at 1",
         pairs_of(done),
-        {"inner optimizer": "kind", "method": "rule"},
+        {"inner optimizer": "kind", "method": "estimator"},
         {},
         across="pair",
         cell="weight",
@@ -149,7 +149,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     found += listed(
         "Fig. 4a: accuracy over the steps T on the transfer loss; inner optimizer Adam",
         steps,
-        {"method": "rule"},
+        {"method": "estimator"},
         {},
         across="T",
         cell="accuracy",
@@ -157,8 +157,8 @@ def summary(settings: Any, done: Finished) -> Summary:
     )
     found += listed(
         "One iteration: processor time, memory, and the hypergradient beside the exact one",
-        costs[~costs["rule"].isin((WINDOW, ONE_STEP))] if len(costs) else costs,
-        {"T": "T", "inner optimizer": "kind", "method": "rule"},
+        costs[~costs["estimator"].isin((WINDOW, ONE_STEP))] if len(costs) else costs,
+        {"T": "T", "inner optimizer": "kind", "method": "estimator"},
         {
             "seconds": "seconds",
             "time / baseline's": "ratio",
@@ -167,7 +167,7 @@ def summary(settings: Any, done: Finished) -> Summary:
             "error": "error",
             "cosine": "cosine",
         },
-        paper=lambda at: 0.65 if (at["rule"], at["T"]) == ("multi-step 2", 2) else None,
+        paper=lambda at: 0.65 if (at["estimator"], at["T"]) == ("multi-step 2", 2) else None,
         said="the paper's time",
     )
     claims = (
@@ -195,7 +195,7 @@ def _of_accuracy(settings: Any, runs: Frame) -> Iterator[Claim]:
     both = (asked("meta-transfer", "losses", data, steps=settings.steps) for data in (shown, runs))
     for found, whole in zip(*both, strict=True):
         if found.answer == "not measured" != whole.answer:
-            none = "no transfer is shown to gain over scratch here, so that no rule can lose it"
+            none = "no transfer is shown to gain over scratch here, so that no estimator can lose it"
             found = replace(whole, answer="not measured", evidence=f"{none}; {whole.evidence}")
         yield found
 

@@ -31,7 +31,7 @@ def table_of(done: Finished) -> Frame:
         for estimator, levels in row["errors"].items():
             for level, errors in levels.items():
                 for draw, error in enumerate(errors):
-                    known = {"rule": estimator, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
+                    known = {"estimator": estimator, "L": int(level), "draw": draw, "curvature": row["curvature"][draw]}
                     yield {**known, "error": max(error, ROUND_OFF * norm), "share": error / norm}
 
     return done.table(records)
@@ -39,7 +39,7 @@ def table_of(done: Finished) -> Frame:
 
 def ratios(data: Frame) -> Frame:
     """One row per level and batch: the errors of all estimators side by side, and ``L`` over the curvature number."""
-    wide = side_by_side(data[data["rule"] != "first-order"], "error", BATCH)
+    wide = side_by_side(data[data["estimator"] != "first-order"], "error", BATCH)
     return wide.assign(binomial_gain=wide["truncated"] / wide["binomial"], place=wide["L"] / wide["curvature"])
 
 
@@ -61,7 +61,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     errors = listed(
         f"Mean error over the mean norm of the exact meta-gradient, K={few['K'].min() if len(few) else 0}",
         few,
-        {"lr": "lr", "estimator": "rule"},
+        {"lr": "lr", "estimator": "estimator"},
         {},
         across="L",
         cell="share",
@@ -105,10 +105,10 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     data["setting"] = [f"K={k} lr={lr:g}" for k, lr in zip(data["K"], data["lr"], strict=True)]
     data["batch"] = data["seed"] * (data["draw"].max() + 1) + data["draw"] + 1
     rates, few = data["lr"].nunique(), data[data["K"] == data["K"].min()]
-    looks: dict[str, Any] = {"hue": "rule", "style": lambda estimator: STYLES[estimator], "legend": len(ORDER) + 1}
+    looks: dict[str, Any] = {"hue": "estimator", "style": lambda estimator: STYLES[estimator], "legend": len(ORDER) + 1}
     shown = data[data["share"] > 10 * ROUND_OFF]
     found = curves(shown, folder / "levels.png", x="L", y="share", panel="setting", wrap=rates, finish=_levels, **looks)
-    at = few[(few["L"] == few["K"] - 1) & (few["rule"] != "hybrid")]
+    at = few[(few["L"] == few["K"] - 1) & (few["estimator"] != "hybrid")]
     found += curves(at, folder / "batches.png", x="batch", y="error", panel="setting", finish=_levels, **looks)
     wide = ratios(data).groupby(list(EACH)).median(numeric_only=True).reset_index()
     pairs = wide.melt([*EACH, "truncated", "place"], ["binomial", "krylov"], "rival", "of the rival")

@@ -120,7 +120,7 @@ def table(**estimators):
     """Three starts of two draws at two step sizes; each estimator's numbers are a factor times those of ``a``."""
     numbers = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8]
     return pd.DataFrame(
-        {"rule": estimator, "lr": lr, "L": 1, "seed": i // 2, "draw": i % 2, "error": x * factor * (1 + 0.01 * i)}
+        {"estimator": estimator, "lr": lr, "L": 1, "seed": i // 2, "draw": i % 2, "error": x * factor * (1 + 0.01 * i)}
         for estimator, factor in {"a": 1.0, **estimators}.items()
         for lr in (0.1, 0.2)
         for i, x in enumerate(numbers)
@@ -147,7 +147,7 @@ class TestClaims:
 
     def test_where_one_setting_shows_it(self):
         data = table(b=0.5)
-        data.loc[(data["rule"] == "b") & (data["lr"] == 0.2), "error"] *= 4
+        data.loc[(data["estimator"] == "b") & (data["lr"] == 0.2), "error"] *= 4
         assert self.answer("error: b / a < 1 by lr", data).answer == "partly"
         assert self.answer("error: b / a < 1 by lr", data, where="lr == 0.1").answer == "yes"
         both = self.answer(("error: b / a < 1 by lr", "error: a / b > 1 by lr"), data)
@@ -158,7 +158,7 @@ class TestClaims:
 
     def test_settings_of_the_first_side_only(self):
         data = table(b=0.5)
-        more = data[data["rule"] == "b"].assign(L=2, error=9.0)
+        more = data[data["estimator"] == "b"].assign(L=2, error=9.0)
         claim = self.answer("error: b - a < 0 by lr; L", pd.concat([data, more]))
         assert claim.answer == "partly"
         assert "of 4 settings" in claim.evidence
@@ -179,37 +179,39 @@ class TestClaims:
 
     def test_statements_about_every_row(self):
         data = table(b=0.5)
-        claims = [Every("t", "s", test, "rule == 'b'", "error") for test in ("error < 2", "error < 0.5", "error < 0")]
+        claims = [
+            Every("t", "s", test, "estimator == 'b'", "error") for test in ("error < 2", "error < 0.5", "error < 0")
+        ]
         found = [claim.answer(data) for claim in claims]
         assert [claim.answer for claim in found] == ["yes", "partly", "no"]
         assert found[0].evidence.startswith("in 12 of 12 cases; error: 0.42 to 0.6")
-        assert Every("t", "s", "error < 2", "rule == 'c'").answer(data).answer == "not measured"
+        assert Every("t", "s", "error < 2", "estimator == 'c'").answer(data).answer == "not measured"
 
 
 def test_a_table_has_a_row_for_each_setting_and_a_column_for_each_place():
     found = listed(
         "title",
         table(b=0.5),
-        {"rule": "rule"},
+        {"estimator": "estimator"},
         {"mean": "error", "half": ("error", "+-"), "most": ("error", "max"), "none": "absent"},
         across="lr",
         cell=("error", "median"),
         label=lambda lr: f"lr={lr:g}",
-        paper=lambda at: "said" if at["rule"] == "b" else None,
+        paper=lambda at: "said" if at["estimator"] == "b" else None,
     )[0]
-    assert found.columns == ("rule", "mean", "half", "most", "none", "lr=0.1", "lr=0.2", "the paper")
+    assert found.columns == ("estimator", "mean", "half", "most", "none", "lr=0.1", "lr=0.2", "the paper")
     first, second = found.rows
     assert first[:2] == ("a", pytest.approx(6.145 / 6))
     assert first[3:] == (pytest.approx(1.236), None, *[pytest.approx(1.025, rel=2e-2)] * 2, None)
     assert (second[0], second[-1]) == ("b", "said")
-    assert listed("title", pd.DataFrame(), {"rule": "rule"}, {}) == ()
+    assert listed("title", pd.DataFrame(), {"estimator": "estimator"}, {}) == ()
 
 
 def test_curves_are_means_over_starts_and_draws(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure) or path)
     data = pd.concat([table(b=0.5), table(b=0.5).assign(L=2, error=7.0)])
-    look = {"x": "L", "y": "error", "hue": "rule", "panel": "lr"}
+    look = {"x": "L", "y": "error", "hue": "estimator", "panel": "lr"}
     assert pictures.curves(data, tmp_path / "x.png", **look, scales={"error": "log"}) == [tmp_path / "x.png"]
     first, second = drawn[0].axes
     assert (first.get_title(), second.get_title(), first.get_yscale()) == ("lr=0.1", "lr=0.2", "log")

@@ -22,16 +22,16 @@ def problem():
     return esj.Embedding(settings, "linear", 0, Work(0))
 
 
-def gradient(problem, rule, episodes):
-    leaves = list(problem.leaves(rule).values())
-    loss = problem.outer_loss(rule, episodes)
+def gradient(problem, method, episodes):
+    leaves = list(problem.leaves(method).values())
+    loss = problem.outer_loss(method, episodes)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves, materialize_grads=True)])
 
 
 def test_direct_part_and_response(problem):
     """Plain loops with the heads detached, and not."""
     episodes, s = problem.sample(), problem.settings
-    direct, exact = (gradient(problem, esj.Rule(rule), episodes) for rule in (FirstOrder(), Reverse()))
+    direct, exact = (gradient(problem, esj.Method(method), episodes) for method in (FirstOrder(), Reverse()))
 
     def plain(detached):
         total = 0.0
@@ -49,9 +49,9 @@ def test_direct_part_and_response(problem):
 
     torch.testing.assert_close(direct, plain(True), rtol=1e-4, atol=1e-6)  # float32
     torch.testing.assert_close(exact, plain(False), rtol=1e-4, atol=1e-6)
-    fraction = gradient(problem, esj.Rule(Reverse(), divided=True), episodes)
+    fraction = gradient(problem, esj.Method(Reverse(), divided=True), episodes)
     torch.testing.assert_close(fraction, direct + (exact - direct) / problem.count, rtol=1e-4, atol=1e-6)
-    once = gradient(problem, esj.Rule(Reverse(), once=True), episodes)
+    once = gradient(problem, esj.Method(Reverse(), once=True), episodes)
     torch.testing.assert_close(once, exact, rtol=1e-4, atol=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_the_rivals_are_plain_loops(problem, name):
     episodes, s = problem.sample(), problem.settings
     with torch.no_grad():  # a head of zeros has no gradient for the embedding
         problem.learned_head.add_(0.3 * torch.randn(problem.head.shape, generator=torch.Generator().manual_seed(1)))
-    found = gradient(problem, esj.rules(s, Work(0))[name], episodes)
+    found = gradient(problem, esj.methods(s, Work(0))[name], episodes)
     leaves = [*problem.params.values(), problem.learned_head]
     total = 0.0
     for x, y, query_x, query_y in zip(*episodes, strict=True):
@@ -89,28 +89,28 @@ def test_features_once_are_what_is_perturbed(problem, monkeypatch):
     monkeypatch.setattr(
         perturbation.Group, "rolled_out", lambda self, moves: (sizes.append(moves.shape), group(self, moves))[1]
     )
-    rules = esj.rules(replace(problem.settings, directions=(3,)), Work(0))
-    gradient(problem, rules["ESJ, Q=3, features once"], episodes)
+    methods = esj.methods(replace(problem.settings, directions=(3,)), Work(0))
+    gradient(problem, methods["ESJ, Q=3, features once"], episodes)
     assert [(size[0], size[-1]) for size in sizes] == [(3, 5 * 4)]  # five images of four features
     sizes.clear()
-    gradient(problem, rules["ESJ, Q=1, forward"], episodes)
+    gradient(problem, methods["ESJ, Q=1, forward"], episodes)
     assert [(size[0], size[-1]) for size in sizes] == [(1, problem.count)]
 
 
 def test_features_once_estimate_the_response(problem):
     """So many directions that the noise is a small part: the error is far below that of leaving it out."""
     episodes = problem.sample()
-    direct, exact = (gradient(problem, esj.Rule(rule), episodes) for rule in (FirstOrder(), Reverse()))
-    rules = esj.rules(replace(problem.settings, directions=(2000,), radius=1e-2), Work(0))
-    found = gradient(problem, rules["ESJ, Q=2000, features once"], episodes)
+    direct, exact = (gradient(problem, esj.Method(method), episodes) for method in (FirstOrder(), Reverse()))
+    methods = esj.methods(replace(problem.settings, directions=(2000,), radius=1e-2), Work(0))
+    found = gradient(problem, methods["ESJ, Q=2000, features once"], episodes)
     assert (found - exact).norm() < 0.3 * (direct - exact).norm()
 
 
 def test_rules_see_the_same_tasks_and_new_directions(problem):
     again = esj.Embedding(problem.settings, "linear", 0, Work(0))
     assert all(torch.equal(a, b) for a, b in zip(problem.sample(), again.sample(), strict=True))
-    episodes, rule = problem.sample(), esj.rules(problem.settings, Work(0))["ESJ, Q=1"]
-    first, second = (gradient(problem, rule, episodes) for _ in range(2))
+    episodes, method = problem.sample(), esj.methods(problem.settings, Work(0))["ESJ, Q=1"]
+    first, second = (gradient(problem, method, episodes) for _ in range(2))
     assert not torch.allclose(first, second)
 
 
@@ -121,15 +121,15 @@ def test_the_deep_embedding_is_a_residual_network_on_larger_images():
     assert len(episodes[0]) == 1
     assert episodes[0].shape[-2:] == (14, 14)  # smaller than the network takes
     assert deep.features(deep.params, episodes[0][0]).shape == (5, 64)
-    once, exact = (gradient(deep, esj.Rule(Reverse(), once=once), episodes) for once in (True, False))
+    once, exact = (gradient(deep, esj.Method(Reverse(), once=once), episodes) for once in (True, False))
     torch.testing.assert_close(once, exact, rtol=1e-3, atol=1e-5)  # float32, normalised twelve times
 
 
 def test_a_step_of_the_deep_embedding_is_measured_by_each_rule_that_is_worth_it():
     settings = replace(catalogue.experiment("esj").quick, directions=(1, 10))
     units = [unit for unit in esj.units(settings) if unit.keys["embedding"] == esj.DEEP]
-    names = {unit.keys["rule"] for unit in units}
-    assert names == {*esj.rules(settings, Work(0))} - {"ESJ, Q=1", "ESJ, Q=10", "ESJ, Q=1, divided by p"}
+    names = {unit.keys["estimator"] for unit in units}
+    assert names == {*esj.methods(settings, Work(0))} - {"ESJ, Q=1", "ESJ, Q=10", "ESJ, Q=1, divided by p"}
     assert len(units) == settings.seeds * len(names)
     for name in ("MAML", "ESJ, Q=1, features once"):
         row = esj.step(settings, name, 0, Work(0))
@@ -168,19 +168,19 @@ def test_answers_follow_the_numbers():
     def said(times, error):
         results = {}
         for unit in esj.units(settings):
-            rule = unit.keys.get("rule")
-            if rule is None:
+            method = unit.keys.get("estimator")
+            if method is None:
                 of = {f"ESJ, Q={q}": {"error": error * (100 / q) ** 0.5, "cosine": 0.1} for q in (1, 4)}
                 results[unit.name] = {"parameters": 99, "response": 0.5, "rules": of}
                 continue
             if unit.keys["embedding"] == esj.DEEP:
                 results[unit.name] = {
-                    "step": times[not rule.startswith("ESJ")] + 0.01 * unit.keys["seed"],
+                    "step": times[not method.startswith("ESJ")] + 0.01 * unit.keys["seed"],
                     "megabytes": 1,
                 }
                 continue
-            scale = times[rule.startswith("ESJ")] * (1 + 0.01 * unit.keys["seed"])
-            losses = [2.0] * 20 + [finals[rule]] * 20
+            scale = times[method.startswith("ESJ")] * (1 + 0.01 * unit.keys["seed"])
+            losses = [2.0] * 20 + [finals[method]] * 20
             results[unit.name] = {"losses": losses, "seconds": [scale * i for i in range(40)]}
         claims = answers(catalogue.experiment("esj").summarise(settings, results))
         return [claims[text] for text in (rivals, later, faster, cheaper, like, worth, follows, *steps)]

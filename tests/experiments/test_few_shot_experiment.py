@@ -249,7 +249,7 @@ def test_answers_follow_the_numbers():
         "binomial is above truncated at equal L",
         "multi-step(4) is twice as fast as MAML (0.55 of its time) at a loss of 0.1 points",
         "multi-step(8) loses at most 2.59 points",
-        "binomial and Krylov of level 1, the same rule, end within one point: the noise floor",
+        "binomial and Krylov of level 1, the same estimator, end within one point: the noise floor",
     )
 
     def answers(results):

@@ -31,7 +31,7 @@ def curved(params, inputs):
     return (torch.tanh(inputs @ weight + bias) - 0.3).square().mean() + 0.1 * weight.pow(4).sum()
 
 
-def hypergradient(rule, loss, optimizer, steps, batch=None):
+def hypergradient(estimator, loss, optimizer, steps, batch=None):
     """Of the start; for a batch of tasks under vmap, each with its own start."""
     shape = () if batch is None else (batch,)
     start = (torch.randn(*shape, 3, generator=seeded(), dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
@@ -39,7 +39,7 @@ def hypergradient(rule, loss, optimizer, steps, batch=None):
     inputs = torch.randn(5, 3, generator=seeded(1), dtype=torch.float64)
 
     def outer(*start):
-        found = diffopt.solve(loss, start, inputs, optimizer=optimizer, steps=steps, estimator=rule)
+        found = diffopt.solve(loss, start, inputs, optimizer=optimizer, steps=steps, estimator=estimator)
         return found.params[0].sin().sum() + found.params[1].square()
 
     value = torch.func.vmap(outer)(*start).sum() if batch else outer(*start)
@@ -65,8 +65,8 @@ def test_differences_along_random_directions_are_their_formulas(kind, directions
     def loss(params, inputs):
         return params[0] @ matrix @ params[0] / 2 + params[0].sum() + params[1]
 
-    rule = {"gradients": GGSMAML, "losses": ESMAML}[kind](directions, 0.5, seeded(3))
-    found, _ = hypergradient(rule, loss, diffopt.SGD(lr), 1)
+    estimator = {"gradients": GGSMAML, "losses": ESMAML}[kind](directions, 0.5, seeded(3))
+    found, _ = hypergradient(estimator, loss, diffopt.SGD(lr), 1)
     start, source = torch.randn(3, generator=seeded(), dtype=torch.float64), seeded(3)
     adjoint = (start - lr * (matrix @ start + 1)).cos()
     turned = torch.cat([-lr * adjoint, -lr * 2 * torch.full((1,), -lr, dtype=torch.float64)])  # of both leaves
@@ -81,21 +81,23 @@ def test_differences_along_random_directions_are_their_formulas(kind, directions
     torch.testing.assert_close(found, adjoint + total[:3])
 
 
-@pytest.mark.parametrize("rule", [HFMAML(1e-4), GGSMAML(1, 1e-4), ESMAML(1, 1e-3)])
-def test_a_vector_field_is_refused(rule):
+@pytest.mark.parametrize("estimator", [HFMAML(1e-4), GGSMAML(1, 1e-4), ESMAML(1, 1e-3)])
+def test_a_vector_field_is_refused(estimator):
     field, start = diffopt.VectorField(lambda w: w.flip(0)), torch.ones(2, requires_grad=True)
     with pytest.raises(EstimatorError, match="was given a vector field"):
-        diffopt.solve(field, start, optimizer=diffopt.SGD(0.1), steps=2, estimator=rule)
+        diffopt.solve(field, start, optimizer=diffopt.SGD(0.1), steps=2, estimator=estimator)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [HFMAML(1e-4), GGSMAML(4, 1e-4, seeded()), ESMAML(40, 1e-3, seeded())])
-def test_their_claims_hold(rule):
-    assert not check_estimator(rule).broken
+@pytest.mark.parametrize("estimator", [HFMAML(1e-4), GGSMAML(4, 1e-4, seeded()), ESMAML(40, 1e-3, seeded())])
+def test_their_claims_hold(estimator):
+    assert not check_estimator(estimator).broken
 
 
 def test_all_methods_see_the_same_start_and_episodes():
-    rows = {name: hessian_free.learn(SETTINGS, name, Work(0)) for name in hessian_free.rules(SETTINGS, (1,), Work(0))}
+    rows = {
+        name: hessian_free.learn(SETTINGS, name, Work(0)) for name in hessian_free.estimators(SETTINGS, (1,), Work(0))
+    }
     assert len({row["losses"][0] for row in rows.values()}) == 1
     assert rows["HF-MAML"]["losses"] == pytest.approx(rows["MAML"]["losses"], rel=1e-4)
     assert rows["FOMAML"]["losses"][1] != rows["MAML"]["losses"][1]
@@ -133,14 +135,14 @@ def test_answers_follow_the_numbers():
     def said(ggs, es, gain, slower):
         results = {}
         for unit in hessian_free.units(settings):
-            rule, off = unit.keys.get("rule"), 1 + 0.01 * unit.keys["seed"]
-            if rule is None:
+            estimator, off = unit.keys.get("estimator"), 1 + 0.01 * unit.keys["seed"]
+            if estimator is None:
                 of = {"FOMAML": 0.5, "HF-MAML": 1e-4, "GGS-MAML, Q=1": ggs, "ES-MAML, Q=1": es}
                 of = {name: {"error": error * off, "cosine": 0.1} for name, error in of.items()}
                 results[unit.name] = {"parameters": 9, "rules": of}
                 continue
-            plain = rule in ("MAML", "FOMAML")
-            accuracy = 60.0 + (0.0 if rule == "MAML" else -5.0 if rule == "FOMAML" else gain) + off
+            plain = estimator in ("MAML", "FOMAML")
+            accuracy = 60.0 + (0.0 if estimator == "MAML" else -5.0 if estimator == "FOMAML" else gain) + off
             seconds = [0.5 * off, off] if plain else [0.5 * slower * off, slower * off]
             looks = {"validation": [20.0, accuracy], "after": [0, 2]}
             results[unit.name] = {"losses": [1.0, 0.9], "seconds": seconds, **looks, "each": [accuracy] * 4}

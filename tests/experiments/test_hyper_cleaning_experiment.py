@@ -97,10 +97,10 @@ def test_answers_follow_the_numbers(rows):
         name.replace("seed=0", f"seed={seed}"): copy.deepcopy(row) for seed in range(2) for name, row in rows.items()
     }
     texts = (
-        "the exact rule wins back at least 6 of 7.8 points (77 %)",
+        "the exact estimator wins back at least 6 of 7.8 points (77 %)",
         "it finds the wrong labels: F1 of at least 0.9",
         "truncated back-propagation loses little (up to 1 point) and takes less time",
-        "cleaning is worth it: the best rule is above training on the validation images alone",
+        "cleaning is worth it: the best estimator is above training on the validation images alone",
         "the ES Jacobian's error is sqrt((p + 1) / Q) (within a factor of 2)",
     )
 

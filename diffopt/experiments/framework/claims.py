@@ -6,11 +6,11 @@ the other columns what was measured and where. A claim says in a formula what is
     ask("at equal L, binomial's error is 1000 times smaller", "Fig. 3a",
         "error: truncated / binomial >= 1e3 by lr", "K == 5 and L == 4")
 
-A formula is ``COLUMN: RULE / RULE >= NUMBER by COLUMNS; COLUMNS``. The rows of a rule are those whose column ``rule``
-says so, or all for ``*``; ``RULE [QUERY]`` takes some of these. Between rules stands ``/`` or ``-``, which compare
-numbers of the same start and draw; one rule alone is judged by itself. ``~`` in the place of ``>=`` claims that a
-difference is as small as that, or a ratio or a number within such a factor of 1. The claim is about each setting that
-the columns make; those after ``;`` are of the first rule only.
+A formula is ``COLUMN: ESTIMATOR / ESTIMATOR >= NUMBER by COLUMNS; COLUMNS``. The rows of an estimator are those whose
+column ``estimator`` says so, or all for ``*``; ``ESTIMATOR [QUERY]`` takes some of these. Between two stands ``/`` or
+``-``, which compare numbers of the same start and draw; one alone is judged by itself. ``~`` in the place of ``>=``
+claims that a difference is as small as that, or a ratio or a number within such a factor of 1. The claim is about each
+setting that the columns make; those after ``;`` are of the first estimator only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMULA = re.compile(
     r"(?P<value>[^:]+): (?P<first>.+?)(?: (?P<sign>[-/]) (?P<second>.+?))? "
     r"(?P<wanted>>=|<=|>|<|~) (?P<margin>[-+.e\d]+)(?: by (?P<cases>[^;]*)(?:; (?P<each>.+))?)?"
 )
-SIDE = re.compile(r"(?P<rule>[^\[]+?) ?(?:\[(?P<query>.+)\])?")
+SIDE = re.compile(r"(?P<estimator>[^\[]+?) ?(?:\[(?P<query>.+)\])?")
 WANTED: dict[str, Wanted] = {">": "above", ">=": "at least", "<": "below", "<=": "at most", "~": "within"}
 UNFINISHED = "no unit that tests it is finished"
 
@@ -225,14 +225,14 @@ def side_by_side(data: Frame, value: str, index: Sequence[str]) -> Frame:
     """One row per setting, with a column for the value of each estimator."""
     if not len(data):
         return data
-    return data.pivot_table(index=list(index), columns="rule", values=value).reset_index()
+    return data.pivot_table(index=list(index), columns="estimator", values=value).reset_index()
 
 
 def _rows(data: Frame, side: str) -> Frame:
     """The rows of one side of a formula."""
     found = SIDE.fullmatch(side)
     assert found is not None
-    data = data if found["rule"] == "*" else data[data["rule"] == found["rule"]]
+    data = data if found["estimator"] == "*" else data[data["estimator"] == found["estimator"]]
     return data.query(found["query"]) if found["query"] else data
 
 

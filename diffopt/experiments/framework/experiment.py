@@ -48,7 +48,7 @@ A minimal experiment::
         return {"error": ...}
 
     def units(s: Settings) -> list[Unit]:
-        runs = [Unit(f"L={l}", partial(unit, s, l), keys={"L": l, "rule": "binomial"}) for l in range(s.steps)]
+        runs = [Unit(f"L={l}", partial(unit, s, l), keys={"L": l, "estimator": "binomial"}) for l in range(s.steps)]
         return starts(s.seeds, lambda: runs)
 
     def summary(settings: Settings, done: Finished) -> Summary:
