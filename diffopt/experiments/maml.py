@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -65,11 +65,18 @@ class Run:
     adapted: int = LAYERS
     first_order: bool = False
 
-    def name(self) -> str:
+    def keys(self) -> dict[str, Any]:
         """Of its unit."""
         method = "FOMAML" if self.first_order else "MAML" if self.adapted == LAYERS else "ANIL"
-        batch = "all" if self.batch is None else self.batch
-        return f"{method} lr={self.rate:g} tasks={self.tasks} batch={batch} way={self.way} seed={self.seed}"
+        batch = "all" if self.batch is None else str(self.batch)
+        sizes = {"lr": self.rate, "tasks": self.tasks, "batch": batch, "way": self.way}
+        return {"method": method, **sizes, "seed": self.seed}
+
+    def name(self) -> str:
+        """Of its unit."""
+        method, *sizes = self.keys().items()
+        words = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in sizes)
+        return " ".join([method[1], *words])
 
 
 def runs(s: Settings) -> list[Run]:
@@ -88,7 +95,7 @@ def runs(s: Settings) -> list[Run]:
 def units(settings: Settings) -> list[Unit]:
     """One per run."""
     return [
-        Unit(run.name(), partial(learn, settings, run), cost=run.tasks * run.way + 20.0, resumable=True)
+        Unit(run.name(), partial(learn, settings, run), run.tasks * run.way + 20.0, True, run.keys())
         for run in runs(settings)
     ]
 

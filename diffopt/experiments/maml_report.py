@@ -2,206 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple, final
+from statistics import fmean
+from typing import Any
 
-from diffopt.experiments.framework.claims import Finished
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Summary, Table, verdict
+import pandas as pd  # type: ignore[import-untyped]
+
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Row, Summary
 from diffopt.experiments.framework.outer_loop import first_below, smoothed
 from diffopt.experiments.framework.pictures import STYLES, legend_below, panels, save
+from diffopt.experiments.framework.tables import Value, listed
+from diffopt.experiments.framework.texts import asked
 
-SLIDES = "slides, convergence for MAML"
-HEADLINES = ("the inner step size should not be too large", "ANIL converges faster than MAML by running time")
-"""What the results page begins with."""
-WORSE = 1.1
-"""A loss so many times the lowest one is worse than it."""
+SIZES = {"method": "method", "inner lr": "lr", "tasks": "tasks", "batch": "batch", "ways": "way"}
 
 
-@final
-class Key(NamedTuple):
-    """What a unit's name says."""
+def runs_of(done: Finished) -> Frame:
+    """One row per run; one that diverged has no numbers."""
 
-    method: str
-    rate: float
-    tasks: int
-    batch: str
-    way: int
-    seed: int
+    def records(row: Row) -> Iterator[Row]:
+        ms = 1e3 * row["seconds"][-1] / len(row["seconds"]) if "losses" in row else math.nan
+        none = dict.fromkeys(("loss", "slope", "accuracy"), math.nan)
+        yield {**none, **row, "ms": ms, "diverged": int("diverged" in row)}
 
-
-def key(name: str) -> Key:
-    """Read a unit's name."""
-    method, *rest = name.split()
-    rate, tasks, batch, way, seed = (word.partition("=")[2] for word in rest)
-    return Key(method, float(rate), int(tasks), batch, int(way), int(seed))
+    return done.table(records)
 
 
-@final
-class Lines:
-    """The finished runs, and which of them belong to a question."""
+def varied(settings: Any, data: Frame, column: str, **others: Any) -> Frame:
+    """The runs in which one thing is varied, in its order, of the starts at which all of them are finished."""
+    s = settings
+    values = {
+        "lr": sorted({*s.rates, s.rate}),
+        "tasks": sorted(s.tasks),
+        "batch": [*map(str, sorted(s.batches)), "all"],
+        "way": sorted(s.ways),
+    }[column]
+    if not len(data):
+        return data
+    same = {"method": "MAML", "lr": s.rate, "tasks": s.tasks[len(s.tasks) // 2], "batch": "all", "way": s.ways[0]}
+    same |= others
+    chosen = data[column].isin(values)
+    for key in same.keys() - {column}:
+        chosen &= data[key] == same[key]
+    rows = data[chosen]
+    rows = rows[rows.groupby("seed")[column].transform("nunique") == len(values)]
+    return rows.sort_values(
+        [column, "seed"], key=lambda found: found.map(values.index) if found.name == column else found
+    )
 
-    def __init__(self, settings: Any, results: Results) -> None:
-        """Read the names."""
-        self.settings = settings
-        self.rows = {key(name): row for name, row in results.items()}
-        self.base = Key("MAML", settings.rate, settings.tasks[len(settings.tasks) // 2], "all", settings.ways[0], 0)
-        self.seeds = sorted({each.seed for each in self.rows})
 
-    def over(self, field: str, values: Sequence[Any], seed: int, **others: Any) -> dict[Any, Row] | None:
-        """The rows of one seed with one thing varied, by its values; ``None``: one is missing."""
-        keys = {value: self.base._replace(**others)._replace(**{field: value, "seed": seed}) for value in values}
-        return {v: self.rows[k] for v, k in keys.items()} if all(k in self.rows for k in keys.values()) else None
+def over_starts(rows: Frame, what: str) -> Frame:
+    """One row per start: a number where most is taken, over that where least is and over the least of all.
 
-    def by_rate(self, method: str, seed: int) -> dict[float, Row] | None:
-        """Over the inner step sizes."""
-        return self.over("rate", sorted({*self.settings.rates, self.settings.rate}), seed, method=method)
+    That of a run that diverged is infinite.
+    """
+    if not len(rows):
+        return rows
+    of_start = rows.assign(number=rows[what].fillna(math.inf)).groupby("seed")["number"]
+    found = of_start.agg(first="first", last="last", least="min").reset_index()
+    return found.assign(ratio=found["last"] / found["first"], worse=found["last"] / found["least"])
 
-    def by_tasks(self, seed: int) -> dict[int, Row] | None:
-        """Over the tasks per outer iteration."""
-        return self.over("tasks", sorted(self.settings.tasks), seed)
 
-    def by_batch(self, seed: int) -> dict[str, Row] | None:
-        """Over the support images per inner gradient."""
-        return self.over("batch", [*map(str, sorted(self.settings.batches)), "all"], seed)
+def best(rows: Frame) -> Frame:
+    """Of each start the run with the lowest loss."""
+    rows = rows[rows["diverged"] == 0] if len(rows) else rows
+    return rows.loc[rows.groupby("seed")["loss"].idxmin()].set_index("seed") if len(rows) else rows
+
+
+def beside(maml: Frame, anil: Frame) -> Frame:
+    """One row per start: ANIL's time to the loss that MAML ends with, and that of an iteration, over MAML's own."""
+    rows: list[Row] = []
+    for seed in maml.index.intersection(anil.index) if len(maml) and len(anil) else ():
+        first, second = (runs.loc[seed] for runs in (anil, maml))
+        tenth = max(1, len(second["losses"]) // 10)
+        target = 1.000001 * fmean(second["losses"][-tenth:])
+        at, own = (first_below(smoothed(run["losses"], tenth), target, run["seconds"]) for run in (first, second))
+        time = math.inf if at is None else at / (second["seconds"][-1] if own is None else own)
+        rows.append({"seed": seed, "time": time, "pace": first["ms"] / second["ms"]})
+    return pd.DataFrame(rows)
+
+
+def behind(settings: Any, data: Frame) -> Frame:
+    """One row per start: how many points first order falls further behind MAML from the fewest ways to the most."""
+    maml, first = (varied(settings, data, "way", method=method) for method in ("MAML", "FOMAML"))
+    if not len(maml) or not len(first) or len(settings.ways) < 2:
+        return pd.DataFrame()
+    both = maml.merge(first, on=["seed", "way"], suffixes=("", " of first order")).sort_values("way")
+    numbers = both[["accuracy", "accuracy of first order"]].fillna(0.0)
+    both = both.assign(gap=numbers["accuracy"] - numbers["accuracy of first order"])
+    return both.groupby("seed")["gap"].agg(lambda gaps: gaps.iloc[-1] - gaps.iloc[0]).reset_index(name="further")
 
 
 def summary(settings: Any, done: Finished) -> Summary:
     """Tables and claims."""
-    lines = Lines(settings, done.results)
-    merged: dict[Key, list[Row]] = {}
-    for each, row in lines.rows.items():
-        merged.setdefault(each._replace(seed=0), []).append(row)
-    sizes = ("method", "inner lr", "tasks", "batch", "ways", "starts", "outer loss", "squared gradient norm")
-    columns = (*sizes, "accuracy, unseen classes [%]", "+- (one deviation)", "ms per iteration")
-    table = Table(
-        f"After {settings.iterations} outer iterations, means over the starts",
-        columns,
-        tuple(_line(each, rows) for each, rows in merged.items()),
-    )
-    claims = (*_step_size(lines), *_batches(lines), *_anil(lines), *_ways(lines))
-    starts = max(1, len(lines.seeds))
-    marked = tuple(replace(claim, starts=starts, headline=claim.text in HEADLINES) for claim in claims)
-    return Summary((table,) if table.rows else (), marked)
-
-
-def _line(each: Key, rows: Sequence[Row]) -> tuple[Cell, ...]:
-    ended = [row for row in rows if "loss" in row]
-    head = (each.method, f"{each.rate:g}", each.tasks, each.batch, each.way, len(rows))
-    if not ended:
-        return (*head, rows[0]["diverged"], None, None, None, None)
-    accuracies = [row["accuracy"] for row in ended]
-    spread = stdev(accuracies) if len(accuracies) > 1 else None
-    pace = 1e3 * fmean(row["seconds"][-1] / len(row["seconds"]) for row in ended)
-    loss, slope = (fmean(row[name] for row in ended) for name in ("loss", "slope"))
-    return (*head, loss, slope, round(fmean(accuracies), 2), None if spread is None else round(spread, 2), pace)
-
-
-def _loss(row: Row) -> float:
-    return float(row.get("loss", float("inf")))
-
-
-def _step_size(lines: Lines) -> Iterator[Claim]:
-    flags, told = [], []
-    for seed in lines.seeds:
-        if found := lines.by_rate("MAML", seed):
-            ends = {rate: _loss(row) for rate, row in found.items()}
-            (lowest, best), largest = min((loss, rate) for rate, loss in ends.items()), max(ends)
-            flags.append(ends[largest] > WORSE * lowest)
-            told.append(f"{lowest:.3g} at {best:g}, {ends[largest]:.3g} at {largest:g}")
-    evidence = f"outer loss at the best and at the largest step size, by start: {'; '.join(told)}"
-    yield Claim("the inner step size should not be too large", SLIDES, *verdict(flags, evidence))
-
-
-def _batches(lines: Lines) -> Iterator[Claim]:
-    for field, pick in (("loss", _loss), ("slope", lambda row: float(row.get("slope", float("inf"))))):
-        what = "outer loss" if field == "loss" else "squared gradient norm"
-        yield _falls(f"the error ({what}) falls with more tasks per iteration", lines, Lines.by_tasks, pick)
-        text = f"the error ({what}) falls with more support images per inner gradient"
-        yield _falls(text, lines, Lines.by_batch, pick)
-
-
-def _falls(
-    text: str, lines: Lines, over: Callable[[Lines, int], dict[Any, Row] | None], pick: Callable[[Row], float]
-) -> Claim:
-    """Whether the largest batch ends below the smallest, at every start."""
-    found = [rows for seed in lines.seeds if (rows := over(lines, seed))]
-    ends = [[pick(row) for row in rows.values()] for rows in found]
-    sizes = ", ".join(map(str, found[0])) if found else ""
-    told = "; ".join(", ".join(f"{value:.3g}" for value in each) for each in ends)
-    return Claim(text, SLIDES, *verdict([each[-1] < each[0] for each in ends], f"at {sizes}, by start: {told}"))
-
-
-def _anil(lines: Lines) -> Iterator[Claim]:
-    times, paces = [], []
-    for seed in lines.seeds:
-        maml, anil = (_best(lines.by_rate(method, seed)) for method in ("MAML", "ANIL"))
-        if maml is None or anil is None:
-            continue
-        tenth = max(1, len(maml["losses"]) // 10)
-        target = fmean(maml["losses"][-tenth:])
-        reached = [
-            first_below(smoothed(row["losses"], tenth), target * 1.000001, row["seconds"]) for row in (anil, maml)
-        ]
-        at = reached[1] if reached[1] is not None else maml["seconds"][-1]
-        times.append(None if reached[0] is None else reached[0] / at)
-        paces.append(anil["seconds"][-1] / len(anil["seconds"]) / (maml["seconds"][-1] / len(maml["seconds"])))
-    told = ", ".join("not reached" if ratio is None else f"{ratio:.2g}" for ratio in times)
-    yield Claim(
-        "ANIL converges faster than MAML by running time",
-        "slides, importance of ANIL",
-        *verdict([r is not None and r < 1 for r in times], f"time to MAML's loss over MAML's own, by start: {told}"),
-    )
-    told = ", ".join(f"{ratio:.2g}" for ratio in paces)
-    yield Claim(
-        "an iteration of ANIL takes less time",
-        "slides, importance of ANIL",
-        *verdict([ratio < 1 for ratio in paces], f"of MAML's, by start: {told}"),
-    )
-
-
-def _best(found: dict[float, Row] | None) -> Row | None:
-    """The run with the lowest loss."""
-    ended = [row for row in (found or {}).values() if "losses" in row]
-    return min(ended, key=_loss) if ended else None
-
-
-def _ways(lines: Lines) -> Iterator[Claim]:
-    ways = sorted(lines.settings.ways)
-    flags, told = [], []
-    for seed in lines.seeds:
-        maml, first = (lines.over("way", ways, seed, method=method) for method in ("MAML", "FOMAML"))
-        if maml and first and len(ways) > 1:
-            gaps = [maml[w].get("accuracy", 0.0) - first[w].get("accuracy", 0.0) for w in ways]
-            flags.append(gaps[-1] > gaps[0])
-            told.append(", ".join(f"{gap:+.2f}" for gap in gaps))
-    evidence = f"points of MAML above first order at {', '.join(map(str, ways))} ways, by start: {'; '.join(told)}"
-    text = f"first order falls further behind at {ways[-1]} ways than at {ways[0]}"
-    yield Claim(text, "multi-step paper, table 4", *verdict(flags, evidence))
+    data = runs_of(done)
+    values: dict[str, Value] = {
+        "starts": ("seed", "nunique"),
+        "outer loss": "loss",
+        "squared gradient norm": "slope",
+        "accuracy, unseen classes [%]": "accuracy",
+        "+- (one deviation)": ("accuracy", "std"),
+        "ms per iteration": "ms",
+        **({"diverged": ("diverged", "sum")} if len(data) and data["diverged"].any() else {}),
+    }
+    found = listed(f"After {settings.iterations} outer iterations, means over the starts", data, SIZES, values)
+    rates, methods = varied(settings, data, "lr"), ("MAML", "ANIL")
+    claims = asked("maml", "rates", over_starts(rates, "loss"))
+    for what, words in (("loss", "outer loss"), ("slope", "squared gradient norm")):
+        for column in ("tasks", "batch"):
+            claims += asked("maml", column, over_starts(varied(settings, data, column), what), what=words)
+    claims += asked("maml", "anil", beside(*(best(varied(settings, data, "lr", method=method)) for method in methods)))
+    ways = sorted(settings.ways)
+    return Summary(found, claims + asked("maml", "ways", behind(settings, data), fewest=ways[0], most=ways[-1]))
 
 
 def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``maml.png``: the loss over the step size and over both batch sizes, and ANIL beside MAML over time."""
-    lines = Lines(settings, done.results)
-    if not any("losses" in row for row in lines.rows.values()):
+    data = runs_of(done)
+    if not len(data) or data["diverged"].all():
         return []
     figure, ((first, second, third, fourth),) = panels(1, 4, 3.6, 3.4)
     styles = {"MAML": STYLES["exact"], "ANIL": STYLES["binomial"]}
-    for seed in lines.seeds:
-        shown = {"label": None} if seed else {}
-        for method, style in styles.items():
-            look = {**style, "label": method, "markersize": 5, **shown}
-            if found := lines.by_rate(method, seed):
-                kept = {rate: row for rate, row in found.items() if "loss" in row}
-                first.plot(list(kept), [_loss(row) for row in kept.values()], **look)
-            if best := _best(lines.by_rate(method, seed)):
-                fourth.plot(best["seconds"], smoothed(best["losses"], 15), **{**look, "marker": None})
-        if rows := lines.by_tasks(seed):
-            second.plot([str(size) for size in rows], [_loss(row) for row in rows.values()], **styles["MAML"])
-        if images := lines.by_batch(seed):
-            third.plot(list(images), [_loss(row) for row in images.values()], **styles["MAML"])
+    for method, style in styles.items():
+        rates = varied(settings, data, "lr", method=method)
+        look = {**style, "label": method, "markersize": 5}
+        _lines(first, rates.dropna(subset=["loss"]), "lr", look)
+        for place, (_, run) in enumerate(best(rates).iterrows()):
+            label = method if place == 0 else None
+            fourth.plot(run["seconds"], smoothed(run["losses"], 15), **{**look, "label": label, "marker": None})
+    for axes, column in ((second, "tasks"), (third, "batch")):
+        rows = varied(settings, data, column)
+        _lines(axes, rows.assign(**{column: rows[column].astype(str)}), column, styles["MAML"])
     first.set(xscale="log", yscale="log", xlabel="inner step size", ylabel="outer loss in the end")
     second.set(xlabel="tasks per outer iteration", ylabel="outer loss in the end")
     third.set(xlabel="support images per inner gradient", ylabel="outer loss in the end")
@@ -210,3 +144,9 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
     legend_below(figure, first, 2)
     return [save(figure, folder / "maml.png")]
+
+
+def _lines(axes: Any, rows: Frame, x: str, look: dict[str, Any]) -> None:
+    """The loss of each start, the first one with a label."""
+    for place, (_, each) in enumerate(rows.groupby("seed") if len(rows) else ()):
+        axes.plot(list(each[x]), list(each["loss"]), **{**look, **({"label": None} if place else {})})

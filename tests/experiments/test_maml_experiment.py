@@ -14,7 +14,6 @@ from diffopt.experiments import maml
 from diffopt.experiments.framework import catalogue, small_images
 from diffopt.experiments.framework.run_folder import json_row
 from diffopt.experiments.framework.unit_context import Work
-from diffopt.experiments.maml_report import key
 from diffopt.tasks import MLP, sample_episodes
 
 SETTINGS = catalogue.experiment("maml").quick
@@ -83,8 +82,9 @@ def test_runs_are_varied_one_thing_at_a_time():
     for run in runs:
         start = replace(base[run.seed], adapted=run.adapted, first_order=run.first_order)
         assert sum(a != b for a, b in zip(vars(run).values(), vars(start).values(), strict=True)) <= 1
-        assert key(run.name())[1:] == (run.rate, run.tasks, str(run.batch or "all"), run.way, run.seed)
-    assert {key(run.name()).method for run in runs} == {"MAML", "ANIL", "FOMAML"}
+        sizes = (run.rate, run.tasks, str(run.batch or "all"), run.way, run.seed)
+        assert tuple(run.keys().values())[1:] == sizes
+    assert {run.keys()["method"] for run in runs} == {"MAML", "ANIL", "FOMAML"}
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tmp_path):
