@@ -67,7 +67,12 @@ def units(settings: Settings) -> list[Unit]:
         for steps in settings.turning_steps
     ]
     decays = [
-        Unit(f"{bounds_decay.PREFIX}K={steps} x={x:g}", partial(decay, settings, steps, x), cost=steps**2)
+        Unit(
+            f"decay K={steps} x={x:g}",
+            partial(decay, settings, steps, x),
+            cost=steps**2,
+            keys={"theorem": "decay", "K": steps, "x": x},
+        )
         for steps in settings.decay_steps
         for x in settings.decay_curvatures
     ]

@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import diffopt
-from diffopt.experiments.framework.experiment import Cell, Claim, Results, Row, Table, verdict
+from diffopt.experiments.framework.claims import Finished, Frame
+from diffopt.experiments.framework.experiment import Row, Table
+from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.unit_context import Work
 
 LEAST = 1e-13
 """Errors below it are round-off."""
 BEND = -0.5
 """A slope below it counts as super-exponential: half of what (12c) has."""
-PREFIX = "decay "
 NAMES = ("binomial", "truncated")
 
 
@@ -55,33 +55,21 @@ def slope(errors: Sequence[float]) -> float | None:
     return float(torch.linalg.lstsq(columns, error.log()[:, None]).solution[2, 0])
 
 
-def table(results: Results) -> Table:
-    """The slopes, and the level of the largest error."""
-    rows: list[tuple[Cell, ...]] = []
-    for name, row in _rows(results):
-        largest = row["binomial"].index(max(row["binomial"]))
-        slopes = (slope(row[each]) for each in (*NAMES, "(12c)"))
-        rows.append((name, *slopes, largest, row["binomial"][largest]))
-    columns = ("K, x", "binomial", "truncated", "bound (12c)", "binomial's error is largest at L =", "there")
-    return Table(
-        "Decay in L on random convex sequences: the slope of the median error's logarithm against (L + 1) log(L + 1)",
-        columns,
-        tuple(rows),
-    )
+def decays_of(done: Finished) -> Frame:
+    """One row per number of steps and ``x``: the slopes, and the level of binomial's largest error."""
+
+    def records(row: Row) -> Iterator[Row]:
+        slopes = {name: slope(row[name]) for name in (*NAMES, "(12c)")}
+        worst = max(row["binomial"])
+        yield {**slopes, "level": row["binomial"].index(worst), "there": worst}
+
+    return done.table(records, theorem="decay")
 
 
-def claims(results: Results) -> Iterator[Claim]:
-    """Whether the decay is super-exponential, and whether truncation's is not."""
-    for name, text, bends in (
-        ("binomial", "binomial's error decays super-exponentially in L", True),
-        ("truncated", "truncation's does not", False),
-    ):
-        slopes = [value for _, row in _rows(results) if (value := slope(row[name])) is not None]
-        flags = [(value < BEND) == bends for value in slopes]
-        told = f"slope against (L + 1) log(L + 1): {min(slopes):.2f} to {max(slopes):.2f}" if slopes else ""
-        evidence = f"{told}; exponential decay has 0, (12c) tends to -1; counted below {BEND:g}"
-        yield Claim(text, "binomial paper, theorems 3.8 and 3.10", *verdict(flags, evidence))
-
-
-def _rows(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    return [(name.removeprefix(PREFIX), row) for name, row in results.items() if name.startswith(PREFIX)]
+def table(decays: Frame) -> tuple[Table, ...]:
+    """The slopes, and where the largest error is."""
+    slopes = "the slope of the median error's logarithm against (L + 1) log(L + 1)"
+    title = f"Decay in L on random convex sequences: {slopes}"
+    values = {"binomial": "binomial", "truncated": "truncated", "bound (12c)": "(12c)"}
+    largest = {"binomial's error is largest at L =": "level", "there": "there"}
+    return listed(title, decays, {"K": "K", "x": "x"}, {**values, **largest})

@@ -124,15 +124,15 @@ def summary(settings: Any, done: Finished) -> Summary:
         cell="better",
         label=lambda level: f"L={level}",
     )
-    decays = bounds_decay.table(done.results)
+    decays = bounds_decay.decays_of(done)
     share = 100 * convex["better"].mean() if len(convex) else 0
     claims = (
         *asked("bounds", "errors", data),
         *asked("bounds", "bounds", levels),
         *asked("bounds", "convex", convex, share=share),
-        *bounds_decay.claims(done.results),
+        *asked("bounds", "decay", decays, bend=bounds_decay.BEND),
     )
-    return Summary((*found, decays) if decays.rows else found, claims)
+    return Summary(found + bounds_decay.table(decays), claims)
 
 
 def _said(bound: str) -> str:

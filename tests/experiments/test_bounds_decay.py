@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from diffopt.experiments import bounds, bounds_decay
+from diffopt.experiments.framework.claims import Finished
+from diffopt.experiments.framework.experiment import Unit
+from diffopt.experiments.framework.texts import asked
 from diffopt.experiments.framework.unit_context import Work
+
+UNITS = [
+    Unit("decay K=12 x=0.1", lambda work: {}, keys={"theorem": "decay", "K": 12, "x": 0.1}),
+    Unit("convex K=3 x=1", lambda work: {}, keys={"theorem": "convex", "K": 3, "x": 1.0}),
+]
 
 
 @pytest.mark.parametrize("bend", [0.0, -1.0, -1.5, 0.3])
@@ -65,11 +73,14 @@ def test_answers_follow_the_numbers():
     def answers(binomial, truncated):
         row = {"binomial": binomial, "truncated": truncated, "(12c)": bent}
         results = {"decay K=12 x=0.1": row, "convex K=3 x=1": {}}
-        (line,) = bounds_decay.table(results).rows
-        assert line[0] == "K=12 x=0.1"
-        assert line[4:] == (0, binomial[0])
-        return [claim.answer for claim in bounds_decay.claims(results)]
+        decays = bounds_decay.decays_of(Finished(UNITS, results))
+        ((line,),) = (table.rows for table in bounds_decay.table(decays))
+        assert line[:2] == (12, 0.1)
+        assert line[5:] == (0, pytest.approx(binomial[0]))
+        return [claim.answer for claim in asked("bounds", "decay", decays, bend=bounds_decay.BEND)]
 
     assert answers(bent, straight) == ["yes", "yes"]
     assert answers(straight, bent) == ["no", "no"]
-    assert [claim.answer for claim in bounds_decay.claims({})] == ["not measured", "not measured"]
+    few = {"decay K=12 x=0.1": {"binomial": bent[:2], "truncated": bent[:2], "(12c)": bent}}
+    unknown = asked("bounds", "decay", bounds_decay.decays_of(Finished(UNITS, few)), bend=bounds_decay.BEND)
+    assert [claim.answer for claim in unknown] == ["not measured", "not measured"]
