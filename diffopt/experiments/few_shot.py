@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import final
 
 from diffopt.experiments.few_shot_methods import in_tests, keys_of, methods, outer_optimizer, turn, work_of
 from diffopt.experiments.few_shot_papers import OMNIGLOT
 from diffopt.experiments.few_shot_report import pictures, summary
 from diffopt.experiments.few_shot_reptile import in_batches
-from diffopt.experiments.few_shot_validation import Validation
+from diffopt.experiments.few_shot_training import Validation, trained_and_tested, validated_and_tested
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.few_shot_problem import (
     FewShot,
-    classification,
-    evaluate_adapted,
-    interval,
     meta_gradient,
 )
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole, yes_or_no
-from diffopt.experiments.framework.outer_loop import FAILED, train
 from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import Conv4
@@ -110,21 +106,11 @@ def problem(settings: Settings, way: int, shot: int, work: Work) -> tuple[FewSho
         images = [image_sets.shrunk(part, size) for part in images]
     generator = work.generator(f"start {way} {shot}")
     network = Conv4(kind.channels, way, settings.filters, size, generator=generator)
-    sizes = {"way": way, "shot": shot, "queries": settings.queries}
-    first, second = (
-        classification(kind.title, network, images[0], side, device=work.device, **sizes) for side in images[1:]
-    )
-    return first, replace(first, evaluation=second.evaluation)
+    return validated_and_tested(kind.title, network, images, settings, way, shot, work.device)
 
 
 def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row:
-    """Meta-train by one method and test the best parameters.
-
-    Returns:
-        The outer losses and processor seconds over the iterations, validations left out; the accuracy on validation
-        episodes in per cent, and after which iterations; the test accuracy, half the width of its 95 % interval over
-        the episodes, and the accuracies on each of them.
-    """
+    """Meta-train by one method and test the best parameters, see :func:`trained_and_tested`."""
     validated, tested = problem(settings, way, shot, work)
     params, adaptation = validated.params, methods(settings)[name]
     if settings.anil:
@@ -134,11 +120,8 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
     outer = outer_optimizer(settings, name, params, tasks)
     rate, validation = outer.param_groups[0]["lr"], Validation(validated, testing, settings.validation)
     episodes, shuffles = work.generator(f"episodes {way} {shot}"), work.generator("shuffles")
-    every = -(-settings.iterations // settings.checkpoints)
 
     def iterate(iteration: int) -> float:
-        if iteration and iteration % every == 0:
-            validation.look(iteration)
         share = iteration / settings.iterations if settings.decay else 0.0
         outer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
         batch = validated.training(tasks, episodes)
@@ -147,16 +130,7 @@ def learn(settings: Settings, name: str, way: int, shot: int, work: Work) -> Row
         return meta_gradient(validated, params, adaptation, batch)[0]
 
     held = {"episodes": episodes, "shuffles": shuffles}
-    kept: dict[str, Any] = {"tensors": validation.best, "curves": validation.curves}
-    try:
-        losses, clock = train(work, params, outer, held, settings.iterations, iterate, **kept)
-        validation.look(settings.iterations)
-        tests = 100 * evaluate_adapted(tested, validation.best, testing, settings.episodes)
-    except FAILED as error:
-        return {"diverged": type(error).__name__}
-    figures = dict(zip(("accuracy", "half_width"), interval(tests), strict=True))
-    each = [round(value, 3) for value in tests.tolist()]
-    return {"losses": losses, "seconds": validation.left_out(clock), **validation.curves, **figures, "each": each}
+    return trained_and_tested(work, settings, outer, held, iterate, validation, tested, choose=True)
 
 
 QUICK = Settings("clusters", (3,), (1,), False, (1,), (2,), 3, 3, momentum_steps=2, filters=2, tasks=2, queries=1)

@@ -10,9 +10,8 @@ from typing import Any
 from diffopt.experiments.few_shot_papers import printed, spread
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.claims import Finished, Frame
-from diffopt.experiments.framework.equal_time import COLUMNS, beside_exact, episodes, validated
+from diffopt.experiments.framework.equal_time import COLUMNS, LABELS, beside_exact, episodes, looks
 from diffopt.experiments.framework.experiment import Row, Summary, Table
-from diffopt.experiments.framework.outer_loop import smoothed
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
 from diffopt.experiments.framework.tables import Value, listed
 from diffopt.experiments.framework.texts import asked
@@ -67,10 +66,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     def records(row: Row) -> Iterator[Row]:
         if "each" in row:
             yield {"time": row["seconds"][-1], "test": fmean(row["each"]), "at": 0}
-            for at, (after, clock, value) in enumerate(zip(row["after"], *validated(row), strict=True)):
-                yield {"after": after, "clock": clock, "validation": value, "at": at}
-            for at, loss in enumerate(smoothed(row["losses"], 31)):
-                yield {"iteration": at + 1, "loss": loss, "at": at}
+            yield from looks(row)
 
     data, found = done.table(records), list[Path]()
     for (way, shot), rows in data.groupby(["way", "shot"]) if len(data) else ():
@@ -83,15 +79,7 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
             over="at",
             style=_style,
             scales={"loss": "log"},
-            labels={
-                "time": "processor time of training [s]",
-                "clock": "processor time of training [s]",
-                "test": "test accuracy [%]",
-                "after": "outer iteration",
-                "validation": "validation accuracy [%]",
-                "iteration": "outer iteration",
-                "loss": "outer training loss",
-            },
+            labels={**LABELS, "time": LABELS["clock"], "test": "test accuracy [%]"},
             legend=6,
         )
     return found

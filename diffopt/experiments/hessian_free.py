@@ -16,19 +16,16 @@ from torch import Tensor, nn
 
 import diffopt
 from diffopt.estimators import ESJacobian, Estimator, FirstOrder, Reverse
-from diffopt.experiments.few_shot_validation import Validation
+from diffopt.experiments.few_shot_training import Validation, trained_and_tested, validated_and_tested
 from diffopt.experiments.framework import image_sets
 from diffopt.experiments.framework.experiment import Row, Unit, starts
 from diffopt.experiments.framework.few_shot_problem import (
     Adaptation,
     FewShot,
     Params,
-    classification,
-    evaluate_adapted,
     meta_gradient,
 )
 from diffopt.experiments.framework.options import listed, one_of, option, real, whole
-from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.texts import described
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.experiments.hessian_free_estimators import ESMAML, GGSMAML, HFMAML
@@ -37,7 +34,6 @@ from diffopt.tasks import MLP, Episodes
 
 SIDE = 14
 SETS = ("omniglot-vinyals", "omniglot", "clusters")
-FAILED = (diffopt.DivergenceError, diffopt.NonFiniteLossError, diffopt.NonFiniteGradientError)
 
 
 @final
@@ -109,12 +105,8 @@ def problem(settings: Settings, work: Work) -> tuple[FewShot, FewShot]:
     ]
     sizes = (SIDE * SIDE, settings.width, settings.width, settings.way)
     network = nn.Sequential(nn.Flatten(), MLP(sizes, torch.tanh, generator=work.generator("start")))
-    shape = {"way": settings.way, "shot": settings.shot, "queries": settings.queries}
     title = image_sets.SETS[settings.dataset].title
-    first, second = (
-        classification(title, network, images[0], side, device=work.device, **shape) for side in images[1:]
-    )
-    return first, second
+    return validated_and_tested(title, network, images, settings, settings.way, settings.shot, work.device)
 
 
 def outer(settings: Settings, params: Params) -> torch.optim.Optimizer:
@@ -165,12 +157,7 @@ def _gradient(problem: FewShot, adaptation: Adaptation, batch: Episodes, index: 
 
 
 def learn(settings: Settings, name: str, work: Work) -> Row:
-    """Meta-train by one method, look at the accuracy on the way, and test the parameters at the end.
-
-    Returns:
-        The outer losses and processor seconds over the iterations, looks left out; the accuracies on validation
-        episodes in per cent, and after which iterations; the accuracies on each test episode.
-    """
+    """Meta-train by one method and test the parameters at the end, see :func:`trained_and_tested`."""
     validated, tested = problem(settings, work)
     params = validated.params
     estimator = estimators(settings, settings.directions, work)[name]
@@ -180,22 +167,11 @@ def learn(settings: Settings, name: str, work: Work) -> Row:
     held: dict[str, Any] = {"episodes": work.generator("episodes")}
     if (source := getattr(estimator, "generator", None)) is not None:
         held["directions"] = source
-    every = -(-settings.iterations // settings.checkpoints)
 
     def iterate(iteration: int) -> float:
-        if iteration % every == 0:
-            validation.look(iteration)
         return meta_gradient(validated, params, adaptation, validated.training(settings.tasks, held["episodes"]))[0]
 
-    kept: dict[str, Any] = {"tensors": validation.best, "curves": validation.curves}
-    try:
-        losses, clock = train(work, params, outer(settings, params), held, settings.iterations, iterate, **kept)
-        validation.look(settings.iterations)
-        tests = 100 * evaluate_adapted(tested, params, testing, settings.episodes)
-    except FAILED as error:
-        return {"diverged": type(error).__name__}
-    each = [round(value, 3) for value in tests.tolist()]
-    return {"losses": losses, "seconds": validation.left_out(clock), **validation.curves, "each": each}
+    return trained_and_tested(work, settings, outer(settings, params), held, iterate, validation, tested, choose=False)
 
 
 EXPERIMENT = described(

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diffopt.experiments.framework.claims import Finished, Frame
-from diffopt.experiments.framework.equal_time import COLUMNS, beside_exact, episodes, validated
+from diffopt.experiments.framework.equal_time import COLUMNS, LABELS, beside_exact, episodes, looks
 from diffopt.experiments.framework.experiment import Row, Summary
-from diffopt.experiments.framework.outer_loop import smoothed
 from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.texts import asked
@@ -77,30 +76,15 @@ def _style(method: str) -> dict[str, Any]:
 
 def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     """``training.png``: validation accuracy over iterations and over processor time, and the outer loss."""
-
-    def records(row: Row) -> Iterator[Row]:
-        if "each" in row:
-            for at, (after, clock, value) in enumerate(zip(row["after"], *validated(row), strict=True)):
-                yield {"after": after, "clock": clock, "validation": value, "at": at}
-            for at, loss in enumerate(smoothed(row["losses"], 31)):
-                yield {"iteration": at + 1, "loss": loss, "at": at}
-
-    labels = {
-        "after": "outer iteration",
-        "clock": "processor time of training [s]",
-        "validation": "validation accuracy [%]",
-        "iteration": "outer iteration",
-        "loss": "outer training loss",
-    }
     return curves(
-        done.table(records),
+        done.table(looks),
         folder / "training.png",
         x=("after", "clock", "iteration"),
         y=("validation", "validation", "loss"),
         hue="estimator",
         over="at",
         style=_style,
-        labels=labels,
+        labels=LABELS,
         scales={"loss": "log"},
         legend=5,
     )

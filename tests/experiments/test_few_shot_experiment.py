@@ -13,7 +13,7 @@ from diffopt.errors import DiffoptError
 from diffopt.experiments import few_shot
 from diffopt.experiments.few_shot_papers import printed
 from diffopt.experiments.framework import catalogue, image_sets
-from diffopt.experiments.framework.few_shot_problem import EVALUATION_SEED
+from diffopt.experiments.framework.few_shot_problem import EVALUATION_SEED, evaluate_adapted
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.tasks import DataError, Episodes, Omniglot, RaggedImages
 
@@ -112,7 +112,7 @@ def test_reptile_goes_towards_the_mean_of_solutions_on_all_images(steps, size, t
         mean = {key: sum(own[key] for own, _ in solutions) / tasks for key in now}
         now = {key: (v + rate * (mean[key] - v)).detach().requires_grad_() for key, v in now.items()}
         testing = few_shot.in_tests(settings, "Reptile", few_shot.methods(settings)["Reptile"])
-        scores.append(100 * float(few_shot.evaluate_adapted(validated, now, testing, settings.validation).mean()))
+        scores.append(100 * float(evaluate_adapted(validated, now, testing, settings.validation).mean()))
     assert row["losses"] == pytest.approx(losses, rel=1e-3)
     assert row["validation"] == pytest.approx(scores)
     assert testing.steps == settings.reptile_test_steps

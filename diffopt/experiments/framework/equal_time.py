@@ -9,6 +9,7 @@ import numpy as np
 
 from diffopt.experiments.framework.claims import Frame
 from diffopt.experiments.framework.experiment import Row
+from diffopt.experiments.framework.outer_loop import smoothed
 from diffopt.experiments.framework.tables import Value
 
 TIMED = "in equal time"
@@ -29,6 +30,25 @@ COLUMNS: dict[str, Value] = {
 def validated(row: Row) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The processor seconds of training after which a run was validated, and its accuracies then."""
     return tuple(row["seconds"][after - 1] if after else 0.0 for after in row["after"]), tuple(row["validation"])
+
+
+LABELS = {
+    "after": "outer iteration",
+    "clock": "processor time of training [s]",
+    "validation": "validation accuracy [%]",
+    "iteration": "outer iteration",
+    "loss": "outer training loss",
+}
+"""The axes of :func:`looks`, for :func:`pictures.curves`."""
+
+
+def looks(row: Row) -> Iterator[Row]:
+    """The validation accuracies of a run over iterations and time, and its smoothed loss, as rows of a long table."""
+    if "each" in row:
+        for at, (after, clock, value) in enumerate(zip(row["after"], *validated(row), strict=True)):
+            yield {"after": after, "clock": clock, "validation": value, "at": at}
+        for at, loss in enumerate(smoothed(row["losses"], 31)):
+            yield {"iteration": at + 1, "loss": loss, "at": at}
 
 
 def episodes(row: Row, count: int) -> Iterator[Row]:
