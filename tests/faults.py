@@ -1957,9 +1957,9 @@ images are standardised by a sample's deviation (load, yardsticks_experiment)
 ties do not count half (Cleaning.told_apart, yardsticks_experiment)
     - for side in (False, True)
     + for side in (True, True)
-cleaning's table has the sum over the draws (_cleaning_table, yardsticks_experiment)
-    - loss, error, told, seconds = (fmean(each)
-    + loss, error, told, seconds = (sum(each)
+cleaning's table has the first of the draws alone (_cleaning_tables, yardsticks_experiment)
+    - rows = data[data["corruption"] == corruption]
+    + rows = data[(data["corruption"] == corruption) & (data["seed"] == 0)]
 the decay is fitted against L log L (slope, bounds_decay)
     - kept = [(level + 1.0, error)
     + kept = [(level + 2.0, error)

@@ -16,8 +16,7 @@ def printed(dataset: str, way: int, shot: int, method: str) -> str | None:
     """What a paper prints for a method; ``None``: nothing."""
     for table in texts("few-shot")["printed"]:
         if dataset in table["datasets"] and [way, shot] in table["shapes"] and method in table["rows"]:
-            accuracies: list[str] = table["rows"][method].split(" ")
-            return accuracies[table["shapes"].index([way, shot])]
+            return str(table["rows"][method].split(" ")[table["shapes"].index([way, shot])])
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -64,14 +64,15 @@ def of_influence(s: Settings) -> Iterator[Unit]:
     cost = 4e-4 * s.influence_steps * s.influence_iterations
     for name in influence.estimators(s.influence_steps, torch.Generator()):
         run = partial(influence.measure, name, s.influence_steps, s.influence_iterations, s.influence_lr)
-        yield Unit(f"influence, {name}", run, cost=cost)
+        yield Unit(f"influence, {name}", run, cost, keys={"part": "influence", "estimator": name})
 
 
 def of_toy(s: Settings) -> Iterator[Unit]:
     """One per estimator."""
     for name in toy.estimators(s.toy_steps[-1], torch.Generator()):
         run = partial(toy.measure, name, s.toy_steps, s.toy_points, s.toy_starts, s.toy_iterations, s.toy_lr)
-        yield Unit(f"toy, {name}", run, cost=8e-4 * s.toy_steps[-1] * s.toy_iterations)
+        cost = 8e-4 * s.toy_steps[-1] * s.toy_iterations
+        yield Unit(f"toy, {name}", run, cost, keys={"part": "toy", "estimator": name})
 
 
 def of_cleaning(s: Settings) -> Iterator[Unit]:
@@ -83,7 +84,10 @@ def of_cleaning(s: Settings) -> Iterator[Unit]:
         for what, cost in costs.items():
             for corruption in s.corruptions:
                 name, run = f"cleaning p={corruption:g} seed={seed}, {what}", partial(clean, s, corruption, seed, what)
-                yield Unit(name, run, cost=cost, resumable=what not in ("baselines", "hypergradients"))
+                learns = what not in ("baselines", "hypergradients")
+                keys: dict[str, Any] = {"corruption": corruption, "seed": seed}
+                keys |= {"part": "learn", "estimator": what} if learns else {"part": what}
+                yield Unit(name, run, cost, learns, keys)
 
 
 def inner(s: Settings) -> cleaning.Inner:

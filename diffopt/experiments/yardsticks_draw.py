@@ -13,7 +13,6 @@ from diffopt.experiments import yardsticks_toy as toy
 from diffopt.experiments.framework.claims import Finished
 from diffopt.experiments.framework.experiment import Results, Row
 from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, legend_below, panels, save
-from diffopt.experiments.yardsticks_report import part
 
 MARKED = {"truncated": "truncated", "implicit, Neumann": "implicit", "krylov": "krylov"}
 """What is drawn over its length, and in whose style."""
@@ -36,6 +35,11 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
     if any("losses" in row for row in results.values()):
         paths.append(_draw_cleaning(settings, results, folder / "cleaning.png"))
     return paths
+
+
+def part(results: Results, prefix: str) -> dict[str, Row]:
+    """The rows whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): row for name, row in results.items() if name.startswith(prefix)}
 
 
 def _style(name: str) -> dict[str, Any]:

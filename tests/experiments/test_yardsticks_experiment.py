@@ -285,5 +285,5 @@ def test_the_table_of_cleaning_has_the_means_of_the_draws(rows):
     assert "means of 2 draws" in table.title
     lines = {line[0]: dict(zip(table.columns, line, strict=True)) for line in table.rows}
     assert lines["exact"]["told apart"] == pytest.approx(0.65)
-    assert lines["implicit, 5 CG"]["outer loss"] == "DivergenceError"
+    assert lines["implicit, 5 CG"]["diverged"] == "DivergenceError"
     assert lines["first-order"]["test error [%]"] is None

@@ -227,10 +227,3 @@ class Experiment(Generic[Settings]):
     summarise: Callable[[Settings, Results], Summary]
     draw: Callable[[Settings, Results, Path], Sequence[Path]]
     papers: Mapping[str, str] = field(default_factory=dict)
-
-
-def verdict(flags: Sequence[bool], evidence: str) -> tuple[Answer, str]:
-    """The answer to a claim that was tested in several settings: in all, in none, in some; and the evidence."""
-    if not flags:
-        return "not measured", "no unit that tests it is finished"
-    return ("yes" if all(flags) else "partly" if any(flags) else "no"), evidence
