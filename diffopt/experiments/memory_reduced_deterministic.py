@@ -19,6 +19,7 @@ from diffopt.experiments.framework.outer_loop import train
 from diffopt.experiments.framework.unit_context import Work
 from diffopt.linear_solve import ConjugateGradient, Dense
 from diffopt.tasks import sample_episodes
+from diffopt.warm_starts import Warm
 
 TASKS, WAY, FEATURES = 4, 3, 3
 STEPS, PRODUCTS, LR, OUTER_LR = 2, 1, 1.0, 3.0
@@ -40,7 +41,14 @@ def descend(iterations: int, real: bool, warm: bool, work: Work) -> Row:
     start = torch.randn(support[0].shape[1], FEATURES, generator=work.generator("embedding"), dtype=torch.float64)
     embedding = (0.3 * start).requires_grad_()
     heads, multipliers = (torch.zeros(TASKS, FEATURES + 1, WAY, dtype=torch.float64) for _ in range(2))
-    cold, solver = torch.zeros_like(heads[0]), ConjugateGradient(max_iterations=PRODUCTS, rtol=0.0, throw=False)
+    method = diffopt.WarmStarts(
+        lambda head, embedding, task: inner_loss(head, embedding, *task[:2]),
+        lambda head, embedding, task: outer_loss(head, embedding, *task[2:]),
+        optimizer=diffopt.SGD(LR),
+        steps=STEPS,
+        solver=ConjugateGradient(max_iterations=PRODUCTS, rtol=0.0, throw=False),
+    )
+    cold = method.start(torch.zeros_like(heads[0]))
     curves: dict[str, list[float]] = {"gradient": [], "after": []}
     every = max(1, iterations // 20)
 
@@ -52,20 +60,11 @@ def descend(iterations: int, real: bool, warm: bool, work: Work) -> Row:
         if iteration % every == 0:
             look(iteration)
         losses = []
-        for i, (inputs, labels, queries, wanted) in enumerate(tasks):
-            head, multiplier = (heads[i], multipliers[i]) if warm else (cold, cold)
-            now = embedding.detach()
-            head = diffopt.solve(
-                inner_loss, head, now, inputs, labels, optimizer=diffopt.SGD(LR), steps=STEPS
-            ).params.requires_grad_()
-            outer = outer_loss(head, embedding, queries, wanted)
-            cotangent, direct = torch.autograd.grad(outer, [head, embedding])
-            found = diffopt.implicit_gradients(
-                inner_loss, head.detach(), now, inputs, labels, cotangent=cotangent, solver=solver, start=multiplier
-            )
-            heads[i], multipliers[i] = head.detach(), found.multiplier
-            torch.autograd.backward(embedding, (direct + found.args[0]) / TASKS)
-            losses.append(outer.item())
+        for i, task in enumerate(tasks):
+            found = method(Warm(heads[i], multipliers[i]) if warm else cold, embedding.detach(), task)
+            heads[i], multipliers[i] = found.warm
+            torch.autograd.backward(embedding, found.gradients[0] / TASKS)
+            losses.append(found.value.item())
         return sum(losses) / TASKS
 
     outer = torch.optim.SGD([embedding], lr=OUTER_LR)
