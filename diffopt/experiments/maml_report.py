@@ -148,5 +148,6 @@ def pictures(settings: Any, done: Finished, folder: Path) -> list[Path]:
 
 def _lines(axes: Any, rows: Frame, x: str, look: dict[str, Any]) -> None:
     """The loss of each start, the first one with a label."""
-    for place, (_, each) in enumerate(rows.groupby("seed") if len(rows) else ()):
+    starts: Any = rows.groupby("seed") if len(rows) else ()
+    for place, (_, each) in enumerate(starts):
         axes.plot(list(each[x]), list(each["loss"]), **{**look, **({"label": None} if place else {})})

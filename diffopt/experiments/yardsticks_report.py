@@ -137,7 +137,7 @@ def runs_of(done: Finished) -> Frame:
     """One row per run that learns weights."""
 
     def records(row: Row) -> Iterator[Row]:
-        numbers = dict.fromkeys(("loss", "test_error", "told", "seconds"), math.nan)
+        numbers: Row = dict.fromkeys(("loss", "test_error", "told", "seconds"), math.nan)
         if "losses" in row:
             numbers = {"loss": row["losses"][-1], "seconds": row["seconds"][-1]}
             numbers |= {"test_error": row["test error"], "told": row["told apart"]}

@@ -16,6 +16,7 @@ from diffopt.experiments.attribution_baselines import every_score, gradient_prod
 from diffopt.experiments.attribution_problem import Problem, Training, changed_labels, losses, network
 from diffopt.experiments.attribution_report import best_influence, scores_of
 from diffopt.experiments.framework import catalogue
+from diffopt.experiments.framework.claims import Finished
 from diffopt.experiments.framework.run_folder import json_row
 from diffopt.experiments.framework.unit_context import OutOfTime, Work
 
@@ -189,7 +190,7 @@ def test_answers_follow_the_numbers(rows):
     put("exact", 0.98)
     put("influence, 1", 0.8)
     put("gradient product", 0.3)
-    assert best_influence(scores_of(units, rows), "mnist") == "influence, 1"
+    assert best_influence(scores_of(Finished(units, rows)), "mnist") == "influence, 1"
     for start in found:
         for name in start:
             start[name][14] = 0.8

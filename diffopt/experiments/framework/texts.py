@@ -30,7 +30,7 @@ from diffopt.experiments.framework.experiment import Claim, Experiment, Needs, R
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]  (where no checker runs)
 
 
 @lru_cache
