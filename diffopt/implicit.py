@@ -25,6 +25,7 @@ from diffopt.rollout.record import Keep, Watch
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.arguments import check_flag, check_instance, check_number
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.torch_errors import forward_mode_error
 
 Params = TypeVar("Params")
 
@@ -203,6 +204,8 @@ def implicit_gradients(
     wanted = tuple(place for place in layout.places if place.part == "read" and inputs.at(place).is_floating_point())
     weights = leaves_like(cotangent, "cotangent", "params", inputs.params, layout.params_structure)
     initial = None if start is None else leaves_like(start, "start", "params", inputs.params, layout.params_structure)
+    if transforms.has_tangent([*weights, *(initial or ())]):
+        raise forward_mode_error("a cotangent, or a start, of implicit_gradients")
     refuse_not_finite(chosen, cotangent=cotangent, start=start)
     before = versions(problem)
     levels = range(1, transforms.transform_level() + 1 if check else 1)

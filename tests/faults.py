@@ -718,6 +718,18 @@ a user's update is looked at in the first step only (Checks.update, captures)
 captured tangents are passed over (Checks.__init__, captures)
     - watch.values and not passes_tangents and transforms.in_dual_level()
     + False
+the tangent of an argument is dropped (Dynamics.losses, tangents)
+    - transformed or x.requires_grad
+    + x.requires_grad
+the losses have no tangent without grad mode (roll_out_recorded, tangents)
+    - transforms.in_dual_level() or transforms.transforms_active()
+    + transforms.in_dual_level()
+the tangent of a cotangent is dropped in part (_Solve.backward, tangents)
+    - if transforms.has_tangent([c for c in cotangents if c is not None]):
+    + if False:
+a tangent that a task loss captures is passed over (_of_chunk, tangents)
+    - if transforms.has_tangent([losses]):
+    + if False:
 captured results of operations are passed over (captured_nodes, captures)
     - if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
     + if at >= _NEVER and _is_leaf_besides(node, leaves):
