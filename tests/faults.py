@@ -730,6 +730,15 @@ the tangent of a cotangent is dropped in part (_Solve.backward, tangents)
 a tangent that a task loss captures is passed over (_of_chunk, tangents)
     - if transforms.has_tangent([losses]):
     + if False:
+sparse tensors are viewed (is_sparse, sparse)
+    - tensor.layout in _SPARSE
+    + False
+a sparse cotangent stays so (_Solve.backward, sparse)
+    - c.to_dense() if c is not None and transforms.is_sparse(c) else c
+    + c
+implicit_gradients asks for those of sparse tensors (implicit_gradients, sparse)
+    - if x.is_floating_point() and not transforms.is_sparse(x)
+    + if x.is_floating_point()
 captured results of operations are passed over (captured_nodes, captures)
     - if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
     + if at >= _NEVER and _is_leaf_besides(node, leaves):

@@ -33,7 +33,7 @@ meta_transfer_experiment smoothness bad_inputs check_solve check_solve_precision
 attention_in_modules checkpointed_blocks transformers offload inner_data training sharded compiled_programs
 kept_products tangents what_loops_read compiled_outer resume reproduce cli every_set mini_imagenet models episodes
 yardsticks_experiment bounds_decay maml_experiment compiled_reads whole_programs memory_rates_experiment
-hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads draws compiled_implicit
+hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads draws compiled_implicit sparse
 """
 NAMES = IN_THIS_ORDER.split()
 
