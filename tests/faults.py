@@ -346,6 +346,9 @@ every decoder is tried on a drawing (_decode, damaged_data)
 the tasks of mean_over_tasks add up in their own half precision (_wide, over_tasks)
     - return torch.promote_types(dtype, torch.float32)
     + return dtype
+axes of tasks are counted from behind below vmap, too (mean_over_tasks, over_tasks)
+    - dim % leaf.ndim for
+    + dim for
 a task loss may write into its arguments (_refuse_changes, over_tasks)
     - if transforms.version(x) != version:
     + if False:
