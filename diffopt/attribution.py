@@ -13,6 +13,7 @@ from diffopt.rollout.refusals import refuse_non_finite
 from diffopt.tensors import transforms
 from diffopt.tensors.arguments import check_function, check_measured
 from diffopt.tensors.leaves import all_finite
+from diffopt.tensors.torch_errors import forward_mode_error
 from diffopt.tensors.tree import describe
 
 
@@ -60,6 +61,8 @@ def attribute(train: Callable[[Tensor], Any], metric: Callable[[Any], Tensor], w
     _refuse_mode()
     if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.numel() == 0:
         raise LeafError(f"attribute: weights is {describe(weights)}", "a floating tensor", "write torch.ones(n)")
+    if transforms.has_tangent([weights]):
+        raise forward_mode_error("attribute: weights")
     root = weights.detach().clone().requires_grad_()
     with torch.enable_grad():
         measured = check_measured("attribute: metric", metric(train(root)))

@@ -25,6 +25,7 @@ from diffopt.rollout.record import Keep, Watch
 from diffopt.tensors import transforms, tree
 from diffopt.tensors.arguments import check_flag, check_instance, check_number
 from diffopt.tensors.leaves import Leaves
+from diffopt.tensors.torch_errors import forward_mode_error
 
 Params = TypeVar("Params")
 
@@ -33,8 +34,8 @@ class ImplicitGradients(NamedTuple):
     """What :func:`implicit_gradients` returns.
 
     Attributes:
-        args: the hypergradient of every argument of the loss, trees like ``args`` (``None`` where it is not a floating
-            tensor).
+        args: the hypergradient of every argument of the loss, trees like ``args`` (``None`` where it is not a floating,
+            dense tensor).
         multiplier: the solution ``v`` of the linear system, a tree like ``params``: the next call's ``start``.
         system: how the linear system was solved.
     """
@@ -200,9 +201,12 @@ def implicit_gradients(
     chosen = _checked_solver(solver, loss)
     problem = checked_problem(loss, _cut_off(params), args, _STAY, 1, None, check)
     layout, inputs = problem.dynamics.layout, problem.inputs
-    wanted = tuple(place for place in layout.places if place.part == "read" and inputs.at(place).is_floating_point())
+    read = [(place, inputs.at(place)) for place in layout.places if place.part == "read"]
+    wanted = tuple(place for place, x in read if x.is_floating_point() and not transforms.is_sparse(x))
     weights = leaves_like(cotangent, "cotangent", "params", inputs.params, layout.params_structure)
     initial = None if start is None else leaves_like(start, "start", "params", inputs.params, layout.params_structure)
+    if transforms.has_tangent([*weights, *(initial or ())]):
+        raise forward_mode_error("a cotangent, or a start, of implicit_gradients")
     refuse_not_finite(chosen, cotangent=cotangent, start=start)
     before = versions(problem)
     levels = range(1, transforms.transform_level() + 1 if check else 1)

@@ -108,6 +108,8 @@ def mean_over_tasks(
     leaves = usable_leaves(leaves, lambda: [f"args{path}" for path in tree.paths(structure)])
     dims = _dims_of_leaves(args, leaves, in_dims)
     size = _tasks(leaves, structure, dims)
+    # counted from the front, as what is below torch.func.vmap takes them
+    dims = [None if dim is None else dim % leaf.ndim for dim, leaf in zip(dims, leaves, strict=True)]
     # without grad nothing is differentiated, whatever the tensors require
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in leaves if isinstance(x, Tensor))
     chunk, watched = task_chunk or size, check and torch.is_grad_enabled()

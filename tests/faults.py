@@ -346,6 +346,9 @@ every decoder is tried on a drawing (_decode, damaged_data)
 the tasks of mean_over_tasks add up in their own half precision (_wide, over_tasks)
     - return torch.promote_types(dtype, torch.float32)
     + return dtype
+axes of tasks are counted from behind below vmap, too (mean_over_tasks, over_tasks)
+    - dim % leaf.ndim for
+    + dim for
 a task loss may write into its arguments (_refuse_changes, over_tasks)
     - if transforms.version(x) != version:
     + if False:
@@ -718,6 +721,27 @@ a user's update is looked at in the first step only (Checks.update, captures)
 captured tangents are passed over (Checks.__init__, captures)
     - watch.values and not passes_tangents and transforms.in_dual_level()
     + False
+the tangent of an argument is dropped (Dynamics.losses, tangents)
+    - transformed or x.requires_grad
+    + x.requires_grad
+the losses have no tangent without grad mode (roll_out_recorded, tangents)
+    - transforms.in_dual_level() or transforms.transforms_active()
+    + transforms.in_dual_level()
+the tangent of a cotangent is dropped in part (_Solve.backward, tangents)
+    - if transforms.has_tangent([c for c in cotangents if c is not None]):
+    + if False:
+a tangent that a task loss captures is passed over (_of_chunk, tangents)
+    - if transforms.has_tangent([losses]):
+    + if False:
+sparse tensors are viewed (is_sparse, sparse)
+    - tensor.layout in _SPARSE
+    + False
+a sparse cotangent stays so (_Solve.backward, sparse)
+    - c.to_dense() if c is not None and transforms.is_sparse(c) else c
+    + c
+implicit_gradients asks for those of sparse tensors (implicit_gradients, sparse)
+    - if x.is_floating_point() and not transforms.is_sparse(x)
+    + if x.is_floating_point()
 captured results of operations are passed over (captured_nodes, captures)
     - if at < born or (at >= _NEVER and _is_leaf_besides(node, leaves)):
     + if at >= _NEVER and _is_leaf_besides(node, leaves):

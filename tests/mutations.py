@@ -31,9 +31,9 @@ pickles pickle_bombs mutated_pickles datamodeling datamodeling_file rank_correla
 bounds_experiment sinusoid_experiment cost_experiment anil_experiment esj_experiment outer_loop few_shot_experiment
 meta_transfer_experiment smoothness bad_inputs check_solve check_solve_precision compare_worth attention
 attention_in_modules checkpointed_blocks transformers offload inner_data training sharded compiled_programs
-kept_products what_loops_read compiled_outer resume reproduce cli every_set mini_imagenet models episodes
+kept_products tangents what_loops_read compiled_outer resume reproduce cli every_set mini_imagenet models episodes
 yardsticks_experiment bounds_decay maml_experiment compiled_reads whole_programs memory_rates_experiment
-hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads draws compiled_implicit
+hessian_free_experiment timing params_of_a_block captures_at_some_step unseen_reads draws compiled_implicit sparse
 """
 NAMES = IN_THIS_ORDER.split()
 

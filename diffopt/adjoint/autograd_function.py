@@ -97,6 +97,10 @@ class _Solve(torch.autograd.Function):
         call, saved = ctx.call, _saved_tensors(ctx)
         if call.wanted != set(needed):
             call = replace(call, wanted=frozenset(needed))
+        if transforms.has_tangent([c for c in cotangents if c is not None]):
+            raise forward_mode_error("a cotangent of solve")
+        # (a sparse one comes of an embedding with sparse=True in the outer loss)
+        cotangents = tuple([c.to_dense() if c is not None and transforms.is_sparse(c) else c for c in cotangents])
         final = saved[-call.state_count :]
         given = [x.new_zeros(()).expand_as(x) if c is None else c for c, x in zip(cotangents, final, strict=False)]
         along = {i: c for i, c in enumerate(cotangents[call.state_count :]) if c is not None}
@@ -143,6 +147,10 @@ class _Pullback(torch.autograd.Function):
             "this estimator gives first derivatives only; use estimator=diffopt.estimators.Unrolled(), which can "
             "be differentiated to any order",
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise forward_mode_error("a cotangent of solve, or an input,")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

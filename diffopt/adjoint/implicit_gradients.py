@@ -81,11 +81,11 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        raise SecondDerivativeError(
-            "the result of implicit_gradients is being differentiated",
-            "a hypergradient that is used as a number",
-            "detach() it, or use diffopt.implicit, which is differentiable once",
-        )
+        raise _differentiated()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _differentiated()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -100,6 +100,14 @@ class _Solved(torch.autograd.Function):
         plainly = transforms.current_level() is None
         outputs = _solved(call, *stacked) if plainly else transforms.apply(_Solved, call, *stacked)
         return outputs, (0,) * len(outputs)
+
+
+def _differentiated() -> SecondDerivativeError:
+    return SecondDerivativeError(
+        "the result of implicit_gradients is being differentiated",
+        "a hypergradient that is used as a number",
+        "detach() it, or use diffopt.implicit, which is differentiable once",
+    )
 
 
 def _solved(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -82,9 +82,12 @@ class Dynamics:
 
         # NOTE [a loss is given its own alias of what it reads]
         One that differentiates in an argument by itself (a gradient penalty) may call ``requires_grad_()`` on it, and
-        means the partial derivative: not what reaches its params through the same tensor at earlier steps.
+        means the partial derivative: not what reaches its params through the same tensor at earlier steps. (Under a
+        transform it is a view, for ``detach`` would drop the tangent of ``torch.func.jvp``. Sparse tensors have none.)
         """
-        seen = [x.view_as(x) if x.requires_grad else x.detach() for x in read]
+        transformed = transforms.transforms_active()
+        views = [x.requires_grad or (transformed and not transforms.is_sparse(x)) for x in read]
+        seen = [x.view_as(x) if view else x.detach() for x, view in zip(read, views, strict=True)]
         try:
             with RecomputingAsBefore(self.functions, params, seen):
                 found = self._under_levels(self._loss, params, seen) if self.layout.levels else self._loss(params, seen)

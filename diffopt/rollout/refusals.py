@@ -14,6 +14,7 @@ from diffopt.distributed.sharded import BARE, shards
 from diffopt.errors import (
     CapturedTensorError,
     DisconnectedError,
+    MissingDerivativeError,
     NonFiniteGradientError,
     NonFiniteLossError,
     PrecisionWarning,
@@ -91,7 +92,7 @@ def refuse_bad_start(
     params: Sequence[Tensor],
     read: Sequence[Tensor],
 ) -> None:
-    """Refuse a first loss that does not depend on params or is not finite."""
+    """Refuse a first loss that does not depend on params, gives a sparse gradient, or is not finite."""
     if all([grad is None for grad in grads]):
         if shards(everything_held(dynamics.without_names()).modules):
             raise RanksError(
@@ -105,6 +106,13 @@ def refuse_bad_start(
             "a gradient",
             "check that the loss uses the params it is given, and does not detach them or leave torch (.item(), "
             ".numpy())",
+        )
+    sparse = [i for i, grad in enumerate(grads) if grad is not None and transforms.is_sparse(grad)]
+    if sparse:
+        raise MissingDerivativeError(
+            f"the gradient of the inner loss by {dynamics.layout.names().params[sparse[0]]} is sparse",
+            "a dense one, which can be differentiated",
+            "write sparse=False for the sparse=True of embeddings",
         )
     if isinstance(dynamics.loss, VectorField):
         refuse_constant(losses, params, grads, dynamics.layout.names().params)

@@ -8,6 +8,7 @@ gradients are added up in single precision at least, and come back in the dtypes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast, final
 
@@ -171,6 +172,10 @@ class _Mean(torch.autograd.Function):
                 terms[i + 1] = term
         return tuple(terms)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise torch_errors.forward_mode_error("an argument of mean_over_tasks")
+
 
 def _of_chunk(
     call: Call, tensors: Sequence[Tensor], wanted: Sequence[int], start: int, count: int
@@ -190,7 +195,10 @@ def _of_chunk(
         roots = derivatives.make_roots([*(parts[i] for i in wanted), torch.empty(0, device=tensors[0].device)])
         for i, root in zip(wanted, roots, strict=False):
             parts[i] = root
-        losses = call.losses(parts, count)
+        with transforms.tangents_seen() if call.check and transforms.in_dual_level() else nullcontext():
+            losses = call.losses(parts, count)
+            if transforms.has_tangent([losses]):
+                raise torch_errors.forward_mode_error("task_loss reads a tensor that")
         weight, wide = count / call.size, _wide(losses.dtype)
         scale = weight if losses.dtype is torch.float16 else 1.0
         share = losses.to(wide).mean() * (weight / scale)

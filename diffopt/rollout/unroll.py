@@ -68,7 +68,8 @@ def roll_out_recorded(
     nothing: list[Tensor] = []
     checks = Checks(dynamics, watch, passes_tangents=True) if watch else None
     ranks = None if checks is None or transforms.transforms_active() else checks.ranks
-    recorded = torch.is_grad_enabled() or transforms.in_dual_level()
+    # (torch.func.jvp differentiates under no_grad, too)
+    recorded = torch.is_grad_enabled() or transforms.in_dual_level() or transforms.transforms_active()
     for step in range(1, layout.steps + 1):
         read, hyperparameters = layout.at_step(inputs, step)
         before = params = layout.params(now)

@@ -29,6 +29,7 @@ _SECOND_DERIVATIVES = {
     "rnn": "run it under torch.backends.cudnn.flags(enabled=False)",
     "once_differentiable": "write the function's backward in differentiable operations",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint, or leave it out and use Reverse('sqrt')",
+    "for sparse tensors": "write sparse=False for the sparse=True of embeddings",
     "aot_autograd": "call what was given to torch.compile (module._orig_mod); solve has compile=True",
     "with respect to argument 'weight'": "(w[y] * cross_entropy(..., reduction='none')).sum() / w[y].sum()",
 }

@@ -315,6 +315,14 @@ def storage(tensor: Tensor) -> int:
         return 0
 
 
+def is_sparse(tensor: Tensor) -> bool:
+    """Whether a tensor is of one of the sparse layouts, which have no views, and no rule of this library's."""
+    return tensor.layout in _SPARSE
+
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written to, under all wrappers of ``torch.func``; -1 if nobody counts."""
     inner = unwrapped(tensor)

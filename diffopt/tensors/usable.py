@@ -30,7 +30,7 @@ def usable(tensor: Tensor, name: Callable[[], str]) -> Tensor:
     """The tensor; a copy if it was made in ``torch.inference_mode``, which autograd cannot save.
 
     Raises:
-        LeafError: it is a lazy module's, or of a layout without arithmetic.
+        LeafError: it is a lazy module's, of a layout without arithmetic, or sparse and to be differentiated.
         VmapError: it belongs to a vmap that has ended.
         DeviceError: it holds no numbers.
     """
@@ -66,6 +66,13 @@ def refuse_unusable(tensor: Tensor, name: Callable[[], str]) -> None:
             f"{name()} is nested in the strided layout",
             "one that autograd can save",
             "make it with layout=torch.jagged, or take torch.nested.to_padded_tensor of it",
+        )
+    if tensor.requires_grad and transforms.is_sparse(tensor):
+        raise LeafError(
+            f"{name()} is {describe(tensor)} that requires grad, in the layout {tensor.layout}",
+            "a dense one where a derivative is wanted",
+            "pass its values(), and make torch.sparse_coo_tensor(indices, values, shape) of them in the loss; a "
+            "constant: .detach() it",
         )
     if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
         raise LeafError(f"{name()} is laid out for mkldnn", "a dense tensor", "convert it with .to_dense()")

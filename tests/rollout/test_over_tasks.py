@@ -53,6 +53,23 @@ def test_value_and_gradient_are_those_of_a_loop(chunk: int | None, estimator: An
     torch.testing.assert_close(torch.autograd.grad(3 * mean, learned), expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("dims", [-2, (None, -2, 0, None, None), (None, 1, -2, None, None)], ids=str)
+def test_axes_counted_from_behind(dims: Any, chunk: int | None) -> None:
+    """As ``torch.func.vmap`` counts them."""
+    params, x, y, lr = inputs()
+    options = {"task_chunk": chunk}
+    if dims == -2:
+        found = diffopt.mean_over_tasks(lambda x: x.pow(3).sum(), x, in_dims=dims, **options)
+        expected = x.pow(3).sum() / TASKS
+    else:
+        found = diffopt.mean_over_tasks(task_loss, params, x, y, lr, Reverse(1), in_dims=dims, **options)
+        expected = diffopt.mean_over_tasks(task_loss, params, x, y, lr, Reverse(1), in_dims=DIMS, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    by_x, expected_by_x = (torch.autograd.grad(mean, x) for mean in (found, expected))
+    torch.testing.assert_close(by_x, expected_by_x, rtol=1e-11, atol=1e-14)
+
+
 def test_memory_is_that_of_one_chunk() -> None:
     """Four times the tasks take the same peak; all at once they take several times more."""
 
