@@ -727,6 +727,9 @@ the tangent of an argument is dropped (Dynamics.losses, tangents)
 the losses have no tangent without grad mode (roll_out_recorded, tangents)
     - transforms.in_dual_level() or transforms.transforms_active()
     + transforms.in_dual_level()
+an inner gradient without forward mode is not named (no_tangent_error, tangents)
+    - if "forward AD" not in said and "ZeroTensors" not in said:
+    + if True:
 the tangent of a cotangent is dropped in part (_Solve.backward, tangents)
     - if transforms.has_tangent([c for c in cotangents if c is not None]):
     + if False:
