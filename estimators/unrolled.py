@@ -19,6 +19,9 @@ class Unrolled(Estimator):
     Cost: ``T`` gradients and ``T`` HVPs for a first derivative. Memory: the graph of all ``T`` steps, freed together
     with the outer loss. Depth ``T``. Tensors captured by closure do get their gradient, except under vmap.
 
+    Forward mode, too, as far as torch is right in it: ``jvp`` of a solve, and of its gradient. (Torch's ``grad(jvp)``
+    of norm layers is wrong without a word: take ``jvp(grad)``.)
+
     For: second derivatives of a hypergradient, and an inner solve within the loss of another solve. Not for: anything
     else; :class:`Reverse` gives the same first derivative faster, in less memory.
 

@@ -560,8 +560,8 @@ an iterator that has ended is Python's own error (Dynamics.losses, torch_errors)
     +         except StopIteration as error:
     +             raise error
 a loss is given the argument itself to mark (Dynamics.losses, derivatives_in_the_loss)
-    - seen = [x.view_as(x) if x.requires_grad else x.detach() for x in read]
-    + seen = [x if x.requires_grad else x.detach() for x in read]
+    - seen = [x.view_as(x) if view else x.detach()
+    + seen = [x if view else x.detach()
 without a step Unrolled returns the caller's tensor (unroll, unrolled)
     - tuple(final) if steps else tuple(x.clone() for x in final)
     + tuple(final)
@@ -722,11 +722,14 @@ captured tangents are passed over (Checks.__init__, captures)
     - watch.values and not passes_tangents and transforms.in_dual_level()
     + False
 the tangent of an argument is dropped (Dynamics.losses, tangents)
-    - transformed or x.requires_grad
+    - x.requires_grad or (transformed and not transforms.is_sparse(x))
     + x.requires_grad
 the losses have no tangent without grad mode (roll_out_recorded, tangents)
     - transforms.in_dual_level() or transforms.transforms_active()
     + transforms.in_dual_level()
+an inner gradient without forward mode is not named (no_tangent_error, tangents)
+    - if "forward AD" not in said and "ZeroTensors" not in said:
+    + if True:
 the tangent of a cotangent is dropped in part (_Solve.backward, tangents)
     - if transforms.has_tangent([c for c in cotangents if c is not None]):
     + if False:

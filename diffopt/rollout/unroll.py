@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopt.errors import EstimatorError
+from diffopt.errors import DiffoptError, EstimatorError
 from diffopt.rollout.along import NEVER, Stop
 from diffopt.rollout.checks import Checks
 from diffopt.rollout.divergence import refuse_divergence
@@ -24,7 +24,7 @@ from diffopt.rollout.refusals import apart_from, is_imprecise, refuse_bad_start,
 from diffopt.tensors import autograd_graph, derivatives, transforms
 from diffopt.tensors.leaves import Leaves, all_finite
 from diffopt.tensors.spread import placed_alike
-from diffopt.tensors.torch_errors import changed_in_place
+from diffopt.tensors.torch_errors import changed_in_place, no_tangent_error
 
 
 def unroll(problem: Problem) -> Outcome:
@@ -171,7 +171,13 @@ def _functional_gradient(
         found: list[Tensor] = []
         return dynamics.losses(params, read, aux=found), *found
 
-    grads, (losses, *besides) = transforms.functional_gradient(function, params)
+    try:
+        grads, (losses, *besides) = transforms.functional_gradient(function, params)
+    except RuntimeError as error:
+        named = None if isinstance(error, DiffoptError) else no_tangent_error(error)
+        if named is None:
+            raise
+        raise named from error
     aux += besides
     return grads, losses
 

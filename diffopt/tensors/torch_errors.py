@@ -139,6 +139,18 @@ def forward_mode_error(what: str = "an input of solve") -> MissingDerivativeErro
     )
 
 
+def no_tangent_error(error: Exception) -> MissingDerivativeError | None:
+    """The error for an inner gradient that torch does not differentiate in forward mode, if ``error`` is of that."""
+    said = str(error).partition("\n")[0]
+    if "forward AD" not in said and "ZeroTensors" not in said:
+        return None
+    return MissingDerivativeError(
+        f"torch has no forward mode of the inner gradient ({said[:70]})",
+        "operations that have one",
+        "write (a - b).square().mean() for F.mse_loss(a, b), or use backward() or jacrev",
+    )
+
+
 def name_of_broken(node: Any) -> str:
     """What autograd says when it reaches this node, whose derivative was declared missing."""
     for inputs in range(1, 9):  # a node says how many it takes by refusing any other number

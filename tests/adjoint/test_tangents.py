@@ -12,6 +12,7 @@ from oracles import relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 import diffopt
 from diffopt import SGD, Adam, Schedule, solve
@@ -72,6 +73,18 @@ def test_plain_unrolling_passes_tangents_on(name: str, recorded: bool) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_columns_of_a_jacobian_are_its_rows(name: str) -> None:
     assert relative_error([jacfwd(FUNCTIONS[name])(AIM)], [jacrev(FUNCTIONS[name])(AIM)]) < 1e-12
+
+
+@pytest.mark.parametrize("of_torch", [F.mse_loss, F.huber_loss])
+def test_an_inner_gradient_without_forward_mode_is_named(of_torch: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Torch's own words are of zeros that cannot be written to."""
+
+    def trained(aim: Tensor) -> Tensor:
+        return solve(of_torch, START, aim, optimizer=SGD(0.1), steps=2, estimator=Unrolled()).params
+
+    with pytest.raises(diffopt.MissingDerivativeError, match=r"no forward mode of the inner gradient.*jacrev"):
+        jvp(trained, (AIM,), (AIM,))
+    assert jacrev(trained)(AIM).shape == (3, 3)
 
 
 ADJOINTS = [Reverse(), Reverse(1), Truncated(1), FirstOrder(), ForwardMode(), Binomial(2), Krylov(2)]
