@@ -2077,8 +2077,8 @@ what waits to be looked at for captured tensors is forgotten by a quick look
     - if at_once and start is not None and not self._noted:
     + if at_once and start is not None:
 a quick look takes every leaf for a given one (ends_in_given, captures_at_some_step)
-    - if not behind and id(getattr(node, "variable", None)) not in leaves:
-    + if not behind and not leaves:
+    - if id(parent.variable) not in leaves:
+    + if not leaves:
 of some graphs a quick look for captured tensors is enough for all (captured_nodes, captures_at_some_step)
     - if all([part.start is not None and
     + if any([part.start is not None and

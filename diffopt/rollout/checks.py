@@ -169,8 +169,7 @@ class Checks:
             if step == 1:
                 refuse_bad_start(self._dynamics, losses, grads, params, read)
             if watch.captures:
-                wanted = [x for x in read if x.requires_grad]
-                self._note_captured(losses, [*params, *wanted], step, at_once=not differentiable)
+                self._note_captured(losses, params, read, step, at_once=not differentiable)
         if self._stops and self._held is not None:
             found = [None if g is None else g.detach() for g in grads]
             self._latest = losses.detach(), found, params, not differentiable
@@ -258,15 +257,18 @@ class Checks:
         parts = [autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad]
         self._look_at(parts, parts, what)
 
-    def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
+    def _note_captured(
+        self, losses: Tensor, params: Sequence[Tensor], read: Sequence[Tensor], step: int, *, at_once: bool
+    ) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
         start = losses.grad_fn
         if at_once and start is not None and not self._noted:
-            nodes, leaves = [x.grad_fn for x in given], set(map(id, given))
-            if autograd_graph.ends_in_given(start, nodes, leaves):
+            # (params are leaves there, and all that a graph grows from as a rule)
+            if autograd_graph.ends_in_given(start, (), set(map(id, params))):
                 self._born = max(self._born, autograd_graph.number(start))
                 return
-        self._noted.append(autograd_graph.GraphPart.of(losses, given))
+        wanted = [x for x in read if x.requires_grad]
+        self._noted.append(autograd_graph.GraphPart.of(losses, [*params, *wanted]))
         if at_once or step == self._last or len(self._noted) == _AT_ONCE:
             self._look_at_noted()
 
