@@ -706,10 +706,8 @@ a state is compared loosely (HiddenState.matters, hidden_state)
 
 # captured tensors
 captured tensors are looked for at the first step only (Checks.gradient, captures)
-    -             if watch.captures:
-    -                 wanted =
-    +             if watch.captures and step == 1:
-    +                 wanted =
+    - if watch.captures:
+    + if watch.captures and step == 1:
 wrapped tensors are looked for at the first step only (Checks.levels_at, captures)
     - return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
     + return _NO_LEVELS
@@ -923,7 +921,7 @@ a chunk of tasks counts as all of them to a rule that does not look at the outer
     - scale = weight if losses.dtype is torch.float16 else 1.0
     + scale = weight
 a loss may not mark its arguments under a transform that is no vmap (Checks.losses, derivatives_in_the_loss)
-    - marking = not self._dynamics.layout.levels
+    - marking = not self.dynamics.layout.levels
     + marking = False
 a kink is looked for at zero only (refuse_kink, stationarity)
     - reach = tasks.like(16 * at.length(tasks, 1e-6), at.params)
@@ -1148,9 +1146,12 @@ a graph of missing derivatives is only looked at if its first node lacks one (re
 what the losses of the last steps capture is not looked at (Checks._note_captured, captures)
     - if at_once or step == self._last or len(self._noted) == _AT_ONCE:
     + if at_once or len(self._noted) == _AT_ONCE:
-only the params are given to a loss, its args are captured (Checks.gradient, captures)
-    - self._note_captured(losses, [*params, *wanted], step
-    + self._note_captured(losses, [*params], step
+only the params are given to a loss, its args are captured (Checks._note_captured, captures)
+    - wanted = [x for x in read if x.requires_grad]
+    + wanted = []
+what a step hands on past its gradient is taken for what goes through it (Block.pullback_apart, implicit)
+    - through = terms[len(direct) :]
+    + through = terms[: len(read)]
 an update's write to its state goes unnoticed where a graph is kept (Checks.update, in_place)
     - if versions != [leaf._version for leaf in state]:
     + if False:
@@ -2104,11 +2105,11 @@ an estimator that evaluates the loss at the end says that it does not (Implicit.
 # the quick look at what a loss has captured, of each step
 what waits to be looked at for captured tensors is forgotten by a quick look
     Checks._note_captured, captures_at_some_step
-    - if at_once and start is not None and not self._noted:
-    + if at_once and start is not None:
+    - at_once and start is not None and not self._noted
+    + at_once and start is not None
 a quick look takes every leaf for a given one (ends_in_given, captures_at_some_step)
-    - if not behind and id(getattr(node, "variable", None)) not in leaves:
-    + if not behind and not leaves:
+    - if id(parent.variable) not in leaves:
+    + if not leaves:
 of some graphs a quick look for captured tensors is enough for all (captured_nodes, captures_at_some_step)
     - if all([part.start is not None and
     + if any([part.start is not None and
@@ -2261,7 +2262,7 @@ the checksum of a file is that of its beginning (KnownFile._compare, every_set)
     +             digest.update(part[:CHUNK])
     +             break
 a quick look for captured tensors does not say when it was (Checks._note_captured, captures_at_some_step)
-    -                 self._born = max(self._born, autograd_graph.number(start))
+    -             self._born = max(self._born, autograd_graph.number(start))
 a first step's older tensors have no number (Checks.__init__, captures)
     - keep is None, autograd_graph.newest()
     + keep is None, -1

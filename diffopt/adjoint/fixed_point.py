@@ -98,6 +98,7 @@ class LastStep:
         self._still = [i for i in buffers if _same(self._after[i], trajectory.final[i])]
         self._moving = [i for i in range(count if whole_state else params) if i not in self._still]
         self._residuals = [i + params for i in self._moving] if root else self._moving
+        self._pull = self._block.pullback_apart(self._residuals, self._moving, past=not root)
 
     def _record(self, losses_there: Tensor | None) -> tuple[Block, Leaves]:
         """The graph of the step, and the state after it."""
@@ -120,7 +121,7 @@ class LastStep:
     def system(self, v: Leaves) -> Leaves:
         """``(I - J') v``, or the Jacobian of the root; ``v - C' v`` first, which is zero for gradient descent."""
         self._trajectory.record.counts.add_products(1)
-        past, through = self._block.pullback_apart(self._residuals, v, self._moving, past=not self._root)
+        past, through = self._pull(v)
         return through if self._root else (v - past) - through
 
     def solve(self, system: Matvec, cotangent: Leaves, start: Leaves | None = None) -> LinearSolution:

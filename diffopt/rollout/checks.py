@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffopt.errors import DiffoptError
-from diffopt.rollout.along import Observer
 from diffopt.rollout.dynamics import Dynamics
 from diffopt.rollout.first_step import FirstStep
 from diffopt.rollout.hidden_state import HiddenState
@@ -37,6 +36,10 @@ class Checks:
     objects, 13 for an MLP of three layers. Of updates those are that are not this library's own.
 
     Attributes:
+        dynamics: what is looked at.
+        micro_batches: in how many pieces gradients are taken.
+        observer: what looks at the params after every step.
+        compares_values: whether values are looked at.
         hidden_state: the error for whoever computes a step again; ``None``: no state of the loss is known.
         whole: what the last step has read, if it was taken in pieces.
         ranks: what is looked at where other ranks take the first step, too.
@@ -62,7 +65,9 @@ class Checks:
             passes_tangents: plain code that forward-mode differentiation goes through.
             stops: any step may turn out to be the last.
         """
-        self._dynamics, self._watch, self._keep, self._draws = dynamics, watch, keep, draws
+        self.dynamics, self.compares_values = dynamics, watch.values
+        self.micro_batches, self.observer = dynamics.micro_batches, dynamics.observer
+        self._watch, self._keep, self._draws = watch, keep, draws
         self._last, self._own_update = dynamics.layout.steps, dynamics.own_update
         self._stops = stops
         self.ranks = FirstStep.here() if watch.values else None
@@ -88,22 +93,22 @@ class Checks:
         """The losses, evaluated apart from transforms, hooks and tangents that they may not meet."""
         self._step, self._read, self._versions = step, read, [x._version for x in params]
         if self._watch.state and self._held is None and self._keep is not None:
-            self._held = HiddenState(self._dynamics.loss)
+            self._held = HiddenState(self.dynamics.loss)
         if step == 1 and self.ranks is not None and not self.ranks.evaluates:
             with self.ranks.evaluating():
                 return self.losses(params, read, step, aux)
         if self._plainly:
-            return self._dynamics.losses(params, read, step, aux)
+            return self.dynamics.losses(params, read, step, aux)
         if not (self._drops_tangents or self.levels_at(step)):
-            return self._unwrapped(self._dynamics.losses(params, read, step, aux), aux)
-        evaluate = self._without_tangents if self._drops_tangents else self._dynamics.losses
+            return self._unwrapped(self.dynamics.losses(params, read, step, aux), aux)
+        evaluate = self._without_tangents if self._drops_tangents else self.dynamics.losses
 
         def function(params: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor:
             if aux is not None:
                 aux.clear()  # of what an evaluation before has returned besides
             return evaluate(params, read, step, aux)
 
-        marking = not self._dynamics.layout.levels
+        marking = not self.dynamics.layout.levels
         return self._unwrapped(self._apart(step, function, params, read, marking=marking), aux)
 
     def _unwrapped(self, losses: Tensor, aux: Sequence[Tensor] | None) -> Tensor:
@@ -112,34 +117,14 @@ class Checks:
             raise wrapped_error()
         return losses
 
-    @property
-    def dynamics(self) -> Dynamics:
-        """What is looked at."""
-        return self._dynamics
-
-    @property
-    def micro_batches(self) -> int | None:
-        """In how many pieces gradients are taken."""
-        return self._dynamics.micro_batches
-
-    @property
-    def compares_values(self) -> bool:
-        """Whether values are looked at."""
-        return self._watch.values
-
-    @property
-    def observer(self) -> Observer | None:
-        """What looks at the params after every step."""
-        return self._dynamics.observer
-
     def observed(self, params: Sequence[Tensor], read: Sequence[Tensor], step: int) -> Sequence[Tensor]:
         """What is observed, evaluated as the losses are."""
         versions = [x._version for x in params]
         observed: Sequence[Tensor]
         if self._plainly:
-            observed = self._dynamics.observed(params, read)
+            observed = self.dynamics.observed(params, read)
         else:
-            function = self._observed_without_tangents if self._drops_tangents else self._dynamics.observed
+            function = self._observed_without_tangents if self._drops_tangents else self.dynamics.observed
             observed = self._apart(step, function, params, read)
             if any(transforms.is_wrapped(x) for x in observed):
                 raise wrapped_error()
@@ -167,10 +152,9 @@ class Checks:
         watch, read = self._watch, self._read
         if watch.values:
             if step == 1:
-                refuse_bad_start(self._dynamics, losses, grads, params, read)
+                refuse_bad_start(self.dynamics, losses, grads, params, read)
             if watch.captures:
-                wanted = [x for x in read if x.requires_grad]
-                self._note_captured(losses, [*params, *wanted], step, at_once=not differentiable)
+                self._note_captured(losses, params, read, step, at_once=not differentiable)
         if self._stops and self._held is not None:
             found = [None if g is None else g.detach() for g in grads]
             self._latest = losses.detach(), found, params, not differentiable
@@ -185,10 +169,10 @@ class Checks:
             self.ranks.refuse_other_updates(after)
             return after
         if self._own_update and not self._looks_for_breaks:
-            return self._dynamics.update(state, grads, hyperparameters, step)
+            return self.dynamics.update(state, grads, hyperparameters, step)
         if not torch.is_grad_enabled():  # without a graph, for which a first one is made to look at
             if step > 1 or not self._watch.values or self._own_update:
-                return self._dynamics.update(state, grads, hyperparameters, step)
+                return self.dynamics.update(state, grads, hyperparameters, step)
             with torch.enable_grad():
                 roots = Leaves(derivatives.make_roots(state))
                 after = self._apart_update(roots, grads, hyperparameters, step)
@@ -213,7 +197,7 @@ class Checks:
             return self._watch.levels
         if self._wrapped_are_held is None:
             self._wrapped_are_held = any(
-                transforms.is_wrapped(x) for x in everything_held(self._dynamics.without_names()).tensors
+                transforms.is_wrapped(x) for x in everything_held(self.dynamics.without_names()).tensors
             )
         return self._watch.levels if self._wrapped_are_held else _NO_LEVELS
 
@@ -242,7 +226,7 @@ class Checks:
     def _apart_update(
         self, state: Leaves, grads: Sequence[Tensor], hyperparameters: Sequence[Tensor], step: int
     ) -> Leaves:
-        levels, update = _NO_LEVELS if self._own_update else self.levels_at(step), self._dynamics.update
+        levels, update = _NO_LEVELS if self._own_update else self.levels_at(step), self.dynamics.update
         if not levels:
             return update(state, grads, hyperparameters, step)
         after: Leaves = apart_from(levels, update, state, grads, hyperparameters, step)
@@ -258,15 +242,18 @@ class Checks:
         parts = [autograd_graph.GraphPart.of(x, given) for x in outputs if x.requires_grad]
         self._look_at(parts, parts, what)
 
-    def _note_captured(self, losses: Tensor, given: Sequence[Tensor], step: int, *, at_once: bool) -> None:
+    def _note_captured(
+        self, losses: Tensor, params: Sequence[Tensor], read: Sequence[Tensor], step: int, *, at_once: bool
+    ) -> None:
         """The same of a step's losses: at once, or, where graphs stay anyway, of some together, which is faster."""
         start = losses.grad_fn
-        if at_once and start is not None and not self._noted:
-            nodes, leaves = [x.grad_fn for x in given], set(map(id, given))
-            if autograd_graph.ends_in_given(start, nodes, leaves):
-                self._born = max(self._born, autograd_graph.number(start))
-                return
-        self._noted.append(autograd_graph.GraphPart.of(losses, given))
+        looks = at_once and start is not None and not self._noted
+        # (params are leaves there, and all that a graph grows from as a rule)
+        if looks and autograd_graph.ends_in_given(start, (), set(map(id, params))):
+            self._born = max(self._born, autograd_graph.number(start))
+            return
+        wanted = [x for x in read if x.requires_grad]
+        self._noted.append(autograd_graph.GraphPart.of(losses, [*params, *wanted]))
         if at_once or step == self._last or len(self._noted) == _AT_ONCE:
             self._look_at_noted()
 
@@ -291,7 +278,7 @@ class Checks:
         """Look at parts of a graph; among the ``last`` is that which ends in the newest node."""
         found = autograd_graph.captured_nodes(parts, self._born)
         if found:  # else nobody needs names, which are not cheap
-            refuse_captures(what, self._dynamics.functions(), found)
+            refuse_captures(what, self.dynamics.functions(), found)
         newest = [autograd_graph.number(part.start) for part in last if part.start is not None]
         self._born = max([self._born, *newest])
 
@@ -299,14 +286,14 @@ class Checks:
         self, params: Sequence[Tensor], read: Sequence[Tensor], step: int, aux: list[Tensor] | None
     ) -> Tensor:
         with transforms.tangents_seen():
-            losses = self._dynamics.losses(params, read, step, aux)
+            losses = self.dynamics.losses(params, read, step, aux)
             if transforms.has_tangent([losses]):
                 raise forward_mode_error("the inner loss reads a tensor that")
         return losses
 
     def _observed_without_tangents(self, params: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
         with transforms.tangents_seen():
-            observed = self._dynamics.observed(params, read)
+            observed = self.dynamics.observed(params, read)
             if transforms.has_tangent(observed):
                 raise forward_mode_error("observe reads a tensor that")
         return observed
@@ -317,15 +304,15 @@ class Checks:
         """Whether the losses of the step from ``state`` come out differently if computed again, which moves nothing."""
         if not self._watch.values:
             return False
-        held = HiddenState(self._dynamics.loss)
+        held = HiddenState(self.dynamics.loss)
 
         def again() -> tuple[Tensor, Sequence[Tensor]]:
-            params = [leaf.detach().requires_grad_() for leaf in self._dynamics.layout.params(state)]
+            params = [leaf.detach().requires_grad_() for leaf in self.dynamics.layout.params(state)]
             with torch.enable_grad(), self._drawing_again(params[0].device):
                 if self.whole is None:
-                    return self._dynamics.losses(params, self._read).detach(), ()
-                pieces = self._dynamics.pieces(self.whole)
-                values = [weight * self._dynamics.losses(params, piece).detach() for piece, weight in pieces]
+                    return self.dynamics.losses(params, self._read).detach(), ()
+                pieces = self.dynamics.pieces(self.whole)
+                values = [weight * self.dynamics.losses(params, piece).detach() for piece, weight in pieces]
                 return sum(values[1:], params[0].new_zeros(()) + values[0]), ()
 
         keeps = held.matters(again, losses, (), exactly=True)
@@ -354,7 +341,7 @@ class Checks:
         def again() -> tuple[Tensor, Sequence[Tensor]]:
             with torch.enable_grad(), self._drawing_again(params[0].device):
                 roots = [leaf.detach().requires_grad_() for leaf in params]
-                value = self._dynamics.losses(roots, self._read)
+                value = self.dynamics.losses(roots, self._read)
                 return value.detach(), derivatives.or_zeros(
                     derivatives.gradient(value, roots, differentiable=False), roots
                 )

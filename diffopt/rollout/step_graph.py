@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -164,25 +164,31 @@ class Block:
         del self._with_roots
 
     def pullback_apart(
-        self, after: Sequence[int], adjoint: Leaves, before: Sequence[int], *, past: bool = True
-    ) -> tuple[Leaves, Leaves]:
-        """Pull the adjoint of some leaves of the state after, the others' being zero, back to as many before the step.
+        self, after: Sequence[int], before: Sequence[int], *, past: bool = True
+    ) -> Callable[[Leaves], tuple[Leaves, Leaves]]:
+        """What pulls the adjoint of some leaves of the state after, the others' being zero, back to some before it.
 
-        As often as needed. Returns what comes past the inner gradient (nothing if ``past`` is not asked for), and what
-        comes through it: their sum would swallow a small curvature in the round-off of what the update hands on.
+        There are as many before the step. It can be called as often as needed. It returns what comes past the inner
+        gradient (nothing if ``past`` is not asked for), and what comes through it: their sum would swallow a small
+        curvature in the round-off of what the update hands on.
         (Of a block that was not recorded ``apart`` their sum, as the second; ``past`` may not be asked for.)
         """
         assert self._graph is not None, "the block is still growing"
-        count, params = self._layout.state_count, self._layout.params_count
-        cotangents: list[Tensor | None] = [None] * (count + sum([number for _, number in self._along_at]))
-        for i, x in zip(after, adjoint, strict=True):
-            cotangents[i] = x
-        read = [i for i in before if i < params]
+        read = [i for i in before if i < self._layout.params_count]
         direct = list(before) if past else []
-        terms = self._graph.pullback(cotangents, [*direct, *(self._own + i for i in read)], retain=True)
-        through = dict(zip(read, terms[len(direct) :], strict=True))
-        handed_on = Leaves(derivatives.or_zeros(terms[: len(direct)], adjoint) if past else ())
-        return handed_on, Leaves(derivatives.filled([through.get(i) for i in before], adjoint))
+        pull = self._graph.product(after, [*direct, *(self._own + i for i in read)])
+        all_read = len(read) == len(before)
+
+        def apart(adjoint: Leaves) -> tuple[Leaves, Leaves]:
+            terms = pull(adjoint)
+            handed_on = Leaves(derivatives.or_zeros(terms[: len(direct)], adjoint) if past else ())
+            through = terms[len(direct) :]
+            if not all_read:
+                found = dict(zip(read, through, strict=True))
+                through = [found.get(i) for i in before]
+            return handed_on, Leaves(derivatives.filled(through, adjoint))
+
+        return apart
 
     def pullback(
         self,

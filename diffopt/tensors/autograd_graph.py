@@ -119,13 +119,20 @@ def ends_in_given(start: Any, given: Iterable[Any], leaves: Collection[int]) -> 
     push, add = found.append, seen.add
     for node in found:
         behind = node.next_functions
-        if not behind and id(getattr(node, "variable", None)) not in leaves:
+        if not behind:
             return False
         for parent, _ in behind:
-            if parent not in seen:
+            if type(parent) is _LEAF:
+                if id(parent.variable) not in leaves:
+                    return False
+            elif parent not in seen:
                 add(parent)
                 push(parent)
     return True
+
+
+_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined, unused-ignore]
+"""The type of the nodes in which graphs end at leaves."""
 
 
 def captured_nodes(parts: Sequence[GraphPart], born: int = -1) -> list[Any]:

@@ -114,6 +114,24 @@ class Graph:
         except RuntimeError as error:
             raise _named(error) from error
 
+    def product(
+        self, outputs: Sequence[int], wanted: Sequence[int]
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor | None]]:
+        """:meth:`pullback` of the cotangents of some outputs, the others' being zero, to be called many times."""
+        found = [(place, self._outputs[number]) for place, number in enumerate(outputs)]
+        places, edges = [place for place, edge in found if edge is not None], [edge for _, edge in found if edge]
+        inputs = tuple([self._inputs[i] for i in wanted])
+
+        def pull(cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            if not edges or not inputs:
+                return [None] * len(inputs)
+            try:
+                return _run(edges, inputs, [cotangents[i] for i in places], retain=True)
+            except RuntimeError as error:
+                raise _named(error) from error
+
+        return pull
+
 
 def _edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
     """The edge that leads to each tensor, ``None`` where no gradient does.
