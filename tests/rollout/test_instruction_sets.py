@@ -18,7 +18,12 @@ def test_only_what_a_new_gcc_knows_is_not_tried_out(
     monkeypatch: pytest.MonkeyPatch, gcc: bool, version: int, known: bool
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(sets.VecISA, "check_build", lambda own, code: bool(tried.append(code)))
+
+    def check_build(own: Any, code: str) -> bool:
+        tried.append(code)
+        return False
+
+    monkeypatch.setattr(sets.VecISA, "check_build", check_build)
     monkeypatch.setattr(builder, "get_cpp_compiler", lambda: "g++")
     monkeypatch.setattr(builder, "_is_gcc", lambda compiler: gcc)
     monkeypatch.setattr(builder, "_is_gcc_version_less_than", lambda compiler, least: version < least)
