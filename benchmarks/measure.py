@@ -196,7 +196,7 @@ def measure(cell: Cell, device: torch.device, limit: Limit) -> Result:
         row.missing = "not installed" if method.lacks(device) else ""
         if method.compiles and not row.missing:
             row.missing = _settled(job, device, limit.rounds[1])
-        elif method.role is Role.JAX and not row.missing:
+        elif method.needs.startswith("jax") and not row.missing:
             job()  # which compiles
     ready = [i for i, row in enumerate(rows) if not row.missing]
     times = interleaved([jobs[i] for i in ready], device, limit.share * cell.seconds, limit.rounds)

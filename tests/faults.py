@@ -2308,6 +2308,12 @@ products are kept that outweigh the states (Noting.kept, kept_products)
 instruction sets are chosen though torch has no such option (_options, compiled_outer)
     - getattr(config.cpp, "vec_isa_ok", False) is None:
     + getattr(config.cpp, "vec_isa_ok", None) is None:
+an old g++ is taken to know every instruction (_is_known_gcc, instruction_sets)
+    - return bool(builder._is_gcc(compiler) and not builder._is_gcc_version_less_than(compiler, 11))
+    + return bool(builder._is_gcc(compiler))
+what torch tries out is not given back (known_to_gcc, instruction_sets)
+    - sets.check_build = before
+    + pass
 products of other steps are recalled (TracedSweep._pull_steps, kept_products)
     - *[x[begin:end] for x in self._trajectory.rollout.products]
     + *[x.flip(0)[begin:end] for x in self._trajectory.rollout.products]

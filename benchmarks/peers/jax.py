@@ -103,6 +103,41 @@ def unrolled(losses: Losses, *, remat: bool = False, alone: bool = False) -> Cal
     return make
 
 
+def binomial(losses: Losses, order: int) -> Callable[[Problem], Program]:
+    """The expansion in orders of curvature, cut off, of gradient descent: for each order one batch of products."""
+
+    def make(problem: Problem) -> Program:
+        import jax
+
+        of_each = jax.tree.map
+
+        def of_task(start: Any, support: Any, query: Any) -> Any:
+            def gradient(params: Any) -> Any:
+                return jax.grad(losses.inner)(params, {}, support)
+
+            def step(now: Any, _: Any) -> Any:
+                return of_each(lambda p, g: p - problem.lr * g, now, gradient(now)), now
+
+            end, states = jax.lax.scan(step, start, None, length=problem.steps)
+            found = jax.grad(losses.outer)(end, query)
+            adjoints = of_each(lambda g: jax.numpy.broadcast_to(g, (problem.steps, *g.shape)), found)
+            for _ in range(order):
+                products = jax.vmap(lambda at, v: jax.jvp(gradient, (at,), (v,))[1])(states, adjoints)
+                sums = of_each(lambda h: -problem.lr * jax.numpy.cumsum(h[::-1], 0)[::-1], products)
+                found = of_each(lambda total, x: total + x[0], found, sums)
+                adjoints = of_each(lambda x: jax.numpy.concatenate([x[1:], 0 * x[:1]]), sums)
+            return found
+
+        def with_that_gradient(wanted: Any, initial: Any, hyper: Any, support: Any, query: Any) -> Any:
+            found = jax.vmap(of_task, (None, 0, 0))(wanted, support, query)
+            terms = of_each(lambda g, x: (jax.lax.stop_gradient(g.mean(0)) * x).sum(), found, wanted)
+            return sum(jax.tree.leaves(terms))
+
+        return Program(problem, with_that_gradient)
+
+    return make
+
+
 def _step(problem: Problem, losses: Losses, hyper: Any, support: Any) -> Callable[..., Any]:
     """One step of SGD."""
     import jax

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from diffopt.rollout.instruction_sets import known_to_gcc
 from diffopt.tensors import agreement, random_state, tracing
 
 
@@ -40,7 +41,7 @@ class Program:
             self._expected, self._excesses = noted.expected, list[Tensor]()
             self._kinds = list(map(_kind, self._captured))
             given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            with torch.no_grad(), _looked_through(place):
+            with torch.no_grad(), known_to_gcc(), _looked_through(place):
                 inductor: Any = importlib.import_module("torch._inductor")
                 self._compiled: Any = inductor.compile(graph, given, options=_options(place))
 
@@ -112,6 +113,9 @@ def _options(place: torch.device) -> dict[str, Any]:
     config: Any = importlib.import_module("torch._inductor.config")
     if place.type == "cpu" and sys.platform == "linux" and getattr(config.cpp, "vec_isa_ok", False) is None:
         options["cpp.vec_isa_ok"] = True
+    if hasattr(config, "aot_inductor"):  # nobody asks which line of a program takes its time
+        for name in ("enable_line_tables", "enable_frame_pointer"):
+            options |= {f"aot_inductor.{name}": False} if hasattr(config.aot_inductor, name) else {}
     if hasattr(config, _STORABLE):
         known = "of diffopt, whose code has been looked at, 1"
         options[_STORABLE] = {f"torch.ops.higher_order.{name}": known for name in ("scan", "while_loop")}
