@@ -169,14 +169,14 @@ def _made(
 
 
 def _reads(dynamics: Dynamics) -> Reads:
-    return Reads([*_functions_of(dynamics), Given(dynamics.layout.constants())])
+    return Reads(_functions_of(dynamics))
 
 
 def _functions_of(dynamics: Dynamics) -> list[object]:
-    """What a program of a problem calls that is not the library's."""
+    """What a program of a problem calls that is not the library's, and what it is given that is no tensor."""
     own = () if dynamics.own_update else [type(x).update for x in held(dynamics.optimizer.template)]
     observe = () if dynamics.observer is None else (dynamics.observer.function,)
-    return [as_written(dynamics.loss), *observe, *own]
+    return [as_written(dynamics.loss), *observe, *own, Given(dynamics.layout.constants())]
 
 
 def _forms(dynamics: Dynamics) -> list[Any]:
