@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import types
 import weakref
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreted import Interpreted
 from torch import Tensor
 
 import diffopt
@@ -141,6 +143,122 @@ def test_what_has_changed_is_noticed_wherever_it_stands(monkeypatch: pytest.Monk
     assert not reads.unchanged
     monkeypatch.setattr(place, attribute, before)
     assert reads.unchanged
+
+
+def local_class() -> Any:
+    class Settings:
+        scale = 1.0
+
+    return lambda w: Settings.scale * w, lambda: setattr(Settings, "scale", 2.0)
+
+
+def child() -> Any:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    return lambda w: network(w), lambda: network.__setitem__(1, torch.nn.ReLU())
+
+
+def child_added() -> Any:
+    parts = torch.nn.ModuleList([torch.nn.Tanh()])
+    return lambda w: [part(w) for part in parts], lambda: parts.append(torch.nn.ReLU())
+
+
+def hook() -> Any:
+    layer = torch.nn.Linear(2, 2)
+    return lambda w: layer(w), lambda: layer.register_forward_hook(lambda module, given, found: 2 * found)
+
+
+def own_forward() -> Any:
+    layer = torch.nn.Linear(2, 2)
+    return lambda w: layer(w), lambda: setattr(layer, "forward", torch.relu)
+
+
+def deep() -> Any:
+    last = types.SimpleNamespace(scale=1.0)
+    first = last
+    for _ in range(8):
+        first = types.SimpleNamespace(next=first)
+    return lambda w: first.next.next.next.next.next.next.next.next.scale * w, lambda: setattr(last, "scale", 2.0)
+
+
+def through_functions() -> Any:
+    scale = 1.0
+
+    def set_it() -> None:
+        nonlocal scale
+        scale = 2.0
+
+    def called(function: Any) -> Any:
+        return lambda w: function(w)
+
+    function: Any = lambda w: scale * w  # noqa: E731
+    for _ in range(8):
+        function = called(function)
+    return function, set_it
+
+
+def of_a_tensor() -> Any:
+    weight: Any = torch.ones(2)
+    weight.fast = 1.0
+    return lambda w: weight.fast * w, lambda: setattr(weight, "fast", 2.0)
+
+
+def context() -> Any:
+    scale = ContextVar("scale", default=1.0)
+    return lambda w: scale.get() * w, lambda: scale.set(2.0)
+
+
+def read_only_view() -> Any:
+    numbers = {"a": 1.0}
+    view = types.MappingProxyType(numbers)
+    return lambda w: view["a"] * w, lambda: numbers.update(a=2.0)
+
+
+def some_bytes() -> Any:
+    numbers = bytearray([1, 2])
+    return lambda w: numbers[0] * w, lambda: numbers.__setitem__(0, 3)
+
+
+MADE = [local_class, child, child_added, hook, own_forward, deep, through_functions, of_a_tensor, context]
+
+
+@pytest.mark.parametrize("made", [*MADE, read_only_view, some_bytes])
+def test_a_change_deep_inside_is_noticed(made: Any) -> None:
+    function, change = made()
+    reads = Reads([function])
+    assert reads.unchanged
+    change()
+    assert not reads.unchanged
+
+
+class Log:
+    __slots__ = ("__dict__", "last")
+    of_all: Any = ()
+
+
+@pytest.mark.parametrize("place", ["an argument", "a class", "a set", "a long list", "a slot"])
+def test_a_trace_leaves_nothing_in_what_an_outer_loss_stores(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
+    log, kept = Log(), {"a set": set[Tensor](), "a long list": [W] * 2000}.get(place, list[Tensor]())
+    Log.of_all = log.values = kept
+    log.last = W
+    held: Any = kept if place in ("a set", "a long list") else log
+
+    def outer(w: Tensor, log: Any) -> Tensor:
+        value = w.square().sum()
+        if place == "a slot":
+            held.last = value.detach()
+        elif place == "a class":
+            Log.of_all.append(value.detach())
+        elif place == "an argument":
+            log.values.append(value.detach())
+        else:
+            held.add(value.detach()) if place == "a set" else held.append(value.detach())
+        return value
+
+    for _ in range(2):
+        diffopt.compiled(outer).value_and_grad(W, log if place == "an argument" else None)
+    assert all(type(x) is Tensor for x in [*kept, log.last])
+    assert place != "a slot" or log.last == W.square().sum()
 
 
 def test_sets_arrays_and_hidden_slots_are_looked_into() -> None:

@@ -195,6 +195,7 @@ def _identity(dynamics: Dynamics) -> Any:
     observe = None if dynamics.observer is None else dynamics.observer.function
     if isinstance(observe, FunctionType):
         inside = [cell.cell_contents for cell in observe.__closure__ or ()] + list(observe.__defaults__ or ())
+        inside += [x for pair in (observe.__kwdefaults__ or {}).items() for x in pair]
         return [observe.__code__, id(observe.__globals__), *map(_Is, inside)]
     return None if observe is None else _Is(observe)
 
