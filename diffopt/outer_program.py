@@ -184,7 +184,10 @@ class Compiled:
             return self._anew(given, known)
         if entry.program is None:
             return self._plainly(given)
-        value, unsound, *gradients = entry.program(given.tensors)
+        try:
+            value, unsound, *gradients = entry.program(given.tensors)
+        except Exception:  # such as of a matrix that is singular: the plain way raises its own
+            return self._plainly(given)
         entry.calls += 1
         if unsound.isfinite().item() and entry.calls & (entry.calls - 1):
             entry.program.warn()

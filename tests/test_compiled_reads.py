@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 import weakref
 from contextvars import ContextVar
 from pathlib import Path
@@ -433,3 +434,70 @@ def test_a_number_that_is_read_out_of_a_captured_tensor_is_not_frozen(read: Any)
 def test_numbers_of_tensors_that_are_given_may_be_gathered() -> None:
     graph, captured = tracing.trace(lambda w: [torch.stack([w[0], w[1]]) * torch.tensor([1.0, 2.0])], [W])
     assert torch.equal(graph(2 * W, *captured)[0], 2 * W * torch.tensor([1.0, 2.0]))
+
+
+class Scaled:
+    """A loss that is equal to one with another scale."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scaled)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.scale * (w**2).sum()
+
+
+def test_losses_that_are_equal_have_programs_of_their_own() -> None:
+    losses = [Scaled(1.0), Scaled(2.0)]
+    for scale, loss in zip((1.0, 2.0), losses, strict=True):
+        for _ in range(3):
+            found = diffopt.solve(loss, W, optimizer=diffopt.SGD(0.1), steps=2, compile=True).params
+            torch.testing.assert_close(found, W * (1 - 0.2 * scale) ** 2)
+
+
+def test_a_default_of_what_is_observed_may_change() -> None:
+    """Of a lambda that is made anew at every call, with its keyword's default."""
+
+    def loss(w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    for scale in (1.0, 1.0, 1.0, 2.0, 3.0):
+        solution = diffopt.solve(
+            loss, W, optimizer=diffopt.SGD(0.1), steps=2, compile=True, observe=lambda w, *, by=scale: by * w
+        )
+        torch.testing.assert_close(solution.observed[-1], scale * solution.params)
+
+
+def test_what_only_the_observed_numbers_read_may_change() -> None:
+    scale = {"of": 1.0}
+
+    def loss(w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    def observe(w: Tensor) -> Tensor:
+        return scale["of"] * w
+
+    for scale["of"] in (1.0, 1.0, 1.0, 2.0, 3.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", diffopt.errors.CompileWarning)
+            by = {"optimizer": diffopt.SGD(0.1), "steps": 2, "compile": True}
+            solution = diffopt.solve(loss, W, observe=observe, **by)
+        torch.testing.assert_close(solution.observed[-1], scale["of"] * solution.params)
+
+
+def test_a_program_that_raises_raises_what_the_plain_way_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Interpreted, tensors: Any) -> list[Tensor]:
+        raise RuntimeError("of a compiled program")
+
+    program = diffopt.compiled(lambda w, a: torch.linalg.solve(a, w).sum())
+    monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
+    program.value_and_grad(W, torch.eye(2, dtype=torch.float64))
+    monkeypatch.setattr(Interpreted, "__call__", refuse)
+    with pytest.raises(torch.linalg.LinAlgError):
+        program.value_and_grad(W, torch.zeros(2, 2, dtype=torch.float64))
+    assert float(program.value_and_grad(W, torch.eye(2, dtype=torch.float64))[0]) == -1.0

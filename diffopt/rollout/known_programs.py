@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffopt.optimizers.held import held
 from diffopt.rollout.compiled import kind_of, owner, warn
@@ -83,8 +83,8 @@ class Known:
             form.structure = structure
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Hashable, Known]] = weakref.WeakKeyDictionary()
-"""By loss (or the object whose method it is)."""
+_known: Any = WeakIdKeyDictionary()
+"""By loss (or the object whose method it is), each its own: two that are equal may differ in what is not compared."""
 
 _functions: Counter[Any] = Counter()
 """By the code of a loss: of how many functions that share it programs have been made."""
@@ -115,7 +115,7 @@ def find(dynamics: Dynamics, key: Hashable, tensors: Sequence[Tensor], made: Cal
     It is made at the first call, which takes seconds.
     """
     try:
-        known = _known.setdefault(owner(dynamics.loss), {})
+        known: dict[Hashable, Known] = _known.setdefault(owner(dynamics.loss), {})
     except TypeError:  # a loss that cannot be referred to weakly
         return None
     found = known.get(key)
