@@ -1631,6 +1631,21 @@ what stands behind a weak reference is not looked at (Reads._besides, compiled_r
 zeros of both signs are one to a program (_kind, compiled_reads)
     - return (type(leaf), repr(leaf)) if plain else _Same(leaf)
     + return (type(leaf), leaf) if plain else _Same(leaf)
+what a module is made up of is not looked at (Reads._besides, compiled_reads)
+    - self._containers += [own["_modules"], *[own[name] for name in _HOOKS]]
+    + self._containers += [own[name] for name in _HOOKS]
+classes that stand in a variable are not looked at (Reads._besides, compiled_reads)
+    - yield from self._of_class(value)
+    + yield from ()
+what is deep inside of what is read is not looked at (everything_held, compiled_reads)
+    - deeper = depth if depth == 0 and is_own(value) else depth + 1
+    + deeper = depth + 1
+what a trace has put into a set or a slot stays there (left_alone, compiled_reads)
+    - with Reads(functions).put_back(), ExitStack() as stack:
+    + with ExitStack() as stack:
+what is observed is not compared (_is_right, compiled_reads)
+    - return sound and known.agrees([losses, *along, *state], [plain.losses, *plain.handed_out, *end])
+    + return sound and known.agrees([losses, *state], [plain.losses, *end])
 zeros of both signs that a function reads are one (Reads.unchanged, compiled_reads)
     - and repr(value) == repr(old)
     + and value == old
@@ -1641,11 +1656,11 @@ slots of what a function reads are not looked at (Reads._values, compiled_reads)
     - yield _in_slot(owner, slot)
     + yield 0
 classes of what a function reads are not looked at (Reads._of_class, compiled_reads)
-    - self._names.append((vars(part), name))
+    - self._attributes.append((part, name))
     + pass
-numbers of small arrays are not looked at (Reads._values, compiled_reads)
-    - yield array.tobytes()
-    + yield 0
+numbers of small arrays are not looked at (Reads._besides, compiled_reads)
+    - self._asked.append(value.tobytes)
+    + pass
 a tensor that an outer loss has captured gets no gradient, silently (Compiled._function, compiled_reads)
     - if given.alone and roots and trace is None:
     + if False:
