@@ -689,7 +689,7 @@ a look at a state moves it on (HiddenState.put_back, hidden_state)
     -                     x.data.copy_(numbers)
     +                     pass
 a look at a state leaves its lists and attributes moved (HiddenState.put_back, hidden_state)
-    -                 _refill(container, old)
+    -                 refill(container, old)
     +                 pass
 a look at a state leaves a variable moved (HiddenState.put_back, hidden_state)
     -                     cell.cell_contents = content
@@ -2275,7 +2275,7 @@ large products with vectors are loops of the compiler (_product, what_loops_read
     - if matrix.numel() < _LARGE:
     + if True:
 a graph is made for tensors as they lie in memory (in_order, what_loops_read)
-    - return x.detach().clone(memory_format=torch.contiguous_format)
+    - return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     + return x.detach().clone()
 a product is kept as it is after a change in place (Noting.__torch_dispatch__, kept_products)
     - self.found.append(found.clone())
