@@ -184,7 +184,10 @@ class Compiled:
             return self._anew(given, known)
         if entry.program is None:
             return self._plainly(given)
-        value, unsound, *gradients = entry.program(given.tensors)
+        try:
+            value, unsound, *gradients = entry.program(given.tensors)
+        except Exception:  # such as of a matrix that is singular: the plain way raises its own
+            return self._plainly(given)
         entry.calls += 1
         if unsound.isfinite().item() and entry.calls & (entry.calls - 1):
             entry.program.warn()
@@ -204,7 +207,7 @@ class Compiled:
             _warn(_ChangingError("what it reads by closure keeps changing"), "pass it as an argument")
         if len(known) == _MOST:
             return self._plainly(given)
-        reads = Reads([self._outer, *[x for x in given.leaves if not isinstance(x, Tensor)]])
+        reads = Reads(self._functions(given))
         plain = self._plainly(given)
         if reads.unseen is not None:
             _warn(_ChangingError(f"of `{reads.unseen}` no change can be seen"), "pass what it gives as an argument")
@@ -235,10 +238,14 @@ class Compiled:
         value, _, *gradients = self._function(given)(*given.tensors)
         return value, gradients
 
+    def _functions(self, given: _Given) -> list[object]:
+        """What is called, and what is given that is no tensor."""
+        return [self._outer, *[x for x in given.leaves if not isinstance(x, Tensor)]]
+
     def _made(self, given: _Given) -> Program | None:
         function = self._function(given)
         try:
-            with left_alone([self._outer]):
+            with left_alone(self._functions(given)):
                 program = Program(function, given.tensors)
                 program.check(function, given.tensors)
         except Exception as error:  # whatever the compiler stumbles over: the plain way is always there

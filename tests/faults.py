@@ -692,7 +692,7 @@ a look at a state moves it on (HiddenState.put_back, hidden_state)
     -                     x.data.copy_(numbers)
     +                     pass
 a look at a state leaves its lists and attributes moved (HiddenState.put_back, hidden_state)
-    -                 _refill(container, old)
+    -                 refill(container, old)
     +                 pass
 a look at a state leaves a variable moved (HiddenState.put_back, hidden_state)
     -                     cell.cell_contents = content
@@ -1659,6 +1659,21 @@ what stands behind a weak reference is not looked at (Reads._besides, compiled_r
 zeros of both signs are one to a program (_kind, compiled_reads)
     - return (type(leaf), repr(leaf)) if plain else _Same(leaf)
     + return (type(leaf), leaf) if plain else _Same(leaf)
+what a module is made up of is not looked at (Reads._besides, compiled_reads)
+    - self._containers += [own["_modules"], *[own[name] for name in _HOOKS]]
+    + self._containers += [own[name] for name in _HOOKS]
+classes that stand in a variable are not looked at (Reads._besides, compiled_reads)
+    - yield from self._of_class(value)
+    + yield from ()
+what is deep inside of what is read is not looked at (everything_held, compiled_reads)
+    - deeper = depth if depth == 0 and is_own(value) else depth + 1
+    + deeper = depth + 1
+what a trace has put into a set or a slot stays there (left_alone, compiled_reads)
+    - with Reads(functions).put_back(), ExitStack() as stack:
+    + with ExitStack() as stack:
+what is observed is not compared (_is_right, compiled_reads)
+    - return sound and known.agrees([losses, *along, *state], [plain.losses, *plain.handed_out, *end])
+    + return sound and known.agrees([losses, *state], [plain.losses, *end])
 zeros of both signs that a function reads are one (Reads.unchanged, compiled_reads)
     - and repr(value) == repr(old)
     + and value == old
@@ -1669,11 +1684,11 @@ slots of what a function reads are not looked at (Reads._values, compiled_reads)
     - yield _in_slot(owner, slot)
     + yield 0
 classes of what a function reads are not looked at (Reads._of_class, compiled_reads)
-    - self._names.append((vars(part), name))
+    - self._attributes.append((part, name))
     + pass
-numbers of small arrays are not looked at (Reads._values, compiled_reads)
-    - yield array.tobytes()
-    + yield 0
+numbers of small arrays are not looked at (Reads._besides, compiled_reads)
+    - self._asked.append(value.tobytes)
+    + pass
 a tensor that an outer loss has captured gets no gradient, silently (Compiled._function, compiled_reads)
     - if given.alone and roots and trace is None:
     + if False:
@@ -2291,7 +2306,7 @@ large products with vectors are loops of the compiler (_product, what_loops_read
     - if matrix.numel() < _LARGE:
     + if True:
 a graph is made for tensors as they lie in memory (in_order, what_loops_read)
-    - return x.detach().clone(memory_format=torch.contiguous_format)
+    - return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     + return x.detach().clone()
 a product is kept as it is after a change in place (Noting.__torch_dispatch__, kept_products)
     - self.found.append(found.clone())

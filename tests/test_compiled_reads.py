@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 import weakref
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreted import Interpreted
 from torch import Tensor
 
 import diffopt
@@ -141,6 +144,122 @@ def test_what_has_changed_is_noticed_wherever_it_stands(monkeypatch: pytest.Monk
     assert not reads.unchanged
     monkeypatch.setattr(place, attribute, before)
     assert reads.unchanged
+
+
+def local_class() -> Any:
+    class Settings:
+        scale = 1.0
+
+    return lambda w: Settings.scale * w, lambda: setattr(Settings, "scale", 2.0)
+
+
+def child() -> Any:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    return lambda w: network(w), lambda: network.__setitem__(1, torch.nn.ReLU())
+
+
+def child_added() -> Any:
+    parts = torch.nn.ModuleList([torch.nn.Tanh()])
+    return lambda w: [part(w) for part in parts], lambda: parts.append(torch.nn.ReLU())
+
+
+def hook() -> Any:
+    layer = torch.nn.Linear(2, 2)
+    return lambda w: layer(w), lambda: layer.register_forward_hook(lambda module, given, found: 2 * found)
+
+
+def own_forward() -> Any:
+    layer = torch.nn.Linear(2, 2)
+    return lambda w: layer(w), lambda: setattr(layer, "forward", torch.relu)
+
+
+def deep() -> Any:
+    last = types.SimpleNamespace(scale=1.0)
+    first = last
+    for _ in range(8):
+        first = types.SimpleNamespace(next=first)
+    return lambda w: first.next.next.next.next.next.next.next.next.scale * w, lambda: setattr(last, "scale", 2.0)
+
+
+def through_functions() -> Any:
+    scale = 1.0
+
+    def set_it() -> None:
+        nonlocal scale
+        scale = 2.0
+
+    def called(function: Any) -> Any:
+        return lambda w: function(w)
+
+    function: Any = lambda w: scale * w  # noqa: E731
+    for _ in range(8):
+        function = called(function)
+    return function, set_it
+
+
+def of_a_tensor() -> Any:
+    weight: Any = torch.ones(2)
+    weight.fast = 1.0
+    return lambda w: weight.fast * w, lambda: setattr(weight, "fast", 2.0)
+
+
+def context() -> Any:
+    scale = ContextVar("scale", default=1.0)
+    return lambda w: scale.get() * w, lambda: scale.set(2.0)
+
+
+def read_only_view() -> Any:
+    numbers = {"a": 1.0}
+    view = types.MappingProxyType(numbers)
+    return lambda w: view["a"] * w, lambda: numbers.update(a=2.0)
+
+
+def some_bytes() -> Any:
+    numbers = bytearray([1, 2])
+    return lambda w: numbers[0] * w, lambda: numbers.__setitem__(0, 3)
+
+
+MADE = [local_class, child, child_added, hook, own_forward, deep, through_functions, of_a_tensor, context]
+
+
+@pytest.mark.parametrize("made", [*MADE, read_only_view, some_bytes])
+def test_a_change_deep_inside_is_noticed(made: Any) -> None:
+    function, change = made()
+    reads = Reads([function])
+    assert reads.unchanged
+    change()
+    assert not reads.unchanged
+
+
+class Log:
+    __slots__ = ("__dict__", "last")
+    of_all: Any = ()
+
+
+@pytest.mark.parametrize("place", ["an argument", "a class", "a set", "a long list", "a slot"])
+def test_a_trace_leaves_nothing_in_what_an_outer_loss_stores(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
+    log, kept = Log(), {"a set": set[Tensor](), "a long list": [W] * 2000}.get(place, list[Tensor]())
+    Log.of_all = log.values = kept
+    log.last = W
+    held: Any = kept if place in ("a set", "a long list") else log
+
+    def outer(w: Tensor, log: Any) -> Tensor:
+        value = w.square().sum()
+        if place == "a slot":
+            held.last = value.detach()
+        elif place == "a class":
+            Log.of_all.append(value.detach())
+        elif place == "an argument":
+            log.values.append(value.detach())
+        else:
+            held.add(value.detach()) if place == "a set" else held.append(value.detach())
+        return value
+
+    for _ in range(2):
+        diffopt.compiled(outer).value_and_grad(W, log if place == "an argument" else None)
+    assert all(type(x) is Tensor for x in [*kept, log.last])
+    assert place != "a slot" or log.last == W.square().sum()
 
 
 def test_sets_arrays_and_hidden_slots_are_looked_into() -> None:
@@ -315,3 +434,70 @@ def test_a_number_that_is_read_out_of_a_captured_tensor_is_not_frozen(read: Any)
 def test_numbers_of_tensors_that_are_given_may_be_gathered() -> None:
     graph, captured = tracing.trace(lambda w: [torch.stack([w[0], w[1]]) * torch.tensor([1.0, 2.0])], [W])
     assert torch.equal(graph(2 * W, *captured)[0], 2 * W * torch.tensor([1.0, 2.0]))
+
+
+class Scaled:
+    """A loss that is equal to one with another scale."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scaled)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.scale * (w**2).sum()
+
+
+def test_losses_that_are_equal_have_programs_of_their_own() -> None:
+    losses = [Scaled(1.0), Scaled(2.0)]
+    for scale, loss in zip((1.0, 2.0), losses, strict=True):
+        for _ in range(3):
+            found = diffopt.solve(loss, W, optimizer=diffopt.SGD(0.1), steps=2, compile=True).params
+            torch.testing.assert_close(found, W * (1 - 0.2 * scale) ** 2)
+
+
+def test_a_default_of_what_is_observed_may_change() -> None:
+    """Of a lambda that is made anew at every call, with its keyword's default."""
+
+    def loss(w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    for scale in (1.0, 1.0, 1.0, 2.0, 3.0):
+        solution = diffopt.solve(
+            loss, W, optimizer=diffopt.SGD(0.1), steps=2, compile=True, observe=lambda w, *, by=scale: by * w
+        )
+        torch.testing.assert_close(solution.observed[-1], scale * solution.params)
+
+
+def test_what_only_the_observed_numbers_read_may_change() -> None:
+    scale = {"of": 1.0}
+
+    def loss(w: Tensor) -> Tensor:
+        return (w**2).sum()
+
+    def observe(w: Tensor) -> Tensor:
+        return scale["of"] * w
+
+    for scale["of"] in (1.0, 1.0, 1.0, 2.0, 3.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", diffopt.errors.CompileWarning)
+            by = {"optimizer": diffopt.SGD(0.1), "steps": 2, "compile": True}
+            solution = diffopt.solve(loss, W, observe=observe, **by)
+        torch.testing.assert_close(solution.observed[-1], scale["of"] * solution.params)
+
+
+def test_a_program_that_raises_raises_what_the_plain_way_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Interpreted, tensors: Any) -> list[Tensor]:
+        raise RuntimeError("of a compiled program")
+
+    program = diffopt.compiled(lambda w, a: torch.linalg.solve(a, w).sum())
+    monkeypatch.setattr("diffopt.outer_program.Program", Interpreted)
+    program.value_and_grad(W, torch.eye(2, dtype=torch.float64))
+    monkeypatch.setattr(Interpreted, "__call__", refuse)
+    with pytest.raises(torch.linalg.LinAlgError):
+        program.value_and_grad(W, torch.zeros(2, 2, dtype=torch.float64))
+    assert float(program.value_and_grad(W, torch.eye(2, dtype=torch.float64))[0]) == -1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffopt.errors import CapturedTensorError, CompileWarning
 from diffopt.optimizers.base import Bindable, Schedule
@@ -119,8 +119,8 @@ def refuse_stale(losses: Tensor, expected: Tensor) -> None:
         )
 
 
-_functions: weakref.WeakKeyDictionary[Any, dict[Hashable, TensorFunction | None]] = weakref.WeakKeyDictionary()
-"""By loss (or the object whose method it is): a compiled function lives as long as what it was made from."""
+_functions: Any = WeakIdKeyDictionary()
+"""By loss (each its own) or the object whose method it is: a compiled function lives as long as that."""
 
 
 class _Lookup:
@@ -159,7 +159,7 @@ def _compiled(
 ) -> TensorFunction | None:
     try:
         key = kind_of(dynamics, what, arguments)
-        known = _functions.setdefault(owner(dynamics.loss), {})
+        known: dict[Hashable, TensorFunction | None] = _functions.setdefault(owner(dynamics.loss), {})
         if key in known:
             return known[key]
     except TypeError as error:  # a loss that cannot be referred to weakly, an argument that cannot be hashed

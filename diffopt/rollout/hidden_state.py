@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffopt.errors import DiffoptError, HiddenStateError, RandomnessError
 from diffopt.tensors import transforms
-from diffopt.tensors.captures import content_of, everything_held, named_tensors
+from diffopt.tensors.captures import content_of, everything_held, named_tensors, refill
+from diffopt.tensors.reads import Reads
 
 
 @final
@@ -56,7 +57,7 @@ class HiddenState:
             yield
         finally:
             for container, old in zip(self._held.containers, contents, strict=True):
-                _refill(container, old)
+                refill(container, old)
             for cell, content in zip(self._held.cells, cells, strict=True):
                 if content_of(cell) is not content:
                     cell.cell_contents = content
@@ -136,11 +137,12 @@ class HiddenState:
 
 @contextmanager
 def left_alone(functions: Iterable[object]) -> Iterator[None]:
-    """What functions hold is afterwards as it is now.
+    """What functions hold, and what they are given, is afterwards as it is now.
 
     A trace calls them with tensors that have no numbers, which must not stay in a list of the user's.
     """
-    with ExitStack() as stack:
+    functions = [*functions]
+    with Reads(functions).put_back(), ExitStack() as stack:
         for function in functions:
             stack.enter_context(HiddenState(function).put_back())
         yield
@@ -148,20 +150,6 @@ def left_alone(functions: Iterable[object]) -> Iterator[None]:
 
 _SMALL = 2**16
 """Numbers in the largest buffer that is looked at number by number."""
-
-
-def _refill(container: Any, old: Any) -> None:
-    """Let a dictionary or a list hold what it held."""
-    if not isinstance(container, dict):
-        if list(map(id, container)) != list(map(id, old)):
-            container.clear()
-            container.extend(old)
-        return
-    for key in [key for key in container if key not in old]:
-        del container[key]
-    for key, value in old.items():
-        if container.get(key) is not value:
-            container[key] = value
 
 
 def _same(a: Tensor, b: Tensor, exactly: bool) -> bool:

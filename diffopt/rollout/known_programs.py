@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffopt.optimizers.held import held
 from diffopt.rollout.compiled import kind_of, owner, warn
@@ -83,8 +83,8 @@ class Known:
             form.structure = structure
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Hashable, Known]] = weakref.WeakKeyDictionary()
-"""By loss (or the object whose method it is)."""
+_known: Any = WeakIdKeyDictionary()
+"""By loss (or the object whose method it is), each its own: two that are equal may differ in what is not compared."""
 
 _functions: Counter[Any] = Counter()
 """By the code of a loss: of how many functions that share it programs have been made."""
@@ -115,7 +115,7 @@ def find(dynamics: Dynamics, key: Hashable, tensors: Sequence[Tensor], made: Cal
     It is made at the first call, which takes seconds.
     """
     try:
-        known = _known.setdefault(owner(dynamics.loss), {})
+        known: dict[Hashable, Known] = _known.setdefault(owner(dynamics.loss), {})
     except TypeError:  # a loss that cannot be referred to weakly
         return None
     found = known.get(key)
@@ -169,14 +169,14 @@ def _made(
 
 
 def _reads(dynamics: Dynamics) -> Reads:
-    return Reads([*_functions_of(dynamics), Given(dynamics.layout.constants())])
+    return Reads(_functions_of(dynamics))
 
 
 def _functions_of(dynamics: Dynamics) -> list[object]:
-    """What a program of a problem calls that is not the library's."""
+    """What a program of a problem calls that is not the library's, and what it is given that is no tensor."""
     own = () if dynamics.own_update else [type(x).update for x in held(dynamics.optimizer.template)]
     observe = () if dynamics.observer is None else (dynamics.observer.function,)
-    return [as_written(dynamics.loss), *observe, *own]
+    return [as_written(dynamics.loss), *observe, *own, Given(dynamics.layout.constants())]
 
 
 def _forms(dynamics: Dynamics) -> list[Any]:
@@ -195,6 +195,7 @@ def _identity(dynamics: Dynamics) -> Any:
     observe = None if dynamics.observer is None else dynamics.observer.function
     if isinstance(observe, FunctionType):
         inside = [cell.cell_contents for cell in observe.__closure__ or ()] + list(observe.__defaults__ or ())
+        inside += [x for pair in (observe.__kwdefaults__ or {}).items() for x in pair]
         return [observe.__code__, id(observe.__globals__), *map(_Is, inside)]
     return None if observe is None else _Is(observe)
 

@@ -126,6 +126,8 @@ _STORABLE = "unsafe_marked_cacheable_functions"
 
 
 def _ready(tensor: Tensor) -> Tensor:
+    # (a conjugate or a negative that has not been computed yet lies in memory as what it is of)
+    tensor = tensor.resolve_conj().resolve_neg()
     return tensor if tensor.is_contiguous() and not tensor.requires_grad else tensor.detach().contiguous()
 
 

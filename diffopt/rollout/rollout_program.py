@@ -58,7 +58,7 @@ def roll_out_wholly(
     due, unchanged, sound = known.is_due(), known.unchanged, bool(unsound.isfinite().item())
     if not unchanged or (watch.values and (due or not sound)):
         plain = plainly(inputs, counts=Counts())
-        if not _is_right(known, (state, losses), *plain, sound=sound):
+        if not _is_right(known, (state, losses, along), *plain, sound=sound):
             counts.gradients += layout.steps
             return plain
         if not unchanged:
@@ -78,7 +78,12 @@ def roll_out_wholly(
 
 
 def _is_right(
-    known: known_programs.Known, found: tuple[Leaves, Tensor], end: Leaves, plain: Rollout, *, sound: bool
+    known: known_programs.Known,
+    found: tuple[Leaves, Tensor, Sequence[Tensor]],
+    end: Leaves,
+    plain: Rollout,
+    *,
+    sound: bool,
 ) -> bool:
     """Whether what a program has found is what the plain rollout has; if it never may be, the program is given up.
 
@@ -88,11 +93,11 @@ def _is_right(
     if plain.hidden_state is not None or plain.copied_to or plain.shards or plain.draws:
         known.program = None
         return False
-    state, losses = found
+    state, losses, along = found
     assert plain.losses is not None
     if sound:
         refuse_stale(losses[..., 0], plain.losses[..., 0])
-    return sound and known.agrees([losses, *state], [plain.losses, *end])
+    return sound and known.agrees([losses, *along, *state], [plain.losses, *plain.handed_out, *end])
 
 
 def numbers_of(layout: Layout, inputs: Inputs) -> Tensor:

@@ -129,10 +129,15 @@ def content_of(cell: types.CellType) -> Any:
         return None
 
 
-def everything_held(functions: Iterable[object], besides: Callable[[Any], Iterable[Any]] | None = None) -> Held:
+def everything_held(
+    functions: Iterable[object],
+    besides: Callable[[Any], Iterable[Any]] | None = None,
+    is_own: Callable[[Any], bool] = lambda value: False,
+) -> Held:
     """What some functions hold: a walk of some ten microseconds for a small module.
 
-    ``besides`` says of each object that is reached what else it leads to.
+    ``besides`` says of each object that is reached what else it leads to (and is asked of classes, too); ``is_own``
+    which ones do not count as depth, unless they are inside of others that do.
     """
     held, seen = Held(), set[int]()
     pending: list[tuple[Any, int]] = [(function, 0) for function in functions]
@@ -142,8 +147,24 @@ def everything_held(functions: Iterable[object], besides: Callable[[Any], Iterab
             continue
         seen.add(id(value))
         inner = held.note(value) if besides is None else (*held.note(value), *besides(value))
-        pending.extend([(x, depth + 1) for x in inner if type(x) not in _HOLD_NOTHING])
+        nothing = _HOLD_NOTHING if besides is None else _HOLD_NOTHING - {type}
+        deeper = depth if depth == 0 and is_own(value) else depth + 1
+        pending.extend([(x, deeper) for x in inner if type(x) not in nothing])
     return held
+
+
+def refill(container: Any, old: Any) -> None:
+    """Let a dictionary, a list or a set hold what it held."""
+    if not isinstance(container, dict):
+        if list(map(id, container)) != list(map(id, old)):
+            container.clear()
+            (container.update if isinstance(container, set) else container.extend)(old)
+        return
+    for key in [key for key in container if key not in old]:
+        del container[key]
+    for key, value in old.items():
+        if container.get(key) is not value:
+            container[key] = value
 
 
 LARGE = 1000

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
 
-from diffopt.tensors.captures import LARGE, OF_EVERY_MODULE, content_of, everything_held, global_names
+from diffopt.tensors.captures import LARGE, OF_EVERY_MODULE, content_of, everything_held, global_names, refill
 from diffopt.tensors.unseen import Unseen
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes})
@@ -33,16 +36,17 @@ class Reads:
 
     def __init__(self, functions: Iterable[object]) -> None:
         """Take note."""
-        self._names: list[tuple[Mapping[str, Any], str]] = []
+        self._names: list[tuple[dict[str, Any], str]] = []
+        self._attributes: list[tuple[type, str]] = []
         self._slots: list[tuple[object, types.MemberDescriptorType]] = []
         self._containers: list[Any] = []
         self._functions: list[types.FunctionType] = []
-        self._references: list[weakref.ref[Any]] = []
-        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._asked: list[Callable[[], Any]] = []
+        self._large: list[list[Any]] = []
         self._classes: set[type] = set()
         functions = [*functions]
         self._unseen = Unseen(functions)
-        held = everything_held(functions, self._besides)
+        held = everything_held(functions, self._besides, _is_own)
         self.unseen = self._unseen.what()
         self._cells = held.cells
         self._names += held.names
@@ -62,15 +66,45 @@ class Reads:
                 return False
         return next(seen, self) is self
 
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """What a block stores in one of the places that are looked at is gone afterwards."""
+        names = [(space, name, space.get(name, self)) for space, name in self._names]
+        attributes = [(kind, name, vars(kind).get(name)) for kind, name in self._attributes]
+        slots = [(owner, slot, _in_slot(owner, slot)) for owner, slot in self._slots]
+        contents = [(x, x.copy()) for x in self._containers if not isinstance(x, types.MappingProxyType)]
+        lengths = [(x, len(x)) for x in self._large]
+        try:
+            yield
+        finally:
+            for space, name, old in names:
+                if old is self:  # (it was not there)
+                    space.pop(name, None)
+                elif space.get(name) is not old:
+                    space[name] = old
+            for kind, name, old in attributes:
+                if vars(kind).get(name) is not old:
+                    setattr(kind, name, old)
+            for owner, slot, old in slots:
+                if _in_slot(owner, slot) is not old:
+                    slot.__set__(owner, old)
+            for container, before in contents:
+                refill(container, before)
+            for large, length in lengths:
+                del large[length:]
+
     def _values(self) -> Iterator[Any]:
         yield from map(content_of, self._cells)
         for space, name in self._names:
             yield space.get(name)
+        for kind, name in self._attributes:
+            yield vars(kind).get(name)
+        yield from map(len, self._large)
         for owner, slot in self._slots:
             yield _in_slot(owner, slot)
         for container in self._containers:
             yield len(container)
-            if isinstance(container, dict):
+            if isinstance(container, dict | types.MappingProxyType):
                 yield from container
                 yield from container.values()
             elif isinstance(container, list | deque | set):
@@ -78,10 +112,8 @@ class Reads:
         for function in self._functions:  # whose code an editor may exchange
             yield from (function.__code__, function.__defaults__)
             yield from (function.__kwdefaults__ or {}).values()
-        for reference in self._references:
-            yield reference()
-        for array in self._arrays:
-            yield array.tobytes()
+        for ask in self._asked:
+            yield ask()
 
     def _besides(self, value: Any) -> Iterator[Any]:
         """Take note of what else can be read of an object; yields what that leads to."""
@@ -97,14 +129,31 @@ class Reads:
             for module in value.modules():
                 own = vars(module)  # of torch's modules too, whose numbers stand here
                 self._names += [(own, name) for name in own if name == "training" or name not in OF_EVERY_MODULE]
+                self._names.append((own, "forward"))  # which one may be given of its own
+                self._containers += [own["_modules"], *[own[name] for name in _HOOKS]]
+                yield from (hook for name in _HOOKS for hook in own[name].values())
                 yield from self._of_class(type(module))
+        elif isinstance(value, torch.Tensor):
+            self._containers.append(vars(value))
+            yield from vars(value).values()
+        elif isinstance(value, type):
+            yield from self._of_class(value)
         elif isinstance(value, weakref.ref):
-            self._references.append(value)
+            self._asked.append(value)
             yield value()
+        elif isinstance(value, ContextVar):
+            self._asked.append(functools.partial(value.get, None))
+            yield value.get(None)
+        elif isinstance(value, list) and len(value) > LARGE:
+            self._large.append(value)
+        elif isinstance(value, types.MappingProxyType) and len(value) <= LARGE:
+            self._containers.append(value)
+        elif isinstance(value, bytearray | array.array) and len(value) <= LARGE:
+            self._asked.append(functools.partial(bytes, value))
         elif isinstance(value, set) and len(value) <= LARGE:
             self._containers.append(value)
         elif isinstance(value, np.ndarray) and value.size <= LARGE and not value.dtype.hasobject:
-            self._arrays.append(value)
+            self._asked.append(value.tobytes)
         else:
             yield from self._of_class(type(value))
             kinds = _own_classes(type(value))
@@ -115,6 +164,10 @@ class Reads:
     def _of_modules(self, function: types.FunctionType) -> Iterator[Any]:
         """What the code of a function names of imported modules, and the classes that it names."""
         names, spaces = global_names(function.__code__), [function.__globals__]
+        package = function.__globals__.get("__package__")
+        around = [content_of(cell) for cell in function.__closure__ or ()]  # and those that it imports itself
+        around += [sys.modules.get(x) for name in names for x in (name, f"{package}.{name}")]
+        spaces += [vars(x) for x in around if isinstance(x, types.ModuleType) and not _is_installed(x.__name__)]
         for space in spaces if not _is_installed(function.__module__) else ():  # which grow
             for name in names:
                 found = space.get(name)
@@ -132,12 +185,15 @@ class Reads:
             if part not in self._classes:
                 self._classes.add(part)
                 for name, found in vars(part).items():
-                    self._names.append((vars(part), name))
+                    self._attributes.append((part, name))
                     method = getattr(found, "fget", None) or getattr(found, "__func__", found)
                     self._unseen.note_method(method)
                     yield method
                     if isinstance(found, type):
                         yield from self._of_class(found)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _in_slot(owner: object, slot: types.MemberDescriptorType) -> Any:
@@ -151,6 +207,16 @@ def _in_slot(owner: object, slot: types.MemberDescriptorType) -> Any:
 def _own_classes(kind: type) -> list[type]:
     """A class and those it derives from, but for installed ones."""
     return [part for part in kind.__mro__ if not _is_installed(part.__module__)]
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an object is the user's: however deep one lies within another, it may be read, and changed."""
+    if isinstance(value, types.FunctionType):
+        return not _is_installed(value.__module__)
+    return type(value).__module__ in _OF_DATA or not _is_installed(type(value).__module__)
+
+
+_OF_DATA = frozenset({"builtins", "types", "collections", "functools", "argparse"})
 
 
 @functools.cache

@@ -201,7 +201,7 @@ def trace(
 
 def in_order(x: Tensor) -> Tensor:
     """A copy whose entries lie in order, as a program is given them."""
-    return x.detach().clone(memory_format=torch.contiguous_format)
+    return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _product(matrix: Tensor, vector: Tensor) -> Any:
