@@ -1674,6 +1674,9 @@ what a trace has put into a set or a slot stays there (left_alone, compiled_read
 what is observed is not compared (_is_right, compiled_reads)
     - return sound and known.agrees([losses, *along, *state], [plain.losses, *plain.handed_out, *end])
     + return sound and known.agrees([losses, *state], [plain.losses, *end])
+a conjugate is given to a program as it lies in memory (_ready, compiled_outer)
+    - tensor = tensor.resolve_conj().resolve_neg()
+    + pass
 zeros of both signs that a function reads are one (Reads.unchanged, compiled_reads)
     - and repr(value) == repr(old)
     + and value == old

@@ -379,3 +379,12 @@ def test_what_is_refused(plain: type[Plain]) -> None:
     )
     with pytest.raises(diffopt.CapturedTensorError, match="captured"):
         capturing.value_and_grad(W)
+
+
+def test_a_conjugate_that_is_not_computed_yet_is_what_it_stands_for() -> None:
+    """Compiled code reads memory, where it lies as what it is of; so does the imaginary part of one, negated."""
+    z = torch.tensor([1.0 + 2.0j])
+    for given in (z.conj(), z.conj().imag, z[0].conj()):
+        assert torch.equal(program._ready(given), given)
+        for x in (program._ready(given), tracing.in_order(given)):
+            assert (x.is_conj(), x.is_neg()) == (False, False)
