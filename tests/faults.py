@@ -1722,7 +1722,7 @@ a program is never compared with the plain way (Known.is_due, whole_programs)
     - return not self._calls & (self._calls - 1)
     + return False
 a program goes on to read the tensors of then (Known.settle, whole_programs)
-    - if self.program is not None and self.program.captures:
+    - if self.program is not None and self.program.captured:
     + if False:
 whole programs have no dtype, shape or autocast in their key (kind_of, whole_programs)
     - return (*what, *kind, shapes, layout.levels, structures, autocast, optimizer)
@@ -2171,6 +2171,8 @@ a loss that reads a file has a program (_is_reader, unseen_reads)
 an iterator counts as something that stays as it is (_changes_unseen, unseen_reads)
     - return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
     + return False
+attributes that are called as a reader count as read (_read_by, unseen_reads)
+    - if name in variables else None
 what other methods of an object read counts as read (Unseen._is_called, unseen_reads)
     - return by_itself or key not in self._methods or name in mentioned
     + return True
@@ -2211,6 +2213,14 @@ the text of an error leaves out its fix (DiffoptError.__str__, error_fields)
     - {f'; {self.fix}' if self.fix else ''}
 a raised copy takes what is written into a tensor (InDouble.__torch_function__, check_solve)
     - and not _needs_itself(func)
+a program goes on with captured tensors that have been written to since the rollout (_pulled, whole_programs)
+    - found = None if known is None or moved else
+    + found = None if known is None else
+a program's own error is raised in place of the plain way's (Known.run, whole_programs)
+    - return None if self.program is None else self.program(tensors)
+    -         except Exception:  # such as of a matrix that is singular
+    + return None if self.program is None else self.program(tensors)
+    +         except KeyError:
 a program of one observer serves another (Known.serves, whole_programs)
     - and self._observes == _identity(dynamics)
 the descent of the toy is not held within its bounds (measure, yardsticks_experiment)

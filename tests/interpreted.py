@@ -17,7 +17,7 @@ class Interpreted:
     """Stands in the place of :class:`Program`; ``made`` counts those that were made."""
 
     made = 0
-    check, compare, fits, captures = Program.check, Program.compare, Program.fits, Program.captures
+    check, compare, fits, captured = Program.check, Program.compare, Program.fits, Program.captured
     warn, _without_excesses = Program.warn, Program._without_excesses
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:

@@ -111,6 +111,9 @@ NOT_READING = {
     "numpy and os, but no file": lambda w: w * np.pi * len(os.path.join("a", "b")),  # noqa: PTH118
     "another method's stream and file": Trainer().loss,
     "a global": lambda w: w * BOX["scale"],
+    "a method that is called eval": lambda w: torch.nn.Linear(2, 1).double().eval()(w),
+    "an attribute that is called input": lambda w: w * Trainer().input if w is None else w,
+    "attributes within a function within": lambda w: (lambda x: x.open)(None) if w is None else w,
     "a method that is called load": lambda w: torch.nn.Linear(2, 1).double().load_state_dict({}, strict=False) or w,
 }
 

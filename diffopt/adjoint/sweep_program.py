@@ -15,7 +15,7 @@ from diffopt.rollout.along import Running
 from diffopt.rollout.record import Counts, Record, Rollout
 from diffopt.rollout.rollout_program import numbers_of
 from diffopt.rollout.store import Store
-from diffopt.tensors import tracing
+from diffopt.tensors import tracing, transforms
 from diffopt.tensors.leaves import Leaves
 
 if TYPE_CHECKING:
@@ -69,10 +69,13 @@ def _pulled(trajectory: Trajectory, stack: Leaves, cotangent: Leaves, rule: Hash
     key = ("pullback", rule, trajectory.rollout.key, trajectory.wanted, tuple([x is None for x in running]))
     whole = _of_all_the_state(trajectory)
     known = known_programs.find(trajectory.dynamics, key, tensors, lambda: _function(whole, len(stack), pull, counted))
-    if known is None or known.program is None:
+    # (what has been written to since the rollout is for the plain way to refuse, which compares the losses)
+    moved = any([transforms.version(x) != version for x, version in trajectory.rollout.captured])
+    found = None if known is None or moved else known.run(tensors)
+    if known is None or found is None:
         return _plainly(trajectory, stack, cotangent, pull)
     known.counts = known.counts or counted
-    found, unchanged = known.program(tensors), known.unchanged
+    unchanged = known.unchanged
     if known.is_due() or not unchanged:  # each step is taken again, and says whether its loss is another one
         plain = _plainly(whole, stack, cotangent, pull)
         if not known.agrees(found, _flat(whole, plain)):

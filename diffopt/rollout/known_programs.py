@@ -51,6 +51,13 @@ class Known:
         """Whether all that is read by closure is as it was."""
         return self._reads is not None and self._reads.unchanged
 
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """What the program returns; ``None``: there is none, or it stumbles, and the plain way raises its own error."""
+        try:
+            return None if self.program is None else self.program(tensors)
+        except Exception:  # such as of a matrix that is singular
+            return None
+
     def is_due(self) -> bool:
         """Whether this use of it, the 1st, 2nd, 4th, 8th, ..., is to be compared with the plain way."""
         self._calls += 1
@@ -72,7 +79,7 @@ class Known:
 
         But for tensors, of which it would go on to read those of then.
         """
-        if self.program is not None and self.program.captures:
+        if self.program is not None and self.program.captured:
             self.program = None
         elif not self.unchanged:
             self._reads = _reads(dynamics)

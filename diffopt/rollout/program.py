@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffopt.rollout.instruction_sets import known_to_gcc
-from diffopt.tensors import agreement, random_state, tracing
+from diffopt.tensors import agreement, random_state, tracing, transforms
 
 
 class UnsafeCodeError(Exception):
@@ -67,9 +67,9 @@ class Program:
         return list(map(_kind, self._captured)) == self._kinds
 
     @property
-    def captures(self) -> bool:
-        """Whether it reads tensors that it is not given."""
-        return bool(self._captured)
+    def captured(self) -> tuple[tuple[Tensor, int], ...]:
+        """The tensors that it reads and is not given, each with how often it has been written to."""
+        return tuple([(x, transforms.version(x)) for x in self._captured])
 
     def check(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
         """Compare it with the function, at other numbers: what the trace took for equal, or zero, is so no longer.

@@ -197,6 +197,7 @@ class Rollout:
         hidden_state: the error for whoever computes a step again; ``None``: the loss is not known to keep a state.
         copied_to: the groups of ranks that share the solve, if they do.
         key: what the program was made for that has rolled out, if one has.
+        captured: the tensors that it has read besides its inputs, each with how often it had been written to.
         shards: whether each rank holds its own part of the params, in tensors that do not know of it.
     """
 
@@ -219,6 +220,7 @@ class Rollout:
     hidden_state: DiffoptError | None = None
     copied_to: tuple[Any, ...] = ()
     key: Hashable = None
+    captured: tuple[tuple[Tensor, int], ...] = ()
     shards: bool = False
 
     @contextmanager

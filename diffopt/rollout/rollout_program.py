@@ -51,7 +51,10 @@ def roll_out_wholly(
     if known is None or known.program is None:
         return None
     known.set_forms(dynamics)
-    unsound, losses, *found = known.program(tensors)
+    captured, ran = known.program.captured, known.run(tensors)
+    if ran is None:
+        return None
+    unsound, losses, *found = ran
     end = len(found) - _leaves_of_a_row(layout, kept)
     along, state = found[: end - layout.state_count], Leaves(found[end - layout.state_count : end])
     stack = Leaves(found[end:])
@@ -74,6 +77,7 @@ def roll_out_wholly(
         handed_out=tuple(along),
         autocast=derivatives.Autocast(inputs.params[0].device),
         key=key,
+        captured=captured,
     )
 
 

@@ -9,6 +9,8 @@ what is called, and an attribute likewise.
 from __future__ import annotations
 
 import builtins
+import dis
+import functools
 import io
 import os
 import types
@@ -76,13 +78,21 @@ def _read_by(function: types.FunctionType) -> Iterator[str]:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         if _changes_unseen(content_of(cell)):
             yield name
-    names = global_names(code)
+    names, variables = global_names(code), _variables(code)
     for name in names:
-        found = space.get(name, getattr(builtins, name, None))
+        found = space.get(name, getattr(builtins, name, None)) if name in variables else None
         if _changes_unseen(found) or _is_reader(found) or name in _METHODS:
             yield name
         elif isinstance(found, types.ModuleType) and found.__name__ in _MODULES:
             yield from (f"{name}.{inner}" for inner in names if _is_reader(vars(found).get(inner)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _variables(code: types.CodeType) -> frozenset[str]:
+    """The names that code reads as variables, not as attributes: ``eval``, but not that of ``model.eval()``."""
+    inner = [_variables(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    own = [x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return frozenset(own).union(*inner)
 
 
 def _changes_unseen(value: Any) -> bool:

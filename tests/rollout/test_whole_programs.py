@@ -355,6 +355,22 @@ def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(estimator: A
     SCALE[0] = 1.0
 
 
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(2), Binomial(2)], ids=repr)
+def test_a_captured_tensor_written_to_after_the_rollout_is_refused_as_ever(estimator: Any, falls_back: None) -> None:
+    weights = torch.ones(2, dtype=torch.float64)
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a * weights)
+
+    for use in range(3):  # the first is compared with the plain way, the third is not
+        _, solution = solve(loss, estimator=estimator)
+        solution.params.sum().backward(retain_graph=True)
+        if use != 1:
+            weights.mul_(2)
+            with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
+                solution.params.sum().backward()
+
+
 def test_a_change_of_later_steps_only_is_noticed_and_the_program_given_up() -> None:
     late = [0.0]
 
@@ -475,6 +491,25 @@ def test_errors_of_the_plain_way_are_raised(falls_back: None) -> None:
                 warnings.simplefilter("ignore", diffopt.CompileWarning)
                 with pytest.raises(error):
                     solve(loss)
+
+
+def test_where_a_program_stumbles_the_plain_way_says_why(falls_back: None) -> None:
+    """A singular matrix in the rollout, and an error within the backward pass alone."""
+
+    def loss(w: Tensor, a: Tensor) -> Tensor:
+        return quadratic(w, a) + torch.linalg.solve(torch.diag(a), w).sum()
+
+    for _ in range(2):
+        solve(loss)[1].params.sum().backward()
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        solve(loss, torch.zeros(2, dtype=torch.float64))
+    w, solution = solve(loss)
+    v, other = solve(loss, compile=False)
+    for program in [x.program for x in known_programs._known[loss].values()]:
+        program.graph = None  # (which cannot be called)
+    solution.params.sum().backward()
+    (expected,) = torch.autograd.grad(other.params.sum(), v)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=0)
 
 
 def test_per_task_hyperparameters_and_tasks_that_share_all() -> None:
