@@ -355,17 +355,20 @@ def test_a_change_after_the_rollout_is_noticed_in_the_backward_pass(estimator: A
     SCALE[0] = 1.0
 
 
+WEIGHTS = torch.ones(2, dtype=torch.float64)
+
+
+def weighted(w: Tensor, a: Tensor) -> Tensor:
+    return quadratic(w, a * WEIGHTS)
+
+
 @pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Truncated(2), Binomial(2)], ids=repr)
 def test_a_captured_tensor_written_to_after_the_rollout_is_refused_as_ever(estimator: Any, falls_back: None) -> None:
-    weights = torch.ones(2, dtype=torch.float64)
-
-    def loss(w: Tensor, a: Tensor) -> Tensor:
-        return quadratic(w, a * weights)
-
+    WEIGHTS.fill_(1.0)
     for _ in range(2):
-        solve(loss, estimator=estimator)[1].params.sum().backward()
-    _, solution = solve(loss, estimator=estimator)
-    weights.mul_(2)
+        solve(weighted, estimator=estimator)[1].params.sum().backward()
+    _, solution = solve(weighted, estimator=estimator)
+    WEIGHTS.mul_(2)
     with pytest.raises(diffopt.RandomnessError, match="came out differently in the backward pass"):
         solution.params.sum().backward()  # the third use of the program is not compared with the plain way
 
