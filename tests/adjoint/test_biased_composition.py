@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import OPTIMIZERS
 from every_way import STEPS, TASKS, EveryWay, Setting, flat
+from limits import sampled
 from torch.func import vmap
 
 import diffopt
@@ -24,7 +25,7 @@ def setting(request):
     return Setting(BY_NAME[request.param])
 
 
-@pytest.fixture(scope="module", params=ESTIMATORS, ids=str)
+@pytest.fixture(scope="module", params=sampled(ESTIMATORS, 2), ids=str)
 def estimator(request):
     return request.param
 

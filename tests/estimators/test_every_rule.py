@@ -156,8 +156,8 @@ def known_blocks(number: int) -> dict[int, list[Blocks]]:
     return {window: [blocks(task, OPTIMIZERS[number], 4, window) for task in tasks] for window in (1, 2)}
 
 
-WAYS = [(plain, case) for case in OPTIMIZERS] + [(batched, case) for case in OPTIMIZERS[::3]]
-MORE = [(batched, case) for case in OPTIMIZERS if case not in OPTIMIZERS[::3]]
+WAYS = [(plain, case) for case in OPTIMIZERS[::2]] + [(batched, case) for case in OPTIMIZERS[1::4]]
+MORE = [(way, case) for way in (plain, batched) for case in OPTIMIZERS if (way, case) not in WAYS]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from diffopt.experiments.framework import catalogue
 from diffopt.experiments.framework.texts import texts
 
 SLOW = {
-    "bounds", "cost", "esj", "few-shot", "hyper-cleaning", "meta-transfer", "memory-reduced", "sinusoid", "yardsticks",
+    "attribution", "bounds", "cost", "esj", "few-shot", "hyper-cleaning", "memory-rates", "memory-reduced",
+    "meta-transfer", "sinusoid", "yardsticks",
 }  # fmt: skip
 
 

@@ -44,7 +44,11 @@ def by_case(value: Any) -> str:
     return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items() if k != "betas")
 
 
-every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=by_case)
+every_case = pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i % 2)) for i, case in enumerate(CASES)],
+    ids=by_case,
+)
 
 
 def classes() -> list[str]:
