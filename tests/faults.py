@@ -720,7 +720,7 @@ captured tangents are passed over (Checks.__init__, captures)
     - watch.values and not passes_tangents and transforms.in_dual_level()
     + False
 the tangent of an argument is dropped (Dynamics.losses, tangents)
-    - x.requires_grad or (transformed and not transforms.is_sparse(x))
+    - x.requires_grad or (transformed and not (x.is_nested or transforms.is_sparse(x)))
     + x.requires_grad
 the losses have no tangent without grad mode (roll_out_recorded, tangents)
     - transforms.in_dual_level() or transforms.transforms_active()
@@ -1660,8 +1660,8 @@ zeros of both signs are one to a program (_kind, compiled_reads)
     - return (type(leaf), repr(leaf)) if plain else _Same(leaf)
     + return (type(leaf), leaf) if plain else _Same(leaf)
 what a module is made up of is not looked at (Reads._besides, compiled_reads)
-    - self._containers += [own["_modules"], *[own[name] for name in _HOOKS]]
-    + self._containers += [own[name] for name in _HOOKS]
+    - (own["_modules"], *hooks)
+    + hooks
 classes that stand in a variable are not looked at (Reads._besides, compiled_reads)
     - yield from self._of_class(value)
     + yield from ()
@@ -2173,6 +2173,27 @@ an iterator counts as something that stays as it is (_changes_unseen, unseen_rea
     + return False
 attributes that are called as a reader count as read (_read_by, unseen_reads)
     - if name in variables else None
+what a function imports itself is not looked into (_variables, unseen_reads)
+    - "LOAD_NAME", "IMPORT_NAME"
+    + "LOAD_NAME"
+a slot that a trace has filled stays filled (Reads.put_back, compiled_reads)
+    - slot.__delete__(owner)
+    + pass
+what a trace has left in a cache stays there (Reads.put_back, compiled_reads)
+    - cache.cache_clear()
+    + pass
+an attribute that a trace has given a class stays there (Reads.put_back, compiled_reads)
+    - delattr(kind, name)
+    + pass
+a container is put back by the copy that its class makes (Reads.put_back, compiled_reads)
+    - (x, _copied(x))
+    + (x, x.copy())
+a hook is not noticed where there was none (Reads._values, compiled_reads)
+    - yield from map(len, self._sized)
+    + pass
+a sparse gradient stays so (Checks.gradient, sparse)
+    - if self._sparse:
+    + if False:
 what other methods of an object read counts as read (Unseen._is_called, unseen_reads)
     - return by_itself or key not in self._methods or name in mentioned
     + return True
@@ -2337,8 +2358,7 @@ instruction sets are chosen though torch has no such option (_options, compiled_
     - getattr(config.cpp, "vec_isa_ok", False) is None:
     + getattr(config.cpp, "vec_isa_ok", None) is None:
 an old g++ is taken to know every instruction (_is_known_gcc, instruction_sets)
-    - return bool(builder._is_gcc(compiler) and not builder._is_gcc_version_less_than(compiler, 11))
-    + return bool(builder._is_gcc(compiler))
+    - and least == [False, True]
 what torch tries out is not given back (known_to_gcc, instruction_sets)
     - sets.check_build = before
     + pass

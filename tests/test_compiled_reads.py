@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import sys
 import types
 import warnings
@@ -260,6 +262,68 @@ def test_a_trace_leaves_nothing_in_what_an_outer_loss_stores(monkeypatch: pytest
         diffopt.compiled(outer).value_and_grad(W, log if place == "an argument" else None)
     assert all(type(x) is Tensor for x in [*kept, log.last])
     assert place != "a slot" or log.last == W.square().sum()
+
+
+class Deep(dict[str, Any]):
+    """Its copy is one of what it holds, too."""
+
+    def copy(self) -> Deep:
+        return Deep({key: dict(value) for key, value in self.items()})
+
+
+class Ordered(collections.OrderedDict[str, Any]):
+    def __init__(self, first: str, second: int) -> None:
+        super().__init__({first: second})
+
+
+class Cached:
+    __slots__ = ("cache",)
+
+
+class Counting:
+    """A class that a loss may give an attribute of its own."""
+
+
+@functools.cache
+def squared(number: float) -> list[float]:
+    return [number**2]
+
+
+def test_what_a_trace_stores_is_gone_and_all_else_is_the_very_same() -> None:
+    inner = {"b": 1.0}
+    deep, ordered, slotted, names = Deep(a=inner), Ordered("x", 1), Cached(), {f"name {i}" for i in range(50)}
+    tensor, counting, before = torch.ones(1), Counting(), squared(3.0)
+
+    def loss(w: Tensor) -> Tensor:
+        return w * deep["a"]["b"] * ordered["x"] * len(names) * tensor * squared(3.0)[0] * hasattr(slotted, "cache")
+
+    def reads() -> Reads:
+        return Reads([loss, counting])
+
+    now = reads()
+    with now.put_back():
+        pass
+    assert now.unchanged
+    assert squared(3.0) is before
+    assert deep["a"] is inner
+    with now.put_back():
+        inner["b"], ordered["x"], slotted.cache, Counting.cache = 2.0, 2, "of a trace", "of a trace"  # type: ignore[attr-defined]
+        tensor.cache, deep["c"] = "of a trace", {}  # type: ignore[attr-defined]
+        names.add("another")
+        squared(4.0)
+    assert (deep, ordered, len(names)) == ({"a": {"b": 1.0}}, {"x": 1}, 50)
+    assert deep["a"] is inner
+    assert not any([hasattr(x, "cache") for x in (slotted, Counting, tensor)])
+    assert squared.cache_info().currsize == 0
+    assert now.unchanged
+
+
+def test_an_attribute_of_a_tensor_and_a_hook_are_noticed_where_there_were_none() -> None:
+    tensor, layer = torch.ones(1), torch.nn.Linear(1, 1)
+    now = Reads([lambda w: w * tensor.scale, lambda w: layer(w)])  # type: ignore[attr-defined]
+    assert now.unchanged
+    layer.register_forward_hook(lambda *given: None)
+    assert not now.unchanged
 
 
 def test_sets_arrays_and_hidden_slots_are_looked_into() -> None:

@@ -103,6 +103,16 @@ def test_what_is_read_and_cannot_be_looked_at_is_named(name: str) -> None:
     assert Reads([READING[name]]).unseen == name.strip()
 
 
+def importing(w: Tensor) -> Tensor:
+    import os
+
+    return w * float(os.environ["SCALE"])
+
+
+def test_what_a_function_imports_itself_is_looked_into() -> None:
+    assert Reads([importing]).unseen == "os.environ"
+
+
 NOT_READING = {
     "a module's first parameter": lambda w: w * next(Trainer().network.parameters()).sum(),
     "the first of some values": lambda w: w * next(iter(BOX.values())),

@@ -77,7 +77,7 @@ class Checks:
         self._looks_for_breaks, self._born = keep is None, autograd_graph.newest()
         self._noted: list[autograd_graph.GraphPart] = []
         self._held: HiddenState | None = None
-        self._stores = False
+        self._stores = self._sparse = False
         self._latest: tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor], bool] | None = None
         self._step = 0
         self._read: Sequence[Tensor] = ()
@@ -152,9 +152,13 @@ class Checks:
         watch, read = self._watch, self._read
         if watch.values:
             if step == 1:
-                refuse_bad_start(self.dynamics, losses, grads, params, read)
+                differentiated = self._keep is not None and self._keep.evaluates
+                refuse_bad_start(self.dynamics, losses, grads, params, read, differentiated=differentiated)
+                self._sparse = any([g is not None and transforms.is_sparse(g) for g in grads])
             if watch.captures:
                 self._note_captured(losses, params, read, step, at_once=not differentiable)
+        if self._sparse:
+            grads = tuple([g.to_dense() if g is not None and transforms.is_sparse(g) else g for g in grads])
         if self._stops and self._held is not None:
             found = [None if g is None else g.detach() for g in grads]
             self._latest = losses.detach(), found, params, not differentiable

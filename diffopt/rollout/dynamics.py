@@ -86,7 +86,7 @@ class Dynamics:
         transform it is a view, for ``detach`` would drop the tangent of ``torch.func.jvp``. Sparse tensors have none.)
         """
         transformed = transforms.transforms_active()
-        views = [x.requires_grad or (transformed and not transforms.is_sparse(x)) for x in read]
+        views = [x.requires_grad or (transformed and not (x.is_nested or transforms.is_sparse(x))) for x in read]
         seen = [x.view_as(x) if view else x.detach() for x, view in zip(read, views, strict=True)]
         try:
             with RecomputingAsBefore(self.functions, params, seen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +17,20 @@ def known_to_gcc() -> Iterator[None]:
     processes for each of them, half a second together, three seconds in all: a seventh of a first call.
     """
     sets: Any = importlib.import_module("torch._inductor.cpu_vec_isa").VecISA
-    before = getattr(sets, "check_build", None)
-    if before is None or not _is_known_gcc():
-        yield
-        return
-    known = _known()
-    sets.check_build = lambda own, code: code in known or before(own, code)
-    try:
-        yield
-    finally:
-        sets.check_build = before
+    with _alone:  # (of two that put back what they have found, the later one would put back what is the other's)
+        before = getattr(sets, "check_build", None)
+        if before is None or not _is_known_gcc():
+            yield
+            return
+        known = _known()
+        sets.check_build = lambda own, code: code in known or before(own, code)
+        try:
+            yield
+        finally:
+            sets.check_build = before
+
+
+_alone = threading.RLock()
 
 
 def _is_known_gcc() -> bool:
@@ -33,7 +38,9 @@ def _is_known_gcc() -> bool:
     if not all([hasattr(builder, name) for name in ("get_cpp_compiler", "_is_gcc", "_is_gcc_version_less_than")]):
         return False
     compiler = builder.get_cpp_compiler()
-    return bool(builder._is_gcc(compiler) and not builder._is_gcc_version_less_than(compiler, 11))
+    # (of a version that torch cannot read it says that it is less than none)
+    least = [builder._is_gcc_version_less_than(compiler, version) for version in (11, 1000)]
+    return bool(builder._is_gcc(compiler)) and least == [False, True]
 
 
 def _known() -> list[str]:

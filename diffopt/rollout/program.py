@@ -6,7 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -41,7 +41,7 @@ class Program:
             self._expected, self._excesses = noted.expected, list[Tensor]()
             self._kinds = list(map(_kind, self._captured))
             given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            with torch.no_grad(), known_to_gcc(), _looked_through(place):
+            with torch.no_grad(), known_to_gcc() if place.type == "cpu" else nullcontext(), _looked_through(place):
                 inductor: Any = importlib.import_module("torch._inductor")
                 self._compiled: Any = inductor.compile(graph, given, options=_options(place))
 

@@ -91,8 +91,13 @@ def refuse_bad_start(
     grads: Sequence[Tensor | None],
     params: Sequence[Tensor],
     read: Sequence[Tensor],
+    *,
+    differentiated: bool,
 ) -> None:
-    """Refuse a first loss that does not depend on params, gives a sparse gradient, or is not finite."""
+    """Refuse a first loss that does not depend on params, or is not finite, or whose gradient is sparse.
+
+    (The last only if the gradient is to be differentiated.)
+    """
     if all([grad is None for grad in grads]):
         if shards(everything_held(dynamics.without_names()).modules):
             raise RanksError(
@@ -108,7 +113,7 @@ def refuse_bad_start(
             ".numpy())",
         )
     sparse = [i for i, grad in enumerate(grads) if grad is not None and transforms.is_sparse(grad)]
-    if sparse:
+    if sparse and differentiated:
         raise MissingDerivativeError(
             f"the gradient of the inner loss by {dynamics.layout.names().params[sparse[0]]} is sparse",
             "a dense one, which can be differentiated",

@@ -90,8 +90,10 @@ def roll_out_recorded(
                 if step == 1 and watch.values:
                     autograd_graph.refuse_broken_graph([g.grad_fn for g in grads if g is not None])
         if step == 1 and watch.values:
-            refuse_bad_start(dynamics, loss, grads, params, read)
-        filled = derivatives.filled(grads, before)
+            refuse_bad_start(dynamics, loss, grads, params, read, differentiated=recorded)
+        # (a sparse one, for which not every update is written, is not refused where nothing is recorded)
+        dense = [g.to_dense() if g is not None and transforms.is_sparse(g) else g for g in grads]
+        filled = derivatives.filled(dense, before)
         enough = stop.reached([transforms.plain(g) for g in filled], loss.ndim)
         if enough is not None and bool(enough.all()):
             if step == 1:  # what would have been handed out, of which there is nothing, says its form

@@ -156,7 +156,8 @@ def everything_held(
 def refill(container: Any, old: Any) -> None:
     """Let a dictionary, a list or a set hold what it held."""
     if not isinstance(container, dict):
-        if list(map(id, container)) != list(map(id, old)):
+        ids = set if isinstance(container, set) else list  # (a copy of a set may be in another order)
+        if ids(map(id, container)) != ids(map(id, old)):
             container.clear()
             (container.update if isinstance(container, set) else container.extend)(old)
         return

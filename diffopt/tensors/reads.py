@@ -44,6 +44,9 @@ class Reads:
         self._asked: list[Callable[[], Any]] = []
         self._large: list[list[Any]] = []
         self._classes: set[type] = set()
+        self._caches: list[Any] = []
+        self._sized: list[dict[str, Any]] = []
+        self._bare: list[dict[str, Any]] = []
         functions = [*functions]
         self._unseen = Unseen(functions)
         held = everything_held(functions, self._besides, _is_own)
@@ -71,8 +74,11 @@ class Reads:
         """What a block stores in one of the places that are looked at is gone afterwards."""
         names = [(space, name, space.get(name, self)) for space, name in self._names]
         attributes = [(kind, name, vars(kind).get(name)) for kind, name in self._attributes]
-        slots = [(owner, slot, _in_slot(owner, slot)) for owner, slot in self._slots]
-        contents = [(x, x.copy()) for x in self._containers if not isinstance(x, types.MappingProxyType)]
+        slots = [(owner, slot, _in_slot(owner, slot, _EMPTY)) for owner, slot in self._slots]
+        stores = [*self._containers, *self._sized, *self._bare]
+        contents = [(x, _copied(x)) for x in stores if not isinstance(x, types.MappingProxyType)]
+        known = [(kind, frozenset(vars(kind))) for kind in self._classes]
+        misses = [(cache, cache.cache_info().misses) for cache in self._caches]
         lengths = [(x, len(x)) for x in self._large]
         try:
             yield
@@ -85,11 +91,20 @@ class Reads:
             for kind, name, old in attributes:
                 if vars(kind).get(name) is not old:
                     setattr(kind, name, old)
+            for kind, before in known:
+                for name in [x for x in vars(kind) if x not in before and not x.startswith("__")]:
+                    delattr(kind, name)
+            for cache, count in misses:
+                if cache.cache_info().misses != count:
+                    cache.cache_clear()
             for owner, slot, old in slots:
-                if _in_slot(owner, slot) is not old:
+                now = _in_slot(owner, slot, _EMPTY)
+                if old is _EMPTY and now is not old:
+                    slot.__delete__(owner)
+                elif now is not old:
                     slot.__set__(owner, old)
-            for container, before in contents:
-                refill(container, before)
+            for container, held in contents:
+                refill(container, held)
             for large, length in lengths:
                 del large[length:]
 
@@ -100,6 +115,7 @@ class Reads:
         for kind, name in self._attributes:
             yield vars(kind).get(name)
         yield from map(len, self._large)
+        yield from map(len, self._sized)
         for owner, slot in self._slots:
             yield _in_slot(owner, slot)
         for container in self._containers:
@@ -130,11 +146,15 @@ class Reads:
                 own = vars(module)  # of torch's modules too, whose numbers stand here
                 self._names += [(own, name) for name in own if name == "training" or name not in OF_EVERY_MODULE]
                 self._names.append((own, "forward"))  # which one may be given of its own
-                self._containers += [own["_modules"], *[own[name] for name in _HOOKS]]
-                yield from (hook for name in _HOOKS for hook in own[name].values())
+                hooks = [own[name] for name in _HOOKS]
+                inner = [x for x in (own["_modules"], *hooks) if isinstance(x, dict)]
+                self._containers += [x for x in inner if x]
+                self._sized += [x for x in inner if not x]
+                yield from (hook for x in hooks for hook in x.values())
                 yield from self._of_class(type(module))
         elif isinstance(value, torch.Tensor):
-            self._containers.append(vars(value))
+            # (most have nothing, and there may be many)
+            (self._containers if vars(value) else self._bare).append(vars(value))
             yield from vars(value).values()
         elif isinstance(value, type):
             yield from self._of_class(value)
@@ -144,6 +164,8 @@ class Reads:
         elif isinstance(value, ContextVar):
             self._asked.append(functools.partial(value.get, None))
             yield value.get(None)
+        elif isinstance(value, functools._lru_cache_wrapper):  # in which a trace would leave its tensors
+            self._caches.append(value)
         elif isinstance(value, list) and len(value) > LARGE:
             self._large.append(value)
         elif isinstance(value, types.MappingProxyType) and len(value) <= LARGE:
@@ -196,12 +218,22 @@ class Reads:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _in_slot(owner: object, slot: types.MemberDescriptorType) -> Any:
-    """What an object has in a slot; ``None``: it has not been filled."""
+_EMPTY: Any = object()
+
+
+def _in_slot(owner: object, slot: types.MemberDescriptorType, empty: Any = None) -> Any:
+    """What an object has in a slot; ``empty``: it has not been filled."""
     try:
         return slot.__get__(owner, type(owner))
     except AttributeError:
-        return None
+        return empty
+
+
+def _copied(container: Any) -> Any:
+    """The same entries in a plain container: what ``copy`` does, a class of the user's may say otherwise."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _own_classes(kind: type) -> list[type]:

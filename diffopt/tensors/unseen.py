@@ -13,6 +13,7 @@ import dis
 import functools
 import io
 import os
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, final
@@ -80,7 +81,8 @@ def _read_by(function: types.FunctionType) -> Iterator[str]:
             yield name
     names, variables = global_names(code), _variables(code)
     for name in names:
-        found = space.get(name, getattr(builtins, name, None)) if name in variables else None
+        imported = sys.modules.get(name)  # by the function itself
+        found = space.get(name, getattr(builtins, name, imported)) if name in variables else None
         if _changes_unseen(found) or _is_reader(found) or name in _METHODS:
             yield name
         elif isinstance(found, types.ModuleType) and found.__name__ in _MODULES:
@@ -91,7 +93,7 @@ def _read_by(function: types.FunctionType) -> Iterator[str]:
 def _variables(code: types.CodeType) -> frozenset[str]:
     """The names that code reads as variables, not as attributes: ``eval``, but not that of ``model.eval()``."""
     inner = [_variables(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    own = [x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    own = [x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")]
     return frozenset(own).union(*inner)
 
 

@@ -102,15 +102,26 @@ def test_what_the_refusal_advises_is_right() -> None:
     assert relative_error([found], [expected[tuple(places)]]) < 1e-12
 
 
-@pytest.mark.parametrize("estimator", [Reverse(), Unrolled(), FirstOrder()], ids=repr)
-@pytest.mark.parametrize("optimizer", [SGD(0.1), Adam(0.1), diffopt.Adagrad(0.1)], ids=repr)
-def test_a_sparse_inner_gradient_is_refused_at_once(optimizer: Any, estimator: Any) -> None:
-    """Some updates would do with it, some not, and torch cannot differentiate it."""
+def by_embedding(optimizer: Any, estimator: Any, *, sparse: bool = True) -> Any:
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return embedded(p["w"], sparse=sparse).square().sum()
+
+    w = ROWS.clone().requires_grad_()
+    return w, solve(loss, {"w": w}, optimizer=optimizer, steps=3, estimator=estimator).params["w"]
+
+
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse(1), Unrolled()], ids=repr)
+@pytest.mark.parametrize("optimizer", [SGD(0.1), diffopt.Adagrad(0.1)], ids=repr)
+def test_a_sparse_inner_gradient_that_is_differentiated_is_refused_at_once(optimizer: Any, estimator: Any) -> None:
     with pytest.raises(diffopt.MissingDerivativeError, match=r"by params\['w'\] is sparse.*write sparse=False"):
-        solve(
-            lambda p: embedded(p["w"], sparse=True).square().sum(),
-            {"w": ROWS},
-            optimizer=optimizer,
-            steps=3,
-            estimator=estimator,
-        )
+        by_embedding(optimizer, estimator)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1, weight_decay=0.1), Adam(0.1), diffopt.Adagrad(0.1)], ids=repr)
+def test_a_sparse_inner_gradient_that_nobody_differentiates_is_a_dense_one(optimizer: Any) -> None:
+    found = [by_embedding(optimizer, FirstOrder(), sparse=sparse) for sparse in (True, False)]
+    (by_sparse,), (by_dense,) = (torch.autograd.grad(end.square().sum(), w) for w, end in found)
+    assert relative_error([found[0][1], by_sparse], [found[1][1], by_dense]) < 1e-12
+    with torch.no_grad():
+        ends = [by_embedding(optimizer, Unrolled(), sparse=sparse)[1] for sparse in (True, False)]
+    assert relative_error(ends[:1], ends[1:]) < 1e-12
