@@ -38,6 +38,7 @@ class Role(Enum):
     ARITHMETIC = "arithmetic"
     OURS = "ours"
     BIASED = "ours, biased"
+    BIASED_PEER = "biased peer"
 
 
 class Size(Enum):

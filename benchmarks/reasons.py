@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 REASONS: dict[str, str] = {
-    "ours, compile=True": "With 4 tasks and 20 steps the two programs take 2.3 of a call's 6.8 ms under a profiler of "
-    "Python, which without it takes 3.4; the rest is the eager outer loss with its `vmap` and autograd, about a "
-    "millisecond, and the Python around the programs, 2,000 calls, none of whose parts takes more than 5 %. It is "
-    "fixed: with 100 tasks a tenth of a call. `diffopt.compiled` has the outer loss in the program.",
+    "ours, compile=True": "With 4 tasks and 20 steps a call takes 3.4 ms, and 6.8 under a profiler of Python, of which "
+    "the two programs take 2.3; the rest is the eager outer loss with its `vmap` and autograd, about a millisecond, "
+    "and the Python around the programs, 2,000 function calls, none of whose parts takes more than 5 %. This Python is "
+    "a fixed cost: with 100 tasks a tenth of a call. `diffopt.compiled` has the outer loss in the program.",
     "eager": "Not the operators of torch: with 4 tasks and one step we call 725 of them and the fastest peer 619, "
     "with five steps 2,317 and 2,435, matrix products among them 136 and 161. Half of the one-step call, "
     "2.1 of 4.2 ms under the profiler, is the own time of `_Solve` and its backward pass, which is "
@@ -33,13 +33,13 @@ REASONS: dict[str, str] = {
     "checkpoints": "Nearly every step is taken twice: 4,601 products of matrices where `torch.func` makes 3,011 and "
     "the form that keeps every graph 2,511, and 73,600 operators where it calls 45,600, which is 1.6 times as many. "
     "What is not kept has to be computed again, here for a seventh of the memory.",
-    "convolutions": "With chunks of 2 tasks, 57 % of the operators' time is in convolutions, pooling and "
-    "normalisation, and the whole takes as long as the same arithmetic written out by hand: a convolution of two "
-    "groups is, on this processor, no faster than two. Of the memory with states, 60.7 MB are the gradient of one "
-    "outer loss, of 75 images that batch statistics do not allow to be taken apart: 0.64 of the plain loop's peak.",
-    "W4 eager": "A step leaves seven vectors of 2,000 numbers in autograd's graph, where the plain loop leaves five. "
-    "The two others belong to the value of the step's loss: `Solution.losses` can be differentiated after the call, "
-    "so that its graph must be there, which the plain loop lets go.",
+    "convolutions": "On W2 with 5 steps and 8 tasks in chunks of 2, 57 % of the operators' time is in convolutions, "
+    "pooling and normalisation, and the whole takes as long as the same arithmetic written out by hand: a convolution "
+    "of two groups is, on this processor, no faster than two. Of W2's memory with states, 60.7 MB are the gradient "
+    "of one outer loss, of 75 images that batch statistics do not allow to be taken apart: 0.64 of the loop's peak.",
+    "W4 eager": "Of the memory: a step leaves seven vectors of 2,000 numbers in autograd's graph, where the plain loop "
+    "leaves five. The two others belong to the value of the step's loss: `Solution.losses` can be differentiated after "
+    "the call, so that its graph must be there, which the plain loop lets go.",
     "W5 eager": "With 10 steps both make 249 products of matrices; ours calls 4,604 operators where the plain loop "
     "calls 4,292, and a quarter of the call, under the profiler, is the own time of `_Solve` and its backward pass, "
     "which is Python. A step leaves the same 190 kB in the graph, so that the ratio of memory goes to 1 as steps are "
@@ -47,8 +47,8 @@ REASONS: dict[str, str] = {
     "W4": "A call copies the data once, for what torch's loops are given must be no view of an argument.",
     "W5": "A step takes four products of 128 by 784 by 128 numbers, as in JAX. The states, 0.8 MB each with their "
     "momentum, are written and read once.",
-    "binomial": "A prototype that writes the same out by hand took 0.58 on another processor: the rollout with the "
-    "outer loss 0.29, and each order, a batch of 100 products, a tenth.",
+    "binomial": "Of what the states alone take, the rollout with the outer loss is 0.29, and each order, a batch of "
+    "100 products, a tenth: written out by hand, on another processor, 0.58.",
 }
 """By the key that a goal names: what limits it, from profiles."""
 

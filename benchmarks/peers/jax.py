@@ -104,7 +104,7 @@ def unrolled(losses: Losses, *, remat: bool = False, alone: bool = False) -> Cal
 
 
 def binomial(losses: Losses, order: int) -> Callable[[Problem], Program]:
-    """The expansion in orders of curvature, cut off, of gradient descent: for each order one batch of products."""
+    """Formula (3.4) for the initial params under plain gradient descent: for each order one batch of products."""
 
     def make(problem: Problem) -> Program:
         import jax

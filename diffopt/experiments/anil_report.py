@@ -1,4 +1,4 @@
-"""What the runs of ANIL say: tables to the slides' claims, pictures."""
+"""What the runs of ANIL say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from diffopt.experiments.framework.pictures import curves
 from diffopt.experiments.framework.tables import Value, listed
 from diffopt.experiments.framework.texts import asked
 
-SLIDES = "slides, ANIL"
 WINDOW = 15
-TREND = 0.8
-"""Rank correlation from which on a trend counts as one."""
 
 
 def adapted(layers: int) -> str:

@@ -1,4 +1,4 @@
-"""What the attributions say: tables to the goals, pictures."""
+"""What the attributions say: tables, claims and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measured bounds say: tables to the paper's claims, pictures."""
+"""What the measured bounds say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.texts import asked
 
-SLACK = 1 + 1e-12
-PAPER = "binomial paper"
 ESTIMATORS = {
     "(11a)": "first-order",
     "(11b)": "truncated",
@@ -37,7 +35,6 @@ ASSUMED = {
     "convex": "convex, curvature up to x",
     "ending convex": "the last L steps convex, the others within -x and x",
 }
-BOUNDED, CONVEX, ENDING = (f"{PAPER}, theorem {number}" for number in ("3.6", "3.8", "3.10"))
 RECONSTRUCTED = ("(12a)", "(12b)", "(34a)")
 """Their right-hand sides are missing from the text available to us."""
 

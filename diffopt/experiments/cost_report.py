@@ -1,4 +1,4 @@
-"""What the measured costs say: tables to the papers' claims, pictures."""
+"""What the measured costs say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import Value, levelled, listed
 from diffopt.experiments.framework.texts import asked
 
-BINOMIAL, MULTI_STEP, REDUCED = "binomial paper", "multi-step paper", "memory-reduced paper"
 IMPLICIT = "implicit, 5 CG"
 SAID = {
     "share": {"multi-step 4": "half of MAML's at K=8", IMPLICIT: "above MAML's below K=8"},

@@ -1,4 +1,4 @@
-"""What the runs with the evolution-strategies Jacobian say: tables to the slides' claims, pictures."""
+"""What the runs with the evolution-strategies Jacobian say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.texts import asked
 
-SLIDES = "slides, ESJ"
 SCALED, AID, DIRECT = DIVIDED, "AID, 10 CG", "direct part only"
 RIVALS = ("ITD", AID, "ITD, features once", "AID, features once", "ANIL", "MAML")
 ONCE, FORWARD = ", features once", ", forward"

@@ -1,4 +1,4 @@
-"""What the few-shot runs say: tables beside the papers' to their claims, pictures."""
+"""What the few-shot runs say: tables beside the papers', claims and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
 from diffopt.experiments.framework.tables import Value, listed
 from diffopt.experiments.framework.texts import asked
 
-BINOMIAL, MULTI_STEP = "binomial paper", "multi-step paper"
 HERE = ["way", "shot", "group"]
 
 

@@ -13,7 +13,6 @@ from diffopt.experiments.framework.pictures import STYLES, curves
 from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.texts import asked
 
-MULTI_STEP = "multi-step paper, other Hessian-free methods"
 COLOURS = {
     "MAML": STYLES["exact"]["color"],
     "FOMAML": STYLES["first-order"]["color"],

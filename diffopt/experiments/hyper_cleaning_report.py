@@ -1,4 +1,4 @@
-"""What the learned weights say: tables to claims, pictures."""
+"""What the learned weights say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from diffopt.experiments.framework.pictures import SEQUENCE, STYLES, curves
 from diffopt.experiments.framework.tables import Value, levelled, listed
 from diffopt.experiments.framework.texts import asked
 
-HERE = "this library"
 FITS = {
     "noisy": "all labels as they are",
     "oracle": "right labels only (oracle)",

@@ -16,7 +16,6 @@ from diffopt.experiments.framework.tables import Value, listed
 from diffopt.experiments.framework.texts import asked
 from diffopt.experiments.memory_rates_problem import TARGETS
 
-PAPER = "memory-reduced paper"
 PROCESSES = ("mean", "last")
 
 

@@ -1,4 +1,4 @@
-"""What the memory-reduced algorithm's runs say: tables to the paper's claims, pictures."""
+"""What the memory-reduced algorithm's runs say: tables, claims and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from diffopt.experiments.framework.tables import listed
 from diffopt.experiments.framework.texts import asked
 from diffopt.experiments.memory_reduced_problem import FORMS
 
-PAPER = "memory-reduced paper"
 RIVALS = ("MAML", "ANIL", "ITD-BiO")
 OURS = "ours, warm"
 WINDOW = 15
@@ -102,7 +101,7 @@ def summary(settings: Any, done: Finished) -> Summary:
     claims = (
         *_of_memory(memory),
         *asked("memory-reduced", "trained", runs),
-        *asked("memory-reduced", "deterministic", starts),
+        *asked("memory-reduced", "deterministic", _beside_first(starts)),
     )
     return Summary(found, claims)
 
@@ -111,6 +110,14 @@ def _shrunk(row: Row) -> Row:
     norms = row["gradient"]
     last = {"last": norms[-1], "shrunk": norms[-1] / norms[0], "loss": row["losses"][-1]}
     return {"first": norms[0], "middle": norms[len(norms) // 2], **last}
+
+
+def _beside_first(starts: Frame) -> Frame:
+    """The same with the norms in the end, and that at first as of one more estimator."""
+    if not len(starts):
+        return starts
+    warm = starts[starts["estimator"] == "warm"]
+    return pd.concat([starts.assign(norm=starts["last"]), warm.assign(estimator="at first", norm=warm["first"])])
 
 
 def _of_memory(memory: Frame) -> Iterator[Claim]:
@@ -122,7 +129,9 @@ def _of_memory(memory: Frame) -> Iterator[Claim]:
         told = ""
         if len(memory):
             each = memory[memory["form"] == form].groupby("estimator")["saved"].agg(["min", "max"]).dropna()
-            told = "; ".join(f"{r}: {each['min'][r]:.0f} to {each['max'][r]:.0f} %" for r in RIVALS if r in each.index)
+            told = "; ".join(
+                f"{r}: {each['min'][r] + 0:.0f} to {each['max'][r] + 0:.0f} %" for r in RIVALS if r in each.index
+            )
         yield from asked("memory-reduced", form, memory, told=told)
 
 

@@ -1,4 +1,4 @@
-"""What meta-transfer found: tables beside the paper's to its claims, pictures."""
+"""What meta-transfer found: tables beside the paper's, claims and pictures."""
 
 from __future__ import annotations
 

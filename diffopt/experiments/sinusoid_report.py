@@ -1,4 +1,4 @@
-"""What the errors on sine waves say: tables to the paper's claims, pictures."""
+"""What the errors on sine waves say: tables, claims and pictures."""
 
 from __future__ import annotations
 

@@ -38,8 +38,6 @@ from diffopt.linear_solve import GMRES, ConjugateGradient, LinearSolver, Neumann
 SIZE = 23
 POSITIVE = 10
 THETA, OPTIMUM = 0.5, -1 / 6
-PUBLISHED = {"exact": 24.0, "truncated 1": -4.0, "truncated 10": -40.0, "truncated 20": -65.9}
-"""At ``THETA``; those of longer windows follow from :func:`of_window`."""
 FAR = 100.0
 """Where a descent of ``theta`` has left for good, 300 times as far from the optimum as it began."""
 

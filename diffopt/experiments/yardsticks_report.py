@@ -174,5 +174,5 @@ def _cleaning_claims(fits: Frame, first: Frame, runs: Frame) -> Iterator[Claim]:
     yield from asked("yardsticks", "cleaning", gains, worse=worse)
     if len(first):
         both = first.pivot_table(index=here, columns="estimator", values="error").reset_index()
-        both = both.rename(columns={"implicit, 5 CG": "conjugate_gradients"})
+        both = both.assign(ratio=both["implicit, 5 CG"] / both["exact"])
     yield from asked("yardsticks", "hypergradients", both)

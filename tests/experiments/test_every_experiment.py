@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,8 +52,8 @@ class TestEveryExperiment:
         asked = {claim.text for claim in experiment.summarise(experiment.standard, {}).claims}
         assert not any("{" in text for text in asked)
         written = [claim["text"] for group in texts(name).get("claims", {}).values() for claim in group]
-        assert {text for text in written if "{" not in text} <= asked
-        assert len(written) <= len(asked)
+        forms = [re.sub(r"\\{.*?\\}", ".*", re.escape(text)) for text in written]
+        assert [form for form in forms if not any(re.fullmatch(form, text) for text in asked)] == []
         assert set(texts(name).get("papers", {})) <= {item.name for item in fields(experiment.standard)}
 
     def test_its_declaration(self, name, monkeypatch, capsys):
