@@ -516,6 +516,7 @@ class Scaled:
         return self.scale * (w**2).sum()
 
 
+@pytest.mark.compiler
 def test_losses_that_are_equal_have_programs_of_their_own() -> None:
     losses = [Scaled(1.0), Scaled(2.0)]
     for scale, loss in zip((1.0, 2.0), losses, strict=True):
@@ -524,6 +525,7 @@ def test_losses_that_are_equal_have_programs_of_their_own() -> None:
             torch.testing.assert_close(found, W * (1 - 0.2 * scale) ** 2)
 
 
+@pytest.mark.compiler
 def test_a_default_of_what_is_observed_may_change() -> None:
     """Of a lambda that is made anew at every call, with its keyword's default."""
 
@@ -537,6 +539,7 @@ def test_a_default_of_what_is_observed_may_change() -> None:
         torch.testing.assert_close(solution.observed[-1], scale * solution.params)
 
 
+@pytest.mark.compiler
 def test_what_only_the_observed_numbers_read_may_change() -> None:
     scale = {"of": 1.0}
 

@@ -87,6 +87,7 @@ def test_every_estimator_gets_the_gradient_of_the_plain_way() -> None:
         torch.testing.assert_close(w.grad, v.grad, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_functions_are_used_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = compiled._compile
