@@ -130,6 +130,7 @@ def _blocks_backwards(trajectory: Trajectory, first: int) -> Iterator[tuple[Bloc
     while end >= first:
         record.usable = False
         start, block = states.latest, None
+        assert start <= end, "no state is stored that a step which is left begins at"
         if linked and start < end:
             state = states.take(start)
             block, after = replay.block_of_small(state, start, end, again, observes=observes)
