@@ -54,7 +54,7 @@ test: $(READY_TEST)
 	$(RUN) -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: $(READY_TEST)
-	@echo "All of make test-all takes about 20 minutes on two quiet cores."
+	@echo "All of make test-all takes about 35 minutes on two quiet cores."
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 # The same tests four times, each time with sums in another order and other kernels: no result may hang on a processor.
