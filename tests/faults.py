@@ -53,6 +53,9 @@ the adjoint of the first step is dropped (Replay.block, estimators)
 direct terms keep the last step's instead of the sum (DirectTerms.add, binomial)
     - self._sums[place] + term if place in self._sums else term
     + term
+a compiled step's direct term goes to the step before it (_compiled_sweep, compiled)
+    - direct.add(step, terms[1])
+    + direct.add(max(1, step - 1), terms[1])
 the direct term of a batch goes to the step after it (DirectTerms.add, estimators)
     - self._layout.slice_at(place, self._sums[place], step).copy_
     + self._layout.slice_at(place, self._sums[place], min(step + 1, self._trajectory.steps)).copy_

@@ -347,3 +347,17 @@ def test_a_function_that_is_right_only_where_it_was_traced_is_not_used() -> None
     for wrong in (merged, frozen):
         with pytest.raises(ArithmeticError, match="compiled, it is off by"):
             compiled._checked(wrong, right, given)
+
+
+@pytest.mark.compiler
+def test_every_batch_gets_its_own_term_where_steps_are_compiled_alone(steps_alone: None) -> None:
+    """Of batches that are learned: a term at another step's place would change each of them."""
+    found = []
+    for compile in (True, False):
+        numbers = [[1.0, 2.0], [0.5, 3.0], [2.0, 0.25], [1.5, 1.0]]
+        batches = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+        w = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        by = {"optimizer": diffopt.SGD(0.05), "steps": 4, "estimator": Reverse("log"), "compile": compile}
+        end = diffopt.solve(quadratic, w, batches=batches, **by).params
+        found += torch.autograd.grad(end.square().sum(), batches)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
