@@ -71,7 +71,7 @@ every step sees the first batch (Layout.slice_at, estimators)
 truncation keeps one step too many (Truncated._first, estimators)
     - return max(1, trajectory.steps - self.steps + 1)
     + return max(1, trajectory.steps - self.steps)
-the sign of weight decay is wrong (decayed, checks)
+the sign of weight decay is wrong (decayed, optimizers)
     - grads + weight_decay
     + grads - weight_decay
 the first momentum step is dampened (SGD._dampened, optimizers)
