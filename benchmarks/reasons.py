@@ -44,6 +44,9 @@ REASONS: dict[str, str] = {
     "calls 4,292, and a quarter of the call, under the profiler, is the own time of `_Solve` and its backward pass, "
     "which is Python. A step leaves the same 190 kB in the graph, so that the ratio of memory goes to 1 as steps are "
     "added: what we save, 0.3 MB, is fixed.",
+    "leaves": "Ours calls 106,171 operators where the plain loop calls 107,861. Under a profiler of Python three "
+    "quarters of the call are autograd's engine; a twentieth is what looks at the first graph, for captured tensors "
+    "and for how much memory it holds, and as much the letting go of the steps' graphs one after the other.",
     "W4": "A call copies the data once, for what torch's loops are given must be no view of an argument.",
     "W5": "A step takes four products of 128 by 784 by 128 numbers, as in JAX. The states, 0.8 MB each with their "
     "momentum, are written and read once.",
